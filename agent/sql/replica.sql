@@ -1,0 +1,88 @@
+-- What dr-agent keeps on the replica, in every replicated database. Repeatable.
+CREATE SCHEMA IF NOT EXISTS dr_agent;
+COMMENT ON SCHEMA dr_agent IS 'dr-agent: progress of replication and promotion';
+
+-- How far the replica is: one row per stream, written in the same transaction as the data.
+CREATE TABLE IF NOT EXISTS dr_agent.progress (
+    stream      text PRIMARY KEY,
+    term        bigint NOT NULL,        -- fencing token; raised by every promotion
+    batch       bigint NOT NULL,        -- number of the last applied batch
+    end_lsn     pg_lsn NOT NULL,        -- first byte after the last applied transaction
+    commit_time timestamptz,            -- its commit time on the source's clock
+    applied_at  timestamptz NOT NULL
+);
+
+-- Which source the stream comes from; a different one behind the same URL must be noticed.
+CREATE TABLE IF NOT EXISTS dr_agent.stream (
+    stream            text PRIMARY KEY,
+    system_identifier text NOT NULL,
+    timeline          integer NOT NULL,
+    created_at        timestamptz NOT NULL DEFAULT now()
+);
+
+-- The initial copy: a table's changes committed before its snapshot_lsn are already in its data.
+CREATE TABLE IF NOT EXISTS dr_agent.table_sync (
+    stream       text NOT NULL,
+    table_schema text NOT NULL,
+    table_name   text NOT NULL,
+    state        text NOT NULL CHECK (state IN ('pending', 'copying', 'ready')),
+    snapshot_lsn pg_lsn,
+    rows         bigint NOT NULL DEFAULT 0,
+    bytes        bigint NOT NULL DEFAULT 0,
+    updated_at   timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (stream, table_schema, table_name)
+);
+
+-- The state of a promotion, stored before the next step is tried, and its report.
+CREATE TABLE IF NOT EXISTS dr_agent.promotion (
+    stream     text PRIMARY KEY,
+    term       bigint NOT NULL,
+    mode       text NOT NULL,
+    state      text NOT NULL,
+    started_at timestamptz NOT NULL,
+    updated_at timestamptz NOT NULL,
+    detail     jsonb NOT NULL DEFAULT '{}'
+);
+
+-- In-band tables; the same as in source.sql.
+CREATE TABLE IF NOT EXISTS dr_agent.heartbeat (
+    id         smallint PRIMARY KEY DEFAULT 1 CHECK (id = 1),
+    beat       bigint NOT NULL,
+    written_at timestamptz NOT NULL
+);
+CREATE TABLE IF NOT EXISTS dr_agent.sequence_state (
+    schema_name   text NOT NULL,
+    sequence_name text NOT NULL,
+    last_value    bigint NOT NULL,
+    is_called     boolean NOT NULL,
+    PRIMARY KEY (schema_name, sequence_name)
+);
+
+-- The compare-and-set that begins every apply transaction: ordering, exactly-once and fencing in
+-- one comparison. It raises instead of returning, so that a chain of pipelined statements fails
+-- with it. The row lock it takes makes a promotion wait for, or end, a batch in flight.
+CREATE OR REPLACE FUNCTION dr_agent.advance(
+    the_stream text, my_term bigint, previous pg_lsn,
+    next_batch bigint, next pg_lsn, committed timestamptz
+) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    found_term bigint;
+    found_lsn  pg_lsn;
+BEGIN
+    UPDATE dr_agent.progress
+       SET batch = next_batch, end_lsn = next, commit_time = committed,
+           applied_at = clock_timestamp()
+     WHERE stream = the_stream AND term = my_term AND end_lsn = previous;
+    IF FOUND THEN
+        RETURN;
+    END IF;
+    SELECT term, end_lsn INTO found_term, found_lsn
+      FROM dr_agent.progress WHERE stream = the_stream;
+    IF found_term IS DISTINCT FROM my_term THEN
+        RAISE EXCEPTION 'the replica is at term %, this agent at term %', found_term, my_term
+            USING ERRCODE = 'DR001';
+    END IF;
+    RAISE EXCEPTION 'the replica is at %, this agent expected %', found_lsn, previous
+        USING ERRCODE = 'DR002';
+END
+$$;

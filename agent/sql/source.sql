@@ -1,0 +1,22 @@
+-- In-band tables: what must travel in commit order besides user data. Published like any other
+-- table, and writable by their owner only. Repeatable.
+CREATE SCHEMA IF NOT EXISTS dr_agent;
+COMMENT ON SCHEMA dr_agent IS 'dr-agent: in-band tables of the replication to the replica';
+
+-- One row, updated every second by the agent: measures lag, moves the slot on a quiet database.
+CREATE TABLE IF NOT EXISTS dr_agent.heartbeat (
+    id         smallint PRIMARY KEY DEFAULT 1 CHECK (id = 1),
+    beat       bigint NOT NULL,
+    written_at timestamptz NOT NULL
+);
+INSERT INTO dr_agent.heartbeat (id, beat, written_at) VALUES (1, 0, now())
+    ON CONFLICT (id) DO NOTHING;
+
+-- Sequences whose position changed since the last look; logical decoding does not carry them.
+CREATE TABLE IF NOT EXISTS dr_agent.sequence_state (
+    schema_name   text NOT NULL,
+    sequence_name text NOT NULL,
+    last_value    bigint NOT NULL,
+    is_called     boolean NOT NULL,
+    PRIMARY KEY (schema_name, sequence_name)
+);

@@ -1,0 +1,183 @@
+//! What a database of the source holds: the tables that can be published and those that cannot.
+//!
+//! Read by `check`, by the set-up before anything is published, and by the monitor that counts
+//! unprotected objects. Only reads; decides nothing about publications.
+
+use std::fmt;
+
+use tokio_postgres::Client;
+
+use crate::config::{Config, Keyless};
+use crate::pg::PgError;
+
+/// A table's name as PostgreSQL holds it, unquoted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TableName {
+    /// Schema.
+    pub schema: String,
+    /// Table.
+    pub name: String,
+}
+
+impl TableName {
+    /// `"schema"."table"`, quoted for SQL.
+    pub fn sql(&self) -> String {
+        format!("{}.{}", quote_ident(&self.schema), quote_ident(&self.name))
+    }
+}
+
+impl fmt::Display for TableName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.schema, self.name)
+    }
+}
+
+/// Quotes an identifier for SQL, always.
+pub fn quote_ident(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// Quotes a string literal for SQL, whatever `standard_conforming_strings` says.
+pub fn quote_literal(text: &str) -> String {
+    let doubled = text.replace('\'', "''");
+    if doubled.contains('\\') {
+        format!(" E'{}'", doubled.replace('\\', "\\\\"))
+    } else {
+        format!("'{doubled}'")
+    }
+}
+
+/// How UPDATE and DELETE of a table's rows can be told to a subscriber.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// Primary key, or REPLICA IDENTITY USING INDEX.
+    Key,
+    /// REPLICA IDENTITY FULL: the whole old row.
+    Full,
+    /// None: published, the source's own UPDATE and DELETE would fail.
+    Missing,
+}
+
+/// A table with storage of its own: an ordinary table or a leaf partition.
+#[derive(Clone, Debug)]
+pub struct Table {
+    /// Its name.
+    pub name: TableName,
+    /// The topmost partitioned table above it; itself where it is no partition.
+    pub root: TableName,
+    /// How its old rows are identified.
+    pub identity: Identity,
+    /// UNLOGGED tables are not in the WAL and cannot be published.
+    pub unlogged: bool,
+    /// Size on disk without indexes, in bytes.
+    pub bytes: i64,
+    /// Belongs to an extension; its rows are the extension's configuration.
+    pub of_extension: bool,
+}
+
+/// What becomes of one table under the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protection {
+    /// Published, through its root.
+    Published,
+    /// Left out by `source.exclude`.
+    Excluded,
+    /// Keyless, and `source.keyless = "exclude"`.
+    KeylessExcluded,
+    /// Keyless, and nobody has decided: nothing is published before somebody does.
+    KeylessRefused,
+    /// Published once it has REPLICA IDENTITY FULL (`source.keyless = "full"`).
+    KeylessFull,
+    /// Not in the WAL.
+    Unlogged,
+}
+
+impl Table {
+    /// What becomes of this table under `config`.
+    pub fn protection(&self, config: &Config) -> Protection {
+        if config.excludes(&self.root.schema, &self.root.name) {
+            Protection::Excluded
+        } else if self.unlogged {
+            Protection::Unlogged
+        } else if self.identity != Identity::Missing {
+            Protection::Published
+        } else {
+            match config.source.keyless {
+                Keyless::Refuse => Protection::KeylessRefused,
+                Keyless::Full => Protection::KeylessFull,
+                Keyless::Exclude => Protection::KeylessExcluded,
+            }
+        }
+    }
+}
+
+/// Every table of the database this client is connected to that holds rows of the user's, in name
+/// order. The in-band tables of schema `dr_agent` are among them, so that they are published and
+/// copied like any other.
+pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
+    const SQL: &str = "
+        SELECT n.nspname, c.relname, rn.nspname, r.relname,
+               CASE WHEN c.relreplident = 'f' THEN 'full'
+                    WHEN c.relreplident = 'i' AND EXISTS (
+                         SELECT 1 FROM pg_index i
+                          WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid) THEN 'key'
+                    WHEN c.relreplident = 'd' AND EXISTS (
+                         SELECT 1 FROM pg_index i
+                          WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid) THEN 'key'
+                    ELSE 'missing' END,
+               c.relpersistence = 'u',
+               pg_table_size(c.oid),
+               EXISTS (SELECT 1 FROM pg_depend d
+                        WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
+                          AND d.deptype = 'e')
+          FROM pg_class c
+          JOIN pg_namespace n ON n.oid = c.relnamespace
+          JOIN pg_class r ON r.oid = coalesce(pg_partition_root(c.oid), c.oid)
+          JOIN pg_namespace rn ON rn.oid = r.relnamespace
+         WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
+           AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
+         ORDER BY 1, 2";
+    let rows = client.query(SQL, &[]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| Table {
+            name: TableName {
+                schema: row.get(0),
+                name: row.get(1),
+            },
+            root: TableName {
+                schema: row.get(2),
+                name: row.get(3),
+            },
+            identity: match row.get::<_, &str>(4) {
+                "full" => Identity::Full,
+                "key" => Identity::Key,
+                _ => Identity::Missing,
+            },
+            unlogged: row.get(5),
+            bytes: row.get(6),
+            of_extension: row.get(7),
+        })
+        .filter(|table: &Table| !table.of_extension)
+        .collect())
+}
+
+/// Databases of the server this client is connected to that allow connections, without templates.
+pub async fn databases(client: &Client) -> Result<Vec<String>, PgError> {
+    const SQL: &str = "SELECT datname FROM pg_database
+         WHERE datallowconn AND NOT datistemplate ORDER BY datname";
+    Ok(client
+        .query(SQL, &[])
+        .await?
+        .iter()
+        .map(|row| row.get(0))
+        .collect())
+}
+
+/// `server_version_num`, for example 150018.
+pub async fn server_version(client: &Client) -> Result<i32, PgError> {
+    let row = client
+        .query_one("SELECT current_setting('server_version_num')::int", &[])
+        .await?;
+    Ok(row.get(0))
+}

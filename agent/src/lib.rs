@@ -1,0 +1,7 @@
+//! dr-agent keeps a pilot-light replica of an on-premises PostgreSQL and promotes it on the bad day.
+
+pub mod catalog;
+pub mod config;
+pub mod error;
+pub mod pg;
+pub mod stream;

@@ -1,0 +1,162 @@
+//! What can go wrong in a conversation with PostgreSQL, without the driver's types.
+//!
+//! `tokio_postgres::Error` prints its cause in `Display` and returns it from `source()` as well, so it
+//! is converted at the boundary and never kept. DETAIL, which quotes rows, is dropped here for good.
+
+use std::error::Error as _;
+use std::io;
+use std::time::Duration;
+
+use crate::error::{Class, Classify, sqlstate_class};
+
+/// An error message of the server.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServerError {
+    /// `ERROR`, `FATAL` or `PANIC`.
+    pub severity: String,
+    /// Five characters; PostgreSQL documentation, appendix "PostgreSQL Error Codes".
+    pub sqlstate: String,
+    /// The primary message; data exceptions (class 22) quote values, so theirs is replaced.
+    pub message: String,
+    /// The server's hint.
+    pub hint: Option<String>,
+    /// `schema.table` where the server names one.
+    pub table: Option<String>,
+    /// Where the server names one.
+    pub column: Option<String>,
+    /// Where the server names one.
+    pub constraint: Option<String>,
+}
+
+/// What can go wrong in a conversation with PostgreSQL.
+#[derive(Debug, thiserror::Error)]
+pub enum PgError {
+    /// No host of the URL could be reached.
+    #[error("connect to {server}")]
+    Connect {
+        /// `host:port`, or the socket.
+        server: String,
+        /// Why the last host failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The server cannot or may not speak TLS as `sslmode` asks.
+    #[error("TLS with {server}: {reason}")]
+    Tls {
+        /// `host:port`.
+        server: String,
+        /// What is wrong and which setting it belongs to.
+        reason: String,
+    },
+    /// No password was found, or it cannot be read.
+    #[error("password for {user}@{server}: {reason}")]
+    Password {
+        /// The role.
+        user: String,
+        /// `host:port`.
+        server: String,
+        /// Where it was looked for.
+        reason: String,
+    },
+    /// The server refused or failed.
+    #[error("{} (SQLSTATE {})", .0.message, .0.sqlstate)]
+    Server(Box<ServerError>),
+    /// The connection ended under us.
+    #[error("the connection was closed")]
+    Closed,
+    /// Reading or writing the connection failed.
+    #[error("connection lost")]
+    Io(#[source] io::Error),
+    /// The server did not answer in time.
+    #[error("no answer within {after:?} while trying to {doing}")]
+    Timeout {
+        /// Verb and object.
+        doing: &'static str,
+        /// How long we waited.
+        after: Duration,
+    },
+    /// A message that the protocol does not allow here, or a value of an unexpected type.
+    #[error("unexpected answer: {0}")]
+    Protocol(String),
+}
+
+impl PgError {
+    /// The SQLSTATE, where the server sent one.
+    pub fn sqlstate(&self) -> Option<&str> {
+        match self {
+            Self::Server(error) => Some(&error.sqlstate),
+            _ => None,
+        }
+    }
+}
+
+impl Classify for PgError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Connect { .. } | Self::Closed | Self::Io(_) | Self::Timeout { .. } => {
+                Class::Transient
+            }
+            Self::Server(error) => sqlstate_class(&error.sqlstate),
+            Self::Tls { .. } | Self::Password { .. } | Self::Protocol(_) => Class::Definite,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        let Self::Server(error) = self else {
+            return None;
+        };
+        let ours = match error.sqlstate.as_str() {
+            "28P01" => {
+                "the password is wrong; it comes from password_file, PGPASSWORD or ~/.pgpass"
+            }
+            "28000" => {
+                "pg_hba.conf or the role's attributes do not let us in; a replication \
+                        connection needs LOGIN and REPLICATION"
+            }
+            "42501" => "the role lacks a right; `dr-agent check` lists every one it needs",
+            "3D000" => "the database does not exist",
+            "53100" => "the server's disk is full; free space, the agent goes on by itself",
+            "53300" | "53400" => {
+                "raise max_connections, max_wal_senders or max_replication_slots on that server"
+            }
+            _ => return error.hint.clone(),
+        };
+        Some(ours.to_owned())
+    }
+}
+
+impl From<tokio_postgres::Error> for PgError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        if let Some(db) = error.as_db_error() {
+            let sqlstate = db.code().code().to_owned();
+            // Class 22, data exception: the message quotes the value ("invalid input syntax …").
+            let message = if sqlstate.starts_with("22") {
+                "the server refused a value".to_owned()
+            } else {
+                db.message().to_owned()
+            };
+            return Self::Server(Box::new(ServerError {
+                severity: db.severity().to_owned(),
+                sqlstate,
+                message,
+                hint: db.hint().map(str::to_owned),
+                table: db.table().map(|table| match db.schema() {
+                    Some(schema) => format!("{schema}.{table}"),
+                    None => table.to_owned(),
+                }),
+                column: db.column().map(str::to_owned),
+                constraint: db.constraint().map(str::to_owned),
+            }));
+        }
+        if error.is_closed() {
+            return Self::Closed;
+        }
+        let io_kind = error
+            .source()
+            .and_then(|cause| cause.downcast_ref::<io::Error>());
+        match io_kind {
+            Some(cause) => Self::Io(io::Error::new(cause.kind(), cause.to_string())),
+            None => Self::Protocol(error.to_string()),
+        }
+    }
+}
