@@ -7,6 +7,8 @@
 mod connect;
 mod conninfo;
 mod error;
+pub mod pgoutput;
+pub mod relation;
 
 pub use connect::{Session, connect};
 pub use conninfo::{ConnInfo, ConnInfoError};
