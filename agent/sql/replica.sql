@@ -86,3 +86,15 @@ BEGIN
         USING ERRCODE = 'DR002';
 END
 $$;
+
+-- Ends a statement of an apply transaction that did not touch as many rows as it had to. Raising on
+-- the server lets COMMIT be sent before the answers are in.
+CREATE OR REPLACE FUNCTION dr_agent.expect(found bigint, wanted bigint, the_table text, doing text)
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF found <> wanted THEN
+        RAISE EXCEPTION '% of % rows to % in % are not on the replica',
+            wanted - found, wanted, doing, the_table USING ERRCODE = 'DR003';
+    END IF;
+END
+$$;

@@ -50,7 +50,8 @@ pub fn quote_literal(text: &str) -> String {
 /// How UPDATE and DELETE of a table's rows can be told to a subscriber.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Identity {
-    /// Primary key, or REPLICA IDENTITY USING INDEX.
+    /// Primary key, or REPLICA IDENTITY USING INDEX. A DEFERRABLE primary key is none: PostgreSQL
+    /// does not accept a key that may be violated for a moment.
     Key,
     /// REPLICA IDENTITY FULL: the whole old row.
     Full,
@@ -123,7 +124,8 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
                           WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid) THEN 'key'
                     WHEN c.relreplident = 'd' AND EXISTS (
                          SELECT 1 FROM pg_index i
-                          WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid) THEN 'key'
+                          WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid
+                            AND i.indimmediate) THEN 'key'
                     ELSE 'missing' END,
                c.relpersistence = 'u',
                pg_table_size(c.oid),
