@@ -25,9 +25,12 @@ use crate::wait::{PATIENCE, wait_for};
 /// Rows of a differing table that a message shows, per side.
 const SHOWN_MAX: usize = 10;
 
-const SAME_RENDERING: &str = "SET extra_float_digits = 3; SET datestyle = 'ISO, MDY'; \
-    SET intervalstyle = 'postgres'; SET timezone = 'UTC'; SET bytea_output = 'hex'; \
-    SET lc_monetary = 'C'; SET xmloption = 'content'; SET search_path = ''";
+// One snapshot for all tables of a side, and settings that end with the transaction.
+const SAME_RENDERING: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ;
+    SET LOCAL extra_float_digits = 3; SET LOCAL datestyle = 'ISO, MDY';
+    SET LOCAL intervalstyle = 'postgres'; SET LOCAL timezone = 'UTC';
+    SET LOCAL bytea_output = 'hex'; SET LOCAL lc_monetary = 'C';
+    SET LOCAL xmloption = 'content'; SET LOCAL search_path = ''";
 
 const TABLES: &str = "SELECT n.nspname, c.relname,
         (SELECT string_agg(a.attname, E'\\n' ORDER BY a.attname COLLATE \"C\") FROM pg_catalog.pg_attribute a
@@ -80,6 +83,8 @@ pub async fn differences(source: &Client, replica: &Client, without: &[&str]) ->
     {
         writeln!(text, "{schema}.{table} is on the replica only").expect("it is a string");
     }
+    source.run("COMMIT").await;
+    replica.run("COMMIT").await;
     text
 }
 

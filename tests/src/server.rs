@@ -374,6 +374,7 @@ impl PgServer {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         child.kill().expect("it is our child");
+        child.wait().expect("it is our child");
         false
     }
 
