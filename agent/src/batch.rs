@@ -78,12 +78,12 @@ impl Queue {
         while let Some(next) = self.waiting.front() {
             let alone = next.spilled.is_some();
             let full = bytes + next.bytes > self.bytes_max
-                || changes + next.changes_count > self.changes_max;
+                || changes + next.counts.total() > self.changes_max;
             if !transactions.is_empty() && (alone || full) {
                 break;
             }
             bytes += next.bytes;
-            changes += next.changes_count;
+            changes += next.counts.total();
             transactions.extend(self.waiting.pop_front());
             if alone {
                 break;
@@ -96,6 +96,7 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::changes::ChangeCounts;
     use crate::testing::lsn;
 
     fn transaction(end: u64, bytes: u64, changes: u64) -> Transaction {
@@ -106,7 +107,7 @@ mod tests {
             commit_time: i64::try_from(end).unwrap(),
             spilled: None,
             changes: Vec::new(),
-            changes_count: changes,
+            counts: ChangeCounts([changes, 0, 0, 0]),
             bytes,
         }
     }

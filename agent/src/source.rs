@@ -26,10 +26,10 @@ use tokio::time::MissedTickBehavior;
 
 use crate::error::{Class, Classify};
 use crate::ledger::FlushLsn;
-use crate::pg::{
-    ConnInfo, PgError, PgLsn, ReplicationConnection, ReplicationMessage, ReplicationReader, Session,
-    StatusSender,
+use crate::pg::replication::{
+    ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
 };
+use crate::pg::{ConnInfo, PgError, PgLsn, Session};
 use crate::spill::{SpillError, SpillSpace, SpillWriter};
 use crate::stream::StreamName;
 use crate::txn::{AssembleError, Assembler, Transaction};
@@ -214,10 +214,10 @@ impl Task {
                 // 1. Acknowledge what has become durable; the source may forget its WAL. All three
                 //    futures may be dropped at any point: nothing is lost.
                 changed = self.feedback.flush.changed() => {
+                    self.feedback.send().await?;
                     if changed.is_err() {
                         return Ok(());
                     }
-                    self.feedback.send().await?;
                 }
                 // 2. Sign of life.
                 _ = due.tick() => self.feedback.send().await?,

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::changes::ChangeCounts;
 use crate::error::{Class, Classify};
 use crate::lag::Micros;
 use crate::pg::PgLsn;
@@ -93,8 +94,8 @@ pub struct Transaction {
     pub spilled: Option<SpillFile>,
     /// Its changes in the order they were made, or the last of them.
     pub changes: Vec<Change>,
-    /// How many changes there are, the spilled ones included.
-    pub changes_count: u64,
+    /// How many changes there are of each kind, the spilled ones included.
+    pub counts: ChangeCounts,
     /// Bytes of `changes` in memory.
     pub bytes: u64,
 }
@@ -144,7 +145,7 @@ struct Open {
     xid: u32,
     commit_lsn: PgLsn,
     changes: Vec<Change>,
-    changes_count: u64,
+    counts: ChangeCounts,
     bytes: u64,
 }
 
@@ -176,7 +177,7 @@ impl Assembler {
                     xid: begin.xid,
                     commit_lsn: begin.final_lsn,
                     changes: Vec::new(),
-                    changes_count: 0,
+                    counts: ChangeCounts::default(),
                     bytes: 0,
                 });
                 Ok(None)
@@ -220,7 +221,7 @@ impl Assembler {
             place: "outside a transaction",
         })?;
         open.bytes += change.bytes();
-        open.changes_count += 1;
+        open.counts.count(&change);
         open.changes.push(change);
         Ok(None)
     }
@@ -245,7 +246,7 @@ impl Assembler {
             commit_time: commit.commit_time,
             spilled: None,
             changes: open.changes,
-            changes_count: open.changes_count,
+            counts: open.counts,
             bytes: open.bytes,
         })
     }
@@ -285,7 +286,7 @@ mod tests {
         assert!(assembler.push(encode::relation(&after)).unwrap().is_none());
         assert!(assembler.push(encode::insert(1, &[row[0], row[0]])).unwrap().is_none());
         let transaction = assembler.push(encode::commit(lsn(10), lsn(12), 77)).unwrap().unwrap();
-        assert_eq!(transaction.changes_count, 2);
+        assert_eq!(transaction.counts.total(), 2);
         let columns = |i: usize| transaction.changes[i].relations()[0].relation.columns.len();
         assert_eq!((columns(0), columns(1)), (1, 2));
     }
@@ -321,6 +322,6 @@ mod tests {
         assert_eq!(assembler.take_pending().len(), 1);
         assert_eq!(assembler.pending_bytes(), 0);
         let transaction = assembler.push(encode::commit(lsn(10), lsn(12), 0)).unwrap().unwrap();
-        assert_eq!((transaction.changes_count, transaction.changes.len()), (1, 0));
+        assert_eq!((transaction.counts.total(), transaction.changes.len()), (1, 0));
     }
 }
