@@ -4,4 +4,5 @@ pub mod catalog;
 pub mod config;
 pub mod error;
 pub mod pg;
+pub mod snapshot;
 pub mod stream;
