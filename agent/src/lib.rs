@@ -12,6 +12,7 @@ pub mod net;
 pub mod pg;
 pub mod sink;
 pub mod spill;
+pub mod snapshot;
 pub mod stream;
 #[cfg(test)]
 pub(crate) mod testing;
