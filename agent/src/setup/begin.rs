@@ -11,7 +11,8 @@ use super::identity::History;
 use super::replica::{self, Progress};
 use super::{Setup, table_sync};
 use crate::catalog::TableName;
-use crate::pg::{PgError, PgLsn, ReplicationConnection};
+use crate::pg::replication::ReplicationConnection;
+use crate::pg::{PgError, PgLsn};
 
 impl Setup<'_> {
     pub(super) async fn begin(

@@ -15,6 +15,7 @@
 
 use crate::error::{Class, Classify};
 use crate::pg::PgLsn;
+use crate::pg::slot::SlotState;
 use crate::stream::StreamName;
 
 /// What both sides say about one stream.
@@ -58,6 +59,18 @@ pub struct Slot {
     pub confirmed: Option<PgLsn>,
     /// Its WAL is gone: `wal_status = 'lost'`.
     pub lost: bool,
+}
+
+impl From<SlotState> for Slot {
+    fn from(state: SlotState) -> Self {
+        Self {
+            lost: state.is_lost(),
+            plugin: state.plugin,
+            database: state.database,
+            active_pid: state.active_pid,
+            confirmed: state.confirmed_flush_lsn,
+        }
+    }
 }
 
 /// What to do at this start.

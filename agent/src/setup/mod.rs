@@ -46,8 +46,9 @@ pub use role::Statement;
 
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases};
+use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
 use crate::pg::{
-    ConnInfo, CreatedSlot, PgError, PgLsn, ReplicationConnection, Session, SlotOptions, connect,
+    ConnInfo, PgError, PgLsn, Session, connect,
     slot,
 };
 use crate::snapshot::{self, CopyJob, CopyObserver};

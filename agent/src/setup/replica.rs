@@ -273,8 +273,6 @@ impl Locale {
 pub(super) struct Known {
     pub(super) recorded: Option<History>,
     pub(super) progress: Option<Progress>,
-    /// Schema `dr_agent` is there with all that [`known`] reads.
-    pub(super) has_schema: bool,
 }
 
 /// The stream's row of `dr_agent.progress`.
@@ -322,7 +320,6 @@ pub(super) async fn known(client: &Client, stream: &StreamName) -> Result<Known,
             batch: row.get(1),
             end_lsn: row.get(2),
         }),
-        has_schema,
     })
 }
 

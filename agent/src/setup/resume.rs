@@ -17,7 +17,7 @@ use super::error::{SetupError, Side};
 use super::replica::{self, Progress};
 use super::{Setup, publication, source, table_sync};
 use crate::catalog::{Protection, Table, TableName};
-use crate::pg::ReplicationConnection;
+use crate::pg::replication::ReplicationConnection;
 use crate::stream::StreamName;
 
 impl Setup<'_> {
