@@ -96,7 +96,10 @@ pub enum Protection {
 impl Table {
     /// What becomes of this table under `config`.
     pub fn protection(&self, config: &Config) -> Protection {
-        if config.excludes(&self.root.schema, &self.root.name) {
+        // `exclude = ["*.heartbeat"]` means a table of the user's.
+        if self.name.schema == "dr_agent" {
+            Protection::Published
+        } else if config.excludes(&self.root.schema, &self.root.name) {
             Protection::Excluded
         } else if self.unlogged {
             Protection::Unlogged
@@ -114,7 +117,7 @@ impl Table {
 
 /// Every table of the database this client is connected to that holds rows of the user's, in name
 /// order. The in-band tables of schema `dr_agent` are among them, so that they are published and
-/// copied like any other.
+/// copied like any other; what else that schema holds, on a server that was a replica once, is not.
 pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
     const SQL: &str = "
         SELECT n.nspname, c.relname, rn.nspname, r.relname,
@@ -138,6 +141,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
           JOIN pg_namespace rn ON rn.oid = r.relnamespace
          WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
+           AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state'))
          ORDER BY 1, 2";
     let rows = client.query(SQL, &[]).await?;
     Ok(rows

@@ -3,6 +3,7 @@
 pub mod backoff;
 pub mod batch;
 pub mod catalog;
+pub mod cmd;
 pub mod config;
 pub mod error;
 pub mod failpoint;
@@ -12,6 +13,7 @@ pub mod net;
 pub mod pg;
 pub mod sink;
 pub mod spill;
+pub mod setup;
 pub mod snapshot;
 pub mod stream;
 #[cfg(test)]
