@@ -16,8 +16,10 @@ use super::{note_failure, open};
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases, Keyless};
 use crate::coverage;
-use crate::pg::PgError;
-use crate::stream::APPLICATION_PREFIX;
+use crate::error::{Classify as _, chain};
+use crate::pg::replication::ReplicationConnection;
+use crate::pg::{ConnInfo, PgError, Session};
+use crate::stream::{APPLICATION_PREFIX, StreamName};
 
 /// What was learned of the source server.
 #[derive(Debug)]
@@ -150,7 +152,7 @@ pub(super) async fn database(
             return None;
         }
     };
-    findings.extend(replication_connection(&at, &conninfo, &stream, &source.server).await);
+    findings.push(replication_connection(&at, &conninfo, &stream, &source.slots).await);
     let found = read(&client, &at, findings).await?;
     let published = published_anywhere(&client);
     let published = note_failure(&at, "read the publications", findings, published)
@@ -478,12 +480,41 @@ async fn unprotected(at: &Place, client: &Client, config: &Config) -> Vec<Findin
     findings
 }
 
-/// Whether pg_hba.conf and the role let a walsender in.
+/// Whether pg_hba.conf, the role and the walsender limit let us stream: tried, since pg_hba.conf may
+/// treat replication differently from an ordinary session.
 async fn replication_connection(
-    _at: &Place,
-    _conninfo: &crate::pg::ConnInfo,
-    _stream: &crate::stream::StreamName,
-    _server: &Server,
-) -> Option<Finding> {
-    None
+    at: &Place,
+    conninfo: &ConnInfo,
+    stream: &StreamName,
+    slots: &[Slot],
+) -> Finding {
+    let held = |slot: &Slot| slot.active && slot.name == stream.as_str();
+    if slots.iter().any(held) {
+        return at.ok("replication_connection", "an agent is streaming");
+    }
+    let session = Session::new(stream.application_name("check"));
+    let attempt = async {
+        let mut connection = ReplicationConnection::connect(conninfo, &session).await?;
+        let identity = connection.identify_system().await;
+        connection.close().await;
+        identity
+    };
+    match open::within(attempt).await {
+        Ok(identity) => at.ok(
+            "replication_connection",
+            format!("is let in; WAL ends at {}", identity.xlogpos),
+        ),
+        Err(error) => {
+            let reason = chain(&error);
+            let finding = at.error("replication_connection", format!("is refused: {reason}"));
+            finding.hint(match error.hint() {
+                Some(hint) => hint,
+                None => {
+                    "an ordinary session is let in, this one is not: look at pg_hba.conf, at the \
+                     role's REPLICATION attribute and at max_wal_senders"
+                        .to_owned()
+                }
+            })
+        }
+    }
 }
