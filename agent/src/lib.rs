@@ -3,8 +3,10 @@
 pub mod backoff;
 pub mod batch;
 pub mod catalog;
+pub mod check;
 pub mod cmd;
 pub mod config;
+pub mod coverage;
 pub mod error;
 pub mod failpoint;
 pub mod lag;
