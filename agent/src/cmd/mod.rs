@@ -1,6 +1,7 @@
-//! One short file per subcommand: arguments in, exit class out.
-
-pub mod init;
-//! The subcommands: each turns a configuration into an exit code and prints for people or programs.
+//! One short file per subcommand: configuration and arguments in, text for people or programs and an
+//! exit code out.
 
 pub mod check;
+pub mod init;
+pub mod promote;
+pub mod run;
