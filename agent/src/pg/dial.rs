@@ -15,7 +15,7 @@ use std::time::Duration;
 use super::conninfo::{ChannelBinding, ConnInfo, Host, SslMode, TargetSessionAttrs};
 use super::stream::{Address, PgStream, connect_error};
 use super::tls::Tls;
-use super::{PgError, password};
+use super::{PgError, password, tls};
 
 /// How one kind of session begins on an open stream.
 pub(super) trait Start {
@@ -241,7 +241,9 @@ fn name_server(host: &Host, error: PgError) -> PgError {
                 "the server closed the connection during start-up",
             ),
         ),
-        PgError::Io(source) => connect_error(host, source),
+        PgError::Io(source) => {
+            tls::refusal(host, &source).unwrap_or_else(|| connect_error(host, source))
+        }
         other => other,
     }
 }
