@@ -279,6 +279,21 @@ async fn settings_hold_from_the_first_statement_and_a_dropped_session_ends() {
 }
 
 #[tokio::test]
+async fn a_session_ended_by_an_administrator_tells_why() {
+    let server = server_with_roles().await;
+    let info = conninfo(&server.url("postgres"));
+    let session = Session::new("victim");
+    let mut walsender = ReplicationConnection::connect(&info, &session)
+        .await
+        .unwrap();
+    let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                     WHERE application_name = 'victim'";
+    server.run("postgres", terminate).await;
+    let error = walsender.identify_system().await.unwrap_err();
+    assert_eq!(error.sqlstate(), Some("57P01"), "{error:?}");
+}
+
+#[tokio::test]
 async fn a_broken_session_says_so() {
     let server = server_with_roles().await;
     let info = conninfo(&server.url("postgres"));

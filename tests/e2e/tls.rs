@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use dr_agent::error::{Class, Classify as _, chain};
 use dr_agent::pg::replication::ReplicationConnection;
@@ -338,10 +338,14 @@ async fn a_large_stream_passes_through_tls_unharmed() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_missing_is_named() {
+async fn a_certificate_file_that_is_missing_is_named() {
     let server = Encrypted::start(&PKCS_ECDSA_P256_SHA256).await;
     let parameters = "sslmode=require&sslcert=DIR/client.crt&sslkey=DIR/no-such.key";
     let error = server.refuses("certified", "db.example", parameters).await;
     let path = server.path("no-such.key");
-    expect_tls_error(&error, &format!("sslkey {}", Path::new(&path).display()));
+    expect_tls_error(&error, &format!("sslkey {}", path.display()));
+    // Also where a session without TLS would have been possible.
+    let parameters = "sslmode=prefer&sslrootcert=DIR/no-such.crt";
+    let error = server.refuses("onlyplain", "db.example", parameters).await;
+    expect_tls_error(&error, "no-such.crt");
 }

@@ -123,7 +123,12 @@ impl ReplicationConnection {
         let mut rows = Vec::new();
         let mut refused = None;
         loop {
-            match self.next_frame().await? {
+            let frame = match self.next_frame().await {
+                Ok(frame) => frame,
+                // After a FATAL error the connection ends; the error is the reason.
+                Err(lost) => return Err(refused.map_or(lost, PgError::Server)),
+            };
+            match frame {
                 Frame::Row(row) => rows.push(row),
                 Frame::Error(error) => refused = Some(error),
                 Frame::Ready => break,
