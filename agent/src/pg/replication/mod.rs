@@ -4,8 +4,8 @@
 //! connect ──▶ ReplicationConnection ──START_REPLICATION──▶ ReplicationReader  (WAL data, keepalives)
 //!              commands, one at a time                  └▶ StatusSender       (what is durable)
 //! ```
-//! [`startup`] authenticates, [`command`] builds the walsender's own commands, [`frames`] cuts the byte
-//! stream into messages, [`copy_both`] is the stream after `START_REPLICATION`. PostgreSQL
+//! `startup` authenticates, `command` builds the walsender's own commands, `frames` cuts the byte
+//! stream into messages, `copy_both` is the stream after `START_REPLICATION`. PostgreSQL
 //! documentation, "Streaming Replication Protocol" and "Logical Streaming Replication Parameters".
 //!
 //! # Invariants
