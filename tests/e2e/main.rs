@@ -9,4 +9,7 @@
     reason = "these are tests: a panic is how they fail"
 )]
 
+mod connection;
 mod harness;
+mod tls;
+mod walsender;
