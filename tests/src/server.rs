@@ -1,7 +1,7 @@
 //! A throw-away PostgreSQL server, started, stopped, crashed, frozen and removed by a test.
 //!
-//! The first server of a run initialises a template data directory; each server starts from a copy
-//! of it. Servers listen on a free port of 127.0.0.1 and on a Unix socket, run with `fsync = off`, and
+//! The first source and the first replica of a run initialise a template data directory each; every
+//! server starts from a copy of one. All sources are one cluster to PostgreSQL, and so are all replicas. Servers listen on a free port of 127.0.0.1 and on a Unix socket, run with `fsync = off`, and
 //! as an unprivileged user where the tests run as root.
 //!
 //! # Invariants
@@ -40,6 +40,7 @@ pub struct ServerOptions {
     files: Vec<(String, Vec<u8>)>,
     data_below: Option<PathBuf>,
     data_from: Option<PathBuf>,
+    template: &'static str,
 }
 
 impl ServerOptions {
@@ -64,6 +65,7 @@ impl ServerOptions {
             files: Vec::new(),
             data_below: None,
             data_from: None,
+            template: name,
         };
         // Durability against a power cut is PostgreSQL's business, not what is tested here.
         options
@@ -107,6 +109,13 @@ impl ServerOptions {
         self
     }
 
+    /// Initialised apart from all other sources, so that its system identifier is another.
+    #[must_use]
+    pub fn of_another_cluster(mut self) -> Self {
+        self.template = "another";
+        self
+    }
+
     /// Takes over this data directory instead of a new one.
     #[must_use]
     pub(crate) fn data_from(mut self, data: PathBuf) -> Self {
@@ -147,7 +156,7 @@ impl PgServer {
             .join("data");
         match &options.data_from {
             Some(present) => fs::rename(present, &data).expect("both are in the run directory"),
-            None => copy_template(&options.binaries, &data),
+            None => copy_template(&options.binaries, options.template, &data),
         }
         let mut server = Self {
             name: options.name,
@@ -504,14 +513,15 @@ pub(crate) fn give_away(path: &Path) {
     }
 }
 
-/// Copies the template data directory of this version, initialising it when it is the first time.
-fn copy_template(binaries: &Binaries, data: &Path) {
-    static TEMPLATES: LazyLock<Mutex<HashMap<PathBuf, PathBuf>>> = LazyLock::new(Mutex::default);
+/// Copies the template data directory of this version and name, initialising it the first time.
+fn copy_template(binaries: &Binaries, name: &'static str, data: &Path) {
+    type Templates = HashMap<(PathBuf, &'static str), PathBuf>;
+    static TEMPLATES: LazyLock<Mutex<Templates>> = LazyLock::new(Mutex::default);
     let template = {
         let mut templates = lock(&TEMPLATES);
         templates
-            .entry(binaries.directory.clone())
-            .or_insert_with(|| initialise_template(binaries))
+            .entry((binaries.directory.clone(), name))
+            .or_insert_with(|| initialise_template(binaries, name))
             .clone()
     };
     let output = Command::new("cp")
@@ -527,8 +537,8 @@ fn copy_template(binaries: &Binaries, data: &Path) {
     );
 }
 
-fn initialise_template(binaries: &Binaries) -> PathBuf {
-    let parent = run_directory().join(format!("template-{}", binaries.major));
+fn initialise_template(binaries: &Binaries, name: &str) -> PathBuf {
+    let parent = run_directory().join(format!("template-{name}-{}", binaries.major));
     fs::create_dir_all(&parent).expect("the run directory is ours");
     give_away(&parent);
     let data = parent.join("data");

@@ -136,6 +136,18 @@ impl Database {
         self.replica.client(&self.name).await
     }
 
+    /// A session on the replica to which the read-only guard does not apply, as an administrator has it.
+    pub async fn writable_replica(&self) -> Client {
+        let client = self.replica().await;
+        client.run("SET default_transaction_read_only = off").await;
+        client
+    }
+
+    /// The URL of the database on the source.
+    pub fn source_url(&self) -> String {
+        self.source.url(&self.name)
+    }
+
     /// The slot, publication and progress row.
     pub fn stream(&self) -> dr_agent::stream::StreamName {
         dr_agent::stream::StreamName::new(&self.slot, &self.name)
