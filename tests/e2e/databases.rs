@@ -2,7 +2,7 @@
 //! Method: `databases = ["*"]` over three databases, one of which has a table that cannot be replicated.
 
 use dr_agent_tests::agent::Agent;
-use dr_agent_tests::agent_config::AgentConfig;
+use dr_agent_tests::agent::AgentConfig;
 use dr_agent_tests::site::Site;
 use dr_agent_tests::wait::{PATIENCE, wait_until};
 

@@ -16,8 +16,7 @@ use std::thread;
 
 use tokio::sync::Mutex;
 
-use crate::agent::{Agent, Running};
-use crate::agent_config::AgentConfig;
+use crate::agent::{Agent, AgentConfig, Running};
 use crate::client::Client;
 use crate::compare;
 use crate::server::{PgServer, ServerOptions};
