@@ -4,8 +4,6 @@
 
 #![allow(
     clippy::unwrap_used,
-    clippy::expect_used,
-    missing_docs,
     reason = "these are tests: a panic is how they fail"
 )]
 
@@ -13,3 +11,20 @@ mod connection;
 mod harness;
 mod tls;
 mod walsender;
+mod bad_input;
+mod check;
+mod copy;
+mod databases;
+mod disturbances;
+mod fencing;
+mod harness;
+mod init;
+mod large;
+mod observe;
+mod oracle;
+mod prefix;
+mod promote;
+mod schema;
+mod status;
+mod types;
+mod values;
