@@ -219,7 +219,7 @@ fn debug_output_shows_no_value() {
         encode::logical_message(&logical),
     ] {
         let message = decode(&data, false).unwrap();
-        let text = format!("{message:?} {:?}", row);
+        let text = format!("{message:?} {row:?}");
         assert!(!text.contains("secret"), "{text}");
         // Bytes could also be printed as numbers.
         assert!(!text.contains("115"), "{text}");
