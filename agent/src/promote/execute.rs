@@ -16,7 +16,7 @@ use jiff::Timestamp;
 use tokio::time::{Instant, sleep};
 use tokio_postgres::Client;
 
-use super::observe::{self, Database, Observed};
+use super::observe::{self, DATABASES_AT_ONCE, Database, Observed};
 use super::plan::{Plan, Refusal, plan};
 use super::report::{DatabaseReport, Outcome, Report, StepReport};
 use super::state::{self, Action, Edge, State};
@@ -27,8 +27,6 @@ use crate::error::{Classify as _, chain};
 use crate::failpoint;
 use crate::pg::{self, PgLsn, Session};
 
-/// Databases worked on at the same time.
-const DATABASES_AT_ONCE: usize = 8;
 /// How long another promotion's lock is waited for: that of a killed one goes away by itself.
 const LOCK_WITHIN: Duration = Duration::from_secs(10);
 

@@ -311,7 +311,7 @@ impl DatabaseReport {
         match self.loss_seconds() {
             Some(seconds) if seconds > 0.0 => {
                 parts.push(format!(
-                    "nothing committed more than {seconds:.2} s before the term was raised"
+                    "committed within the {seconds:.2} s before the term was raised"
                 ));
             }
             Some(_) => {}
