@@ -154,10 +154,7 @@ async fn walk_edges(begun: &Begun<'_>, record: &mut Record) -> Result<(), Promot
         record.detail.database = stored.database;
         record.detail.report = stored.report;
     }
-    while let Some(edge) = state::edge_from(record.state) {
-        if edge.action == Action::RunHooks {
-            break;
-        }
+    while let Some(edge) = state::own_edge_from(record.state) {
         tracing::info!(database = record.name, to = %edge.to, "{}", edge.reason);
         Box::pin(walk_edge(begun, &mut client, record, edge)).await?;
         failpoint::hit(&format!("promote:{}", edge.to));
