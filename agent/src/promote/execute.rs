@@ -38,13 +38,13 @@ pub async fn promote(
     started_at: Timestamp,
 ) -> Result<Report, PromoteError> {
     let observed = observe::observe(config, "promote").await?;
-    if observed.databases.is_empty() && observed.missing.is_empty() {
+    if observed.databases.is_empty() {
         return Err(PromoteError::NothingToPromote {
             slot: config.source.slot.clone(),
         });
     }
     let plan = plan(&observed, options);
-    if options.plan || !plan.refusals.is_empty() || observed.databases.is_empty() {
+    if options.plan || !plan.refusals.is_empty() {
         return Ok(planned(config, &observed, &plan, options, started_at).await);
     }
     if plan.is_done() {

@@ -166,6 +166,11 @@ async fn database(
         Err(error) if error.sqlstate() == Some("3D000") => return Ok(None),
         Err(error) => return Err(error).doing("connect to the replica"),
     };
+    // One moment for all of it: another promotion may be at work.
+    client
+        .batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        .await
+        .doing("begin to read the replica")?;
     let here: bool = client
         .query_one(
             "SELECT count(*) = 3 FROM (VALUES ('progress'), ('table_sync'), ('promotion')) AS t (name)

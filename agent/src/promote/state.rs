@@ -261,10 +261,7 @@ mod tests {
         for state in State::ALL {
             let own = own_edge_from(state).map(|edge| edge.action);
             assert_eq!(own.is_none(), state.is_open(), "{state}");
-            assert!(!matches!(
-                own,
-                Some(Action::RunHooks | Action::StoreReport)
-            ));
+            assert!(!matches!(own, Some(Action::RunHooks | Action::StoreReport)));
         }
     }
 
