@@ -67,8 +67,8 @@ pub struct Stored {
     pub report: Option<Report>,
     /// When the command was first started.
     pub started_at: String,
-    /// Overrides given when the term was raised.
-    pub overrides: Vec<String>,
+    /// Promises that the operator accepted to break.
+    pub accepted: Vec<String>,
 }
 
 /// One replicated database.
@@ -302,6 +302,6 @@ pub async fn promotion(
         database: detail.database,
         report: detail.report,
         started_at: detail.started_at,
-        overrides: detail.overrides,
+        accepted: detail.accepted,
     }))
 }

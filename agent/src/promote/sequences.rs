@@ -86,8 +86,11 @@ pub fn target(facts: &Facts) -> Target {
     let margin = MARGIN_CALLS + MARGIN_CACHES * i128::from(facts.cache.max(1));
     let anchor = i128::from(anchor);
     if facts.cycle {
+        // Beyond half of a ring, further ahead means closer behind.
+        let length = (i128::from(facts.max) - i128::from(facts.min)) / increment.abs() + 1;
+        let ahead = margin.min(length / 2);
         return Target {
-            value: Some(clamped(wrapped(anchor + margin * increment, facts))),
+            value: Some(clamped(wrapped(anchor + ahead * increment, facts))),
             warning: None,
         };
     }
@@ -349,7 +352,7 @@ mod tests {
             known: Some(990),
             ..SERIAL
         };
-        assert_eq!(value(ring), (990 - 1 + MARGIN) % 1_000 + 1);
+        assert_eq!(value(ring), 490, "half the ring ahead");
         let down = Facts {
             increment: -1,
             start: 1_000,

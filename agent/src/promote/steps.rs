@@ -31,8 +31,8 @@ const NAMED_MAX: usize = 5;
 pub(super) struct Detail {
     /// When the command was first started.
     pub(super) started_at: String,
-    /// Overrides given then.
-    pub(super) overrides: Vec<String>,
+    /// Promises that the operator accepted to break.
+    pub(super) accepted: Vec<String>,
     /// This database's part of the report.
     pub(super) database: DatabaseReport,
     /// The whole report, once the hooks have run.
