@@ -7,12 +7,9 @@
     reason = "these are tests: a panic is how they fail"
 )]
 
-mod connection;
-mod harness;
-mod tls;
-mod walsender;
 mod bad_input;
 mod check;
+mod connection;
 mod copy;
 mod databases;
 mod disturbances;
@@ -26,5 +23,7 @@ mod prefix;
 mod promote;
 mod schema;
 mod status;
+mod tls;
 mod types;
 mod values;
+mod walsender;

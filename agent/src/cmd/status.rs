@@ -472,7 +472,7 @@ mod tests {
             database: DatabaseReport::default(),
             report: None,
             started_at: String::new(),
-            overrides: Vec::new(),
+            accepted: Vec::new(),
         });
         assert_eq!(
             judged(Some(&promoted), Some(&streaming(Some(0.0)))),
