@@ -227,7 +227,7 @@ impl<'a> Setup<'a> {
             }
             (Verdict::Resume, progress) => {
                 let progress = progress.expect("the verdict is Resume only where there is progress");
-                setup.resume(&mut walsender, progress).await?;
+                setup.resume(&mut walsender).await?;
                 progress
             }
         };

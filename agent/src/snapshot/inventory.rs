@@ -190,20 +190,24 @@ pub(super) async fn index_attachments(
     attachments: &[Attachment],
 ) -> Result<Vec<Entry>, CopyError> {
     const SQL: &str = "
-        SELECT xn.nspname::text, x.relname::text, pg_get_userbyid(c.relowner)::text
+        SELECT xn.nspname::text, x.relname::text, pg_get_userbyid(c.relowner)::text,
+               pg_get_userbyid(parent.relowner)::text
           FROM unnest($1::text[], $2::text[]) AS wanted (s, t)
           JOIN pg_namespace n ON n.nspname = s
           JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t
           JOIN pg_index i ON i.indrelid = c.oid
           JOIN pg_class x ON x.oid = i.indexrelid AND x.relispartition
-          JOIN pg_namespace xn ON xn.oid = x.relnamespace";
+          JOIN pg_namespace xn ON xn.oid = x.relnamespace
+          JOIN pg_inherits xi ON xi.inhrelid = x.oid
+          JOIN pg_class parent ON parent.oid = xi.inhparent";
     let children: Vec<TableName> = attachments.iter().map(|a| a.child.clone()).collect();
     let (schemas, names) = name_arrays(&children);
     let rows = source
         .query(SQL, &[&schemas, &names])
         .await
         .map_err(CopyError::source("read the partitions' indexes"))?;
-    // Releases differ in whether the entry has an owner.
+    // Releases differ in whether the entry has an owner, and whether it is the partition's or the
+    // parent's.
     let entry = |row: &Row, owner: String| Entry {
         kind: "INDEX ATTACH".to_owned(),
         schema: row.get(0),
@@ -212,7 +216,13 @@ pub(super) async fn index_attachments(
     };
     Ok(rows
         .iter()
-        .flat_map(|row| [entry(row, String::new()), entry(row, row.get(2))])
+        .flat_map(|row| {
+            [
+                entry(row, String::new()),
+                entry(row, row.get(2)),
+                entry(row, row.get(3)),
+            ]
+        })
         .collect())
 }
 
