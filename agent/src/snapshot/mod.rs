@@ -110,6 +110,8 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
     layout::lock(&source, &names).await?;
     let held = ledger.begin(&replica, &names).await?;
     let schema = schema::Schema::dump(job, &sessions, &source, &replica, observer).await?;
+    // An earlier copy may have been killed between creating and quieting them.
+    quiet::quiet(&replica, observer).await?;
     schema.restore_pre_data(&source, &replica).await?;
 
     observer.phase(CopyPhase::Data);
