@@ -75,8 +75,16 @@ impl Classify for InitError {
 /// Plans and, without `--plan`, executes the set-up of every configured database.
 pub async fn run(config: &Config, args: &InitArgs) -> Result<(), InitError> {
     let privileged = Privileged {
-        source: url("--source-url", args.source_url.as_deref(), &config.source.conninfo)?,
-        replica: url("--replica-url", args.replica_url.as_deref(), &config.replica.conninfo)?,
+        source: url(
+            "--source-url",
+            args.source_url.as_deref(),
+            &config.source.conninfo,
+        )?,
+        replica: url(
+            "--replica-url",
+            args.replica_url.as_deref(),
+            &config.replica.conninfo,
+        )?,
     };
     let databases = setup::source_databases_as(config, &privileged)
         .await
@@ -132,9 +140,7 @@ fn url(
 ) -> Result<ConnInfo, InitError> {
     match url {
         None => Ok(configured.clone()),
-        Some(url) => {
-            ConnInfo::parse(url, None).map_err(|source| InitError::Url { option, source })
-        }
+        Some(url) => ConnInfo::parse(url, None).map_err(|source| InitError::Url { option, source }),
     }
 }
 

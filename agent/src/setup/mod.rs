@@ -47,10 +47,7 @@ pub use role::Statement;
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases};
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
-use crate::pg::{
-    ConnInfo, PgError, PgLsn, Session, connect,
-    slot,
-};
+use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect, slot};
 use crate::snapshot::{self, CopyJob, CopyObserver};
 use crate::stream::StreamName;
 use identity::{History, Observed, Slot, Verdict};
@@ -220,7 +217,8 @@ impl<'a> Setup<'a> {
                 setup.begin(&mut walsender, &history, drop_slot).await?
             }
             (Verdict::Resume, progress) => {
-                let progress = progress.expect("the verdict is Resume only where there is progress");
+                let progress =
+                    progress.expect("the verdict is Resume only where there is progress");
                 setup.resume(&mut walsender).await?;
                 progress
             }
@@ -291,11 +289,7 @@ impl<'a> Setup<'a> {
             .map_err(SetupError::sql(Side::Source, "create a replication slot"))
     }
 
-    async fn finish(
-        self,
-        history: History,
-        progress: Progress,
-    ) -> Result<Prepared, SetupError> {
+    async fn finish(self, history: History, progress: Progress) -> Result<Prepared, SetupError> {
         let rows = table_sync::rows(&self.replica, &self.stream).await?;
         Ok(Prepared {
             term: progress.term,
@@ -327,13 +321,13 @@ async fn walsender(
         .set("statement_timeout", "0");
     ReplicationConnection::connect(conninfo, &session)
         .await
-        .map_err(SetupError::sql(Side::Source, "open a replication connection"))
+        .map_err(SetupError::sql(
+            Side::Source,
+            "open a replication connection",
+        ))
 }
 
-async fn observe_slot(
-    source: &Client,
-    stream: &StreamName,
-) -> Result<Option<Slot>, SetupError> {
+async fn observe_slot(source: &Client, stream: &StreamName) -> Result<Option<Slot>, SetupError> {
     let state = slot::slot_state(source, stream.as_str())
         .await
         .map_err(SetupError::sql(Side::Source, "look at the slot"))?;

@@ -23,7 +23,7 @@ use crate::pg::PgError;
 #[derive(Clone, Default, PartialEq, Eq)]
 pub(super) struct Role {
     pub(super) name: String,
-    superuser: bool,
+    pub(super) superuser: bool,
     inherit: bool,
     create_role: bool,
     create_db: bool,
@@ -243,7 +243,11 @@ mod tests {
         app.password = Some("SCRAM-SHA-256$4096:c2FsdA==$x:y".to_owned());
         app.valid_until = Some("2030-01-01 00:00:00+00".to_owned());
         let statement = app.create();
-        assert!(statement.sql.starts_with("CREATE ROLE \"App \"\"1\"\"\" WITH LOGIN INHERIT NOCREATEDB"));
+        assert!(
+            statement
+                .sql
+                .starts_with("CREATE ROLE \"App \"\"1\"\"\" WITH LOGIN INHERIT NOCREATEDB")
+        );
         assert!(statement.sql.contains("SCRAM-SHA-256$"));
         assert!(!statement.shown.contains("SCRAM"), "{}", statement.shown);
         assert!(!statement.sql.contains("SUPERUSER"));
@@ -263,6 +267,9 @@ mod tests {
         assert_eq!(sql.len(), 3);
         assert!(sql[0].starts_with("CREATE ROLE \"a_member\""));
         assert!(sql[1].starts_with("CREATE ROLE \"z_group\""));
-        assert_eq!(sql[2], "GRANT \"z_group\" TO \"a_member\" WITH ADMIN OPTION");
+        assert_eq!(
+            sql[2],
+            "GRANT \"z_group\" TO \"a_member\" WITH ADMIN OPTION"
+        );
     }
 }
