@@ -34,6 +34,7 @@ mod init;
 mod replica;
 mod resume;
 mod role;
+mod setting;
 mod source;
 mod table_sync;
 
@@ -266,7 +267,7 @@ impl<'a> Setup<'a> {
             .await
             .map_err(|source| SetupError::Copy {
                 database: self.database.to_owned(),
-                source,
+                source: Box::new(source),
             })
     }
 
