@@ -65,10 +65,7 @@ pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Cli
 }
 
 /// Reads what there is.
-pub(super) async fn observe(
-    client: &Client,
-    stream: &StreamName,
-) -> Result<Observed, SetupError> {
+pub(super) async fn observe(client: &Client, stream: &StreamName) -> Result<Observed, SetupError> {
     read(client, stream)
         .await
         .map_err(SetupError::sql(Side::Source, "look at the database"))
@@ -139,10 +136,7 @@ async fn read_publication(
                pubinsert AND pubupdate AND pubdelete AND pubtruncate AND NOT pubviaroot,
                pg_has_role(pubowner, 'USAGE'), oid
           FROM pg_publication WHERE pubname = $1";
-    let Some(row) = client
-        .query_opt(PUBLICATION, &[&stream.as_str()])
-        .await?
-    else {
+    let Some(row) = client.query_opt(PUBLICATION, &[&stream.as_str()]).await? else {
         return Ok(None);
     };
     let oid: u32 = row.get(3);
@@ -221,7 +215,10 @@ impl Observed {
         }
         if self.wal_level != "logical" {
             return unfit(
-                format!("wal_level is {}, logical decoding needs logical", self.wal_level),
+                format!(
+                    "wal_level is {}, logical decoding needs logical",
+                    self.wal_level
+                ),
                 "run ALTER SYSTEM SET wal_level = 'logical' on the source and restart it",
             );
         }
@@ -230,7 +227,10 @@ impl Observed {
                 side: Side::Source,
                 role: self.role.clone(),
                 what: "use a replication slot".to_owned(),
-                right: format!("the attribute REPLICATION (ALTER ROLE {} REPLICATION)", self.role),
+                right: format!(
+                    "the attribute REPLICATION (ALTER ROLE {} REPLICATION)",
+                    self.role
+                ),
             });
         }
         Ok(())
