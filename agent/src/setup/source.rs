@@ -90,13 +90,6 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
                    AND has_table_privilege(c.oid, 'DELETE')), true)
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname = 'dr_agent' AND c.relname IN ('heartbeat', 'sequence_state')";
-    // A partitioned table whose primary key is valid hands it down to every partition to come.
-    const KEYED_ROOTS: &str = "
-        SELECT n.nspname, c.relname
-          FROM pg_class c
-          JOIN pg_namespace n ON n.oid = c.relnamespace
-          JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary AND i.indisvalid
-         WHERE c.relkind = 'p' AND NOT c.relispartition";
     const NOT_OWNED: &str = "
         SELECT n.nspname, c.relname
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -118,7 +111,7 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
         has_schema: facts.get(8),
         writes_in_band: client.query_one(WRITES_IN_BAND, &[]).await?.get(0),
         tables: catalog::tables(client).await?,
-        keyed_roots: names(client, KEYED_ROOTS).await?,
+        keyed_roots: catalog::keyed_roots(client).await?,
         not_owned: names(client, NOT_OWNED).await?,
         publication,
         owns_publication: owns_publication.unwrap_or(true),
