@@ -185,7 +185,10 @@ async fn walk_edge(
             )
         }
         Action::StateLoss => state_loss(begun.config, client, record).await?,
-        Action::SetSequences => steps::set_sequences(client, record).await?,
+        Action::SetSequences => {
+            steps::add_deferred(client, record).await?;
+            steps::set_sequences(client, record).await?
+        }
         Action::Open => {
             let now = || Timestamp::now().to_string();
             let (session, note) = steps::open(begun.config, client, record, now).await?;
