@@ -336,14 +336,21 @@ impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
 impl Folded {
     fn take(&mut self, message: Message) -> Result<(), FoldError> {
         match message {
-            Message::Insert { new, .. } if self.is_keyless() => {
-                self.ordered().push(RowChange::Insert(Row::new(new)));
-                Ok(())
+            Message::Insert { new, .. } => {
+                let new = self.complete(Row::new(self.fits(new)?))?;
+                if self.is_keyless() {
+                    self.ordered().push(RowChange::Insert(new));
+                    return Ok(());
+                }
+                self.insert(new)
             }
-            Message::Insert { new, .. } => self.insert(Row::new(new)),
-            Message::Update { old, new, .. } => self.update(old, new),
+            Message::Update { old, new, .. } => {
+                let new = self.fits(new)?;
+                self.update(old, new)
+            }
             Message::Delete { old, .. } => {
                 let (OldTuple::Key(old) | OldTuple::Full(old)) = old;
+                let old = self.fits(old)?;
                 if self.is_keyless() {
                     self.ordered().push(RowChange::Delete { old });
                     return Ok(());
@@ -352,6 +359,24 @@ impl Folded {
                 self.delete(key, old)
             }
             _ => Err(self.contradiction("a message that changes no row")),
+        }
+    }
+
+    /// A tuple has one value per column of its relation.
+    fn fits(&self, tuple: Tuple) -> Result<Tuple, FoldError> {
+        if tuple.len() == self.relation.relation.columns.len() {
+            Ok(tuple)
+        } else {
+            Err(self.contradiction("a row with another number of columns"))
+        }
+    }
+
+    /// A row that is new leaves no value out: it would be written as NULL.
+    fn complete(&self, row: Row) -> Result<Row, FoldError> {
+        if row.unsent().is_empty() {
+            Ok(row)
+        } else {
+            Err(self.contradiction("a new row that leaves a value out"))
         }
     }
 
@@ -378,6 +403,11 @@ impl Folded {
 
     fn update(&mut self, old: Option<OldTuple>, new: Tuple) -> Result<(), FoldError> {
         let mut new = Row::new(new);
+        if let Some(OldTuple::Key(old) | OldTuple::Full(old)) = &old
+            && old.len() != new.tuple.len()
+        {
+            return Err(self.contradiction("an old row with another number of columns"));
+        }
         // What the old row tells of values the new one left out: all of it under REPLICA IDENTITY
         // FULL, otherwise the key's columns.
         match &old {

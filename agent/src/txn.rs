@@ -184,10 +184,15 @@ impl Assembler {
             }
             Message::Commit(commit) => self.commit(&commit).map(Some),
             Message::Relation(relation) => {
-                let id = relation.id;
-                // Copied, so that it does not keep the connection's whole read buffer alive.
-                let message = Bytes::copy_from_slice(&data);
-                self.relations.insert(id, Arc::new(SourceRelation { relation, message }));
+                // The source often repeats a description unchanged (after TRUNCATE, for one); keeping
+                // the one we have keeps what others have learnt about it.
+                if !self.relations.get(&relation.id).is_some_and(|known| known.relation == relation)
+                {
+                    // Copied, so that it does not keep the connection's whole read buffer alive.
+                    let message = Bytes::copy_from_slice(&data);
+                    let id = relation.id;
+                    self.relations.insert(id, Arc::new(SourceRelation { relation, message }));
+                }
                 Ok(None)
             }
             Message::Insert { relation, .. }

@@ -44,13 +44,17 @@ impl ArrayBuilder {
         Self { form: None, bytes, length: 0, has_null: false }
     }
 
-    /// Appends a value. A value that is only on the replica has no place here; callers leave such
-    /// columns out.
+    /// Appends a value.
+    ///
+    /// # Panics
+    /// For a value that is only on the replica: callers leave such columns out, and writing NULL
+    /// instead would lose it.
     pub(super) fn push(&mut self, value: Value<'_>) -> Result<(), MixedForms> {
         let (form, raw) = match value {
             Value::Text(raw) => (Form::Text, raw),
             Value::Binary(raw) => (Form::Native, raw),
-            Value::Null | Value::UnchangedToast => {
+            Value::UnchangedToast => panic!("a value that was not sent cannot be written"),
+            Value::Null => {
                 self.has_null = true;
                 self.length += 1;
                 self.bytes.put_i32(-1);
