@@ -1,1 +1,29 @@
-//! Harness of the end-to-end tests.
+//! Harness of the end-to-end tests: real PostgreSQL servers, the real `dr-agent` binary.
+//!
+//! ```text
+//! Site ── PgServer (source) ◀── Client        compare: every table, by full content
+//!      └─ PgServer (replica) ◀─ Client        workload: random concurrent transactions
+//! Proxy: the network between them             wait: the only way time passes
+//! Agent ── Running: commands, run, signals, /metrics, /status
+//! ```
+//!
+//! # Invariants
+//! - Nothing outlives a run: servers and agents end with their values, everything else with the
+//!   run's directory ([`rundir`]).
+//! - Tests wait on conditions with a deadline; nothing sleeps blindly.
+//! - Harness functions panic: a test that cannot set up its servers has failed.
+//!
+//! Run with `cargo build -p dr-agent && cargo test -p dr-agent-tests -- --test-threads=3`: each
+//! test has its servers busy, and more than about one test per core only adds waiting.
+
+pub mod agent;
+pub mod agent_config;
+pub mod binaries;
+pub mod client;
+pub mod compare;
+pub mod http;
+pub mod proxy;
+pub mod rundir;
+pub mod server;
+pub mod site;
+pub mod wait;

@@ -1,0 +1,555 @@
+//! A throw-away PostgreSQL server, started, stopped, crashed, frozen and removed by a test.
+//!
+//! The first server of a run initialises a template data directory; each server starts from a copy
+//! of it. Servers listen on a free port of 127.0.0.1 and on a Unix socket, run with `fsync = off`, and
+//! as an unprivileged user where the tests run as root.
+//!
+//! # Invariants
+//! - `Drop` ends the server and removes its files, also when a test panics; then the end of the
+//!   server's log is printed first. [`crate::rundir`] does the same for a test process that dies.
+//! - [`PgServer::kill`] and [`PgServer::pause`] reach every process of the server, not only the
+//!   postmaster: otherwise its backends would go on.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::net::TcpListener;
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{LazyLock, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::binaries::Binaries;
+use crate::client::Client;
+use crate::rundir::{
+    children_of, directory_for, is_alive, run_directory, signal, tail, unprivileged,
+};
+
+/// How long a server may take to start or stop before the test fails.
+const START_STOP_MAX: Duration = Duration::from_secs(60);
+
+/// What a server is started with.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    name: &'static str,
+    binaries: Binaries,
+    settings: Vec<(String, String)>,
+    hba: Vec<String>,
+    files: Vec<(String, Vec<u8>)>,
+    data_below: Option<PathBuf>,
+}
+
+impl ServerOptions {
+    /// A source: logical decoding is possible.
+    pub fn source() -> Self {
+        Self::new("source", Binaries::of_source())
+            .set("wal_level", "logical")
+            .set("max_prepared_transactions", "20")
+    }
+
+    /// A replica.
+    pub fn replica() -> Self {
+        Self::new("replica", Binaries::of_replica()).set("wal_level", "replica")
+    }
+
+    fn new(name: &'static str, binaries: Binaries) -> Self {
+        let options = Self {
+            name,
+            binaries,
+            settings: Vec::new(),
+            hba: Vec::new(),
+            files: Vec::new(),
+            data_below: None,
+        };
+        // Durability against a power cut is PostgreSQL's business, not what is tested here.
+        options
+            .set("fsync", "off")
+            .set("full_page_writes", "off")
+            .set("max_connections", "200")
+            .set("max_wal_senders", "40")
+            .set("max_replication_slots", "40")
+            .set("shared_buffers", "64MB")
+            .set("max_wal_size", "2GB")
+            .set("jit", "off")
+            .set("log_line_prefix", "%m [%p] %a %d ")
+    }
+
+    /// Sets a parameter of the server; the last value of a name wins.
+    #[must_use]
+    pub fn set(mut self, name: &str, value: &str) -> Self {
+        self.settings.retain(|(present, _)| present != name);
+        self.settings.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Puts a line before those of `pg_hba.conf` (which trusts everybody).
+    #[must_use]
+    pub fn hba(mut self, line: &str) -> Self {
+        self.hba.push(line.to_owned());
+        self
+    }
+
+    /// Puts a file of the server's own (a certificate) into the data directory, mode 0600.
+    #[must_use]
+    pub fn file(mut self, name: &str, contents: impl Into<Vec<u8>>) -> Self {
+        self.files.push((name.to_owned(), contents.into()));
+        self
+    }
+
+    /// Keeps the data directory below this directory, for instance a small file system.
+    #[must_use]
+    pub fn data_below(mut self, directory: &Path) -> Self {
+        self.data_below = Some(directory.to_path_buf());
+        self
+    }
+
+    /// Starts the server and waits until it accepts connections.
+    pub async fn start(self) -> PgServer {
+        PgServer::start(self).await
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Stop {
+    Fast,
+    Immediate,
+}
+
+/// A running, or for the moment stopped, server.
+pub struct PgServer {
+    name: &'static str,
+    binaries: Binaries,
+    settings: Mutex<Vec<(String, String)>>,
+    directory: PathBuf,
+    data: PathBuf,
+    port: u16,
+    process: Mutex<Option<Child>>,
+}
+
+impl PgServer {
+    async fn start(options: ServerOptions) -> Self {
+        let directory = directory_for(options.name);
+        let data = options
+            .data_below
+            .as_deref()
+            .unwrap_or(&directory)
+            .join("data");
+        copy_template(&options.binaries, &data);
+        let mut server = Self {
+            name: options.name,
+            binaries: options.binaries,
+            settings: Mutex::new(options.settings),
+            directory,
+            data,
+            port: 0,
+            process: Mutex::new(None),
+        };
+        server.make_socket_directory();
+        server.write_hba(&options.hba);
+        for (name, contents) in &options.files {
+            server.write_file(name, contents);
+        }
+        // A free port may be taken by somebody else before the server binds it.
+        for _ in 0..5 {
+            server.port = free_port();
+            if server.spawn_and_wait().await {
+                return server;
+            }
+        }
+        panic!(
+            "the {} server does not start; its log ends with:\n{}",
+            server.name,
+            server.log_tail(30)
+        );
+    }
+
+    /// Connects as the superuser `postgres`.
+    pub async fn client(&self, database: &str) -> Client {
+        Client::connect(&self.url(database)).await
+    }
+
+    /// The URL of a database, over TCP.
+    pub fn url(&self, database: &str) -> String {
+        self.url_through(self.port, database)
+    }
+
+    /// The URL of a database through another port of this machine, a proxy's for instance.
+    pub fn url_through(&self, port: u16, database: &str) -> String {
+        format!("postgres://postgres@127.0.0.1:{port}/{}", encode(database))
+    }
+
+    /// The URL of a database, over the Unix socket.
+    pub fn socket_url(&self, database: &str) -> String {
+        let directory = encode(&self.socket_directory().display().to_string());
+        let database = encode(database);
+        format!("postgres://postgres@{directory}:{}/{database}", self.port)
+    }
+
+    /// The port on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The major version: 15 for 15.4.
+    pub fn major(&self) -> u32 {
+        self.binaries.major
+    }
+
+    /// The data directory.
+    pub fn data_directory(&self) -> &Path {
+        &self.data
+    }
+
+    /// The path of one of this server's programs, `pg_controldata` for instance.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.binaries.program(name)
+    }
+
+    /// Creates an empty database.
+    pub async fn create_database(&self, name: &str) {
+        let quoted = name.replace('"', "\"\"");
+        let client = self.client("postgres").await;
+        client
+            .run(&format!("CREATE DATABASE \"{quoted}\" TEMPLATE template0"))
+            .await;
+    }
+
+    /// Runs statements in a database.
+    pub async fn run(&self, database: &str, sql: &str) {
+        self.client(database).await.run(sql).await;
+    }
+
+    /// Changes a parameter for the next start.
+    pub fn set(&self, name: &str, value: &str) {
+        let mut settings = lock(&self.settings);
+        settings.retain(|(present, _)| present != name);
+        settings.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Shuts down, ending sessions first.
+    pub async fn stop(&self) {
+        self.shut_down(Stop::Fast).await;
+    }
+
+    /// Stops without a checkpoint; the next start recovers.
+    pub async fn stop_immediately(&self) {
+        self.shut_down(Stop::Immediate).await;
+    }
+
+    /// Kills every process of the server at once, as the loss of the machine would.
+    pub fn kill(&self) {
+        let Some(mut child) = lock(&self.process).take() else {
+            return;
+        };
+        let mut family = vec![child.id()];
+        // First the postmaster, so that it starts no further process meanwhile.
+        signal("KILL", &family);
+        family = children_of(child.id());
+        signal("KILL", &family);
+        child.wait().expect("the postmaster is our child");
+        let gone = wait_blocking(START_STOP_MAX, || !family.iter().any(|pid| is_alive(*pid)));
+        assert!(
+            gone,
+            "processes of the {} server survive SIGKILL",
+            self.name
+        );
+    }
+
+    /// Starts again after [`PgServer::stop`] or [`PgServer::kill`], on the same port.
+    pub async fn start_again(&self) {
+        let deadline = Instant::now() + START_STOP_MAX;
+        while !self.spawn_and_wait().await {
+            assert!(
+                Instant::now() < deadline,
+                "the {} server does not start again; its log ends with:\n{}",
+                self.name,
+                self.log_tail(30)
+            );
+        }
+    }
+
+    /// Stops and starts.
+    pub async fn restart(&self) {
+        self.stop().await;
+        self.start_again().await;
+    }
+
+    /// Freezes every process of the server, as a dead network or disk would.
+    pub fn pause(&self) {
+        let postmaster = self.pid();
+        signal("STOP", &[postmaster]);
+        signal("STOP", &children_of(postmaster));
+    }
+
+    /// Ends [`PgServer::pause`].
+    pub fn resume(&self) {
+        let postmaster = self.pid();
+        signal("CONT", &children_of(postmaster));
+        signal("CONT", &[postmaster]);
+    }
+
+    /// Whether the server has been started and not stopped or killed by the test.
+    pub fn is_running(&self) -> bool {
+        lock(&self.process).is_some()
+    }
+
+    /// The server's log.
+    pub fn log_path(&self) -> PathBuf {
+        self.directory.join("log")
+    }
+
+    /// The last lines of the server's log.
+    pub fn log_tail(&self, lines: usize) -> String {
+        tail(&self.log_path(), lines)
+    }
+
+    fn pid(&self) -> u32 {
+        lock(&self.process)
+            .as_ref()
+            .expect("the server has been started")
+            .id()
+    }
+
+    fn socket_directory(&self) -> PathBuf {
+        self.directory.join("s")
+    }
+
+    fn make_socket_directory(&self) {
+        let path = self.socket_directory();
+        fs::create_dir(&path).expect("the server's directory is ours");
+        give_away(&path);
+    }
+
+    fn write_hba(&self, lines: &[String]) {
+        let mut text = lines.join("\n");
+        text.push_str("\nlocal all all trust\nhost all all 127.0.0.1/32 trust\n");
+        text.push_str("local replication all trust\nhost replication all 127.0.0.1/32 trust\n");
+        self.write_file("pg_hba.conf", text.as_bytes());
+    }
+
+    fn write_file(&self, name: &str, contents: &[u8]) {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = self.data.join(name);
+        fs::write(&path, contents).expect("the data directory is ours");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("the file is ours");
+        give_away(&path);
+    }
+
+    /// Starts the postmaster; `false` when it gave up.
+    async fn spawn_and_wait(&self) -> bool {
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log_path())
+            .expect("the server's directory is ours");
+        let mut command = server_command(&self.binaries.program("postgres"));
+        command
+            .arg("-D")
+            .arg(&self.data)
+            .arg("-k")
+            .arg(self.socket_directory())
+            .args(["-p", &self.port.to_string()])
+            .args(["-c", "listen_addresses=127.0.0.1"]);
+        for (name, value) in lock(&self.settings).iter() {
+            command.args(["-c", &format!("{name}={value}")]);
+        }
+        let log_too = log.try_clone().expect("a file can be cloned");
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(log_too)
+            .spawn()
+            .expect("the server program can be started");
+        let deadline = Instant::now() + START_STOP_MAX;
+        while Instant::now() < deadline {
+            if child.try_wait().expect("it is our child").is_some() {
+                return false;
+            }
+            if self.says_ready(child.id()) {
+                *lock(&self.process) = Some(child);
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        child.kill().expect("it is our child");
+        child.wait().expect("it is our child");
+        false
+    }
+
+    /// The postmaster writes its state into the eighth line of its PID file.
+    fn says_ready(&self, pid: u32) -> bool {
+        let text = fs::read_to_string(self.data.join("postmaster.pid")).unwrap_or_default();
+        let mut lines = text.lines();
+        lines.next() == Some(pid.to_string().as_str())
+            && lines.nth(6).map(str::trim) == Some("ready")
+    }
+
+    async fn shut_down(&self, how: Stop) {
+        let Some((mut child, family)) = self.begin_to_stop(how) else {
+            return;
+        };
+        // Not blocking: a proxy in this test may have to pass on what the walsender still sends.
+        let deadline = Instant::now() + START_STOP_MAX;
+        while child.try_wait().expect("it is our child").is_none() {
+            if Instant::now() > deadline {
+                kill_family(&mut child, &family);
+                panic!(
+                    "the {} server does not stop within {START_STOP_MAX:?}",
+                    self.name
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    fn begin_to_stop(&self, how: Stop) -> Option<(Child, Vec<u32>)> {
+        let child = lock(&self.process).take()?;
+        let family = children_of(child.id());
+        // A frozen server must be thawed first, or it would hear nothing.
+        signal("CONT", &family);
+        signal("CONT", &[child.id()]);
+        let name = match how {
+            Stop::Fast => "INT",
+            Stop::Immediate => "QUIT",
+        };
+        signal(name, &[child.id()]);
+        Some((child, family))
+    }
+}
+
+fn kill_family(child: &mut Child, family: &[u32]) {
+    signal("KILL", &[child.id()]);
+    signal("KILL", family);
+    child.wait().expect("it is our child");
+}
+
+impl Drop for PgServer {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!(
+                "--- end of the log of the {} server (port {}) ---\n{}\n---",
+                self.name,
+                self.port,
+                self.log_tail(25)
+            );
+        }
+        if let Some((mut child, family)) = self.begin_to_stop(Stop::Immediate) {
+            let ended = wait_blocking(Duration::from_secs(10), || {
+                child.try_wait().is_ok_and(|status| status.is_some())
+            });
+            if !ended {
+                kill_family(&mut child, &family);
+            }
+        }
+        // What cannot be removed now the reaper removes at the end of the run.
+        let _ = fs::remove_dir_all(&self.data);
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// A port nobody listens on; not given out twice by this process.
+pub fn free_port() -> u16 {
+    static GIVEN_OUT: Mutex<Vec<u16>> = Mutex::new(Vec::new());
+    let mut given_out = lock(&GIVEN_OUT);
+    loop {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("the loopback interface is up");
+        let port = listener.local_addr().expect("it is bound").port();
+        if !given_out.contains(&port) {
+            given_out.push(port);
+            return port;
+        }
+    }
+}
+
+/// A mutex is only poisoned by a test that failed already.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn server_command(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    if let Some(user) = unprivileged() {
+        command.uid(user.uid).gid(user.gid);
+    }
+    command.current_dir("/").env("LC_ALL", "C").env("TZ", "UTC");
+    command
+}
+
+fn give_away(path: &Path) {
+    if let Some(user) = unprivileged() {
+        chown(path, Some(user.uid), Some(user.gid)).expect("root may give files away");
+    }
+}
+
+/// Copies the template data directory of this version, initialising it when it is the first time.
+fn copy_template(binaries: &Binaries, data: &Path) {
+    static TEMPLATES: LazyLock<Mutex<HashMap<PathBuf, PathBuf>>> = LazyLock::new(Mutex::default);
+    let template = {
+        let mut templates = lock(&TEMPLATES);
+        templates
+            .entry(binaries.directory.clone())
+            .or_insert_with(|| initialise_template(binaries))
+            .clone()
+    };
+    let output = Command::new("cp")
+        .args(["-a", "--reflink=auto"])
+        .arg(&template)
+        .arg(data)
+        .output()
+        .expect("cp can be started");
+    assert!(
+        output.status.success(),
+        "cannot copy the template data directory: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn initialise_template(binaries: &Binaries) -> PathBuf {
+    let parent = run_directory().join(format!("template-{}", binaries.major));
+    fs::create_dir_all(&parent).expect("the run directory is ours");
+    give_away(&parent);
+    let data = parent.join("data");
+    let log = File::create(parent.join("initdb.log")).expect("the run directory is ours");
+    let status = server_command(&binaries.program("initdb"))
+        .args(["--no-sync", "-U", "postgres", "-A", "trust", "-E", "UTF8"])
+        .args(["--locale", "C.UTF-8", "-D"])
+        .arg(&data)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .status()
+        .expect("initdb can be started");
+    assert!(
+        status.success(),
+        "initdb failed:\n{}",
+        tail(&parent.join("initdb.log"), 20)
+    );
+    data
+}
+
+fn wait_blocking(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let started = Instant::now();
+    loop {
+        if condition() {
+            return true;
+        }
+        if started.elapsed() > deadline {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Percent-encodes what may not stand in a URL as it is.
+pub(crate) fn encode(text: &str) -> String {
+    text.bytes()
+        .map(|byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'_' | b'-' | b'.' => {
+                char::from(byte).to_string()
+            }
+            _ => format!("%{byte:02X}"),
+        })
+        .collect()
+}

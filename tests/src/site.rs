@@ -1,0 +1,147 @@
+//! A source and a replica, ready for a test.
+//!
+//! Tests that only need databases share one pair of servers and take a database each
+//! ([`Site::shared`]); tests that stop, crash or reconfigure a server have a pair of their own
+//! ([`Site::own`]).
+//!
+//! # Invariants
+//! - The shared pair lives as long as some test uses it; the next test after that starts a new one.
+//! - Nobody leaves a transaction or a prepared transaction open on the shared pair: creating a slot waits for
+//!   every transaction of the server.
+
+use std::sync::Arc;
+use std::sync::Weak;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+
+use tokio::sync::Mutex;
+
+use crate::agent::Agent;
+use crate::agent_config::AgentConfig;
+use crate::client::Client;
+use crate::compare;
+use crate::server::{PgServer, ServerOptions};
+
+/// Two servers.
+pub struct Site {
+    /// The source.
+    pub source: Arc<PgServer>,
+    /// The replica.
+    pub replica: Arc<PgServer>,
+}
+
+struct Pair {
+    source: Weak<PgServer>,
+    replica: Weak<PgServer>,
+}
+
+impl Site {
+    /// Servers of the test's own.
+    pub async fn own() -> Self {
+        Self::with(ServerOptions::source(), ServerOptions::replica()).await
+    }
+
+    /// Servers of the test's own with certain options.
+    pub async fn with(source: ServerOptions, replica: ServerOptions) -> Self {
+        let (source, replica) = tokio::join!(source.start(), replica.start());
+        Self {
+            source: Arc::new(source),
+            replica: Arc::new(replica),
+        }
+    }
+
+    /// The pair of servers that all undemanding tests share.
+    pub async fn shared() -> Self {
+        static SHARED: Mutex<Pair> = Mutex::const_new(Pair {
+            source: Weak::new(),
+            replica: Weak::new(),
+        });
+        let mut pair = SHARED.lock().await;
+        if let (Some(source), Some(replica)) = (pair.source.upgrade(), pair.replica.upgrade()) {
+            return Self { source, replica };
+        }
+        let site = Self::own().await;
+        pair.source = Arc::downgrade(&site.source);
+        pair.replica = Arc::downgrade(&site.replica);
+        site
+    }
+
+    /// Creates a database on the source, with a name nobody else has.
+    pub async fn database(&self, purpose: &str) -> Database {
+        static NUMBER: AtomicU32 = AtomicU32::new(1);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{purpose}_{number}");
+        self.source.create_database(&name).await;
+        Database {
+            source: Arc::clone(&self.source),
+            replica: Arc::clone(&self.replica),
+            slot: format!("dr{number}"),
+            name,
+        }
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        // A server of the test's own prints its log when it is dropped; a shared one goes on.
+        for (name, server) in [("source", &self.source), ("replica", &self.replica)] {
+            if thread::panicking() && Arc::strong_count(server) > 1 {
+                eprintln!(
+                    "--- end of the log of the {name} server ---\n{}\n---",
+                    server.log_tail(25)
+                );
+            }
+        }
+    }
+}
+
+/// One database of a site, and the agent configuration that replicates it.
+#[derive(Clone)]
+pub struct Database {
+    source: Arc<PgServer>,
+    replica: Arc<PgServer>,
+    slot: String,
+    /// Its name, the same on both servers.
+    pub name: String,
+}
+
+impl Database {
+    /// A configuration that replicates this database alone.
+    pub fn config(&self) -> AgentConfig {
+        AgentConfig::new(&self.source.url("postgres"), &self.replica.url("postgres"))
+            .databases(&[&self.name])
+            .slot(&self.slot)
+    }
+
+    /// An agent with that configuration.
+    pub fn agent(&self) -> Agent {
+        Agent::new(self.config())
+    }
+
+    /// A session on the source.
+    pub async fn source(&self) -> Client {
+        self.source.client(&self.name).await
+    }
+
+    /// A session on the replica; the database must be there already.
+    pub async fn replica(&self) -> Client {
+        self.replica.client(&self.name).await
+    }
+
+    /// The slot, publication and progress row.
+    pub fn stream(&self) -> dr_agent::stream::StreamName {
+        dr_agent::stream::StreamName::new(&self.slot, &self.name)
+    }
+
+    /// Waits until the replica has everything, then compares every table in full.
+    pub async fn expect_equal(&self) {
+        let (source, replica) = tokio::join!(self.source(), self.replica());
+        compare::expect_equal_when_caught_up(&source, &replica, &self.stream()).await;
+    }
+
+    /// Waits until the replica has everything committed on the source by now.
+    pub async fn wait_caught_up(&self) {
+        let (source, replica) = tokio::join!(self.source(), self.replica());
+        compare::wait_caught_up(&source, &replica, &self.stream()).await;
+    }
+}
