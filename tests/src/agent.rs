@@ -431,10 +431,11 @@ pub fn binary() -> &'static Path {
         }
         // target/<profile>/deps/e2e-… → target/<profile>/dr-agent
         let own = std::env::current_exe().expect("Linux tells a process its program");
-        let profile = own
-            .parent()
-            .and_then(Path::parent)
-            .expect("cargo puts tests two levels deep");
+        let mut profile = own.parent().expect("a program is in a directory");
+        // A program such as the measurements is one level higher than a test.
+        if profile.ends_with("deps") {
+            profile = profile.parent().expect("cargo puts tests two levels deep");
+        }
         let path = profile.join("dr-agent");
         let built = modified(&path).unwrap_or_else(|| {
             panic!(
