@@ -3,12 +3,14 @@
 
 use std::time::Duration;
 
+use dr_agent_tests::backup::Backup;
 use dr_agent_tests::client::Client;
 use dr_agent_tests::compare::{differences, expect_same_content};
 use dr_agent_tests::proxy::Proxy;
 use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::Site;
 use dr_agent_tests::wait::{PATIENCE, wait_until};
+use dr_agent_tests::workload::{BALANCED, Workload, seed};
 
 #[tokio::test]
 async fn a_server_is_gone_after_a_kill_and_recovers_what_was_committed() {
@@ -88,4 +90,41 @@ async fn a_cut_network_breaks_sessions_through_the_proxy_only() {
     })
     .await;
     assert!(near.holds("SELECT true").await);
+}
+
+#[tokio::test]
+async fn a_restored_backup_is_the_source_as_of_one_commit() {
+    let options = ServerOptions::source().set("wal_keep_size", "512MB");
+    let source = options.start().await;
+    let client = source.client("postgres").await;
+    Workload::create_tables(&client).await;
+    let backup = Backup::take(&source).await;
+    let workload = Workload::start(&source.url("postgres"), seed(), 3);
+    wait_until("300 transactions", PATIENCE, || async {
+        workload.committed() >= 300
+    })
+    .await;
+    let lsn = client
+        .value("SELECT pg_current_wal_flush_lsn()")
+        .await
+        .unwrap();
+    let before = client.number("SELECT count(*) FROM ledger").await;
+    let tally = workload.stop().await;
+    assert_eq!(
+        client.number("SELECT count(*) FROM ledger").await,
+        tally.committed as i64
+    );
+    assert!(client.holds(BALANCED).await);
+    assert_eq!(
+        client
+            .number("SELECT count(*) FROM pg_prepared_xacts")
+            .await,
+        0
+    );
+    let restored = backup.restore_to(&lsn).await;
+    let then = restored.client("postgres").await;
+    let rows = then.number("SELECT count(*) FROM ledger").await;
+    assert!(rows >= 250 && rows <= before, "{rows} of {before}");
+    assert!(then.holds(BALANCED).await);
+    assert!(tally.rolled_back > 0);
 }

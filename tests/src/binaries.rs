@@ -69,7 +69,11 @@ impl Binaries {
 
     fn installed() -> Self {
         let path = env::var_os("PATH").unwrap_or_default();
-        let on_path = env::split_paths(&path).filter(|directory| directory.join("initdb").exists());
+        // PATH often holds links to a few of the programs; all are where the links lead.
+        let on_path = env::split_paths(&path).filter_map(|directory| {
+            let program = directory.join("postgres").canonicalize().ok()?;
+            Some(program.parent()?.to_path_buf())
+        });
         let packaged = fs::read_dir("/usr/lib/postgresql")
             .into_iter()
             .flatten()

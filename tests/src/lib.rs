@@ -18,6 +18,7 @@
 
 pub mod agent;
 pub mod agent_config;
+pub mod backup;
 pub mod binaries;
 pub mod client;
 pub mod compare;
@@ -27,3 +28,4 @@ pub mod rundir;
 pub mod server;
 pub mod site;
 pub mod wait;
+pub mod workload;

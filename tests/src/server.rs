@@ -39,6 +39,7 @@ pub struct ServerOptions {
     hba: Vec<String>,
     files: Vec<(String, Vec<u8>)>,
     data_below: Option<PathBuf>,
+    data_from: Option<PathBuf>,
 }
 
 impl ServerOptions {
@@ -62,6 +63,7 @@ impl ServerOptions {
             hba: Vec::new(),
             files: Vec::new(),
             data_below: None,
+            data_from: None,
         };
         // Durability against a power cut is PostgreSQL's business, not what is tested here.
         options
@@ -105,6 +107,13 @@ impl ServerOptions {
         self
     }
 
+    /// Takes over this data directory instead of a new one.
+    #[must_use]
+    pub(crate) fn data_from(mut self, data: PathBuf) -> Self {
+        self.data_from = Some(data);
+        self
+    }
+
     /// Starts the server and waits until it accepts connections.
     pub async fn start(self) -> PgServer {
         PgServer::start(self).await
@@ -136,7 +145,10 @@ impl PgServer {
             .as_deref()
             .unwrap_or(&directory)
             .join("data");
-        copy_template(&options.binaries, &data);
+        match &options.data_from {
+            Some(present) => fs::rename(present, &data).expect("both are in the run directory"),
+            None => copy_template(&options.binaries, &data),
+        }
         let mut server = Self {
             name: options.name,
             binaries: options.binaries,
@@ -205,6 +217,13 @@ impl PgServer {
     /// The path of one of this server's programs, `pg_controldata` for instance.
     pub fn program(&self, name: &str) -> PathBuf {
         self.binaries.program(name)
+    }
+
+    /// Options for another server of the same version and parameters.
+    pub(crate) fn same_options(&self) -> ServerOptions {
+        let mut options = ServerOptions::new(self.name, self.binaries.clone());
+        options.settings.clone_from(&lock(&self.settings));
+        options
     }
 
     /// Creates an empty database.
@@ -468,7 +487,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn server_command(program: &Path) -> Command {
+/// A program of PostgreSQL, run as the user the servers run as.
+pub(crate) fn server_command(program: &Path) -> Command {
     let mut command = Command::new(program);
     if let Some(user) = unprivileged() {
         command.uid(user.uid).gid(user.gid);
@@ -477,7 +497,8 @@ fn server_command(program: &Path) -> Command {
     command
 }
 
-fn give_away(path: &Path) {
+/// Gives a file to the user the servers run as.
+pub(crate) fn give_away(path: &Path) {
     if let Some(user) = unprivileged() {
         chown(path, Some(user.uid), Some(user.gid)).expect("root may give files away");
     }

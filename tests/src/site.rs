@@ -16,7 +16,7 @@ use std::thread;
 
 use tokio::sync::Mutex;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Running};
 use crate::agent_config::AgentConfig;
 use crate::client::Client;
 use crate::compare;
@@ -116,6 +116,14 @@ impl Database {
     /// An agent with that configuration.
     pub fn agent(&self) -> Agent {
         Agent::new(self.config())
+    }
+
+    /// Starts an agent with that configuration and waits until it is streaming.
+    pub async fn replicate(&self) -> (Agent, Running) {
+        let agent = self.agent();
+        let running = agent.start();
+        running.wait_for_streaming(&self.name).await;
+        (agent, running)
     }
 
     /// A session on the source.

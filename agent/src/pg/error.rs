@@ -28,6 +28,16 @@ pub struct ServerError {
     pub constraint: Option<String>,
 }
 
+impl ServerError {
+    /// Takes away what may quote a row: messages of class 22, data exception ("invalid input syntax
+    /// for type integer: …").
+    pub(super) fn hide_values(&mut self) {
+        if self.sqlstate.starts_with("22") {
+            "the server refused a value".clone_into(&mut self.message);
+        }
+    }
+}
+
 /// What can go wrong in a conversation with PostgreSQL.
 #[derive(Debug, thiserror::Error)]
 pub enum PgError {
@@ -128,17 +138,10 @@ impl Classify for PgError {
 impl From<tokio_postgres::Error> for PgError {
     fn from(error: tokio_postgres::Error) -> Self {
         if let Some(db) = error.as_db_error() {
-            let sqlstate = db.code().code().to_owned();
-            // Class 22, data exception: the message quotes the value ("invalid input syntax …").
-            let message = if sqlstate.starts_with("22") {
-                "the server refused a value".to_owned()
-            } else {
-                db.message().to_owned()
-            };
-            return Self::Server(Box::new(ServerError {
+            let mut server = ServerError {
                 severity: db.severity().to_owned(),
-                sqlstate,
-                message,
+                sqlstate: db.code().code().to_owned(),
+                message: db.message().to_owned(),
                 hint: db.hint().map(str::to_owned),
                 table: db.table().map(|table| match db.schema() {
                     Some(schema) => format!("{schema}.{table}"),
@@ -146,7 +149,9 @@ impl From<tokio_postgres::Error> for PgError {
                 }),
                 column: db.column().map(str::to_owned),
                 constraint: db.constraint().map(str::to_owned),
-            }));
+            };
+            server.hide_values();
+            return Self::Server(Box::new(server));
         }
         if error.is_closed() {
             return Self::Closed;

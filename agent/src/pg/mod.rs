@@ -6,9 +6,15 @@
 
 mod connect;
 mod conninfo;
+mod dial;
 mod error;
+mod password;
+pub mod replication;
+pub mod slot;
+mod stream;
+mod tls;
 
 pub use connect::{Session, connect};
-pub use conninfo::{ConnInfo, ConnInfoError};
+pub use conninfo::{ConnInfo, ConnInfoError, Host};
 pub use error::{PgError, ServerError};
 pub use tokio_postgres::types::PgLsn;

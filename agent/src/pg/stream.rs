@@ -1,0 +1,186 @@
+//! The byte stream under a session: a Unix socket, TCP, or TLS over TCP.
+//!
+//! [`super::dial`] decides which host and whether TLS; this file opens it. Ordinary sessions and
+//! walsender sessions run on the same type.
+//!
+//! # Invariants
+//! - A TCP stream has `TCP_NODELAY` and the keepalive settings before the first byte is sent.
+//! - Nothing that arrived before the TLS handshake is read as part of the session
+//!   (CVE-2021-23222: bytes injected behind the server's answer).
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::client::TlsStream;
+
+use super::PgError;
+use super::conninfo::{Host, Keepalive};
+use super::tls::Tls;
+
+/// An open connection on which the start-up packet may be sent.
+pub(super) enum PgStream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// Where to connect: one address of one host.
+#[derive(Clone, Debug)]
+pub(super) enum Address {
+    Unix(String),
+    Tcp(SocketAddr),
+}
+
+impl PgStream {
+    /// Connects and, with `tls`, makes the handshake. Without TLS on the server's side a handshake
+    /// that is not `required` leaves a plain stream.
+    pub(super) async fn open(
+        host: &Host,
+        address: &Address,
+        keepalive: Keepalive,
+        tls: Option<(&Tls, bool)>,
+    ) -> Result<Self, PgError> {
+        let lost = |source: io::Error| connect_error(host, source);
+        let mut tcp = match address {
+            Address::Unix(path) => return Ok(Self::Unix(unix(path).await.map_err(lost)?)),
+            Address::Tcp(address) => TcpStream::connect(address).await.map_err(lost)?,
+        };
+        prepare(&tcp, keepalive).map_err(lost)?;
+        let Some((tls, required)) = tls else {
+            return Ok(Self::Tcp(tcp));
+        };
+        if !tls.is_direct() {
+            let mut request = bytes::BytesMut::new();
+            postgres_protocol::message::frontend::ssl_request(&mut request);
+            tcp.write_all(&request).await.map_err(lost)?;
+            // One byte exactly: what lies behind it belongs to the handshake.
+            match tcp.read_u8().await.map_err(lost)? {
+                b'S' => {}
+                b'N' if required => {
+                    return Err(PgError::Tls {
+                        server: host.to_string(),
+                        reason: "the server offers no TLS, but sslmode requires it".to_owned(),
+                    });
+                }
+                b'N' => return Ok(Self::Tcp(tcp)),
+                _ => {
+                    return Err(PgError::Protocol(format!(
+                        "{host} does not answer as PostgreSQL does"
+                    )));
+                }
+            }
+        }
+        let stream = tls.handshake(host, tcp).await?;
+        Ok(Self::Tls(Box::new(stream)))
+    }
+
+    /// What binds authentication to this TLS session (RFC 5929, `tls-server-end-point`).
+    pub(super) fn channel_binding(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Tls(stream) => {
+                let certificate = stream.get_ref().1.peer_certificates()?.first()?;
+                super::tls::server_end_point(certificate)
+            }
+            Self::Unix(_) | Self::Tcp(_) => None,
+        }
+    }
+
+    pub(super) fn is_tls(&self) -> bool {
+        matches!(self, Self::Tls(_))
+    }
+}
+
+/// An error of the network that names the server it was met with.
+pub(super) fn connect_error(host: &Host, source: io::Error) -> PgError {
+    PgError::Connect {
+        server: host.to_string(),
+        source,
+    }
+}
+
+async fn unix(path: &str) -> io::Result<UnixStream> {
+    if let Some(name) = path.strip_prefix('@') {
+        use std::os::linux::net::SocketAddrExt as _;
+        let address = std::os::unix::net::SocketAddr::from_abstract_name(name)?;
+        let stream = std::os::unix::net::UnixStream::connect_addr(&address)?;
+        stream.set_nonblocking(true)?;
+        return UnixStream::from_std(stream);
+    }
+    UnixStream::connect(path).await
+}
+
+fn prepare(tcp: &TcpStream, keepalive: Keepalive) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    let socket = SockRef::from(tcp);
+    if keepalive.enabled {
+        let mut settings = TcpKeepalive::new();
+        // Zero is libpq's "as the system has it".
+        if !keepalive.idle.is_zero() {
+            settings = settings.with_time(keepalive.idle);
+        }
+        if !keepalive.interval.is_zero() {
+            settings = settings.with_interval(keepalive.interval);
+        }
+        if keepalive.count > 0 {
+            settings = settings.with_retries(keepalive.count);
+        }
+        socket.set_tcp_keepalive(&settings)?;
+    }
+    if !keepalive.user_timeout.is_zero() {
+        socket.set_tcp_user_timeout(Some(keepalive.user_timeout))?;
+    }
+    Ok(())
+}
+
+/// Delegates to the stream inside, whichever it is.
+macro_rules! inner {
+    ($self:ident, $stream:ident => $call:expr) => {
+        match $self.get_mut() {
+            PgStream::Unix($stream) => {
+                let $stream = Pin::new($stream);
+                $call
+            }
+            PgStream::Tcp($stream) => {
+                let $stream = Pin::new($stream);
+                $call
+            }
+            PgStream::Tls($stream) => {
+                let $stream = Pin::new($stream.as_mut());
+                $call
+            }
+        }
+    };
+}
+
+impl AsyncRead for PgStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        inner!(self, stream => stream.poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for PgStream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        inner!(self, stream => stream.poll_write(cx, buf))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        inner!(self, stream => stream.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        inner!(self, stream => stream.poll_shutdown(cx))
+    }
+}
