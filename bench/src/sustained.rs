@@ -250,7 +250,8 @@ async fn sample_reported(agent: &Running, database: &str, end: Instant) -> Sampl
         if let Ok(answer) = agent.get("/metrics").await {
             let labels = [("database", database)];
             if let Some(lag) = Metrics::parse(&answer.body).value("dr_agent_lag_seconds", &labels) {
-                samples.push(lag);
+                // -1 means unknown, which is no small lag.
+                samples.push(if lag < 0.0 { f64::INFINITY } else { lag });
             }
         }
     }
