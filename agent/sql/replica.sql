@@ -20,17 +20,24 @@ CREATE TABLE IF NOT EXISTS dr_agent.stream (
     created_at        timestamptz NOT NULL DEFAULT now()
 );
 
--- The initial copy: a table's changes committed before its snapshot_lsn are already in its data.
+-- The initial copy: 'copied' tables hold their rows, 'ready' ones their indexes and constraints as
+-- well. A table's changes committed before its snapshot_lsn are already in its data.
 CREATE TABLE IF NOT EXISTS dr_agent.table_sync (
     stream       text NOT NULL,
     table_schema text NOT NULL,
     table_name   text NOT NULL,
-    state        text NOT NULL CHECK (state IN ('pending', 'copying', 'ready')),
+    state        text NOT NULL CHECK (state IN ('pending', 'copying', 'copied', 'ready')),
     snapshot_lsn pg_lsn,
     rows         bigint NOT NULL DEFAULT 0,
     bytes        bigint NOT NULL DEFAULT 0,
     updated_at   timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (stream, table_schema, table_name)
+);
+
+-- The schema of the source was restored for this stream, in the transaction that wrote this row.
+CREATE TABLE IF NOT EXISTS dr_agent.schema_sync (
+    stream      text PRIMARY KEY,
+    restored_at timestamptz NOT NULL DEFAULT now()
 );
 
 -- The state of a promotion, stored before the next step is tried, and its report.
@@ -84,5 +91,17 @@ BEGIN
     END IF;
     RAISE EXCEPTION 'the replica is at %, this agent expected %', found_lsn, previous
         USING ERRCODE = 'DR002';
+END
+$$;
+
+-- Ends a statement of an apply transaction that did not touch as many rows as it had to. Raising on
+-- the server lets COMMIT be sent before the answers are in.
+CREATE OR REPLACE FUNCTION dr_agent.expect(found bigint, wanted bigint, the_table text, doing text)
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF found <> wanted THEN
+        RAISE EXCEPTION '% of % rows to % in % are not on the replica',
+            wanted - found, wanted, doing, the_table USING ERRCODE = 'DR003';
+    END IF;
 END
 $$;

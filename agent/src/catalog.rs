@@ -50,7 +50,8 @@ pub fn quote_literal(text: &str) -> String {
 /// How UPDATE and DELETE of a table's rows can be told to a subscriber.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Identity {
-    /// Primary key, or REPLICA IDENTITY USING INDEX.
+    /// Primary key, or REPLICA IDENTITY USING INDEX. A DEFERRABLE primary key is none: PostgreSQL
+    /// does not accept a key that may be violated for a moment.
     Key,
     /// REPLICA IDENTITY FULL: the whole old row.
     Full,
@@ -95,7 +96,10 @@ pub enum Protection {
 impl Table {
     /// What becomes of this table under `config`.
     pub fn protection(&self, config: &Config) -> Protection {
-        if config.excludes(&self.root.schema, &self.root.name) {
+        // `exclude = ["*.heartbeat"]` means a table of the user's.
+        if self.name.schema == "dr_agent" {
+            Protection::Published
+        } else if config.excludes(&self.root.schema, &self.root.name) {
             Protection::Excluded
         } else if self.unlogged {
             Protection::Unlogged
@@ -113,7 +117,7 @@ impl Table {
 
 /// Every table of the database this client is connected to that holds rows of the user's, in name
 /// order. The in-band tables of schema `dr_agent` are among them, so that they are published and
-/// copied like any other.
+/// copied like any other; what else that schema holds, on a server that was a replica once, is not.
 pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
     const SQL: &str = "
         SELECT n.nspname, c.relname, rn.nspname, r.relname,
@@ -123,7 +127,8 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
                           WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid) THEN 'key'
                     WHEN c.relreplident = 'd' AND EXISTS (
                          SELECT 1 FROM pg_index i
-                          WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid) THEN 'key'
+                          WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid
+                            AND i.indimmediate) THEN 'key'
                     ELSE 'missing' END,
                c.relpersistence = 'u',
                pg_table_size(c.oid),
@@ -136,6 +141,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
           JOIN pg_namespace rn ON rn.oid = r.relnamespace
          WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
+           AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state'))
          ORDER BY 1, 2";
     let rows = client.query(SQL, &[]).await?;
     Ok(rows

@@ -9,6 +9,7 @@ mod conninfo;
 mod dial;
 mod error;
 mod password;
+pub mod pgoutput;
 pub mod replication;
 pub mod slot;
 mod stream;

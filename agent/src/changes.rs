@@ -1,0 +1,35 @@
+//! Counts changes by kind, for `dr_agent_changes_total{kind}`. Pure.
+
+use crate::txn::Change;
+
+/// The values of the `kind` label.
+pub const KINDS: [&str; 4] = ["insert", "update", "delete", "truncate"];
+
+/// How many changes of each kind, in the order of [`KINDS`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ChangeCounts(pub [u64; 4]);
+
+impl ChangeCounts {
+    /// Counts one change; the kind is the message's first byte.
+    pub fn count(&mut self, change: &Change) {
+        let kind = match change.message.first() {
+            Some(b'I') => 0,
+            Some(b'U') => 1,
+            Some(b'D') => 2,
+            _ => 3,
+        };
+        self.0[kind] += 1;
+    }
+
+    /// Adds another count.
+    pub fn add(&mut self, other: &Self) {
+        for (mine, theirs) in self.0.iter_mut().zip(other.0) {
+            *mine += theirs;
+        }
+    }
+
+    /// All kinds together.
+    pub fn total(&self) -> u64 {
+        self.0.iter().sum()
+    }
+}

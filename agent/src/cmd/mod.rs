@@ -1,0 +1,3 @@
+//! One short file per subcommand: arguments in, exit class out.
+
+pub mod init;

@@ -1,0 +1,196 @@
+//! The HTTP listener: `/metrics`, `/status`, `/healthz`, `/readyz` and a page for people.
+//!
+//! Read-only and without authentication, so it listens on loopback unless told otherwise. Nothing here
+//! asks a database: it shows what the pipelines last wrote.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+
+use axum::extract::State as Shared;
+use axum::http::{StatusCode, header};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde::Serialize;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Objectives;
+use crate::status::{DatabaseStatus, Registry, State};
+
+/// What the handlers read.
+#[derive(Clone)]
+pub struct Shown {
+    /// The metrics.
+    pub prometheus: PrometheusHandle,
+    /// The pipelines.
+    pub registry: Registry,
+    /// From the configuration.
+    pub objectives: Objectives,
+}
+
+#[derive(Serialize)]
+struct Status {
+    version: &'static str,
+    objectives: StatusObjectives,
+    databases: Vec<DatabaseStatus>,
+}
+
+#[derive(Serialize)]
+struct StatusObjectives {
+    rpo_seconds: f64,
+    rto_seconds: f64,
+}
+
+/// Binds the listener; a port in use is an error before anything else starts.
+pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    TcpListener::bind(address).await
+}
+
+/// Serves until cancelled.
+pub async fn serve(
+    listener: TcpListener,
+    shown: Shown,
+    cancel: CancellationToken,
+) -> std::io::Result<()> {
+    let router = Router::new()
+        .route("/", get(page))
+        .route("/metrics", get(metrics))
+        .route("/status", get(status))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .with_state(shown);
+    axum::serve(listener, router)
+        .with_graceful_shutdown(async move { cancel.cancelled().await })
+        .await
+}
+
+async fn metrics(Shared(shown): Shared<Shown>) -> impl IntoResponse {
+    shown.prometheus.run_upkeep();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], shown.prometheus.render())
+}
+
+async fn status(Shared(shown): Shared<Shown>) -> impl IntoResponse {
+    Json(Status {
+        version: crate::VERSION,
+        objectives: StatusObjectives {
+            rpo_seconds: shown.objectives.rpo.as_secs_f64(),
+            rto_seconds: shown.objectives.rto.as_secs_f64(),
+        },
+        databases: shown.registry.read(),
+    })
+}
+
+/// The process is there and answers.
+async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+/// Every database is streaming and within its RPO.
+async fn readyz(Shared(shown): Shared<Shown>) -> Response {
+    let databases = shown.registry.read();
+    let mut text = String::new();
+    for database in &databases {
+        if database.state != State::Streaming {
+            let _ = writeln!(text, "{}: {}", database.database, database.state.as_str());
+        } else if database.rpo_breached {
+            let _ = writeln!(text, "{}: RPO breached", database.database);
+        }
+    }
+    if databases.is_empty() {
+        text.push_str("no database yet\n");
+    }
+    if text.is_empty() {
+        "ok\n".into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
+    }
+}
+
+async fn page(Shared(shown): Shared<Shown>) -> impl IntoResponse {
+    Html(render(&shown.objectives, &shown.registry.read()))
+}
+
+const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;\
+    color:#1a1a1a;background:#fff}table{border-collapse:collapse;width:100%}\
+    th,td{text-align:left;padding:.4rem .8rem;border-bottom:1px solid #ddd;vertical-align:top}\
+    td.n{text-align:right;font-variant-numeric:tabular-nums}.ok{color:#0a6b2d;font-weight:600}\
+    .bad{color:#b00020;font-weight:600}.hint{color:#444}code{font-size:.9em}";
+
+fn render(objectives: &Objectives, databases: &[DatabaseStatus]) -> String {
+    let mut rows = String::new();
+    for database in databases {
+        let (class, verdict) = verdict(database);
+        let lag = database.lag_seconds.map_or_else(|| "unknown".to_owned(), |lag| format!("{lag:.1} s"));
+        let bytes = database.lag_bytes.map_or_else(|| "unknown".to_owned(), bytes);
+        let retained = database.slot_retained_bytes.map_or_else(|| "unknown".to_owned(), bytes);
+        let _ = write!(
+            rows,
+            "<tr><td>{}</td><td class=\"{class}\">{verdict}</td><td>{}</td><td class=n>{lag}</td>\
+             <td class=n>{bytes}</td><td class=n>{retained}</td><td><code>{}</code></td></tr>",
+            escape(&database.database),
+            database.state.as_str(),
+            escape(database.end_lsn.as_deref().unwrap_or("none")),
+        );
+        if let Some(error) = &database.error {
+            let hint = database.hint.as_deref().unwrap_or("");
+            let _ = write!(
+                rows,
+                "<tr><td></td><td colspan=6><span class=bad>{}</span><br><span class=hint>{}</span></td></tr>",
+                escape(error),
+                escape(hint)
+            );
+        }
+    }
+    format!(
+        "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=2>\
+         <meta name=viewport content=\"width=device-width\"><title>dr-agent</title><style>{STYLE}</style>\
+         <h1>dr-agent {}</h1><p>RPO {} · RTO {} · <a href=/status>status</a> · <a href=/metrics>metrics</a></p>\
+         <table><thead><tr><th>Database<th>RPO<th>State<th>Lag<th>Lag, bytes<th>WAL kept on source<th>Applied up to</thead>\
+         <tbody>{rows}</tbody></table>",
+        crate::VERSION,
+        humantime::format_duration(objectives.rpo),
+        humantime::format_duration(objectives.rto),
+    )
+}
+
+fn verdict(database: &DatabaseStatus) -> (&'static str, &'static str) {
+    match (database.rpo_breached, database.lag_seconds) {
+        (false, _) => ("ok", "met"),
+        (true, Some(_)) => ("bad", "BREACHED"),
+        (true, None) => ("bad", "not protected yet"),
+    }
+}
+
+
+fn bytes(count: u64) -> String {
+    bytesize::ByteSize(count).display().iec().to_string()
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_page_shows_the_verdict_and_escapes_names() {
+        let objectives = Objectives { rpo: Duration::from_secs(30), rto: Duration::from_secs(300) };
+        let database = DatabaseStatus {
+            database: "<b>".to_owned(),
+            rpo_breached: true,
+            lag_seconds: Some(31.0),
+            error: Some("it broke".to_owned()),
+            hint: Some("mend it".to_owned()),
+            ..DatabaseStatus::default()
+        };
+        let page = render(&objectives, &[database]);
+        assert!(page.contains("&lt;b&gt;") && !page.contains("<b>"));
+        assert!(page.contains("BREACHED") && page.contains("it broke") && page.contains("mend it"));
+        assert!(page.contains("31.0 s") && page.contains("RPO 30s"));
+    }
+}

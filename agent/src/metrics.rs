@@ -1,0 +1,202 @@
+//! Every metric the agent exports, in one table, and the handles the pipelines write through.
+//!
+//! The names are a contract (ARCHITECTURE.md, README.md): dashboards and alerts outside this
+//! repository depend on them. All but the first three carry the label `database`.
+
+use metrics::{Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge};
+use metrics::{describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::config::Objectives;
+use crate::error::Class;
+use crate::status::State;
+
+/// Kind of a metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes both ways.
+    Gauge,
+    /// Distribution.
+    Histogram,
+}
+
+/// Name, kind and meaning of every metric.
+pub const ALL: &[(&str, Kind, &str)] = &[
+    ("dr_agent_build_info", Kind::Gauge, "Version of the agent; always 1"),
+    ("dr_agent_objective_rpo_seconds", Kind::Gauge, "Recovery point objective, from the configuration"),
+    ("dr_agent_objective_rto_seconds", Kind::Gauge, "Recovery time objective, from the configuration"),
+    ("dr_agent_state", Kind::Gauge, "1 for the state the pipeline is in, 0 for the others"),
+    ("dr_agent_lag_seconds", Kind::Gauge, "Seconds of committed work that would be lost if the source vanished now; -1 while unknown"),
+    ("dr_agent_lag_bytes", Kind::Gauge, "WAL written on the source and not yet applied"),
+    ("dr_agent_rpo_breached", Kind::Gauge, "1 while the lag is above the RPO, or unknown"),
+    ("dr_agent_stage_lag_seconds", Kind::Gauge, "Lag by stage: received from the source, queued for the replica, applied"),
+    ("dr_agent_transactions_total", Kind::Counter, "Source transactions made durable on the replica"),
+    ("dr_agent_changes_total", Kind::Counter, "Changes in those transactions"),
+    ("dr_agent_net_changes_total", Kind::Counter, "Net changes carried out for them"),
+    ("dr_agent_batches_total", Kind::Counter, "Batches made durable on the replica"),
+    ("dr_agent_batch_apply_seconds", Kind::Histogram, "Time from sending a batch to its being durable"),
+    ("dr_agent_slow_path_total", Kind::Counter, "Batches replayed change by change after a constraint refused the folded form"),
+    ("dr_agent_bytes_total", Kind::Counter, "Bytes of pgoutput messages, received from the source"),
+    ("dr_agent_slot_retained_bytes", Kind::Gauge, "WAL the source keeps for our slot"),
+    ("dr_agent_source_disk_full_seconds", Kind::Gauge, "Seconds until the source's WAL disk is full at the current rate of writing, were nothing acknowledged any more; absent if unknown"),
+    ("dr_agent_term", Kind::Gauge, "Fencing token this agent applies under"),
+    ("dr_agent_errors_total", Kind::Counter, "Errors that ended a session, by class"),
+    ("dr_agent_copy_rows_total", Kind::Counter, "Rows of the initial copy"),
+    ("dr_agent_copy_bytes_total", Kind::Counter, "Bytes of the initial copy"),
+    ("dr_agent_copy_tables", Kind::Gauge, "Tables of the initial copy, by state"),
+    ("dr_agent_unprotected_objects", Kind::Gauge, "Objects that replication does not protect, by kind"),
+    ("dr_agent_sink_flush_lsn", Kind::Gauge, "LSN up to which a sink is durable, as a number"),
+];
+
+/// Upper bounds of `dr_agent_batch_apply_seconds`, in seconds: a batch of one row takes about a
+/// millisecond next door, a full one over a WAN seconds.
+const APPLY_BUCKETS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// Installs the recorder and describes every metric. Once per process.
+pub fn install(objectives: &Objectives) -> Result<PrometheusHandle, BuildError> {
+    let handle = PrometheusBuilder::new()
+        .set_buckets_for_metric(
+            Matcher::Full("dr_agent_batch_apply_seconds".to_owned()),
+            APPLY_BUCKETS,
+        )?
+        .install_recorder()?;
+    for (name, kind, meaning) in ALL {
+        match kind {
+            Kind::Counter => describe_counter!(*name, Unit::Count, *meaning),
+            Kind::Gauge => describe_gauge!(*name, Unit::Count, *meaning),
+            Kind::Histogram => describe_histogram!(*name, Unit::Seconds, *meaning),
+        }
+    }
+    gauge!("dr_agent_build_info", "version" => crate::VERSION).set(1.0);
+    gauge!("dr_agent_objective_rpo_seconds").set(objectives.rpo.as_secs_f64());
+    gauge!("dr_agent_objective_rto_seconds").set(objectives.rto.as_secs_f64());
+    Ok(handle)
+}
+
+/// The metrics of one database.
+#[derive(Clone)]
+pub struct DatabaseMetrics {
+    database: String,
+    /// `dr_agent_lag_seconds`
+    pub lag_seconds: Gauge,
+    /// `dr_agent_lag_bytes`
+    pub lag_bytes: Gauge,
+    /// `dr_agent_rpo_breached`
+    pub rpo_breached: Gauge,
+    /// `dr_agent_transactions_total`
+    pub transactions: Counter,
+    /// `dr_agent_net_changes_total`
+    pub net_changes: Counter,
+    /// `dr_agent_batches_total`
+    pub batches: Counter,
+    /// `dr_agent_batch_apply_seconds`
+    pub batch_apply_seconds: Histogram,
+    /// `dr_agent_slow_path_total`
+    pub slow_path: Counter,
+    /// `dr_agent_bytes_total{direction="received"}`
+    pub bytes_received: Counter,
+    /// `dr_agent_slot_retained_bytes`
+    pub slot_retained_bytes: Gauge,
+    /// `dr_agent_term`
+    pub term: Gauge,
+    /// `dr_agent_copy_rows_total`
+    pub copy_rows: Counter,
+    /// `dr_agent_copy_bytes_total`
+    pub copy_bytes: Counter,
+    /// `dr_agent_sink_flush_lsn{sink="replica"}`
+    pub replica_flush_lsn: Gauge,
+}
+
+impl DatabaseMetrics {
+    /// Registers the metrics of `database`, so that each is there from the first scrape on.
+    pub fn new(database: &str) -> Self {
+        let label = || database.to_owned();
+        let metrics = Self {
+            database: label(),
+            lag_seconds: gauge!("dr_agent_lag_seconds", "database" => label()),
+            lag_bytes: gauge!("dr_agent_lag_bytes", "database" => label()),
+            rpo_breached: gauge!("dr_agent_rpo_breached", "database" => label()),
+            transactions: counter!("dr_agent_transactions_total", "database" => label()),
+            net_changes: counter!("dr_agent_net_changes_total", "database" => label()),
+            batches: counter!("dr_agent_batches_total", "database" => label()),
+            batch_apply_seconds: histogram!("dr_agent_batch_apply_seconds", "database" => label()),
+            slow_path: counter!("dr_agent_slow_path_total", "database" => label()),
+            bytes_received: counter!(
+                "dr_agent_bytes_total", "database" => label(), "direction" => "received"
+            ),
+            slot_retained_bytes: gauge!("dr_agent_slot_retained_bytes", "database" => label()),
+            term: gauge!("dr_agent_term", "database" => label()),
+            copy_rows: counter!("dr_agent_copy_rows_total", "database" => label()),
+            copy_bytes: counter!("dr_agent_copy_bytes_total", "database" => label()),
+            replica_flush_lsn: gauge!(
+                "dr_agent_sink_flush_lsn", "database" => label(), "sink" => "replica"
+            ),
+        };
+        metrics.lag_seconds.set(-1.0);
+        metrics.rpo_breached.set(1.0);
+        for class in [Class::Transient, Class::Definite, Class::Fenced] {
+            metrics.errors(class).absolute(0);
+        }
+        for kind in crate::changes::KINDS {
+            metrics.changes(kind).absolute(0);
+        }
+        metrics.state(State::Initializing);
+        metrics.copy_tables(0, 0);
+        metrics
+    }
+
+    fn label(&self) -> String {
+        self.database.clone()
+    }
+
+    /// Shows the state, one-hot.
+    pub fn state(&self, now: State) {
+        for state in State::ALL {
+            let value = if state == now { 1.0 } else { 0.0 };
+            gauge!("dr_agent_state", "database" => self.label(), "state" => state.as_str())
+                .set(value);
+        }
+    }
+
+    /// `dr_agent_stage_lag_seconds{stage}`
+    pub fn stage_lag(&self, stage: &'static str, seconds: f64) {
+        gauge!("dr_agent_stage_lag_seconds", "database" => self.label(), "stage" => stage)
+            .set(seconds);
+    }
+
+    /// `dr_agent_changes_total{kind}`
+    pub fn changes(&self, kind: &'static str) -> Counter {
+        counter!("dr_agent_changes_total", "database" => self.label(), "kind" => kind)
+    }
+
+    /// `dr_agent_errors_total{class}`
+    pub fn errors(&self, class: Class) -> Counter {
+        counter!("dr_agent_errors_total", "database" => self.label(), "class" => class.as_str())
+    }
+
+    /// `dr_agent_copy_tables{state}`
+    pub fn copy_tables(&self, total: usize, ready: usize) {
+        let set = |state: &'static str, count: usize| {
+            #[allow(clippy::cast_precision_loss, reason = "fewer than 2^52 tables")]
+            gauge!("dr_agent_copy_tables", "database" => self.label(), "state" => state)
+                .set(count as f64);
+        };
+        set("pending", total.saturating_sub(ready));
+        set("ready", ready);
+    }
+
+    /// `dr_agent_unprotected_objects{kind}`
+    #[allow(clippy::cast_precision_loss, reason = "fewer than 2^52 objects")]
+    pub fn unprotected(&self, kind: &'static str, count: u64) {
+        gauge!("dr_agent_unprotected_objects", "database" => self.label(), "kind" => kind)
+            .set(count as f64);
+    }
+
+    /// `dr_agent_source_disk_full_seconds`
+    pub fn source_disk_full(&self, seconds: f64) {
+        gauge!("dr_agent_source_disk_full_seconds", "database" => self.label()).set(seconds);
+    }
+}

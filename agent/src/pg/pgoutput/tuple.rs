@@ -1,0 +1,173 @@
+//! The values of one row inside a message, read lazily and without a copy.
+//!
+//! # Invariants
+//! A [`Tuple`] can only be made by the decoder, which has checked every kind and every length in it;
+//! that is why its iterator cannot fail.
+//!
+//! # What it does not do
+//! It does not look into the values: text is in the connection's client encoding, binary is what the
+//! type's `send` function wrote, and neither is checked here.
+
+use std::fmt;
+use std::iter::FusedIterator;
+
+use bytes::Bytes;
+
+use super::decode::Reader;
+use super::error::DecodeError;
+
+/// One column's value as it travels.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Value<'a> {
+    /// SQL null. In the key tuple of an update or delete also every column outside the key.
+    Null,
+    /// A TOASTed value that the update did not touch and the source therefore did not send.
+    UnchangedToast,
+    /// The type's text output, in the client encoding of the connection.
+    Text(&'a [u8]),
+    /// The type's binary output; only if the stream was started with `binary`.
+    Binary(&'a [u8]),
+}
+
+/// Shows the size only: row values belong in no log.
+impl fmt::Debug for Value<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Null => f.write_str("Null"),
+            Self::UnchangedToast => f.write_str("UnchangedToast"),
+            Self::Text(value) => write!(f, "Text({} bytes)", value.len()),
+            Self::Binary(value) => write!(f, "Binary({} bytes)", value.len()),
+        }
+    }
+}
+
+/// The values of one row, in the column order of its relation: a validated slice of the message.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Tuple {
+    columns: u16,
+    bytes: Bytes,
+}
+
+impl Tuple {
+    const NULL: u8 = b'n';
+    const UNCHANGED_TOAST: u8 = b'u';
+    const TEXT: u8 = b't';
+    const BINARY: u8 = b'b';
+
+    /// Bytes of the column count in front of the values.
+    const COUNT_BYTES: usize = 2;
+
+    /// Checks one tuple and takes it out of the message.
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let columns = reader.count16()?;
+        let start = reader.left();
+        for _ in 0..columns {
+            match reader.u8()? {
+                Self::NULL | Self::UNCHANGED_TOAST => {}
+                Self::TEXT | Self::BINARY => {
+                    let length = reader.length()?;
+                    reader.take(length)?;
+                }
+                kind => return Err(DecodeError::UnknownValueKind(kind)),
+            }
+        }
+        let bytes = &start[..start.len() - reader.left().len()];
+        Ok(Self {
+            columns,
+            bytes: reader.share(bytes),
+        })
+    }
+
+    /// The number of columns.
+    pub fn len(&self) -> usize {
+        usize::from(self.columns)
+    }
+
+    /// Whether the relation has no (published) column at all.
+    pub fn is_empty(&self) -> bool {
+        self.columns == 0
+    }
+
+    /// The values in column order.
+    pub fn values(&self) -> Values<'_> {
+        Values {
+            left: &self.bytes,
+            columns: self.columns,
+        }
+    }
+
+    /// Bytes the tuple takes in the message, count and lengths included.
+    pub fn wire_bytes(&self) -> usize {
+        Self::COUNT_BYTES + self.bytes.len()
+    }
+}
+
+/// Shows the size only: row values belong in no log.
+impl fmt::Debug for Tuple {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Tuple({} columns, {} bytes)",
+            self.columns,
+            self.wire_bytes()
+        )
+    }
+}
+
+impl<'a> IntoIterator for &'a Tuple {
+    type Item = Value<'a>;
+    type IntoIter = Values<'a>;
+
+    fn into_iter(self) -> Values<'a> {
+        self.values()
+    }
+}
+
+/// Iterator over the values of a [`Tuple`].
+#[derive(Clone)]
+pub struct Values<'a> {
+    left: &'a [u8],
+    columns: u16,
+}
+
+impl<'a> Values<'a> {
+    /// Takes a length word and as many bytes.
+    fn counted(&mut self) -> &'a [u8] {
+        let (length, rest) = self
+            .left
+            .split_first_chunk()
+            .expect("the decoder checked that the length is there");
+        let length = u32::from_be_bytes(*length) as usize;
+        let (value, rest) = rest.split_at(length);
+        self.left = rest;
+        value
+    }
+}
+
+impl<'a> Iterator for Values<'a> {
+    type Item = Value<'a>;
+
+    fn next(&mut self) -> Option<Value<'a>> {
+        self.columns = self.columns.checked_sub(1)?;
+        let (&kind, rest) = self
+            .left
+            .split_first()
+            .expect("the decoder checked that every column has a kind");
+        self.left = rest;
+        Some(match kind {
+            Tuple::NULL => Value::Null,
+            Tuple::UNCHANGED_TOAST => Value::UnchangedToast,
+            Tuple::TEXT => Value::Text(self.counted()),
+            Tuple::BINARY => Value::Binary(self.counted()),
+            _ => unreachable!("the decoder refused every other kind"),
+        })
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let columns = usize::from(self.columns);
+        (columns, Some(columns))
+    }
+}
+
+impl ExactSizeIterator for Values<'_> {}
+impl FusedIterator for Values<'_> {}

@@ -1,0 +1,93 @@
+//! The first start of a stream, or one that repeats an interrupted first start: everything is copied.
+//!
+//! # Invariants
+//! - The replica's database holds no table that is not ours.
+//! - Stream row, then slot, then progress row: see [`super`] for what each crash in between means.
+//! - Publication before slot: every transaction that the slot decodes began after the publication
+//!   was there.
+
+use super::error::{SetupError, Side};
+use super::identity::History;
+use super::replica::{self, Progress};
+use super::{Setup, table_sync};
+use crate::catalog::TableName;
+use crate::pg::replication::ReplicationConnection;
+use crate::pg::{PgError, PgLsn};
+
+impl Setup<'_> {
+    pub(super) async fn begin(
+        &mut self,
+        walsender: &mut ReplicationConnection,
+        source: &History,
+        drop_slot: bool,
+    ) -> Result<Progress, SetupError> {
+        replica::require_empty(&self.replica, self.database).await?;
+        let refused = self.wanted.refused();
+        if !refused.is_empty() {
+            return Err(SetupError::Keyless(refused));
+        }
+        self.found.require_listing(&self.stream)?;
+        self.publish().await?;
+        let recorded = self.record(source).await;
+        recorded.map_err(SetupError::sql(Side::Replica, "record the stream"))?;
+        if drop_slot {
+            walsender
+                .drop_slot(self.stream.as_str())
+                .await
+                .map_err(SetupError::sql(
+                    Side::Source,
+                    "drop the slot of an interrupted set-up",
+                ))?;
+        }
+        let slot = self
+            .create_slot(walsender, self.stream.as_str(), false)
+            .await?;
+        let recorded = self.record_progress(slot.consistent_point).await;
+        recorded.map_err(SetupError::sql(Side::Replica, "record the progress"))?;
+        self.copy(self.wanted.published.clone(), &slot, true)
+            .await?;
+        Ok(Progress {
+            term: 1,
+            batch: 0,
+            end_lsn: slot.consistent_point,
+        })
+    }
+
+    async fn record(&self, source: &History) -> Result<(), PgError> {
+        const SQL: &str = "
+            INSERT INTO dr_agent.stream (stream, system_identifier, timeline) VALUES ($1, $2, $3)
+                ON CONFLICT (stream) DO UPDATE
+               SET system_identifier = EXCLUDED.system_identifier, timeline = EXCLUDED.timeline,
+                   created_at = now()";
+        self.replica
+            .execute(
+                SQL,
+                &[
+                    &self.stream.as_str(),
+                    &source.system_identifier,
+                    &source.timeline,
+                ],
+            )
+            .await?;
+        Ok(())
+    }
+
+    async fn record_progress(&mut self, consistent_point: PgLsn) -> Result<(), PgError> {
+        const SQL: &str = "
+            INSERT INTO dr_agent.progress (stream, term, batch, end_lsn, applied_at)
+            VALUES ($1, 1, 0, $2, now())";
+        let tables: Vec<TableName> = self
+            .wanted
+            .published
+            .iter()
+            .map(|table| table.name.clone())
+            .collect();
+        let transaction = self.replica.transaction().await?;
+        transaction
+            .execute(SQL, &[&self.stream.as_str(), &consistent_point])
+            .await?;
+        table_sync::add(&transaction, &self.stream, &tables).await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+}

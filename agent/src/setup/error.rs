@@ -1,0 +1,267 @@
+//! Why a database cannot be brought to where streaming can start.
+//!
+//! Each variant is a fact that an operator meets by itself; the hint says what to type next.
+
+use std::fmt;
+
+use super::identity::Mismatch;
+use crate::catalog::TableName;
+use crate::error::{Class, Classify};
+use crate::pg::PgError;
+use crate::snapshot::CopyError;
+
+/// Which server is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The server we tail.
+    Source,
+    /// The server we keep ready.
+    Replica,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Source => "source",
+            Self::Replica => "replica",
+        })
+    }
+}
+
+/// Why a database cannot be brought to where streaming can start.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// A server refused, failed or went away.
+    #[error("{side}: {doing}")]
+    Sql {
+        /// Which server.
+        side: Side,
+        /// Verb and object.
+        doing: String,
+        /// What it said.
+        #[source]
+        source: PgError,
+    },
+    /// A server that cannot take this part: its version, its settings, its role in another pair.
+    #[error("{side}: {what}")]
+    Unfit {
+        /// Which server.
+        side: Side,
+        /// What is wrong.
+        what: String,
+        /// What would be right.
+        hint: String,
+    },
+    /// The role lacks a right.
+    #[error("{side}: role \"{role}\" may not {what}: it lacks {right}")]
+    RightMissing {
+        /// Which server.
+        side: Side,
+        /// Whom we connect as.
+        role: String,
+        /// What it was to do.
+        what: String,
+        /// The right.
+        right: String,
+    },
+    /// Only a table's owner may publish it.
+    #[error("source: role \"{role}\" does not own {}", some(.tables))]
+    NotOwner {
+        /// Whom we connect as.
+        role: String,
+        /// The tables.
+        tables: Vec<TableName>,
+    },
+    /// Tables without a key, and `source.keyless = "refuse"`.
+    #[error(
+        "source: {} without a primary key or replica identity: {}",
+        count(.0.len(), "table"), some(.0)
+    )]
+    Keyless(Vec<TableName>),
+    /// The publication of a running stream was dropped, or altered in a way that lost changes.
+    #[error("source: publication \"{publication}\" was changed by somebody: {what}")]
+    PublicationAltered {
+        /// Its name; the slot has the same.
+        publication: String,
+        /// In which way.
+        what: String,
+    },
+    /// The replica was promoted; it is a primary now.
+    #[error("this replica was promoted at {at} (term {term}, {mode})")]
+    Promoted {
+        /// When the promotion began, UTC.
+        at: String,
+        /// The term it raised.
+        term: i64,
+        /// Failover or switchover.
+        mode: String,
+    },
+    /// Slot, source and replica do not belong together.
+    #[error("database \"{database}\" cannot go on")]
+    Mismatch {
+        /// The database.
+        database: String,
+        /// Why.
+        #[source]
+        source: Mismatch,
+    },
+    /// There is something in the replica's database that we have not put there.
+    #[error(
+        "replica: database \"{database}\" is not empty: {} of unknown origin: {}",
+        count(.tables.len(), "table"), some(.tables)
+    )]
+    ReplicaNotEmpty {
+        /// The database.
+        database: String,
+        /// Tables found.
+        tables: Vec<TableName>,
+    },
+    /// Somebody dropped or renamed tables on the replica.
+    #[error("replica: {} missing: {}", count(.0.len(), "table"), some(.0))]
+    ReplicaTableMissing(Vec<TableName>),
+    /// Another agent is setting up the same stream.
+    #[error("replica: another agent is setting up stream \"{stream}\"")]
+    Busy {
+        /// The stream.
+        stream: String,
+    },
+    /// The initial copy failed.
+    #[error("copy of database \"{database}\"")]
+    Copy {
+        /// The database.
+        database: String,
+        /// Why.
+        #[source]
+        source: CopyError,
+    },
+    /// The agent was told to stop; the next start goes on from here.
+    #[error("stopped while setting up")]
+    Stopped,
+}
+
+impl SetupError {
+    /// Gives an error of `side` the context of what was being done.
+    pub(super) fn sql(side: Side, doing: &str) -> impl FnOnce(PgError) -> Self + '_ {
+        move |source| Self::Sql {
+            side,
+            doing: doing.to_owned(),
+            source,
+        }
+    }
+}
+
+impl Classify for SetupError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Sql { source, .. } => source.class(),
+            Self::Mismatch { source, .. } => source.class(),
+            Self::Copy { source, .. } => source.class(),
+            Self::Busy { .. } | Self::Stopped => Class::Transient,
+            Self::Promoted { .. } => Class::Fenced,
+            Self::Unfit { .. }
+            | Self::RightMissing { .. }
+            | Self::NotOwner { .. }
+            | Self::Keyless(_)
+            | Self::PublicationAltered { .. }
+            | Self::ReplicaNotEmpty { .. }
+            | Self::ReplicaTableMissing(_) => Class::Definite,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Sql { source, .. } => return source.hint(),
+            Self::Mismatch { source, .. } => return source.hint(),
+            Self::Copy { source, .. } => return source.hint(),
+            Self::Stopped => return None,
+            Self::Unfit { hint, .. } => hint.clone(),
+            Self::RightMissing { side, right, .. } => format!(
+                "grant {right}, or run `dr-agent init --{side}-url URL` once with a role that has \
+                 it; `dr-agent init --plan` prints the SQL"
+            ),
+            Self::NotOwner { .. } => "publishing a table needs its ownership: run `dr-agent init \
+                --source-url URL` once as a superuser or the owner, or GRANT the owning role to \
+                ours"
+                .to_owned(),
+            Self::Keyless(_) => "published like this, their UPDATE and DELETE would fail on the \
+                source. Add a primary key; or set source.keyless = \"full\" (REPLICA IDENTITY FULL, \
+                slower); or source.keyless = \"exclude\" (left out, unprotected); or name them in \
+                source.exclude"
+                .to_owned(),
+            Self::PublicationAltered { publication, .. } => format!(
+                "changes may have been missed. To start over, run DROP DATABASE for this database \
+                 on the replica and SELECT pg_drop_replication_slot('{publication}') on the source \
+                 (DROP PUBLICATION {publication} as well if it is still there), then `dr-agent run`"
+            ),
+            Self::Promoted { .. } => "it takes writes of its own and is not touched. Stop this \
+                agent for good; to protect the new primary, set up an agent next to it with a fresh \
+                replica"
+                .to_owned(),
+            Self::ReplicaNotEmpty { database, .. } => format!(
+                "the copy goes into an empty database: drop what is there (DROP DATABASE \
+                 \"{database}\" on the replica if it holds nothing of value) or point replica.url \
+                 at another server"
+            ),
+            Self::ReplicaTableMissing(_) => "the replica was changed by somebody. To have these \
+                tables copied again, run DELETE FROM dr_agent.table_sync for them on the replica, \
+                re-create them there as they are on the source, then `dr-agent run`; or DROP \
+                DATABASE there, drop the slot on the source, and start over"
+                .to_owned(),
+            Self::Busy { .. } => {
+                "only one agent may run per stream; it is retried until the other has ended"
+                    .to_owned()
+            }
+        })
+    }
+}
+
+/// How many names an error lists before it counts the rest.
+const NAMES_MAX: usize = 8;
+
+fn some(tables: &[TableName]) -> String {
+    let mut text = tables
+        .iter()
+        .take(NAMES_MAX)
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ");
+    if tables.len() > NAMES_MAX {
+        text.push_str(&format!(" and {} more", tables.len() - NAMES_MAX));
+    }
+    text
+}
+
+fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thousand_keyless_tables_fit_one_readable_line() {
+        let tables: Vec<TableName> = (0..1000)
+            .map(|n| TableName {
+                schema: "public".to_owned(),
+                name: format!("t{n}"),
+            })
+            .collect();
+        let text = SetupError::Keyless(tables).to_string();
+        assert!(text.starts_with("source: 1000 tables without"), "{text}");
+        assert!(text.ends_with("public.t7 and 992 more"), "{text}");
+    }
+
+    #[test]
+    fn only_a_promotion_fences() {
+        let promoted = SetupError::Promoted {
+            at: "2026-01-01T00:00:00Z".to_owned(),
+            term: 2,
+            mode: "failover".to_owned(),
+        };
+        assert_eq!(promoted.class(), Class::Fenced);
+        let keyless = SetupError::Keyless(Vec::new());
+        assert_eq!(keyless.class(), Class::Definite);
+        assert!(keyless.hint().is_some());
+    }
+}

@@ -1,0 +1,442 @@
+//! `dr-agent init`: the privileged part of the set-up, planned from what is there.
+//!
+//! [`plan`] only reads and answers with SQL; [`Plan::execute`] runs it. It uses the same observations
+//! and the same statements as [`super::prepare`], and adds what only a privileged role can give:
+//! the agent's own roles, their grants, and ownership of what the agent must be able to alter.
+//!
+//! # Invariants
+//! - What is there is left alone: run again, it plans nothing, or only what changed.
+//! - No password is set or shown. A role made here cannot log in by password until somebody gives
+//!   it one.
+//!
+//! # What it does not do
+//! It creates no slot and copies nothing; `run` does.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use tokio_postgres::Client;
+
+use super::error::{SetupError, Side};
+use super::identity::Mismatch;
+use super::publication::Wanted;
+use super::role::{self, Statement};
+use super::{observe_slot, replica, source, table_sync};
+use crate::catalog::{TableName, quote_ident, quote_literal};
+use crate::config::Config;
+use crate::pg::{ConnInfo, PgError};
+use crate::stream::StreamName;
+
+/// Whom `init` connects as: roles with more rights than the agent will run with.
+#[derive(Clone, Debug)]
+pub struct Privileged {
+    /// On the source.
+    pub source: ConnInfo,
+    /// On the replica.
+    pub replica: ConnInfo,
+}
+
+/// The SQL that one database needs on both sides.
+#[derive(Debug)]
+pub struct Plan {
+    database: String,
+    stream: StreamName,
+    /// In the source's database.
+    source: Vec<Statement>,
+    /// On the replica's server, outside the database.
+    replica_server: Vec<Statement>,
+    /// In the replica's database.
+    replica: Vec<Statement>,
+    /// Copied tables that are to be listed again, and are emptied first.
+    missed: BTreeSet<TableName>,
+    locale: Option<replica::Locale>,
+    warnings: Vec<String>,
+}
+
+/// Reads both sides of one database and plans what is missing.
+pub async fn plan(
+    config: &Config,
+    privileged: &Privileged,
+    database: &str,
+) -> Result<Plan, SetupError> {
+    let stream = config.stream(database);
+    let admin = replica::open(&privileged.replica, &stream).await?;
+    let server = replica::Server::observe(&admin, database).await?;
+    let inside = if server.has_database {
+        Some(replica::open(&privileged.replica.with_dbname(database), &stream).await?)
+    } else {
+        None
+    };
+    let known = match &inside {
+        Some(client) => replica::known(client, &stream).await?,
+        None => replica::Known::default(),
+    };
+
+    let client = source::open(&privileged.source.with_dbname(database), &stream).await?;
+    let found = source::observe(&client, &stream).await?;
+    found.require()?;
+    server.require(&privileged.source.to_string(), &found.started_at)?;
+
+    let mut wanted = found.wanted(config);
+    let mut plan = Plan {
+        database: database.to_owned(),
+        stream: stream.clone(),
+        source: Vec::new(),
+        replica_server: Vec::new(),
+        replica: Vec::new(),
+        missed: BTreeSet::new(),
+        locale: None,
+        warnings: Vec::new(),
+    };
+    let refused = wanted.refused();
+    match (&inside, known.progress) {
+        (Some(inside), Some(_)) => {
+            found.require_unaltered(&stream)?;
+            let rows = table_sync::rows(inside, &stream).await?;
+            let ready = rows.into_iter().filter(|row| row.ready);
+            let ready = ready.map(|row| row.table).collect();
+            let missed = found.missed(&wanted, &ready);
+            plan.list_again(&client, &mut wanted, missed).await?;
+        }
+        _ if !refused.is_empty() => return Err(SetupError::Keyless(refused)),
+        _ => found.require_listing(&stream)?,
+    }
+    plan.source = source_statements(config, &client, &found, &wanted, &stream).await?;
+    plan.plan_replica(config, &admin, inside.as_ref(), &server, &client, found.version)
+        .await?;
+    Ok(plan)
+}
+
+impl Plan {
+    /// Tables that were off the list are emptied before they are listed again, which must not
+    /// happen under a running agent.
+    async fn list_again(
+        &mut self,
+        source: &Client,
+        wanted: &mut Wanted,
+        missed: BTreeSet<TableName>,
+    ) -> Result<(), SetupError> {
+        if missed.is_empty() {
+            return Ok(());
+        }
+        let slot = observe_slot(source, &self.stream).await?;
+        if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
+            return Err(SetupError::Mismatch {
+                database: self.database.clone(),
+                source: Mismatch::SlotActive {
+                    slot: self.stream.clone(),
+                    pid,
+                },
+            });
+        }
+        wanted.published.retain(|table| !missed.contains(&table.name));
+        self.missed = missed;
+        Ok(())
+    }
+
+    async fn plan_replica(
+        &mut self,
+        config: &Config,
+        admin: &Client,
+        inside: Option<&Client>,
+        server: &replica::Server,
+        source: &Client,
+        source_version: i32,
+    ) -> Result<(), SetupError> {
+        let doing = "look at the agent's role";
+        let agent = config.replica.conninfo.user();
+        let agent_sql = quote_ident(agent);
+        let rights = Agent::observe(admin, agent)
+            .await
+            .map_err(SetupError::sql(Side::Replica, doing))?;
+        let mut on_server = Vec::new();
+        if !rights.exists {
+            on_server.push(Statement::plain(format!("CREATE ROLE {agent_sql} LOGIN")));
+        }
+        let roles = role::of_source(source).await?;
+        let present = role::present(admin).await?;
+        let missing = roles.iter().filter(|role| role.name != agent).cloned();
+        on_server.extend(role::statements(&missing.collect::<Vec<_>>(), &present));
+        let is_other = agent != server.role && !rights.superuser;
+        if is_other {
+            if server.version >= 150_000 {
+                if !rights.sets_replication_role {
+                    on_server.push(Statement::plain(format!(
+                        "GRANT SET ON PARAMETER session_replication_role TO {agent_sql}"
+                    )));
+                }
+            } else {
+                self.warnings.push(format!(
+                    "PostgreSQL 14 lets only a superuser set session_replication_role; run ALTER \
+                     ROLE {agent_sql} SUPERUSER on the replica"
+                ));
+            }
+            // To own what the source's roles own.
+            for role in roles.iter().filter(|role| role.name != agent) {
+                if !rights.member_of.contains(&role.name) {
+                    on_server.push(Statement::plain(format!(
+                        "GRANT {} TO {agent_sql}",
+                        quote_ident(&role.name)
+                    )));
+                }
+            }
+        }
+        if inside.is_none() {
+            let locale = replica::locale(source, source_version).await?;
+            let candidates = locale.create_database(&self.database, server.version);
+            on_server.extend(candidates.into_iter().take(1).map(Statement::plain));
+            self.locale = Some(locale);
+        }
+        let (has_schema, owner) = match inside {
+            Some(client) => Agent::schema(client)
+                .await
+                .map_err(SetupError::sql(Side::Replica, doing))?,
+            None => (false, None),
+        };
+        let database = quote_ident(&self.database);
+        if is_other && (inside.is_none() || !rights.owns(&self.database)) {
+            on_server.push(Statement::plain(format!(
+                "ALTER DATABASE {database} OWNER TO {agent_sql}"
+            )));
+        }
+        self.replica_server = on_server;
+        if !has_schema {
+            self.replica.push(Statement::plain(replica::SCHEMA_SQL));
+        }
+        if is_other && owner.as_deref() != Some(agent) {
+            self.replica.push(Statement::plain(own_schema(agent)));
+        }
+        let guarded = match inside {
+            Some(client) => replica::is_guarded(client).await?,
+            None => false,
+        };
+        if !guarded {
+            self.replica
+                .push(Statement::plain(replica::guard_statement(&self.database)));
+        }
+        Ok(())
+    }
+
+    /// Runs what was planned. Returns what the operator should know.
+    pub async fn execute(&self, privileged: &Privileged) -> Result<Vec<String>, SetupError> {
+        let mut warnings = self.warnings.clone();
+        let admin = replica::open(&privileged.replica, &self.stream).await?;
+        let server = replica::Server::observe(&admin, &self.database).await?;
+        for statement in &self.replica_server {
+            if statement.sql.starts_with("CREATE DATABASE ") {
+                if let Some(locale) = &self.locale {
+                    warnings.extend(
+                        replica::create_database(&admin, &server, &self.database, locale).await?,
+                    );
+                }
+                continue;
+            }
+            execute(&admin, Side::Replica, statement).await?;
+        }
+        let mut inside =
+            replica::open(&privileged.replica.with_dbname(&self.database), &self.stream).await?;
+        replica::lock(&inside, &self.stream).await?;
+        replica::known(&inside, &self.stream).await?;
+        for statement in &self.replica {
+            execute(&inside, Side::Replica, statement).await?;
+        }
+        table_sync::reset(&mut inside, &self.stream, &self.missed).await?;
+        let source =
+            source::open(&privileged.source.with_dbname(&self.database), &self.stream).await?;
+        for statement in &self.source {
+            execute(&source, Side::Source, statement).await?;
+        }
+        Ok(warnings)
+    }
+
+    /// Whether everything is there.
+    pub fn is_empty(&self) -> bool {
+        self.source.is_empty() && self.replica_server.is_empty() && self.replica.is_empty()
+    }
+
+    /// What the operator should know before running it.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+}
+
+impl fmt::Display for Plan {
+    /// A script for `psql` on each side, without secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let database = quote_ident(&self.database);
+        writeln!(f, "-- On the source, in database {database}:")?;
+        show(f, &self.source)?;
+        writeln!(f, "\n-- On the replica's server:")?;
+        show(f, &self.replica_server)?;
+        writeln!(f, "\n-- On the replica, in database {database}:")?;
+        show(f, &self.replica)?;
+        for table in &self.missed {
+            writeln!(
+                f,
+                "-- {table} was not in the publication for a while: it is emptied and copied again"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn show(f: &mut fmt::Formatter<'_>, statements: &[Statement]) -> fmt::Result {
+    if statements.is_empty() {
+        return writeln!(f, "-- nothing to do");
+    }
+    for statement in statements {
+        let text = statement.to_string();
+        let text = text.trim_end().trim_end_matches(';');
+        writeln!(f, "{text};")?;
+    }
+    Ok(())
+}
+
+async fn execute(client: &Client, side: Side, statement: &Statement) -> Result<(), SetupError> {
+    let Err(error) = client.batch_execute(&statement.sql).await else {
+        return Ok(());
+    };
+    let error = PgError::from(error);
+    match error.sqlstate() {
+        // duplicate_object: the plan of another database named the same role.
+        Some("42710") => Ok(()),
+        _ => Err(SetupError::sql(side, &source::title(&statement.shown))(error)),
+    }
+}
+
+/// The agent's own role on one side, as it is.
+#[derive(Debug, Default)]
+struct Agent {
+    exists: bool,
+    superuser: bool,
+    replication: bool,
+    bypass_rls: bool,
+    sets_replication_role: bool,
+    member_of: Vec<String>,
+    databases: Vec<String>,
+}
+
+impl Agent {
+    async fn observe(client: &Client, name: &str) -> Result<Self, PgError> {
+        const SQL: &str = "
+            SELECT rolsuper, rolreplication, rolbypassrls,
+                   ARRAY(SELECT g.rolname::text FROM pg_auth_members m
+                           JOIN pg_roles g ON g.oid = m.roleid WHERE m.member = r.oid),
+                   ARRAY(SELECT datname::text FROM pg_database WHERE datdba = r.oid),
+                   current_setting('server_version_num')::int
+              FROM pg_roles r WHERE rolname = $1";
+        let Some(row) = client.query_opt(SQL, &[&name]).await? else {
+            return Ok(Self::default());
+        };
+        let sets_replication_role = row.get::<_, i32>(5) >= 150_000
+            && client
+                .query_one(
+                    "SELECT has_parameter_privilege($1::name, 'session_replication_role', 'SET')",
+                    &[&name],
+                )
+                .await?
+                .get(0);
+        Ok(Self {
+            exists: true,
+            superuser: row.get(0),
+            replication: row.get(1),
+            bypass_rls: row.get(2),
+            member_of: row.get(3),
+            databases: row.get(4),
+            sets_replication_role,
+        })
+    }
+
+    fn owns(&self, database: &str) -> bool {
+        self.databases.iter().any(|name| name == database)
+    }
+
+    /// Whether schema `dr_agent` is complete on this replica, and who owns it.
+    async fn schema(client: &Client) -> Result<(bool, Option<String>), PgError> {
+        const SQL: &str = "
+            SELECT (SELECT count(*) FROM pg_class c WHERE c.relnamespace = n.oid
+                       AND c.relname IN ('progress', 'stream', 'table_sync', 'promotion',
+                                         'heartbeat', 'sequence_state')) = 6
+                   AND EXISTS (SELECT 1 FROM pg_proc p
+                                WHERE p.pronamespace = n.oid AND p.proname = 'advance'),
+                   pg_get_userbyid(n.nspowner)::text
+              FROM pg_namespace n WHERE n.nspname = 'dr_agent'";
+        let row = client.query_opt(SQL, &[]).await?;
+        Ok(row.map_or((false, None), |row| (row.get(0), row.get(1))))
+    }
+}
+
+/// What the source needs: schema and publication, and for an agent that runs with fewer rights than
+/// `init` its role, its grants and its ownership.
+async fn source_statements(
+    config: &Config,
+    client: &Client,
+    found: &source::Observed,
+    wanted: &Wanted,
+    stream: &StreamName,
+) -> Result<Vec<Statement>, SetupError> {
+    let doing = "look at the agent's role";
+    let sql = |error| SetupError::sql(Side::Source, doing)(error);
+    let agent = config.source.conninfo.user();
+    let agent_sql = quote_ident(agent);
+    let rights = Agent::observe(client, agent).await.map_err(sql)?;
+    let mut statements = Vec::new();
+    if !rights.exists {
+        statements.push(format!("CREATE ROLE {agent_sql} LOGIN REPLICATION"));
+    } else if !rights.replication && !rights.superuser {
+        statements.push(format!("ALTER ROLE {agent_sql} REPLICATION"));
+    }
+    let is_other = agent != found.role && !rights.superuser;
+    if is_other {
+        for group in ["pg_read_all_data", "pg_monitor"] {
+            if !rights.member_of.iter().any(|name| name == group) {
+                statements.push(format!("GRANT {group} TO {agent_sql}"));
+            }
+        }
+        const ROW_SECURITY: &str = "SELECT EXISTS (SELECT 1 FROM pg_class WHERE relrowsecurity)";
+        let row_security = client.query_one(ROW_SECURITY, &[]).await;
+        let row_security: bool = row_security.map_err(|error| sql(error.into()))?.get(0);
+        if row_security && !rights.bypass_rls {
+            // Otherwise the copy of a table with row security fails.
+            statements.push(format!("ALTER ROLE {agent_sql} BYPASSRLS"));
+        }
+    }
+    statements.extend(found.statements(stream, wanted)?);
+    if is_other {
+        let owners = source::owners(client, stream).await.map_err(sql)?;
+        if owners.schema.as_deref() != Some(agent) {
+            statements.push(own_schema(agent));
+        }
+        if owners.publication.as_deref() != Some(agent) {
+            statements.push(format!(
+                "ALTER PUBLICATION {} OWNER TO {agent_sql}",
+                quote_ident(stream.as_str())
+            ));
+        }
+    }
+    Ok(statements.into_iter().map(Statement::plain).collect())
+}
+
+/// Gives schema `dr_agent`, its tables and its function to the agent.
+fn own_schema(agent: &str) -> String {
+    let ident = quote_ident(agent);
+    let literal = quote_literal(agent);
+    format!(
+        "DO $own$
+DECLARE
+    object text;
+BEGIN
+    ALTER SCHEMA dr_agent OWNER TO {ident};
+    FOR object IN
+        SELECT format('TABLE dr_agent.%I', relname) FROM pg_class
+         WHERE relnamespace = 'dr_agent'::regnamespace AND relkind = 'r'
+        UNION ALL
+        SELECT 'FUNCTION ' || oid::regprocedure FROM pg_proc
+         WHERE pronamespace = 'dr_agent'::regnamespace
+    LOOP
+        EXECUTE format('ALTER %s OWNER TO %I', object, {literal});
+    END LOOP;
+END
+$own$"
+    )
+}

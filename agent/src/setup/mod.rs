@@ -1,0 +1,341 @@
+//! Brings one database to where streaming can start, from wherever a crash or an operator left it.
+//!
+//! The first step of every pipeline, at every start and whenever a table appears:
+//!
+//! ```text
+//! observe both sides ▶ refuse what a person must settle ▶ identity::verdict
+//!     Begin   empty replica? ▶ publication ▶ stream row ▶ slot (exports a snapshot)
+//!                            ▶ progress row ▶ copy everything at that snapshot
+//!     Resume  missed tables back to pending ▶ publication ▶ copy what is not ready at the
+//!             snapshot of a temporary slot
+//! ```
+//!
+//! # Invariants
+//! - Every step can be killed and repeated. What was done is read from the two servers, never from
+//!   a file: the slot, `dr_agent.stream`, `dr_agent.progress`, `dr_agent.table_sync`.
+//! - The order makes each crash recognizable: the stream row is written before the slot is created
+//!   (a slot of ours without it belongs to somebody else), the progress row after it (without one
+//!   nothing was copied, and the slot may be dropped).
+//! - A table that was unlisted for a while is set back to `pending` before it is listed again: once
+//!   listed, nothing would show that its changes were missed.
+//! - A promoted replica is refused before anything is written, on either side.
+//! - One agent at a time: an advisory lock on the replica is held to the end.
+//!
+//! # What it does not do
+//! It does not stream, retry or log; [`SetupError`] says what a person has to do. The copy itself
+//! is [`crate::snapshot`].
+
+pub mod identity;
+pub mod publication;
+
+mod begin;
+mod error;
+mod init;
+mod replica;
+mod resume;
+mod role;
+mod source;
+mod table_sync;
+
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+
+pub use error::{SetupError, Side};
+pub use init::{Plan, Privileged, plan};
+pub use role::Statement;
+
+use crate::catalog::{self, Protection, Table, TableName};
+use crate::config::{Config, Databases};
+use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
+use crate::pg::{
+    ConnInfo, PgError, PgLsn, Session, connect,
+    slot,
+};
+use crate::snapshot::{self, CopyJob, CopyObserver};
+use crate::stream::StreamName;
+use identity::{History, Observed, Slot, Verdict};
+use publication::Wanted;
+use replica::Progress;
+
+/// A database that streaming can start on.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The stream: slot, publication and progress row.
+    pub stream: StreamName,
+    /// The term at which this agent applies.
+    pub term: i64,
+    /// Number of the last applied batch.
+    pub batch: i64,
+    /// Where streaming starts: first byte after the last applied transaction.
+    pub end_lsn: PgLsn,
+    /// The source's timeline.
+    pub timeline: i32,
+    /// The source's system identifier.
+    pub system_identifier: String,
+    /// The source's `server_version_num`.
+    pub server_version: i32,
+    /// Every table whose changes are applied, each with the position of its copy: changes committed
+    /// before it are in the copied data.
+    pub synced: Vec<(TableName, Option<PgLsn>)>,
+    /// Tables that stay unprotected, and why.
+    pub unpublished: Vec<(TableName, Protection)>,
+    /// What is not as it should be and does not keep the stream from running.
+    pub warnings: Vec<String>,
+}
+
+/// The databases to replicate, by name.
+pub async fn source_databases(config: &Config) -> Result<Vec<String>, SetupError> {
+    match &config.source.databases {
+        Databases::List(names) => Ok(names.clone()),
+        Databases::All => databases(&config.source.conninfo).await,
+    }
+}
+
+/// The same, asked with the rights that `init` has.
+pub async fn source_databases_as(
+    config: &Config,
+    privileged: &Privileged,
+) -> Result<Vec<String>, SetupError> {
+    match &config.source.databases {
+        Databases::List(names) => Ok(names.clone()),
+        Databases::All => databases(&privileged.source).await,
+    }
+}
+
+async fn databases(conninfo: &ConnInfo) -> Result<Vec<String>, SetupError> {
+    let client = connect(conninfo, &Session::new("dr_agent:setup"))
+        .await
+        .map_err(SetupError::sql(Side::Source, "connect"))?;
+    catalog::databases(&client)
+        .await
+        .map_err(SetupError::sql(Side::Source, "list databases"))
+}
+
+/// Brings `database` to where streaming can start. Repeatable, whatever was killed before.
+///
+/// `observer` is told how the copy goes; after `cancel` this ends soon and the next start goes on.
+pub async fn prepare(
+    config: &Config,
+    database: &str,
+    observer: &dyn CopyObserver,
+    cancel: &CancellationToken,
+) -> Result<Prepared, SetupError> {
+    Box::pin(Setup::run(config, database, observer, cancel)).await
+}
+
+/// The sessions and findings that the steps share.
+struct Setup<'a> {
+    config: &'a Config,
+    database: &'a str,
+    stream: StreamName,
+    source_info: ConnInfo,
+    replica_info: ConnInfo,
+    source: Client,
+    replica: Client,
+    found: source::Observed,
+    wanted: Wanted,
+    warnings: Vec<String>,
+    observer: &'a dyn CopyObserver,
+    cancel: &'a CancellationToken,
+}
+
+impl<'a> Setup<'a> {
+    async fn run(
+        config: &'a Config,
+        database: &'a str,
+        observer: &'a dyn CopyObserver,
+        cancel: &'a CancellationToken,
+    ) -> Result<Prepared, SetupError> {
+        let stream = config.stream(database);
+        let source_info = config.source.conninfo.with_dbname(database);
+        let replica_info = config.replica.conninfo.with_dbname(database);
+
+        // First of all, and without the source, which may be gone for good: was it promoted?
+        let admin = replica::open(&config.replica.conninfo, &stream).await?;
+        let server = replica::Server::observe(&admin, database).await?;
+        if server.has_database {
+            let client = replica::open(&replica_info, &stream).await?;
+            replica::known(&client, &stream).await?;
+        }
+
+        let source = source::open(&source_info, &stream).await?;
+        let found = source::observe(&source, &stream).await?;
+        found.require()?;
+        server.require(&source_info.to_string(), &found.started_at)?;
+        let mut warnings = Vec::new();
+        let roles = role::of_source(&source).await?;
+        warnings.extend(role::ensure(&admin, &roles).await?);
+        if !server.has_database {
+            let locale = replica::locale(&source, found.version).await?;
+            let created = replica::create_database(&admin, &server, database, &locale).await?;
+            warnings.extend(created);
+        }
+        drop(admin);
+
+        let mut replica = replica::open(&replica_info, &stream).await?;
+        replica::lock(&replica, &stream).await?;
+        let known = replica::known(&replica, &stream).await?;
+        let mut walsender = walsender(&source_info, &stream).await?;
+        let identity = walsender
+            .identify_system()
+            .await
+            .map_err(SetupError::sql(Side::Source, "identify the system"))?;
+        let history = History {
+            system_identifier: identity.system_identifier,
+            timeline: identity.timeline,
+        };
+        let verdict = identity::verdict(&Observed {
+            stream: stream.clone(),
+            database: database.to_owned(),
+            source: history.clone(),
+            source_lsn: identity.xlogpos,
+            slot: observe_slot(&source, &stream).await?,
+            recorded: known.recorded.clone(),
+            applied: known.progress.map(|progress| progress.end_lsn),
+        })
+        .map_err(|source| SetupError::Mismatch {
+            database: database.to_owned(),
+            source,
+        })?;
+
+        replica::ensure_schema(&replica, &server).await?;
+        replica::guard(&mut replica, database).await?;
+        let wanted = found.wanted(config);
+        let mut setup = Setup {
+            config,
+            database,
+            stream,
+            source_info,
+            replica_info,
+            source,
+            replica,
+            found,
+            wanted,
+            warnings,
+            observer,
+            cancel,
+        };
+        let progress = match (verdict, known.progress) {
+            (Verdict::Begin { drop_slot }, _) => {
+                setup.begin(&mut walsender, &history, drop_slot).await?
+            }
+            (Verdict::Resume, progress) => {
+                let progress = progress.expect("the verdict is Resume only where there is progress");
+                setup.resume(&mut walsender, progress).await?;
+                progress
+            }
+        };
+        setup.finish(history, progress).await
+    }
+
+    /// Brings the source's schema and publication to what is wanted.
+    async fn publish(&mut self) -> Result<(), SetupError> {
+        let statements = self.found.statements(&self.stream, &self.wanted)?;
+        source::execute(&self.source, Side::Source, &statements).await?;
+        // The in-band tables may be new; they are copied like any other.
+        self.found = source::observe(&self.source, &self.stream).await?;
+        if let Some(publication) = &self.found.publication {
+            self.wanted.published = self.found.tables.clone();
+            self.wanted
+                .published
+                .retain(|table| publication.publishes(table) && !table.unlogged);
+        }
+        Ok(())
+    }
+
+    /// Copies tables at the snapshot that `slot` exported; its connection has to stay idle and open.
+    async fn copy(
+        &self,
+        tables: Vec<Table>,
+        slot: &CreatedSlot,
+        whole_schema: bool,
+    ) -> Result<(), SetupError> {
+        let snapshot = slot.snapshot_name.as_deref().ok_or_else(|| {
+            let error = PgError::Protocol("the slot exported no snapshot".to_owned());
+            SetupError::sql(Side::Source, "create a slot")(error)
+        })?;
+        let job = CopyJob {
+            source: &self.source_info,
+            replica: &self.replica_info,
+            stream: &self.stream,
+            tables,
+            snapshot,
+            snapshot_lsn: slot.consistent_point,
+            settings: &self.config.copy,
+            whole_schema,
+        };
+        snapshot::copy(job, self.observer, self.cancel)
+            .await
+            .map_err(|source| SetupError::Copy {
+                database: self.database.to_owned(),
+                source,
+            })
+    }
+
+    /// Creates a slot; waits for the transactions then running, as long as nobody stops the agent.
+    async fn create_slot(
+        &self,
+        walsender: &mut ReplicationConnection,
+        name: &str,
+        temporary: bool,
+    ) -> Result<CreatedSlot, SetupError> {
+        let options = SlotOptions {
+            temporary,
+            failover: !temporary,
+            export_snapshot: true,
+        };
+        self.cancel
+            .run_until_cancelled(walsender.create_slot(name, options))
+            .await
+            .ok_or(SetupError::Stopped)?
+            .map_err(SetupError::sql(Side::Source, "create a replication slot"))
+    }
+
+    async fn finish(
+        self,
+        history: History,
+        progress: Progress,
+    ) -> Result<Prepared, SetupError> {
+        let rows = table_sync::rows(&self.replica, &self.stream).await?;
+        Ok(Prepared {
+            term: progress.term,
+            batch: progress.batch,
+            end_lsn: progress.end_lsn,
+            timeline: history.timeline,
+            system_identifier: history.system_identifier,
+            server_version: self.found.version,
+            synced: rows
+                .into_iter()
+                .filter(|row| row.ready)
+                .map(|row| (row.table, row.snapshot_lsn))
+                .collect(),
+            unpublished: self.wanted.unpublished,
+            warnings: self.warnings,
+            stream: self.stream,
+        })
+    }
+}
+
+/// Opens the connection that creates slots; it exports a snapshot and has to outlive the copy.
+async fn walsender(
+    conninfo: &ConnInfo,
+    stream: &StreamName,
+) -> Result<ReplicationConnection, SetupError> {
+    let session = Session::new(stream.application_name("setup"))
+        // The exported snapshot lives in an idle transaction.
+        .set("idle_in_transaction_session_timeout", "0")
+        .set("statement_timeout", "0");
+    ReplicationConnection::connect(conninfo, &session)
+        .await
+        .map_err(SetupError::sql(Side::Source, "open a replication connection"))
+}
+
+async fn observe_slot(
+    source: &Client,
+    stream: &StreamName,
+) -> Result<Option<Slot>, SetupError> {
+    let state = slot::slot_state(source, stream.as_str())
+        .await
+        .map_err(SetupError::sql(Side::Source, "look at the slot"))?;
+    Ok(state.map(Slot::from))
+}

@@ -1,0 +1,369 @@
+//! What the publication must list, and the statements that make it so.
+//!
+//! Pure: [`super::source`] observes and executes. The publication is never `FOR ALL TABLES`, because
+//! publishing a table without a key makes the source's own UPDATE and DELETE fail.
+//!
+//! # Invariants
+//! - No table without a replica identity is ever listed, now or by a partition added later: a
+//!   partitioned table is listed as a whole only where its own primary key is handed down to every
+//!   partition. The partitions of any other are listed one by one.
+//! - Of schema `dr_agent` exactly the in-band tables are listed, whatever `source.exclude` says and
+//!   whatever else an earlier life as a replica has left there.
+//! - `publish_via_partition_root` is off: changes arrive under the name of the table that stores the
+//!   row.
+
+use std::collections::BTreeSet;
+
+use crate::catalog::{Protection, Table, TableName, quote_ident};
+use crate::config::Config;
+use crate::stream::StreamName;
+
+/// What becomes of every table of one database.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// What the publication lists: tables, and roots of partitioned tables.
+    pub units: BTreeSet<TableName>,
+    /// The tables whose changes will arrive, and which are therefore copied.
+    pub published: Vec<Table>,
+    /// Tables that need `REPLICA IDENTITY FULL` before they are listed.
+    pub identity_full: Vec<TableName>,
+    /// Tables that stay unprotected, and why.
+    pub unpublished: Vec<(TableName, Protection)>,
+}
+
+impl Wanted {
+    /// Decides for every table. `keyed_roots` are the partitioned tables with a primary key.
+    pub fn of(tables: &[Table], keyed_roots: &BTreeSet<TableName>, config: &Config) -> Self {
+        let mut wanted = Self::default();
+        for table in tables {
+            let protection = table.protection(config);
+            match protection {
+                Protection::Published => {}
+                Protection::KeylessFull => wanted.identity_full.push(table.name.clone()),
+                Protection::Excluded
+                | Protection::KeylessExcluded
+                | Protection::KeylessRefused
+                | Protection::Unlogged => {
+                    wanted.unpublished.push((table.name.clone(), protection));
+                    continue;
+                }
+            }
+            wanted.units.insert(unit(table, keyed_roots).clone());
+            wanted.published.push(table.clone());
+        }
+        // They may not exist yet; they do before the publication is written.
+        for name in in_band_tables() {
+            wanted.units.insert(name);
+        }
+        wanted.withhold_wholes_with_a_keyless_part(tables, keyed_roots);
+        wanted
+    }
+
+    /// A primary key on the root does not keep a partition from `REPLICA IDENTITY NOTHING`. Such a
+    /// root cannot be listed as a whole; its other partitions are listed one by one.
+    fn withhold_wholes_with_a_keyless_part(
+        &mut self,
+        tables: &[Table],
+        keyed_roots: &BTreeSet<TableName>,
+    ) {
+        let keyless: BTreeSet<&TableName> = self
+            .unpublished
+            .iter()
+            .filter(|(_, why)| {
+                matches!(
+                    why,
+                    Protection::KeylessExcluded | Protection::KeylessRefused
+                )
+            })
+            .map(|(name, _)| name)
+            .collect();
+        let broken: BTreeSet<&TableName> = tables
+            .iter()
+            .filter(|table| keyless.contains(&table.name) && keyed_roots.contains(&table.root))
+            .map(|table| &table.root)
+            .collect();
+        for root in broken {
+            self.units.remove(root);
+            let parts = self.published.iter().filter(|table| table.root == *root);
+            self.units.extend(parts.map(|table| table.name.clone()));
+        }
+    }
+
+    /// The tables that nobody has decided about.
+    pub fn refused(&self) -> Vec<TableName> {
+        self.unpublished
+            .iter()
+            .filter(|(_, why)| *why == Protection::KeylessRefused)
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+
+    /// Leaves out tables that this role may not publish because it does not own them.
+    pub fn leave_out(&mut self, units: &BTreeSet<TableName>) -> Vec<TableName> {
+        self.units.retain(|unit| !units.contains(unit));
+        let left_out = |table: &Table| units.contains(&table.root) || units.contains(&table.name);
+        let names: Vec<TableName> = self
+            .published
+            .iter()
+            .filter(|table| left_out(table))
+            .map(|table| table.name.clone())
+            .collect();
+        self.published.retain(|table| !left_out(table));
+        self.identity_full.retain(|name| !names.contains(name));
+        names
+    }
+}
+
+/// What the publication lists so that this table is published.
+fn unit<'a>(table: &'a Table, keyed_roots: &BTreeSet<TableName>) -> &'a TableName {
+    if keyed_roots.contains(&table.root) {
+        &table.root
+    } else {
+        &table.name
+    }
+}
+
+/// The tables of schema `dr_agent` that travel in the stream.
+pub fn in_band_tables() -> [TableName; 2] {
+    ["heartbeat", "sequence_state"].map(|name| TableName {
+        schema: "dr_agent".to_owned(),
+        name: name.to_owned(),
+    })
+}
+
+/// A publication as it stands on the source.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Publication {
+    /// `FOR ALL TABLES`.
+    pub all_tables: bool,
+    /// `FOR TABLES IN SCHEMA` (15 and later).
+    pub schemas: bool,
+    /// Publishes insert, update, delete and truncate, each under the leaf partition's name.
+    pub options_sound: bool,
+    /// What it lists entirely, without row filter or column list.
+    pub units: BTreeSet<TableName>,
+    /// What it lists with a row filter or a column list (15 and later).
+    pub filtered: BTreeSet<TableName>,
+}
+
+impl Publication {
+    /// Whether all changes of this table are published.
+    pub fn publishes(&self, table: &Table) -> bool {
+        self.units.contains(&table.name) || self.units.contains(&table.root)
+    }
+
+    /// What keeps it from ever being ours, or from having been sound all the time.
+    pub fn defect(&self) -> Option<&'static str> {
+        if self.all_tables {
+            Some("it is FOR ALL TABLES")
+        } else if self.schemas {
+            Some("it publishes whole schemas")
+        } else if !self.options_sound {
+            Some(
+                "it does not publish insert, update, delete and truncate under the names of the \
+                 partitions",
+            )
+        } else {
+            None
+        }
+    }
+
+    /// What it lists and should not, or lists only in part.
+    fn surplus<'a>(&'a self, wanted: &'a Wanted) -> impl Iterator<Item = &'a TableName> {
+        self.units.difference(&wanted.units).chain(&self.filtered)
+    }
+
+    /// What it does not list, or lists only in part.
+    pub fn missing<'a>(&'a self, wanted: &'a Wanted) -> impl Iterator<Item = &'a TableName> {
+        wanted.units.difference(&self.units)
+    }
+}
+
+const OPTIONS: &str =
+    "publish = 'insert, update, delete, truncate', publish_via_partition_root = false";
+
+/// The statements that settle keyless tables and then bring the publication to what is wanted.
+/// None where it is so already.
+pub fn statements(
+    stream: &StreamName,
+    found: Option<&Publication>,
+    wanted: &Wanted,
+) -> Vec<String> {
+    let name = quote_ident(stream.as_str());
+    let mut statements: Vec<String> = wanted
+        .identity_full
+        .iter()
+        .map(|table| format!("ALTER TABLE {} REPLICA IDENTITY FULL", table.sql()))
+        .collect();
+    let Some(found) = found else {
+        let units = list(wanted.units.iter());
+        statements.push(format!(
+            "CREATE PUBLICATION {name} FOR TABLE {units} WITH ({OPTIONS})"
+        ));
+        return statements;
+    };
+    if !found.options_sound {
+        statements.push(format!("ALTER PUBLICATION {name} SET ({OPTIONS})"));
+    }
+    let surplus = list(found.surplus(wanted));
+    if !surplus.is_empty() {
+        statements.push(format!("ALTER PUBLICATION {name} DROP TABLE {surplus}"));
+    }
+    let missing = list(found.missing(wanted));
+    if !missing.is_empty() {
+        statements.push(format!("ALTER PUBLICATION {name} ADD TABLE {missing}"));
+    }
+    statements
+}
+
+/// The statement that changes nothing and makes running walsenders and decoders look again.
+pub fn touch(stream: &StreamName) -> String {
+    let name = quote_ident(stream.as_str());
+    format!("ALTER PUBLICATION {name} SET ({OPTIONS})")
+}
+
+/// `ONLY`, because without it every child of a table by inheritance is listed too.
+fn list<'a>(names: impl Iterator<Item = &'a TableName>) -> String {
+    names
+        .map(|name| format!("ONLY {}", name.sql()))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::Identity;
+
+    fn config(more: &str) -> Config {
+        let text = format!(
+            "[source]\nurl = \"postgres://a@localhost/x\"\n{more}\n\
+             [replica]\nurl = \"postgres://b@localhost/y\"\n"
+        );
+        Config::parse("test", &text, []).unwrap()
+    }
+
+    fn name(name: &str) -> TableName {
+        TableName {
+            schema: "public".to_owned(),
+            name: name.to_owned(),
+        }
+    }
+
+    fn table(table: &str, root: &str, identity: Identity) -> Table {
+        Table {
+            name: name(table),
+            root: name(root),
+            identity,
+            unlogged: false,
+            bytes: 0,
+            of_extension: false,
+        }
+    }
+
+    fn units(wanted: &Wanted) -> Vec<&str> {
+        let user = wanted.units.iter().filter(|unit| unit.schema == "public");
+        user.map(|unit| unit.name.as_str()).collect()
+    }
+
+    #[test]
+    fn a_partitioned_table_is_listed_whole_only_where_its_key_reaches_new_partitions() {
+        let tables = [
+            table("k_1", "k", Identity::Key),
+            table("k_2", "k", Identity::Key),
+            table("own_1", "own", Identity::Key),
+            table("own_2", "own", Identity::Missing),
+        ];
+        let keyed = BTreeSet::from([name("k")]);
+        let wanted = Wanted::of(&tables, &keyed, &config("keyless = \"exclude\""));
+        assert_eq!(units(&wanted), ["k", "own_1"]);
+        assert_eq!(wanted.published.len(), 3);
+        assert_eq!(
+            wanted.unpublished,
+            [(name("own_2"), Protection::KeylessExcluded)]
+        );
+    }
+
+    #[test]
+    fn one_partition_without_identity_splits_the_whole() {
+        let tables = [
+            table("k_1", "k", Identity::Key),
+            table("k_2", "k", Identity::Missing),
+        ];
+        let keyed = BTreeSet::from([name("k")]);
+        let wanted = Wanted::of(&tables, &keyed, &config("keyless = \"exclude\""));
+        assert_eq!(units(&wanted), ["k_1"]);
+        let wanted = Wanted::of(&tables, &keyed, &config("keyless = \"full\""));
+        assert_eq!(units(&wanted), ["k"]);
+        assert_eq!(wanted.identity_full, [name("k_2")]);
+    }
+
+    #[test]
+    fn keyless_tables_are_refused_until_somebody_decides() {
+        let tables = [
+            table("log", "log", Identity::Missing),
+            table("ok", "ok", Identity::Key),
+        ];
+        let none = BTreeSet::new();
+        let wanted = Wanted::of(&tables, &none, &config(""));
+        assert_eq!(wanted.refused(), [name("log")]);
+        assert_eq!(units(&wanted), ["ok"]);
+        let stream = StreamName::new("dr_agent", "app");
+        let full = Wanted::of(&tables, &none, &config("keyless = \"full\""));
+        let statements = statements(&stream, None, &full);
+        assert_eq!(
+            statements[0],
+            "ALTER TABLE \"public\".\"log\" REPLICA IDENTITY FULL"
+        );
+        assert!(statements[1].starts_with("CREATE PUBLICATION \"dr_agent_app\" FOR TABLE ONLY"));
+        assert!(statements[1].contains("ONLY \"dr_agent\".\"heartbeat\""));
+    }
+
+    #[test]
+    fn a_publication_that_is_right_is_left_alone_and_any_other_is_mended() {
+        let tables = [
+            table("a", "a", Identity::Key),
+            table("b", "b", Identity::Key),
+        ];
+        let wanted = Wanted::of(&tables, &BTreeSet::new(), &config(""));
+        let stream = StreamName::new("dr_agent", "app");
+        let mut found = Publication {
+            options_sound: true,
+            units: wanted.units.clone(),
+            ..Publication::default()
+        };
+        assert_eq!(
+            statements(&stream, Some(&found), &wanted),
+            Vec::<String>::new()
+        );
+        found.units.remove(&name("a"));
+        found.filtered.insert(name("a"));
+        found.units.insert(name("gone"));
+        assert!(!found.publishes(&tables[0]));
+        assert!(found.publishes(&tables[1]));
+        assert_eq!(
+            statements(&stream, Some(&found), &wanted),
+            [
+                "ALTER PUBLICATION \"dr_agent_app\" DROP TABLE ONLY \"public\".\"gone\", ONLY \
+                 \"public\".\"a\"",
+                "ALTER PUBLICATION \"dr_agent_app\" ADD TABLE ONLY \"public\".\"a\"",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_this_role_does_not_own_is_left_out_with_its_partitions() {
+        let tables = [
+            table("k_1", "k", Identity::Key),
+            table("a", "a", Identity::Key),
+        ];
+        let keyed = BTreeSet::from([name("k")]);
+        let mut wanted = Wanted::of(&tables, &keyed, &config(""));
+        assert_eq!(
+            wanted.leave_out(&BTreeSet::from([name("k")])),
+            [name("k_1")]
+        );
+        assert_eq!(units(&wanted), ["a"]);
+        assert_eq!(wanted.published.len(), 1);
+    }
+}

@@ -1,0 +1,517 @@
+//! The replica's part of the set-up: database, schema `dr_agent`, read-only guard, what is known.
+//!
+//! # Invariants
+//! - A promoted replica is not touched: [`known`] is read before anything is written, and the guard
+//!   is set under a lock that a promotion has to wait for.
+//! - A database that holds tables of unknown origin is never written to.
+//!
+//! # What it does not do
+//! User tables are created and filled by [`crate::snapshot`]; roles are in [`super::role`].
+
+use std::collections::BTreeSet;
+
+use tokio_postgres::Client;
+
+use super::error::{SetupError, Side};
+use super::identity::History;
+use super::source::MAJOR_VERSIONS;
+use crate::catalog::{self, TableName, quote_ident, quote_literal};
+use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
+use crate::stream::StreamName;
+
+/// Schema `dr_agent` of a replica.
+pub(super) const SCHEMA_SQL: &str = include_str!("../../sql/replica.sql");
+
+/// Opens a set-up session on the replica, past its read-only guard.
+pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Client, SetupError> {
+    let session = Session::new(stream.application_name("setup"))
+        .set("statement_timeout", "0")
+        .set("default_transaction_read_only", "off")
+        .set("client_min_messages", "warning");
+    connect(conninfo, &session)
+        .await
+        .map_err(SetupError::sql(Side::Replica, "connect"))
+}
+
+/// What the replica's server says about itself.
+#[derive(Debug)]
+pub(super) struct Server {
+    pub(super) version: i32,
+    pub(super) role: String,
+    pub(super) superuser: bool,
+    pub(super) has_database: bool,
+    may_create_database: bool,
+    in_recovery: bool,
+    started_at: String,
+}
+
+impl Server {
+    /// Reads it, on any database.
+    pub(super) async fn observe(client: &Client, database: &str) -> Result<Self, SetupError> {
+        const SQL: &str = "
+            SELECT current_setting('server_version_num')::int, current_user::text,
+                   r.rolsuper, r.rolsuper OR r.rolcreatedb, pg_is_in_recovery(),
+                   extract(epoch FROM pg_postmaster_start_time())::text,
+                   EXISTS (SELECT 1 FROM pg_database WHERE datname = $1)
+              FROM pg_roles r WHERE r.rolname = current_user";
+        let row = client
+            .query_one(SQL, &[&database])
+            .await
+            .map_err(|error| SetupError::sql(Side::Replica, "look at the server")(error.into()))?;
+        Ok(Self {
+            version: row.get(0),
+            role: row.get(1),
+            superuser: row.get(2),
+            may_create_database: row.get(3),
+            in_recovery: row.get(4),
+            started_at: row.get(5),
+            has_database: row.get(6),
+        })
+    }
+
+    /// Refuses a server that cannot be a replica of a source started at `source_started_at`.
+    pub(super) fn require(
+        &self,
+        source: &str,
+        source_started_at: &str,
+    ) -> Result<(), SetupError> {
+        let unfit = |what: String, hint: &str| {
+            Err(SetupError::Unfit {
+                side: Side::Replica,
+                what,
+                hint: hint.to_owned(),
+            })
+        };
+        let major = self.version / 10_000;
+        if !MAJOR_VERSIONS.contains(&major) {
+            return unfit(
+                format!("PostgreSQL {major} is not supported"),
+                "this version of dr-agent knows PostgreSQL 14 to 18",
+            );
+        }
+        if self.in_recovery {
+            return unfit(
+                "the server is a standby, or still recovering".to_owned(),
+                "the replica takes the agent's writes; point replica.url at a primary",
+            );
+        }
+        // Microseconds of a start-up: the same on both sides means one server under two URLs.
+        if self.started_at == source_started_at {
+            return unfit(
+                format!("it is the same server as the source ({source})"),
+                "source.url and replica.url must lead to two servers",
+            );
+        }
+        Ok(())
+    }
+}
+
+/// How a database orders and classifies characters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Locale {
+    pub(super) encoding: String,
+    pub(super) provider: Provider,
+    pub(super) collate: String,
+    pub(super) ctype: String,
+    pub(super) owner: String,
+}
+
+/// Who knows the locale.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Provider {
+    /// The operating system.
+    Libc,
+    /// ICU (15 and later), with its locale.
+    Icu(String),
+    /// PostgreSQL itself (17 and later), with its locale.
+    Builtin(String),
+}
+
+/// Reads them from the source.
+pub(super) async fn locale(source: &Client, version: i32) -> Result<Locale, SetupError> {
+    let (provider, name) = match version / 10_000 {
+        14 => ("'c'", "''"),
+        15 | 16 => ("datlocprovider::text", "coalesce(daticulocale, '')"),
+        _ => ("datlocprovider::text", "coalesce(datlocale, '')"),
+    };
+    let sql = format!(
+        "SELECT pg_encoding_to_char(encoding)::text, {provider}, {name}, datcollate::text,
+                datctype::text, pg_get_userbyid(datdba)::text
+           FROM pg_database WHERE datname = current_database()"
+    );
+    let row = source
+        .query_one(&sql, &[])
+        .await
+        .map_err(|error| SetupError::sql(Side::Source, "read the locale")(error.into()))?;
+    Ok(Locale {
+        encoding: row.get(0),
+        provider: match row.get::<_, &str>(1) {
+            "i" => Provider::Icu(row.get(2)),
+            "b" => Provider::Builtin(row.get(2)),
+            _ => Provider::Libc,
+        },
+        collate: row.get(3),
+        ctype: row.get(4),
+        owner: row.get(5),
+    })
+}
+
+impl Locale {
+    /// The statements to try, best first: the same locale, then ones every server has.
+    pub(super) fn create_database(&self, database: &str, version: i32) -> Vec<String> {
+        let with = |locale: String| {
+            format!(
+                "CREATE DATABASE {} TEMPLATE template0 ENCODING {}{locale}",
+                quote_ident(database),
+                quote_literal(&self.encoding)
+            )
+        };
+        let libc = |collate: &str, ctype: &str| {
+            let provider = if version >= 150_000 {
+                " LOCALE_PROVIDER libc"
+            } else {
+                ""
+            };
+            format!(
+                "{provider} LC_COLLATE {} LC_CTYPE {}",
+                quote_literal(collate),
+                quote_literal(ctype)
+            )
+        };
+        let mut candidates = Vec::new();
+        match &self.provider {
+            Provider::Libc => candidates.push(with(libc(&self.collate, &self.ctype))),
+            Provider::Icu(name) if version >= 150_000 => candidates.push(with(format!(
+                " LOCALE_PROVIDER icu ICU_LOCALE {} LC_COLLATE {} LC_CTYPE {}",
+                quote_literal(name),
+                quote_literal(&self.collate),
+                quote_literal(&self.ctype)
+            ))),
+            Provider::Builtin(name) if version >= 170_000 => candidates.push(with(format!(
+                " LOCALE_PROVIDER builtin BUILTIN_LOCALE {} LC_COLLATE {} LC_CTYPE {}",
+                quote_literal(name),
+                quote_literal(&self.collate),
+                quote_literal(&self.ctype)
+            ))),
+            Provider::Icu(_) | Provider::Builtin(_) => {}
+        }
+        if self.encoding == "UTF8" {
+            candidates.push(with(libc("C.UTF-8", "C.UTF-8")));
+        }
+        candidates.push(with(libc("C", "C")));
+        candidates.dedup();
+        candidates
+    }
+}
+
+/// Creates the database; returns a warning where the source's locale is not to be had.
+pub(super) async fn create_database(
+    admin: &Client,
+    server: &Server,
+    database: &str,
+    locale: &Locale,
+) -> Result<Option<String>, SetupError> {
+    let doing = format!("create database \"{database}\"");
+    if !server.may_create_database {
+        return Err(SetupError::RightMissing {
+            side: Side::Replica,
+            role: server.role.clone(),
+            what: doing,
+            right: format!("the attribute CREATEDB (ALTER ROLE {} CREATEDB)", server.role),
+        });
+    }
+    let candidates = locale.create_database(database, server.version);
+    let exact = candidates.first().cloned();
+    let mut refused = None;
+    for statement in candidates {
+        let error = match admin.batch_execute(&statement).await {
+            Ok(()) if Some(&statement) == exact.as_ref() && locale.is_known(server.version) => {
+                return Ok(None);
+            }
+            Ok(()) => {
+                return Ok(Some(format!(
+                    "the replica's server does not have the source's locale ({}); database \
+                     \"{database}\" was created with: {statement}. Sort order differs for text \
+                     without a COLLATE of its own",
+                    locale.name()
+                )));
+            }
+            Err(error) => PgError::from(error),
+        };
+        match error.sqlstate() {
+            // duplicate_database: created by another start meanwhile.
+            Some("42P04") => return Ok(None),
+            // wrong_object_type and invalid_parameter_value: "invalid locale name".
+            Some("42809" | "22023") => refused = Some(error),
+            _ => return Err(SetupError::sql(Side::Replica, &doing)(error)),
+        }
+    }
+    let error = refused.unwrap_or_else(|| PgError::Protocol("no locale left to try".to_owned()));
+    Err(SetupError::sql(Side::Replica, &doing)(error))
+}
+
+impl Locale {
+    /// Whether a server of this version can have this locale at all.
+    fn is_known(&self, version: i32) -> bool {
+        match self.provider {
+            Provider::Libc => true,
+            Provider::Icu(_) => version >= 150_000,
+            Provider::Builtin(_) => version >= 170_000,
+        }
+    }
+
+    fn name(&self) -> &str {
+        match &self.provider {
+            Provider::Libc => &self.collate,
+            Provider::Icu(name) | Provider::Builtin(name) => name,
+        }
+    }
+}
+
+/// What a replica's database remembers of a stream.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    pub(super) recorded: Option<History>,
+    pub(super) progress: Option<Progress>,
+}
+
+/// The stream's row of `dr_agent.progress`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Progress {
+    pub(super) term: i64,
+    pub(super) batch: i64,
+    pub(super) end_lsn: PgLsn,
+}
+
+/// Reads what the replica remembers; refuses a promoted one.
+pub(super) async fn known(client: &Client, stream: &StreamName) -> Result<Known, SetupError> {
+    let doing = "read schema dr_agent";
+    let sql = |error: tokio_postgres::Error| SetupError::sql(Side::Replica, doing)(error.into());
+    const HAS_SCHEMA: &str = "
+        SELECT count(*) = 4 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname = 'dr_agent'
+           AND c.relname IN ('progress', 'stream', 'table_sync', 'promotion')";
+    let has_schema: bool = client.query_one(HAS_SCHEMA, &[]).await.map_err(sql)?.get(0);
+    if !has_schema {
+        return Ok(Known::default());
+    }
+    refuse_promoted(client).await?;
+    let recorded = client
+        .query_opt(
+            "SELECT system_identifier, timeline FROM dr_agent.stream WHERE stream = $1",
+            &[&stream.as_str()],
+        )
+        .await
+        .map_err(sql)?;
+    let progress = client
+        .query_opt(
+            "SELECT term, batch, end_lsn FROM dr_agent.progress WHERE stream = $1",
+            &[&stream.as_str()],
+        )
+        .await
+        .map_err(sql)?;
+    Ok(Known {
+        recorded: recorded.map(|row| History {
+            system_identifier: row.get(0),
+            timeline: row.get(1),
+        }),
+        progress: progress.map(|row| Progress {
+            term: row.get(0),
+            batch: row.get(1),
+            end_lsn: row.get(2),
+        }),
+    })
+}
+
+/// Any promotion of this database counts, under whichever stream: it takes writes of its own.
+async fn refuse_promoted(
+    client: &(impl tokio_postgres::GenericClient + Sync),
+) -> Result<(), SetupError> {
+    const SQL: &str = "
+        SELECT to_char(started_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), term, mode
+          FROM dr_agent.promotion ORDER BY started_at DESC LIMIT 1";
+    let row = client
+        .query_opt(SQL, &[])
+        .await
+        .map_err(|error| SetupError::sql(Side::Replica, "read promotions")(error.into()))?;
+    match row {
+        None => Ok(()),
+        Some(row) => Err(SetupError::Promoted {
+            at: row.get(0),
+            term: row.get(1),
+            mode: row.get(2),
+        }),
+    }
+}
+
+/// Creates what schema `dr_agent` lacks.
+pub(super) async fn ensure_schema(client: &Client, server: &Server) -> Result<(), SetupError> {
+    let doing = "create schema dr_agent";
+    client.batch_execute(SCHEMA_SQL).await.map_err(|error| {
+        let error = PgError::from(error);
+        if error.sqlstate() == Some("42501") {
+            return SetupError::RightMissing {
+                side: Side::Replica,
+                role: server.role.clone(),
+                what: doing.to_owned(),
+                right: "ownership of the database and of schema dr_agent".to_owned(),
+            };
+        }
+        SetupError::sql(Side::Replica, doing)(error)
+    })
+}
+
+/// The statement of the read-only guard.
+pub(super) fn guard_statement(database: &str) -> String {
+    format!(
+        "ALTER DATABASE {} SET default_transaction_read_only = on",
+        quote_ident(database)
+    )
+}
+
+/// Whether the read-only guard is set.
+pub(super) async fn is_guarded(
+    client: &(impl tokio_postgres::GenericClient + Sync),
+) -> Result<bool, SetupError> {
+    const SQL: &str = "
+        SELECT EXISTS (
+            SELECT 1 FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase
+             WHERE d.datname = current_database() AND s.setrole = 0
+               AND 'default_transaction_read_only=on' = ANY (s.setconfig))";
+    let row = client.query_one(SQL, &[]).await;
+    row.map(|row| row.get(0))
+        .map_err(|error| SetupError::sql(Side::Replica, "look at the read-only guard")(error.into()))
+}
+
+/// Makes every session but ours find a read-only database, unless it was promoted.
+pub(super) async fn guard(client: &mut Client, database: &str) -> Result<(), SetupError> {
+    let doing = "set the read-only guard";
+    let sql = |error: tokio_postgres::Error| SetupError::sql(Side::Replica, doing)(error.into());
+    let transaction = client.transaction().await.map_err(sql)?;
+    // A promotion writes its row before it lifts the guard: it either waits here and lifts
+    // afterwards, or its row is seen below.
+    transaction
+        .batch_execute("LOCK TABLE dr_agent.promotion IN SHARE MODE")
+        .await
+        .map_err(sql)?;
+    refuse_promoted(&transaction).await?;
+    if !is_guarded(&transaction).await? {
+        transaction
+            .batch_execute(&guard_statement(database))
+            .await
+            .map_err(sql)?;
+    }
+    transaction.commit().await.map_err(sql)
+}
+
+/// Holds the right to set up this stream until the session ends.
+pub(super) async fn lock(client: &Client, stream: &StreamName) -> Result<(), SetupError> {
+    const SQL: &str = "SELECT pg_try_advisory_lock(hashtextextended('dr_agent:' || $1::text, 0))";
+    let row = client
+        .query_one(SQL, &[&stream.as_str()])
+        .await
+        .map_err(|error| SetupError::sql(Side::Replica, "lock the stream")(error.into()))?;
+    if row.get(0) {
+        Ok(())
+    } else {
+        Err(SetupError::Busy {
+            stream: stream.to_string(),
+        })
+    }
+}
+
+/// Refuses a database that holds tables: the first copy goes into an empty one.
+pub(super) async fn require_empty(client: &Client, database: &str) -> Result<(), SetupError> {
+    const SQL: &str = "
+        SELECT n.nspname, c.relname
+          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.relkind IN ('r', 'p', 'f')
+           AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname NOT IN ('information_schema', 'dr_agent')
+           AND NOT EXISTS (SELECT 1 FROM pg_depend d
+                            WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
+                              AND d.deptype = 'e')
+         ORDER BY 1, 2";
+    let tables: Vec<TableName> = client
+        .query(SQL, &[])
+        .await
+        .map_err(|error| SetupError::sql(Side::Replica, "look for tables")(error.into()))?
+        .iter()
+        .map(|row| TableName {
+            schema: row.get(0),
+            name: row.get(1),
+        })
+        .collect();
+    if tables.is_empty() {
+        Ok(())
+    } else {
+        Err(SetupError::ReplicaNotEmpty {
+            database: database.to_owned(),
+            tables,
+        })
+    }
+}
+
+/// The tables of the replica's database.
+pub(super) async fn tables(client: &Client) -> Result<BTreeSet<TableName>, SetupError> {
+    let tables = catalog::tables(client)
+        .await
+        .map_err(SetupError::sql(Side::Replica, "list tables"))?;
+    Ok(tables.into_iter().map(|table| table.name).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn german(provider: Provider) -> Locale {
+        Locale {
+            encoding: "UTF8".to_owned(),
+            provider,
+            collate: "de_DE.UTF-8".to_owned(),
+            ctype: "de_DE.UTF-8".to_owned(),
+            owner: "app".to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_same_locale_is_tried_before_those_every_server_has() {
+        let tried = german(Provider::Libc).create_database("a\"b", 140_000);
+        assert_eq!(
+            tried,
+            [
+                "CREATE DATABASE \"a\"\"b\" TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE \
+                 'de_DE.UTF-8' LC_CTYPE 'de_DE.UTF-8'",
+                "CREATE DATABASE \"a\"\"b\" TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE \
+                 'C.UTF-8' LC_CTYPE 'C.UTF-8'",
+                "CREATE DATABASE \"a\"\"b\" TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE 'C' \
+                 LC_CTYPE 'C'",
+            ]
+        );
+    }
+
+    #[test]
+    fn an_icu_locale_is_only_asked_of_a_server_that_knows_icu() {
+        let icu = german(Provider::Icu("de-DE".to_owned()));
+        assert!(icu.create_database("x", 160_000)[0].contains("ICU_LOCALE 'de-DE'"));
+        assert!(!icu.create_database("x", 140_000)[0].contains("ICU_LOCALE"));
+        assert!(!icu.is_known(140_000));
+        let builtin = german(Provider::Builtin("C.UTF-8".to_owned()));
+        assert!(builtin.create_database("x", 170_000)[0].contains("BUILTIN_LOCALE 'C.UTF-8'"));
+        assert!(!builtin.create_database("x", 160_000)[0].contains("BUILTIN_LOCALE"));
+    }
+
+    #[test]
+    fn one_server_under_two_urls_is_refused() {
+        let server = Server {
+            version: 150_000,
+            role: "dr".to_owned(),
+            superuser: true,
+            has_database: false,
+            may_create_database: true,
+            in_recovery: false,
+            started_at: "1.5".to_owned(),
+        };
+        assert!(server.require("localhost", "1.5").is_err());
+        assert!(server.require("localhost", "1.6").is_ok());
+    }
+}

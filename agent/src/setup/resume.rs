@@ -1,0 +1,164 @@
+//! Every later start of a stream: what changed on the source meanwhile is taken in.
+//!
+//! # Invariants
+//! - A table whose changes were not published for a while is copied again, and is set back before it
+//!   is listed again.
+//! - A table that cannot be published, because nobody has settled its key or this role does not own
+//!   it, stays out and is reported; it does not stop the protection of all the others. (At the
+//!   first start it does: then a person is looking.)
+//!
+//! # What it does not do
+//! It never begins again from nothing: a publication that was dropped or a table that is missing on
+//! the replica is for a person to settle.
+
+use std::collections::BTreeSet;
+
+use super::error::{SetupError, Side};
+use super::replica::{self, Progress};
+use super::{Setup, publication, source, table_sync};
+use crate::catalog::{Protection, Table, TableName};
+use crate::pg::replication::ReplicationConnection;
+use crate::stream::StreamName;
+
+impl Setup<'_> {
+    pub(super) async fn resume(
+        &mut self,
+        walsender: &mut ReplicationConnection,
+        _progress: Progress,
+    ) -> Result<(), SetupError> {
+        self.found.require_unaltered(&self.stream)?;
+        self.leave_out_what_cannot_be_published();
+        let rows = table_sync::rows(&self.replica, &self.stream).await?;
+        let ready: BTreeSet<TableName> = rows
+            .into_iter()
+            .filter(|row| row.ready)
+            .map(|row| row.table)
+            .collect();
+        let missed = self.found.missed(&self.wanted, &ready);
+        self.require_tables(&ready, &missed).await?;
+        if !missed.is_empty() {
+            self.warnings.push(format!(
+                "tables that were not in the publication for a while are copied again: {}",
+                names(&missed)
+            ));
+            table_sync::reset(&mut self.replica, &self.stream, &missed).await?;
+        }
+        self.publish().await?;
+        self.copy_the_rest(walsender, &ready, &missed).await
+    }
+
+    fn leave_out_what_cannot_be_published(&mut self) {
+        let refused: BTreeSet<TableName> = self.wanted.refused().into_iter().collect();
+        if !refused.is_empty() {
+            self.warnings.push(format!(
+                "not protected, because they have no key and source.keyless is \"refuse\": {}",
+                names(&refused)
+            ));
+        }
+        let foreign = self.found.not_ours(&self.wanted);
+        if foreign.is_empty() {
+            return;
+        }
+        let left_out: BTreeSet<TableName> = self.wanted.leave_out(&foreign).into_iter().collect();
+        self.warnings.push(format!(
+            "not protected, because role \"{}\" does not own them and may not publish them; run \
+             `dr-agent init --source-url URL` with a role that may: {}",
+            self.found.role,
+            names(&left_out)
+        ));
+        self.wanted.unpublished.extend(
+            left_out
+                .into_iter()
+                .map(|name| (name, Protection::Excluded)),
+        );
+    }
+
+    async fn require_tables(
+        &self,
+        ready: &BTreeSet<TableName>,
+        missed: &BTreeSet<TableName>,
+    ) -> Result<(), SetupError> {
+        let present = replica::tables(&self.replica).await?;
+        let missing: Vec<TableName> = self
+            .wanted
+            .published
+            .iter()
+            .map(|table| &table.name)
+            .filter(|name| ready.contains(*name) && !missed.contains(*name))
+            .filter(|name| !present.contains(*name))
+            .cloned()
+            .collect();
+        if missing.is_empty() {
+            Ok(())
+        } else {
+            Err(SetupError::ReplicaTableMissing(missing))
+        }
+    }
+
+    /// Copies what is published and not ready, at the snapshot of a temporary slot.
+    async fn copy_the_rest(
+        &mut self,
+        walsender: &mut ReplicationConnection,
+        ready: &BTreeSet<TableName>,
+        missed: &BTreeSet<TableName>,
+    ) -> Result<(), SetupError> {
+        let rest: Vec<Table> = self
+            .wanted
+            .published
+            .iter()
+            .filter(|table| !ready.contains(&table.name) || missed.contains(&table.name))
+            .cloned()
+            .collect();
+        if rest.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<TableName> = rest.iter().map(|table| table.name.clone()).collect();
+        table_sync::add(&self.replica, &self.stream, &names)
+            .await
+            .map_err(SetupError::sql(Side::Replica, "record new tables"))?;
+        if self.found.forgets_publication_changes() {
+            // Every transaction that began before the tables were listed has ended once a slot could
+            // be built; what is decoded after the next alteration looks the publication up anew.
+            let name = temporary_slot(&self.stream);
+            self.create_slot(walsender, &name, true).await?;
+            walsender
+                .drop_slot(&name)
+                .await
+                .map_err(SetupError::sql(Side::Source, "drop a temporary slot"))?;
+            let touch = [publication::touch(&self.stream)];
+            source::execute(&self.source, Side::Source, &touch).await?;
+        }
+        let slot = self
+            .create_slot(walsender, &temporary_slot(&self.stream), true)
+            .await?;
+        self.copy(rest, &slot, ready.is_empty()).await
+    }
+}
+
+/// A name nobody has used: a session that died may still hold its temporary slot for a while.
+fn temporary_slot(stream: &StreamName) -> String {
+    const STREAM_BYTES_MAX: usize = 63 - 9;
+    let stream = stream.as_str();
+    let stream = &stream[..stream.len().min(STREAM_BYTES_MAX)];
+    format!("{stream}_{:08x}", rand::random::<u32>())
+}
+
+fn names(tables: &BTreeSet<TableName>) -> String {
+    tables
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn temporary_slots_have_names_that_fit_and_differ() {
+        let stream = StreamName::new("dr_agent", &"x".repeat(60));
+        let (a, b) = (temporary_slot(&stream), temporary_slot(&stream));
+        assert!(a.len() <= 63 && a != b);
+    }
+}

@@ -1,0 +1,490 @@
+//! The source's part of the set-up: what is there, what is missing, and the SQL that adds it.
+//!
+//! [`observe`] only reads. [`Observed::require`] refuses a server that cannot be tailed;
+//! [`Observed::statements`] is what `init --plan` prints and what `init` and `run` execute.
+//!
+//! # Invariants
+//! - Every statement waits for locks at most [`LOCK_TIMEOUT`]: a queue behind our ALTER TABLE
+//!   would stop the source's own work.
+//! - Keyless tables are settled before a table is published.
+//!
+//! # What it does not do
+//! Slots belong to [`super::prepare`]; what is to be published is decided in
+//! [`super::publication`].
+
+use std::collections::BTreeSet;
+
+use tokio_postgres::Client;
+
+use super::error::{SetupError, Side};
+use super::publication::{self, Publication, Wanted};
+use crate::catalog::{self, Table, TableName};
+use crate::config::Config;
+use crate::pg::{ConnInfo, PgError, Session, connect};
+use crate::stream::StreamName;
+
+/// Schema `dr_agent` with the in-band tables.
+pub(super) const SCHEMA_SQL: &str = include_str!("../../sql/source.sql");
+
+/// Long enough to win against ordinary traffic, short enough that nobody notices who queued behind.
+const LOCK_TIMEOUT: &str = "2s";
+
+/// Versions whose logical decoding this program knows.
+pub(super) const MAJOR_VERSIONS: std::ops::RangeInclusive<i32> = 14..=18;
+
+/// What the source says about itself and about one of its databases.
+#[derive(Debug)]
+pub(super) struct Observed {
+    pub(super) database: String,
+    pub(super) role: String,
+    pub(super) version: i32,
+    /// `pg_postmaster_start_time()` to recognize the same server under two URLs.
+    pub(super) started_at: String,
+    wal_level: String,
+    in_recovery: bool,
+    may_replicate: bool,
+    may_create: bool,
+    has_schema: bool,
+    writes_in_band: bool,
+    pub(super) tables: Vec<Table>,
+    pub(super) keyed_roots: BTreeSet<TableName>,
+    not_owned: BTreeSet<TableName>,
+    pub(super) publication: Option<Publication>,
+    owns_publication: bool,
+}
+
+/// Opens a set-up session on one database of the source.
+pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Client, SetupError> {
+    let session = Session::new(stream.application_name("setup"))
+        .set("lock_timeout", LOCK_TIMEOUT)
+        .set("statement_timeout", "0")
+        .set("default_transaction_read_only", "off");
+    connect(conninfo, &session)
+        .await
+        .map_err(SetupError::sql(Side::Source, "connect"))
+}
+
+/// Reads what there is.
+pub(super) async fn observe(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<Observed, SetupError> {
+    read(client, stream)
+        .await
+        .map_err(SetupError::sql(Side::Source, "look at the database"))
+}
+
+async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError> {
+    const FACTS: &str = "
+        SELECT current_database()::text, current_user::text,
+               current_setting('server_version_num')::int, extract(epoch FROM pg_postmaster_start_time())::text,
+               current_setting('wal_level'), pg_is_in_recovery(),
+               r.rolsuper OR r.rolreplication OR EXISTS (
+                    SELECT 1 FROM pg_roles m
+                     WHERE m.rolname = 'rds_replication' AND pg_has_role(m.oid, 'MEMBER')),
+               has_database_privilege(current_database(), 'CREATE'),
+               to_regclass('dr_agent.heartbeat') IS NOT NULL
+               AND to_regclass('dr_agent.sequence_state') IS NOT NULL
+          FROM pg_roles r WHERE r.rolname = current_user";
+    const WRITES_IN_BAND: &str = "
+        SELECT coalesce(bool_and(has_schema_privilege(n.oid, 'USAGE')
+                   AND has_table_privilege(c.oid, 'INSERT')
+                   AND has_table_privilege(c.oid, 'UPDATE')
+                   AND has_table_privilege(c.oid, 'DELETE')), true)
+          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname = 'dr_agent' AND c.relname IN ('heartbeat', 'sequence_state')";
+    // A partitioned table whose primary key is valid hands it down to every partition to come.
+    const KEYED_ROOTS: &str = "
+        SELECT n.nspname, c.relname
+          FROM pg_class c
+          JOIN pg_namespace n ON n.oid = c.relnamespace
+          JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary AND i.indisvalid
+         WHERE c.relkind = 'p' AND NOT c.relispartition";
+    const NOT_OWNED: &str = "
+        SELECT n.nspname, c.relname
+          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.relkind IN ('r', 'p') AND NOT pg_has_role(c.relowner, 'USAGE')
+           AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'";
+    let facts = client.query_one(FACTS, &[]).await?;
+    let version = facts.get(2);
+    let found = read_publication(client, stream, version).await?;
+    let (publication, owns_publication) = found.unzip();
+    Ok(Observed {
+        database: facts.get(0),
+        role: facts.get(1),
+        version,
+        started_at: facts.get(3),
+        wal_level: facts.get(4),
+        in_recovery: facts.get(5),
+        may_replicate: facts.get(6),
+        may_create: facts.get(7),
+        has_schema: facts.get(8),
+        writes_in_band: client.query_one(WRITES_IN_BAND, &[]).await?.get(0),
+        tables: catalog::tables(client).await?,
+        keyed_roots: names(client, KEYED_ROOTS).await?,
+        not_owned: names(client, NOT_OWNED).await?,
+        publication,
+        owns_publication: owns_publication.unwrap_or(true),
+    })
+}
+
+/// The publication, and whether this role owns it.
+async fn read_publication(
+    client: &Client,
+    stream: &StreamName,
+    version: i32,
+) -> Result<Option<(Publication, bool)>, PgError> {
+    const PUBLICATION: &str = "
+        SELECT puballtables,
+               pubinsert AND pubupdate AND pubdelete AND pubtruncate AND NOT pubviaroot,
+               pg_has_role(pubowner, 'USAGE'), oid
+          FROM pg_publication WHERE pubname = $1";
+    let Some(row) = client
+        .query_opt(PUBLICATION, &[&stream.as_str()])
+        .await?
+    else {
+        return Ok(None);
+    };
+    let oid: u32 = row.get(3);
+    let (filter, schemas) = if version >= 150_000 {
+        (
+            "r.prqual IS NOT NULL OR r.prattrs IS NOT NULL",
+            "EXISTS (SELECT 1 FROM pg_publication_namespace WHERE pnpubid = $1)",
+        )
+    } else {
+        ("false", "$1::oid IS NULL")
+    };
+    let listed = format!(
+        "SELECT n.nspname, c.relname, {filter}
+           FROM pg_publication_rel r
+           JOIN pg_class c ON c.oid = r.prrelid
+           JOIN pg_namespace n ON n.oid = c.relnamespace
+          WHERE r.prpubid = $1"
+    );
+    let mut publication = Publication {
+        all_tables: row.get(0),
+        options_sound: row.get(1),
+        schemas: client
+            .query_one(&format!("SELECT {schemas}"), &[&oid])
+            .await?
+            .get(0),
+        ..Publication::default()
+    };
+    for listed in client.query(&listed, &[&oid]).await? {
+        let name = TableName {
+            schema: listed.get(0),
+            name: listed.get(1),
+        };
+        if listed.get(2) {
+            publication.filtered.insert(name);
+        } else {
+            publication.units.insert(name);
+        }
+    }
+    Ok(Some((publication, row.get(2))))
+}
+
+async fn names(client: &Client, sql: &str) -> Result<BTreeSet<TableName>, PgError> {
+    let rows = client.query(sql, &[]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| TableName {
+            schema: row.get(0),
+            name: row.get(1),
+        })
+        .collect())
+}
+
+impl Observed {
+    /// Refuses a server that cannot be tailed by this role.
+    pub(super) fn require(&self) -> Result<(), SetupError> {
+        let unfit = |what: String, hint: &str| {
+            Err(SetupError::Unfit {
+                side: Side::Source,
+                what,
+                hint: hint.to_owned(),
+            })
+        };
+        let major = self.version / 10_000;
+        if !MAJOR_VERSIONS.contains(&major) {
+            return unfit(
+                format!("PostgreSQL {major} is not supported"),
+                "this version of dr-agent knows PostgreSQL 14 to 18",
+            );
+        }
+        if self.in_recovery {
+            return unfit(
+                "the server is a standby, or still recovering".to_owned(),
+                "point source.url at the primary; with several hosts in the URL, add \
+                 target_session_attrs=read-write",
+            );
+        }
+        if self.wal_level != "logical" {
+            return unfit(
+                format!("wal_level is {}, logical decoding needs logical", self.wal_level),
+                "run ALTER SYSTEM SET wal_level = 'logical' on the source and restart it",
+            );
+        }
+        if !self.may_replicate {
+            return Err(SetupError::RightMissing {
+                side: Side::Source,
+                role: self.role.clone(),
+                what: "use a replication slot".to_owned(),
+                right: format!("the attribute REPLICATION (ALTER ROLE {} REPLICATION)", self.role),
+            });
+        }
+        Ok(())
+    }
+
+    /// Refuses a publication of our name that can never list exactly what we choose.
+    pub(super) fn require_listing(&self, stream: &StreamName) -> Result<(), SetupError> {
+        match &self.publication {
+            Some(publication) if publication.all_tables || publication.schemas => {
+                self.require_unaltered(stream)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a publication under which a running stream may have missed changes.
+    pub(super) fn require_unaltered(&self, stream: &StreamName) -> Result<(), SetupError> {
+        let defect = match &self.publication {
+            None => Some("it is gone"),
+            Some(publication) => publication.defect(),
+        };
+        match defect {
+            None => Ok(()),
+            Some(what) => Err(SetupError::PublicationAltered {
+                publication: stream.to_string(),
+                what: what.to_owned(),
+            }),
+        }
+    }
+
+    /// The tables that are to be published, were copied, and are not published: somebody took them
+    /// off the list, detached or re-created them, and their changes were missed since.
+    pub(super) fn missed(
+        &self,
+        wanted: &Wanted,
+        ready: &BTreeSet<TableName>,
+    ) -> BTreeSet<TableName> {
+        let nothing = Publication::default();
+        let listed = self.publication.as_ref().unwrap_or(&nothing);
+        wanted
+            .published
+            .iter()
+            .filter(|table| ready.contains(&table.name) && !listed.publishes(table))
+            .map(|table| table.name.clone())
+            .collect()
+    }
+
+    /// What becomes of every table under `config`.
+    pub(super) fn wanted(&self, config: &Config) -> Wanted {
+        Wanted::of(&self.tables, &self.keyed_roots, config)
+    }
+
+    /// The units that would have to be altered or listed and are not this role's.
+    pub(super) fn not_ours(&self, wanted: &Wanted) -> BTreeSet<TableName> {
+        let nothing = Publication::default();
+        self.publication
+            .as_ref()
+            .unwrap_or(&nothing)
+            .missing(wanted)
+            .chain(&wanted.identity_full)
+            .filter(|unit| self.not_owned.contains(*unit))
+            .cloned()
+            .collect()
+    }
+
+    /// Every statement that is missing, in order; or the right that is.
+    pub(super) fn statements(
+        &self,
+        stream: &StreamName,
+        wanted: &Wanted,
+    ) -> Result<Vec<String>, SetupError> {
+        let lacks = |what: &str, right: String| {
+            Err(SetupError::RightMissing {
+                side: Side::Source,
+                role: self.role.clone(),
+                what: what.to_owned(),
+                right,
+            })
+        };
+        let create_right = || format!("CREATE on database {}", self.database);
+        if !self.has_schema && !self.may_create {
+            return lacks("create schema dr_agent", create_right());
+        }
+        if !self.writes_in_band {
+            return lacks(
+                "write the in-band tables",
+                "INSERT, UPDATE and DELETE on the tables of schema dr_agent".to_owned(),
+            );
+        }
+        let foreign = self.not_ours(wanted);
+        if !foreign.is_empty() {
+            return Err(SetupError::NotOwner {
+                role: self.role.clone(),
+                tables: foreign.into_iter().collect(),
+            });
+        }
+        let alter = publication::statements(stream, self.publication.as_ref(), wanted);
+        if self.publication.is_none() && !self.may_create {
+            return lacks("create the publication", create_right());
+        }
+        if !alter.is_empty() && !self.owns_publication {
+            return lacks(
+                "alter the publication",
+                format!("ownership of publication {stream}"),
+            );
+        }
+        let mut statements = Vec::new();
+        if !self.has_schema {
+            statements.push(SCHEMA_SQL.to_owned());
+        }
+        statements.extend(alter);
+        Ok(statements)
+    }
+
+    /// Whether decoders of this version may go on with what they knew of a publication before it was
+    /// altered.
+    ///
+    /// Until the minor releases of May 2025, a transaction that was open while a table was added
+    /// makes the decoder remember that table as unpublished, for later transactions too
+    /// (PostgreSQL 17.5 release notes, "Avoid data loss when DDL operations that don't take a strong
+    /// lock affect tables that are being logically replicated").
+    pub(super) fn forgets_publication_changes(&self) -> bool {
+        match self.version / 10_000 {
+            14 => self.version < 140_018,
+            15 => self.version < 150_013,
+            16 => self.version < 160_009,
+            17 => self.version < 170_005,
+            _ => false,
+        }
+    }
+}
+
+/// Who owns what the agent has to be able to alter.
+#[derive(Debug, Default)]
+pub(super) struct Owners {
+    pub(super) schema: Option<String>,
+    pub(super) publication: Option<String>,
+}
+
+/// Reads the owners of schema `dr_agent` and of the publication.
+pub(super) async fn owners(client: &Client, stream: &StreamName) -> Result<Owners, PgError> {
+    const SQL: &str = "
+        SELECT (SELECT pg_get_userbyid(nspowner)::text FROM pg_namespace
+                 WHERE nspname = 'dr_agent'),
+               (SELECT pg_get_userbyid(pubowner)::text FROM pg_publication WHERE pubname = $1)";
+    let row = client.query_one(SQL, &[&stream.as_str()]).await?;
+    Ok(Owners {
+        schema: row.get(0),
+        publication: row.get(1),
+    })
+}
+
+/// Runs statements in order, each by itself.
+pub(super) async fn execute(
+    client: &Client,
+    side: Side,
+    statements: &[String],
+) -> Result<(), SetupError> {
+    for statement in statements {
+        client
+            .batch_execute(statement)
+            .await
+            .map_err(|error| SetupError::sql(side, &title(statement))(error.into()))?;
+    }
+    Ok(())
+}
+
+/// The first line of a statement that is none of its comments, shortened.
+pub(super) fn title(statement: &str) -> String {
+    let line = statement
+        .lines()
+        .find(|line| !line.is_empty() && !line.starts_with("--"))
+        .unwrap_or_default();
+    match line.char_indices().nth(100) {
+        Some((at, _)) => format!("{} …", &line[..at]),
+        None => line.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn observed() -> Observed {
+        Observed {
+            database: "app".to_owned(),
+            role: "dr".to_owned(),
+            version: 170_006,
+            started_at: String::new(),
+            wal_level: "logical".to_owned(),
+            in_recovery: false,
+            may_replicate: true,
+            may_create: true,
+            has_schema: true,
+            writes_in_band: true,
+            tables: Vec::new(),
+            keyed_roots: BTreeSet::new(),
+            not_owned: BTreeSet::new(),
+            publication: None,
+            owns_publication: true,
+        }
+    }
+
+    #[test]
+    fn a_source_that_cannot_be_tailed_is_refused_with_the_remedy() {
+        assert!(observed().require().is_ok());
+        let mut low = observed();
+        low.wal_level = "replica".to_owned();
+        let hint = crate::error::Classify::hint(&low.require().unwrap_err()).unwrap();
+        assert!(hint.contains("ALTER SYSTEM SET wal_level = 'logical'"));
+        for version in [130_020, 190_000] {
+            let mut old = observed();
+            old.version = version;
+            assert!(old.require().is_err());
+        }
+        let mut standby = observed();
+        standby.in_recovery = true;
+        assert!(standby.require().is_err());
+        let mut role = observed();
+        role.may_replicate = false;
+        let text = role.require().unwrap_err().to_string();
+        assert!(text.contains("ALTER ROLE dr REPLICATION"), "{text}");
+    }
+
+    #[test]
+    fn a_missing_right_is_named_before_anything_is_changed() {
+        let stream = StreamName::new("dr_agent", "app");
+        let mut wanted = Wanted::default();
+        wanted.units.insert(TableName {
+            schema: "public".to_owned(),
+            name: "t".to_owned(),
+        });
+        let mut seen = observed();
+        seen.may_create = false;
+        let error = seen.statements(&stream, &wanted).unwrap_err();
+        assert!(error.to_string().contains("CREATE on database app"));
+        let mut seen = observed();
+        seen.not_owned = wanted.units.clone();
+        let error = seen.statements(&stream, &wanted).unwrap_err();
+        assert!(matches!(error, SetupError::NotOwner { .. }));
+        // Listed already: nothing to own.
+        seen.publication = Some(Publication {
+            options_sound: true,
+            units: wanted.units.clone(),
+            ..Publication::default()
+        });
+        assert_eq!(
+            seen.statements(&stream, &wanted).unwrap(),
+            Vec::<String>::new()
+        );
+    }
+
+    #[test]
+    fn titles_of_statements_skip_comments() {
+        assert_eq!(title("-- why\nCREATE SCHEMA x;\nmore"), "CREATE SCHEMA x;");
+    }
+}

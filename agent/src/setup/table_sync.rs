@@ -1,0 +1,123 @@
+//! The ledger of copied tables: `dr_agent.table_sync` on the replica.
+//!
+//! A row says since which position a table's changes are applied. The copy moves rows from
+//! `pending` over `copying` to `ready`; here rows are added and set back.
+//!
+//! # Invariants
+//! - A row is never deleted: changes of a dropped or unlisted table may still be on their way, and
+//!   a table that is listed again must be known to have missed some.
+//! - A table is emptied in the same transaction that sets its row back to `pending`.
+
+use std::collections::BTreeSet;
+
+use tokio_postgres::Client;
+
+use super::error::{SetupError, Side};
+use crate::catalog::TableName;
+use crate::pg::{PgError, PgLsn};
+use crate::stream::StreamName;
+
+/// One row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Row {
+    pub(super) table: TableName,
+    pub(super) ready: bool,
+    pub(super) snapshot_lsn: Option<PgLsn>,
+}
+
+/// Reads the rows of a stream.
+pub(super) async fn rows(client: &Client, stream: &StreamName) -> Result<Vec<Row>, SetupError> {
+    const SQL: &str = "
+        SELECT table_schema, table_name, state = 'ready', snapshot_lsn
+          FROM dr_agent.table_sync WHERE stream = $1 ORDER BY 1, 2";
+    let rows = client
+        .query(SQL, &[&stream.as_str()])
+        .await
+        .map_err(|error| {
+            SetupError::sql(Side::Replica, "read dr_agent.table_sync")(error.into())
+        })?;
+    Ok(rows
+        .iter()
+        .map(|row| Row {
+            table: TableName {
+                schema: row.get(0),
+                name: row.get(1),
+            },
+            ready: row.get(2),
+            snapshot_lsn: row.get(3),
+        })
+        .collect())
+}
+
+/// Adds tables as `pending`; those that have a row keep it.
+pub(super) async fn add(
+    client: &(impl tokio_postgres::GenericClient + Sync),
+    stream: &StreamName,
+    tables: &[TableName],
+) -> Result<(), PgError> {
+    const SQL: &str = "
+        INSERT INTO dr_agent.table_sync (stream, table_schema, table_name, state)
+        SELECT $1, t.s, t.n, 'pending' FROM unnest($2::text[], $3::text[]) AS t(s, n)
+            ON CONFLICT DO NOTHING";
+    let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
+    let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
+    client
+        .execute(SQL, &[&stream.as_str(), &schemas, &names])
+        .await?;
+    Ok(())
+}
+
+/// Sets tables whose changes were missed back to `pending`, and empties them.
+pub(super) async fn reset(
+    client: &mut Client,
+    stream: &StreamName,
+    tables: &BTreeSet<TableName>,
+) -> Result<(), SetupError> {
+    set_back(client, stream, tables)
+        .await
+        .map_err(SetupError::sql(
+            Side::Replica,
+            "empty tables that have to be copied again",
+        ))
+}
+
+async fn set_back(
+    client: &mut Client,
+    stream: &StreamName,
+    tables: &BTreeSet<TableName>,
+) -> Result<(), PgError> {
+    const PENDING: &str = "
+        UPDATE dr_agent.table_sync
+           SET state = 'pending', snapshot_lsn = NULL, rows = 0, bytes = 0, updated_at = now()
+         WHERE stream = $1 AND table_schema = $2 AND table_name = $3";
+    // TRUNCATE refuses tables that others refer to, whatever session_replication_role says.
+    const EXISTS_AND_IS_REFERRED_TO: &str = "
+        SELECT to_regclass($1::text) IS NOT NULL,
+               EXISTS (SELECT 1 FROM pg_constraint
+                        WHERE contype = 'f' AND confrelid = to_regclass($1::text)
+                          AND conrelid <> confrelid)";
+    let transaction = client.transaction().await?;
+    transaction
+        .batch_execute("SET LOCAL session_replication_role = replica")
+        .await?;
+    for table in tables {
+        let sql = table.sql();
+        let found = transaction
+            .query_one(EXISTS_AND_IS_REFERRED_TO, &[&sql])
+            .await?;
+        // Where it does not exist, the copy creates it.
+        let empty = match (found.get(0), found.get(1)) {
+            (false, _) => None,
+            (true, true) => Some(format!("DELETE FROM ONLY {sql}")),
+            (true, false) => Some(format!("TRUNCATE ONLY {sql}")),
+        };
+        if let Some(empty) = empty {
+            transaction.batch_execute(&empty).await?;
+        }
+        transaction
+            .execute(PENDING, &[&stream.as_str(), &table.schema, &table.name])
+            .await?;
+    }
+    transaction.commit().await?;
+    Ok(())
+}

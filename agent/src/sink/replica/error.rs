@@ -1,0 +1,174 @@
+//! What can stop a batch on its way into the replica.
+
+use crate::catalog::TableName;
+use crate::error::{Class, Classify};
+use crate::net::FoldError;
+use crate::pg::PgError;
+use crate::spill::SpillError;
+
+/// What can stop a batch on its way into the replica.
+#[derive(Debug, thiserror::Error)]
+pub enum SinkError {
+    /// The replica was promoted, or another agent has a higher term.
+    #[error("fenced")]
+    Fenced(#[source] PgError),
+    /// Somebody else moved the progress row under the same term.
+    #[error("the replica's progress row is not where this agent left it")]
+    PositionMismatch(#[source] PgError),
+    /// A row to be updated or deleted is not on the replica.
+    #[error("the replica has diverged")]
+    Diverged(#[source] PgError),
+    /// The replica lost or gained rows while we inserted.
+    #[error("inserting into {table} touched {found} rows instead of {expected}")]
+    Swallowed {
+        /// `schema.table`.
+        table: String,
+        /// Rows sent.
+        expected: u64,
+        /// Rows the replica says it took.
+        found: u64,
+    },
+    /// A table of the stream is not on the replica.
+    #[error("table {table} is not on the replica")]
+    TableMissing {
+        /// Which one.
+        table: TableName,
+    },
+    /// A column of the stream is not on the replica.
+    #[error("column {column} of {table} is not on the replica")]
+    ColumnMissing {
+        /// Which table.
+        table: TableName,
+        /// Which column.
+        column: String,
+    },
+    /// A table appeared on the source after the last look; it must be copied first.
+    #[error("table {table} is new on the source and not copied yet")]
+    TableNotCopied {
+        /// Which one.
+        table: TableName,
+    },
+    /// A value came in a binary form that only the source can read.
+    #[error("column {column} of {table} came in a binary form that does not travel")]
+    BinaryForm {
+        /// Which table.
+        table: TableName,
+        /// Which column.
+        column: String,
+    },
+    /// The changes make no sense together.
+    #[error("fold changes")]
+    Fold(#[from] FoldError),
+    /// A constraint of the replica refuses a change, even one by one and in order.
+    #[error("the replica refuses a change of {table}{constraint}")]
+    Refused {
+        /// `schema.table`, or "a table".
+        table: String,
+        /// ` (constraint name)`, or nothing.
+        constraint: String,
+        /// What the server said.
+        #[source]
+        source: PgError,
+    },
+    /// A spill file cannot be read.
+    #[error("read a large transaction back")]
+    Spill(#[from] SpillError),
+    /// The replica failed otherwise.
+    #[error("apply to the replica")]
+    Pg(#[source] PgError),
+}
+
+impl SinkError {
+    /// Whether the changes might still go in one by one.
+    pub(super) fn is_for_the_slow_path(&self) -> bool {
+        match self {
+            Self::Refused { .. } | Self::Diverged(_) | Self::Fold(_) => true,
+            Self::Fenced(_)
+            | Self::PositionMismatch(_)
+            | Self::Swallowed { .. }
+            | Self::TableMissing { .. }
+            | Self::ColumnMissing { .. }
+            | Self::TableNotCopied { .. }
+            | Self::BinaryForm { .. }
+            | Self::Spill(_)
+            | Self::Pg(_) => false,
+        }
+    }
+}
+
+impl From<PgError> for SinkError {
+    fn from(error: PgError) -> Self {
+        let PgError::Server(server) = &error else { return Self::Pg(error) };
+        match server.sqlstate.as_str() {
+            "DR001" => Self::Fenced(error),
+            "DR002" => Self::PositionMismatch(error),
+            "DR003" => Self::Diverged(error),
+            // Class 23, integrity constraint violation.
+            state if state.starts_with("23") => Self::Refused {
+                table: server.table.clone().unwrap_or_else(|| "a table".to_owned()),
+                constraint: server
+                    .constraint
+                    .as_ref()
+                    .map_or_else(String::new, |name| format!(" (constraint {name})")),
+                source: error,
+            },
+            _ => Self::Pg(error),
+        }
+    }
+}
+
+impl From<tokio_postgres::Error> for SinkError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        PgError::from(error).into()
+    }
+}
+
+impl Classify for SinkError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Fenced(_) => Class::Fenced,
+            // Starting again cures these two: the copy is made, the stream comes as text.
+            Self::TableNotCopied { .. } | Self::BinaryForm { .. } => Class::Transient,
+            Self::Pg(error) => error.class(),
+            Self::Spill(error) => error.class(),
+            Self::PositionMismatch(_)
+            | Self::Diverged(_)
+            | Self::Swallowed { .. }
+            | Self::TableMissing { .. }
+            | Self::ColumnMissing { .. }
+            | Self::Fold(_)
+            | Self::Refused { .. } => Class::Definite,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        let text = match self {
+            Self::Fenced(_) => {
+                "the replica was promoted: it is the primary now, and this agent must not touch it; \
+                 make sure that nobody writes to the old source"
+            }
+            Self::PositionMismatch(_) => {
+                "another agent applies the same stream to this replica; stop one of them"
+            }
+            Self::Diverged(_) | Self::Swallowed { .. } => {
+                "somebody wrote to the replica, or a trigger there fires ALWAYS; find out who, then \
+                 copy the table again: DELETE its row from dr_agent.table_sync on the replica, \
+                 TRUNCATE it there, and start the agent"
+            }
+            Self::TableMissing { .. } | Self::ColumnMissing { .. } => {
+                "DDL is not replicated: run the same DDL on the replica (SET \
+                 default_transaction_read_only = off), then start the agent again; it resumes \
+                 where it stopped"
+            }
+            Self::Refused { .. } => {
+                "the replica has a constraint, or rows, that the source does not have; compare \
+                 with `dr-agent check`, mend the replica, then start the agent again"
+            }
+            Self::Fold(_) => "the change stream contradicts itself; report it",
+            Self::Pg(error) => return error.hint(),
+            Self::Spill(error) => return error.hint(),
+            Self::TableNotCopied { .. } | Self::BinaryForm { .. } => return None,
+        };
+        Some(text.to_owned())
+    }
+}

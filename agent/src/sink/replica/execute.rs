@@ -1,0 +1,342 @@
+//! Steps become statements with their parameters, in order.
+//!
+//! Preparing (which may wait for the replica) is apart from sending (which does not), so that a whole
+//! batch goes out in one piece.
+//!
+//! # Invariants
+//! Within a keyed stage deletes go first, then updates, then inserts, each sorted by key. Updates that
+//! send the same columns share a statement; a column that is only on the replica is in none.
+
+use std::collections::{BTreeMap, HashMap};
+
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Statement};
+
+use super::SinkError;
+use super::array::{ArrayBuilder, ArrayParameter, Form};
+use super::chain::Chain;
+use super::sql::{self, Sent};
+use super::target::{Target, Targets, address};
+use crate::net::{NetChange, Row, RowChange, Stage, Step, TableChanges};
+use crate::pg::pgoutput::{Tuple, Value};
+
+/// What a prepared statement depends on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    relation: usize,
+    verb: Verb,
+    sent: Vec<Sent>,
+    old: Vec<Sent>,
+    old_is_null: Vec<bool>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Verb {
+    Insert,
+    Update,
+    Delete,
+    UpdateOne,
+    DeleteOne,
+}
+
+/// The prepared statements of one session.
+#[derive(Debug, Default)]
+pub(super) struct Statements {
+    prepared: HashMap<Shape, Statement>,
+}
+
+impl Statements {
+    /// Statements kept at most; beyond it all are forgotten and prepared again as needed. They cost
+    /// memory on the replica.
+    const PREPARED_MAX: usize = 2_000;
+
+    async fn get(
+        &mut self,
+        client: &Client,
+        shape: Shape,
+        target: &Target,
+    ) -> Result<Statement, SinkError> {
+        if let Some(statement) = self.prepared.get(&shape) {
+            return Ok(statement.clone());
+        }
+        let text = match shape.verb {
+            Verb::Insert => sql::insert(target, &shape.sent),
+            Verb::Update => sql::update(target, &shape.sent),
+            Verb::Delete => sql::delete(target, &shape.sent),
+            Verb::UpdateOne => {
+                sql::update_one(target, &shape.old, &shape.old_is_null, &shape.sent)
+            }
+            Verb::DeleteOne => sql::delete_one(target, &shape.old, &shape.old_is_null),
+        };
+        let statement = client.prepare(&text).await?;
+        if self.prepared.len() >= Self::PREPARED_MAX {
+            self.prepared.clear();
+        }
+        self.prepared.insert(shape, statement.clone());
+        Ok(statement)
+    }
+
+    /// Forgets everything; descriptions of relations are about to be forgotten too.
+    pub(super) fn clear(&mut self) {
+        self.prepared.clear();
+    }
+}
+
+/// One statement, ready to be sent.
+enum Ready {
+    Rows { statement: Statement, arrays: Vec<ArrayParameter>, rows: i64, inserts_into: Option<String> },
+    Text(String),
+}
+
+/// The statements of some steps, ready to be sent.
+pub(super) struct Execution {
+    statements: Vec<Ready>,
+}
+
+impl Execution {
+    /// Prepares the statements of `steps`.
+    pub(super) async fn prepare(
+        client: &Client,
+        statements: &mut Statements,
+        targets: &Targets,
+        steps: &[Step],
+    ) -> Result<Self, SinkError> {
+        let mut preparing = Preparing { client, statements, ready: Vec::new() };
+        for step in steps {
+            match step {
+                Step::Tables(tables) => {
+                    for table in tables {
+                        preparing.table(targets.of(&table.relation), table).await?;
+                    }
+                }
+                Step::Truncate { relations, restart_identity } => {
+                    let tables = relations.iter().map(|relation| &**targets.of(relation));
+                    preparing.ready.push(Ready::Text(sql::truncate(tables, *restart_identity)));
+                }
+            }
+        }
+        Ok(Self { statements: preparing.ready })
+    }
+
+    /// Sends the statements behind what the chain already holds.
+    pub(super) async fn send<'c>(self, client: &'c Client, chain: &mut Chain<'c>) {
+        for ready in self.statements {
+            match ready {
+                Ready::Text(text) => {
+                    chain.send(async move { client.batch_execute(&text).await }).await;
+                }
+                Ready::Rows { statement, arrays, rows, inserts_into } => {
+                    chain
+                        .send(async move {
+                            let mut parameters: Vec<&(dyn ToSql + Sync)> = Vec::new();
+                            parameters.extend(arrays.iter().map(|a| a as &(dyn ToSql + Sync)));
+                            // An insert of rows without columns counts them, as every other verb does.
+                            if inserts_into.is_none() || arrays.is_empty() {
+                                parameters.push(&rows);
+                            }
+                            let found = client.execute(&statement, &parameters).await?;
+                            let expected = rows.unsigned_abs();
+                            match inserts_into {
+                                Some(table) if found != expected => {
+                                    Err(SinkError::Swallowed { table, expected, found })
+                                }
+                                _ => Ok(()),
+                            }
+                        })
+                        .await;
+                }
+            }
+        }
+    }
+}
+
+struct Preparing<'p> {
+    client: &'p Client,
+    statements: &'p mut Statements,
+    ready: Vec<Ready>,
+}
+
+impl Preparing<'_> {
+    async fn table(&mut self, target: &Target, table: &TableChanges) -> Result<(), SinkError> {
+        let relation = address(&table.relation);
+        for stage in &table.stages {
+            match stage {
+                Stage::Keyed(rows) => self.keyed(relation, target, rows).await?,
+                Stage::Ordered(changes) => self.ordered(relation, target, changes).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn keyed(
+        &mut self,
+        relation: usize,
+        target: &Target,
+        rows: &BTreeMap<Box<[u8]>, NetChange>,
+    ) -> Result<(), SinkError> {
+        let mut deletes: Vec<&Tuple> = Vec::new();
+        // By the columns they leave out; nearly always none.
+        let mut updates: BTreeMap<Vec<usize>, Vec<&Row>> = BTreeMap::new();
+        let mut inserts: Vec<&Row> = Vec::new();
+        for net in rows.values() {
+            match net {
+                NetChange::Delete(old) => deletes.push(old),
+                NetChange::Update(row) => updates.entry(row.unsent()).or_default().push(row),
+                NetChange::Insert(row) => inserts.push(row),
+                NetChange::Replace { old, new } => {
+                    deletes.push(old);
+                    inserts.push(new);
+                }
+            }
+        }
+        if !deletes.is_empty() {
+            let key: Vec<usize> = target.key.columns.iter().map(|column| column.position).collect();
+            let values = deletes.iter().map(|old| old.values());
+            self.rows(relation, target, Verb::Delete, &key, values, deletes.len()).await?;
+        }
+        for (unsent, updates) in updates {
+            let sent: Vec<usize> =
+                target.written().filter(|position| !unsent.contains(position)).collect();
+            let values = updates.iter().map(|row| row.values());
+            self.rows(relation, target, Verb::Update, &sent, values, updates.len()).await?;
+        }
+        self.inserts(relation, target, &inserts).await
+    }
+
+    async fn inserts(
+        &mut self,
+        relation: usize,
+        target: &Target,
+        rows: &[&Row],
+    ) -> Result<(), SinkError> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let sent: Vec<usize> = target.written().collect();
+        let values = rows.iter().map(|row| row.values());
+        self.rows(relation, target, Verb::Insert, &sent, values, rows.len()).await
+    }
+
+    /// One by one, except that inserts that follow one another go together.
+    async fn ordered(
+        &mut self,
+        relation: usize,
+        target: &Target,
+        changes: &[RowChange],
+    ) -> Result<(), SinkError> {
+        let mut inserts: Vec<&Row> = Vec::new();
+        for change in changes {
+            match change {
+                RowChange::Insert(row) => inserts.push(row),
+                RowChange::Update { old, new } => {
+                    self.inserts(relation, target, &std::mem::take(&mut inserts)).await?;
+                    self.one(relation, target, old, Some(new)).await?;
+                }
+                RowChange::Delete { old } => {
+                    self.inserts(relation, target, &std::mem::take(&mut inserts)).await?;
+                    self.one(relation, target, old, None).await?;
+                }
+            }
+        }
+        self.inserts(relation, target, &inserts).await
+    }
+
+    /// A statement over many rows: `positions` of each row's values.
+    async fn rows<'v>(
+        &mut self,
+        relation: usize,
+        target: &Target,
+        verb: Verb,
+        positions: &[usize],
+        rows: impl Iterator<Item = impl Iterator<Item = Value<'v>>>,
+        count: usize,
+    ) -> Result<(), SinkError> {
+        let (sent, arrays) = columns(target, positions, rows)?;
+        let shape =
+            Shape { relation, verb, sent, old: Vec::new(), old_is_null: Vec::new() };
+        let statement = self.statements.get(self.client, shape, target).await?;
+        self.ready.push(Ready::Rows {
+            statement,
+            arrays,
+            rows: i64::try_from(count).expect("a batch has fewer than 2^63 rows"),
+            inserts_into: (verb == Verb::Insert).then(|| target.table.to_string()),
+        });
+        Ok(())
+    }
+
+    /// A statement over one row, identified by `old`; a delete without `new`.
+    async fn one(
+        &mut self,
+        relation: usize,
+        target: &Target,
+        old: &Tuple,
+        new: Option<&Row>,
+    ) -> Result<(), SinkError> {
+        let identifying: Vec<usize> = if target.key.columns.is_empty() {
+            target.written().collect()
+        } else {
+            target.key.columns.iter().map(|column| column.position).collect()
+        };
+        let old_is_null = nulls(&identifying, old.values());
+        let (old, mut arrays) = columns(target, &identifying, std::iter::once(old.values()))?;
+        let mut sent = Vec::new();
+        if let Some(new) = new {
+            let unsent = new.unsent();
+            let written: Vec<usize> =
+                target.written().filter(|position| !unsent.contains(position)).collect();
+            let new = columns(target, &written, std::iter::once(new.values()))?;
+            sent = new.0;
+            arrays.extend(new.1);
+        }
+        let verb = if new.is_some() { Verb::UpdateOne } else { Verb::DeleteOne };
+        let shape = Shape { relation, verb, sent, old, old_is_null };
+        let statement = self.statements.get(self.client, shape, target).await?;
+        self.ready.push(Ready::Rows { statement, arrays, rows: 1, inserts_into: None });
+        Ok(())
+    }
+}
+
+fn nulls<'v>(positions: &[usize], values: impl Iterator<Item = Value<'v>>) -> Vec<bool> {
+    values
+        .enumerate()
+        .filter(|(position, _)| positions.binary_search(position).is_ok())
+        .map(|(_, value)| matches!(value, Value::Null))
+        .collect()
+}
+
+/// Turns rows into one array per column of `positions`, which are sorted.
+fn columns<'v>(
+    target: &Target,
+    positions: &[usize],
+    rows: impl Iterator<Item = impl Iterator<Item = Value<'v>>>,
+) -> Result<(Vec<Sent>, Vec<ArrayParameter>), SinkError> {
+    let mut builders: Vec<ArrayBuilder> = positions.iter().map(|_| ArrayBuilder::new()).collect();
+    for row in rows {
+        let mut wanted = positions.iter().zip(&mut builders).peekable();
+        for (at, value) in row.enumerate() {
+            let Some((position, builder)) = wanted.next_if(|(position, _)| **position == at) else {
+                continue;
+            };
+            let column = &target.columns[*position];
+            let value = match value {
+                Value::Binary(label) if column.is_enum => Value::Text(label),
+                value => value,
+            };
+            let pushed = builder.push(value);
+            if pushed.is_err() || (builder.form() == Form::Native && column.native.is_none()) {
+                return Err(SinkError::BinaryForm {
+                    table: target.table.clone(),
+                    column: column.name.clone(),
+                });
+            }
+        }
+    }
+    let mut sent = Vec::with_capacity(positions.len());
+    let mut arrays = Vec::with_capacity(positions.len());
+    for (position, builder) in positions.iter().zip(builders) {
+        sent.push(Sent { position: *position, form: builder.form() });
+        let element = target.columns[*position].native.as_ref().map_or(0, |n| n.element_oid);
+        arrays.push(builder.finish(element));
+    }
+    Ok((sent, arrays))
+}

@@ -1,0 +1,90 @@
+//! Segments: the parts of a batch that are in memory at the same time.
+//!
+//! A batch of ordinary transactions is one segment. A spilled transaction comes back from its file in
+//! parts of bounded size, followed by what never left memory.
+
+use std::collections::VecDeque;
+
+use crate::pg::PgLsn;
+use crate::spill::{SpillError, SpillReader};
+use crate::txn::{Change, Transaction};
+
+/// Changes that are folded together.
+pub(super) enum Segment<'b> {
+    /// Whole transactions.
+    Whole(&'b [Transaction]),
+    /// A part of one transaction, read back from its spill file.
+    Part { commit_lsn: PgLsn, changes: Vec<Change> },
+}
+
+impl Segment<'_> {
+    /// The changes in order, each with the commit LSN of its transaction.
+    pub(super) fn changes(&self) -> Box<dyn Iterator<Item = (PgLsn, &Change)> + Send + '_> {
+        match self {
+            Self::Whole(transactions) => Box::new(transactions.iter().flat_map(|transaction| {
+                transaction.changes.iter().map(|change| (transaction.commit_lsn, change))
+            })),
+            Self::Part { commit_lsn, changes } => {
+                Box::new(changes.iter().map(|change| (*commit_lsn, change)))
+            }
+        }
+    }
+}
+
+/// Cuts a batch into segments.
+pub(super) struct Segments<'b> {
+    waiting: VecDeque<&'b [Transaction]>,
+    reading: Option<(SpillReader, &'b Transaction)>,
+    bytes_max: u64,
+    parts: u64,
+}
+
+impl<'b> Segments<'b> {
+    pub(super) fn new(transactions: &'b [Transaction], bytes_max: u64) -> Self {
+        let waiting = transactions
+            .chunk_by(|a, b| a.spilled.is_none() && b.spilled.is_none())
+            .collect();
+        Self { waiting, reading: None, bytes_max, parts: 0 }
+    }
+
+    /// The next segment; `None` at the end of the batch.
+    pub(super) fn next(&mut self) -> Result<Option<Segment<'b>>, SpillError> {
+        loop {
+            if let Some((reader, transaction)) = &mut self.reading {
+                let commit_lsn = transaction.commit_lsn;
+                let changes = read_part(reader, self.bytes_max)?;
+                self.parts += 1;
+                if !changes.is_empty() {
+                    return Ok(Some(Segment::Part { commit_lsn, changes }));
+                }
+                let rest = std::slice::from_ref(*transaction);
+                self.reading = None;
+                return Ok(Some(Segment::Whole(rest)));
+            }
+            match self.waiting.pop_front() {
+                None => return Ok(None),
+                Some([transaction]) if transaction.spilled.is_some() => {
+                    let spill = transaction.spilled.as_ref().expect("the guard has seen it");
+                    self.reading = Some((spill.reader()?, transaction));
+                }
+                Some(transactions) => return Ok(Some(Segment::Whole(transactions))),
+            }
+        }
+    }
+
+    /// Whether the batch is coming in parts.
+    pub(super) fn has_begun_to_stream(&self) -> bool {
+        self.parts > 0
+    }
+}
+
+fn read_part(reader: &mut SpillReader, bytes_max: u64) -> Result<Vec<Change>, SpillError> {
+    let mut part = Vec::new();
+    let mut bytes = 0;
+    while bytes < bytes_max {
+        let Some(changes) = reader.next_changes()? else { break };
+        bytes += changes.iter().map(Change::bytes).sum::<u64>();
+        part.extend(changes);
+    }
+    Ok(part)
+}

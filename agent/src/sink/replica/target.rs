@@ -1,0 +1,226 @@
+//! Targets: where each relation of the stream goes on the replica, column by column.
+//!
+//! Looked up once per description of a relation and kept for the session. Columns are matched by name;
+//! their order may differ. Types are the replica's: it casts.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use tokio_postgres::Client;
+
+use super::SinkError;
+use crate::catalog::{TableName, quote_ident};
+use crate::net::{Key, KeyColumn, KeyOrder};
+use crate::pg::pgoutput::ReplicaIdentity;
+use crate::txn::SourceRelation;
+
+/// OIDs below this belong to PostgreSQL itself and mean the same on every server
+/// (`FirstNormalObjectId` in `src/include/access/transam.h`).
+const FIRST_NORMAL_OID: u32 = 16384;
+
+/// A column of the relation on the replica.
+#[derive(Clone, Debug)]
+pub(super) struct TargetColumn {
+    /// Quoted name.
+    pub(super) name: String,
+    /// The type for a cast, qualified, without length or precision.
+    pub(super) type_sql: String,
+    /// How values in binary form travel; `None` if they cannot.
+    pub(super) native: Option<Native>,
+    /// An enum: its binary form is its label, that is, text.
+    pub(super) is_enum: bool,
+    /// The replica computes it.
+    pub(super) is_generated: bool,
+    /// GENERATED ALWAYS AS IDENTITY: can be inserted, but not updated.
+    pub(super) is_identity_always: bool,
+    /// The schema of the type's `=`, quoted; `None` if it has none.
+    pub(super) equality_schema: Option<String>,
+}
+
+/// The array type that carries a column's values in binary form.
+#[derive(Clone, Debug)]
+pub(super) struct Native {
+    /// The array type's name in SQL.
+    pub(super) array_sql: String,
+    /// The element type on the replica.
+    pub(super) element_oid: u32,
+}
+
+/// Where a relation goes.
+#[derive(Clone, Debug)]
+pub(super) struct Target {
+    /// The table.
+    pub(super) table: TableName,
+    /// By position in the relation.
+    pub(super) columns: Vec<TargetColumn>,
+    /// How rows are identified.
+    pub(super) key: Key,
+}
+
+impl Target {
+    /// Positions of the columns that are sent to the replica.
+    pub(super) fn written(&self) -> impl Iterator<Item = usize> {
+        (0..self.columns.len()).filter(|position| !self.columns[*position].is_generated)
+    }
+
+    pub(super) fn is_key(&self, position: usize) -> bool {
+        self.key.columns.iter().any(|column| column.position == position)
+    }
+}
+
+/// The targets of one session, by description.
+#[derive(Debug, Default)]
+pub(super) struct Targets {
+    /// By address of the description, which the entry keeps alive.
+    known: HashMap<usize, (Arc<SourceRelation>, Arc<Target>)>,
+}
+
+/// Identifies a description within a session.
+pub(super) fn address(relation: &Arc<SourceRelation>) -> usize {
+    Arc::as_ptr(relation).addr()
+}
+
+impl Targets {
+    /// Descriptions kept at most: each spill file brings its own, and ALTER TABLE adds some.
+    const KNOWN_MAX: usize = 10_000;
+
+    /// The target of a relation that [`Targets::ensure`] has seen.
+    pub(super) fn of(&self, relation: &Arc<SourceRelation>) -> &Arc<Target> {
+        let (_, target) = self.known.get(&address(relation)).expect("ensure was called before");
+        target
+    }
+
+    /// Forgets everything if too much is known. Between batches only: addresses may be used again.
+    pub(super) fn trim(&mut self) -> bool {
+        let trimmed = self.known.len() > Self::KNOWN_MAX;
+        if trimmed {
+            self.known.clear();
+        }
+        trimmed
+    }
+
+    /// Looks the relation up on the replica unless it is known.
+    pub(super) async fn ensure(
+        &mut self,
+        client: &Client,
+        relation: &Arc<SourceRelation>,
+    ) -> Result<(), SinkError> {
+        if self.known.contains_key(&address(relation)) {
+            return Ok(());
+        }
+        let target = load(client, relation).await?;
+        self.known.insert(address(relation), (Arc::clone(relation), Arc::new(target)));
+        Ok(())
+    }
+}
+
+struct ReplicaColumn {
+    column: TargetColumn,
+    base_oid: u32,
+    in_primary_key: bool,
+}
+
+/// `$1` is the schema, `$2` the table. Domains are followed down to their base type.
+const COLUMNS: &str = "
+    WITH RECURSIVE t AS (
+        SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')
+    ), chain(attnum, type) AS (
+        SELECT a.attnum, a.atttypid FROM pg_attribute a, t
+         WHERE a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped
+        UNION ALL
+        SELECT chain.attnum, y.typbasetype FROM chain JOIN pg_type y ON y.oid = chain.type
+         WHERE y.typtype = 'd'
+    )
+    SELECT a.attname::text, pg_catalog.format_type(a.atttypid, -1),
+           a.attgenerated <> '', a.attidentity = 'a',
+           y.oid, y.typtype::text, y.typcategory = 'A', y.typarray <> 0,
+           pg_catalog.format_type(y.oid, -1) || '[]',
+           coalesce((SELECT n.nspname FROM pg_operator o JOIN pg_namespace n ON n.oid = o.oprnamespace
+                      WHERE o.oprname = '=' AND o.oprleft = y.oid AND o.oprright = y.oid LIMIT 1),
+                    CASE WHEN EXISTS (SELECT 1 FROM pg_opclass k WHERE k.opcdefault
+                           AND (k.opcintype = y.oid
+                                OR k.opcintype = 'anyenum'::regtype AND y.typtype = 'e'
+                                OR k.opcintype = 'anyarray'::regtype AND y.typcategory = 'A'
+                                OR k.opcintype = 'anyrange'::regtype AND y.typtype = 'r'
+                                OR k.opcintype = 'anymultirange'::regtype AND y.typtype = 'm'
+                                OR k.opcintype = 'text'::regtype AND y.oid = 'varchar'::regtype))
+                         THEN 'pg_catalog' END)::text,
+           coalesce(a.attnum = ANY (i.indkey), false)
+      FROM chain
+      JOIN pg_type y ON y.oid = chain.type AND y.typtype <> 'd'
+      JOIN t ON true
+      JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = chain.attnum
+      LEFT JOIN pg_index i ON i.indrelid = t.oid AND i.indisprimary AND i.indimmediate AND i.indisvalid
+     ORDER BY a.attnum";
+
+async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, SinkError> {
+    let table = TableName {
+        schema: relation.schema().to_owned(),
+        name: relation.relation.name.clone(),
+    };
+    let rows = client.query(COLUMNS, &[&table.schema, &table.name]).await?;
+    if rows.is_empty() && !exists(client, &table).await? {
+        return Err(SinkError::TableMissing { table });
+    }
+    let mut on_replica: HashMap<String, ReplicaColumn> =
+        rows.iter().map(|row| (row.get(0), replica_column(row))).collect();
+    let primary_key = on_replica.values().filter(|column| column.in_primary_key).count();
+    let full = relation.relation.identity == ReplicaIdentity::Full;
+    let mut columns = Vec::new();
+    let mut key = Key::default();
+    for (position, sent) in relation.relation.columns.iter().enumerate() {
+        let Some(mut found) = on_replica.remove(&sent.name) else {
+            return Err(SinkError::ColumnMissing { table, column: sent.name.clone() });
+        };
+        if sent.type_oid < FIRST_NORMAL_OID
+            && found.base_oid < FIRST_NORMAL_OID
+            && sent.type_oid != found.base_oid
+        {
+            // Another type on the replica, say a wider integer: text is cast, binary is not.
+            found.column.native = None;
+        }
+        if if full { found.in_primary_key } else { sent.is_key } {
+            let order = match found.base_oid {
+                20 | 21 | 23 => KeyOrder::Integer,
+                _ => KeyOrder::Bytes,
+            };
+            key.columns.push(KeyColumn { position, order });
+        }
+        columns.push(found.column);
+    }
+    if full && key.columns.len() != primary_key {
+        key.columns.clear();
+    }
+    Ok(Target { table, columns, key })
+}
+
+async fn exists(client: &Client, table: &TableName) -> Result<bool, SinkError> {
+    let row = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[&table.sql()]).await?;
+    Ok(row.get(0))
+}
+
+fn replica_column(row: &tokio_postgres::Row) -> ReplicaColumn {
+    let base_oid: u32 = row.get(4);
+    let kind: &str = row.get(5);
+    let (is_array, has_array): (bool, bool) = (row.get(6), row.get(7));
+    let travels = match kind {
+        "b" => !is_array && has_array,
+        // Bounds of a user-defined type may carry OIDs of the source's catalog.
+        "r" | "m" => has_array && base_oid < FIRST_NORMAL_OID,
+        _ => false,
+    };
+    ReplicaColumn {
+        column: TargetColumn {
+            name: quote_ident(row.get(0)),
+            type_sql: row.get(1),
+            is_enum: kind == "e",
+            native: travels.then(|| Native { array_sql: row.get(8), element_oid: base_oid }),
+            is_generated: row.get(2),
+            is_identity_always: row.get(3),
+            equality_schema: row.get::<_, Option<&str>>(9).map(quote_ident),
+        },
+        base_oid,
+        in_primary_key: row.get(10),
+    }
+}

@@ -1,0 +1,343 @@
+//! What the two servers have and have not: the questions the schema's restore asks their catalogs.
+//!
+//! Only reads. The answers are compared here, so that [`super::schema`] only acts.
+
+use std::collections::HashSet;
+
+use tokio_postgres::{Client, Row};
+
+use super::error::CopyError;
+use super::layout::name_arrays;
+use super::toc::Entry;
+use crate::catalog::TableName;
+
+fn table(row: &Row, schema: usize) -> TableName {
+    TableName {
+        schema: row.get(schema),
+        name: row.get(schema + 1),
+    }
+}
+
+/// `tables`, preceded by the partitioned tables above them.
+pub(super) async fn with_ancestors(
+    source: &Client,
+    tables: Vec<TableName>,
+) -> Result<Vec<TableName>, CopyError> {
+    const SQL: &str = "
+        SELECT DISTINCT an.nspname::text, a.relname::text
+          FROM unnest($1::text[], $2::text[]) AS wanted (s, n)
+          JOIN pg_namespace n ON n.nspname = wanted.s
+          JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.n
+         CROSS JOIN LATERAL pg_partition_ancestors(c.oid) AS up (relid)
+          JOIN pg_class a ON a.oid = up.relid AND a.oid <> c.oid
+          JOIN pg_namespace an ON an.oid = a.relnamespace";
+    let (schemas, names) = name_arrays(&tables);
+    let rows = source
+        .query(SQL, &[&schemas, &names])
+        .await
+        .map_err(CopyError::source("read the partitioned tables"))?;
+    let mut all: Vec<TableName> = rows.iter().map(|row| table(row, 0)).collect();
+    all.extend(tables);
+    Ok(all)
+}
+
+/// Those of `tables` that the replica has not.
+pub(super) async fn missing_on(
+    replica: &Client,
+    tables: &[TableName],
+) -> Result<Vec<TableName>, CopyError> {
+    const SQL: &str = "
+        SELECT s, t FROM unnest($1::text[], $2::text[]) AS wanted (s, t)
+         WHERE NOT EXISTS (SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                            WHERE n.nspname = s AND c.relname = t AND c.relkind IN ('r', 'p'))";
+    let (schemas, names) = name_arrays(tables);
+    let rows = replica
+        .query(SQL, &[&schemas, &names])
+        .await
+        .map_err(CopyError::replica("look for the tables"))?;
+    Ok(rows.iter().map(|row| table(row, 0)).collect())
+}
+
+/// Refuses when the source uses extensions that the replica's server cannot create.
+pub(super) async fn check_extensions(source: &Client, replica: &Client) -> Result<(), CopyError> {
+    let used: Vec<String> = source
+        .query("SELECT extname::text FROM pg_extension ORDER BY 1", &[])
+        .await
+        .map_err(CopyError::source("read the extensions"))?
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    const MISSING: &str = "
+        SELECT used FROM unnest($1::text[]) AS used
+         WHERE used NOT IN (SELECT name FROM pg_available_extensions)
+           AND used NOT IN (SELECT extname FROM pg_extension)";
+    let names: Vec<String> = replica
+        .query(MISSING, &[&used])
+        .await
+        .map_err(CopyError::replica("read the extensions"))?
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    Err(CopyError::ExtensionsMissing { names })
+}
+
+/// Why owners and privileges cannot be carried over; `None` if they can.
+pub(super) async fn ownership_problem(
+    source: &Client,
+    replica: &Client,
+) -> Result<Option<String>, CopyError> {
+    // The role that owns the system (10) is in no dependency; its objects must change hands too.
+    const USED: &str = "
+        SELECT DISTINCT r.rolname::text
+          FROM pg_shdepend d
+          JOIN pg_roles r ON r.oid = d.refobjid
+         CROSS JOIN LATERAL pg_identify_object(d.classid, d.objid, 0) AS o
+         WHERE d.dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+           AND d.refclassid = 'pg_authid'::regclass
+           AND o.schema IS DISTINCT FROM 'dr_agent'
+           AND NOT (o.type = 'schema' AND o.name = 'dr_agent')
+        UNION SELECT rolname::text FROM pg_roles WHERE oid = 10";
+    const FOUND: &str = "
+        SELECT used, r.oid IS NULL,
+               r.oid IS NOT NULL AND pg_has_role(current_user, r.oid, 'MEMBER')
+          FROM unnest($1::text[]) AS used LEFT JOIN pg_roles r ON r.rolname = used ORDER BY 1";
+    let used: Vec<String> = source
+        .query(USED, &[])
+        .await
+        .map_err(CopyError::source("read the owners"))?
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    let rows = replica
+        .query(FOUND, &[&used])
+        .await
+        .map_err(CopyError::replica("read the roles"))?;
+    let named = |column: usize, value: bool| -> Vec<String> {
+        rows.iter()
+            .filter(|row| row.get::<_, bool>(column) == value)
+            .map(|row| row.get(0))
+            .collect()
+    };
+    let missing = named(1, true);
+    if !missing.is_empty() {
+        let problem = format!("the replica has no role {}", missing.join(", "));
+        return Ok(Some(problem));
+    }
+    let foreign = named(2, false);
+    if !foreign.is_empty() {
+        let problem = format!(
+            "our role on the replica is no member of {}",
+            foreign.join(", ")
+        );
+        return Ok(Some(problem));
+    }
+    Ok(None)
+}
+
+/// A partition that the replica has as a table of its own.
+#[derive(Clone, Debug)]
+pub(super) struct Attachment {
+    pub(super) parent: TableName,
+    pub(super) child: TableName,
+    /// `FOR VALUES …` or `DEFAULT`.
+    pub(super) bound: String,
+}
+
+/// Those of `tables` that are partitions on the source and not yet on the replica.
+pub(super) async fn unattached(
+    source: &Client,
+    replica: &Client,
+    tables: &[TableName],
+) -> Result<Vec<Attachment>, CopyError> {
+    const PARTITIONS: &str = "
+        SELECT pn.nspname::text, p.relname::text, n.nspname::text, c.relname::text,
+               pg_get_expr(c.relpartbound, c.oid)
+          FROM unnest($1::text[], $2::text[]) AS wanted (s, t)
+          JOIN pg_namespace n ON n.nspname = s
+          JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t AND c.relispartition
+          JOIN pg_inherits i ON i.inhrelid = c.oid
+          JOIN pg_class p ON p.oid = i.inhparent
+          JOIN pg_namespace pn ON pn.oid = p.relnamespace";
+    let (schemas, names) = name_arrays(tables);
+    let wanted = source
+        .query(PARTITIONS, &[&schemas, &names])
+        .await
+        .map_err(CopyError::source("read the partitions"))?;
+    let attached: HashSet<TableName> = replica
+        .query(PARTITIONS, &[&schemas, &names])
+        .await
+        .map_err(CopyError::replica("read the partitions"))?
+        .iter()
+        .map(|row| table(row, 2))
+        .collect();
+    Ok(wanted
+        .iter()
+        .map(|row| Attachment {
+            parent: table(row, 0),
+            child: table(row, 2),
+            bound: row.get(4),
+        })
+        .filter(|attachment| !attached.contains(&attachment.child))
+        .collect())
+}
+
+/// The archive's entries that attach the indexes of these partitions.
+pub(super) async fn index_attachments(
+    source: &Client,
+    attachments: &[Attachment],
+) -> Result<Vec<Entry>, CopyError> {
+    const SQL: &str = "
+        SELECT xn.nspname::text, x.relname::text, pg_get_userbyid(c.relowner)::text
+          FROM unnest($1::text[], $2::text[]) AS wanted (s, t)
+          JOIN pg_namespace n ON n.nspname = s
+          JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t
+          JOIN pg_index i ON i.indrelid = c.oid
+          JOIN pg_class x ON x.oid = i.indexrelid AND x.relispartition
+          JOIN pg_namespace xn ON xn.oid = x.relnamespace";
+    let children: Vec<TableName> = attachments.iter().map(|a| a.child.clone()).collect();
+    let (schemas, names) = name_arrays(&children);
+    let rows = source
+        .query(SQL, &[&schemas, &names])
+        .await
+        .map_err(CopyError::source("read the partitions' indexes"))?;
+    // Releases differ in whether the entry has an owner.
+    let entry = |row: &Row, owner: String| Entry {
+        kind: "INDEX ATTACH".to_owned(),
+        schema: row.get(0),
+        tag: row.get(1),
+        owner,
+    };
+    Ok(rows
+        .iter()
+        .flat_map(|row| [entry(row, String::new()), entry(row, row.get(2))])
+        .collect())
+}
+
+/// Everything `post-data` creates that fails when it is there already, as the archive names it.
+const POST_DATA: &str = "
+    WITH t AS (
+        SELECT c.oid, c.relname, n.nspname, pg_get_userbyid(c.relowner) AS owner
+          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%')
+    SELECT 'INDEX', n.nspname::text, x.relname::text, t.owner::text
+      FROM pg_index i JOIN t ON t.oid = i.indrelid JOIN pg_class x ON x.oid = i.indexrelid
+      JOIN pg_namespace n ON n.oid = x.relnamespace
+    UNION ALL
+    SELECT CASE contype WHEN 'f' THEN 'FK CONSTRAINT' WHEN 'c' THEN 'CHECK CONSTRAINT'
+                        ELSE 'CONSTRAINT' END, nspname, relname || ' ' || conname, owner
+      FROM pg_constraint JOIN t ON t.oid = conrelid
+    UNION ALL
+    SELECT 'TRIGGER', nspname, relname || ' ' || tgname, owner
+      FROM pg_trigger JOIN t ON t.oid = tgrelid WHERE NOT tgisinternal
+    UNION ALL
+    SELECT 'RULE', nspname, relname || ' ' || rulename, owner
+      FROM pg_rewrite JOIN t ON t.oid = ev_class WHERE rulename <> '_RETURN'
+    UNION ALL
+    SELECT 'POLICY', nspname, relname || ' ' || polname, owner
+      FROM pg_policy JOIN t ON t.oid = polrelid
+    UNION ALL
+    SELECT 'STATISTICS', n.nspname, stxname, pg_get_userbyid(stxowner)
+      FROM pg_statistic_ext JOIN pg_namespace n ON n.oid = stxnamespace
+    UNION ALL
+    SELECT 'EVENT TRIGGER', NULL, evtname, pg_get_userbyid(evtowner) FROM pg_event_trigger";
+
+fn entry(row: &Row) -> Entry {
+    Entry {
+        kind: row.get(0),
+        schema: row.get(1),
+        tag: row.get(2),
+        owner: row.get(3),
+    }
+}
+
+/// Entries of `post-data` that the replica has already.
+pub(super) async fn present_post_data(
+    source: &Client,
+    replica: &Client,
+) -> Result<Vec<Entry>, CopyError> {
+    let present: Vec<Entry> = replica
+        .query(POST_DATA, &[])
+        .await
+        .map_err(CopyError::replica("read indexes and constraints"))?
+        .iter()
+        .map(entry)
+        .collect();
+    let present: HashSet<_> = present.iter().map(Entry::key).collect();
+    let mut entries: Vec<Entry> = source
+        .query(POST_DATA, &[])
+        .await
+        .map_err(CopyError::source("read indexes and constraints"))?
+        .iter()
+        .map(entry)
+        .collect();
+    entries.retain(|entry| present.contains(&entry.key()));
+    Ok(entries)
+}
+
+/// Entries of `post-data` the replica must not have, each with the reason.
+///
+/// A foreign key to a table that is not replicated would find no rows; event triggers of ours act on
+/// the source.
+pub(super) async fn unwanted_post_data(
+    source: &Client,
+    replicated: &HashSet<TableName>,
+) -> Result<Vec<(Entry, String)>, CopyError> {
+    const FOREIGN_KEYS: &str = "
+        SELECT n.nspname::text, c.relname::text || ' ' || f.conname, pg_get_userbyid(c.relowner)::text,
+               c.relname::text, f.conname::text, ln.nspname::text, l.relname::text
+          FROM pg_constraint f
+          JOIN pg_class c ON c.oid = f.conrelid
+          JOIN pg_namespace n ON n.oid = c.relnamespace
+          LEFT JOIN LATERAL pg_partition_tree(f.confrelid) AS leaf ON leaf.isleaf
+          JOIN pg_class l ON l.oid = coalesce(leaf.relid, f.confrelid)
+          JOIN pg_namespace ln ON ln.oid = l.relnamespace
+         WHERE f.contype = 'f' AND f.conparentid = 0 AND l.relkind <> 'p'";
+    const EVENT_TRIGGERS: &str = "
+        SELECT evtname::text, pg_get_userbyid(evtowner)::text
+          FROM pg_event_trigger e
+          JOIN pg_proc p ON p.oid = e.evtfoid JOIN pg_namespace n ON n.oid = p.pronamespace
+         WHERE n.nspname = 'dr_agent'";
+    let mut unwanted = Vec::new();
+    let mut seen = HashSet::new();
+    for row in source
+        .query(FOREIGN_KEYS, &[])
+        .await
+        .map_err(CopyError::source("read the foreign keys"))?
+    {
+        let referred = table(&row, 5);
+        let entry = Entry {
+            kind: "FK CONSTRAINT".to_owned(),
+            schema: row.get(0),
+            tag: row.get(1),
+            owner: row.get(2),
+        };
+        if replicated.contains(&referred) || !seen.insert(entry.clone()) {
+            continue;
+        }
+        let (schema, name, constraint): (String, String, String) =
+            (row.get(0), row.get(3), row.get(4));
+        let why = format!(
+            "foreign key {constraint} of {schema}.{name}: {referred}, which it refers to, is not \
+             replicated"
+        );
+        unwanted.push((entry, why));
+    }
+    for row in source
+        .query(EVENT_TRIGGERS, &[])
+        .await
+        .map_err(CopyError::source("read the event triggers"))?
+    {
+        let entry = Entry {
+            kind: "EVENT TRIGGER".to_owned(),
+            schema: None,
+            tag: row.get(0),
+            owner: row.get(1),
+        };
+        let why = format!("event trigger {} of dr-agent itself", entry.tag);
+        unwanted.push((entry, why));
+    }
+    Ok(unwanted)
+}

@@ -1,0 +1,160 @@
+//! The initial copy: schema and rows of one database, at an exported snapshot.
+//!
+//! ```text
+//! source ──pg_dump──▶ archive ──▶ pre-data ▶ [rows] ▶ post-data ▶ sequences, views, statistics ▶ ready
+//!   └─────COPY TO STDOUT──────────────────────▲  (N connection pairs, passed through)
+//! ```
+//!
+//! The caller creates the slot, exports the snapshot, keeps the exporting session open, and decides
+//! which tables; [`copy`] does the rest and returns when all of them are `ready` in
+//! `dr_agent.table_sync`. First copies ([`CopyJob::whole_schema`]) and tables that appeared later go
+//! the same way.
+//!
+//! # Invariants
+//! - Killed anywhere and called again with a new snapshot, it ends in the same place: tables that
+//!   hold their rows (`copied`) keep them and their older snapshot LSN, the others are emptied and
+//!   filled again, indexes that exist stay.
+//! - A table is `ready` only when rows, indexes and constraints are there.
+//! - Whatever of the source is not carried over is logged as a warning and told to the observer.
+//!
+//! # What it does not do
+//! It creates neither database nor roles nor schema `dr_agent`, and it retries nothing: a
+//! [`crate::error::Class::Transient`] error means "call again with a new snapshot".
+
+mod error;
+mod finish;
+mod format;
+mod inventory;
+mod layout;
+mod plan;
+mod progress;
+mod schema;
+mod session;
+mod table;
+mod table_sync;
+mod toc;
+mod tools;
+
+use std::collections::HashSet;
+
+use tokio_util::sync::CancellationToken;
+
+pub use error::CopyError;
+pub use progress::{CopyObserver, CopyPhase, ProgressDisplay};
+
+use crate::catalog::{Table, TableName};
+use crate::config::CopySettings;
+use crate::pg::{ConnInfo, PgLsn};
+use crate::stream::StreamName;
+use layout::Layout;
+use session::Sessions;
+use table_sync::Ledger;
+
+/// One copy: what, from where, to where.
+pub struct CopyJob<'a> {
+    /// The source, with the database's name.
+    pub source: &'a ConnInfo,
+    /// The replica, with the database's name; schema `dr_agent` is there.
+    pub replica: &'a ConnInfo,
+    /// Whose ledger is kept. On the replica, other sessions of this stream with role `copy` are
+    /// ended when the copy begins.
+    pub stream: &'a StreamName,
+    /// The tables that are not `ready`.
+    pub tables: Vec<Table>,
+    /// Name of the exported snapshot; its session must stay open until [`copy`] returns.
+    pub snapshot: &'a str,
+    /// The snapshot's LSN: commits before it are in the snapshot.
+    pub snapshot_lsn: PgLsn,
+    /// `[copy]`
+    pub settings: &'a CopySettings,
+    /// Whether the whole schema of the database is to be there afterwards (the first copy) or only
+    /// these tables, in a database that is replicated already.
+    pub whole_schema: bool,
+}
+
+/// Copies schema and rows; returns when every table of the job is `ready`.
+///
+/// # Errors
+/// [`CopyError`]; transient ones are over with a new snapshot. [`CopyError::Cancelled`] soon after
+/// `cancel` was cancelled.
+pub async fn copy(
+    job: CopyJob<'_>,
+    observer: &dyn CopyObserver,
+    cancel: &CancellationToken,
+) -> Result<(), CopyError> {
+    // Everything below may be dropped at any point: sessions roll back, tools are killed.
+    let all = Box::pin(copy_all(&job, observer));
+    match cancel.run_until_cancelled(all).await {
+        Some(result) => result,
+        None => Err(CopyError::Cancelled),
+    }
+}
+
+async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), CopyError> {
+    if job.tables.is_empty() && !job.whole_schema {
+        return Ok(());
+    }
+    let sessions = Sessions::begin(job).await?;
+    let replica = sessions.replica().await?;
+    let source = sessions.source_at_snapshot().await?;
+    let names: Vec<TableName> = job.tables.iter().map(|table| table.name.clone()).collect();
+    let ledger = Ledger {
+        stream: job.stream,
+        snapshot_lsn: job.snapshot_lsn,
+    };
+
+    observer.phase(CopyPhase::PreData);
+    layout::lock(&source, &names).await?;
+    let held = ledger.begin(&replica, &names).await?;
+    let schema = schema::Schema::dump(job, &sessions, &source, &replica, observer).await?;
+    schema.restore_pre_data(&source, &replica).await?;
+
+    observer.phase(CopyPhase::Data);
+    let wanted: Vec<TableName> = names
+        .iter()
+        .filter(|name| !held.contains(name))
+        .cloned()
+        .collect();
+    let layouts = layout::read(&source, &wanted).await?;
+    layout::verify(&replica, &layouts).await?;
+    copy_rows(&sessions, ledger, &layouts, observer, names.len()).await?;
+
+    observer.phase(CopyPhase::PostData);
+    let replicated: HashSet<TableName> = held.into_iter().chain(names.iter().cloned()).collect();
+    schema
+        .restore_post_data(&source, &replica, &replicated)
+        .await?;
+    finish::set_sequences(&source, &replica, (!job.whole_schema).then_some(&names)).await?;
+    let pairs: Vec<_> = job
+        .tables
+        .iter()
+        .map(|table| (table.name.clone(), table.root.clone()))
+        .collect();
+    finish::analyze(&replica, &pairs, job.whole_schema).await?;
+    if job.whole_schema {
+        finish::refresh_views(&source, &replica, observer).await?;
+        finish::tell_what_is_left(&source, observer).await?;
+    }
+    ledger.ready(&replica, &names).await
+}
+
+async fn copy_rows(
+    sessions: &Sessions<'_>,
+    ledger: Ledger<'_>,
+    layouts: &[Layout],
+    observer: &dyn CopyObserver,
+    tables_total: usize,
+) -> Result<(), CopyError> {
+    let sizes: Vec<(u32, u64, bool)> = layouts
+        .iter()
+        .map(|layout| (layout.pages, layout.bytes, layout.is_heap))
+        .collect();
+    let parts = plan::order(&sizes, sessions.split_bytes());
+    table::copy_all(sessions, ledger, layouts, parts, observer, tables_total).await
+}
+
+/// Says that something of the source will not be on the replica.
+fn leave_out(observer: &dyn CopyObserver, what: &str) {
+    tracing::warn!(what, "left out of the copy");
+    observer.left_out(what);
+}

@@ -1,0 +1,216 @@
+//! The sessions of a copy, on both servers, and getting rid of those an earlier copy left behind on
+//! the replica.
+//!
+//! # Invariants
+//! - Text means the same on both sides: dates, intervals, floats, money, time zone and encoding are
+//!   set alike.
+//! - Row security never hides a row: with it off, a policy that would apply is an error.
+//! - Before anything is written, the replica's sessions of an earlier copy of this stream are gone:
+//!   a `pg_restore` outlives an agent that was killed.
+//! - Sessions on the source are never ended: the one that exported the snapshot may be among them.
+
+use std::time::Duration;
+
+use tokio_postgres::Client;
+
+use super::CopyJob;
+use super::error::CopyError;
+use super::tools::Environment;
+use crate::catalog::{quote_literal, server_version};
+use crate::pg::{PgError, Session, connect};
+
+/// Settings that decide how values look as text.
+const VALUES: [(&str, &str); 10] = [
+    ("DateStyle", "ISO"),
+    ("IntervalStyle", "postgres"),
+    ("TimeZone", "UTC"),
+    ("extra_float_digits", "3"),
+    ("bytea_output", "hex"),
+    ("lc_monetary", "C"),
+    ("xmloption", "content"),
+    // Names in regclass and its kin come out with their schema, types of columns too.
+    ("search_path", "pg_catalog"),
+    ("row_security", "off"),
+    ("standard_conforming_strings", "on"),
+];
+
+const NO_TIMEOUTS: [(&str, &str); 2] = [
+    ("statement_timeout", "0"),
+    ("idle_in_transaction_session_timeout", "0"),
+];
+
+/// What lets us write to the replica before its promotion, without its triggers and foreign keys.
+const WRITING: [(&str, &str); 3] = [
+    ("default_transaction_read_only", "off"),
+    ("session_replication_role", "replica"),
+    ("check_function_bodies", "off"),
+];
+
+/// How long we wait for a table of the source that somebody holds exclusively. Waiting longer in
+/// silence helps nobody; the next attempt comes with a new snapshot.
+const SOURCE_LOCK_TIMEOUT: &str = "60s";
+
+/// How long the sessions of a killed copy may take to end.
+const LEFTOVER_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Opens the sessions of one copy.
+pub(super) struct Sessions<'a> {
+    job: &'a CopyJob<'a>,
+    application_name: String,
+    source_version_num: i32,
+    replica_version_num: i32,
+}
+
+impl<'a> Sessions<'a> {
+    /// Asks both servers for their versions and ends what an earlier copy left behind.
+    pub(super) async fn begin(job: &'a CopyJob<'a>) -> Result<Self, CopyError> {
+        let mut sessions = Self {
+            job,
+            application_name: job.stream.application_name("copy"),
+            source_version_num: 0,
+            replica_version_num: 0,
+        };
+        let replica = sessions.replica().await?;
+        let source = sessions.source().await?;
+        let asking = |error| CopyError::Replica {
+            doing: "ask for the version".to_owned(),
+            source: error,
+        };
+        sessions.replica_version_num = server_version(&replica).await.map_err(asking)?;
+        let asking = |error| CopyError::Source {
+            doing: "ask for the version".to_owned(),
+            source: error,
+        };
+        sessions.source_version_num = server_version(&source).await.map_err(asking)?;
+        let own = &sessions.application_name;
+        end_leftovers(&replica, own)
+            .await
+            .map_err(|error| CopyError::Replica {
+                doing: "end the sessions of an earlier copy".to_owned(),
+                source: error,
+            })?;
+        Ok(sessions)
+    }
+
+    /// `server_version_num` of the source.
+    pub(super) fn source_version_num(&self) -> i32 {
+        self.source_version_num
+    }
+
+    /// `server_version_num` of the replica.
+    pub(super) fn replica_version_num(&self) -> i32 {
+        self.replica_version_num
+    }
+
+    /// Connection pairs, and jobs of `pg_restore`.
+    pub(super) fn jobs(&self) -> u16 {
+        self.job.settings.jobs.max(1)
+    }
+
+    /// Tables larger than this are split.
+    pub(super) fn split_bytes(&self) -> u64 {
+        self.job.settings.split_bytes
+    }
+
+    /// A session on the source, outside any transaction.
+    pub(super) async fn source(&self) -> Result<Client, CopyError> {
+        let mut session = Session::new(&self.application_name);
+        for (name, value) in VALUES.into_iter().chain(NO_TIMEOUTS) {
+            session = session.set(name, value);
+        }
+        let session = session.set("lock_timeout", SOURCE_LOCK_TIMEOUT);
+        let opened = connect(self.job.source, &session).await;
+        let client = opened.map_err(|source| CopyError::Source {
+            doing: "open a session".to_owned(),
+            source,
+        })?;
+        if self.source_version_num >= 170_000 {
+            client
+                .batch_execute("SET transaction_timeout = 0")
+                .await
+                .map_err(CopyError::source("set up a session"))?;
+        }
+        Ok(client)
+    }
+
+    /// A session on the source, in a read-only transaction that sees the exported snapshot.
+    pub(super) async fn source_at_snapshot(&self) -> Result<Client, CopyError> {
+        let client = self.source().await?;
+        client
+            .batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            .await
+            .map_err(CopyError::source("begin"))?;
+        let import = format!(
+            "SET TRANSACTION SNAPSHOT {}",
+            quote_literal(self.job.snapshot).trim_start()
+        );
+        client.batch_execute(&import).await.map_err(|error| {
+            // invalid_parameter_value, object_not_in_prerequisite_state, undefined_object (17+).
+            let gone = error
+                .code()
+                .is_some_and(|code| matches!(code.code(), "22023" | "55000" | "42704"));
+            if gone {
+                CopyError::SnapshotLost
+            } else {
+                CopyError::source("import the snapshot")(error)
+            }
+        })?;
+        Ok(client)
+    }
+
+    /// A session on the replica that may write.
+    pub(super) async fn replica(&self) -> Result<Client, CopyError> {
+        let mut session = Session::new(&self.application_name);
+        for (name, value) in VALUES.into_iter().chain(NO_TIMEOUTS).chain(WRITING) {
+            session = session.set(name, value);
+        }
+        let session = session.set("lock_timeout", "0");
+        let opened = connect(self.job.replica, &session).await;
+        let client = opened.map_err(|source| CopyError::Replica {
+            doing: "open a session".to_owned(),
+            source,
+        })?;
+        if self.replica_version_num >= 170_000 {
+            client
+                .batch_execute("SET transaction_timeout = 0")
+                .await
+                .map_err(CopyError::replica("set up a session"))?;
+        }
+        Ok(client)
+    }
+
+    /// What `pg_dump` needs to reach the source.
+    pub(super) fn source_environment(&self) -> Environment {
+        Environment::new(self.job.source, &self.application_name, &[])
+    }
+
+    /// What `pg_restore` needs to write to the replica.
+    pub(super) fn replica_environment(&self) -> Environment {
+        Environment::new(self.job.replica, &self.application_name, &WRITING)
+    }
+}
+
+/// Ends other sessions of this name in this database and waits until they are gone.
+async fn end_leftovers(client: &Client, application_name: &str) -> Result<(), PgError> {
+    const OTHERS: &str = "
+        SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+         WHERE application_name = $1 AND datname = current_database()
+           AND usename = current_user AND pid <> pg_backend_pid()";
+    let ended = async {
+        loop {
+            let left: i64 = client.query_one(OTHERS, &[&application_name]).await?.get(0);
+            if left == 0 {
+                return Ok(());
+            }
+            tracing::debug!(left, "ending sessions of an earlier copy");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    match tokio::time::timeout(LEFTOVER_DEADLINE, ended).await {
+        Ok(result) => result,
+        Err(_) => Err(PgError::Timeout {
+            doing: "end the sessions of an earlier copy",
+            after: LEFTOVER_DEADLINE,
+        }),
+    }
+}

@@ -1,0 +1,445 @@
+//! Rows: COPY out of the source, passed through without parsing into COPY on the replica.
+//!
+//! Several connections pairs take parts from one queue ([`super::plan`]). A table of one part is
+//! emptied, filled and entered into the ledger in one transaction, so that it can be written frozen
+//! and, with `wal_level = minimal`, without WAL. A table of several parts is emptied first; each
+//! part is a transaction of its own, and the ledger follows the last one.
+//!
+//! # Invariants
+//! - A table is `copied` only if both servers counted the same rows and the stream had its end.
+//! - At most [`CHUNK_BYTES`] and one message are held per connection pair; a slow replica slows the
+//!   source down.
+//! - Dropping the future at any point leaves at most a `copying` table, which is emptied again.
+
+use std::collections::VecDeque;
+use std::pin::pin;
+use std::sync::Mutex;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{SinkExt as _, StreamExt as _, future};
+use tokio_postgres::Client;
+
+use super::error::CopyError;
+use super::layout::Layout;
+use super::plan::{Estimate, Part};
+use super::progress::CopyObserver;
+use super::session::Sessions;
+use super::table_sync::Ledger;
+
+/// Rows are handed to the replica in pieces of this size: one write and one message for hundreds of
+/// rows. Larger gains nothing, smaller costs system calls.
+const CHUNK_BYTES: usize = 64 * 1024;
+
+/// What is shared by the connection pairs of one copy.
+struct Shared<'a> {
+    layouts: &'a [Layout],
+    ledger: Ledger<'a>,
+    observer: &'a dyn CopyObserver,
+    state: Mutex<State>,
+    tables_total: usize,
+}
+
+struct State {
+    queue: VecDeque<Part>,
+    tables: Vec<TableState>,
+    tables_done: usize,
+    estimate: Estimate,
+}
+
+#[derive(Clone, Copy, Default)]
+struct TableState {
+    parts: usize,
+    parts_done: usize,
+    rows: u64,
+    bytes: u64,
+}
+
+/// Copies the rows of all `layouts`, whose `parts` are in the order in which they are taken.
+/// `tables_total` and `tables_done` include tables that hold their rows already.
+pub(super) async fn copy_all(
+    sessions: &Sessions<'_>,
+    ledger: Ledger<'_>,
+    layouts: &[Layout],
+    parts: Vec<Part>,
+    observer: &dyn CopyObserver,
+    tables_total: usize,
+) -> Result<(), CopyError> {
+    let mut tables = vec![TableState::default(); layouts.len()];
+    for part in &parts {
+        tables[part.table].parts += 1;
+    }
+    let planned = parts.iter().map(|part| part.bytes).sum();
+    let pairs = usize::from(sessions.jobs()).min(parts.len());
+    let tables_done = tables_total - layouts.len();
+    observer.planned(planned);
+    observer.tables(tables_total, tables_done);
+
+    let several: Vec<&Layout> = layouts
+        .iter()
+        .zip(&tables)
+        .filter(|(_, state)| state.parts > 1)
+        .map(|(layout, _)| layout)
+        .collect();
+    if !several.is_empty() {
+        empty_first(&sessions.replica().await?, ledger, &several).await?;
+    }
+    let shared = Shared {
+        layouts,
+        ledger,
+        observer,
+        state: Mutex::new(State {
+            queue: parts.into(),
+            tables,
+            tables_done,
+            estimate: Estimate::new(planned),
+        }),
+        tables_total,
+    };
+    // All pairs run on this task: they only wait for sockets, whose protocol work is done by the
+    // connections' own tasks. The first error drops the others, and with them their transactions.
+    let pairs = (0..pairs).map(|_| Box::pin(work(sessions, &shared)));
+    future::try_join_all(pairs).await?;
+    Ok(())
+}
+
+/// Empties tables that are filled by several transactions, and makes that visible in the ledger.
+async fn empty_first(
+    replica: &Client,
+    ledger: Ledger<'_>,
+    layouts: &[&Layout],
+) -> Result<(), CopyError> {
+    for layout in layouts {
+        begin(replica).await?;
+        ledger.claim(replica, &layout.name).await?;
+        empty(replica, layout).await?;
+        commit(replica).await?;
+    }
+    Ok(())
+}
+
+/// One connection pair: takes parts until there are none.
+async fn work(sessions: &Sessions<'_>, shared: &Shared<'_>) -> Result<(), CopyError> {
+    let source = sessions.source_at_snapshot().await?;
+    let replica = sessions.replica().await?;
+    while let Some((part, is_whole)) = shared.take() {
+        let layout = &shared.layouts[part.table];
+        let (rows, bytes) = if is_whole {
+            copy_whole(&source, &replica, shared, layout, &part).await?
+        } else {
+            copy_part(&source, &replica, shared, layout, &part).await?
+        };
+        if let Some(whole) = shared.finish(&part, rows, bytes) {
+            if !is_whole {
+                let ledger = shared.ledger;
+                ledger
+                    .copied(&replica, &layout.name, whole.rows, whole.bytes)
+                    .await?;
+            }
+            shared.announce(layout, whole.rows);
+        }
+    }
+    Ok(())
+}
+
+impl Shared<'_> {
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of this lock panics")
+    }
+
+    fn take(&self) -> Option<(Part, bool)> {
+        let mut state = self.state();
+        let part = state.queue.pop_front()?;
+        let is_whole = state.tables[part.table].parts == 1;
+        Some((part, is_whole))
+    }
+
+    /// Counts a finished part; returns the table's sums when it was the last one.
+    fn finish(&self, part: &Part, rows: u64, bytes: u64) -> Option<TableState> {
+        let mut state = self.state();
+        let planned = state.estimate.finished(part.bytes, bytes);
+        let table = &mut state.tables[part.table];
+        table.parts_done += 1;
+        table.rows += rows;
+        table.bytes += bytes;
+        let table = *table;
+        drop(state);
+        self.observer.planned(planned);
+        (table.parts_done == table.parts).then_some(table)
+    }
+
+    fn announce(&self, layout: &Layout, rows: u64) {
+        let mut state = self.state();
+        state.tables_done += 1;
+        let done = state.tables_done;
+        drop(state);
+        self.observer.table_ready(&layout.name, rows);
+        self.observer.tables(self.tables_total, done);
+    }
+}
+
+async fn copy_whole(
+    source: &Client,
+    replica: &Client,
+    shared: &Shared<'_>,
+    layout: &Layout,
+    part: &Part,
+) -> Result<(u64, u64), CopyError> {
+    let ledger = shared.ledger;
+    // Outside the transaction, so that others see which tables are on their way.
+    ledger.claim(replica, &layout.name).await?;
+    begin(replica).await?;
+    ledger.hold(replica, &layout.name).await?;
+    let may_freeze = empty(replica, layout).await?;
+    let (rows, bytes) =
+        pass_through(source, replica, shared.observer, layout, part, may_freeze).await?;
+    ledger.copied(replica, &layout.name, rows, bytes).await?;
+    commit(replica).await?;
+    Ok((rows, bytes))
+}
+
+async fn copy_part(
+    source: &Client,
+    replica: &Client,
+    shared: &Shared<'_>,
+    layout: &Layout,
+    part: &Part,
+) -> Result<(u64, u64), CopyError> {
+    begin(replica).await?;
+    shared.ledger.hold(replica, &layout.name).await?;
+    let counted = pass_through(source, replica, shared.observer, layout, part, false).await?;
+    commit(replica).await?;
+    Ok(counted)
+}
+
+async fn begin(replica: &Client) -> Result<(), CopyError> {
+    replica
+        .batch_execute("BEGIN")
+        .await
+        .map_err(CopyError::replica("begin"))
+}
+
+async fn commit(replica: &Client) -> Result<(), CopyError> {
+    replica
+        .batch_execute("COMMIT")
+        .await
+        .map_err(CopyError::replica("commit rows"))
+}
+
+/// Empties the replica's table; returns whether it was truncated, which lets COPY write frozen rows.
+///
+/// A table that a foreign key refers to cannot be truncated without those that refer to it, whatever
+/// session_replication_role says; it is there only if the schema was put there by hand.
+async fn empty(replica: &Client, layout: &Layout) -> Result<bool, CopyError> {
+    const REFERRED_TO: &str = "
+        SELECT EXISTS (SELECT 1 FROM pg_constraint
+                        WHERE contype = 'f' AND confrelid = $1::text::regclass
+                          AND conrelid <> confrelid)";
+    let table = layout.name.sql();
+    let row = replica
+        .query_one(REFERRED_TO, &[&table])
+        .await
+        .map_err(CopyError::replica("look for foreign keys"))?;
+    let referred_to: bool = row.get(0);
+    let statement = if referred_to {
+        format!("DELETE FROM ONLY {table}")
+    } else {
+        format!("TRUNCATE ONLY {table}")
+    };
+    replica
+        .batch_execute(&statement)
+        .await
+        .map_err(CopyError::replica(format!("empty table {}", layout.name)))?;
+    Ok(!referred_to)
+}
+
+fn statements(layout: &Layout, part: &Part, freeze: bool) -> (String, String) {
+    let (table, columns) = (layout.name.sql(), layout.column_list());
+    let format = if layout.binary { "binary" } else { "text" };
+    let freeze = if freeze { ", FREEZE" } else { "" };
+    // COPY knows no empty column list; without one it takes the columns that are not generated.
+    let into = if columns.is_empty() {
+        String::new()
+    } else {
+        format!(" ({columns})")
+    };
+    (
+        format!(
+            "COPY (SELECT {columns} FROM ONLY {table}{}) TO STDOUT (FORMAT {format})",
+            part.pages.condition()
+        ),
+        format!("COPY {table}{into} FROM STDIN (FORMAT {format}{freeze})"),
+    )
+}
+
+async fn pass_through(
+    source: &Client,
+    replica: &Client,
+    observer: &dyn CopyObserver,
+    layout: &Layout,
+    part: &Part,
+    freeze: bool,
+) -> Result<(u64, u64), CopyError> {
+    let (out, into) = statements(layout, part, freeze);
+    let reading = || CopyError::source(format!("read table {}", layout.name));
+    let writing = || CopyError::replica(format!("write table {}", layout.name));
+    let stream = source.copy_out(&out).await.map_err(reading())?;
+    let sink = replica
+        .copy_in::<_, Bytes>(&into)
+        .await
+        .map_err(writing())?;
+    let (mut stream, mut sink) = (pin!(stream), pin!(sink));
+
+    let mut rows = RowCounter::new(layout.binary);
+    let mut bytes = 0;
+    let mut rows_told = 0;
+    let mut chunk = BytesMut::with_capacity(CHUNK_BYTES);
+    while let Some(message) = stream.next().await {
+        let message = message.map_err(reading())?;
+        rows.see(&message);
+        chunk.extend_from_slice(&message);
+        if chunk.len() >= CHUNK_BYTES {
+            let sent = chunk.len() as u64;
+            sink.send(chunk.split().freeze()).await.map_err(writing())?;
+            observer.copied(rows.rows - rows_told, sent);
+            (rows_told, bytes) = (rows.rows, bytes + sent);
+        }
+    }
+    let sent = chunk.len() as u64;
+    if sent > 0 {
+        sink.send(chunk.freeze()).await.map_err(writing())?;
+    }
+    // finish() reports what the replica had to say about any of the rows.
+    let stored = sink.finish().await.map_err(writing())?;
+    if stored != rows.rows || !rows.ended() {
+        return Err(CopyError::RowCount {
+            table: layout.name.clone(),
+            sent: rows.rows,
+            stored,
+        });
+    }
+    observer.copied(rows.rows - rows_told, sent);
+    Ok((rows.rows, bytes + sent))
+}
+
+/// Counts the rows the source sends. The driver does not pass the COPY tag on, but the backend sends
+/// each row as a message of its own (PostgreSQL documentation, "Frontend/Backend Protocol", COPY
+/// Operations). In binary the header precedes the first row in its message, and a trailer ends the stream.
+struct RowCounter {
+    binary: bool,
+    header_seen: bool,
+    trailer_seen: bool,
+    rows: u64,
+}
+
+/// PostgreSQL documentation, COPY, "Binary Format": signature, flags, length of the extension.
+const HEADER_BYTES: usize = 19;
+const TRAILER: [u8; 2] = [0xff, 0xff];
+
+impl RowCounter {
+    fn new(binary: bool) -> Self {
+        Self {
+            binary,
+            header_seen: false,
+            trailer_seen: false,
+            rows: 0,
+        }
+    }
+
+    fn see(&mut self, message: &[u8]) {
+        let mut rest = message;
+        if self.binary {
+            if !self.header_seen {
+                self.header_seen = true;
+                rest = rest.get(HEADER_BYTES..).unwrap_or_default();
+            }
+            if rest == TRAILER {
+                self.trailer_seen = true;
+                return;
+            }
+            if rest.is_empty() {
+                return;
+            }
+        }
+        self.rows += 1;
+    }
+
+    /// Whether the stream had its end. Text has no trailer; there the protocol's CopyDone is all.
+    fn ended(&self) -> bool {
+        !self.binary || self.trailer_seen
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::TableName;
+    use crate::snapshot::plan::Pages;
+
+    const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
+
+    #[test]
+    fn header_and_trailer_are_not_rows() {
+        let mut counter = RowCounter::new(true);
+        counter.see(&[HEADER, &[0, 1, 0, 0, 0, 1, 7]].concat());
+        counter.see(&[0, 1, 0xff, 0xff, 0xff, 0xff]);
+        assert!(!counter.ended());
+        counter.see(&TRAILER);
+        assert_eq!((counter.rows, counter.ended()), (2, true));
+
+        let mut empty = RowCounter::new(true);
+        empty.see(&[HEADER, &TRAILER].concat());
+        assert_eq!((empty.rows, empty.ended()), (0, true));
+    }
+
+    #[test]
+    fn rows_without_columns_are_rows() {
+        let mut counter = RowCounter::new(true);
+        counter.see(&[HEADER, &[0, 0]].concat());
+        counter.see(&[0, 0]);
+        counter.see(&TRAILER);
+        assert_eq!(counter.rows, 2);
+        let mut counter = RowCounter::new(false);
+        counter.see(b"\n");
+        assert_eq!((counter.rows, counter.ended()), (1, true));
+    }
+
+    #[test]
+    fn statements_name_the_columns_and_a_table_without_any_gets_no_list() {
+        let mut layout = Layout {
+            name: TableName {
+                schema: "s".into(),
+                name: "t".into(),
+            },
+            pages: 9,
+            bytes: 9,
+            is_heap: true,
+            columns: vec![
+                ("a".into(), "integer".into()),
+                ("B c".into(), "text".into()),
+            ],
+            binary: true,
+        };
+        let part = Part {
+            table: 0,
+            pages: Pages {
+                from: Some(3),
+                to: None,
+            },
+            bytes: 1,
+        };
+        let (out, into) = statements(&layout, &part, false);
+        assert_eq!(
+            out,
+            "COPY (SELECT \"a\", \"B c\" FROM ONLY \"s\".\"t\" WHERE ctid >= '(3,0)'::tid) \
+             TO STDOUT (FORMAT binary)"
+        );
+        assert_eq!(
+            into,
+            "COPY \"s\".\"t\" (\"a\", \"B c\") FROM STDIN (FORMAT binary)"
+        );
+        layout.columns.clear();
+        layout.binary = false;
+        let (_, into) = statements(&layout, &part, true);
+        assert_eq!(into, "COPY \"s\".\"t\" FROM STDIN (FORMAT text, FREEZE)");
+    }
+}

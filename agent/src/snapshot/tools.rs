@@ -1,0 +1,393 @@
+//! `pg_dump` and `pg_restore`: where they are, whether they are new enough, and running them.
+//!
+//! `pg_dump` refuses a server of a newer major version, so the tools must be at least as new as the
+//! source. Both are taken from one directory, because an archive is read by the version that wrote it.
+//!
+//! # Invariants
+//! - Connection settings and passwords travel in the environment, never on the command line.
+//! - A tool dies with the future that runs it.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use tokio::process::Command;
+
+use super::error::CopyError;
+use crate::pg::ConnInfo;
+
+/// A version of PostgreSQL's programs or server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Version {
+    /// 16 of 16.4.
+    pub(super) major: u32,
+    /// 16.4, 17beta1.
+    pub(super) text: String,
+}
+
+impl Version {
+    /// Reads the answer to `--version`: `pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)`.
+    fn of_program(answer: &str) -> Option<Self> {
+        let (_, rest) = answer.split_once("(PostgreSQL) ")?;
+        let text = rest.split_whitespace().next()?;
+        let digits = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
+        Some(Self {
+            major: text[..digits].parse().ok()?,
+            text: text.to_owned(),
+        })
+    }
+
+    /// From `server_version_num`, for example 160004.
+    pub(super) fn of_server(version_num: i32) -> Self {
+        let (major, minor) = (version_num / 10_000, version_num % 10_000);
+        Self {
+            major: u32::try_from(major).unwrap_or(0),
+            text: format!("{major}.{minor}"),
+        }
+    }
+}
+
+/// A pair of tools that can dump the source.
+#[derive(Clone, Debug)]
+pub(super) struct Tools {
+    directory: PathBuf,
+    /// Their version.
+    pub(super) version: Version,
+}
+
+/// Where to look: the configured directory alone, or `PATH` and then the directories where
+/// distributions keep every installed version, newest first.
+///
+/// Debian's `/usr/bin/pg_dump` is a script that chooses a version by the environment; what it answers
+/// to `--version` need not be what it runs later, so it is passed over.
+fn directories(pg_bin: Option<&Path>, path: Option<&OsStr>) -> Vec<PathBuf> {
+    if let Some(directory) = pg_bin {
+        return vec![directory.to_owned()];
+    }
+    let is_wrapper = |directory: &Path| {
+        directory
+            .join("pg_dump")
+            .canonicalize()
+            .is_ok_and(|real| real.file_name() == Some(OsStr::new("pg_wrapper")))
+    };
+    let mut found: Vec<PathBuf> = path
+        .map(|path| std::env::split_paths(path).collect())
+        .unwrap_or_default();
+    found.retain(|directory: &PathBuf| !is_wrapper(directory));
+    let mut installed: Vec<(u32, PathBuf)> = Vec::new();
+    for (parent, prefix) in [("/usr/lib/postgresql", ""), ("/usr", "pgsql-")] {
+        let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
+        installed.extend(entries.filter_map(|entry| {
+            let name = entry.file_name();
+            let major = name.to_str()?.strip_prefix(prefix)?.parse().ok()?;
+            Some((major, entry.path().join("bin")))
+        }));
+    }
+    installed.sort_by_key(|(major, _)| std::cmp::Reverse(*major));
+    found.extend(installed.into_iter().map(|(_, directory)| directory));
+    found
+}
+
+impl Tools {
+    /// Finds tools that can dump a source of this `server_version_num`.
+    pub(super) async fn find(
+        pg_bin: Option<&Path>,
+        source_version_num: i32,
+    ) -> Result<Self, CopyError> {
+        let path = std::env::var_os("PATH");
+        let mut candidates = Vec::new();
+        for directory in directories(pg_bin, path.as_deref()) {
+            candidates.push(Candidate {
+                dump: version_of(&directory.join("pg_dump")).await?,
+                restore: version_of(&directory.join("pg_restore")).await?,
+                directory,
+            });
+        }
+        choose(candidates, &Version::of_server(source_version_num))
+    }
+
+    /// Runs `pg_dump` against `server`.
+    pub(super) async fn dump(
+        &self,
+        server: &Environment,
+        doing: &'static str,
+        arguments: &[String],
+    ) -> Result<(), CopyError> {
+        self.run("pg_dump", Some(server), doing, arguments).await?;
+        Ok(())
+    }
+
+    /// Runs `pg_restore`, against `server` or without one (`--list`, `--file=-`); returns its
+    /// standard output.
+    pub(super) async fn restore(
+        &self,
+        server: Option<&Environment>,
+        doing: &'static str,
+        arguments: &[String],
+    ) -> Result<String, CopyError> {
+        self.run("pg_restore", server, doing, arguments).await
+    }
+
+    async fn run(
+        &self,
+        program: &'static str,
+        server: Option<&Environment>,
+        doing: &'static str,
+        arguments: &[String],
+    ) -> Result<String, CopyError> {
+        let path = self.directory.join(program);
+        let mut command = Command::new(&path);
+        command.args(arguments);
+        // Whatever of libpq's the agent was started with belongs to the agent.
+        for name in ["PGSERVICE", "PGHOSTADDR", "PGOPTIONS", "PGDATABASE"] {
+            command.env_remove(name);
+        }
+        // Messages are looked at: in English, please.
+        command.env("LC_ALL", "C");
+        if let Some(Environment(variables)) = server {
+            command.envs(variables.iter().map(|(name, value)| (name, value)));
+        }
+        let output = command
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output()
+            .await
+            .map_err(|source| CopyError::ToolStart {
+                program: path.display().to_string(),
+                source,
+            })?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        if !output.status.success() {
+            if is_lost_snapshot(&stderr) {
+                return Err(CopyError::SnapshotLost);
+            }
+            return Err(CopyError::ToolFailed {
+                program,
+                doing,
+                stderr: if stderr.trim().is_empty() {
+                    output.status.to_string()
+                } else {
+                    essence(&stderr)
+                },
+            });
+        }
+        if !stderr.trim().is_empty() {
+            tracing::debug!(program, said = essence(&stderr), "tool succeeded");
+        }
+        String::from_utf8(output.stdout).map_err(|_| CopyError::ToolFailed {
+            program,
+            doing,
+            stderr: "its output is not UTF-8".to_owned(),
+        })
+    }
+}
+
+/// What one directory holds.
+struct Candidate {
+    directory: PathBuf,
+    dump: Option<Version>,
+    restore: Option<Version>,
+}
+
+/// The first pair that is new enough; otherwise the error that says what there is.
+fn choose(candidates: Vec<Candidate>, source: &Version) -> Result<Tools, CopyError> {
+    let mut too_old: Option<Tools> = None;
+    let mut program = "pg_dump";
+    for candidate in candidates {
+        let Some(version) = candidate.dump else {
+            continue;
+        };
+        if candidate.restore.as_ref() != Some(&version) {
+            program = "pg_restore";
+            continue;
+        }
+        let directory = candidate.directory;
+        let tools = Tools { directory, version };
+        if tools.version.major >= source.major {
+            return Ok(tools);
+        }
+        if too_old
+            .as_ref()
+            .is_none_or(|old| old.version.major < tools.version.major)
+        {
+            too_old = Some(tools);
+        }
+    }
+    let source_version = source.text.clone();
+    Err(match too_old {
+        Some(tools) => CopyError::ToolTooOld {
+            program: "pg_dump",
+            needed: source.major,
+            source_version,
+            found: tools.version.text,
+            path: tools.directory.join("pg_dump"),
+        },
+        None => CopyError::ToolMissing {
+            program,
+            needed: source.major,
+            source_version,
+        },
+    })
+}
+
+/// The environment a tool needs to reach one server.
+#[derive(Clone)]
+pub(super) struct Environment(Vec<(String, String)>);
+
+impl Environment {
+    /// For sessions that show as `application_name` and start with `settings`.
+    pub(super) fn new(
+        conninfo: &ConnInfo,
+        application_name: &str,
+        settings: &[(&str, &str)],
+    ) -> Self {
+        let mut variables = conninfo.libpq_environment();
+        variables.retain(|(name, _)| name != "PGAPPNAME");
+        variables.push(("PGAPPNAME".to_owned(), application_name.to_owned()));
+        let own: Vec<String> = settings
+            .iter()
+            .map(|(name, value)| format!("-c {name}={value}"))
+            .collect();
+        let own = own.join(" ");
+        match variables.iter_mut().find(|(name, _)| name == "PGOPTIONS") {
+            Some((_, options)) => *options = format!("{options} {own}"),
+            None => variables.push(("PGOPTIONS".to_owned(), own)),
+        }
+        Self(variables)
+    }
+}
+
+async fn version_of(program: &Path) -> Result<Option<Version>, CopyError> {
+    if !program.is_file() {
+        return Ok(None);
+    }
+    let output = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .map_err(|source| CopyError::ToolStart {
+            program: program.display().to_string(),
+            source,
+        })?;
+    Ok(Version::of_program(&String::from_utf8_lossy(
+        &output.stdout,
+    )))
+}
+
+fn is_lost_snapshot(stderr: &str) -> bool {
+    stderr.contains("invalid snapshot identifier")
+        || stderr.contains("could not import the requested snapshot")
+        || (stderr.contains("snapshot \"") && stderr.contains("does not exist"))
+}
+
+/// The lines that say what went wrong. DETAIL and CONTEXT quote rows, the failed command is long.
+fn essence(stderr: &str) -> String {
+    const CHARACTERS_MAX: usize = 1000;
+    let lines: Vec<&str> = stderr
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.contains("DETAIL:") && !line.contains("CONTEXT:"))
+        .collect();
+    let mut telling: Vec<&str> = lines
+        .iter()
+        .copied()
+        .filter(|line| {
+            ["error:", "ERROR:", "FATAL:", "HINT:"]
+                .iter()
+                .any(|t| line.contains(t))
+        })
+        .collect();
+    if telling.is_empty() {
+        telling = lines[lines.len().saturating_sub(5)..].to_vec();
+    }
+    telling.join("; ").chars().take(CHARACTERS_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_from_releases_packages_and_betas() {
+        let cases = [
+            (
+                "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)\n",
+                15,
+                "15.18",
+            ),
+            ("pg_restore (PostgreSQL) 17beta1\n", 17, "17beta1"),
+            ("pg_dump (PostgreSQL) 18\n", 18, "18"),
+        ];
+        for (answer, major, text) in cases {
+            let version = Version::of_program(answer).unwrap();
+            assert_eq!((version.major, version.text.as_str()), (major, text));
+        }
+        assert_eq!(Version::of_program("pg_dump: not found"), None);
+        assert_eq!(Version::of_server(160_004).text, "16.4");
+    }
+
+    fn candidate(directory: &str, dump: &str, restore: Option<&str>) -> Candidate {
+        let version = |text: &str| Version::of_program(&format!("x (PostgreSQL) {text}"));
+        Candidate {
+            directory: PathBuf::from(directory),
+            dump: version(dump),
+            restore: restore.and_then(version),
+        }
+    }
+
+    #[test]
+    fn the_first_pair_new_enough_is_taken_and_otherwise_the_newest_is_named() {
+        let source = Version::of_server(160_004);
+        let old = || candidate("/old", "15.18 (Debian)", Some("15.18 (Debian)"));
+        let older = || candidate("/older", "14.1", Some("14.1"));
+        let new = candidate("/new", "17.2", Some("17.2"));
+        let found = choose(vec![older(), old(), new], &source).unwrap();
+        assert_eq!(found.directory, Path::new("/new"));
+        let error = choose(vec![older(), old()], &source).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "pg_dump 16 or newer needed: source is 16.4, found 15.18 at /old/pg_dump"
+        );
+        let half = candidate("/half", "17.2", None);
+        let error = choose(vec![half], &source).unwrap_err();
+        assert!(
+            error.to_string().starts_with("pg_restore 16 or newer"),
+            "{error}"
+        );
+        assert!(matches!(
+            choose(vec![], &source),
+            Err(CopyError::ToolMissing {
+                program: "pg_dump",
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn only_the_configured_directory_counts_when_there_is_one() {
+        let configured = Path::new("/opt/pg/bin");
+        assert_eq!(
+            directories(Some(configured), Some(OsStr::new("/usr/bin"))),
+            [configured]
+        );
+    }
+
+    #[test]
+    fn what_a_tool_says_is_kept_without_rows() {
+        let said = "pg_restore: error: could not execute query: ERROR:  could not create unique index \"u\"\n\
+                    DETAIL:  Key (email)=(secret@example.org) is duplicated.\n\
+                    Command was: CREATE UNIQUE INDEX u ON t (email);\n";
+        let kept = essence(said);
+        assert!(
+            kept.contains("unique index \"u\"") && !kept.contains("secret"),
+            "{kept}"
+        );
+        assert!(is_lost_snapshot(
+            "ERROR:  invalid snapshot identifier: \"x\""
+        ));
+    }
+}

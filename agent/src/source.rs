@@ -1,0 +1,306 @@
+//! The source task: replication connection to transactions to a bounded queue.
+//!
+//! ```text
+//! walsender ─messages─▶ Assembler ─transaction─▶ [limits.queue_bytes] ─▶ pipeline
+//!     ▲                     └─ too large ─▶ spill file
+//!     └──── standby status ◀── FlushLsn (watch)
+//! ```
+//!
+//! # Invariants
+//! - The walsender is told a [`FlushLsn`] and nothing else.
+//! - Status updates go out at least every [`STATUS_EVERY`], also while the queue is full and nothing is
+//!   read, so that a slow replica does not look like a dead agent (`wal_sender_timeout`).
+//! - Received and not yet applied transactions hold at most `limits.queue_bytes`; beyond it nothing is
+//!   read, and TCP makes the walsender wait. WAL then gathers on the source, where the metrics show it.
+//!
+//! # What it does not do
+//! It does not reconnect: its error ends the session, and the pipeline starts the next one from the
+//! progress row.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::MissedTickBehavior;
+
+use crate::error::{Class, Classify};
+use crate::ledger::FlushLsn;
+use crate::pg::replication::{
+    ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
+};
+use crate::pg::{ConnInfo, PgError, PgLsn, Session};
+use crate::spill::{SpillError, SpillSpace, SpillWriter};
+use crate::stream::StreamName;
+use crate::txn::{AssembleError, Assembler, Transaction};
+
+/// Well below the smallest sensible `wal_sender_timeout` (its default is 60 s).
+const STATUS_EVERY: Duration = Duration::from_secs(5);
+
+/// What the source task needs to know.
+#[derive(Clone, Debug)]
+pub struct SourceSettings {
+    /// How to reach the source, with the database.
+    pub conninfo: ConnInfo,
+    /// Slot and publication.
+    pub stream: StreamName,
+    /// Where to begin: the end of the last applied transaction.
+    pub start: PgLsn,
+    /// Whether values may come in binary form.
+    pub binary: bool,
+    /// `limits.queue_bytes`
+    pub queue_bytes: u64,
+    /// `limits.transaction_bytes`
+    pub transaction_bytes: u64,
+}
+
+/// Why the stream ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The connection failed, or the server refused.
+    #[error("replicate from the source")]
+    Pg(#[from] PgError),
+    /// The messages make no sense.
+    #[error("read the change stream")]
+    Assemble(#[from] AssembleError),
+    /// A large transaction could not be put on disk.
+    #[error("keep a large transaction")]
+    Spill(#[from] SpillError),
+    /// The server ended the stream; it does so when it shuts down.
+    #[error("the source ended the stream")]
+    Ended,
+}
+
+impl Classify for SourceError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Pg(error) => error.class(),
+            Self::Assemble(error) => error.class(),
+            Self::Spill(error) => error.class(),
+            Self::Ended => Class::Transient,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Pg(error) => error.hint(),
+            Self::Assemble(error) => error.hint(),
+            Self::Spill(error) => error.hint(),
+            Self::Ended => None,
+        }
+    }
+}
+
+/// A transaction in the queue, with its share of `limits.queue_bytes`.
+#[derive(Debug)]
+pub struct Received {
+    /// The transaction.
+    pub transaction: Transaction,
+    /// Given back once the transaction is durable, or dropped.
+    pub permit: OwnedSemaphorePermit,
+}
+
+/// What the source task tells of its position.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SourcePosition {
+    /// The end of the source's WAL as far as the walsender has told.
+    pub wal_end: Option<PgLsn>,
+    /// Bytes of pgoutput messages received in this session.
+    pub bytes: u64,
+}
+
+/// Streams until an error, or until nobody wants transactions any more.
+pub async fn run(
+    settings: SourceSettings,
+    space: SpillSpace,
+    queue: mpsc::Sender<Received>,
+    flush: watch::Receiver<FlushLsn>,
+    position: watch::Sender<SourcePosition>,
+) -> Result<(), SourceError> {
+    let (reader, status) = open(&settings).await?;
+    let budget = usize::try_from(settings.queue_bytes)
+        .unwrap_or(usize::MAX)
+        .min(Semaphore::MAX_PERMITS)
+        .min(u32::MAX as usize);
+    let mut task = Task {
+        reader,
+        feedback: Feedback { status, flush },
+        assembler: Assembler::new(settings.start),
+        space,
+        spilling: None,
+        transaction_bytes: settings.transaction_bytes,
+        budget: Arc::new(Semaphore::new(budget)),
+        budget_bytes: budget as u64,
+        queue,
+        position,
+    };
+    let outcome = task.stream().await;
+    task.feedback.status.finish().await;
+    outcome
+}
+
+/// Text output depends on these settings; the apply session ([`crate::sink::replica::session`]) reads
+/// with the same.
+async fn open(
+    settings: &SourceSettings,
+) -> Result<(ReplicationReader, StatusSender), SourceError> {
+    let session = Session::new(settings.stream.application_name("stream"))
+        .set("client_encoding", "UTF8")
+        .set("DateStyle", "ISO, YMD")
+        .set("IntervalStyle", "postgres")
+        .set("TimeZone", "UTC")
+        .set("extra_float_digits", "3")
+        .set("bytea_output", "hex")
+        .set("lc_monetary", "C");
+    let connection = ReplicationConnection::connect(&settings.conninfo, &session).await?;
+    let publication = format!("\"{}\"", settings.stream);
+    let mut options = vec![("proto_version", "1"), ("publication_names", publication.as_str())];
+    if settings.binary {
+        options.push(("binary", "true"));
+    }
+    Ok(connection.start_replication(settings.stream.as_str(), settings.start, &options).await?)
+}
+
+struct Task {
+    reader: ReplicationReader,
+    feedback: Feedback,
+    assembler: Assembler,
+    space: SpillSpace,
+    spilling: Option<SpillWriter>,
+    transaction_bytes: u64,
+    budget: Arc<Semaphore>,
+    budget_bytes: u64,
+    queue: mpsc::Sender<Received>,
+    position: watch::Sender<SourcePosition>,
+}
+
+struct Feedback {
+    status: StatusSender,
+    flush: watch::Receiver<FlushLsn>,
+}
+
+impl Feedback {
+    async fn send(&mut self) -> Result<(), SourceError> {
+        let flush = self.flush.borrow_and_update().lsn();
+        Ok(self.status.send(flush, flush, flush, false).await?)
+    }
+
+    /// Keeps the walsender informed for as long as `waiting` takes.
+    async fn during<T>(
+        &mut self,
+        waiting: impl Future<Output = T> + Send,
+    ) -> Result<T, SourceError> {
+        tokio::pin!(waiting);
+        let mut due = tokio::time::interval(STATUS_EVERY);
+        due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        due.reset();
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut waiting => return Ok(done),
+                _ = due.tick() => self.send().await?,
+            }
+        }
+    }
+}
+
+impl Task {
+    async fn stream(&mut self) -> Result<(), SourceError> {
+        let mut due = tokio::time::interval(STATUS_EVERY);
+        due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                // 1. Acknowledge what has become durable; the source may forget its WAL. All three
+                //    futures may be dropped at any point: nothing is lost.
+                changed = self.feedback.flush.changed() => {
+                    self.feedback.send().await?;
+                    if changed.is_err() {
+                        return Ok(());
+                    }
+                }
+                // 2. Sign of life.
+                _ = due.tick() => self.feedback.send().await?,
+                // 3. Work.
+                message = self.reader.next() => {
+                    let Some(message) = message? else { return Err(SourceError::Ended) };
+                    if !self.take(message).await? || !self.take_buffered().await? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes what has been read already without going back to the socket.
+    async fn take_buffered(&mut self) -> Result<bool, SourceError> {
+        while let Some(message) = self.reader.next_buffered()? {
+            if !self.take(message).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes one message; false if nobody wants transactions any more.
+    async fn take(&mut self, message: ReplicationMessage) -> Result<bool, SourceError> {
+        match message {
+            ReplicationMessage::Keepalive { wal_end, reply_requested, .. } => {
+                self.at(wal_end, 0);
+                if reply_requested {
+                    self.feedback.send().await?;
+                }
+                Ok(true)
+            }
+            ReplicationMessage::WalData { wal_end, data, .. } => {
+                self.at(wal_end, data.len() as u64);
+                self.message(data).await
+            }
+        }
+    }
+
+    fn at(&self, wal_end: PgLsn, bytes: u64) {
+        self.position.send_modify(|position| {
+            position.wal_end = position.wal_end.max(Some(wal_end));
+            position.bytes += bytes;
+        });
+    }
+
+    async fn message(&mut self, data: Bytes) -> Result<bool, SourceError> {
+        let complete = self.assembler.push(data)?;
+        if let Some(transaction) = complete {
+            return self.hand_over(transaction).await;
+        }
+        if self.assembler.pending_bytes() > self.transaction_bytes {
+            let changes = self.assembler.take_pending();
+            if self.spilling.is_none() {
+                self.spilling = Some(self.space.create()?);
+            }
+            if let Some(spilling) = &mut self.spilling {
+                tokio::task::block_in_place(|| spilling.append(&changes))?;
+            }
+        }
+        Ok(true)
+    }
+
+    async fn hand_over(&mut self, mut transaction: Transaction) -> Result<bool, SourceError> {
+        if let Some(spilling) = self.spilling.take() {
+            transaction.spilled = Some(tokio::task::block_in_place(|| spilling.finish())?);
+        }
+        // A single transaction above the whole budget takes all of it.
+        let bytes = transaction.bytes.clamp(1, self.budget_bytes);
+        let bytes = u32::try_from(bytes).expect("the budget fits");
+        let budget = Arc::clone(&self.budget);
+        let permit = self
+            .feedback
+            .during(async move { budget.acquire_many_owned(bytes).await })
+            .await?
+            .expect("the semaphore is never closed");
+        let queue = self.queue.clone();
+        let sent = self
+            .feedback
+            .during(async move { queue.send(Received { transaction, permit }).await })
+            .await?;
+        Ok(sent.is_ok())
+    }
+}
