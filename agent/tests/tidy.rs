@@ -35,7 +35,10 @@ const STRANGERS: &[(&str, &[&str])] = &[
     // What PostgreSQL says knows nothing of ours.
     (
         "pg",
-        &["batch", "cmd", "ledger", "net", "pipeline", "promote", "setup", "sink", "snapshot", "source", "txn"],
+        &[
+            "batch", "cmd", "ledger", "net", "pipeline", "promote", "setup", "sink", "snapshot",
+            "source", "txn",
+        ],
     ),
     // Transactions and batches know nothing of sinks.
     ("txn.rs", &["sink", "pipeline"]),
@@ -51,14 +54,24 @@ fn files(below: &str) -> Vec<PathBuf> {
     fn walk(path: &Path, found: &mut Vec<PathBuf>) {
         if path.is_dir() {
             let entries = fs::read_dir(path).expect("the sources can be read");
-            entries.flatten().for_each(|entry| walk(&entry.path(), found));
+            entries
+                .flatten()
+                .for_each(|entry| walk(&entry.path(), found));
         } else if path.extension().is_some_and(|extension| extension == "rs") {
             found.push(path.to_owned());
         }
     }
     let mut found = Vec::new();
-    walk(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(below), &mut found);
-    assert!(!found.is_empty(), "agent/src/{below} is gone: mend the rule");
+    walk(
+        &Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("src")
+            .join(below),
+        &mut found,
+    );
+    assert!(
+        !found.is_empty(),
+        "agent/src/{below} is gone: mend the rule"
+    );
     found
 }
 
@@ -77,8 +90,18 @@ fn pure_files_know_no_runtime_no_files_and_no_clock() {
     for part in PURE {
         for path in files(part) {
             let text = program(&path);
-            for word in ["tokio::", "std::fs", "std::net::Tcp", "SystemTime::now", "Instant::now"] {
-                assert!(!text.contains(word), "{} is pure and names {word}", path.display());
+            for word in [
+                "tokio::",
+                "std::fs",
+                "std::net::Tcp",
+                "SystemTime::now",
+                "Instant::now",
+            ] {
+                assert!(
+                    !text.contains(word),
+                    "{} is pure and names {word}",
+                    path.display()
+                );
             }
         }
     }
@@ -90,8 +113,15 @@ fn parts_name_only_whom_they_may_know() {
         for path in files(part) {
             let text = program(&path);
             for stranger in *strangers {
-                for form in [format!("crate::{stranger}::"), format!("crate::{stranger};")] {
-                    assert!(!text.contains(&form), "{} may not know {stranger}", path.display());
+                for form in [
+                    format!("crate::{stranger}::"),
+                    format!("crate::{stranger};"),
+                ] {
+                    assert!(
+                        !text.contains(&form),
+                        "{} may not know {stranger}",
+                        path.display()
+                    );
                 }
             }
         }
@@ -103,14 +133,20 @@ fn the_manual_has_every_metric_and_no_other() {
     let names: Vec<&str> = metrics::ALL.iter().map(|(name, ..)| *name).collect();
     for name in &names {
         let shown = [format!("`{name}`"), format!("`{name}{{")];
-        assert!(shown.iter().any(|form| README.contains(form)), "README.md lacks {name}");
+        assert!(
+            shown.iter().any(|form| README.contains(form)),
+            "README.md lacks {name}"
+        );
     }
     for piece in README.split("`dr_agent_").skip(1) {
         let end = piece.find(|c: char| !(c.is_ascii_lowercase() || c == '_'));
         let name = format!("dr_agent_{}", &piece[..end.unwrap_or(piece.len())]);
         // The stream of a database called "app" is an example, not a metric.
         if name != "dr_agent_app" {
-            assert!(names.contains(&name.as_str()), "README.md has {name}, the program has not");
+            assert!(
+                names.contains(&name.as_str()),
+                "README.md has {name}, the program has not"
+            );
         }
     }
 }
@@ -118,7 +154,10 @@ fn the_manual_has_every_metric_and_no_other() {
 #[test]
 fn the_manual_shows_the_defaults_of_the_example() {
     let mut section = "";
-    for line in EXAMPLE.lines().map(|line| line.strip_prefix('#').unwrap_or(line)) {
+    for line in EXAMPLE
+        .lines()
+        .map(|line| line.strip_prefix('#').unwrap_or(line))
+    {
         if let Some(name) = line.strip_prefix('[') {
             section = name.trim_matches(|c| c == '[' || c == ']');
         } else if let Some((key, value)) = line.split_once(" = ")
@@ -131,7 +170,10 @@ fn the_manual_shows_the_defaults_of_the_example() {
             let row = row.unwrap_or_else(|| panic!("README.md lacks {section}.{key}"));
             // Keys without a default have no such column to compare.
             let without_default = ["url", "password_file", "pg_bin"].contains(&key);
-            assert!(without_default || row.contains(&format!("| `{value}` |")), "{row} says another default than {value}");
+            assert!(
+                without_default || row.contains(&format!("| `{value}` |")),
+                "{row} says another default than {value}"
+            );
         }
     }
 }
