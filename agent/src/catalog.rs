@@ -119,8 +119,18 @@ impl Table {
 /// order. The in-band tables of schema `dr_agent` are among them, so that they are published and
 /// copied like any other; what else that schema holds, on a server that was a replica once, is not.
 pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
-    const SQL: &str = "
-        SELECT n.nspname, c.relname, rn.nspname, r.relname,
+    tables_with(client, "pg_table_size(c.oid)").await
+}
+
+/// The same as [`tables`], with `bytes` 0. Reading a table's size opens it, which waits behind
+/// `ALTER TABLE` and `VACUUM FULL`; whoever looks often, or must not hang, takes this one.
+pub async fn tables_without_sizes(client: &Client) -> Result<Vec<Table>, PgError> {
+    tables_with(client, "0::bigint").await
+}
+
+async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError> {
+    let sql = format!(
+        "SELECT n.nspname, c.relname, rn.nspname, r.relname,
                CASE WHEN c.relreplident = 'f' THEN 'full'
                     WHEN c.relreplident = 'i' AND EXISTS (
                          SELECT 1 FROM pg_index i
@@ -131,7 +141,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
                             AND i.indimmediate) THEN 'key'
                     ELSE 'missing' END,
                c.relpersistence = 'u',
-               pg_table_size(c.oid),
+               {bytes},
                EXISTS (SELECT 1 FROM pg_depend d
                         WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
                           AND d.deptype = 'e')
@@ -142,8 +152,9 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
          WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
            AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state'))
-         ORDER BY 1, 2";
-    let rows = client.query(SQL, &[]).await?;
+         ORDER BY 1, 2"
+    );
+    let rows = client.query(&sql, &[]).await?;
     Ok(rows
         .iter()
         .map(|row| Table {

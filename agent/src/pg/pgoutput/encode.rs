@@ -220,7 +220,10 @@ fn message(kind: u8) -> BytesMut {
 }
 
 fn put_string(out: &mut BytesMut, text: &str) {
-    assert!(!text.contains('\0'), "the protocol ends strings with a zero");
+    assert!(
+        !text.contains('\0'),
+        "the protocol ends strings with a zero"
+    );
     out.put_slice(text.as_bytes());
     out.put_u8(0);
 }

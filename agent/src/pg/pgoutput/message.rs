@@ -140,7 +140,10 @@ impl Message {
 /// The first byte of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
-#[expect(missing_docs, reason = "each is described at the variant of Message of the same name")]
+#[expect(
+    missing_docs,
+    reason = "each is described at the variant of Message of the same name"
+)]
 pub enum MessageKind {
     Begin = b'B',
     Commit = b'C',

@@ -1,0 +1,249 @@
+//! The machine the agent runs on: PostgreSQL's client programs, the spill directory, the HTTP address.
+//!
+//! Touches nothing that stays: the spill directory is tried with a file that has no name, the
+//! address is bound and let go at once.
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::process::Command;
+
+use super::finding::{Finding, Place, Side};
+use crate::config::Config;
+
+/// Looks at everything. `source_major` is the source's version, where it is known.
+pub(super) async fn look(config: &Config, source_major: Option<i32>) -> Vec<Finding> {
+    let at = Place::server(Side::Agent);
+    let mut findings = Vec::new();
+    for program in ["pg_dump", "pg_restore"] {
+        findings.push(tool(&at, program, config.copy.pg_bin.as_deref(), source_major).await);
+    }
+    findings.push(spill(&at, &config.limits.spill_directory));
+    findings.push(http(&at, config).await);
+    findings
+}
+
+async fn tool(
+    at: &Place,
+    program: &str,
+    directory: Option<&Path>,
+    source_major: Option<i32>,
+) -> Finding {
+    let path = directory.map_or_else(|| program.into(), |directory| directory.join(program));
+    let needed = source_major.map_or(String::new(), |major| format!(" {major} or newer"));
+    let install = format!(
+        "install PostgreSQL's client programs{needed} (Debian: postgresql-client-{}), or set copy.pg_bin",
+        source_major.map_or_else(|| "18".to_owned(), |major| major.to_string())
+    );
+    let output = match Command::new(&path).arg("--version").output().await {
+        Ok(output) => output,
+        Err(error) => {
+            return at
+                .error("pg_tools", format!("cannot be run: {error}"))
+                .on(path.display())
+                .hint(install);
+        }
+    };
+    let text = String::from_utf8_lossy(&output.stdout);
+    let text = text.trim();
+    let Some(major) = major_of(text) else {
+        return at
+            .error(
+                "pg_tools",
+                format!("does not tell its version (\"{text}\")"),
+            )
+            .on(path.display())
+            .hint(install);
+    };
+    match source_major {
+        Some(source) if major < source => at
+            .error(
+                "pg_tools",
+                format!(
+                    "is version {major}, older than the source's {source}: it refuses to dump it"
+                ),
+            )
+            .on(path.display())
+            .hint(install),
+        _ => at
+            .ok("pg_tools", format!("version {major}"))
+            .on(path.display()),
+    }
+}
+
+/// The major version in "pg_dump (PostgreSQL) 15.8 (Debian 15.8-0+deb12u1)" or "… 19devel".
+fn major_of(text: &str) -> Option<i32> {
+    let version = text.split("(PostgreSQL)").nth(1)?.trim_start();
+    let digits: String = version.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}
+
+fn spill(at: &Place, directory: &Path) -> Finding {
+    // What is not there yet is created below the first directory that is.
+    let existing = directory
+        .ancestors()
+        .find(|directory| directory.exists())
+        .unwrap_or(Path::new("/"));
+    let finding = match tempfile::tempfile_in(existing) {
+        Ok(_) if existing == directory => at.ok("spill_directory", "is writable"),
+        Ok(_) => at.ok("spill_directory", "will be created"),
+        Err(error) => {
+            let what = if existing == directory {
+                format!("is not writable: {}", plain(&error))
+            } else {
+                format!(
+                    "is not there, and {} is not writable: {}",
+                    existing.display(),
+                    plain(&error)
+                )
+            };
+            at.error("spill_directory", what).hint(
+                "create it and give it to the user dr-agent runs as, or set limits.spill_directory; \
+                 transactions above limits.transaction_bytes are kept there",
+            )
+        }
+    };
+    finding.on(directory.display())
+}
+
+/// `tempfile` adds the path it tried to the message; the kind is what matters here.
+fn plain(error: &io::Error) -> String {
+    error.kind().to_string()
+}
+
+async fn http(at: &Place, config: &Config) -> Finding {
+    let address = config.http_listen;
+    let finding = match TcpListener::bind(address).await {
+        Ok(_) => at.ok("http_listen", "is free; no agent serves it now"),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            if is_our_agent(config).await {
+                at.ok("http_listen", "a dr-agent is running and answers there")
+            } else {
+                at.error("http_listen", "is taken by another program")
+                    .hint("set http.listen to a free address; `ss -ltnp` shows who has it")
+            }
+        }
+        Err(error) => at
+            .error("http_listen", format!("cannot be listened on: {error}"))
+            .hint("set http.listen to an address of this machine, with a port above 1023"),
+    };
+    finding.on(address)
+}
+
+/// Whether what listens there has our metrics.
+async fn is_our_agent(config: &Config) -> bool {
+    let mut address = config.http_listen;
+    if address.ip().is_unspecified() {
+        address.set_ip(if address.is_ipv4() {
+            std::net::Ipv4Addr::LOCALHOST.into()
+        } else {
+            std::net::Ipv6Addr::LOCALHOST.into()
+        });
+    }
+    let ask = async {
+        let mut stream = TcpStream::connect(address).await?;
+        let request = "GET /metrics HTTP/1.0\r\nHost: dr-agent\r\nConnection: close\r\n\r\n";
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = Vec::new();
+        stream
+            .take(ANSWER_BYTES_MAX)
+            .read_to_end(&mut answer)
+            .await?;
+        io::Result::Ok(answer)
+    };
+    match tokio::time::timeout(ANSWER_TIME_MAX, ask).await {
+        Ok(Ok(answer)) => String::from_utf8_lossy(&answer).contains("dr_agent_"),
+        _ => false,
+    }
+}
+
+/// Metrics of hundreds of databases fit; a program that never stops sending does not.
+const ANSWER_BYTES_MAX: u64 = 4 << 20;
+
+/// A program that accepts and says nothing must not hold up the check.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::Severity;
+    use super::*;
+
+    fn at() -> Place {
+        Place::server(Side::Agent)
+    }
+
+    fn config(listen: &str) -> Config {
+        let text = format!(
+            "[source]\nurl = \"postgres://a@localhost/x\"\n[replica]\n\
+             url = \"postgres://b@localhost/y\"\n[http]\nlisten = \"{listen}\"\n"
+        );
+        Config::parse("f", &text, []).unwrap()
+    }
+
+    #[test]
+    fn versions_are_read_as_distributions_write_them() {
+        for (text, major) in [
+            (
+                "pg_dump (PostgreSQL) 15.8 (Debian 15.8-0+deb12u1)",
+                Some(15),
+            ),
+            ("pg_restore (PostgreSQL) 18.1", Some(18)),
+            ("pg_dump (PostgreSQL) 19devel", Some(19)),
+            ("command not found", None),
+        ] {
+            assert_eq!(major_of(text), major, "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_an_error_that_names_the_version() {
+        let finding = tool(&at(), "pg_dump", Some(Path::new("/nowhere")), Some(17)).await;
+        assert_eq!(finding.severity, Severity::Error);
+        assert_eq!(finding.object.as_deref(), Some("/nowhere/pg_dump"));
+        assert!(finding.hint.unwrap().contains("17 or newer"));
+    }
+
+    #[test]
+    fn the_spill_directory_may_still_have_to_be_created() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(spill(&at(), directory.path()).severity, Severity::Ok);
+        let deeper = directory.path().join("a/b");
+        assert_eq!(spill(&at(), &deeper).severity, Severity::Ok);
+        assert!(!deeper.exists(), "a check creates nothing");
+        let file = directory.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(spill(&at(), &file).severity, Severity::Error);
+    }
+
+    #[tokio::test]
+    async fn an_address_taken_by_a_stranger_is_an_error_and_by_an_agent_is_not() {
+        async fn serve(body: &'static str) -> (tokio::task::JoinHandle<()>, String) {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap().to_string();
+            let task = tokio::spawn(async move {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut request = [0; 256];
+                let _ = stream.read(&mut request).await.unwrap();
+                let answer = format!("HTTP/1.0 200 OK\r\n\r\n{body}");
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            });
+            (task, address)
+        }
+        for (body, severity) in [
+            ("dr_agent_build_info{version=\"0\"} 1\n", Severity::Ok),
+            ("<html>", Severity::Error),
+        ] {
+            let (task, address) = serve(body).await;
+            let finding = http(&at(), &config(&address)).await;
+            assert_eq!(finding.severity, severity, "{body}");
+            task.await.unwrap();
+        }
+        assert_eq!(
+            http(&at(), &config("127.0.0.1:0")).await.severity,
+            Severity::Ok
+        );
+    }
+}

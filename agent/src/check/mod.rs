@@ -1,0 +1,112 @@
+//! `dr-agent check`: every finding on both sides, before `run` meets it, each with what to do.
+//!
+//! ```text
+//! host ───────────────┐
+//! source ─▶ server, shape ─▶ settings ●, publication ●, coverage ─┐
+//! replica ─▶ server, shape ─▶ settings ● ─────────────────────────┼─▶ Report ─▶ text ● | JSON
+//!                  └──────────▶ pair ●: slot ●, compare ● ────────┘
+//! ```
+//!
+//! Asking and judging are apart: `server`, `shape`, `source` and `replica` ask; what is marked ● is pure
+//! and judges.
+//!
+//! # Invariants
+//! - It stops at nothing: what cannot be reached or read is a finding, and the rest is still checked.
+//! - It changes nothing: its sessions are read-only, and no user table is opened.
+//! - Nothing can hold it up: connections, statements and locks have limits.
+//!
+//! # What it does not do
+//! It does not look at rows, at free disk space, or at what only `run` can find out by doing it.
+
+mod compare;
+mod finding;
+mod host;
+mod open;
+mod pair;
+mod publication;
+mod replica;
+mod server;
+mod settings;
+mod shape;
+mod slot;
+mod source;
+mod text;
+
+use crate::config::{Config, Databases};
+use crate::pg::PgError;
+
+pub use finding::{Finding, Place, Report, Severity, Side};
+pub use text::{Style, render};
+
+/// Checks everything. Never fails: what goes wrong is among the findings.
+pub async fn check(config: &Config) -> Report {
+    let mut findings = Vec::new();
+    let source = Box::pin(source::server(config, &mut findings)).await;
+    let replica = Box::pin(replica::server(config, &mut findings)).await;
+    let major = source.as_ref().map(|source| source.server.major());
+    findings.extend(host::look(config, major).await);
+    if let (Some(source), Some(replica)) = (&source, &replica) {
+        findings.extend(pair::servers(source, replica));
+    }
+    for name in databases(config, source.as_ref(), replica.as_ref()) {
+        let here = match &source {
+            Some(source) => Box::pin(source::database(config, source, &name, &mut findings)).await,
+            None => None,
+        };
+        let there = match &replica {
+            Some(replica) => {
+                Box::pin(replica::database(config, replica, &name, &mut findings)).await
+            }
+            None => None,
+        };
+        if let (Some(source), Some(here), Some(replica)) = (&source, &here, &replica) {
+            // A replica database that exists and could not be read is no empty one.
+            let exists = replica.databases.iter().any(|one| one.name == name);
+            if there.is_some() || !exists {
+                findings.extend(pair::database(
+                    config,
+                    &name,
+                    (source, here),
+                    (replica, there.as_ref()),
+                ));
+            }
+        }
+    }
+    Report::new(findings)
+}
+
+/// The databases to look at. While the source is away the list comes from the configuration, or else
+/// from the replica.
+fn databases(
+    config: &Config,
+    source: Option<&source::Source>,
+    replica: Option<&replica::Replica>,
+) -> Vec<String> {
+    match (&config.source.databases, source, replica) {
+        (_, Some(source), _) => source.selected.clone(),
+        (Databases::List(names), None, _) => names.clone(),
+        (Databases::All, None, Some(replica)) => replica
+            .databases
+            .iter()
+            .filter(|one| one.allows_connections && one.may_connect && !one.template)
+            .map(|one| one.name.clone())
+            .collect(),
+        (Databases::All, None, None) => Vec::new(),
+    }
+}
+
+/// Runs one question; its failure becomes a finding and the check goes on without the answer.
+async fn note_failure<T>(
+    at: &Place,
+    doing: &str,
+    findings: &mut Vec<Finding>,
+    question: impl Future<Output = Result<T, PgError>>,
+) -> Option<T> {
+    match question.await {
+        Ok(answer) => Some(answer),
+        Err(error) => {
+            findings.push(settings::failed(at, doing, &error));
+            None
+        }
+    }
+}

@@ -1,0 +1,490 @@
+//! Source and replica compared: the two servers, then each database on both.
+//!
+//! Pure: what `source` and `replica` learned comes in, findings go out.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::compare;
+use super::finding::{Finding, Place, Severity, Side, counted, some_of};
+use super::replica::{Replica, ReplicaDatabase};
+use super::server::Locale;
+use super::settings;
+use super::slot::{self, Kept};
+use super::source::{Source, SourceDatabase};
+use crate::catalog::{Protection, TableName};
+use crate::config::Config;
+
+/// Compares the servers.
+pub(super) fn servers(source: &Source, replica: &Replica) -> Vec<Finding> {
+    let at = Place::server(Side::Both);
+    let mut findings: Vec<Finding> = settings::same_server(&at, &source.server, &replica.server)
+        .into_iter()
+        .collect();
+    let there = Place::server(Side::Replica);
+    findings.extend(settings::replica_settings(
+        &there,
+        &replica.server,
+        &source.server,
+    ));
+    findings.extend(roles(&there, &source.roles, &replica.roles));
+    findings
+}
+
+fn roles(at: &Place, source: &[String], replica: &[String]) -> Option<Finding> {
+    let missing: Vec<&String> = source
+        .iter()
+        .filter(|role| !replica.contains(role))
+        .collect();
+    if missing.is_empty() {
+        return Some(at.ok("roles", "every role of the source is there"));
+    }
+    let finding = at.warning(
+        "role_missing",
+        format!(
+            "{} of the source missing: {}",
+            counted(missing.len(), "role"),
+            some_of(&missing)
+        ),
+    );
+    Some(finding.hint(
+        "roles are not replicated; after a promotion these applications cannot log in: \
+         pg_dumpall --roles-only on the source, psql on the replica",
+    ))
+}
+
+/// Compares one database. `there` is `None` while the replica's has yet to be created.
+pub(super) fn database(
+    config: &Config,
+    name: &str,
+    (source, here): (&Source, &SourceDatabase),
+    (replica, there): (&Replica, Option<&ReplicaDatabase>),
+) -> Vec<Finding> {
+    let at = Place::database(Side::Both, name);
+    let stream = config.stream(name);
+    let nothing = Kept::default();
+    let kept = there.map_or(&nothing, |there| &there.kept);
+    let slot = source
+        .slots
+        .iter()
+        .find(|slot| slot.name == stream.as_str());
+    let mut findings = slot::judge(&at, stream.as_str(), name, slot, kept);
+    findings.extend(slot::origin(&at, kept, &source.server));
+    let installed = there.map_or(&[][..], |there| &there.extensions);
+    findings.extend(extensions(
+        &at,
+        &here.extensions,
+        &replica.available,
+        installed,
+    ));
+    let locale = |databases: &[super::server::Database]| {
+        databases
+            .iter()
+            .find(|one| one.name == name)
+            .map(|one| one.locale.clone())
+    };
+    if let (Some(one), Some(other)) = (locale(&source.databases), locale(&replica.databases)) {
+        findings.extend(locales(&at, &one, &other));
+    }
+    if let Some(there) = there {
+        findings.extend(tables(config, &at, here, there));
+    }
+    findings
+}
+
+fn extensions(
+    at: &Place,
+    source: &[(String, String)],
+    available: &BTreeMap<String, String>,
+    installed: &[(String, String)],
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (name, version) in source {
+        let there = installed.iter().find(|(other, _)| other == name);
+        if there.is_none() && !available.contains_key(name) {
+            findings.push(
+                at.error(
+                    "extension_missing",
+                    "is installed on the source and not to be had on the replica",
+                )
+                .on(name)
+                .hint("install its package on the replica's machine, or drop it on the source"),
+            );
+        } else if let Some((_, other)) = there
+            && other != version
+        {
+            findings.push(
+                at.note(
+                    "extension_version",
+                    format!("{version} on the source, {other} on the replica"),
+                )
+                .on(name),
+            );
+        }
+    }
+    findings
+}
+
+fn locales(at: &Place, source: &Locale, replica: &Locale) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    if source.encoding != replica.encoding {
+        findings.push(
+            at.warning(
+                "encoding",
+                format!(
+                    "{} on the source, {} on the replica: a character that one lacks stops replication",
+                    source.encoding, replica.encoding
+                ),
+            )
+            .hint("create the replica's database with the source's encoding"),
+        );
+    }
+    let order = |locale: &Locale| {
+        let Locale {
+            collate,
+            ctype,
+            provider,
+            provider_locale,
+            ..
+        } = locale;
+        match provider.as_str() {
+            "c" if collate == ctype => collate.clone(),
+            "c" => format!("{collate} (LC_CTYPE {ctype})"),
+            "i" => format!("ICU {provider_locale}"),
+            _ => format!("builtin {provider_locale}"),
+        }
+    };
+    let (here, there) = (order(source), order(replica));
+    if here != there {
+        findings.push(
+            at.warning(
+                "locale",
+                format!("{here} on the source, {there} on the replica: text sorts and folds differently after a promotion"),
+            )
+            .hint("create the replica's database with the source's locale where the system has it"),
+        );
+    } else if !source.version.is_empty()
+        && !replica.version.is_empty()
+        && source.version != replica.version
+    {
+        findings.push(at.note(
+            "collation_version",
+            format!(
+                "{here} is version {} on the source, {} on the replica: some text may sort differently",
+                source.version, replica.version
+            ),
+        ));
+    }
+    findings
+}
+
+/// Every table that is or will be published, against the table of its name on the replica.
+fn tables(
+    config: &Config,
+    at: &Place,
+    here: &SourceDatabase,
+    there: &ReplicaDatabase,
+) -> Vec<Finding> {
+    let kept = &there.kept;
+    let wanted: Vec<&TableName> = here
+        .tables
+        .iter()
+        .filter(|table| {
+            matches!(
+                table.protection(config),
+                Protection::Published | Protection::KeylessFull
+            )
+        })
+        .map(|table| &table.name)
+        .collect();
+    let mut findings = Vec::new();
+    let mut same = 0;
+    for name in &wanted {
+        let Some(source) = here.shapes.get(name) else {
+            continue;
+        };
+        match there.shapes.get(name) {
+            // Keys and indexes come after the rows: a table that is being copied has none yet.
+            Some(_) if kept.copying.contains(name) => {}
+            Some(replica) => {
+                let found = compare::table(at, name, source, replica);
+                same += usize::from(found.is_empty());
+                findings.extend(found);
+            }
+            None => findings.extend(missing(at, name, kept)),
+        }
+    }
+    findings.extend(copy_state(at, kept));
+    if kept.progress.is_none() {
+        let strangers: Vec<&TableName> = there
+            .shapes
+            .iter()
+            .filter(|(name, shape)| {
+                name.schema != "dr_agent" && matches!(shape.kind.as_str(), "r" | "p")
+            })
+            .map(|(name, _)| name)
+            .collect();
+        if !strangers.is_empty() {
+            findings.push(
+                at.warning(
+                    "replica_not_empty",
+                    format!(
+                        "the replica holds {} before the first copy: {}",
+                        counted(strangers.len(), "table"),
+                        some_of(&strangers)
+                    ),
+                )
+                .hint("if nobody needs them, drop the database on the replica and let dr-agent run create it"),
+            );
+        }
+    }
+    if findings.iter().all(|f| f.severity > Severity::Warning) && same > 0 {
+        findings.push(at.ok(
+            "tables",
+            format!("{} alike on both sides", counted(same, "table")),
+        ));
+    }
+    findings
+}
+
+/// A table that the replica lacks: before its copy that is as it should be.
+fn missing(at: &Place, name: &TableName, kept: &Kept) -> Option<Finding> {
+    if kept.progress.is_none() || kept.copying.contains(name) {
+        return None;
+    }
+    let finding = if kept.copied.contains(name) {
+        at.error("table_missing", "was copied once and is gone from the replica")
+            .hint(
+                "create it again on the replica and fill it, or drop the database there and let dr-agent run copy all",
+            )
+    } else {
+        at.warning(
+            "table_new",
+            "is not on the replica yet: it is not protected",
+        )
+        .hint("restart dr-agent run: it publishes and copies tables that are new")
+    };
+    Some(finding.on(name))
+}
+
+fn copy_state(at: &Place, kept: &Kept) -> Option<Finding> {
+    let waiting: BTreeSet<&TableName> = kept.copying.iter().collect();
+    if waiting.is_empty() {
+        return None;
+    }
+    let total = waiting.len() + kept.copied.len();
+    let finding = at.warning(
+        "copy_unfinished",
+        format!(
+            "{} of {total} tables are copied; promotion is refused until all are",
+            kept.copied.len()
+        ),
+    );
+    Some(finding.hint("dr-agent run goes on where it was; dr-agent status shows the progress"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::shape::{Column, Shape, Shapes, Unique};
+    use super::super::slot::Progress;
+    use super::*;
+    use crate::catalog::{Identity, Table};
+    use crate::pg::PgLsn;
+
+    fn at() -> Place {
+        Place::database(Side::Both, "app")
+    }
+
+    fn name(table: &str) -> TableName {
+        TableName {
+            schema: "s".to_owned(),
+            name: table.to_owned(),
+        }
+    }
+
+    fn shape() -> Shape {
+        Shape {
+            kind: "r".to_owned(),
+            columns: vec![Column {
+                name: "id".to_owned(),
+                type_name: "integer".to_owned(),
+                ..Column::default()
+            }],
+            uniques: vec![Unique {
+                primary: true,
+                valid: true,
+                keys: vec!["id".to_owned()],
+                ..Unique::default()
+            }],
+            ..Shape::default()
+        }
+    }
+
+    fn shapes(names: &[&str]) -> Shapes {
+        names.iter().map(|one| (name(one), shape())).collect()
+    }
+
+    fn here(names: &[&str]) -> SourceDatabase {
+        SourceDatabase {
+            tables: names
+                .iter()
+                .map(|one| Table {
+                    name: name(one),
+                    root: name(one),
+                    identity: Identity::Key,
+                    unlogged: false,
+                    bytes: 0,
+                    of_extension: false,
+                })
+                .collect(),
+            shapes: shapes(names),
+            ..SourceDatabase::default()
+        }
+    }
+
+    fn there(names: &[&str], copied: &[&str], copying: &[&str]) -> ReplicaDatabase {
+        let set = |names: &[&str]| names.iter().map(|one| name(one)).collect();
+        ReplicaDatabase {
+            shapes: shapes(names),
+            kept: Kept {
+                progress: Some(Progress {
+                    term: 1,
+                    end_lsn: PgLsn::from(1),
+                    age_seconds: 0.0,
+                }),
+                copied: set(copied),
+                copying: set(copying),
+                ..Kept::default()
+            },
+            ..ReplicaDatabase::default()
+        }
+    }
+
+    fn found(here: &SourceDatabase, there: &ReplicaDatabase) -> Vec<(Severity, &'static str)> {
+        let text = "[source]\nurl = \"postgres://a@h/x\"\n[replica]\nurl = \"postgres://b@h/y\"\n";
+        let config = Config::parse("f", text, []).unwrap();
+        tables(&config, &at(), here, there)
+            .iter()
+            .map(|f| (f.severity, f.code))
+            .collect()
+    }
+
+    #[test]
+    fn a_missing_table_is_judged_by_whether_it_was_ever_copied() {
+        let source = here(&["a", "b"]);
+        assert_eq!(
+            found(&source, &there(&["a"], &["a", "b"], &[])),
+            [(Severity::Error, "table_missing")]
+        );
+        assert_eq!(
+            found(&source, &there(&["a"], &["a"], &[])),
+            [(Severity::Warning, "table_new")]
+        );
+        assert_eq!(
+            found(&source, &there(&["a"], &["a"], &["b"])),
+            [(Severity::Warning, "copy_unfinished")]
+        );
+        assert_eq!(
+            found(&source, &there(&["a", "b"], &["a", "b"], &[])),
+            [(Severity::Ok, "tables")]
+        );
+    }
+
+    #[test]
+    fn a_table_being_copied_has_no_keys_yet_and_that_is_right() {
+        let mut replica = there(&["a"], &[], &["a"]);
+        replica.shapes.get_mut(&name("a")).unwrap().uniques.clear();
+        assert_eq!(
+            found(&here(&["a"]), &replica),
+            [(Severity::Warning, "copy_unfinished")]
+        );
+        replica.kept.copied = std::mem::take(&mut replica.kept.copying);
+        assert_eq!(
+            found(&here(&["a"]), &replica),
+            [(Severity::Error, "primary_key_missing")]
+        );
+    }
+
+    #[test]
+    fn a_replica_with_tables_before_the_first_copy_is_noticed() {
+        let mut replica = there(&["a", "old"], &[], &[]);
+        replica.kept = Kept::default();
+        assert_eq!(
+            found(&here(&["a"]), &replica),
+            [(Severity::Warning, "replica_not_empty")]
+        );
+    }
+
+    #[test]
+    fn an_extension_that_cannot_be_had_is_an_error() {
+        let pair = |name: &str, version: &str| (name.to_owned(), version.to_owned());
+        let source = [pair("citext", "1.6"), pair("postgis", "3.4")];
+        let available = BTreeMap::from([pair("citext", "1.6")]);
+        let codes = |installed: &[(String, String)]| -> Vec<&'static str> {
+            extensions(&at(), &source, &available, installed)
+                .iter()
+                .map(|f| f.code)
+                .collect()
+        };
+        assert_eq!(codes(&[]), ["extension_missing"]);
+        assert_eq!(
+            codes(&[pair("citext", "1.5"), pair("postgis", "3.4")]),
+            ["extension_version"]
+        );
+    }
+
+    #[test]
+    fn locales_are_compared_by_what_decides_the_order() {
+        let libc = |collate: &str, version: &str| Locale {
+            encoding: "UTF8".to_owned(),
+            collate: collate.to_owned(),
+            ctype: collate.to_owned(),
+            provider: "c".to_owned(),
+            version: version.to_owned(),
+            ..Locale::default()
+        };
+        let icu = Locale {
+            provider: "i".to_owned(),
+            provider_locale: "de-DE".to_owned(),
+            ..libc("C", "153")
+        };
+        let codes = |one: &Locale, other: &Locale| -> Vec<&'static str> {
+            locales(&at(), one, other).iter().map(|f| f.code).collect()
+        };
+        let german = libc("de_DE.UTF-8", "2.36");
+        assert!(codes(&german, &german).is_empty());
+        assert_eq!(
+            codes(&german, &libc("de_DE.UTF-8", "2.39")),
+            ["collation_version"]
+        );
+        assert_eq!(codes(&german, &libc("C", "")), ["locale"]);
+        assert_eq!(codes(&german, &icu), ["locale"]);
+        assert_eq!(
+            codes(
+                &icu,
+                &Locale {
+                    collate: "x".to_owned(),
+                    ..icu.clone()
+                }
+            ),
+            [""; 0]
+        );
+        let latin = Locale {
+            encoding: "LATIN1".to_owned(),
+            ..german.clone()
+        };
+        assert_eq!(codes(&german, &latin), ["encoding"]);
+    }
+
+    #[test]
+    fn roles_the_replica_lacks_are_named() {
+        let names = |names: &[&str]| -> Vec<String> {
+            names.iter().map(|name| (*name).to_owned()).collect()
+        };
+        let at = Place::server(Side::Replica);
+        let finding = roles(&at, &names(&["app", "bi"]), &names(&["app", "postgres"])).unwrap();
+        assert_eq!(finding.severity, Severity::Warning);
+        assert!(finding.message.contains("bi") && !finding.message.contains("app"));
+        let fine = roles(&at, &names(&["app"]), &names(&["app"])).unwrap();
+        assert_eq!(fine.severity, Severity::Ok);
+    }
+}

@@ -1,0 +1,336 @@
+//! The replica: the server as a whole, then each of its databases.
+
+use std::collections::BTreeMap;
+
+use tokio_postgres::Client;
+
+use super::finding::{Finding, Place, Side, counted, some_of};
+use super::server::{self, Database, Server};
+use super::settings;
+use super::shape::{self, Shapes};
+use super::slot::{Kept, Progress};
+use super::{note_failure, open};
+use crate::catalog::{self, TableName};
+use crate::config::Config;
+use crate::pg::PgError;
+use crate::stream::APPLICATION_PREFIX;
+
+/// What was learned of the replica server.
+#[derive(Debug)]
+pub(super) struct Replica {
+    /// The server.
+    pub(super) server: Server,
+    /// Every database of it.
+    pub(super) databases: Vec<Database>,
+    /// Every role of it.
+    pub(super) roles: Vec<String>,
+    /// Extensions that can be installed there, with their default version.
+    pub(super) available: BTreeMap<String, String>,
+}
+
+/// What was learned of one database of the replica.
+#[derive(Debug, Default)]
+pub(super) struct ReplicaDatabase {
+    /// What the rows of its tables look like.
+    pub(super) shapes: Shapes,
+    /// Installed extensions and their versions.
+    pub(super) extensions: Vec<(String, String)>,
+    /// Our own book-keeping.
+    pub(super) kept: Kept,
+}
+
+/// Looks at the server. `None` when it cannot be reached; the findings say why.
+pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Option<Replica> {
+    let at = Place::server(Side::Replica);
+    let name = format!("{APPLICATION_PREFIX}check");
+    let client = match open::session(&at, &config.replica.conninfo, &name).await {
+        Ok(client) => client,
+        Err(finding) => {
+            findings.push(finding);
+            return None;
+        }
+    };
+    findings.push(at.ok("connect", format!("{} answers", config.replica.conninfo)));
+    let server = note_failure(
+        &at,
+        "read the server's settings",
+        findings,
+        server::server(&client),
+    )
+    .await?;
+    let databases = note_failure(
+        &at,
+        "list the databases",
+        findings,
+        server::databases(&client),
+    )
+    .await
+    .unwrap_or_default();
+    let roles = note_failure(&at, "list the roles", findings, all_roles(&client))
+        .await
+        .unwrap_or_default();
+    let available = note_failure(&at, "list the extensions", findings, available(&client))
+        .await
+        .unwrap_or_default();
+    findings.extend(settings::version(&at, &server));
+    findings.push(replication_role_setting(&at, &client, &server).await);
+    if let Some(skew) = note_failure(&at, "read the clock", findings, server::skew(&client)).await {
+        findings.push(settings::clock(&at, skew));
+    }
+    Some(Replica {
+        server,
+        databases,
+        roles,
+        available,
+    })
+}
+
+/// Whether apply sessions may silence triggers and foreign keys: tried, because what a managed
+/// service allows cannot be read from a catalog.
+async fn replication_role_setting(at: &Place, client: &Client, server: &Server) -> Finding {
+    let tried = client
+        .batch_execute("BEGIN; SET LOCAL session_replication_role = replica; ROLLBACK")
+        .await;
+    let Err(error) = tried else {
+        return at.ok("session_replication_role", "can be set by the role");
+    };
+    // A failure leaves the transaction open; a connection that broke shows at the next question.
+    let _ = client.batch_execute("ROLLBACK").await;
+    let role = catalog::quote_ident(&server.role.name);
+    let hint = if server.major() >= 15 {
+        format!(
+            "GRANT SET ON PARAMETER session_replication_role TO {role}; (on RDS: GRANT rds_replication TO {role})"
+        )
+    } else {
+        format!(
+            "ALTER ROLE {role} SUPERUSER; (on RDS: GRANT rds_superuser TO {role}); from 15 on a GRANT SET is enough"
+        )
+    };
+    at.error(
+        "session_replication_role",
+        format!(
+            "cannot be set by role {}: {}",
+            server.role.name,
+            crate::error::chain(&PgError::from(error))
+        ),
+    )
+    .hint(hint)
+}
+
+async fn all_roles(client: &Client) -> Result<Vec<String>, PgError> {
+    let rows = client
+        .query("SELECT rolname::text FROM pg_roles", &[])
+        .await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+async fn available(client: &Client) -> Result<BTreeMap<String, String>, PgError> {
+    let sql = "SELECT name::text, coalesce(default_version, '') FROM pg_available_extensions";
+    let rows = client.query(sql, &[]).await?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// Extensions installed in the database this client is connected to, without those every database has.
+pub(super) async fn installed(client: &Client) -> Result<Vec<(String, String)>, PgError> {
+    let sql = "SELECT extname::text, extversion FROM pg_extension
+                WHERE extname <> 'plpgsql' ORDER BY 1";
+    let rows = client.query(sql, &[]).await?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// Looks at one database. `None` when it is not there yet or cannot be reached.
+pub(super) async fn database(
+    config: &Config,
+    replica: &Replica,
+    name: &str,
+    findings: &mut Vec<Finding>,
+) -> Option<ReplicaDatabase> {
+    let at = Place::database(Side::Replica, name);
+    let role = &replica.server.role;
+    let Some(entry) = replica.databases.iter().find(|one| one.name == name) else {
+        findings.push(if role.superuser || role.createdb {
+            at.ok("database", "is not there yet; dr-agent run creates it")
+        } else {
+            at.error(
+                "database",
+                format!("is not there, and role {} may not create it", role.name),
+            )
+            .hint(format!(
+                "ALTER ROLE {user} CREATEDB; or CREATE DATABASE {} OWNER {user}",
+                catalog::quote_ident(name),
+                user = catalog::quote_ident(&role.name),
+            ))
+        });
+        return None;
+    };
+    let conninfo = config.replica.conninfo.with_dbname(name);
+    let stream = config.stream(name);
+    let client = match open::session(&at, &conninfo, &stream.application_name("check")).await {
+        Ok(client) => client,
+        Err(finding) => {
+            findings.push(finding);
+            return None;
+        }
+    };
+    let shapes = note_failure(&at, "read the columns", findings, shape::shapes(&client)).await?;
+    let kept = kept(&client, &shapes, stream.as_str());
+    let kept = note_failure(&at, "read schema dr_agent", findings, kept)
+        .await
+        .unwrap_or_default();
+    let extensions = note_failure(&at, "list the extensions", findings, installed(&client))
+        .await
+        .unwrap_or_default();
+    findings.extend(super::slot::promotion(&at, &kept));
+    findings.extend(guard(&at, entry, &kept, &role.name));
+    findings.extend(rights(&at, &shapes, &role.name));
+    findings.extend(firing(&at, &shapes));
+    Some(ReplicaDatabase {
+        shapes,
+        extensions,
+        kept,
+    })
+}
+
+/// Whether other sessions are kept from writing, and whether we may see to that.
+fn guard(at: &Place, entry: &Database, kept: &Kept, role: &str) -> Option<Finding> {
+    let guarded = matches!(
+        entry.read_only.as_deref(),
+        Some("on" | "true" | "yes" | "1")
+    );
+    if kept.promotion.is_some() {
+        return None;
+    }
+    if !entry.owned {
+        let finding = at.error(
+            "guard_right",
+            format!("role {role} does not own the database and cannot set its read-only guard"),
+        );
+        return Some(finding.hint(format!(
+            "ALTER DATABASE {} OWNER TO {}",
+            catalog::quote_ident(&entry.name),
+            catalog::quote_ident(role)
+        )));
+    }
+    if guarded {
+        return Some(at.ok("guard", "default_transaction_read_only = on"));
+    }
+    kept.progress.as_ref().map(|_| {
+        at.warning(
+            "guard",
+            "default_transaction_read_only is not on: other sessions may write here by mistake",
+        )
+        .hint("restart dr-agent run; it sets the guard")
+    })
+}
+
+fn rights(at: &Place, shapes: &Shapes, role: &str) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let of_tables = |pick: fn(&shape::Shape) -> bool| -> Vec<&TableName> {
+        shapes
+            .iter()
+            .filter(|(_, shape)| matches!(shape.kind.as_str(), "r" | "p") && pick(shape))
+            .map(|(name, _)| name)
+            .collect()
+    };
+    let read_only = of_tables(|shape| !shape.may_write);
+    if !read_only.is_empty() {
+        findings.push(
+            at.error(
+                "write_right",
+                format!(
+                    "role {role} may not write {}: {}",
+                    counted(read_only.len(), "table"),
+                    some_of(&read_only)
+                ),
+            )
+            .hint(format!(
+                "GRANT the owning role TO {}, or GRANT INSERT, UPDATE, DELETE, TRUNCATE ON …",
+                catalog::quote_ident(role)
+            )),
+        );
+    }
+    let secured = of_tables(|shape| shape.row_security);
+    if !secured.is_empty() {
+        findings.push(
+            at.error(
+                "row_security",
+                format!(
+                    "row-level security applies to role {role} on {}: {}",
+                    counted(secured.len(), "table"),
+                    some_of(&secured)
+                ),
+            )
+            .hint(format!(
+                "ALTER ROLE {} BYPASSRLS",
+                catalog::quote_ident(role)
+            )),
+        );
+    }
+    findings
+}
+
+/// Triggers and rules that would run a second time what the source has done already.
+fn firing(at: &Place, shapes: &Shapes) -> Vec<Finding> {
+    shapes
+        .iter()
+        .filter(|(name, shape)| name.schema != "dr_agent" && !shape.firing.is_empty())
+        .map(|(name, shape)| {
+            at.warning(
+                "trigger_fires",
+                format!(
+                    "{} fires during apply (ENABLE ALWAYS or REPLICA)",
+                    some_of(&shape.firing)
+                ),
+            )
+            .on(name)
+            .hint("ALTER TABLE … ENABLE TRIGGER … on the replica, unless it is meant to act there as well")
+        })
+        .collect()
+}
+
+/// Reads what the agent keeps about one stream; tables that are not there yet count as empty.
+async fn kept(client: &Client, shapes: &Shapes, stream: &str) -> Result<Kept, PgError> {
+    let there = |table: &str| {
+        shapes.contains_key(&TableName {
+            schema: "dr_agent".to_owned(),
+            name: table.to_owned(),
+        })
+    };
+    let mut kept = Kept::default();
+    if there("progress") {
+        let sql = "SELECT term, end_lsn, extract(epoch FROM clock_timestamp() - applied_at)::float8
+                     FROM dr_agent.progress WHERE stream = $1";
+        let row = client.query_opt(sql, &[&stream]).await?;
+        kept.progress = row.map(|row| Progress {
+            term: row.get(0),
+            end_lsn: row.get(1),
+            age_seconds: row.get(2),
+        });
+    }
+    if there("stream") {
+        let sql = "SELECT system_identifier, timeline FROM dr_agent.stream WHERE stream = $1";
+        let row = client.query_opt(sql, &[&stream]).await?;
+        kept.origin = row.map(|row| (row.get(0), row.get(1)));
+    }
+    if there("table_sync") {
+        let sql =
+            "SELECT table_schema, table_name, state FROM dr_agent.table_sync WHERE stream = $1";
+        for row in client.query(sql, &[&stream]).await? {
+            let name = TableName {
+                schema: row.get(0),
+                name: row.get(1),
+            };
+            match row.get::<_, &str>(2) {
+                "ready" => kept.copied.insert(name),
+                _ => kept.copying.insert(name),
+            };
+        }
+    }
+    if there("promotion") {
+        let sql = "SELECT mode, state, to_char(started_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS\" UTC\"')
+                     FROM dr_agent.promotion WHERE stream = $1";
+        let row = client.query_opt(sql, &[&stream]).await?;
+        kept.promotion = row.map(|row| (row.get(0), row.get(1), row.get(2)));
+    }
+    Ok(kept)
+}

@@ -1,0 +1,401 @@
+//! What the slot on the source and the progress row on the replica say about each other.
+//!
+//! Pure. The slot holds what the replica has not acknowledged; the progress row says what it has
+//! applied. If the slot is ahead, changes are gone for good (promise 3 of the design), and that must be
+//! said before anything is started.
+
+use std::collections::BTreeSet;
+
+use bytesize::ByteSize;
+
+use super::finding::{Finding, Place};
+use super::server::{Server, Slot};
+use crate::catalog::TableName;
+use crate::pg::PgLsn;
+
+/// What the replica keeps about one stream in schema `dr_agent`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Kept {
+    /// The progress row.
+    pub(super) progress: Option<Progress>,
+    /// Which source the stream comes from: system identifier and timeline.
+    pub(super) origin: Option<(String, i32)>,
+    /// Tables whose copy is finished.
+    pub(super) copied: BTreeSet<TableName>,
+    /// Tables whose copy has begun or is waiting.
+    pub(super) copying: BTreeSet<TableName>,
+    /// Mode, state and start of a promotion.
+    pub(super) promotion: Option<(String, String, String)>,
+}
+
+/// A row of `dr_agent.progress`.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Progress {
+    /// Fencing token.
+    pub(super) term: i64,
+    /// First byte after the last applied transaction.
+    pub(super) end_lsn: PgLsn,
+    /// Seconds since the last batch was applied.
+    pub(super) age_seconds: f64,
+}
+
+/// What must be dropped before everything can be copied again.
+const COPY_AGAIN: &str = "changes are missing on the replica for good: drop the slot on the source \
+     (SELECT pg_drop_replication_slot(slot_name)) and the database on the replica, then start \
+     dr-agent run, which copies it again";
+
+/// Judges the slot `name` of database `database`.
+pub(super) fn judge(
+    at: &Place,
+    name: &str,
+    database: &str,
+    slot: Option<&Slot>,
+    kept: &Kept,
+) -> Vec<Finding> {
+    let Some(slot) = slot else {
+        return vec![match &kept.progress {
+            None => at
+                .ok("slot", "is not there yet; dr-agent run creates it")
+                .on(name),
+            Some(progress) => at
+                .error(
+                    "slot_missing",
+                    format!(
+                        "is gone, although the replica was replicated up to {} through it",
+                        progress.end_lsn
+                    ),
+                )
+                .on(name)
+                .hint(COPY_AGAIN),
+        }];
+    };
+    if slot.plugin != "pgoutput" || slot.database != database {
+        return vec![
+            at.error(
+                "slot_foreign",
+                format!(
+                    "belongs to somebody else (plugin \"{}\", database \"{}\")",
+                    slot.plugin, slot.database
+                ),
+            )
+            .on(name)
+            .hint("set source.slot to a name that is free"),
+        ];
+    }
+    let mut findings = Vec::new();
+    if slot.wal_status == "lost" || slot.invalidation.is_some() {
+        let why = slot
+            .invalidation
+            .as_ref()
+            .map(|reason| format!(" ({reason})"))
+            .unwrap_or_default();
+        findings.push(
+            at.error("slot_lost", format!("was given up by the source{why}"))
+                .on(name)
+                .hint(COPY_AGAIN),
+        );
+        return findings;
+    }
+    if slot.two_phase {
+        findings.push(
+            at.error(
+                "slot_two_phase",
+                "was created with two_phase, which dr-agent does not read",
+            )
+            .on(name)
+            .hint("drop the slot; dr-agent run creates its own"),
+        );
+    }
+    findings.extend(position(at, name, slot, kept));
+    findings.push(retained(at, name, slot));
+    findings
+}
+
+fn position(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Option<Finding> {
+    let Some(progress) = &kept.progress else {
+        return Some(without_progress(at, name, kept));
+    };
+    let confirmed = slot.confirmed_flush?;
+    if confirmed > progress.end_lsn {
+        let finding = at.error(
+            "slot_recreated",
+            format!(
+                "was created anew or moved: it starts at {confirmed}, the replica stands at {}",
+                progress.end_lsn
+            ),
+        );
+        return Some(finding.on(name).hint(COPY_AGAIN));
+    }
+    let age = format!("{:.0} s", progress.age_seconds.max(0.0));
+    Some(if slot.active {
+        at.ok(
+            "slot",
+            format!(
+                "is streaming; replica at {}, last batch {age} ago",
+                progress.end_lsn
+            ),
+        )
+        .on(name)
+    } else {
+        at.note(
+            "slot_inactive",
+            format!(
+                "no agent is streaming; replica at {}, last batch {age} ago",
+                progress.end_lsn
+            ),
+        )
+        .on(name)
+        .hint("start dr-agent run")
+    })
+}
+
+fn without_progress(at: &Place, name: &str, kept: &Kept) -> Finding {
+    if kept.origin.is_some() {
+        return at
+            .note(
+                "slot_unfinished",
+                "is left over from a set-up that was interrupted",
+            )
+            .on(name)
+            .hint("dr-agent run drops it and begins again");
+    }
+    at.error(
+        "slot_occupied",
+        "exists, and this replica knows nothing of it: it may belong to another dr-agent",
+    )
+    .on(name)
+    .hint(
+        "if another agent uses it, set source.slot to another name; if it is left over, \
+         SELECT pg_drop_replication_slot(slot_name) on the source",
+    )
+}
+
+fn retained(at: &Place, name: &str, slot: &Slot) -> Finding {
+    let size = |bytes: i64| ByteSize::b(bytes.max(0).unsigned_abs()).display().iec();
+    let retained = slot.retained_bytes.unwrap_or(0);
+    let text = format!("holds {} of WAL", size(retained));
+    match slot.safe_bytes {
+        _ if slot.wal_status == "unreserved" => at
+            .error(
+                "slot_retained",
+                format!("{text} and is over max_slot_wal_keep_size: the next checkpoint gives it up"),
+            )
+            .on(name)
+            .hint("raise max_slot_wal_keep_size now (ALTER SYSTEM, pg_reload_conf), then start dr-agent run"),
+        Some(safe) if safe < retained => at
+            .warning(
+                "slot_retained",
+                format!("{text}; after {} more it is lost", size(safe)),
+            )
+            .on(name)
+            .hint("start dr-agent run, or raise max_slot_wal_keep_size"),
+        Some(safe) => at
+            .ok("slot_retained", format!("{text}; {} more until it is lost", size(safe)))
+            .on(name),
+        None => at.ok("slot_retained", text).on(name),
+    }
+}
+
+/// Whether the source is still the one the stream was started from.
+pub(super) fn origin(at: &Place, kept: &Kept, source: &Server) -> Option<Finding> {
+    let (kept_identifier, kept_timeline) = kept.origin.as_ref()?;
+    let here = source.system_identifier.as_ref()?;
+    if here != kept_identifier {
+        let finding = at.error(
+            "source_changed",
+            format!("the replica was copied from system {kept_identifier}, the source is {here}"),
+        );
+        return Some(finding.hint(
+            "correct source.url; if the source was rebuilt on purpose, drop the database on the \
+             replica and let dr-agent run copy it again",
+        ));
+    }
+    if let (Some(lsn), Some(progress)) = (source.lsn, &kept.progress)
+        && lsn < progress.end_lsn
+    {
+        let finding = at.error(
+            "source_went_back",
+            format!(
+                "the source's WAL ends at {lsn}, the replica has applied up to {}: the source was \
+                 restored from an older backup",
+                progress.end_lsn
+            ),
+        );
+        return Some(finding.hint(
+            "the replica may hold the only copy of what came after: dr-agent promote keeps it; \
+             otherwise drop the slot and the database on the replica and let dr-agent run copy again",
+        ));
+    }
+    match source.timeline {
+        Some(timeline) if timeline != *kept_timeline => Some(
+            at.error(
+                "timeline_changed",
+                format!(
+                    "the source is on timeline {timeline}, the replica followed timeline {kept_timeline}: \
+                     the source was restored or promoted in between"
+                ),
+            )
+            .hint(
+                "the two may hold different transactions: drop slot and replica database and let \
+                 dr-agent run copy again",
+            ),
+        ),
+        _ => Some(at.ok("source_identity", format!("is the source of this replica ({here})"))),
+    }
+}
+
+/// A promotion that was begun or finished.
+pub(super) fn promotion(at: &Place, kept: &Kept) -> Option<Finding> {
+    let (mode, state, started_at) = kept.promotion.as_ref()?;
+    let finding = at.error(
+        "promoted",
+        format!("a promotion ({mode}) was started at {started_at}, its state is \"{state}\""),
+    );
+    Some(finding.hint(
+        "dr-agent run will not write here; to replicate into it again, drop this database and let \
+         run copy it",
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::finding::{Severity, Side};
+    use super::*;
+
+    fn at() -> Place {
+        Place::database(Side::Both, "app")
+    }
+
+    fn slot() -> Slot {
+        Slot {
+            name: "dr_agent_app".to_owned(),
+            plugin: "pgoutput".to_owned(),
+            database: "app".to_owned(),
+            wal_status: "reserved".to_owned(),
+            confirmed_flush: Some(PgLsn::from(100)),
+            retained_bytes: Some(50),
+            ..Slot::default()
+        }
+    }
+
+    fn kept(end_lsn: u64) -> Kept {
+        Kept {
+            progress: Some(Progress {
+                term: 1,
+                end_lsn: PgLsn::from(end_lsn),
+                age_seconds: 1.0,
+            }),
+            origin: Some(("7".to_owned(), 1)),
+            ..Kept::default()
+        }
+    }
+
+    fn found(slot: Option<&Slot>, kept: &Kept) -> Vec<(Severity, &'static str)> {
+        judge(&at(), "dr_agent_app", "app", slot, kept)
+            .iter()
+            .map(|f| (f.severity, f.code))
+            .collect()
+    }
+
+    #[test]
+    fn a_slot_ahead_of_the_replica_was_recreated() {
+        let errors = found(Some(&slot()), &kept(99));
+        assert_eq!(errors[0], (Severity::Error, "slot_recreated"));
+        let fine = found(Some(&slot()), &kept(100));
+        assert_eq!(fine[0], (Severity::Note, "slot_inactive"));
+    }
+
+    #[test]
+    fn a_missing_slot_is_an_error_only_when_the_replica_counts_on_it() {
+        assert_eq!(found(None, &Kept::default()), [(Severity::Ok, "slot")]);
+        assert_eq!(found(None, &kept(5)), [(Severity::Error, "slot_missing")]);
+        assert_eq!(
+            found(Some(&slot()), &Kept::default())[0],
+            (Severity::Error, "slot_occupied")
+        );
+        let interrupted = Kept {
+            origin: Some(("7".to_owned(), 1)),
+            ..Kept::default()
+        };
+        assert_eq!(
+            found(Some(&slot()), &interrupted)[0],
+            (Severity::Note, "slot_unfinished")
+        );
+    }
+
+    #[test]
+    fn a_lost_slot_is_lost_whatever_else_it_says() {
+        let lost = Slot {
+            wal_status: "lost".to_owned(),
+            active: true,
+            ..slot()
+        };
+        assert_eq!(
+            found(Some(&lost), &kept(200)),
+            [(Severity::Error, "slot_lost")]
+        );
+        let idle = Slot {
+            invalidation: Some("idle_timeout".to_owned()),
+            ..slot()
+        };
+        assert_eq!(
+            found(Some(&idle), &kept(200)),
+            [(Severity::Error, "slot_lost")]
+        );
+    }
+
+    #[test]
+    fn a_slot_of_somebody_else_is_not_taken_for_ours() {
+        for foreign in [
+            Slot {
+                plugin: "test_decoding".to_owned(),
+                ..slot()
+            },
+            Slot {
+                database: "other".to_owned(),
+                ..slot()
+            },
+        ] {
+            assert_eq!(
+                found(Some(&foreign), &kept(200)),
+                [(Severity::Error, "slot_foreign")]
+            );
+        }
+    }
+
+    #[test]
+    fn retained_wal_turns_from_ok_to_error_as_the_limit_nears() {
+        for (safe, status, expected) in [
+            (None, "reserved", Severity::Ok),
+            (Some(500), "extended", Severity::Ok),
+            (Some(10), "extended", Severity::Warning),
+            (Some(-5), "unreserved", Severity::Error),
+        ] {
+            let slot = Slot {
+                safe_bytes: safe,
+                wal_status: status.to_owned(),
+                ..slot()
+            };
+            let severity = found(Some(&slot), &kept(200))[1].0;
+            assert_eq!(severity, expected, "{safe:?} {status}");
+        }
+    }
+
+    #[test]
+    fn another_source_or_timeline_is_refused() {
+        let code = |id: Option<&str>, timeline, lsn: u64| {
+            let source = Server {
+                system_identifier: id.map(str::to_owned),
+                timeline: Some(timeline),
+                lsn: Some(PgLsn::from(lsn)),
+                ..Server::default()
+            };
+            origin(&at(), &kept(100), &source).map(|f| f.code)
+        };
+        assert_eq!(code(Some("7"), 1, 100), Some("source_identity"));
+        assert_eq!(code(Some("8"), 1, 100), Some("source_changed"));
+        assert_eq!(code(Some("7"), 2, 100), Some("timeline_changed"));
+        assert_eq!(code(Some("7"), 1, 99), Some("source_went_back"));
+        assert_eq!(code(None, 2, 100), None);
+    }
+}

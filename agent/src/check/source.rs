@@ -1,0 +1,520 @@
+//! The source: the server as a whole, then each of its databases.
+//!
+//! Asks, and hands what it learned to the judges (`settings`, `publication`, `slot`); keeps what the
+//! comparison with the replica needs.
+
+use std::collections::BTreeSet;
+
+use tokio_postgres::Client;
+
+use super::finding::{Finding, Place, Severity, Side, counted, some_of};
+use super::publication;
+use super::server::{self, Database, Server, Slot};
+use super::settings;
+use super::shape::{self, Shapes};
+use super::{note_failure, open};
+use crate::catalog::{self, Protection, Table, TableName};
+use crate::config::{Config, Databases, Keyless};
+use crate::coverage;
+use crate::error::{Classify as _, chain};
+use crate::pg::replication::ReplicationConnection;
+use crate::pg::{ConnInfo, PgError, Session};
+use crate::stream::{APPLICATION_PREFIX, StreamName};
+
+/// What was learned of the source server.
+#[derive(Debug)]
+pub(super) struct Source {
+    /// The server.
+    pub(super) server: Server,
+    /// Every slot on it.
+    pub(super) slots: Vec<Slot>,
+    /// Every database of it.
+    pub(super) databases: Vec<Database>,
+    /// The databases the configuration selects, whether they are there or not.
+    pub(super) selected: Vec<String>,
+    /// Roles that applications use.
+    pub(super) roles: Vec<String>,
+}
+
+/// What was learned of one database of the source.
+#[derive(Debug, Default)]
+pub(super) struct SourceDatabase {
+    /// Tables as the catalog sorts them.
+    pub(super) tables: Vec<Table>,
+    /// What their rows look like.
+    pub(super) shapes: Shapes,
+    /// Installed extensions and their versions.
+    pub(super) extensions: Vec<(String, String)>,
+}
+
+/// Looks at the server. `None` when it cannot be reached; the findings say why.
+pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Option<Source> {
+    let at = Place::server(Side::Source);
+    let name = format!("{APPLICATION_PREFIX}check");
+    let client = match open::session(&at, &config.source.conninfo, &name).await {
+        Ok(client) => client,
+        Err(finding) => {
+            findings.push(finding);
+            return None;
+        }
+    };
+    findings.push(at.ok("connect", format!("{} answers", config.source.conninfo)));
+    let server = note_failure(
+        &at,
+        "read the server's settings",
+        findings,
+        server::server(&client),
+    )
+    .await?;
+    let slots = note_failure(&at, "read the slots", findings, server::slots(&client))
+        .await
+        .unwrap_or_default();
+    let databases = note_failure(
+        &at,
+        "list the databases",
+        findings,
+        server::databases(&client),
+    )
+    .await
+    .unwrap_or_default();
+    let roles = note_failure(&at, "list the roles", findings, server::roles(&client))
+        .await
+        .unwrap_or_default();
+    let selected = match &config.source.databases {
+        Databases::List(names) => names.clone(),
+        Databases::All => note_failure(
+            &at,
+            "select the databases",
+            findings,
+            catalog::databases(&client),
+        )
+        .await
+        .unwrap_or_default(),
+    };
+
+    findings.extend(settings::version(&at, &server));
+    findings.push(settings::selected(&at, &selected));
+    let walsenders = note_failure(
+        &at,
+        "count walsenders",
+        findings,
+        server::walsenders(&client),
+    );
+    if let Some(walsenders) = walsenders.await {
+        let streams: Vec<String> = selected
+            .iter()
+            .map(|database| config.stream(database).to_string())
+            .collect();
+        findings.extend(settings::source_limits(
+            &at, &server, &slots, walsenders, &streams,
+        ));
+    }
+    findings.extend(settings::source_risks(&at, &server));
+    findings.push(settings::replication_role(&at, &server));
+    if let Some(skew) = note_failure(&at, "read the clock", findings, server::skew(&client)).await {
+        findings.push(settings::clock(&at, skew));
+    }
+    Some(Source {
+        server,
+        slots,
+        databases,
+        selected,
+        roles,
+    })
+}
+
+/// Looks at one database. `None` when it cannot be reached.
+pub(super) async fn database(
+    config: &Config,
+    source: &Source,
+    name: &str,
+    findings: &mut Vec<Finding>,
+) -> Option<SourceDatabase> {
+    let at = Place::database(Side::Source, name);
+    let entry = source.databases.iter().find(|one| one.name == name);
+    let Some(entry) = entry else {
+        findings.push(
+            at.error("database", "does not exist on the source")
+                .hint("correct source.databases, or create the database"),
+        );
+        return None;
+    };
+    if !entry.may_connect || !entry.allows_connections {
+        findings.push(connect_right(&at, source, entry));
+        return None;
+    }
+    let conninfo = config.source.conninfo.with_dbname(name);
+    let stream = config.stream(name);
+    let client = match open::session(&at, &conninfo, &stream.application_name("check")).await {
+        Ok(client) => client,
+        Err(finding) => {
+            findings.push(finding);
+            return None;
+        }
+    };
+    findings.push(replication_connection(&at, &conninfo, &stream, &source.slots).await);
+    let found = read(&client, &at, findings).await?;
+    let published = published_anywhere(&client);
+    let published = note_failure(&at, "read the publications", findings, published)
+        .await
+        .unwrap_or_default();
+    findings.extend(keyless(&at, &found, &published, config));
+    let wanted = coverage::wanted(&found.tables, config);
+    let reading = publication::read(&client, stream.as_str());
+    if let Some(publication) = note_failure(&at, "read the publication", findings, reading).await {
+        findings.extend(publication::judge(
+            &at,
+            stream.as_str(),
+            publication.as_ref(),
+            &wanted,
+        ));
+        let done = publication.is_some_and(|publication| wanted.is_subset(&publication.tables));
+        findings.extend(rights(&at, source, entry, &found, &wanted, done));
+    }
+    if !source.slots.iter().any(|slot| slot.name == stream.as_str()) {
+        let oldest = oldest_transaction(&client);
+        let oldest = note_failure(&at, "look for old transactions", findings, oldest).await;
+        findings.extend(oldest.and_then(|seconds| old_transaction(&at, seconds)));
+    }
+    findings.extend(unprotected(&at, &client, config).await);
+    Some(found)
+}
+
+async fn read(client: &Client, at: &Place, findings: &mut Vec<Finding>) -> Option<SourceDatabase> {
+    let tables = catalog::tables_without_sizes(client);
+    let tables = note_failure(at, "list the tables", findings, tables).await?;
+    let shapes = note_failure(at, "read the columns", findings, shape::shapes(client)).await?;
+    let extensions = super::replica::installed(client);
+    let extensions = note_failure(at, "list the extensions", findings, extensions)
+        .await
+        .unwrap_or_default();
+    Some(SourceDatabase {
+        tables,
+        shapes,
+        extensions,
+    })
+}
+
+fn connect_right(at: &Place, source: &Source, entry: &Database) -> Finding {
+    if !entry.allows_connections {
+        return at
+            .error("database", "does not allow connections (datallowconn)")
+            .hint("ALTER DATABASE … ALLOW_CONNECTIONS true, or leave it out of source.databases");
+    }
+    at.error(
+        "connect_right",
+        format!("role {} lacks CONNECT", source.server.role.name),
+    )
+    .hint(format!(
+        "GRANT CONNECT ON DATABASE {} TO {}",
+        catalog::quote_ident(&entry.name),
+        catalog::quote_ident(&source.server.role.name)
+    ))
+}
+
+/// Tables in any publication, ours or not, that sends updates or deletes.
+async fn published_anywhere(client: &Client) -> Result<BTreeSet<TableName>, PgError> {
+    const SQL: &str = "
+        SELECT DISTINCT t.schemaname::text, t.tablename::text
+          FROM pg_publication_tables t
+          JOIN pg_publication p ON p.pubname = t.pubname AND (p.pubupdate OR p.pubdelete)";
+    let rows = client.query(SQL, &[]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| TableName {
+            schema: row.get(0),
+            name: row.get(1),
+        })
+        .collect())
+}
+
+/// Tables without a key, each on a line of its own: somebody has to decide about each.
+fn keyless(
+    at: &Place,
+    found: &SourceDatabase,
+    published: &BTreeSet<TableName>,
+    config: &Config,
+) -> Vec<Finding> {
+    const OPTIONS: &str = "either ALTER TABLE … ADD PRIMARY KEY (…); or source.keyless = \"full\" \
+         (REPLICA IDENTITY FULL: updates and deletes find their row by all columns, which is slow on \
+         large tables); or source.keyless = \"exclude\" or source.exclude = [\"schema.table\"] (not \
+         protected)";
+    let mut findings = Vec::new();
+    for table in &found.tables {
+        let protection = table.protection(config);
+        let (severity, what) = match protection {
+            Protection::KeylessRefused => (
+                Severity::Error,
+                "has no key, and nothing is published before that is decided",
+            ),
+            Protection::KeylessFull => (
+                Severity::Warning,
+                "has no key; dr-agent run gives it REPLICA IDENTITY FULL",
+            ),
+            Protection::KeylessExcluded => (
+                Severity::Warning,
+                "has no key and is left out: it is not protected",
+            ),
+            _ => continue,
+        };
+        findings.push(
+            at.finding(severity, "keyless_table", what)
+                .on(&table.name)
+                .hint(OPTIONS),
+        );
+        if published.contains(&table.name) || published.contains(&table.root) {
+            findings.push(
+                at.error(
+                    "keyless_published",
+                    "is published without a key: UPDATE and DELETE on it fail on the source now",
+                )
+                .on(&table.name)
+                .hint("ALTER TABLE … REPLICA IDENTITY FULL at once, or take it out of the publication"),
+            );
+        }
+    }
+    if findings.is_empty() && config.source.keyless == Keyless::Refuse {
+        let text = format!("all of {} have a key", counted(found.tables.len(), "table"));
+        findings.push(at.ok("keyless_table", text));
+    }
+    findings
+}
+
+/// Rights that the set-up, the copy and the stream need. `done`: the publication is complete already.
+fn rights(
+    at: &Place,
+    source: &Source,
+    entry: &Database,
+    found: &SourceDatabase,
+    wanted: &BTreeSet<TableName>,
+    done: bool,
+) -> Vec<Finding> {
+    let role = catalog::quote_ident(&source.server.role.name);
+    let mut findings = Vec::new();
+    let in_band: Vec<_> = found
+        .shapes
+        .iter()
+        .filter(|(name, _)| name.schema == "dr_agent")
+        .collect();
+    if in_band.is_empty() && !entry.may_create {
+        findings.push(
+            at.error(
+                "create_right",
+                "schema dr_agent is not there, and the role may not create it",
+            )
+            .hint(format!(
+                "GRANT CREATE ON DATABASE {} TO {role}; or run `dr-agent init` once as a superuser",
+                catalog::quote_ident(&entry.name)
+            )),
+        );
+    }
+    if in_band
+        .iter()
+        .any(|(name, shape)| name.name == "heartbeat" && !(shape.may_read && shape.may_write))
+    {
+        findings.push(
+            at.error("heartbeat_right", "the role may not write dr_agent.heartbeat")
+                .hint(format!("ALTER TABLE dr_agent.heartbeat OWNER TO {role}, and the other tables of schema dr_agent")),
+        );
+    }
+    let of_tables = |pick: fn(&shape::Shape) -> bool| -> Vec<&TableName> {
+        found
+            .tables
+            .iter()
+            .filter(|table| wanted.contains(&table.root))
+            .filter(|table| found.shapes.get(&table.name).is_some_and(pick))
+            .map(|table| &table.name)
+            .collect()
+    };
+    let unreadable = of_tables(|shape| !shape.may_read);
+    if !unreadable.is_empty() {
+        findings.push(
+            at.error(
+                "select_right",
+                format!(
+                    "the role may not read {}: {}",
+                    counted(unreadable.len(), "table"),
+                    some_of(&unreadable)
+                ),
+            )
+            .hint(format!(
+                "GRANT pg_read_all_data TO {role}; (or GRANT USAGE ON SCHEMA … and SELECT ON …)"
+            )),
+        );
+    }
+    let secured = of_tables(|shape| shape.row_security);
+    if !secured.is_empty() {
+        findings.push(
+            at.error(
+                "row_security",
+                format!(
+                    "row-level security hides rows of {} from the copy: {}",
+                    counted(secured.len(), "table"),
+                    some_of(&secured)
+                ),
+            )
+            .hint(format!("ALTER ROLE {role} BYPASSRLS")),
+        );
+    }
+    let foreign = of_tables(|shape| !shape.owned);
+    if !foreign.is_empty() {
+        let text = format!(
+            "the role does not own {}: {}",
+            counted(foreign.len(), "table"),
+            some_of(&foreign)
+        );
+        findings.push(if done {
+            at.note("owner_right", format!("{text}; they are published already"))
+        } else {
+            at.error(
+                "owner_right",
+                format!("{text}; only an owner may publish a table"),
+            )
+            .hint(format!(
+                "GRANT the owning role TO {role}; or run `dr-agent init` once as a superuser"
+            ))
+        });
+    }
+    if findings.is_empty() {
+        findings.push(at.ok("rights", "the role has what set-up, copy and stream need"));
+    }
+    findings
+}
+
+/// Age of the oldest transaction that may hold an id, in seconds. Other roles' sessions show only to
+/// pg_monitor; prepared transactions show to everybody.
+async fn oldest_transaction(client: &Client) -> Result<f64, PgError> {
+    const SQL: &str = "
+        SELECT coalesce(max(seconds), 0)::float8 FROM (
+            SELECT extract(epoch FROM clock_timestamp() - xact_start) FROM pg_stat_activity
+             WHERE backend_xid IS NOT NULL
+            UNION ALL
+            SELECT extract(epoch FROM clock_timestamp() - prepared) FROM pg_prepared_xacts
+        ) AS t(seconds)";
+    Ok(client.query_one(SQL, &[]).await?.get(0))
+}
+
+/// Creating a slot waits for every transaction that was running before.
+fn old_transaction(at: &Place, seconds: f64) -> Option<Finding> {
+    (seconds > 300.0).then(|| {
+        at.warning(
+            "old_transaction",
+            format!(
+                "a transaction has been open for {:.0} min: creating the slot waits until it ends",
+                seconds / 60.0
+            ),
+        )
+        .hint("look at pg_stat_activity (xact_start) and pg_prepared_xacts")
+    })
+}
+
+/// What a failover would lose although replication runs.
+async fn unprotected(at: &Place, client: &Client, config: &Config) -> Vec<Finding> {
+    let found = match coverage::unprotected(client, config).await {
+        Ok(found) => found,
+        Err(error) => return vec![settings::failed(at, "count unprotected objects", &error)],
+    };
+    let mut findings = Vec::new();
+    for one in found.iter().filter(|one| one.count > 0) {
+        let (code, what, hint) = match one.kind {
+            "excluded_table" => ("excluded_table", "left out by source.exclude", None),
+            "unlogged_table" => (
+                "unlogged_table",
+                "UNLOGGED: their rows are not in the WAL",
+                Some("ALTER TABLE … SET LOGGED protects them"),
+            ),
+            "extension_table" => (
+                "extension_table",
+                "configuration tables of extensions: their rows are not replicated",
+                Some("copy by hand what you changed in them"),
+            ),
+            "foreign_table" => (
+                "foreign_table",
+                "foreign: their rows live elsewhere",
+                Some("after a promotion the foreign server must be reachable from the replica"),
+            ),
+            "materialized_view" => (
+                "materialized_view",
+                "materialized: not refreshed on the replica after the copy",
+                Some("a promotion hook can run REFRESH MATERIALIZED VIEW"),
+            ),
+            "large_object" => (
+                "large_object",
+                "large objects: logical decoding does not carry them",
+                Some("move them into a bytea column, or copy them by other means"),
+            ),
+            "subscription" => (
+                "subscription",
+                "subscriptions: they stay with the source",
+                None,
+            ),
+            "database_setting" => (
+                "database_setting",
+                "settings of ALTER DATABASE or ALTER ROLE … IN DATABASE: not replicated",
+                Some("make the same settings on the replica"),
+            ),
+            // Keyless and unpublished tables are reported with what can be done about them.
+            _ => continue,
+        };
+        let more = if one.count >= coverage::LARGE_OBJECTS_MAX {
+            " or more"
+        } else {
+            ""
+        };
+        let finding = at.warning(
+            code,
+            format!("{}{more} {what} ({})", one.count, one.examples.join(", ")),
+        );
+        findings.push(match hint {
+            Some(hint) => finding.hint(hint),
+            None => finding,
+        });
+    }
+    findings.push(
+        at.note(
+            "ddl",
+            "DDL is not replicated in this version: CREATE and ALTER made after the copy stay on the source",
+        )
+        .hint("make each change on the replica first, then on the source; new tables are copied when run restarts"),
+    );
+    findings
+}
+
+/// Whether pg_hba.conf, the role and the walsender limit let us stream: tried, since pg_hba.conf may
+/// treat replication differently from an ordinary session.
+async fn replication_connection(
+    at: &Place,
+    conninfo: &ConnInfo,
+    stream: &StreamName,
+    slots: &[Slot],
+) -> Finding {
+    let held = |slot: &Slot| slot.active && slot.name == stream.as_str();
+    if slots.iter().any(held) {
+        return at.ok("replication_connection", "an agent is streaming");
+    }
+    let session = Session::new(stream.application_name("check"));
+    let attempt = async {
+        let mut connection = ReplicationConnection::connect(conninfo, &session).await?;
+        let identity = connection.identify_system().await;
+        connection.close().await;
+        identity
+    };
+    match open::within(attempt).await {
+        Ok(identity) => at.ok(
+            "replication_connection",
+            format!("is let in; WAL ends at {}", identity.xlogpos),
+        ),
+        Err(error) => {
+            let reason = chain(&error);
+            let finding = at.error("replication_connection", format!("is refused: {reason}"));
+            finding.hint(match error.hint() {
+                Some(hint) => hint,
+                None => {
+                    "an ordinary session is let in, this one is not: look at pg_hba.conf, at the \
+                     role's REPLICATION attribute and at max_wal_senders"
+                        .to_owned()
+                }
+            })
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! `dr-agent promote`: the replica becomes the primary.
+//!
+//! Thin: everything happens in [`crate::promote`]. Here its outcome becomes text or JSON and an
+//! exit code: 0 open (or planned), 1 not finished, 4 refused.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use jiff::Timestamp;
+use serde_json::json;
+
+use crate::config::Config;
+use crate::error::{Classify as _, chain};
+use crate::promote::report::{Outcome, Report};
+use crate::promote::{Options, execute};
+
+/// Flags of `promote`.
+#[derive(Clone, Copy, Debug, clap::Args)]
+#[command(
+    after_help = "Killed or failed, run the same command again: it goes on where it stopped. \
+    Run again after the end, it prints the same report.\n\
+    A planned switchover that loses nothing is not in this version.\n\
+    Exit codes: 0 the replica is open; 1 not finished; 4 refused, nothing was touched."
+)]
+pub struct Args {
+    /// The source is lost: accept what was not replicated yet as lost.
+    #[arg(long, required = true)]
+    pub failover: bool,
+    /// Print the observed values and the steps; touch nothing.
+    #[arg(long)]
+    pub plan: bool,
+    /// Promote although the initial copy is not complete; recorded in the report.
+    #[arg(long)]
+    pub accept_incomplete: bool,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Promotes and prints the report.
+pub async fn run(config: Config, args: Args) -> ExitCode {
+    // RTO counts from here.
+    let started_at = Timestamp::now();
+    let options = Options {
+        plan: args.plan,
+        accept_incomplete: args.accept_incomplete,
+    };
+    match Box::pin(execute::promote(&config, options, started_at)).await {
+        Ok(report) => {
+            let text = if args.json {
+                pretty(&report)
+            } else {
+                report.text()
+            };
+            print(&text);
+            ExitCode::from(exit_code(&report))
+        }
+        Err(error) => {
+            let hint = error.hint();
+            let mut stderr = std::io::stderr().lock();
+            let _ = writeln!(stderr, "error: {}", chain(&error));
+            if let Some(hint) = &hint {
+                let _ = writeln!(stderr, "hint: {hint}");
+            }
+            if args.json {
+                print(&pretty(&json!({
+                    "version": env!("CARGO_PKG_VERSION"),
+                    "mode": "failover",
+                    "outcome": Outcome::Failed,
+                    "error": chain(&error),
+                    "hint": hint,
+                })));
+            }
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn exit_code(report: &Report) -> u8 {
+    match report.outcome {
+        Outcome::Promoted => 0,
+        Outcome::Failed => 1,
+        Outcome::Refused => 4,
+        Outcome::Planned if report.refusals.is_empty() => 0,
+        Outcome::Planned => 4,
+    }
+}
+
+fn pretty(value: &impl serde::Serialize) -> String {
+    let mut text =
+        serde_json::to_string_pretty(value).expect("plain data with text keys always serializes");
+    text.push('\n');
+    text
+}
+
+fn print(text: &str) {
+    // A closed pipe must not turn a promotion that worked into a failure.
+    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+}

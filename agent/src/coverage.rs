@@ -1,0 +1,287 @@
+//! What a failure of the source's site would lose although replication runs: the unprotected objects.
+//!
+//! Feeds `dr_agent_unprotected_objects{kind}` and the notes of `check`. The monitor asks every 30
+//! seconds, so it reads catalogs only, opens no user table, waits for no lock, and stops counting
+//! large objects at a limit.
+//!
+//! # Invariants
+//! - Every kind is in the answer, with 0 where there is none: a gauge that was set goes back.
+//! - What is counted is either not on the replica at all or not kept up to date there.
+//!
+//! # What it does not do
+//! - It does not count what the initial copy takes along and what changes by DDL only (views,
+//!   functions, triggers, policies): DDL is not replicated in this version, which `check` says once.
+//! - It does not count roles: they belong to the server, not to a database; `check` compares them.
+
+use std::collections::BTreeSet;
+
+use tokio_postgres::Client;
+
+use crate::catalog::{Protection, Table, TableName, tables_without_sizes};
+use crate::config::Config;
+use crate::pg::PgError;
+
+/// The unprotected objects of one kind in one database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unprotected {
+    /// Value of the metric's label; one of [`KINDS`].
+    pub kind: &'static str,
+    /// How many; large objects are counted up to [`LARGE_OBJECTS_MAX`].
+    pub count: u64,
+    /// The first few names, in order.
+    pub examples: Vec<String>,
+}
+
+/// Every kind, in the order of the answer.
+pub const KINDS: [&str; 10] = [
+    "keyless_table",
+    "excluded_table",
+    "unlogged_table",
+    "unpublished_table",
+    "extension_table",
+    "foreign_table",
+    "materialized_view",
+    "large_object",
+    "subscription",
+    "database_setting",
+];
+
+/// Large objects are counted up to here: beyond, the number tells nobody anything new, and counting
+/// millions of them every 30 seconds would.
+pub const LARGE_OBJECTS_MAX: u64 = 100_000;
+
+/// How many names of a kind are returned.
+const EXAMPLES_MAX: usize = 5;
+
+/// Counts what is unprotected in the source database this client is connected to.
+pub async fn unprotected(client: &Client, config: &Config) -> Result<Vec<Unprotected>, PgError> {
+    let tables = tables_without_sizes(client).await?;
+    let row = client
+        .query_one("SELECT current_database()::text", &[])
+        .await?;
+    let stream = config.stream(row.get(0));
+    let published = published(client, stream.as_str()).await?;
+    let mut all = of_tables(&tables, &published, config);
+    all.extend(of_catalog(client).await?);
+    all.sort_by_key(|one| KINDS.iter().position(|kind| *kind == one.kind));
+    Ok(all)
+}
+
+/// The tables a publication lists; empty where there is no such publication.
+pub async fn published(client: &Client, publication: &str) -> Result<BTreeSet<TableName>, PgError> {
+    const SQL: &str = "
+        SELECT n.nspname::text, c.relname::text
+          FROM pg_publication p
+          JOIN pg_publication_rel pr ON pr.prpubid = p.oid
+          JOIN pg_class c ON c.oid = pr.prrelid
+          JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE p.pubname = $1";
+    let rows = client.query(SQL, &[&publication]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| TableName {
+            schema: row.get(0),
+            name: row.get(1),
+        })
+        .collect())
+}
+
+/// The tables a publication ought to list: the roots of everything that can be protected.
+///
+/// A root with one leaf that must stay out stays out as a whole: publishing the root would publish
+/// that leaf as well, and a keyless leaf would then fail its own UPDATE and DELETE.
+pub fn wanted(tables: &[Table], config: &Config) -> BTreeSet<TableName> {
+    let mut roots = BTreeSet::new();
+    let mut barred = BTreeSet::new();
+    for table in tables {
+        match table.protection(config) {
+            Protection::Published | Protection::KeylessFull => {
+                roots.insert(table.root.clone());
+            }
+            Protection::KeylessExcluded | Protection::KeylessRefused => {
+                barred.insert(table.root.clone());
+            }
+            Protection::Excluded | Protection::Unlogged => {}
+        }
+    }
+    roots.retain(|root| !barred.contains(root));
+    roots
+}
+
+/// Sorts the tables into the kinds that concern tables.
+fn of_tables(
+    tables: &[Table],
+    published: &BTreeSet<TableName>,
+    config: &Config,
+) -> Vec<Unprotected> {
+    let mut keyless = Vec::new();
+    let mut excluded = Vec::new();
+    let mut unlogged = Vec::new();
+    let mut unpublished = Vec::new();
+    for table in tables {
+        let kind = match table.protection(config) {
+            Protection::Excluded => &mut excluded,
+            Protection::Unlogged => &mut unlogged,
+            Protection::KeylessExcluded | Protection::KeylessRefused => &mut keyless,
+            Protection::Published | Protection::KeylessFull => {
+                if published.contains(&table.root) {
+                    continue;
+                }
+                &mut unpublished
+            }
+        };
+        kind.push(table.name.to_string());
+    }
+    [
+        ("keyless_table", keyless),
+        ("excluded_table", excluded),
+        ("unlogged_table", unlogged),
+        ("unpublished_table", unpublished),
+    ]
+    .into_iter()
+    .map(|(kind, mut names)| {
+        let count = names.len() as u64;
+        names.truncate(EXAMPLES_MAX);
+        Unprotected {
+            kind,
+            count,
+            examples: names,
+        }
+    })
+    .collect()
+}
+
+/// The kinds that one statement over the catalogs can count.
+async fn of_catalog(client: &Client) -> Result<Vec<Unprotected>, PgError> {
+    // pg_subscription.subconninfo holds passwords and is not for everybody; the other columns are.
+    let sql = format!(
+        "WITH found (kind, name) AS (
+            SELECT 'extension_table', e.extname || ' ' || t.oid::regclass::text
+              FROM pg_extension e, unnest(e.extconfig) AS t(oid)
+              JOIN pg_class c ON c.oid = t.oid AND c.relkind IN ('r', 'p')
+            UNION ALL
+            SELECT CASE c.relkind WHEN 'f' THEN 'foreign_table' ELSE 'materialized_view' END,
+                   n.nspname || '.' || c.relname
+              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE c.relkind IN ('f', 'm')
+            UNION ALL
+            SELECT * FROM (SELECT 'large_object', oid::text
+                             FROM pg_largeobject_metadata LIMIT {LARGE_OBJECTS_MAX}) AS l
+            UNION ALL
+            SELECT 'subscription', s.subname::text FROM pg_subscription s
+             WHERE s.subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+            UNION ALL
+            SELECT 'database_setting', split_part(item, '=', 1)
+              FROM pg_db_role_setting s, unnest(s.setconfig) AS item
+             WHERE s.setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
+         )
+         SELECT kind, count(*), (array_agg(name ORDER BY name))[1:{EXAMPLES_MAX}]
+           FROM found GROUP BY kind"
+    );
+    let rows = client.query(&sql, &[]).await?;
+    let mut found: Vec<Unprotected> = Vec::new();
+    for kind in &KINDS[4..] {
+        let row = rows.iter().find(|row| row.get::<_, &str>(0) == *kind);
+        found.push(Unprotected {
+            kind,
+            count: row.map_or(0, |row| row.get::<_, i64>(1).unsigned_abs()),
+            examples: row.map(|row| row.get(2)).unwrap_or_default(),
+        });
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::Identity;
+
+    fn name(text: &str) -> TableName {
+        let (schema, name) = text.split_once('.').unwrap();
+        TableName {
+            schema: schema.to_owned(),
+            name: name.to_owned(),
+        }
+    }
+
+    fn table(text: &str, root: &str, identity: Identity) -> Table {
+        Table {
+            name: name(text),
+            root: name(root),
+            identity,
+            unlogged: false,
+            bytes: 0,
+            of_extension: false,
+        }
+    }
+
+    fn config(source: &str) -> Config {
+        let text = format!(
+            "[source]\nurl = \"postgres://a@localhost/x\"\n{source}\n\
+             [replica]\nurl = \"postgres://b@localhost/y\"\n"
+        );
+        Config::parse("f", &text, []).unwrap()
+    }
+
+    fn count(found: &[Unprotected], kind: &str) -> u64 {
+        found.iter().find(|one| one.kind == kind).unwrap().count
+    }
+
+    #[test]
+    fn a_leaf_is_protected_when_its_root_is_published() {
+        let tables = [
+            table("s.m1", "s.m", Identity::Key),
+            table("s.late", "s.late", Identity::Key),
+            table("s.log", "s.log", Identity::Missing),
+        ];
+        let found = of_tables(&tables, &BTreeSet::from([name("s.m")]), &config(""));
+        assert_eq!(count(&found, "unpublished_table"), 1);
+        assert_eq!(count(&found, "keyless_table"), 1);
+        assert_eq!(count(&found, "excluded_table"), 0);
+    }
+
+    #[test]
+    fn every_table_is_in_exactly_one_kind_or_protected() {
+        let config = config("keyless = \"full\"\nexclude = [\"s.scratch*\"]");
+        let mut unlogged = table("s.u", "s.u", Identity::Key);
+        unlogged.unlogged = true;
+        let tables = [
+            unlogged,
+            table("s.scratch_1", "s.scratch_1", Identity::Missing),
+            table("s.log", "s.log", Identity::Missing),
+            table("s.a", "s.a", Identity::Key),
+        ];
+        let published = BTreeSet::from([name("s.a")]);
+        let found = of_tables(&tables, &published, &config);
+        let total: u64 = found.iter().map(|one| one.count).sum();
+        assert_eq!(total, 3);
+        assert_eq!(count(&found, "unlogged_table"), 1);
+        assert_eq!(count(&found, "excluded_table"), 1);
+        assert_eq!(count(&found, "unpublished_table"), 1);
+    }
+
+    #[test]
+    fn examples_are_few_and_the_count_is_whole() {
+        let tables: Vec<Table> = (0..9)
+            .map(|n| table(&format!("s.t{n}"), &format!("s.t{n}"), Identity::Key))
+            .collect();
+        let found = of_tables(&tables, &BTreeSet::new(), &config(""));
+        let one = found.iter().find(|one| one.count == 9).unwrap();
+        assert_eq!(one.examples.len(), EXAMPLES_MAX);
+    }
+
+    #[test]
+    fn a_root_with_a_keyless_leaf_is_not_wanted() {
+        let tables = [
+            table("s.m1", "s.m", Identity::Key),
+            table("s.m2", "s.m", Identity::Missing),
+            table("s.a", "s.a", Identity::Key),
+        ];
+        let wanted_with = |keyless: &str| wanted(&tables, &config(keyless));
+        assert_eq!(
+            wanted_with("keyless = \"exclude\""),
+            BTreeSet::from([name("s.a")])
+        );
+        assert_eq!(wanted_with("keyless = \"full\"").len(), 2);
+    }
+}

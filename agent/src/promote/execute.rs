@@ -1,0 +1,489 @@
+//! Walks the table of states: all databases at once, then hooks and report once.
+//!
+//! # Invariants
+//! - Nothing is touched before the plan has been accepted for every database.
+//! - A state is stored before the next edge is tried; dying right after is a failpoint of its name.
+//! - One promotion at a time works on a database: it holds an advisory lock there.
+//!
+//! # What it does not do
+//! It does not retry: a failure is reported with the state reached, and the command is repeated.
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use futures_util::{StreamExt as _, stream};
+use jiff::Timestamp;
+use tokio::time::{Instant, sleep};
+use tokio_postgres::Client;
+
+use super::observe::{self, Database, Observed};
+use super::plan::{Plan, Refusal, plan};
+use super::report::{DatabaseReport, Outcome, Report, StepReport};
+use super::state::{self, Action, Edge, State};
+use super::steps::{Detail, Record};
+use super::{Doing, Options, PromoteError, fence, hooks, loss, settle, steps};
+use crate::config::Config;
+use crate::error::{Classify as _, chain};
+use crate::failpoint;
+use crate::pg::{self, PgLsn, Session};
+
+/// Databases worked on at the same time.
+const DATABASES_AT_ONCE: usize = 8;
+/// How long another promotion's lock is waited for: that of a killed one goes away by itself.
+const LOCK_WITHIN: Duration = Duration::from_secs(10);
+
+/// Promotes, or says what it would do. `started_at` is when the command was started: RTO counts
+/// from there.
+pub async fn promote(
+    config: &Config,
+    options: Options,
+    started_at: Timestamp,
+) -> Result<Report, PromoteError> {
+    let observed = observe::observe(config, "promote").await?;
+    if observed.databases.is_empty() && observed.missing.is_empty() {
+        return Err(PromoteError::NothingToPromote {
+            slot: config.source.slot.clone(),
+        });
+    }
+    let plan = plan(&observed, options);
+    if options.plan || !plan.refusals.is_empty() || observed.databases.is_empty() {
+        return Ok(planned(config, &observed, &plan, options, started_at).await);
+    }
+    if plan.is_done() {
+        return finished(&observed);
+    }
+
+    let overrides: Vec<String> = plan
+        .overridden
+        .iter()
+        .map(|refusal| format!("--accept-incomplete: {refusal}"))
+        .collect();
+    let begun = Begun {
+        config,
+        started_at: started_at.to_string(),
+        overrides,
+    };
+    let walks = observed
+        .databases
+        .iter()
+        .map(|database| Box::pin(walk(&begun, database)));
+    let mut records: Vec<Record> = stream::iter(walks)
+        .buffer_unordered(DATABASES_AT_ONCE)
+        .collect()
+        .await;
+    records.sort_by(|a, b| a.name.cmp(&b.name));
+    if records.iter().any(|record| !record.state.is_open()) {
+        return Ok(report(config, Outcome::Failed, &records));
+    }
+    close(config, records).await
+}
+
+/// What every database of this run shares.
+struct Begun<'a> {
+    config: &'a Config,
+    started_at: String,
+    overrides: Vec<String>,
+}
+
+/// The report of a promotion that has ended before.
+fn finished(observed: &Observed) -> Result<Report, PromoteError> {
+    let stored = observed
+        .databases
+        .iter()
+        .find_map(|database| database.promotion.as_ref()?.report.clone());
+    stored.ok_or_else(|| PromoteError::Stored {
+        stream: observed
+            .databases
+            .iter()
+            .map(|d| d.stream.as_str())
+            .collect::<Vec<_>>()
+            .join(", "),
+        reason: "the promotion is done and its report is missing".to_owned(),
+    })
+}
+
+/// Takes one database as far as `opened`. A failure is kept in the record, for the others go on.
+async fn walk(begun: &Begun<'_>, database: &Database) -> Record {
+    let mut record = Record {
+        name: database.name.clone(),
+        stream: database.stream.clone(),
+        state: database.state(),
+        detail: detail(begun, database),
+    };
+    if let Err(error) = walk_edges(begun, &mut record).await {
+        let report = &mut record.detail.database;
+        report.error = Some(chain(&error));
+        report.hint = error.hint();
+        tracing::error!(database = record.name, state = %record.state, error = chain(&error), "promotion stopped");
+    }
+    record
+}
+
+fn detail(begun: &Begun<'_>, database: &Database) -> Detail {
+    match &database.promotion {
+        Some(stored) => Detail {
+            started_at: stored.started_at.clone(),
+            overrides: stored.overrides.clone(),
+            database: stored.database.clone(),
+            report: stored.report.clone(),
+        },
+        None => Detail {
+            started_at: begun.started_at.clone(),
+            overrides: begun.overrides.clone(),
+            database: DatabaseReport {
+                database: database.name.clone(),
+                stream: database.stream.to_string(),
+                state: State::Standby.to_string(),
+                term: database.progress.term,
+                end_lsn: database.progress.end_lsn.to_string(),
+                batch: database.progress.batch,
+                commit_time: database.progress.commit_time.clone(),
+                ..DatabaseReport::default()
+            },
+            report: None,
+        },
+    }
+}
+
+async fn walk_edges(begun: &Begun<'_>, record: &mut Record) -> Result<(), PromoteError> {
+    let mut client = connect(begun.config, record).await?;
+    lock(&client, record).await?;
+    // Only now is nobody else at it: another promotion may have gone further since we looked.
+    if let Some(stored) = observe::promotion(&client, &record.stream).await? {
+        record.state = stored.state;
+        record.detail.started_at = stored.started_at;
+        record.detail.overrides = stored.overrides;
+        record.detail.database = stored.database;
+        record.detail.report = stored.report;
+    }
+    while let Some(edge) = state::edge_from(record.state) {
+        if edge.action == Action::RunHooks {
+            break;
+        }
+        tracing::info!(database = record.name, to = %edge.to, "{}", edge.reason);
+        Box::pin(walk_edge(begun, &mut client, record, edge)).await?;
+        failpoint::hit(&format!("promote:{}", edge.to));
+    }
+    Ok(())
+}
+
+async fn walk_edge(
+    begun: &Begun<'_>,
+    client: &mut Client,
+    record: &mut Record,
+    edge: &Edge,
+) -> Result<(), PromoteError> {
+    let start = Instant::now();
+    let mut probe = None;
+    let note = match edge.action {
+        Action::RaiseTerm => {
+            let watcher = connect(begun.config, record).await?;
+            fence::raise_term(client, &watcher, record).await?
+        }
+        Action::EndSessions => fence::end_sessions(client, &record.stream).await?,
+        Action::SettlePrepared => {
+            let settled =
+                settle::settle(client, &record.stream, record.detail.database.batch).await?;
+            let report = &mut record.detail.database;
+            report.prepared_committed += settled.committed;
+            report.prepared_rolled_back += settled.rolled_back;
+            format!(
+                "{} committed, {} rolled back",
+                settled.committed, settled.rolled_back
+            )
+        }
+        Action::StateLoss => state_loss(begun.config, client, record).await?,
+        Action::SetSequences => steps::set_sequences(client, record).await?,
+        Action::Open => {
+            let now = || Timestamp::now().to_string();
+            let (session, note) = steps::open(begun.config, client, record, now).await?;
+            probe = Some(session);
+            note
+        }
+        Action::RunHooks | Action::StoreReport => {
+            unreachable!("these edges are walked once for all databases, by close()")
+        }
+    };
+    record.note(edge.to, start.elapsed().as_secs_f64(), note);
+    record
+        .store(probe.as_ref().unwrap_or(client), edge.to)
+        .await
+}
+
+async fn connect(config: &Config, record: &Record) -> Result<Client, PromoteError> {
+    let session = Session::new(record.stream.application_name("promote"))
+        .set("default_transaction_read_only", "off")
+        .set("search_path", "pg_catalog")
+        .set("statement_timeout", "30s")
+        .set("lock_timeout", "10s")
+        .set("row_security", "off")
+        // Durable here; a standby of the replica that is away must not hold up the promotion.
+        .set("synchronous_commit", "local");
+    pg::connect(&config.replica.conninfo.with_dbname(&record.name), &session)
+        .await
+        .doing("connect to the replica")
+}
+
+/// Held until the session ends.
+async fn lock(client: &Client, record: &Record) -> Result<(), PromoteError> {
+    let deadline = Instant::now() + LOCK_WITHIN;
+    loop {
+        let locked: bool = client
+            .query_one(
+                "SELECT pg_try_advisory_lock(hashtext('dr_agent.promote'), hashtext($1))",
+                &[&record.stream.as_str()],
+            )
+            .await
+            .doing("take the promotion's lock")?
+            .get(0);
+        if locked {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(PromoteError::Busy {
+                stream: record.stream.to_string(),
+            });
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn state_loss(
+    config: &Config,
+    client: &Client,
+    record: &mut Record,
+) -> Result<String, PromoteError> {
+    let system_identifier = client
+        .query_opt(
+            "SELECT system_identifier FROM dr_agent.stream WHERE stream = $1",
+            &[&record.stream.as_str()],
+        )
+        .await
+        .doing("read dr_agent.stream")?
+        .map(|row| row.get(0));
+    let end_lsn: PgLsn =
+        record
+            .detail
+            .database
+            .end_lsn
+            .parse()
+            .map_err(|_| PromoteError::Stored {
+                stream: record.stream.to_string(),
+                reason: "its end_lsn is no LSN".to_owned(),
+            })?;
+    let answer = loss::ask(&loss::Question {
+        conninfo: &config.source.conninfo.with_dbname(&record.name),
+        stream: &record.stream,
+        end_lsn,
+        system_identifier,
+        count: true,
+    })
+    .await;
+    record.detail.database.take_answer(answer);
+    Ok(record.detail.database.loss_text())
+}
+
+/// Runs the hooks and stores the report with every database.
+async fn close(config: &Config, mut records: Vec<Record>) -> Result<Report, PromoteError> {
+    // A promotion killed while storing has run the hooks: its report stands.
+    let stored = records
+        .iter()
+        .find_map(|record| record.detail.report.clone());
+    let report = match stored {
+        Some(report) => report,
+        None => {
+            let mut report = report(config, Outcome::Promoted, &records);
+            if !config.hooks.is_empty() {
+                let file = report_file(&report).map_err(PromoteError::ReportFile)?;
+                let environment = hooks::environment(config, &report, file.path());
+                report.hooks = hooks::run(&config.hooks, &environment).await;
+            }
+            let failed = report.hooks.iter().filter(|hook| !hook.ok);
+            let warnings: Vec<String> = failed
+                .map(|hook| {
+                    format!(
+                        "hook {} failed ({}): do by hand what it does",
+                        hook.name, hook.outcome
+                    )
+                })
+                .collect();
+            report.warnings.extend(warnings);
+            for database in &mut report.databases {
+                // Stored with the last two states, and read once they are.
+                database.state = State::Done.to_string();
+            }
+            report
+        }
+    };
+    for to in [State::HooksRun, State::Done] {
+        for record in records.iter_mut().filter(|record| record.state < to) {
+            record.detail.report = Some(report.clone());
+            record.detail.database.state = to.to_string();
+            let client = connect(config, record).await?;
+            record.store(&client, to).await?;
+            failpoint::hit(&format!("promote:{to}"));
+        }
+    }
+    Ok(report)
+}
+
+fn report_file(report: &Report) -> std::io::Result<tempfile::NamedTempFile> {
+    let mut file = tempfile::Builder::new()
+        .prefix("dr-agent-promotion-")
+        .suffix(".json")
+        .tempfile()?;
+    file.write_all(&serde_json::to_vec_pretty(report)?)?;
+    file.flush()?;
+    Ok(file)
+}
+
+/// The report as far as the databases have come.
+fn report(config: &Config, outcome: Outcome, records: &[Record]) -> Report {
+    let mut report = empty_report(config, outcome);
+    report.databases = records
+        .iter()
+        .map(|record| record.detail.database.clone())
+        .collect();
+    for given in records.iter().flat_map(|record| &record.detail.overrides) {
+        if !report.overrides.contains(given) {
+            report.overrides.push(given.clone());
+        }
+    }
+    let started = records
+        .iter()
+        .filter_map(|record| record.detail.started_at.parse::<Timestamp>().ok())
+        .min();
+    report.started_at = started.map(|at| at.to_string()).unwrap_or_default();
+    let writable: Option<Vec<Timestamp>> = report
+        .databases
+        .iter()
+        .map(|database| database.writable_at.as_ref()?.parse().ok())
+        .collect();
+    let writable = writable.and_then(|moments| moments.into_iter().max());
+    report.writable_at = writable.map(|at| at.to_string());
+    let seconds = started
+        .zip(writable)
+        .map(|(from, to)| to.duration_since(from).as_secs_f64());
+    report.judge(seconds.map(loss::seconds_lost));
+    report.warnings = standing_warnings(&report);
+    report
+}
+
+fn standing_warnings(report: &Report) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if report
+        .databases
+        .iter()
+        .any(|database| database.source_answered)
+    {
+        warnings.push(
+            "the source STILL ANSWERS and was not fenced: stop it now; what is written there from here on is lost".to_owned(),
+        );
+    } else {
+        warnings.push(
+            "the source was not fenced: if it comes back, nobody must write to it any more"
+                .to_owned(),
+        );
+    }
+    if report.outcome == Outcome::Promoted {
+        warnings
+            .push("nothing replicates the new primary yet: set up its own protection".to_owned());
+    }
+    warnings
+}
+
+fn empty_report(config: &Config, outcome: Outcome) -> Report {
+    Report {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        mode: "failover".to_owned(),
+        outcome,
+        replica: config.replica.conninfo.to_string(),
+        started_at: String::new(),
+        writable_at: None,
+        rto_seconds: None,
+        rto_objective_seconds: config.objectives.rto.as_secs_f64(),
+        rto_met: None,
+        rpo_seconds: None,
+        rpo_objective_seconds: config.objectives.rpo.as_secs_f64(),
+        rpo_met: None,
+        overrides: Vec::new(),
+        refusals: Vec::new(),
+        databases: Vec::new(),
+        hooks: Vec::new(),
+        warnings: Vec::new(),
+    }
+}
+
+/// What would be done, with the values of this moment. Also the answer where it is refused.
+async fn planned(
+    config: &Config,
+    observed: &Observed,
+    plan: &Plan,
+    options: Options,
+    now: Timestamp,
+) -> Report {
+    let outcome = if options.plan {
+        Outcome::Planned
+    } else {
+        Outcome::Refused
+    };
+    let mut report = empty_report(config, outcome);
+    report.started_at = now.to_string();
+    report.refusals = plan.refusals.iter().map(Refusal::to_string).collect();
+    report.overrides = plan
+        .overridden
+        .iter()
+        .map(|refusal| format!("--accept-incomplete: {refusal}"))
+        .collect();
+    for (database, steps) in observed.databases.iter().zip(&plan.databases) {
+        let mut entry = DatabaseReport {
+            database: database.name.clone(),
+            stream: database.stream.to_string(),
+            state: database.state().to_string(),
+            term: database.progress.term,
+            end_lsn: database.progress.end_lsn.to_string(),
+            batch: database.progress.batch,
+            commit_time: database.progress.commit_time.clone(),
+            rpo_seconds: database.progress.commit_age_seconds.map(loss::seconds_lost),
+            ..DatabaseReport::default()
+        };
+        if options.plan && !database.state().is_fenced() {
+            let conninfo = config.source.conninfo.with_dbname(&database.name);
+            let question = loss::Question {
+                conninfo: &conninfo,
+                stream: &database.stream,
+                end_lsn: database.progress.end_lsn,
+                system_identifier: None,
+                count: false,
+            };
+            entry.take_answer(loss::ask(&question).await);
+        }
+        entry.steps = steps
+            .steps
+            .iter()
+            .map(|edge| StepReport {
+                state: edge.to.to_string(),
+                seconds: None,
+                note: format!(
+                    "{}{}",
+                    edge.reason,
+                    now_there(edge.action, database, config)
+                ),
+            })
+            .collect();
+        report.databases.push(entry);
+    }
+    report.judge(None);
+    report
+}
+
+fn now_there(action: Action, database: &Database, config: &Config) -> String {
+    match action {
+        Action::RaiseTerm => format!(" (to {})", database.progress.term + 1),
+        Action::EndSessions => format!(" ({} now)", database.agent_sessions),
+        Action::SettlePrepared => format!(" ({} now)", database.prepared),
+        Action::SetSequences => format!(" ({} sequences)", database.sequences),
+        Action::RunHooks => format!(" ({} hooks)", config.hooks.len()),
+        Action::StateLoss | Action::Open | Action::StoreReport => String::new(),
+    }
+}

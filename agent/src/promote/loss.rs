@@ -1,0 +1,361 @@
+//! The loss: what was committed on the source and is not on the replica.
+//!
+//! Seconds come from the replica alone: between the commit time of the last applied transaction and
+//! the raising of the term. The heartbeat commits every second, so on a healthy stream that is a
+//! second or two more than was really lost. Bytes and transactions need the source's answer.
+//!
+//! # Invariants
+//! - The source is asked, never needed: every question has a time limit, and a failure turns into a
+//!   sentence of the report.
+//! - The slot is only peeked at: nothing is consumed, so it can still be salvaged from.
+//! - A server that is not the source we followed is not believed.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{TryStreamExt as _, pin_mut};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_postgres::Client;
+use tokio_postgres::types::ToSql;
+
+use crate::error::chain;
+use crate::pg::pgoutput::{self, DecodeError, Message};
+use crate::pg::{self, ConnInfo, PgError, PgLsn, Session};
+use crate::stream::StreamName;
+
+/// How long the source may take to accept a connection.
+const CONNECT_WITHIN: Duration = Duration::from_secs(3);
+/// How long the fenced agent may take to let go of the slot.
+const SLOT_FREE_WITHIN: Duration = Duration::from_secs(5);
+/// How long everything together may take: the users are waiting.
+const ANSWER_WITHIN: Duration = Duration::from_secs(15);
+/// Counting stops after this many changes.
+const CHANGES_MAX: i32 = 100_000;
+
+/// What the source said.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Answer {
+    /// It answered at all: it is alive, and nobody has fenced it.
+    pub alive: bool,
+    /// WAL beyond `end_lsn`.
+    pub bytes: Option<u64>,
+    /// Transactions beyond `end_lsn`.
+    pub transactions: Option<u64>,
+    /// There are at least `transactions`.
+    pub at_least: bool,
+    /// Why something is unknown.
+    pub unknown: Option<String>,
+}
+
+/// Whom to ask, about what.
+#[derive(Clone, Debug)]
+pub struct Question<'a> {
+    /// The source, with the database.
+    pub conninfo: &'a ConnInfo,
+    /// Slot and publication.
+    pub stream: &'a StreamName,
+    /// First byte after the last applied transaction.
+    pub end_lsn: PgLsn,
+    /// The system identifier of the source we followed, where it is known.
+    pub system_identifier: Option<String>,
+    /// Whether transactions are counted: needs the slot, which a running agent holds.
+    pub count: bool,
+}
+
+/// Never negative, in milliseconds' precision. Clocks differ; a negative age says that the source's
+/// clock is ahead, not that something was gained.
+pub fn seconds_lost(age_seconds: f64) -> f64 {
+    (age_seconds.max(0.0) * 1000.0).round() / 1000.0
+}
+
+/// Asks the source.
+pub async fn ask(question: &Question<'_>) -> Answer {
+    let mut answer = Answer::default();
+    let asked = Box::pin(ask_all(question, &mut answer));
+    let reason = match timeout(ANSWER_WITHIN, asked).await {
+        Ok(Ok(())) => None,
+        Ok(Err(reason)) => Some(reason),
+        Err(_) => Some(format!(
+            "the source did not answer within {ANSWER_WITHIN:?}"
+        )),
+    };
+    if let Some(reason) = reason {
+        tracing::warn!(stream = %question.stream, reason, "the loss is only partly known");
+        answer.unknown = Some(reason);
+    }
+    answer
+}
+
+async fn ask_all(question: &Question<'_>, answer: &mut Answer) -> Result<(), String> {
+    let session = Session::new(question.stream.application_name("promote"))
+        .set("default_transaction_read_only", "on")
+        .set("statement_timeout", "10s")
+        .set("search_path", "pg_catalog");
+    let client = match timeout(CONNECT_WITHIN, pg::connect(question.conninfo, &session)).await {
+        Ok(Ok(client)) => client,
+        Ok(Err(error)) => return Err(format!("source unreachable: {}", chain(&error))),
+        Err(_) => {
+            return Err(format!(
+                "source unreachable: no connection within {CONNECT_WITHIN:?}"
+            ));
+        }
+    };
+    answer.alive = true;
+    let (identifier, lsn) = identity(&client).await.map_err(|error| chain(&error))?;
+    if question
+        .system_identifier
+        .as_ref()
+        .is_some_and(|expected| *expected != identifier)
+    {
+        answer.alive = false;
+        return Err("another server answers at source.url".to_owned());
+    }
+    let lsn = lsn.ok_or("the server at source.url is a standby now")?;
+    answer.bytes = Some(u64::from(lsn).saturating_sub(question.end_lsn.into()));
+    if question.count {
+        let counted = count(&client, question).await?;
+        answer.transactions = Some(counted.transactions);
+        answer.at_least = counted.changes >= CHANGES_MAX as u64;
+    }
+    Ok(())
+}
+
+async fn identity(client: &Client) -> Result<(String, Option<PgLsn>), PgError> {
+    let row = client
+        .query_one(
+            "SELECT system_identifier::text,
+                    CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_lsn() END
+               FROM pg_control_system()",
+            &[],
+        )
+        .await?;
+    Ok((row.get(0), row.get(1)))
+}
+
+/// Waits for the slot, then counts what it still holds.
+async fn count(client: &Client, question: &Question<'_>) -> Result<Counter, String> {
+    let deadline = Instant::now() + SLOT_FREE_WITHIN;
+    loop {
+        let slot = client
+            .query_opt(
+                "SELECT active_pid, wal_status, confirmed_flush_lsn FROM pg_replication_slots
+                  WHERE slot_name = $1",
+                &[&question.stream.as_str()],
+            )
+            .await
+            .map_err(|error| chain(&PgError::from(error)))?
+            .ok_or("the source has no slot of this stream")?;
+        if slot.get::<_, Option<&str>>(1) == Some("lost") {
+            return Err("the source has removed WAL the slot needs".to_owned());
+        }
+        if slot
+            .get::<_, Option<PgLsn>>(2)
+            .is_some_and(|lsn| lsn > question.end_lsn)
+        {
+            return Err(
+                "the slot was created anew and begins after the last applied transaction"
+                    .to_owned(),
+            );
+        }
+        let Some(pid) = slot.get::<_, Option<i32>>(0) else {
+            break;
+        };
+        if Instant::now() >= deadline {
+            return Err(format!(
+                "an agent still holds the slot (pid {pid} on the source)"
+            ));
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+    let name = question.stream.as_str();
+    let parameters: [&(dyn ToSql + Sync); 3] = [&name, &CHANGES_MAX, &name];
+    let rows = client
+        .query_raw(
+            "SELECT data FROM pg_logical_slot_peek_binary_changes(
+                 $1, NULL, $2, 'proto_version', '1', 'publication_names', $3)",
+            parameters,
+        )
+        .await
+        .map_err(|error| chain(&PgError::from(error)))?;
+    pin_mut!(rows);
+    let mut counter = Counter::new(question.end_lsn);
+    while let Some(row) = rows
+        .try_next()
+        .await
+        .map_err(|error| chain(&PgError::from(error)))?
+    {
+        let data: &[u8] = row.get(0);
+        counter
+            .add(&Bytes::copy_from_slice(data))
+            .map_err(|error| chain(&error))?;
+    }
+    Ok(counter)
+}
+
+/// Counts transactions that changed a table of the users and were not applied. Pure.
+#[derive(Debug)]
+struct Counter {
+    end_lsn: PgLsn,
+    /// Relation to whether it is the users' own, and not one of our in-band tables.
+    relations: HashMap<u32, bool>,
+    changed: bool,
+    transactions: u64,
+    changes: u64,
+}
+
+impl Counter {
+    fn new(end_lsn: PgLsn) -> Self {
+        Self {
+            end_lsn,
+            relations: HashMap::new(),
+            changed: false,
+            transactions: 0,
+            changes: 0,
+        }
+    }
+
+    fn add(&mut self, data: &Bytes) -> Result<(), DecodeError> {
+        self.changes += 1;
+        match pgoutput::decode(data, false)? {
+            Message::Begin(_) => self.changed = false,
+            Message::Relation(relation) => {
+                self.relations
+                    .insert(relation.id, relation.schema != "dr_agent");
+            }
+            Message::Insert { relation, .. }
+            | Message::Update { relation, .. }
+            | Message::Delete { relation, .. } => self.touch(relation),
+            Message::Truncate { relations, .. } => {
+                for relation in relations {
+                    self.touch(relation);
+                }
+            }
+            Message::Commit(commit) => {
+                // Transactions the replica has and the slot was not told of yet come first.
+                if self.changed && commit.end_lsn > self.end_lsn {
+                    self.transactions += 1;
+                }
+                self.changed = false;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn touch(&mut self, relation: u32) {
+        // A relation that was never described cannot be ours: count it, rather too much than too little.
+        self.changed |= self.relations.get(&relation).copied().unwrap_or(true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn begin() -> Bytes {
+        let mut out = vec![b'B'];
+        out.extend(0u64.to_be_bytes());
+        out.extend(0i64.to_be_bytes());
+        out.extend(7u32.to_be_bytes());
+        out.into()
+    }
+
+    fn commit(end_lsn: u64) -> Bytes {
+        let mut out = vec![b'C', 0];
+        out.extend((end_lsn - 8).to_be_bytes());
+        out.extend(end_lsn.to_be_bytes());
+        out.extend(0i64.to_be_bytes());
+        out.into()
+    }
+
+    fn relation(id: u32, schema: &str) -> Bytes {
+        let mut out = vec![b'R'];
+        out.extend(id.to_be_bytes());
+        out.extend(schema.as_bytes());
+        out.extend(b"\0t\0d");
+        out.extend(1u16.to_be_bytes());
+        out.push(1);
+        out.extend(b"id\0");
+        out.extend(23u32.to_be_bytes());
+        out.extend((-1i32).to_be_bytes());
+        out.into()
+    }
+
+    fn insert(id: u32) -> Bytes {
+        let mut out = vec![b'I'];
+        out.extend(id.to_be_bytes());
+        out.extend(b"N\0\x01t\0\0\0\x011");
+        out.into()
+    }
+
+    fn truncate(ids: &[u32]) -> Bytes {
+        let mut out = vec![b'T'];
+        out.extend(u32::try_from(ids.len()).unwrap().to_be_bytes());
+        out.push(0);
+        for id in ids {
+            out.extend(id.to_be_bytes());
+        }
+        out.into()
+    }
+
+    fn counted(end_lsn: u64, messages: &[Bytes]) -> u64 {
+        let mut counter = Counter::new(PgLsn::from(end_lsn));
+        for message in messages {
+            counter.add(message).unwrap();
+        }
+        counter.transactions
+    }
+
+    #[test]
+    fn only_transactions_beyond_the_applied_end_are_lost() {
+        let messages = [
+            begin(),
+            relation(1, "public"),
+            insert(1),
+            commit(100),
+            begin(),
+            insert(1),
+            insert(1),
+            commit(200),
+            begin(),
+            truncate(&[1]),
+            commit(300),
+        ];
+        assert_eq!(counted(0, &messages), 3);
+        assert_eq!(counted(100, &messages), 2);
+        assert_eq!(counted(200, &messages), 1);
+        assert_eq!(counted(300, &messages), 0);
+    }
+
+    #[test]
+    fn heartbeats_are_no_loss_but_a_truncate_that_also_names_a_user_table_is() {
+        let messages = [
+            begin(),
+            relation(1, "dr_agent"),
+            insert(1),
+            commit(100),
+            begin(),
+            relation(2, "public"),
+            truncate(&[1, 2]),
+            commit(200),
+            begin(),
+            insert(1),
+            commit(300),
+            begin(),
+            commit(400),
+        ];
+        assert_eq!(counted(0, &messages), 1);
+    }
+
+    #[test]
+    fn a_transaction_cut_off_before_its_commit_is_not_counted() {
+        assert_eq!(counted(0, &[begin(), relation(1, "public"), insert(1)]), 0);
+    }
+
+    #[test]
+    fn seconds_are_never_negative_and_have_three_decimals() {
+        assert_eq!(seconds_lost(-5.0).to_bits(), 0.0f64.to_bits());
+        assert_eq!(seconds_lost(1.23456).to_bits(), 1.235f64.to_bits());
+    }
+}

@@ -1,0 +1,170 @@
+//! Promotion: the replica becomes the primary, killed or repeated as often as it takes.
+//!
+//! ```text
+//! observe ──Observed──▶ plan ● ──Plan──▶ (refused: exit 4, nothing touched)
+//!                                  └────▶ execute: walk state ● per database, all at once
+//!                                            └─ all open ─▶ hooks ─▶ report
+//! ```
+//!
+//! The source is never needed: it is usually dead. Where it still answers it is asked, within
+//! seconds, how much was lost.
+//!
+//! # Invariants
+//! - Databases are refused together, before the first of them is touched.
+//! - Hooks run only once every database is open, so that no user is led to half a server.
+//! - Never imports `pipeline`: a promotion shares nothing with a running agent but the replica.
+
+pub mod execute;
+mod fence;
+pub mod hooks;
+pub mod loss;
+pub mod observe;
+pub mod plan;
+pub mod report;
+pub mod sequences;
+mod settle;
+pub mod state;
+mod steps;
+
+use crate::error::{Class, Classify};
+use crate::pg::PgError;
+
+/// What the operator asked for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Print what would be done and touch nothing.
+    pub plan: bool,
+    /// Promote although the initial copy is not complete.
+    pub accept_incomplete: bool,
+}
+
+/// Why a promotion did not get further. The state reached stays stored: the command is repeated.
+#[derive(Debug, thiserror::Error)]
+pub enum PromoteError {
+    /// The replica could not do something.
+    #[error("{doing}")]
+    Replica {
+        /// Verb and object.
+        doing: &'static str,
+        /// Why.
+        #[source]
+        source: PgError,
+    },
+    /// No database of the replica has a progress row of ours.
+    #[error("no database of the replica is replicated under the slot name \"{slot}\"")]
+    NothingToPromote {
+        /// `source.slot`.
+        slot: String,
+    },
+    /// The server behind `replica.url` cannot be written to at all.
+    #[error("the server behind replica.url is itself a physical standby")]
+    InRecovery,
+    /// Another `promote` is at work on this database.
+    #[error("another promotion of stream {stream} is running")]
+    Busy {
+        /// The stream.
+        stream: String,
+    },
+    /// The row of the stream vanished between two steps.
+    #[error("{table} has no row for stream {stream} at term {term}")]
+    RowGone {
+        /// `dr_agent.progress` or `dr_agent.promotion`.
+        table: &'static str,
+        /// The stream.
+        stream: String,
+        /// The term expected.
+        term: i64,
+    },
+    /// Stored by a newer version, or by hand.
+    #[error("dr_agent.promotion of stream {stream} cannot be read: {reason}")]
+    Stored {
+        /// The stream.
+        stream: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Something keeps the progress row locked and cannot be ended.
+    #[error("the progress row of stream {stream} stays locked by {by}")]
+    FenceBlocked {
+        /// The stream.
+        stream: String,
+        /// Process ids, or prepared transactions.
+        by: String,
+    },
+    /// Sessions of older agents do not end.
+    #[error("sessions of older agents of stream {stream} do not end: pid {pids}")]
+    SessionsRemain {
+        /// The stream.
+        stream: String,
+        /// Process ids on the replica.
+        pids: String,
+    },
+    /// The guard is lifted and still a new session cannot write.
+    #[error(
+        "new sessions of database {database} still find default_transaction_read_only = on, set by {set_by}"
+    )]
+    StillReadOnly {
+        /// The database.
+        database: String,
+        /// `pg_settings.source`, such as `configuration file`.
+        set_by: String,
+    },
+    /// The report could not be written where a hook can read it.
+    #[error("write the report for the hooks")]
+    ReportFile(#[source] std::io::Error),
+}
+
+impl Classify for PromoteError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Replica { source, .. } => source.class(),
+            Self::Busy { .. } | Self::FenceBlocked { .. } | Self::SessionsRemain { .. } => {
+                Class::Transient
+            }
+            Self::NothingToPromote { .. }
+            | Self::InRecovery
+            | Self::RowGone { .. }
+            | Self::Stored { .. }
+            | Self::StillReadOnly { .. }
+            | Self::ReportFile(_) => Class::Definite,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Replica { source, .. } => return source.hint(),
+            Self::NothingToPromote { .. } => {
+                "check replica.url, source.slot and source.databases: is this the replica, and has `dr-agent run` ever started?"
+            }
+            Self::InRecovery => "point replica.url at its primary",
+            Self::Busy { .. } => "wait for it, or end its session (application_name dr_agent:promote:…) and repeat",
+            Self::RowGone { .. } => "somebody changed schema dr_agent by hand; nothing more was done",
+            Self::Stored { .. } => {
+                "if the replica was set up anew after an earlier promotion, delete the row; otherwise use the version that wrote it"
+            }
+            Self::FenceBlocked { .. } | Self::SessionsRemain { .. } => {
+                "end these sessions on the replica as a superuser (pg_terminate_backend), then run the same command again"
+            }
+            Self::StillReadOnly { .. } => {
+                "remove that setting (ALTER SYSTEM RESET, ALTER ROLE … RESET or the configuration file), then run the same command again"
+            }
+            Self::ReportFile(_) => "make room in the directory for temporary files, then run the same command again",
+        }
+        .to_owned())
+    }
+}
+
+/// Adds what was being done to a failure of the replica.
+pub(crate) trait Doing<T> {
+    /// `doing` is a verb and its object.
+    fn doing(self, doing: &'static str) -> Result<T, PromoteError>;
+}
+
+impl<T, E: Into<PgError>> Doing<T> for Result<T, E> {
+    fn doing(self, doing: &'static str) -> Result<T, PromoteError> {
+        self.map_err(|error| PromoteError::Replica {
+            doing,
+            source: error.into(),
+        })
+    }
+}

@@ -1,0 +1,291 @@
+//! Reads what a promotion must know, and `status` shows: progress, initial copy, promotion.
+//!
+//! First step of every promotion and the whole of `--plan`. Only the replica is asked.
+//!
+//! # Invariants
+//! - Touches nothing: every session starts with `default_transaction_read_only = on`.
+//!
+//! # What it does not do
+//! It judges nothing: see [`super::plan`].
+
+use tokio_postgres::Client;
+
+use super::report::{DatabaseReport, Report};
+use super::state::State;
+use super::{Doing, PromoteError};
+use crate::config::{Config, Databases};
+use crate::pg::{self, PgLsn, Session};
+use crate::stream::{APPLICATION_PREFIX, StreamName};
+use crate::{catalog, config};
+
+/// The row of `dr_agent.progress`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    /// Fencing token.
+    pub term: i64,
+    /// Number of the last applied batch.
+    pub batch: i64,
+    /// First byte after the last applied transaction.
+    pub end_lsn: PgLsn,
+    /// Its commit time on the source's clock, RFC 3339.
+    pub commit_time: Option<String>,
+    /// Seconds from then until now, source's clock against replica's.
+    pub commit_age_seconds: Option<f64>,
+    /// Seconds since anything was applied, both on the replica's clock.
+    pub applied_age_seconds: f64,
+}
+
+/// What `dr_agent.table_sync` says of the initial copy.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TableSync {
+    /// Tables known.
+    pub total: i64,
+    /// Tables not `ready`.
+    pub not_ready: i64,
+    /// The first few of them, as `schema.table (state)`.
+    pub examples: Vec<String>,
+    /// The newest snapshot: before it, tables are of different moments.
+    pub newest_snapshot: Option<PgLsn>,
+}
+
+/// The row of `dr_agent.promotion`.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    /// The state reached.
+    pub state: State,
+    /// The term this promotion raised to.
+    pub term: i64,
+    /// This database's part of the report.
+    pub database: DatabaseReport,
+    /// The whole report, once the hooks have run.
+    pub report: Option<Report>,
+    /// When the command was first started.
+    pub started_at: String,
+    /// Overrides given when the term was raised.
+    pub overrides: Vec<String>,
+}
+
+/// One replicated database.
+#[derive(Clone, Debug)]
+pub struct Database {
+    /// Its name.
+    pub name: String,
+    /// Its stream.
+    pub stream: StreamName,
+    /// How far it is.
+    pub progress: Progress,
+    /// Its initial copy.
+    pub table_sync: TableSync,
+    /// A promotion begun or finished.
+    pub promotion: Option<Stored>,
+    /// Sequences of users in it.
+    pub sequences: i64,
+    /// Sessions of agents connected to it.
+    pub agent_sessions: i64,
+    /// Prepared transactions of agents.
+    pub prepared: i64,
+}
+
+impl Database {
+    /// The state a promotion would go on from.
+    pub fn state(&self) -> State {
+        self.promotion
+            .as_ref()
+            .map_or(State::Standby, |stored| stored.state)
+    }
+}
+
+/// Everything observed.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// Replicated databases, in name order.
+    pub databases: Vec<Database>,
+    /// Databases named in `source.databases` that the replica does not have, or not as a replica.
+    pub missing: Vec<String>,
+}
+
+/// Looks at every database of the stream set.
+pub async fn observe(config: &Config, role: &str) -> Result<Observed, PromoteError> {
+    let (names, listed) = match &config.source.databases {
+        Databases::List(names) => (names.clone(), true),
+        Databases::All => {
+            let session = reading(&format!("{APPLICATION_PREFIX}{role}"));
+            let client = pg::connect(&config.replica.conninfo, &session)
+                .await
+                .doing("connect to the replica")?;
+            (
+                catalog::databases(&client)
+                    .await
+                    .doing("list the replica's databases")?,
+                false,
+            )
+        }
+    };
+    let mut observed = Observed::default();
+    for name in names {
+        match database(config, &name, role).await? {
+            Some(database) => observed.databases.push(database),
+            None if listed => observed.missing.push(name),
+            // With "*" a database without our progress row is simply not replicated.
+            None => {}
+        }
+    }
+    observed.databases.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(observed)
+}
+
+fn reading(application_name: &str) -> Session {
+    Session::new(application_name)
+        .set("default_transaction_read_only", "on")
+        .set("statement_timeout", "10s")
+        .set("search_path", "pg_catalog")
+}
+
+/// One database; `None` where it does not exist or is not replicated under our stream name.
+async fn database(
+    config: &config::Config,
+    name: &str,
+    role: &str,
+) -> Result<Option<Database>, PromoteError> {
+    let stream = config.stream(name);
+    let session = reading(&stream.application_name(role));
+    let client = match pg::connect(&config.replica.conninfo.with_dbname(name), &session).await {
+        Ok(client) => client,
+        // invalid_catalog_name: no such database.
+        Err(error) if error.sqlstate() == Some("3D000") => return Ok(None),
+        Err(error) => return Err(error).doing("connect to the replica"),
+    };
+    let here: bool = client
+        .query_one(
+            "SELECT count(*) = 3 FROM (VALUES ('progress'), ('table_sync'), ('promotion')) AS t (name)
+              WHERE to_regclass('dr_agent.' || t.name) IS NOT NULL",
+            &[],
+        )
+        .await
+        .doing("look for schema dr_agent on the replica")?
+        .get(0);
+    if !here {
+        return Ok(None);
+    }
+    let in_recovery: bool = client
+        .query_one("SELECT pg_is_in_recovery()", &[])
+        .await
+        .doing("ask whether the replica is a standby")?
+        .get(0);
+    if in_recovery {
+        return Err(PromoteError::InRecovery);
+    }
+    let Some(progress) = progress(&client, &stream).await? else {
+        return Ok(None);
+    };
+    let counts = client
+        .query_one(
+            "SELECT (SELECT count(*) FROM pg_sequence s JOIN pg_class c ON c.oid = s.seqrelid
+                      WHERE c.relpersistence <> 't' AND c.relnamespace <> 'dr_agent'::regnamespace),
+                    (SELECT count(*) FROM pg_stat_activity
+                      WHERE datname = current_database() AND application_name = ANY ($1)),
+                    (SELECT count(*) FROM pg_prepared_xacts
+                      WHERE database = current_database() AND starts_with(gid, $2))",
+            &[
+                &agent_application_names(&stream),
+                &format!("{APPLICATION_PREFIX}{stream}:"),
+            ],
+        )
+        .await
+        .doing("count sequences and sessions")?;
+    Ok(Some(Database {
+        name: name.to_owned(),
+        table_sync: table_sync(&client, &stream).await?,
+        promotion: promotion(&client, &stream).await?,
+        progress,
+        stream,
+        sequences: counts.get(0),
+        agent_sessions: counts.get(1),
+        prepared: counts.get(2),
+    }))
+}
+
+/// The names of the sessions by which an agent writes to the replica.
+pub fn agent_application_names(stream: &StreamName) -> Vec<String> {
+    ["apply", "copy", "setup"]
+        .map(|role| stream.application_name(role))
+        .to_vec()
+}
+
+/// The progress row of a stream.
+pub async fn progress(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<Option<Progress>, PromoteError> {
+    const SQL: &str = "
+        SELECT term, batch, end_lsn,
+               to_char(commit_time AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
+               extract(epoch FROM clock_timestamp() - commit_time)::float8,
+               extract(epoch FROM clock_timestamp() - applied_at)::float8
+          FROM dr_agent.progress WHERE stream = $1";
+    let row = client
+        .query_opt(SQL, &[&stream.as_str()])
+        .await
+        .doing("read dr_agent.progress")?;
+    Ok(row.map(|row| Progress {
+        term: row.get(0),
+        batch: row.get(1),
+        end_lsn: row.get(2),
+        commit_time: row.get(3),
+        commit_age_seconds: row.get(4),
+        applied_age_seconds: row.get(5),
+    }))
+}
+
+async fn table_sync(client: &Client, stream: &StreamName) -> Result<TableSync, PromoteError> {
+    const SQL: &str = "
+        SELECT count(*), count(*) FILTER (WHERE state <> 'ready'), max(snapshot_lsn),
+               (array_agg(table_schema || '.' || table_name || ' (' || state || ')'
+                          ORDER BY table_schema, table_name)
+                FILTER (WHERE state <> 'ready'))[1:5]
+          FROM dr_agent.table_sync WHERE stream = $1";
+    let row = client
+        .query_one(SQL, &[&stream.as_str()])
+        .await
+        .doing("read dr_agent.table_sync")?;
+    Ok(TableSync {
+        total: row.get(0),
+        not_ready: row.get(1),
+        newest_snapshot: row.get(2),
+        examples: row.get::<_, Option<Vec<String>>>(3).unwrap_or_default(),
+    })
+}
+
+/// The promotion row of a stream.
+pub async fn promotion(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<Option<Stored>, PromoteError> {
+    let row = client
+        .query_opt(
+            "SELECT state, term, detail::text FROM dr_agent.promotion WHERE stream = $1",
+            &[&stream.as_str()],
+        )
+        .await
+        .doing("read dr_agent.promotion")?;
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    let unreadable = |reason: String| PromoteError::Stored {
+        stream: stream.to_string(),
+        reason,
+    };
+    let name: &str = row.get(0);
+    let state =
+        State::parse(name).ok_or_else(|| unreadable(format!("unknown state \"{name}\"")))?;
+    let detail: super::steps::Detail =
+        serde_json::from_str(row.get(2)).map_err(|error| unreadable(format!("detail: {error}")))?;
+    Ok(Some(Stored {
+        state,
+        term: row.get(1),
+        database: detail.database,
+        report: detail.report,
+        started_at: detail.started_at,
+        overrides: detail.overrides,
+    }))
+}

@@ -1,0 +1,345 @@
+//! Decides from what was observed whether a promotion may begin, and what remains to be done.
+//!
+//! Pure. The same plan is printed by `--plan` and obeyed by [`super::execute`].
+//!
+//! # Invariants
+//! - A replica that does not equal the source as of one commit LSN is not promoted unless the
+//!   operator says so, and then the report says that he did.
+//! - A promotion that has raised the term is never refused: there is no way back, only onwards.
+
+use std::fmt;
+
+use super::Options;
+use super::observe::{Database, Observed};
+use super::state::{self, Edge, State};
+use crate::pg::PgLsn;
+
+/// A promise that the promotion would break.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// A configured database is not replicated at all.
+    Missing {
+        /// Its name.
+        database: String,
+    },
+    /// The initial copy has not begun.
+    NotCopied {
+        /// The database.
+        database: String,
+    },
+    /// Tables are not copied yet.
+    TablesNotReady {
+        /// The database.
+        database: String,
+        /// How many.
+        count: i64,
+        /// The first few.
+        examples: Vec<String>,
+    },
+    /// Tables were copied at different moments and the stream has not passed the newest.
+    BeforeSnapshot {
+        /// The database.
+        database: String,
+        /// Where the stream is.
+        end_lsn: PgLsn,
+        /// Where it must be.
+        snapshot_lsn: PgLsn,
+    },
+    /// The stored promotion is not of this replica's present life. Cannot be overridden.
+    OtherTerm {
+        /// The database.
+        database: String,
+        /// Of the promotion row.
+        promotion: i64,
+        /// Of the progress row.
+        progress: i64,
+    },
+}
+
+impl Refusal {
+    /// Whether `--accept-incomplete` covers it.
+    pub fn can_be_overridden(&self) -> bool {
+        !matches!(self, Self::OtherTerm { .. })
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing { database } => write!(
+                f,
+                "{database}: named in source.databases, but the replica has no progress of it"
+            ),
+            Self::NotCopied { database } => write!(f, "{database}: the initial copy has not begun"),
+            Self::TablesNotReady {
+                database,
+                count,
+                examples,
+            } => {
+                let more = if *count > examples.len() as i64 {
+                    ", …"
+                } else {
+                    ""
+                };
+                write!(
+                    f,
+                    "{database}: the initial copy of {count} tables is not complete: {}{more}",
+                    examples.join(", ")
+                )
+            }
+            Self::BeforeSnapshot {
+                database,
+                end_lsn,
+                snapshot_lsn,
+            } => write!(
+                f,
+                "{database}: applied up to {end_lsn}, but a table was copied at {snapshot_lsn}: tables are of different moments"
+            ),
+            Self::OtherTerm {
+                database,
+                promotion,
+                progress,
+            } => write!(
+                f,
+                "{database}: dr_agent.promotion is of term {promotion}, dr_agent.progress of term {progress}; \
+                 if the replica was set up anew, delete the row of dr_agent.promotion"
+            ),
+        }
+    }
+}
+
+/// What remains to be done for one database.
+#[derive(Clone, Debug)]
+pub struct DatabasePlan {
+    /// Its name.
+    pub database: String,
+    /// Where it stands.
+    pub state: State,
+    /// The edges to go.
+    pub steps: &'static [Edge],
+}
+
+/// The plan.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Per database, in name order.
+    pub databases: Vec<DatabasePlan>,
+    /// Promises that would be broken and are not overridden; with one of these nothing is touched.
+    pub refusals: Vec<Refusal>,
+    /// Promises that are broken because the operator said so.
+    pub overridden: Vec<Refusal>,
+}
+
+impl Plan {
+    /// Whether every database has been promoted and the report stored.
+    pub fn is_done(&self) -> bool {
+        self.databases
+            .iter()
+            .all(|database| database.steps.is_empty())
+    }
+}
+
+/// Makes the plan.
+pub fn plan(observed: &Observed, options: Options) -> Plan {
+    // Once one term is raised, leaving the rest behind would be half a promotion: what the operator
+    // accepted or not was settled then.
+    let begun = observed
+        .databases
+        .iter()
+        .any(|database| database.state().is_fenced());
+    let mut found: Vec<Refusal> = observed.databases.iter().flat_map(refusals).collect();
+    if !begun {
+        let missing = observed.missing.iter().cloned();
+        found.extend(missing.map(|database| Refusal::Missing { database }));
+    }
+    let (overridden, refusals) = found
+        .into_iter()
+        .partition(|refusal| options.accept_incomplete && refusal.can_be_overridden());
+    Plan {
+        databases: observed
+            .databases
+            .iter()
+            .map(|database| DatabasePlan {
+                database: database.name.clone(),
+                state: database.state(),
+                steps: state::remaining(database.state()),
+            })
+            .collect(),
+        refusals,
+        overridden,
+    }
+}
+
+fn refusals(database: &Database) -> Vec<Refusal> {
+    let name = || database.name.clone();
+    if let Some(stored) = &database.promotion {
+        if stored.term == database.progress.term {
+            return Vec::new();
+        }
+        return vec![Refusal::OtherTerm {
+            database: name(),
+            promotion: stored.term,
+            progress: database.progress.term,
+        }];
+    }
+    let sync = &database.table_sync;
+    // The in-band tables are copied like any other, so a copy that has begun has rows here.
+    if sync.total == 0 {
+        return vec![Refusal::NotCopied { database: name() }];
+    }
+    let mut found = Vec::new();
+    if sync.not_ready > 0 {
+        found.push(Refusal::TablesNotReady {
+            database: name(),
+            count: sync.not_ready,
+            examples: sync.examples.clone(),
+        });
+    }
+    if let Some(snapshot_lsn) = sync.newest_snapshot
+        && database.progress.end_lsn < snapshot_lsn
+    {
+        found.push(Refusal::BeforeSnapshot {
+            database: name(),
+            end_lsn: database.progress.end_lsn,
+            snapshot_lsn,
+        });
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::promote::observe::{Progress, Stored, TableSync};
+    use crate::promote::report::DatabaseReport;
+    use crate::stream::StreamName;
+
+    fn ready(name: &str) -> Database {
+        Database {
+            name: name.to_owned(),
+            stream: StreamName::new("dr_agent", name),
+            progress: Progress {
+                term: 1,
+                batch: 7,
+                end_lsn: PgLsn::from(1000),
+                commit_time: None,
+                commit_age_seconds: None,
+                applied_age_seconds: 0.0,
+            },
+            table_sync: TableSync {
+                total: 3,
+                newest_snapshot: Some(PgLsn::from(1000)),
+                ..TableSync::default()
+            },
+            promotion: None,
+            sequences: 0,
+            agent_sessions: 0,
+            prepared: 0,
+        }
+    }
+
+    fn promoted(name: &str, state: State, term: i64) -> Database {
+        let mut database = ready(name);
+        database.progress.term = 2;
+        database.promotion = Some(Stored {
+            state,
+            term,
+            database: DatabaseReport::default(),
+            report: None,
+            started_at: String::new(),
+            overrides: Vec::new(),
+        });
+        database
+    }
+
+    fn observed(databases: Vec<Database>) -> Observed {
+        Observed {
+            databases,
+            missing: Vec::new(),
+        }
+    }
+
+    const ACCEPT: Options = Options {
+        plan: false,
+        accept_incomplete: true,
+    };
+
+    #[test]
+    fn a_complete_replica_walks_the_whole_table() {
+        let plan = plan(&observed(vec![ready("app")]), Options::default());
+        assert!(plan.refusals.is_empty());
+        assert_eq!(plan.databases[0].steps.len(), state::EDGES.len());
+        assert!(!plan.is_done());
+    }
+
+    #[test]
+    fn one_incomplete_database_refuses_all_of_them() {
+        let mut half = ready("half");
+        half.table_sync.not_ready = 1;
+        half.table_sync.examples = vec!["public.t (copying)".to_owned()];
+        let plan = plan(&observed(vec![ready("app"), half]), Options::default());
+        assert_eq!(plan.refusals.len(), 1);
+        assert!(plan.refusals[0].to_string().contains("public.t (copying)"));
+    }
+
+    #[test]
+    fn tables_of_different_moments_are_refused() {
+        let mut behind = ready("app");
+        behind.progress.end_lsn = PgLsn::from(999);
+        let plan = plan(&observed(vec![behind]), Options::default());
+        assert!(matches!(
+            plan.refusals[..],
+            [Refusal::BeforeSnapshot { .. }]
+        ));
+    }
+
+    #[test]
+    fn a_progress_row_without_a_copy_and_a_missing_database_are_refused() {
+        let mut empty = ready("app");
+        empty.table_sync = TableSync::default();
+        let plan = plan(
+            &Observed {
+                databases: vec![empty],
+                missing: vec!["gone".to_owned()],
+            },
+            Options::default(),
+        );
+        assert!(matches!(
+            plan.refusals[..],
+            [Refusal::NotCopied { .. }, Refusal::Missing { .. }]
+        ));
+    }
+
+    #[test]
+    fn the_override_is_obeyed_and_recorded() {
+        let mut empty = ready("app");
+        empty.table_sync = TableSync::default();
+        let plan = plan(&observed(vec![empty]), ACCEPT);
+        assert!(plan.refusals.is_empty());
+        assert_eq!(plan.overridden.len(), 1);
+    }
+
+    #[test]
+    fn a_promotion_that_has_raised_the_term_is_not_refused_any_more() {
+        let mut fenced = promoted("app", State::Fenced, 2);
+        fenced.table_sync = TableSync::default();
+        let plan = plan(&observed(vec![fenced]), Options::default());
+        assert!(plan.refusals.is_empty());
+        assert_eq!(plan.databases[0].steps.len(), state::EDGES.len() - 1);
+    }
+
+    #[test]
+    fn a_finished_promotion_leaves_nothing_to_do() {
+        let plan = plan(
+            &observed(vec![promoted("app", State::Done, 2)]),
+            Options::default(),
+        );
+        assert!(plan.is_done() && plan.refusals.is_empty());
+    }
+
+    #[test]
+    fn a_promotion_of_another_life_of_the_replica_is_refused_whatever_is_accepted() {
+        let plan = plan(&observed(vec![promoted("app", State::Done, 9)]), ACCEPT);
+        assert!(matches!(plan.refusals[..], [Refusal::OtherTerm { .. }]));
+    }
+}

@@ -1,0 +1,360 @@
+//! The record of one database's promotion, and the steps that set sequences and open the database.
+//!
+//! # Invariants
+//! - The record is stored with `UPDATE … WHERE state = <the one before>`, so that a state can neither
+//!   be skipped nor stored by a promotion that lost its place.
+//! - The write that stores `opened` is the write probe: it goes through a new session that has
+//!   nothing of ours set but its name.
+
+use serde::{Deserialize, Serialize};
+use tokio_postgres::types::Oid;
+use tokio_postgres::{Client, Transaction};
+
+use super::report::{DatabaseReport, Report, StepReport};
+use super::sequences::{self, Facts};
+use super::state::State;
+use super::{Doing, PromoteError};
+use crate::catalog::{TableName, quote_ident};
+use crate::config::Config;
+use crate::pg::{self, PgError, Session};
+use crate::stream::{APPLICATION_PREFIX, StreamName};
+
+/// Sequences named in a warning; beyond it they are counted.
+const NAMED_MAX: usize = 5;
+
+/// `dr_agent.promotion.detail`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct Detail {
+    /// When the command was first started.
+    pub(super) started_at: String,
+    /// Overrides given then.
+    pub(super) overrides: Vec<String>,
+    /// This database's part of the report.
+    pub(super) database: DatabaseReport,
+    /// The whole report, once the hooks have run.
+    pub(super) report: Option<Report>,
+}
+
+/// The promotion of one database, as it is stored.
+#[derive(Clone, Debug)]
+pub(super) struct Record {
+    pub(super) name: String,
+    pub(super) stream: StreamName,
+    pub(super) state: State,
+    pub(super) detail: Detail,
+}
+
+impl Record {
+    pub(super) fn warn(&mut self, warning: String) {
+        tracing::warn!(database = self.name, warning);
+        let warnings = &mut self.detail.database.warnings;
+        if !warnings.contains(&warning) {
+            warnings.push(warning);
+        }
+    }
+
+    /// Notes a step that is done; the caller stores it.
+    pub(super) fn note(&mut self, state: State, seconds: f64, note: String) {
+        tracing::info!(database = self.name, %state, seconds, note, "promotion");
+        self.detail.database.state = state.to_string();
+        self.detail.database.steps.push(StepReport {
+            state: state.to_string(),
+            seconds: Some(super::loss::seconds_lost(seconds)),
+            note,
+        });
+    }
+
+    /// The first store, in the transaction that raises the term.
+    pub(super) async fn insert_fenced(&self, tx: &Transaction<'_>) -> Result<(), PgError> {
+        let mut detail = self.detail.clone();
+        detail.database.state = State::Fenced.to_string();
+        detail.database.steps.push(StepReport {
+            state: State::Fenced.to_string(),
+            seconds: None,
+            note: format!("term {}", detail.database.term),
+        });
+        tx.execute(
+            "INSERT INTO dr_agent.promotion (stream, term, mode, state, started_at, updated_at, detail)
+             VALUES ($1, $2, 'failover', $3, $4::text::timestamptz, clock_timestamp(), $5::text::jsonb)",
+            &[
+                &self.stream.as_str(),
+                &self.detail.database.term,
+                &State::Fenced.as_str(),
+                &self.detail.started_at,
+                &json(&detail),
+            ],
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Stores `state` over the present one; storing the present one again is allowed.
+    pub(super) async fn store(
+        &mut self,
+        client: &Client,
+        state: State,
+    ) -> Result<(), PromoteError> {
+        let term = self.detail.database.term;
+        let stored = client
+            .execute(
+                "UPDATE dr_agent.promotion
+                    SET state = $4, updated_at = clock_timestamp(), detail = $5::text::jsonb
+                  WHERE stream = $1 AND term = $2 AND state IN ($3, $4)",
+                &[
+                    &self.stream.as_str(),
+                    &term,
+                    &self.state.as_str(),
+                    &state.as_str(),
+                    &json(&self.detail),
+                ],
+            )
+            .await
+            .doing("store the state of the promotion")?;
+        if stored != 1 {
+            return Err(PromoteError::RowGone {
+                table: "dr_agent.promotion",
+                stream: self.stream.to_string(),
+                term,
+            });
+        }
+        self.state = state;
+        Ok(())
+    }
+}
+
+fn json(detail: &Detail) -> String {
+    serde_json::to_string(detail).expect("plain data with text keys always serializes")
+}
+
+struct Sequence {
+    oid: Oid,
+    name: TableName,
+    facts: Facts,
+    /// Columns it feeds.
+    columns: Vec<(TableName, String)>,
+}
+
+/// Sets every sequence ahead; returns what to note.
+pub(super) async fn set_sequences(
+    client: &Client,
+    record: &mut Record,
+) -> Result<String, PromoteError> {
+    let mut set = 0_u64;
+    let mut warnings = Vec::new();
+    for mut sequence in all_sequences(client).await? {
+        for (table, column) in &sequence.columns {
+            match furthest(client, table, column, sequence.facts.increment > 0).await {
+                Ok(value) => sequence.facts.column = further(&sequence.facts, value),
+                // Not worth the users' waiting, and not worth hiding either.
+                Err(error) => warnings.push(format!(
+                    "{}: {table}.{column} could not be read ({})",
+                    sequence.name,
+                    crate::error::chain(&error)
+                )),
+            }
+        }
+        let target = sequences::target(&sequence.facts);
+        if let Some(warning) = target.warning {
+            warnings.push(format!("{}: {warning}", sequence.name));
+        }
+        if let Some(value) = target.value {
+            client
+                .execute(
+                    "SELECT setval($1::oid::regclass, $2, true)",
+                    &[&sequence.oid, &value],
+                )
+                .await
+                .doing("set a sequence ahead")?;
+            set += 1;
+        }
+    }
+    let more = warnings.len().saturating_sub(NAMED_MAX);
+    for warning in warnings.into_iter().take(NAMED_MAX) {
+        record.warn(format!("sequence {warning}"));
+    }
+    if more > 0 {
+        record.warn(format!("{more} more sequences need a look"));
+    }
+    record.detail.database.sequences_set = set;
+    Ok(format!("{set} sequences set ahead"))
+}
+
+fn further(facts: &Facts, value: Option<i64>) -> Option<i64> {
+    match (facts.column, value) {
+        (Some(a), Some(b)) if facts.increment > 0 => Some(a.max(b)),
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    }
+}
+
+/// All sequences but temporary and our own, with the columns that own them (serial, identity) or
+/// use them as a default. Partitions are left out where their root is there.
+async fn all_sequences(client: &Client) -> Result<Vec<Sequence>, PromoteError> {
+    const SQL: &str = "
+        WITH used AS (
+            SELECT d.objid AS seq, d.refobjid AS rel, d.refobjsubid AS att
+              FROM pg_depend d
+             WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
+               AND d.deptype IN ('a', 'i') AND d.refobjsubid > 0
+            UNION
+            SELECT d.refobjid, a.adrelid, a.adnum
+              FROM pg_depend d JOIN pg_attrdef a ON a.oid = d.objid
+             WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_class'::regclass
+        )
+        SELECT c.oid, n.nspname, c.relname, s.seqincrement, s.seqmin, s.seqmax, s.seqstart, s.seqcache,
+               s.seqcycle, k.last_value, pg_sequence_last_value(c.oid),
+               coalesce(u.schemas, '{}'), coalesce(u.tables, '{}'), coalesce(u.columns, '{}')
+          FROM pg_sequence s
+          JOIN pg_class c ON c.oid = s.seqrelid
+          JOIN pg_namespace n ON n.oid = c.relnamespace
+          LEFT JOIN dr_agent.sequence_state k ON k.schema_name = n.nspname AND k.sequence_name = c.relname
+          LEFT JOIN LATERAL (
+               SELECT array_agg(tn.nspname::text) AS schemas, array_agg(t.relname::text) AS tables,
+                      array_agg(a.attname::text) AS columns
+                 FROM used
+                 JOIN pg_class t ON t.oid = used.rel AND t.relkind IN ('r', 'p')
+                 JOIN pg_namespace tn ON tn.oid = t.relnamespace
+                 JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = used.att AND NOT a.attisdropped
+                 JOIN pg_type y ON y.oid = a.atttypid
+                WHERE used.seq = c.oid
+                  AND coalesce(nullif(y.typbasetype, 0), y.oid) IN
+                      ('int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'numeric'::regtype)
+                  AND NOT (t.relispartition AND EXISTS (
+                      SELECT 1 FROM used root
+                       WHERE root.seq = used.seq AND root.rel = pg_partition_root(t.oid)))
+          ) u ON true
+         WHERE c.relpersistence <> 't' AND n.nspname <> 'dr_agent'
+         ORDER BY 2, 3";
+    let rows = client.query(SQL, &[]).await.doing("list sequences")?;
+    Ok(rows
+        .iter()
+        .map(|row| Sequence {
+            oid: row.get(0),
+            name: TableName {
+                schema: row.get(1),
+                name: row.get(2),
+            },
+            facts: Facts {
+                increment: row.get(3),
+                min: row.get(4),
+                max: row.get(5),
+                start: row.get(6),
+                cache: row.get(7),
+                cycle: row.get(8),
+                known: row.get(9),
+                here: row.get(10),
+                column: None,
+            },
+            columns: row
+                .get::<_, Vec<String>>(11)
+                .into_iter()
+                .zip(row.get::<_, Vec<String>>(12))
+                .zip(row.get::<_, Vec<String>>(13))
+                .map(|((schema, name), column)| (TableName { schema, name }, column))
+                .collect(),
+        })
+        .collect())
+}
+
+/// The largest (or smallest) value of a column. Quick where an index leads with the column, as keys
+/// have; the session's `statement_timeout` bounds the others.
+async fn furthest(
+    client: &Client,
+    table: &TableName,
+    column: &str,
+    ascending: bool,
+) -> Result<Option<i64>, PgError> {
+    let function = if ascending { "max" } else { "min" };
+    let sql = format!(
+        "SELECT trunc({function}({}))::bigint FROM {}",
+        quote_ident(column),
+        table.sql()
+    );
+    Ok(client.query_one(&sql, &[]).await?.get(0))
+}
+
+/// Lifts the guard, then stores `opened` by an ordinary write of a new session.
+pub(super) async fn open(
+    config: &Config,
+    client: &Client,
+    record: &mut Record,
+    now: impl FnOnce() -> String,
+) -> Result<(Client, String), PromoteError> {
+    let database = quote_ident(&record.name);
+    client
+        .batch_execute(&format!(
+            "ALTER DATABASE {database} RESET default_transaction_read_only"
+        ))
+        .await
+        .doing("lift the read-only guard")?;
+
+    let session = Session::new(record.stream.application_name("promote"));
+    let probe = pg::connect(&config.replica.conninfo.with_dbname(&record.name), &session)
+        .await
+        .doing("open a session like the users'")?;
+    let row = probe
+        .query_one(
+            "SELECT setting, source FROM pg_settings WHERE name = 'default_transaction_read_only'",
+            &[],
+        )
+        .await
+        .doing("read default_transaction_read_only")?;
+    if row.get::<_, &str>(0) != "off" {
+        return Err(PromoteError::StillReadOnly {
+            database: record.name.clone(),
+            set_by: row.get(1),
+        });
+    }
+    // The instant before the write: the write itself then proves it.
+    record.detail.database.writable_at = Some(now());
+    warn_of_read_only_roles(&probe, record).await?;
+    warn_of_old_sessions(client, record).await?;
+    Ok((
+        probe,
+        "writes are allowed; proven by storing this".to_owned(),
+    ))
+}
+
+/// A role may have the setting of its own, which no database setting lifts.
+async fn warn_of_read_only_roles(client: &Client, record: &mut Record) -> Result<(), PromoteError> {
+    let rows = client
+        .query(
+            "SELECT coalesce(r.rolname, 'every role') FROM pg_db_role_setting s
+               LEFT JOIN pg_roles r ON r.oid = s.setrole
+               LEFT JOIN pg_database d ON d.oid = s.setdatabase
+              WHERE (s.setdatabase = 0 OR d.datname = current_database())
+                AND 'default_transaction_read_only=on' = ANY (s.setconfig) ORDER BY 1",
+            &[],
+        )
+        .await
+        .doing("look for roles that are read-only")?;
+    for row in &rows {
+        let role: &str = row.get(0);
+        record.warn(format!(
+            "{role} still has default_transaction_read_only = on by ALTER ROLE; its sessions cannot write"
+        ));
+    }
+    Ok(())
+}
+
+/// Sessions keep the default they started with. They are not ended: a reader may be in the middle of something.
+async fn warn_of_old_sessions(client: &Client, record: &mut Record) -> Result<(), PromoteError> {
+    let count: i64 = client
+        .query_one(
+            "SELECT count(*) FROM pg_stat_activity
+              WHERE datname = current_database() AND backend_type = 'client backend'
+                AND NOT starts_with(coalesce(application_name, ''), $1)",
+            &[&APPLICATION_PREFIX],
+        )
+        .await
+        .doing("count older sessions")?
+        .get(0);
+    if count > 0 {
+        record.warn(format!(
+            "{count} sessions opened before the promotion still find default_transaction_read_only = on; \
+             reconnect them (poolers too)"
+        ));
+    }
+    Ok(())
+}
