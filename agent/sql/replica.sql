@@ -40,6 +40,17 @@ CREATE TABLE IF NOT EXISTS dr_agent.schema_sync (
     restored_at timestamptz NOT NULL DEFAULT now()
 );
 
+-- Foreign keys and partitions whose rows were copied at different snapshots: the statement succeeds
+-- once the stream has passed after_lsn and brought the rows that are missing.
+CREATE TABLE IF NOT EXISTS dr_agent.deferred (
+    place     bigint GENERATED ALWAYS AS IDENTITY,   -- they run in this order
+    stream    text NOT NULL,
+    what      text NOT NULL,
+    statement text NOT NULL,
+    after_lsn pg_lsn NOT NULL,
+    PRIMARY KEY (stream, what)
+);
+
 -- The state of a promotion, stored before the next step is tried, and its report.
 CREATE TABLE IF NOT EXISTS dr_agent.promotion (
     stream     text PRIMARY KEY,

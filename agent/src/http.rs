@@ -123,12 +123,12 @@ fn render(objectives: &Objectives, databases: &[DatabaseStatus]) -> String {
     for database in databases {
         let (class, verdict) = verdict(database);
         let lag = database.lag_seconds.map_or_else(|| "unknown".to_owned(), |lag| format!("{lag:.1} s"));
-        let bytes = database.lag_bytes.map_or_else(|| "unknown".to_owned(), bytes);
+        let behind = database.lag_bytes.map_or_else(|| "unknown".to_owned(), bytes);
         let retained = database.slot_retained_bytes.map_or_else(|| "unknown".to_owned(), bytes);
         let _ = write!(
             rows,
             "<tr><td>{}</td><td class=\"{class}\">{verdict}</td><td>{}</td><td class=n>{lag}</td>\
-             <td class=n>{bytes}</td><td class=n>{retained}</td><td><code>{}</code></td></tr>",
+             <td class=n>{behind}</td><td class=n>{retained}</td><td><code>{}</code></td></tr>",
             escape(&database.database),
             database.state.as_str(),
             escape(database.end_lsn.as_deref().unwrap_or("none")),

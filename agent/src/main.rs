@@ -1,3 +1,87 @@
-//! Skeleton.
+//! The `dr-agent` command. Two phases: arguments, configuration and logging first, synchronously, so that
+//! mistakes show at once; then the runtime.
 
-fn main() {}
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use dr_agent::cli::{Cli, Command, Shared};
+use dr_agent::cmd;
+use dr_agent::config::{Config, ConfigError};
+use dr_agent::error::{Classify, chain};
+use tracing_subscriber::EnvFilter;
+
+/// Exit code for a wrong command line or configuration; clap uses the same.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_logging(&cli.shared);
+    let config = match load(&cli.shared) {
+        Ok(config) => config,
+        Err(error) => {
+            failed(&error);
+            return ExitCode::from(USAGE);
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("dr-agent: start the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(Box::pin(run(cli.command, config)));
+    // Tasks that are still sleeping or blocked hold nothing that matters after the outcome is known.
+    runtime.shutdown_background();
+    outcome.unwrap_or_else(|error| {
+        eprintln!("dr-agent: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Tells people what failed and what to do.
+fn failed(error: &(impl Classify + 'static)) -> ExitCode {
+    eprintln!("dr-agent: {}", chain(error));
+    if let Some(hint) = error.hint() {
+        eprintln!("  hint: {hint}");
+    }
+    ExitCode::FAILURE
+}
+
+async fn run(command: Command, config: Config) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Check(args) => cmd::check::run(&config, args).await,
+        Command::Init(args) => Ok(match cmd::init::run(&config, &args).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(&error),
+        }),
+        Command::Run => cmd::run::run(config).await,
+        Command::Status(args) => Ok(cmd::status::run(config, args).await),
+        Command::Promote(args) => Ok(cmd::promote::run(config, args).await),
+    }
+}
+
+fn load(shared: &Shared) -> Result<Config, ConfigError> {
+    let origin = shared.config.display().to_string();
+    let text = std::fs::read_to_string(&shared.config).map_err(|error| ConfigError::Syntax {
+        origin: origin.clone(),
+        message: format!("cannot be read: {error}; name the file with --config or DR_AGENT_CONFIG"),
+    })?;
+    Config::parse(&origin, &text, std::env::vars())
+}
+
+/// Logs go to standard error; `RUST_LOG` chooses, `info` otherwise.
+fn start_logging(shared: &Shared) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    if shared.log_json {
+        builder.json().init();
+    } else {
+        builder.init();
+    }
+}

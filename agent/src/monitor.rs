@@ -21,7 +21,7 @@ use tokio_postgres::Client;
 
 use crate::config::Config;
 use crate::coverage::{self, Unprotected};
-use crate::pg::{self, ConnInfo, Host, PgError, PgLsn, Session, slot};
+use crate::pg::{self, ConnInfo, PgError, PgLsn, Session, slot};
 use crate::stream::StreamName;
 
 const SLOT_EVERY: Duration = Duration::from_secs(2);
@@ -150,9 +150,8 @@ async fn observe_wal(
 
 /// The directory whose disk fills up, where it is this host's and may be seen.
 async fn wal_disk(client: &Client, conninfo: &ConnInfo) -> Result<Option<PathBuf>, PgError> {
-    let is_local = conninfo.hosts().iter().all(|host| match host {
-        Host::Unix(_) => true,
-        Host::Tcp(name) => matches!(name.as_str(), "localhost" | "127.0.0.1" | "::1"),
+    let is_local = conninfo.hosts().iter().all(|host| {
+        host.is_unix() || matches!(host.name.as_str(), "localhost" | "127.0.0.1" | "::1")
     });
     if !is_local {
         return Ok(None);

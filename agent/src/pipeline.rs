@@ -50,6 +50,9 @@ const IN_FLIGHT_MAX: usize = 1;
 /// only bounds how many tiny ones.
 const QUEUE_TRANSACTIONS: usize = 16_384;
 
+/// The kind under which [`crate::coverage`] counts tables that nobody publishes yet.
+const UNPUBLISHED_TABLE: &str = "unpublished_table";
+
 /// How often lag is judged without news.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -238,7 +241,7 @@ impl Pipeline {
     async fn session(&mut self) -> Result<(), SessionError> {
         self.enter(State::Initializing);
         let observer = Observer { metrics: &self.metrics, status: &self.status };
-        let display = ProgressDisplay::new(&observer, &self.database);
+        let display = ProgressDisplay::new(&self.database, &observer);
         let prepared = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Ok(()),
@@ -558,7 +561,7 @@ impl Streaming<'_> {
         });
         let unpublished = unprotected
             .iter()
-            .find(|found| found.kind == crate::coverage::UNPUBLISHED_TABLE)
+            .find(|found| found.kind == UNPUBLISHED_TABLE)
             .map_or(0, |found| found.count);
         let before = *self.owned.unpublished_at_start.get_or_insert(unpublished);
         if unpublished > before {

@@ -4,9 +4,26 @@
 
 #![allow(
     clippy::unwrap_used,
-    clippy::expect_used,
-    missing_docs,
     reason = "these are tests: a panic is how they fail"
 )]
 
+mod bad_input;
+mod check;
+mod connection;
+mod copy;
+mod databases;
+mod disturbances;
+mod fencing;
 mod harness;
+mod init;
+mod large;
+mod observe;
+mod oracle;
+mod prefix;
+mod promote;
+mod schema;
+mod status;
+mod tls;
+mod types;
+mod values;
+mod walsender;

@@ -15,6 +15,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use dr_agent::catalog::{quote_ident, quote_literal};
 use dr_agent::stream::StreamName;
@@ -155,6 +156,16 @@ async fn difference(
 ///
 /// Needs a running agent: its heartbeat gives a quiet source the later commit that proves it.
 pub async fn wait_caught_up(source: &Client, replica: &Client, stream: &StreamName) {
+    wait_caught_up_within(PATIENCE, source, replica, stream).await;
+}
+
+/// The same, with another deadline.
+pub async fn wait_caught_up_within(
+    deadline: Duration,
+    source: &Client,
+    replica: &Client,
+    stream: &StreamName,
+) {
     let lsn = source
         .value("SELECT pg_current_wal_insert_lsn()")
         .await
@@ -164,7 +175,7 @@ pub async fn wait_caught_up(source: &Client, replica: &Client, stream: &StreamNa
         "SELECT end_lsn, end_lsn >= '{lsn}' FROM dr_agent.progress WHERE stream = {}",
         quote_literal(stream.as_str())
     );
-    wait_for(&what, PATIENCE, || async {
+    wait_for(&what, deadline, || async {
         let rows = replica.try_rows(&query).await?;
         let Some([end_lsn, reached]) = rows.first().and_then(|row| row.first_chunk()) else {
             return Err("no progress row".to_owned());

@@ -17,7 +17,6 @@
 //! test has its servers busy, and more than about one test per core only adds waiting.
 
 pub mod agent;
-pub mod agent_config;
 pub mod backup;
 pub mod binaries;
 pub mod client;

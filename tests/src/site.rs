@@ -16,8 +16,7 @@ use std::thread;
 
 use tokio::sync::Mutex;
 
-use crate::agent::{Agent, Running};
-use crate::agent_config::AgentConfig;
+use crate::agent::{Agent, AgentConfig, Running};
 use crate::client::Client;
 use crate::compare;
 use crate::server::{PgServer, ServerOptions};
@@ -134,6 +133,18 @@ impl Database {
     /// A session on the replica; the database must be there already.
     pub async fn replica(&self) -> Client {
         self.replica.client(&self.name).await
+    }
+
+    /// A session on the replica to which the read-only guard does not apply, as an administrator has it.
+    pub async fn writable_replica(&self) -> Client {
+        let client = self.replica().await;
+        client.run("SET default_transaction_read_only = off").await;
+        client
+    }
+
+    /// The URL of the database on the source.
+    pub fn source_url(&self) -> String {
+        self.source.url(&self.name)
     }
 
     /// The slot, publication and progress row.

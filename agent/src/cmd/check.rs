@@ -10,10 +10,19 @@ use anyhow::Context as _;
 use crate::check::{Report, Style, check, render};
 use crate::config::Config;
 
+/// Flags of `check`.
+#[derive(Clone, Copy, Debug, clap::Args)]
+#[command(after_help = "Exit codes: 0 no errors (warnings are fine); 1 at least one error.")]
+pub struct Args {
+    /// Print the findings as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Checks both sides and prints what was found.
-pub async fn run(config: &Config, json: bool) -> anyhow::Result<ExitCode> {
+pub async fn run(config: &Config, args: Args) -> anyhow::Result<ExitCode> {
     let report = Box::pin(check(config)).await;
-    print(&report, json).context("write the report")?;
+    print(&report, args.json).context("write the report")?;
     Ok(if report.errors == 0 {
         ExitCode::SUCCESS
     } else {

@@ -1,7 +1,9 @@
 //! One short file per subcommand: configuration and arguments in, text for people or programs and an
 //! exit code out.
 
+mod agent_status;
 pub mod check;
 pub mod init;
 pub mod promote;
 pub mod run;
+pub mod status;

@@ -14,10 +14,10 @@ use tokio_postgres::config::{SslMode, SslNegotiation};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 use tokio_postgres::{AsyncMessage, Client, Connection};
 
-use super::PgError;
 use super::conninfo::{self, ConnInfo, Host};
 use super::dial::{Start, dial};
 use super::stream::PgStream;
+use super::{PgError, tls};
 
 /// What a session is for: its `application_name` and the settings it starts with.
 #[derive(Clone, Debug)]
@@ -138,8 +138,12 @@ impl Ordinary<'_> {
         if error.as_db_error().is_some() {
             return error.into();
         }
-        let cause = std::error::Error::source(&error).map(ToString::to_string);
-        match cause.as_deref() {
+        let cause = std::error::Error::source(&error);
+        let io = cause.and_then(|cause| cause.downcast_ref::<io::Error>());
+        if let Some(refusal) = io.and_then(|cause| tls::refusal(host, cause)) {
+            return refusal;
+        }
+        match cause.map(ToString::to_string).as_deref() {
             Some("password missing") => password_missing(self.conninfo, host),
             Some("server did not use channel binding") => no_channel_binding(host),
             _ => error.into(),

@@ -15,7 +15,7 @@ use std::time::Duration;
 use super::conninfo::{ChannelBinding, ConnInfo, Host, SslMode, TargetSessionAttrs};
 use super::stream::{Address, PgStream, connect_error};
 use super::tls::Tls;
-use super::{PgError, password};
+use super::{PgError, password, tls};
 
 /// How one kind of session begins on an open stream.
 pub(super) trait Start {
@@ -52,7 +52,7 @@ where
     let wanted = conninfo.target_session_attrs;
     match Box::pin(try_hosts(conninfo, kind, wanted)).await {
         // No standby anywhere: a second round takes any server.
-        Err(_) if wanted == TargetSessionAttrs::PreferStandby => {
+        Err(error) if wanted == TargetSessionAttrs::PreferStandby && leads_to_next_host(&error) => {
             Box::pin(try_hosts(conninfo, kind, TargetSessionAttrs::Any)).await
         }
         outcome => outcome,
@@ -168,10 +168,20 @@ impl Attempt<'_> {
         S::Session: Send,
     {
         let encryptions = encryptions(self.conninfo.ssl_mode, self.host.is_unix());
-        let mut first_error = None;
-        for (index, &encryption) in encryptions.iter().enumerate() {
-            let session = self.start(kind, wanted, encryption);
-            let error = match limit(self.conninfo, self.host, Box::pin(session)).await {
+        // Before anything is tried: a certificate file that cannot be used is an error also where
+        // `sslmode` would be content without TLS.
+        let tls = match encryptions {
+            [Encryption::Plain] => None,
+            _ => Some(Tls::new(self.conninfo, self.host)?),
+        };
+        let mut refused: Option<PgError> = None;
+        for &encryption in encryptions {
+            let tls = match encryption {
+                Encryption::Plain => None,
+                Encryption::Tls { required } => tls.as_ref().map(|tls| (tls, required)),
+            };
+            let session = Box::pin(self.start(kind, wanted, tls));
+            let error = match limit(self.conninfo, self.host, session).await {
                 Ok(session) => return Ok(session),
                 Err(error) => error,
             };
@@ -181,29 +191,31 @@ impl Attempt<'_> {
                 PgError::Server(error) => error.sqlstate == "28000",
                 _ => false,
             };
-            if !other_may_do || index + 1 == encryptions.len() {
-                // The first refusal is the one that `sslmode` wished for; say that.
-                return Err(first_error.unwrap_or(error));
+            if refused.is_none() && other_may_do && encryptions.len() > 1 {
+                tracing::debug!(
+                    server = %self.host,
+                    sslmode = self.conninfo.ssl_mode.as_str(),
+                    error = %crate::error::chain(&error),
+                    "trying the other kind of encryption"
+                );
+                refused = Some(error);
+                continue;
             }
-            first_error = Some(error);
+            // The first refusal is of what `sslmode` wished for; that is the one to tell.
+            return Err(refused.unwrap_or(error));
         }
-        Err(first_error.unwrap_or(PgError::Closed))
+        Err(refused.unwrap_or(PgError::Closed))
     }
 
     async fn start<S: Start + Sync>(
         &self,
         kind: &S,
         wanted: TargetSessionAttrs,
-        encryption: Encryption,
+        tls: Option<(&Tls, bool)>,
     ) -> Result<S::Session, PgError>
     where
         S::Session: Send,
     {
-        let tls = match encryption {
-            Encryption::Plain => None,
-            Encryption::Tls { required } => Some((Tls::new(self.conninfo, self.host)?, required)),
-        };
-        let tls = tls.as_ref().map(|(tls, required)| (tls, *required));
         let stream = PgStream::open(self.host, &self.address, self.conninfo.keepalive, tls).await?;
         if self.conninfo.channel_binding == ChannelBinding::Require && !stream.is_tls() {
             return Err(PgError::Tls {
@@ -241,7 +253,9 @@ fn name_server(host: &Host, error: PgError) -> PgError {
                 "the server closed the connection during start-up",
             ),
         ),
-        PgError::Io(source) => connect_error(host, source),
+        PgError::Io(source) => {
+            tls::refusal(host, &source).unwrap_or_else(|| connect_error(host, source))
+        }
         other => other,
     }
 }

@@ -112,8 +112,16 @@ impl Classify for PgError {
     }
 
     fn hint(&self) -> Option<String> {
-        let Self::Server(error) = self else {
-            return None;
+        let error = match self {
+            Self::Server(error) => error,
+            Self::Connect { .. } => {
+                return Some(
+                    "the server is down, or a firewall, listen_addresses or the URL is in the way; \
+                     it is tried again"
+                        .to_owned(),
+                );
+            }
+            _ => return None,
         };
         let ours = match error.sqlstate.as_str() {
             "28P01" => {

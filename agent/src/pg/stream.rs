@@ -184,3 +184,45 @@ impl AsyncWrite for PgStream {
         inner!(self, stream => stream.poll_shutdown(cx))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[tokio::test]
+    async fn a_dead_peer_is_noticed_within_a_minute() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap())
+            .await
+            .unwrap();
+        prepare(&tcp, Keepalive::default()).unwrap();
+        let socket = SockRef::from(&tcp);
+        assert!(socket.keepalive().unwrap());
+        let idle = socket.tcp_keepalive_time().unwrap();
+        let probes =
+            socket.tcp_keepalive_interval().unwrap() * socket.tcp_keepalive_retries().unwrap();
+        assert_eq!(idle + probes, Duration::from_secs(60));
+        assert_eq!(
+            socket.tcp_user_timeout().unwrap(),
+            Some(Duration::from_secs(60))
+        );
+        assert!(tcp.nodelay().unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_url_may_leave_keepalives_to_the_kernel() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap())
+            .await
+            .unwrap();
+        let keepalive = Keepalive {
+            enabled: false,
+            user_timeout: Duration::ZERO,
+            ..Keepalive::default()
+        };
+        prepare(&tcp, keepalive).unwrap();
+        assert!(!SockRef::from(&tcp).keepalive().unwrap());
+        assert_eq!(SockRef::from(&tcp).tcp_user_timeout().unwrap(), None);
+    }
+}

@@ -16,7 +16,7 @@ use jiff::Timestamp;
 use tokio::time::{Instant, sleep};
 use tokio_postgres::Client;
 
-use super::observe::{self, Database, Observed};
+use super::observe::{self, DATABASES_AT_ONCE, Database, Observed};
 use super::plan::{Plan, Refusal, plan};
 use super::report::{DatabaseReport, Outcome, Report, StepReport};
 use super::state::{self, Action, Edge, State};
@@ -27,8 +27,6 @@ use crate::error::{Classify as _, chain};
 use crate::failpoint;
 use crate::pg::{self, PgLsn, Session};
 
-/// Databases worked on at the same time.
-const DATABASES_AT_ONCE: usize = 8;
 /// How long another promotion's lock is waited for: that of a killed one goes away by itself.
 const LOCK_WITHIN: Duration = Duration::from_secs(10);
 
@@ -40,28 +38,24 @@ pub async fn promote(
     started_at: Timestamp,
 ) -> Result<Report, PromoteError> {
     let observed = observe::observe(config, "promote").await?;
-    if observed.databases.is_empty() && observed.missing.is_empty() {
+    if observed.databases.is_empty() {
         return Err(PromoteError::NothingToPromote {
             slot: config.source.slot.clone(),
         });
     }
     let plan = plan(&observed, options);
-    if options.plan || !plan.refusals.is_empty() || observed.databases.is_empty() {
+    if options.plan || !plan.refusals.is_empty() {
         return Ok(planned(config, &observed, &plan, options, started_at).await);
     }
     if plan.is_done() {
         return finished(&observed);
     }
 
-    let overrides: Vec<String> = plan
-        .overridden
-        .iter()
-        .map(|refusal| format!("--accept-incomplete: {refusal}"))
-        .collect();
+    let accepted = plan.overridden.iter().map(Refusal::to_string).collect();
     let begun = Begun {
         config,
         started_at: started_at.to_string(),
-        overrides,
+        accepted,
     };
     let walks = observed
         .databases
@@ -82,7 +76,7 @@ pub async fn promote(
 struct Begun<'a> {
     config: &'a Config,
     started_at: String,
-    overrides: Vec<String>,
+    accepted: Vec<String>,
 }
 
 /// The report of a promotion that has ended before.
@@ -123,13 +117,13 @@ fn detail(begun: &Begun<'_>, database: &Database) -> Detail {
     match &database.promotion {
         Some(stored) => Detail {
             started_at: stored.started_at.clone(),
-            overrides: stored.overrides.clone(),
+            accepted: stored.accepted.clone(),
             database: stored.database.clone(),
             report: stored.report.clone(),
         },
         None => Detail {
             started_at: begun.started_at.clone(),
-            overrides: begun.overrides.clone(),
+            accepted: begun.accepted.clone(),
             database: DatabaseReport {
                 database: database.name.clone(),
                 stream: database.stream.to_string(),
@@ -152,14 +146,11 @@ async fn walk_edges(begun: &Begun<'_>, record: &mut Record) -> Result<(), Promot
     if let Some(stored) = observe::promotion(&client, &record.stream).await? {
         record.state = stored.state;
         record.detail.started_at = stored.started_at;
-        record.detail.overrides = stored.overrides;
+        record.detail.accepted = stored.accepted;
         record.detail.database = stored.database;
         record.detail.report = stored.report;
     }
-    while let Some(edge) = state::edge_from(record.state) {
-        if edge.action == Action::RunHooks {
-            break;
-        }
+    while let Some(edge) = state::own_edge_from(record.state) {
         tracing::info!(database = record.name, to = %edge.to, "{}", edge.reason);
         Box::pin(walk_edge(begun, &mut client, record, edge)).await?;
         failpoint::hit(&format!("promote:{}", edge.to));
@@ -279,8 +270,13 @@ async fn state_loss(
         count: true,
     })
     .await;
+    let note = match &answer.unknown {
+        None => "the source answered",
+        Some(_) if answer.alive => "the source answered, but not everything is known",
+        Some(_) => "the source did not answer",
+    };
     record.detail.database.take_answer(answer);
-    Ok(record.detail.database.loss_text())
+    Ok(note.to_owned())
 }
 
 /// Runs the hooks and stores the report with every database.
@@ -344,11 +340,11 @@ fn report(config: &Config, outcome: Outcome, records: &[Record]) -> Report {
         .iter()
         .map(|record| record.detail.database.clone())
         .collect();
-    for given in records.iter().flat_map(|record| &record.detail.overrides) {
-        if !report.overrides.contains(given) {
-            report.overrides.push(given.clone());
-        }
-    }
+    report.accept(
+        records
+            .iter()
+            .flat_map(|record| record.detail.accepted.clone()),
+    );
     let started = records
         .iter()
         .filter_map(|record| record.detail.started_at.parse::<Timestamp>().ok())
@@ -407,6 +403,7 @@ fn empty_report(config: &Config, outcome: Outcome) -> Report {
         rpo_objective_seconds: config.objectives.rpo.as_secs_f64(),
         rpo_met: None,
         overrides: Vec::new(),
+        accepted: Vec::new(),
         refusals: Vec::new(),
         databases: Vec::new(),
         hooks: Vec::new(),
@@ -430,11 +427,7 @@ async fn planned(
     let mut report = empty_report(config, outcome);
     report.started_at = now.to_string();
     report.refusals = plan.refusals.iter().map(Refusal::to_string).collect();
-    report.overrides = plan
-        .overridden
-        .iter()
-        .map(|refusal| format!("--accept-incomplete: {refusal}"))
-        .collect();
+    report.accept(plan.overridden.iter().map(Refusal::to_string));
     for (database, steps) in observed.databases.iter().zip(&plan.databases) {
         let mut entry = DatabaseReport {
             database: database.name.clone(),

@@ -61,10 +61,11 @@ pub(super) async fn raise_term(
         };
         match outcome {
             Ok(true) => {
-                return Ok(format!(
-                    "term {} since attempt {attempt}",
-                    record.detail.database.term
-                ));
+                let term = record.detail.database.term;
+                return Ok(match attempt {
+                    1 => format!("the term is {term} now"),
+                    _ => format!("the term is {term} now, after ending what held the progress row"),
+                });
             }
             Ok(false) => {
                 return Err(PromoteError::RowGone {

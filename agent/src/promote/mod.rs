@@ -132,7 +132,10 @@ impl Classify for PromoteError {
 
     fn hint(&self) -> Option<String> {
         Some(match self {
-            Self::Replica { source, .. } => return source.hint(),
+            Self::Replica { source, .. } => match source.hint() {
+                Some(hint) => return Some(hint),
+                None => "run the same command again: it goes on where it stopped",
+            },
             Self::NothingToPromote { .. } => {
                 "check replica.url, source.slot and source.databases: is this the replica, and has `dr-agent run` ever started?"
             }

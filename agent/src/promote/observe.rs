@@ -8,15 +8,21 @@
 //! # What it does not do
 //! It judges nothing: see [`super::plan`].
 
+use std::pin::pin;
+
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio_postgres::Client;
 
 use super::report::{DatabaseReport, Report};
 use super::state::State;
 use super::{Doing, PromoteError};
+use crate::catalog;
 use crate::config::{Config, Databases};
 use crate::pg::{self, PgLsn, Session};
 use crate::stream::{APPLICATION_PREFIX, StreamName};
-use crate::{catalog, config};
+
+/// Databases looked at, or worked on, at the same time.
+pub(super) const DATABASES_AT_ONCE: usize = 8;
 
 /// The row of `dr_agent.progress`.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,8 +67,8 @@ pub struct Stored {
     pub report: Option<Report>,
     /// When the command was first started.
     pub started_at: String,
-    /// Overrides given when the term was raised.
-    pub overrides: Vec<String>,
+    /// Promises that the operator accepted to break.
+    pub accepted: Vec<String>,
 }
 
 /// One replicated database.
@@ -122,8 +128,13 @@ pub async fn observe(config: &Config, role: &str) -> Result<Observed, PromoteErr
         }
     };
     let mut observed = Observed::default();
-    for name in names {
-        match database(config, &name, role).await? {
+    let looks = names.into_iter().map(|name| async move {
+        let found = Box::pin(database(config, &name, role)).await;
+        found.map(|found| (name, found))
+    });
+    let mut looks = pin!(stream::iter(looks).buffered(DATABASES_AT_ONCE));
+    while let Some((name, found)) = looks.try_next().await? {
+        match found {
             Some(database) => observed.databases.push(database),
             None if listed => observed.missing.push(name),
             // With "*" a database without our progress row is simply not replicated.
@@ -143,7 +154,7 @@ fn reading(application_name: &str) -> Session {
 
 /// One database; `None` where it does not exist or is not replicated under our stream name.
 async fn database(
-    config: &config::Config,
+    config: &Config,
     name: &str,
     role: &str,
 ) -> Result<Option<Database>, PromoteError> {
@@ -155,6 +166,11 @@ async fn database(
         Err(error) if error.sqlstate() == Some("3D000") => return Ok(None),
         Err(error) => return Err(error).doing("connect to the replica"),
     };
+    // One moment for all of it: another promotion may be at work.
+    client
+        .batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        .await
+        .doing("begin to read the replica")?;
     let here: bool = client
         .query_one(
             "SELECT count(*) = 3 FROM (VALUES ('progress'), ('table_sync'), ('promotion')) AS t (name)
@@ -286,6 +302,6 @@ pub async fn promotion(
         database: detail.database,
         report: detail.report,
         started_at: detail.started_at,
-        overrides: detail.overrides,
+        accepted: detail.accepted,
     }))
 }

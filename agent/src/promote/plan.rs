@@ -247,7 +247,7 @@ mod tests {
             database: DatabaseReport::default(),
             report: None,
             started_at: String::new(),
-            overrides: Vec::new(),
+            accepted: Vec::new(),
         });
         database
     }

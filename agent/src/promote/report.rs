@@ -55,8 +55,10 @@ pub struct Report {
     pub rpo_objective_seconds: f64,
     /// Whether the objective was met for every database; `null` where a loss is unknown.
     pub rpo_met: Option<bool>,
-    /// Every override that was given, such as `--accept-incomplete`.
+    /// Every override that had an effect, such as `--accept-incomplete`.
     pub overrides: Vec<String>,
+    /// The promises that are broken because of it.
+    pub accepted: Vec<String>,
     /// Why the promotion was, or would be, refused.
     pub refusals: Vec<String>,
     /// One entry per database, in name order.
@@ -145,6 +147,18 @@ pub struct HookReport {
 }
 
 impl Report {
+    /// Notes what was accepted, and the override by which it was.
+    pub fn accept(&mut self, accepted: impl IntoIterator<Item = String>) {
+        for promise in accepted {
+            if !self.accepted.contains(&promise) {
+                self.accepted.push(promise);
+            }
+        }
+        if !self.accepted.is_empty() {
+            self.overrides = vec!["--accept-incomplete".to_owned()];
+        }
+    }
+
     /// Works out what follows from the databases: RPO, RTO and whether the objectives were met.
     /// `rto_seconds` is given, since it needs two moments.
     pub fn judge(&mut self, rto_seconds: Option<f64>) {
@@ -198,8 +212,12 @@ impl Report {
         for refusal in &self.refusals {
             let _ = writeln!(out, "  refused: {refusal}");
         }
-        for given in &self.overrides {
-            let _ = writeln!(out, "  override: {given}");
+        for accepted in &self.accepted {
+            let _ = writeln!(
+                out,
+                "  accepted by {}: {accepted}",
+                self.overrides.join(" ")
+            );
         }
         for database in &self.databases {
             database.write_text(&mut out, self.outcome == Outcome::Planned);
@@ -311,7 +329,7 @@ impl DatabaseReport {
         match self.loss_seconds() {
             Some(seconds) if seconds > 0.0 => {
                 parts.push(format!(
-                    "nothing committed more than {seconds:.2} s before the term was raised"
+                    "committed within the {seconds:.2} s before the term was raised"
                 ));
             }
             Some(_) => {}
@@ -343,6 +361,7 @@ mod tests {
             rpo_objective_seconds: 30.0,
             rpo_met: None,
             overrides: Vec::new(),
+            accepted: Vec::new(),
             refusals: Vec::new(),
             databases,
             hooks: Vec::new(),

@@ -187,6 +187,12 @@ pub fn edge_from(state: State) -> Option<&'static Edge> {
     EDGES.iter().find(|edge| edge.from == state)
 }
 
+/// The next edge that a database walks by itself: none once it is open, since hooks and report
+/// belong to all databases together.
+pub fn own_edge_from(state: State) -> Option<&'static Edge> {
+    edge_from(state).filter(|_| !state.is_open())
+}
+
 /// The edges still to go from `state`, in order.
 pub fn remaining(state: State) -> &'static [Edge] {
     let done = EDGES.iter().take_while(|edge| edge.from < state).count();
@@ -247,6 +253,15 @@ mod tests {
                     .iter()
                     .all(|edge| edge.action != Action::RaiseTerm)
             );
+        }
+    }
+
+    #[test]
+    fn a_database_stops_walking_by_itself_once_it_is_open_wherever_it_was_killed() {
+        for state in State::ALL {
+            let own = own_edge_from(state).map(|edge| edge.action);
+            assert_eq!(own.is_none(), state.is_open(), "{state}");
+            assert!(!matches!(own, Some(Action::RunHooks | Action::StoreReport)));
         }
     }
 

@@ -19,6 +19,9 @@ use crate::config::Config;
 use crate::pg::{self, PgError, Session};
 use crate::stream::{APPLICATION_PREFIX, StreamName};
 
+/// How long one look for the furthest value of a column may take. With an index, as keys have, it takes
+/// milliseconds; without one the users do not wait for a scan of a large table.
+const COLUMN_WITHIN: &str = "5s";
 /// Sequences named in a warning; beyond it they are counted.
 const NAMED_MAX: usize = 5;
 
@@ -28,8 +31,8 @@ const NAMED_MAX: usize = 5;
 pub(super) struct Detail {
     /// When the command was first started.
     pub(super) started_at: String,
-    /// Overrides given then.
-    pub(super) overrides: Vec<String>,
+    /// Promises that the operator accepted to break.
+    pub(super) accepted: Vec<String>,
     /// This database's part of the report.
     pub(super) database: DatabaseReport,
     /// The whole report, once the hooks have run.
@@ -142,6 +145,10 @@ pub(super) async fn set_sequences(
 ) -> Result<String, PromoteError> {
     let mut set = 0_u64;
     let mut warnings = Vec::new();
+    client
+        .batch_execute(&format!("SET statement_timeout = '{COLUMN_WITHIN}'"))
+        .await
+        .doing("limit the look for the furthest values")?;
     for mut sequence in all_sequences(client).await? {
         for (table, column) in &sequence.columns {
             match furthest(client, table, column, sequence.facts.increment > 0).await {
@@ -169,6 +176,10 @@ pub(super) async fn set_sequences(
             set += 1;
         }
     }
+    client
+        .batch_execute("RESET statement_timeout")
+        .await
+        .doing("lift the limit again")?;
     let more = warnings.len().saturating_sub(NAMED_MAX);
     for warning in warnings.into_iter().take(NAMED_MAX) {
         record.warn(format!("sequence {warning}"));
@@ -257,8 +268,7 @@ async fn all_sequences(client: &Client) -> Result<Vec<Sequence>, PromoteError> {
         .collect())
 }
 
-/// The largest (or smallest) value of a column. Quick where an index leads with the column, as keys
-/// have; the session's `statement_timeout` bounds the others.
+/// The largest (or smallest) value of a column.
 async fn furthest(
     client: &Client,
     table: &TableName,

@@ -202,11 +202,13 @@ impl Classify for SetupError {
                  \"{database}\" on the replica if it holds nothing of value) or point replica.url \
                  at another server"
             ),
-            Self::ReplicaTableMissing(_) => "the replica was changed by somebody. To have these \
-                tables copied again, run DELETE FROM dr_agent.table_sync for them on the replica, \
-                re-create them there as they are on the source, then `dr-agent run`; or DROP \
-                DATABASE there, drop the slot on the source, and start over"
-                .to_owned(),
+            Self::ReplicaTableMissing(tables) => format!(
+                "the replica was changed by somebody. To have a table copied again, forget it there \
+                 (SET default_transaction_read_only = off; DELETE FROM dr_agent.table_sync WHERE \
+                 table_name = '{}'), then `dr-agent run`; or DROP DATABASE there, drop the slot on \
+                 the source, and start over",
+                tables.first().map_or("…", |table| &table.name)
+            ),
             Self::Busy { .. } => {
                 "only one agent may run per stream; it is retried until the other has ended"
                     .to_owned()

@@ -93,9 +93,9 @@ pub async fn plan(
         (Some(inside), Some(_)) => {
             found.require_unaltered(&stream)?;
             let rows = table_sync::rows(inside, &stream).await?;
-            let ready = rows.into_iter().filter(|row| row.ready);
-            let ready = ready.map(|row| row.table).collect();
-            let missed = found.missed(&wanted, &ready);
+            let held = rows.into_iter().filter(|row| row.held);
+            let held = held.map(|row| row.table).collect();
+            let missed = found.missed(&wanted, &held);
             plan.list_again(&client, &mut wanted, missed).await?;
         }
         _ if !refused.is_empty() => return Err(SetupError::Keyless(refused)),
@@ -356,7 +356,7 @@ impl Agent {
         const SQL: &str = "
             SELECT (SELECT count(*) FROM pg_class c WHERE c.relnamespace = n.oid
                        AND c.relname IN ('progress', 'stream', 'table_sync', 'promotion',
-                                         'heartbeat', 'sequence_state')) = 6
+                                         'schema_sync', 'heartbeat', 'sequence_state')) = 7
                    AND EXISTS (SELECT 1 FROM pg_proc p
                                 WHERE p.pronamespace = n.oid AND p.proname = 'advance'),
                    pg_get_userbyid(n.nspowner)::text

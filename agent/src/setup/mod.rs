@@ -25,6 +25,7 @@
 //! It does not stream, retry or log; [`SetupError`] says what a person has to do. The copy itself
 //! is [`crate::snapshot`].
 
+mod form;
 pub mod identity;
 pub mod publication;
 
@@ -77,6 +78,11 @@ pub struct Prepared {
     /// Every table whose changes are applied, each with the position of its copy: changes committed
     /// before it are in the copied data.
     pub synced: Vec<(TableName, Option<PgLsn>)>,
+    /// Where the source's WAL stood before the list of tables was read: a table that is not on it and
+    /// changes later than this is new.
+    pub as_of: PgLsn,
+    /// Whether values may travel in binary form.
+    pub binary: bool,
     /// Tables that stay unprotected, and why.
     pub unpublished: Vec<(TableName, Protection)>,
     /// What is not as it should be and does not keep the stream from running.
@@ -221,11 +227,11 @@ impl<'a> Setup<'a> {
             }
             (Verdict::Resume, progress) => {
                 let progress = progress.expect("the verdict is Resume only where there is progress");
-                setup.resume(&mut walsender, progress).await?;
+                setup.resume(&mut walsender).await?;
                 progress
             }
         };
-        setup.finish(history, progress).await
+        setup.finish(history, progress, identity.xlogpos).await
     }
 
     /// Brings the source's schema and publication to what is wanted.
@@ -295,7 +301,11 @@ impl<'a> Setup<'a> {
         self,
         history: History,
         progress: Progress,
+        as_of: PgLsn,
     ) -> Result<Prepared, SetupError> {
+        let binary = form::binary_travels(&self.source, &self.stream)
+            .await
+            .map_err(SetupError::sql(Side::Source, "look up the types of published columns"))?;
         let rows = table_sync::rows(&self.replica, &self.stream).await?;
         Ok(Prepared {
             term: progress.term,
@@ -309,6 +319,8 @@ impl<'a> Setup<'a> {
                 .filter(|row| row.ready)
                 .map(|row| (row.table, row.snapshot_lsn))
                 .collect(),
+            as_of,
+            binary,
             unpublished: self.wanted.unpublished,
             warnings: self.warnings,
             stream: self.stream,

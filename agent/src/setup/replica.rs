@@ -221,20 +221,20 @@ pub(super) async fn create_database(
         });
     }
     let candidates = locale.create_database(database, server.version);
-    let exact = candidates.first().cloned();
-    let mut refused = None;
-    for statement in candidates {
-        let error = match admin.batch_execute(&statement).await {
-            Ok(()) if Some(&statement) == exact.as_ref() && locale.is_known(server.version) => {
-                return Ok(None);
-            }
+    let mut refused = PgError::Protocol("no locale left to try".to_owned());
+    for (position, statement) in candidates.iter().enumerate() {
+        let error = match admin.batch_execute(statement).await {
             Ok(()) => {
-                return Ok(Some(format!(
-                    "the replica's server does not have the source's locale ({}); database \
-                     \"{database}\" was created with: {statement}. Sort order differs for text \
-                     without a COLLATE of its own",
-                    locale.name()
-                )));
+                own_database(admin, server, database, &locale.owner).await?;
+                let is_exact = position == 0 && locale.is_known(server.version);
+                return Ok((!is_exact).then(|| {
+                    format!(
+                        "the replica's server does not have the source's locale {}; database \
+                         \"{database}\" was created by {statement}. Text without a COLLATE of its \
+                         own sorts differently there",
+                        locale.name()
+                    )
+                }));
             }
             Err(error) => PgError::from(error),
         };
@@ -242,12 +242,35 @@ pub(super) async fn create_database(
             // duplicate_database: created by another start meanwhile.
             Some("42P04") => return Ok(None),
             // wrong_object_type and invalid_parameter_value: "invalid locale name".
-            Some("42809" | "22023") => refused = Some(error),
+            Some("42809" | "22023") => refused = error,
             _ => return Err(SetupError::sql(Side::Replica, &doing)(error)),
         }
     }
-    let error = refused.unwrap_or_else(|| PgError::Protocol("no locale left to try".to_owned()));
-    Err(SetupError::sql(Side::Replica, &doing)(error))
+    Err(SetupError::sql(Side::Replica, &doing)(refused))
+}
+
+/// Gives the database to its owner on the source, which a superuser may without losing a right.
+async fn own_database(
+    admin: &Client,
+    server: &Server,
+    database: &str,
+    owner: &str,
+) -> Result<(), SetupError> {
+    if !server.superuser || owner == server.role {
+        return Ok(());
+    }
+    let sql = format!(
+        "ALTER DATABASE {} OWNER TO {}",
+        quote_ident(database),
+        quote_ident(owner)
+    );
+    match admin.batch_execute(&sql).await.map_err(PgError::from) {
+        // undefined_object: the role could not be created, which has been said already.
+        Err(error) if error.sqlstate() != Some("42704") => {
+            Err(SetupError::sql(Side::Replica, "set the database's owner")(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl Locale {

@@ -14,7 +14,8 @@
 use std::collections::BTreeSet;
 
 use super::error::{SetupError, Side};
-use super::replica::{self, Progress};
+use super::replica;
+use super::table_sync::Row;
 use super::{Setup, publication, source, table_sync};
 use crate::catalog::{Protection, Table, TableName};
 use crate::pg::replication::ReplicationConnection;
@@ -24,17 +25,16 @@ impl Setup<'_> {
     pub(super) async fn resume(
         &mut self,
         walsender: &mut ReplicationConnection,
-        _progress: Progress,
     ) -> Result<(), SetupError> {
         self.found.require_unaltered(&self.stream)?;
         self.leave_out_what_cannot_be_published();
         let rows = table_sync::rows(&self.replica, &self.stream).await?;
-        let ready: BTreeSet<TableName> = rows
-            .into_iter()
-            .filter(|row| row.ready)
-            .map(|row| row.table)
-            .collect();
-        let missed = self.found.missed(&self.wanted, &ready);
+        let that = |is: fn(&Row) -> bool| -> BTreeSet<TableName> {
+            let rows = rows.iter().filter(|row| is(row));
+            rows.map(|row| row.table.clone()).collect()
+        };
+        let ready = that(|row| row.ready);
+        let missed = self.found.missed(&self.wanted, &that(|row| row.held));
         self.require_tables(&ready, &missed).await?;
         if !missed.is_empty() {
             self.warnings.push(format!(
@@ -44,7 +44,21 @@ impl Setup<'_> {
             table_sync::reset(&mut self.replica, &self.stream, &missed).await?;
         }
         self.publish().await?;
+        self.forget_unfinished(&rows).await?;
         self.copy_the_rest(walsender, &ready, &missed).await
+    }
+
+    /// A table that was dropped, or left out, before its copy was finished.
+    async fn forget_unfinished(&self, rows: &[Row]) -> Result<(), SetupError> {
+        let published = &self.wanted.published;
+        let unfinished: Vec<TableName> = rows
+            .iter()
+            .filter(|row| !row.ready && !published.iter().any(|table| table.name == row.table))
+            .map(|row| row.table.clone())
+            .collect();
+        table_sync::forget(&self.replica, &self.stream, &unfinished)
+            .await
+            .map_err(SetupError::sql(Side::Replica, "forget unfinished tables"))
     }
 
     fn leave_out_what_cannot_be_published(&mut self) {

@@ -266,14 +266,14 @@ impl Observed {
     pub(super) fn missed(
         &self,
         wanted: &Wanted,
-        ready: &BTreeSet<TableName>,
+        held: &BTreeSet<TableName>,
     ) -> BTreeSet<TableName> {
         let nothing = Publication::default();
         let listed = self.publication.as_ref().unwrap_or(&nothing);
         wanted
             .published
             .iter()
-            .filter(|table| ready.contains(&table.name) && !listed.publishes(table))
+            .filter(|table| held.contains(&table.name) && !listed.publishes(table))
             .map(|table| table.name.clone())
             .collect()
     }

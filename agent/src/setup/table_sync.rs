@@ -1,11 +1,11 @@
 //! The ledger of copied tables: `dr_agent.table_sync` on the replica.
 //!
 //! A row says since which position a table's changes are applied. The copy moves rows from
-//! `pending` over `copying` to `ready`; here rows are added and set back.
+//! `pending` over `copying` and `copied` to `ready`; here rows are added, set back and forgotten.
 //!
 //! # Invariants
-//! - A row is never deleted: changes of a dropped or unlisted table may still be on their way, and
-//!   a table that is listed again must be known to have missed some.
+//! - A `ready` row is never deleted: changes of a dropped or unlisted table may still be on their
+//!   way, and a table that is listed again must be known to have missed some.
 //! - A table is emptied in the same transaction that sets its row back to `pending`.
 
 use std::collections::BTreeSet;
@@ -21,14 +21,18 @@ use crate::stream::StreamName;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Row {
     pub(super) table: TableName,
+    /// Rows, indexes and constraints are there.
     pub(super) ready: bool,
+    /// At least the rows are there (`copied` or `ready`).
+    pub(super) held: bool,
     pub(super) snapshot_lsn: Option<PgLsn>,
 }
 
 /// Reads the rows of a stream.
 pub(super) async fn rows(client: &Client, stream: &StreamName) -> Result<Vec<Row>, SetupError> {
     const SQL: &str = "
-        SELECT table_schema, table_name, state = 'ready', snapshot_lsn
+        SELECT table_schema, table_name, state = 'ready', state IN ('copied', 'ready'),
+               snapshot_lsn
           FROM dr_agent.table_sync WHERE stream = $1 ORDER BY 1, 2";
     let rows = client
         .query(SQL, &[&stream.as_str()])
@@ -44,7 +48,8 @@ pub(super) async fn rows(client: &Client, stream: &StreamName) -> Result<Vec<Row
                 name: row.get(1),
             },
             ready: row.get(2),
-            snapshot_lsn: row.get(3),
+            held: row.get(3),
+            snapshot_lsn: row.get(4),
         })
         .collect())
 }
@@ -59,12 +64,36 @@ pub(super) async fn add(
         INSERT INTO dr_agent.table_sync (stream, table_schema, table_name, state)
         SELECT $1, t.s, t.n, 'pending' FROM unnest($2::text[], $3::text[]) AS t(s, n)
             ON CONFLICT DO NOTHING";
-    let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
-    let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
+    let (schemas, names) = split(tables);
     client
         .execute(SQL, &[&stream.as_str(), &schemas, &names])
         .await?;
     Ok(())
+}
+
+/// Forgets tables whose copy was never finished and that are not to be copied any more; waiting
+/// for them, the replica would never be complete.
+pub(super) async fn forget(
+    client: &Client,
+    stream: &StreamName,
+    tables: &[TableName],
+) -> Result<(), PgError> {
+    const SQL: &str = "
+        DELETE FROM dr_agent.table_sync AS r USING unnest($2::text[], $3::text[]) AS t(s, n)
+         WHERE r.stream = $1 AND r.table_schema = t.s AND r.table_name = t.n
+           AND r.state <> 'ready'";
+    let (schemas, names) = split(tables);
+    client
+        .execute(SQL, &[&stream.as_str(), &schemas, &names])
+        .await?;
+    Ok(())
+}
+
+fn split(tables: &[TableName]) -> (Vec<&str>, Vec<&str>) {
+    tables
+        .iter()
+        .map(|table| (table.schema.as_str(), table.name.as_str()))
+        .unzip()
 }
 
 /// Sets tables whose changes were missed back to `pending`, and empties them.

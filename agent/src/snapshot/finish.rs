@@ -182,8 +182,7 @@ pub(super) async fn tell_what_is_left(
         SELECT (SELECT count(*) FROM pg_largeobject_metadata),
                (SELECT count(*) FROM pg_class
                  WHERE reltablespace <> 0
-                   AND reltablespace <> (SELECT oid FROM pg_tablespace WHERE spcname = 'pg_global')),
-               (SELECT count(*) FROM pg_foreign_server)";
+                   AND reltablespace <> (SELECT oid FROM pg_tablespace WHERE spcname = 'pg_global'))";
     let row = source
         .query_one(SQL, &[])
         .await

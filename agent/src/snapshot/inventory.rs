@@ -190,20 +190,24 @@ pub(super) async fn index_attachments(
     attachments: &[Attachment],
 ) -> Result<Vec<Entry>, CopyError> {
     const SQL: &str = "
-        SELECT xn.nspname::text, x.relname::text, pg_get_userbyid(c.relowner)::text
+        SELECT xn.nspname::text, x.relname::text, pg_get_userbyid(c.relowner)::text,
+               pg_get_userbyid(parent.relowner)::text
           FROM unnest($1::text[], $2::text[]) AS wanted (s, t)
           JOIN pg_namespace n ON n.nspname = s
           JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t
           JOIN pg_index i ON i.indrelid = c.oid
           JOIN pg_class x ON x.oid = i.indexrelid AND x.relispartition
-          JOIN pg_namespace xn ON xn.oid = x.relnamespace";
+          JOIN pg_namespace xn ON xn.oid = x.relnamespace
+          JOIN pg_inherits xi ON xi.inhrelid = x.oid
+          JOIN pg_class parent ON parent.oid = xi.inhparent";
     let children: Vec<TableName> = attachments.iter().map(|a| a.child.clone()).collect();
     let (schemas, names) = name_arrays(&children);
     let rows = source
         .query(SQL, &[&schemas, &names])
         .await
         .map_err(CopyError::source("read the partitions' indexes"))?;
-    // Releases differ in whether the entry has an owner.
+    // Releases differ in whether the entry has an owner, and whether it is the partition's or the
+    // parent's.
     let entry = |row: &Row, owner: String| Entry {
         kind: "INDEX ATTACH".to_owned(),
         schema: row.get(0),
@@ -212,7 +216,13 @@ pub(super) async fn index_attachments(
     };
     Ok(rows
         .iter()
-        .flat_map(|row| [entry(row, String::new()), entry(row, row.get(2))])
+        .flat_map(|row| {
+            [
+                entry(row, String::new()),
+                entry(row, row.get(2)),
+                entry(row, row.get(3)),
+            ]
+        })
         .collect())
 }
 
@@ -277,67 +287,83 @@ pub(super) async fn present_post_data(
     Ok(entries)
 }
 
-/// Entries of `post-data` the replica must not have, each with the reason.
-///
-/// A foreign key to a table that is not replicated would find no rows; event triggers of ours act on
-/// the source.
-pub(super) async fn unwanted_post_data(
-    source: &Client,
-    replicated: &HashSet<TableName>,
-) -> Result<Vec<(Entry, String)>, CopyError> {
-    const FOREIGN_KEYS: &str = "
-        SELECT n.nspname::text, c.relname::text || ' ' || f.conname, pg_get_userbyid(c.relowner)::text,
-               c.relname::text, f.conname::text, ln.nspname::text, l.relname::text
+/// A foreign key of the source, as it was declared; not its copies on partitions.
+#[derive(Clone, Debug)]
+pub(super) struct ForeignKey {
+    /// How the archive names it.
+    pub(super) entry: Entry,
+    /// The table that refers.
+    pub(super) table: TableName,
+    /// The constraint's name.
+    pub(super) name: String,
+    /// `FOREIGN KEY … REFERENCES …`
+    pub(super) definition: String,
+    /// The tables referred to; several where the table is partitioned.
+    pub(super) refers_to: Vec<TableName>,
+}
+
+/// All foreign keys of the source.
+pub(super) async fn foreign_keys(source: &Client) -> Result<Vec<ForeignKey>, CopyError> {
+    const SQL: &str = "
+        SELECT f.oid, n.nspname::text, c.relname::text, f.conname::text,
+               pg_get_userbyid(c.relowner)::text, pg_get_constraintdef(f.oid),
+               ln.nspname::text, l.relname::text
           FROM pg_constraint f
           JOIN pg_class c ON c.oid = f.conrelid
           JOIN pg_namespace n ON n.oid = c.relnamespace
           LEFT JOIN LATERAL pg_partition_tree(f.confrelid) AS leaf ON leaf.isleaf
           JOIN pg_class l ON l.oid = coalesce(leaf.relid, f.confrelid)
           JOIN pg_namespace ln ON ln.oid = l.relnamespace
-         WHERE f.contype = 'f' AND f.conparentid = 0 AND l.relkind <> 'p'";
-    const EVENT_TRIGGERS: &str = "
+         WHERE f.contype = 'f' AND f.conparentid = 0
+         ORDER BY f.oid";
+    let rows = source
+        .query(SQL, &[])
+        .await
+        .map_err(CopyError::source("read the foreign keys"))?;
+    let mut keys: Vec<(u32, ForeignKey)> = Vec::new();
+    for row in &rows {
+        let oid: u32 = row.get(0);
+        if keys.last().is_none_or(|(last, _)| *last != oid) {
+            let (table, name) = (table(row, 1), row.get::<_, String>(3));
+            let entry = Entry {
+                kind: "FK CONSTRAINT".to_owned(),
+                schema: Some(table.schema.clone()),
+                tag: format!("{} {name}", table.name),
+                owner: row.get(4),
+            };
+            let key = ForeignKey {
+                entry,
+                table,
+                name,
+                definition: row.get(5),
+                refers_to: Vec::new(),
+            };
+            keys.push((oid, key));
+        }
+        if let Some((_, key)) = keys.last_mut() {
+            key.refers_to.push(table(row, 6));
+        }
+    }
+    Ok(keys.into_iter().map(|(_, key)| key).collect())
+}
+
+/// Event triggers of our own, which act on the source.
+pub(super) async fn own_event_triggers(source: &Client) -> Result<Vec<Entry>, CopyError> {
+    const SQL: &str = "
         SELECT evtname::text, pg_get_userbyid(evtowner)::text
           FROM pg_event_trigger e
           JOIN pg_proc p ON p.oid = e.evtfoid JOIN pg_namespace n ON n.oid = p.pronamespace
          WHERE n.nspname = 'dr_agent'";
-    let mut unwanted = Vec::new();
-    let mut seen = HashSet::new();
-    for row in source
-        .query(FOREIGN_KEYS, &[])
-        .await
-        .map_err(CopyError::source("read the foreign keys"))?
-    {
-        let referred = table(&row, 5);
-        let entry = Entry {
-            kind: "FK CONSTRAINT".to_owned(),
-            schema: row.get(0),
-            tag: row.get(1),
-            owner: row.get(2),
-        };
-        if replicated.contains(&referred) || !seen.insert(entry.clone()) {
-            continue;
-        }
-        let (schema, name, constraint): (String, String, String) =
-            (row.get(0), row.get(3), row.get(4));
-        let why = format!(
-            "foreign key {constraint} of {schema}.{name}: {referred}, which it refers to, is not \
-             replicated"
-        );
-        unwanted.push((entry, why));
-    }
-    for row in source
-        .query(EVENT_TRIGGERS, &[])
+    Ok(source
+        .query(SQL, &[])
         .await
         .map_err(CopyError::source("read the event triggers"))?
-    {
-        let entry = Entry {
+        .iter()
+        .map(|row| Entry {
             kind: "EVENT TRIGGER".to_owned(),
             schema: None,
             tag: row.get(0),
             owner: row.get(1),
-        };
-        let why = format!("event trigger {} of dr-agent itself", entry.tag);
-        unwanted.push((entry, why));
-    }
-    Ok(unwanted)
+        })
+        .collect())
 }

@@ -21,6 +21,7 @@
 //! It creates neither database nor roles nor schema `dr_agent`, and it retries nothing: a
 //! [`crate::error::Class::Transient`] error means "call again with a new snapshot".
 
+mod deferred;
 mod error;
 mod finish;
 mod format;
@@ -28,6 +29,7 @@ mod inventory;
 mod layout;
 mod plan;
 mod progress;
+mod quiet;
 mod schema;
 mod session;
 mod table;
@@ -39,6 +41,7 @@ use std::collections::HashSet;
 
 use tokio_util::sync::CancellationToken;
 
+pub use deferred::run_deferred;
 pub use error::CopyError;
 pub use progress::{CopyObserver, CopyPhase, ProgressDisplay};
 
@@ -120,10 +123,12 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
     copy_rows(&sessions, ledger, &layouts, observer, names.len()).await?;
 
     observer.phase(CopyPhase::PostData);
+    let one_snapshot = held.is_empty();
     let replicated: HashSet<TableName> = held.into_iter().chain(names.iter().cloned()).collect();
     schema
-        .restore_post_data(&source, &replica, &replicated)
+        .restore_post_data(&source, &replica, &replicated, one_snapshot)
         .await?;
+    quiet::quiet(&replica, observer).await?;
     finish::set_sequences(&source, &replica, (!job.whole_schema).then_some(&names)).await?;
     let pairs: Vec<_> = job
         .tables

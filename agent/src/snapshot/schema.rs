@@ -22,8 +22,9 @@ use std::path::PathBuf;
 use tokio_postgres::Client;
 
 use super::CopyJob;
+use super::deferred::{self, Statement};
 use super::error::CopyError;
-use super::inventory::{self, Attachment};
+use super::inventory;
 use super::progress::CopyObserver;
 use super::session::Sessions;
 use super::toc::{LeftOut, server_script, table_pattern};
@@ -249,30 +250,60 @@ impl<'a> Schema<'a> {
     }
 
     /// Builds indexes, constraints, triggers and rules, then attaches new partitions.
+    ///
+    /// `replicated` are all tables whose rows the replica has; `one_snapshot` says whether all of
+    /// them have rows as of the same snapshot. If not, a foreign key may find its row missing until
+    /// the stream has brought it, and is deferred ([`super::deferred`]).
     pub(super) async fn restore_post_data(
         &self,
         source: &Client,
         replica: &Client,
         replicated: &HashSet<TableName>,
+        one_snapshot: bool,
     ) -> Result<(), CopyError> {
         if !self.path("schema").exists() {
             return Ok(());
         }
         let attachments = inventory::unattached(source, replica, &self.tables).await?;
         let mut left_out = LeftOut::default();
-        for entry in inventory::present_post_data(source, replica).await? {
-            left_out.entry(&entry);
+        let present = inventory::present_post_data(source, replica).await?;
+        for entry in &present {
+            left_out.entry(entry);
         }
-        for (entry, why) in inventory::unwanted_post_data(source, replicated).await? {
-            super::leave_out(self.observer, &why);
+        for entry in inventory::own_event_triggers(source).await? {
             left_out.entry(&entry);
         }
         for entry in inventory::index_attachments(source, &attachments).await? {
             // Attaching the table attaches its indexes.
             left_out.entry(&entry);
         }
+        let ours: HashSet<&TableName> = self.tables.iter().collect();
+        // Partitions first: a foreign key may refer to rows in one.
+        let mut later: Vec<Statement> = attachments.iter().map(Statement::attachment).collect();
+        for key in inventory::foreign_keys(source).await? {
+            let concerns_us = self.job.whole_schema || ours.contains(&key.table);
+            if !concerns_us || present.contains(&key.entry) {
+                continue;
+            }
+            if let Some(other) = key
+                .refers_to
+                .iter()
+                .find(|table| !replicated.contains(table))
+            {
+                // It would find no rows: those it had, and those a promoted replica gets.
+                let what = format!(
+                    "foreign key {} of {}: {other}, which it refers to, is not replicated",
+                    key.name, key.table
+                );
+                super::leave_out(self.observer, &what);
+                left_out.entry(&key.entry);
+            } else if !one_snapshot {
+                left_out.entry(&key.entry);
+                later.push(Statement::foreign_key(&key));
+            }
+        }
         self.build(&left_out).await?;
-        attach(replica, &attachments).await
+        deferred::run_or_defer(replica, self.job, &later).await
     }
 
     async fn build(&self, left_out: &LeftOut) -> Result<(), CopyError> {
@@ -309,23 +340,4 @@ impl<'a> Schema<'a> {
             .await?;
         Ok(())
     }
-}
-
-async fn attach(replica: &Client, attachments: &[Attachment]) -> Result<(), CopyError> {
-    for attachment in attachments {
-        let statement = format!(
-            "ALTER TABLE ONLY {} ATTACH PARTITION {} {}",
-            attachment.parent.sql(),
-            attachment.child.sql(),
-            attachment.bound
-        );
-        replica
-            .batch_execute(&statement)
-            .await
-            .map_err(CopyError::replica(format!(
-                "attach partition {}",
-                attachment.child
-            )))?;
-    }
-    Ok(())
 }

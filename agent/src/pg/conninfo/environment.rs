@@ -39,7 +39,7 @@ impl ConnInfo {
             Ok(Some(password)) => environment.push(("PGPASSWORD", password)),
             Ok(None) => {}
             Err(reason) => {
-                tracing::warn!(server = %self, %reason, "no password for libpq programs")
+                tracing::warn!(server = %self, %reason, "no password for libpq programs");
             }
         }
         let mut path = |name, path: Option<&Path>| {

@@ -14,6 +14,7 @@
 
 mod environment;
 mod parse;
+mod syntax;
 
 use std::fmt;
 use std::net::IpAddr;

@@ -1,7 +1,7 @@
-//! Connection URLs and `key=value` strings, read by libpq's rules.
+//! What the settings of a connection string mean, by libpq's rules.
 //!
-//! Both forms become one list of settings, later ones winning, and [`build`] gives them their meaning.
-//! PostgreSQL documentation, "Connection Strings" and "Parameter Key Words".
+//! [`super::syntax`] has taken the text apart into a list, later settings winning; [`build`] gives them
+//! their meaning and fills in the defaults. PostgreSQL documentation, "Parameter Key Words".
 //!
 //! # What it does not do
 //! Nothing is connected to or opened, except that without `user` the name of the operating-system
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::syntax::{self, Settings};
 use super::{
     ChannelBinding, ConnInfo, ConnInfoError, Host, Keepalive, SslMode, TargetSessionAttrs,
 };
@@ -20,15 +21,13 @@ use super::{
 /// within the recovery time.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-type Settings = Vec<(String, String)>;
-
 pub(super) fn parse(url: &str) -> Result<ConnInfo, ConnInfoError> {
     let rest = url
         .strip_prefix("postgres://")
         .or_else(|| url.strip_prefix("postgresql://"));
     let settings = match rest {
-        Some(rest) => url_settings(rest)?,
-        None if url.contains('=') => keyword_settings(url)?,
+        Some(rest) => syntax::url(rest)?,
+        None if url.contains('=') => syntax::keywords(url)?,
         None => {
             return Err(ConnInfoError(
                 "neither a postgres:// URL nor key=value settings".to_owned(),
@@ -36,157 +35,6 @@ pub(super) fn parse(url: &str) -> Result<ConnInfo, ConnInfoError> {
         }
     };
     build(settings)
-}
-
-/// `[user[:password]@][host[:port][,…]][/dbname][?name=value[&…]]`.
-fn url_settings(rest: &str) -> Result<Settings, ConnInfoError> {
-    let mut settings = Settings::new();
-    let (rest, query) = match rest.split_once('?') {
-        Some((rest, query)) => (rest, Some(query)),
-        None => (rest, None),
-    };
-    let (authority, dbname) = match rest.split_once('/') {
-        Some((authority, dbname)) => (authority, Some(dbname)),
-        None => (rest, None),
-    };
-    let (userinfo, hosts) = match authority.rsplit_once('@') {
-        Some((userinfo, hosts)) => (Some(userinfo), hosts),
-        None => (None, authority),
-    };
-    if let Some(userinfo) = userinfo {
-        let (user, password) = match userinfo.split_once(':') {
-            Some((user, password)) => (user, Some(password)),
-            None => (userinfo, None),
-        };
-        if !user.is_empty() {
-            settings.push(("user".to_owned(), percent_decode("user", user)?));
-        }
-        if let Some(password) = password {
-            let password = percent_decode("password", password)?;
-            settings.push(("password".to_owned(), password));
-        }
-    }
-    if !hosts.is_empty() {
-        let mut names = Vec::new();
-        let mut ports = Vec::new();
-        for host in hosts.split(',') {
-            let (name, port) = split_port(host)?;
-            names.push(percent_decode("host", name)?);
-            ports.push(port.to_owned());
-        }
-        settings.push(("host".to_owned(), names.join(",")));
-        settings.push(("port".to_owned(), ports.join(",")));
-    }
-    if let Some(dbname) = dbname.filter(|name| !name.is_empty()) {
-        settings.push(("dbname".to_owned(), percent_decode("dbname", dbname)?));
-    }
-    for pair in query
-        .unwrap_or_default()
-        .split('&')
-        .filter(|p| !p.is_empty())
-    {
-        let Some((name, value)) = pair.split_once('=') else {
-            return Err(ConnInfoError(format!(
-                "parameter `{pair}` has no value (a `?` or `/` in a password is written %3F, %2F)"
-            )));
-        };
-        let name = percent_decode("a parameter's name", name)?;
-        let value = percent_decode(&name, value)?;
-        settings.push((name, value));
-    }
-    Ok(settings)
-}
-
-/// Takes `:port` off a host; an IPv6 address stands in brackets.
-fn split_port(host: &str) -> Result<(&str, &str), ConnInfoError> {
-    if let Some(rest) = host.strip_prefix('[') {
-        let Some((address, port)) = rest.split_once(']') else {
-            return Err(ConnInfoError(format!(
-                "`{host}`: the bracket is not closed"
-            )));
-        };
-        return match port.strip_prefix(':') {
-            Some(port) => Ok((address, port)),
-            None if port.is_empty() => Ok((address, "")),
-            None => Err(ConnInfoError(format!(
-                "`{host}`: only `:port` may follow the bracket"
-            ))),
-        };
-    }
-    Ok(host.split_once(':').unwrap_or((host, "")))
-}
-
-fn percent_decode(what: &str, text: &str) -> Result<String, ConnInfoError> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        if first != b'%' {
-            bytes.push(first);
-            rest = tail;
-            continue;
-        }
-        let digits = tail.get(..2).and_then(|d| std::str::from_utf8(d).ok());
-        match digits.and_then(|d| u8::from_str_radix(d, 16).ok()) {
-            Some(byte) if byte != 0 => bytes.push(byte),
-            _ => {
-                return Err(ConnInfoError(format!(
-                    "{what}: a `%` must be followed by two hexadecimal digits, not 00 \
-                     (a percent sign itself is written %25)"
-                )));
-            }
-        }
-        rest = &tail[2..];
-    }
-    String::from_utf8(bytes).map_err(|_| ConnInfoError(format!("{what}: not UTF-8")))
-}
-
-/// `name = value name = 'quoted \' value'`.
-fn keyword_settings(text: &str) -> Result<Settings, ConnInfoError> {
-    let mut settings = Settings::new();
-    let mut chars = text.chars().peekable();
-    loop {
-        while chars.next_if(|c| c.is_whitespace()).is_some() {}
-        if chars.peek().is_none() {
-            return Ok(settings);
-        }
-        let mut name = String::new();
-        while let Some(c) = chars.next_if(|c| !c.is_whitespace() && *c != '=') {
-            name.push(c);
-        }
-        while chars.next_if(|c| c.is_whitespace()).is_some() {}
-        if chars.next() != Some('=') {
-            // What stands here may be the rest of a password with a space in it: not quoted.
-            return Err(ConnInfoError(
-                "a setting lacks its `=` (a value with spaces is written in single quotes)"
-                    .to_owned(),
-            ));
-        }
-        while chars.next_if(|c| c.is_whitespace()).is_some() {}
-        let quoted = chars.next_if_eq(&'\'').is_some();
-        let mut value = String::new();
-        loop {
-            match chars.peek().copied() {
-                None if quoted => {
-                    return Err(ConnInfoError(format!("{name}: the quote is not closed")));
-                }
-                None => break,
-                Some('\'') if quoted => {
-                    chars.next();
-                    break;
-                }
-                Some(c) if !quoted && c.is_whitespace() => break,
-                Some('\\') => {
-                    chars.next();
-                    value.extend(chars.next());
-                }
-                Some(c) => {
-                    chars.next();
-                    value.push(c);
-                }
-            }
-        }
-        settings.push((name, value));
-    }
 }
 
 /// Gives the settings their meaning and fills in libpq's defaults.

@@ -106,7 +106,7 @@ impl ReplicationReader {
     /// The next message that is already here as a whole, without waiting or reading.
     pub fn next_buffered(&mut self) -> Result<Option<ReplicationMessage>, PgError> {
         // The end of the stream is left for `next`, where `None` says so.
-        while !self.frames.at_copy_done() {
+        while !self.frames.at_end() {
             let Some(frame) = self.frames.buffered()? else {
                 break;
             };

@@ -18,7 +18,8 @@ use std::task::Poll;
 use bytes::{Buf as _, Bytes, BytesMut};
 use fallible_iterator::FallibleIterator as _;
 use postgres_protocol::message::backend::{
-    COPY_DATA_TAG, COPY_DONE_TAG, DataRowBody, ErrorResponseBody, Header, Message,
+    COMMAND_COMPLETE_TAG, COPY_DATA_TAG, COPY_DONE_TAG, DataRowBody, ErrorResponseBody, Header,
+    Message, READY_FOR_QUERY_TAG,
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
@@ -136,9 +137,12 @@ impl Frames {
         }
     }
 
-    /// Whether the next message is the end of the copy.
-    pub(super) fn at_copy_done(&self) -> bool {
-        self.buffer.first() == Some(&COPY_DONE_TAG)
+    /// Whether the next message ends the copy, or the command it belongs to.
+    pub(super) fn at_end(&self) -> bool {
+        matches!(
+            self.buffer.first(),
+            Some(&(COPY_DONE_TAG | COMMAND_COMPLETE_TAG | READY_FOR_QUERY_TAG))
+        )
     }
 
     /// Reads what the stream has, up to the end of the block; returns zero at its end.

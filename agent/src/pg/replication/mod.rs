@@ -4,8 +4,8 @@
 //! connect ──▶ ReplicationConnection ──START_REPLICATION──▶ ReplicationReader  (WAL data, keepalives)
 //!              commands, one at a time                  └▶ StatusSender       (what is durable)
 //! ```
-//! [`startup`] authenticates, [`command`] builds the walsender's own commands, [`frames`] cuts the byte
-//! stream into messages, [`copy_both`] is the stream after `START_REPLICATION`. PostgreSQL
+//! `startup` authenticates, `command` builds the walsender's own commands, `frames` cuts the byte
+//! stream into messages, `copy_both` is the stream after `START_REPLICATION`. PostgreSQL
 //! documentation, "Streaming Replication Protocol" and "Logical Streaming Replication Parameters".
 //!
 //! # Invariants
@@ -123,7 +123,12 @@ impl ReplicationConnection {
         let mut rows = Vec::new();
         let mut refused = None;
         loop {
-            match self.next_frame().await? {
+            let frame = match self.next_frame().await {
+                Ok(frame) => frame,
+                // After a FATAL error the connection ends; the error is the reason.
+                Err(lost) => return Err(refused.map_or(lost, PgError::Server)),
+            };
+            match frame {
                 Frame::Row(row) => rows.push(row),
                 Frame::Error(error) => refused = Some(error),
                 Frame::Ready => break,

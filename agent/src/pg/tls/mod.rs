@@ -127,13 +127,14 @@ fn tls_error(host: &Host, reason: String) -> PgError {
 
 /// A broken connection is worth a retry; a certificate that will not do is not.
 fn handshake_error(host: &Host, error: io::Error) -> PgError {
-    match error
-        .get_ref()
-        .and_then(|cause| cause.downcast_ref::<rustls::Error>())
-    {
-        Some(cause) => tls_error(host, verify::explain(cause)),
-        None => connect_error(host, error),
-    }
+    refusal(host, &error).unwrap_or_else(|| connect_error(host, error))
+}
+
+/// The TLS error inside an I/O error. With TLS 1.3 the server judges our certificate after the
+/// handshake is over for us, so its refusal arrives with the first answer.
+pub(super) fn refusal(host: &Host, error: &io::Error) -> Option<PgError> {
+    let cause = error.get_ref()?.downcast_ref::<rustls::Error>()?;
+    Some(tls_error(host, verify::explain(cause)))
 }
 
 /// Certificates to trust, and the same ones byte by byte.

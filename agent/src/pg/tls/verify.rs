@@ -186,10 +186,9 @@ fn common_name_matches(certificate: &CertificateDer<'_>, host: &str) -> bool {
         Ok(None) => {}
         Err(_) => return false,
     }
-    let attributes = certificate.subject.0.iter().flat_map(|part| part.0.iter());
+    let mut attributes = certificate.subject.0.iter().flat_map(|part| part.0.iter());
     let common_name = attributes
-        .filter(|attribute| attribute.oid == rfc4519::CN)
-        .last()
+        .find(|attribute| attribute.oid == rfc4519::CN)
         .and_then(|attribute| std::str::from_utf8(attribute.value.value()).ok());
     common_name.is_some_and(|pattern| host_matches(pattern, host))
 }

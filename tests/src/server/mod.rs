@@ -1,7 +1,7 @@
 //! A throw-away PostgreSQL server, started, stopped, crashed, frozen and removed by a test.
 //!
-//! The first server of a run initialises a template data directory; each server starts from a copy
-//! of it. Servers listen on a free port of 127.0.0.1 and on a Unix socket, run with `fsync = off`, and
+//! The first source and the first replica of a run initialise a template data directory each; every
+//! server starts from a copy of one. All sources are one cluster to PostgreSQL, and so are all replicas. Servers listen on a free port of 127.0.0.1 and on a Unix socket, run with `fsync = off`, and
 //! as an unprivileged user where the tests run as root.
 //!
 //! # Invariants
@@ -10,115 +10,27 @@
 //! - [`PgServer::kill`] and [`PgServer::pause`] reach every process of the server, not only the
 //!   postmaster: otherwise its backends would go on.
 
-use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
+mod options;
+mod template;
+
+use std::fs::{self, OpenOptions};
 use std::net::TcpListener;
-use std::os::unix::fs::chown;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::process::{Child, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::binaries::Binaries;
 use crate::client::Client;
-use crate::rundir::{
-    children_of, directory_for, is_alive, run_directory, signal, tail, unprivileged,
-};
+use crate::rundir::{children_of, directory_for, is_alive, signal, tail};
+
+pub use options::ServerOptions;
+use template::copy_template;
+pub(crate) use template::{give_away, server_command};
 
 /// How long a server may take to start or stop before the test fails.
 const START_STOP_MAX: Duration = Duration::from_secs(60);
-
-/// What a server is started with.
-#[derive(Clone, Debug)]
-pub struct ServerOptions {
-    name: &'static str,
-    binaries: Binaries,
-    settings: Vec<(String, String)>,
-    hba: Vec<String>,
-    files: Vec<(String, Vec<u8>)>,
-    data_below: Option<PathBuf>,
-    data_from: Option<PathBuf>,
-}
-
-impl ServerOptions {
-    /// A source: logical decoding is possible.
-    pub fn source() -> Self {
-        Self::new("source", Binaries::of_source())
-            .set("wal_level", "logical")
-            .set("max_prepared_transactions", "20")
-    }
-
-    /// A replica.
-    pub fn replica() -> Self {
-        Self::new("replica", Binaries::of_replica()).set("wal_level", "replica")
-    }
-
-    fn new(name: &'static str, binaries: Binaries) -> Self {
-        let options = Self {
-            name,
-            binaries,
-            settings: Vec::new(),
-            hba: Vec::new(),
-            files: Vec::new(),
-            data_below: None,
-            data_from: None,
-        };
-        // Durability against a power cut is PostgreSQL's business, not what is tested here.
-        options
-            .set("fsync", "off")
-            .set("full_page_writes", "off")
-            .set("max_connections", "200")
-            .set("max_wal_senders", "40")
-            .set("max_replication_slots", "40")
-            .set("shared_buffers", "64MB")
-            .set("max_wal_size", "2GB")
-            .set("jit", "off")
-            .set("log_line_prefix", "%m [%p] %a %d ")
-    }
-
-    /// Sets a parameter of the server; the last value of a name wins.
-    #[must_use]
-    pub fn set(mut self, name: &str, value: &str) -> Self {
-        self.settings.retain(|(present, _)| present != name);
-        self.settings.push((name.to_owned(), value.to_owned()));
-        self
-    }
-
-    /// Puts a line before those of `pg_hba.conf` (which trusts everybody).
-    #[must_use]
-    pub fn hba(mut self, line: &str) -> Self {
-        self.hba.push(line.to_owned());
-        self
-    }
-
-    /// Puts a file of the server's own (a certificate) into the data directory, mode 0600.
-    #[must_use]
-    pub fn file(mut self, name: &str, contents: impl Into<Vec<u8>>) -> Self {
-        self.files.push((name.to_owned(), contents.into()));
-        self
-    }
-
-    /// Keeps the data directory below this directory, for instance a small file system.
-    #[must_use]
-    pub fn data_below(mut self, directory: &Path) -> Self {
-        self.data_below = Some(directory.to_path_buf());
-        self
-    }
-
-    /// Takes over this data directory instead of a new one.
-    #[must_use]
-    pub(crate) fn data_from(mut self, data: PathBuf) -> Self {
-        self.data_from = Some(data);
-        self
-    }
-
-    /// Starts the server and waits until it accepts connections.
-    pub async fn start(self) -> PgServer {
-        PgServer::start(self).await
-    }
-}
 
 #[derive(Clone, Copy)]
 enum Stop {
@@ -147,7 +59,7 @@ impl PgServer {
             .join("data");
         match &options.data_from {
             Some(present) => fs::rename(present, &data).expect("both are in the run directory"),
-            None => copy_template(&options.binaries, &data),
+            None => copy_template(&options.binaries, options.template, &data),
         }
         let mut server = Self {
             name: options.name,
@@ -485,69 +397,6 @@ pub fn free_port() -> u16 {
 /// A mutex is only poisoned by a test that failed already.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A program of PostgreSQL, run as the user the servers run as.
-pub(crate) fn server_command(program: &Path) -> Command {
-    let mut command = Command::new(program);
-    if let Some(user) = unprivileged() {
-        command.uid(user.uid).gid(user.gid);
-    }
-    command.current_dir("/").env("LC_ALL", "C").env("TZ", "UTC");
-    command
-}
-
-/// Gives a file to the user the servers run as.
-pub(crate) fn give_away(path: &Path) {
-    if let Some(user) = unprivileged() {
-        chown(path, Some(user.uid), Some(user.gid)).expect("root may give files away");
-    }
-}
-
-/// Copies the template data directory of this version, initialising it when it is the first time.
-fn copy_template(binaries: &Binaries, data: &Path) {
-    static TEMPLATES: LazyLock<Mutex<HashMap<PathBuf, PathBuf>>> = LazyLock::new(Mutex::default);
-    let template = {
-        let mut templates = lock(&TEMPLATES);
-        templates
-            .entry(binaries.directory.clone())
-            .or_insert_with(|| initialise_template(binaries))
-            .clone()
-    };
-    let output = Command::new("cp")
-        .args(["-a", "--reflink=auto"])
-        .arg(&template)
-        .arg(data)
-        .output()
-        .expect("cp can be started");
-    assert!(
-        output.status.success(),
-        "cannot copy the template data directory: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-fn initialise_template(binaries: &Binaries) -> PathBuf {
-    let parent = run_directory().join(format!("template-{}", binaries.major));
-    fs::create_dir_all(&parent).expect("the run directory is ours");
-    give_away(&parent);
-    let data = parent.join("data");
-    let log = File::create(parent.join("initdb.log")).expect("the run directory is ours");
-    let status = server_command(&binaries.program("initdb"))
-        .args(["--no-sync", "-U", "postgres", "-A", "trust", "-E", "UTF8"])
-        .args(["--locale", "C.UTF-8", "-D"])
-        .arg(&data)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        .status()
-        .expect("initdb can be started");
-    assert!(
-        status.success(),
-        "initdb failed:\n{}",
-        tail(&parent.join("initdb.log"), 20)
-    );
-    data
 }
 
 fn wait_blocking(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {

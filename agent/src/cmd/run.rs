@@ -1,0 +1,184 @@
+//! `dr-agent run`: a pipeline for every database, until told to stop.
+//!
+//! Pipelines share the HTTP listener and the configuration and nothing else. One that stops with a
+//! definite error leaves the others running and shows its error; when none runs any more the process
+//! ends, so that a service manager sees it.
+
+use std::collections::BTreeSet;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::backoff::{self, Decision};
+use crate::config::{Config, Databases};
+use crate::error::{Classify as _, chain};
+use crate::http::{self, Shown};
+use crate::metrics;
+use crate::pipeline::{End, Pipeline};
+use crate::setup;
+use crate::status::{Registry, StatusCell};
+
+/// How often the source is asked for new databases under `databases = ["*"]`.
+const DISCOVER_EVERY: Duration = Duration::from_secs(30);
+
+/// Exit code of a fenced agent.
+const FENCED: u8 = 3;
+
+/// Runs until stopped: 0 after SIGTERM or SIGINT, 3 once fenced, 1 once every pipeline has failed.
+pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
+    let config = Arc::new(config);
+    let prometheus = metrics::install(&config.objectives).context("install the metrics recorder")?;
+    let listener = http::bind(config.http_listen).await.with_context(|| {
+        format!(
+            "listen on {} (http.listen); is another dr-agent running here?",
+            config.http_listen
+        )
+    })?;
+    tracing::info!(
+        version = crate::VERSION, source = %config.source.conninfo,
+        replica = %config.replica.conninfo, http = %config.http_listen, "dr-agent starts"
+    );
+    let stop = CancellationToken::new();
+    let served = CancellationToken::new();
+    let registry = Registry::default();
+    let shown = Shown { prometheus, registry: registry.clone(), objectives: config.objectives };
+    let http = tokio::spawn(http::serve(listener, shown, served.clone()));
+    let mut supervisor = Supervisor {
+        config,
+        registry,
+        stop: stop.clone(),
+        started: BTreeSet::new(),
+        pipelines: JoinSet::new(),
+        fenced: false,
+        failed: false,
+    };
+    tokio::spawn(stop_on_signal(stop));
+    let code = supervisor.run().await;
+    served.cancel();
+    http.await.context("join the HTTP listener")?.context("serve HTTP")?;
+    Ok(code)
+}
+
+/// The first signal drains; the second ends the process at once, as `kill -9` would.
+async fn stop_on_signal(stop: CancellationToken) {
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        tracing::error!("signal handlers cannot be installed; stop with kill -9, it is safe");
+        return;
+    };
+    let mut either = async || {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    either().await;
+    tracing::info!("stopping: what has been received is still applied");
+    stop.cancel();
+    either().await;
+    std::process::abort();
+}
+
+struct Supervisor {
+    config: Arc<Config>,
+    registry: Registry,
+    stop: CancellationToken,
+    started: BTreeSet<String>,
+    pipelines: JoinSet<(String, End)>,
+    fenced: bool,
+    failed: bool,
+}
+
+impl Supervisor {
+    async fn run(&mut self) -> ExitCode {
+        if let Err(code) = self.first_discovery().await {
+            return code;
+        }
+        let mut discover = tokio::time::interval(DISCOVER_EVERY);
+        discover.reset();
+        let discovers = self.config.source.databases == Databases::All;
+        loop {
+            tokio::select! {
+                biased;
+                ended = self.pipelines.join_next() => match ended {
+                    None => break,
+                    Some(Ok((_, End::Stopped))) => {}
+                    Some(Ok((_, End::Fenced))) => self.fenced = true,
+                    Some(Ok((_, End::Failed))) => self.failed = true,
+                    // A panic is a bug; the other databases are still worth protecting.
+                    Some(Err(error)) => {
+                        tracing::error!(%error, "a pipeline ended by a bug; please report it");
+                        self.failed = true;
+                    }
+                },
+                _ = discover.tick(), if discovers && !self.stop.is_cancelled() => {
+                    match setup::source_databases(&self.config).await {
+                        Ok(databases) => self.start(databases),
+                        // The pipelines notice an unreachable source themselves.
+                        Err(error) => tracing::debug!(error = %chain(&error), "no look for new databases"),
+                    }
+                }
+            }
+        }
+        if self.fenced {
+            ExitCode::from(FENCED)
+        } else if self.failed {
+            ExitCode::FAILURE
+        } else {
+            ExitCode::SUCCESS
+        }
+    }
+
+    /// Finds the databases; without a source there is nothing to start, so it waits for one.
+    async fn first_discovery(&mut self) -> Result<(), ExitCode> {
+        let mut attempt = 0;
+        loop {
+            let error = match setup::source_databases(&self.config).await {
+                Ok(databases) => {
+                    self.start(databases);
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            attempt += 1;
+            let hint = error.hint().unwrap_or_default();
+            let text = chain(&error);
+            let retry_max = self.config.limits.retry_max;
+            match backoff::decide(error.class(), attempt, retry_max, rand::random()) {
+                Decision::Retry(pause) => {
+                    tracing::warn!(attempt, ?pause, error = %text, hint, "no databases known yet, will retry");
+                    if tokio::time::timeout(pause, self.stop.cancelled()).await.is_ok() {
+                        return Err(ExitCode::SUCCESS);
+                    }
+                }
+                Decision::Stop => {
+                    tracing::error!(error = %text, hint, "cannot ask the source for its databases");
+                    return Err(ExitCode::FAILURE);
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, databases: Vec<String>) {
+        for database in databases {
+            if !self.started.insert(database.clone()) {
+                continue;
+            }
+            let stream = self.config.stream(&database);
+            let status = StatusCell::new(&database, stream.as_str());
+            self.registry.add(status.clone());
+            let pipeline =
+                Pipeline::new(Arc::clone(&self.config), &database, status, self.stop.clone());
+            self.pipelines.spawn(async move {
+                let end = Box::pin(pipeline.run()).await;
+                (database, end)
+            });
+        }
+    }
+}

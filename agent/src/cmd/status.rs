@@ -1,0 +1,482 @@
+//! `dr-agent status`: is the RPO met, at a glance.
+//!
+//! Three witnesses, each of which may be dead: the replica knows what is applied, the running agent
+//! knows the lag as it measures it, and the source is asked for the bytes only where the agent
+//! does not answer. [`judge`] makes one verdict per database out of them, purely.
+//!
+//! # Invariants
+//! - Silence is not health: what is not known to be within the RPO does not exit with 0.
+//! - Touches nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use super::agent_status::{self, AgentDatabase};
+use crate::config::Config;
+use crate::error::chain;
+use crate::promote::loss::{self, Answer};
+use crate::promote::observe::{self, Database};
+
+/// Flags of `status`.
+#[derive(Clone, Copy, Debug, clap::Args)]
+#[command(
+    after_help = "Exit codes: 0 every database is within the RPO; 1 one is not, or it is not known."
+)]
+pub struct Args {
+    /// Print the status as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What `status --json` prints: stable; fields are added, never renamed or removed. `null` is "unknown".
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Status {
+    /// Of the program that printed it.
+    pub version: String,
+    /// `objectives.rpo`.
+    pub rpo_objective_seconds: f64,
+    /// Whether every database is known to be within it.
+    pub within_rpo: bool,
+    /// The replica.
+    pub replica: Witness,
+    /// The running agent.
+    pub agent: Witness,
+    /// In name order.
+    pub databases: Vec<DatabaseStatus>,
+}
+
+/// Whether one of the parties answered.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Witness {
+    /// Where it was asked.
+    pub address: String,
+    /// Whether it answered.
+    pub answers: bool,
+    /// Why not.
+    pub error: Option<String>,
+}
+
+/// Whether a database is within the RPO.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// It is.
+    Met,
+    /// It is not, or the replica could not be promoted.
+    Breached,
+    /// Nobody who knows answers.
+    Unknown,
+    /// It was promoted: nothing replicates it any more.
+    Promoted,
+}
+
+/// One database.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DatabaseStatus {
+    /// Its name.
+    pub database: String,
+    /// Its stream.
+    pub stream: String,
+    /// The agent's state of it, `promoted`, `missing`, or `no_agent` where no agent answers for it.
+    pub state: String,
+    /// Whether it is within the RPO.
+    pub rpo: Verdict,
+    /// Why it is not, where that is not plain from the lag.
+    pub reason: Option<String>,
+    /// As the agent measures it; without an agent the age of the last applied commit, an upper bound.
+    pub lag_seconds: Option<f64>,
+    /// WAL the replica does not have.
+    pub lag_bytes: Option<u64>,
+    /// WAL the source keeps for us.
+    pub slot_retained_bytes: Option<u64>,
+    /// Fencing token on the replica.
+    pub term: Option<i64>,
+    /// Number of the last applied batch.
+    pub batch: Option<i64>,
+    /// First byte after the last applied transaction.
+    pub end_lsn: Option<String>,
+    /// Its commit time on the source's clock.
+    pub commit_time: Option<String>,
+    /// State of the promotion, where one has begun.
+    pub promotion: Option<String>,
+    /// Tables whose initial copy is not complete.
+    pub tables_not_ready: Option<i64>,
+    /// What the agent complains of.
+    pub error: Option<String>,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+/// Asks everybody and prints.
+pub async fn run(config: Config, args: Args) -> ExitCode {
+    let status = Box::pin(gather(&config)).await;
+    let text = if args.json {
+        let mut text = serde_json::to_string_pretty(&status)
+            .expect("plain data with text keys always serializes");
+        text.push('\n');
+        text
+    } else {
+        status.text()
+    };
+    // A closed pipe is no reason to fail.
+    let _ = std::io::stdout().lock().write_all(text.as_bytes());
+    ExitCode::from(u8::from(!status.within_rpo))
+}
+
+async fn gather(config: &Config) -> Status {
+    let (replica, agent) = tokio::join!(
+        Box::pin(observe::observe(config, "status")),
+        agent_status::ask(config.http_listen)
+    );
+    let witness = |address: String, error: Option<String>| Witness {
+        address,
+        answers: error.is_none(),
+        error,
+    };
+    let replica_witness = witness(
+        config.replica.conninfo.to_string(),
+        replica.as_ref().err().map(|error| chain(error)),
+    );
+    let agent_witness = witness(
+        config.http_listen.to_string(),
+        agent.as_ref().err().cloned(),
+    );
+    let observed = replica.unwrap_or_default();
+    let reports: BTreeMap<String, AgentDatabase> = agent
+        .unwrap_or_default()
+        .databases
+        .into_iter()
+        .map(|report| (report.database.clone(), report))
+        .collect();
+
+    let names: BTreeSet<&String> = observed
+        .databases
+        .iter()
+        .map(|database| &database.name)
+        .chain(&observed.missing)
+        .chain(reports.keys())
+        .collect();
+    let mut databases = Vec::new();
+    for name in names {
+        let here = observed
+            .databases
+            .iter()
+            .find(|database| database.name == *name);
+        let answer = match (here, reports.get(name)) {
+            (Some(here), None) if here.promotion.is_none() => Some(ask_source(config, here).await),
+            _ => None,
+        };
+        let stream = config.stream(name).to_string();
+        let mut status = judge(&Facts {
+            rpo_seconds: config.objectives.rpo.as_secs_f64(),
+            here,
+            missing: observed.missing.contains(name),
+            report: reports.get(name),
+            answer: answer.as_ref(),
+        });
+        status.database.clone_from(name);
+        status.stream = stream;
+        databases.push(status);
+    }
+    let within = !databases.is_empty() && databases.iter().all(|status| status.rpo == Verdict::Met);
+    Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        rpo_objective_seconds: config.objectives.rpo.as_secs_f64(),
+        within_rpo: within && replica_witness.answers,
+        replica: replica_witness,
+        agent: agent_witness,
+        databases,
+    }
+}
+
+async fn ask_source(config: &Config, database: &Database) -> Answer {
+    let conninfo = config.source.conninfo.with_dbname(&database.name);
+    loss::ask(&loss::Question {
+        conninfo: &conninfo,
+        stream: &database.stream,
+        end_lsn: database.progress.end_lsn,
+        system_identifier: None,
+        count: false,
+    })
+    .await
+}
+
+/// What the witnesses say of one database.
+struct Facts<'a> {
+    rpo_seconds: f64,
+    here: Option<&'a Database>,
+    missing: bool,
+    report: Option<&'a AgentDatabase>,
+    answer: Option<&'a Answer>,
+}
+
+fn judge(facts: &Facts<'_>) -> DatabaseStatus {
+    let Facts { here, report, .. } = *facts;
+    let promotion = here.and_then(|here| here.promotion.as_ref());
+    let lag_seconds = match report {
+        Some(report) => report.lag_seconds,
+        None => here
+            .and_then(|here| here.progress.commit_age_seconds)
+            .map(loss::seconds_lost),
+    };
+    let not_ready = here.map(|here| here.table_sync.not_ready);
+    let behind_snapshot = here.is_some_and(|here| {
+        here.table_sync
+            .newest_snapshot
+            .is_some_and(|snapshot| here.progress.end_lsn < snapshot)
+    });
+
+    let (state, rpo, reason) = if promotion.is_some() {
+        (
+            "promoted",
+            Verdict::Promoted,
+            Some("nothing replicates it any more".to_owned()),
+        )
+    } else {
+        let state = match report {
+            Some(report) => report.state.as_str(),
+            None if facts.missing => "missing",
+            None => "no_agent",
+        };
+        let (rpo, reason) = if facts.missing {
+            (
+                Verdict::Breached,
+                Some("the replica does not have it".to_owned()),
+            )
+        } else if not_ready.is_some_and(|count| count > 0) || behind_snapshot {
+            (
+                Verdict::Breached,
+                Some("the initial copy is not complete: it cannot be promoted".to_owned()),
+            )
+        } else if report.is_some_and(|report| report.rpo_breached == Some(true)) {
+            (Verdict::Breached, None)
+        } else {
+            match lag_seconds {
+                Some(lag) if lag <= facts.rpo_seconds => (Verdict::Met, None),
+                Some(_) => (Verdict::Breached, None),
+                None => (
+                    Verdict::Unknown,
+                    Some("nobody knows the lag yet".to_owned()),
+                ),
+            }
+        };
+        (state, rpo, reason)
+    };
+    let progress = here.map(|here| &here.progress);
+    DatabaseStatus {
+        database: String::new(),
+        stream: String::new(),
+        state: state.to_owned(),
+        rpo,
+        reason,
+        lag_seconds,
+        lag_bytes: match report {
+            Some(report) => report.lag_bytes,
+            None => facts.answer.and_then(|answer| answer.bytes),
+        },
+        slot_retained_bytes: report.and_then(|report| report.slot_retained_bytes),
+        term: progress.map(|progress| progress.term),
+        batch: progress.map(|progress| progress.batch),
+        end_lsn: progress.map(|progress| progress.end_lsn.to_string()),
+        commit_time: progress.and_then(|progress| progress.commit_time.clone()),
+        promotion: promotion.map(|stored| stored.state.to_string()),
+        tables_not_ready: not_ready,
+        error: report
+            .and_then(|report| report.error.clone())
+            .or_else(|| facts.answer.and_then(|answer| answer.unknown.clone())),
+        hint: report.and_then(|report| report.hint.clone()),
+    }
+}
+
+impl Status {
+    /// The status for people.
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        let word = if self.within_rpo {
+            "met"
+        } else {
+            "NOT met, or not known to be"
+        };
+        let _ = writeln!(out, "RPO of {} s: {word}", self.rpo_objective_seconds);
+        for (name, witness) in [("replica", &self.replica), ("agent", &self.agent)] {
+            let answer = match &witness.error {
+                None => "answers".to_owned(),
+                Some(error) => format!("DOES NOT ANSWER: {error}"),
+            };
+            let _ = writeln!(out, "{name:<8} {}: {answer}", witness.address);
+        }
+        if self.databases.is_empty() {
+            let _ = writeln!(out, "no database is known to be replicated");
+        }
+        for status in &self.databases {
+            status.write_text(&mut out);
+        }
+        out
+    }
+}
+
+impl DatabaseStatus {
+    fn write_text(&self, out: &mut String) {
+        let verdict = match self.rpo {
+            Verdict::Met => "RPO met",
+            Verdict::Breached => "RPO BREACHED",
+            Verdict::Unknown => "RPO UNKNOWN",
+            Verdict::Promoted => "PROMOTED",
+        };
+        let lag = self
+            .lag_seconds
+            .map_or("unknown".to_owned(), |lag| format!("{lag:.2} s"));
+        let bytes = self
+            .lag_bytes
+            .map_or(String::new(), |bytes| format!(", {bytes} bytes"));
+        let _ = writeln!(
+            out,
+            "\n{:<20} {verdict}   {}   lag {lag}{bytes}",
+            self.database, self.state
+        );
+        if let (Some(end_lsn), Some(term), Some(batch)) = (&self.end_lsn, self.term, self.batch) {
+            let commit = self.commit_time.as_deref().unwrap_or("no transaction yet");
+            let _ = writeln!(
+                out,
+                "  applied up to {end_lsn} ({commit}), batch {batch}, term {term}"
+            );
+        }
+        if let Some(promotion) = &self.promotion {
+            let _ = writeln!(out, "  promotion: {promotion}");
+        }
+        if let Some(bytes) = self.slot_retained_bytes {
+            let _ = writeln!(out, "  the source keeps {bytes} bytes of WAL for it");
+        }
+        for (label, text) in [
+            ("", &self.reason),
+            ("error: ", &self.error),
+            ("hint: ", &self.hint),
+        ] {
+            if let Some(text) = text {
+                let _ = writeln!(out, "  {label}{text}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::PgLsn;
+    use crate::promote::observe::{Progress, Stored, TableSync};
+    use crate::promote::report::DatabaseReport;
+    use crate::promote::state::State;
+    use crate::stream::StreamName;
+
+    fn applied(age: Option<f64>) -> Database {
+        Database {
+            name: "app".to_owned(),
+            stream: StreamName::new("dr_agent", "app"),
+            progress: Progress {
+                term: 1,
+                batch: 7,
+                end_lsn: PgLsn::from(1000),
+                commit_time: None,
+                commit_age_seconds: age,
+                applied_age_seconds: 0.0,
+            },
+            table_sync: TableSync {
+                total: 3,
+                ..TableSync::default()
+            },
+            promotion: None,
+            sequences: 0,
+            agent_sessions: 0,
+            prepared: 0,
+        }
+    }
+
+    fn streaming(lag: Option<f64>) -> AgentDatabase {
+        AgentDatabase {
+            database: "app".to_owned(),
+            state: "streaming".to_owned(),
+            lag_seconds: lag,
+            ..AgentDatabase::default()
+        }
+    }
+
+    fn judged(here: Option<&Database>, report: Option<&AgentDatabase>) -> (String, Verdict) {
+        let status = judge(&Facts {
+            rpo_seconds: 30.0,
+            here,
+            missing: false,
+            report,
+            answer: None,
+        });
+        (status.state, status.rpo)
+    }
+
+    #[test]
+    fn the_agents_lag_counts_where_it_answers_and_the_last_commits_age_where_it_does_not() {
+        let old = applied(Some(300.0));
+        assert_eq!(
+            judged(Some(&old), Some(&streaming(Some(0.1)))),
+            ("streaming".into(), Verdict::Met)
+        );
+        assert_eq!(
+            judged(Some(&old), None),
+            ("no_agent".into(), Verdict::Breached)
+        );
+        assert_eq!(
+            judged(Some(&applied(Some(1.0))), None),
+            ("no_agent".into(), Verdict::Met)
+        );
+    }
+
+    #[test]
+    fn a_lag_above_the_objective_or_the_agents_own_alarm_breaches() {
+        let here = applied(Some(1.0));
+        assert_eq!(
+            judged(Some(&here), Some(&streaming(Some(30.1)))).1,
+            Verdict::Breached
+        );
+        let mut alarmed = streaming(Some(0.0));
+        alarmed.rpo_breached = Some(true);
+        assert_eq!(judged(Some(&here), Some(&alarmed)).1, Verdict::Breached);
+    }
+
+    #[test]
+    fn what_cannot_be_promoted_does_not_meet_the_rpo_however_small_its_lag() {
+        let mut copying = applied(Some(0.0));
+        copying.table_sync.not_ready = 1;
+        assert_eq!(
+            judged(Some(&copying), Some(&streaming(Some(0.0)))).1,
+            Verdict::Breached
+        );
+        let mut behind = applied(Some(0.0));
+        behind.table_sync.newest_snapshot = Some(PgLsn::from(1001));
+        assert_eq!(judged(Some(&behind), None).1, Verdict::Breached);
+    }
+
+    #[test]
+    fn an_unknown_lag_is_not_taken_for_none() {
+        assert_eq!(judged(Some(&applied(None)), None).1, Verdict::Unknown);
+        assert_eq!(judged(None, Some(&streaming(None))).1, Verdict::Unknown);
+    }
+
+    #[test]
+    fn a_promoted_database_says_so_whatever_an_old_agent_claims() {
+        let mut promoted = applied(Some(0.0));
+        promoted.promotion = Some(Stored {
+            state: State::Done,
+            term: 2,
+            database: DatabaseReport::default(),
+            report: None,
+            started_at: String::new(),
+            accepted: Vec::new(),
+        });
+        assert_eq!(
+            judged(Some(&promoted), Some(&streaming(Some(0.0)))),
+            ("promoted".into(), Verdict::Promoted)
+        );
+    }
+}

@@ -1,0 +1,159 @@
+//! Constraints that must wait for the stream.
+//!
+//! Tables are not always copied at one snapshot: a killed copy keeps its finished tables, and a new
+//! table joins others that are as old as the last batch. Then a row may refer to one that is still
+//! on its way, and a foreign key, or the attaching of a partition whose parent has one, is refused.
+//! The statement is kept on the replica and run again once the stream has passed the newest snapshot;
+//! by then the replica equals the source as of one commit, where the constraint holds.
+//!
+//! # Invariants
+//! - A statement and its row in `dr_agent.deferred` change together: run and removed, or neither.
+//! - Replicated changes do not need the constraints: they are applied in replica role and, for
+//!   partitions, under the partition's own name.
+//!
+//! # What it does not do
+//! It does not watch the stream: the pipeline calls [`run_deferred`] when it has passed a copy's
+//! snapshot, the promotion before it opens the replica.
+
+use tokio_postgres::Client;
+
+use super::CopyJob;
+use super::error::CopyError;
+use super::inventory::{Attachment, ForeignKey};
+use crate::catalog::quote_ident;
+use crate::stream::StreamName;
+
+/// One statement on the replica, and what a person calls it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Statement {
+    what: String,
+    sql: String,
+}
+
+impl Statement {
+    /// Adds a foreign key.
+    pub(super) fn foreign_key(key: &ForeignKey) -> Self {
+        Self {
+            what: format!("foreign key {} of {}", key.name, key.table),
+            sql: format!(
+                "ALTER TABLE {} ADD CONSTRAINT {} {}",
+                key.table.sql(),
+                quote_ident(&key.name),
+                key.definition
+            ),
+        }
+    }
+
+    /// Attaches a partition.
+    pub(super) fn attachment(attachment: &Attachment) -> Self {
+        Self {
+            what: format!("partition {} of {}", attachment.child, attachment.parent),
+            sql: format!(
+                "ALTER TABLE ONLY {} ATTACH PARTITION {} {}",
+                attachment.parent.sql(),
+                attachment.child.sql(),
+                attachment.bound
+            ),
+        }
+    }
+}
+
+/// Runs each statement, or keeps it for later where a row it refers to is still missing.
+pub(super) async fn run_or_defer(
+    replica: &Client,
+    job: &CopyJob<'_>,
+    statements: &[Statement],
+) -> Result<(), CopyError> {
+    const DEFER: &str = "
+        INSERT INTO dr_agent.deferred (stream, what, statement, after_lsn) VALUES ($1, $2, $3, $4)
+            ON CONFLICT (stream, what) DO UPDATE
+               SET statement = excluded.statement, after_lsn = excluded.after_lsn";
+    for Statement { what, sql } in statements {
+        let Err(error) = replica.batch_execute(sql).await else {
+            continue;
+        };
+        if !is_missing_row(&error) {
+            return Err(CopyError::replica(format!("add {what}"))(error));
+        }
+        tracing::info!(what, after_lsn = %job.snapshot_lsn, "waits for the stream");
+        let stream = job.stream.as_str();
+        replica
+            .execute(DEFER, &[&stream, what, sql, &job.snapshot_lsn])
+            .await
+            .map_err(CopyError::replica("write dr_agent.deferred"))?;
+    }
+    Ok(())
+}
+
+/// foreign_key_violation
+fn is_missing_row(error: &tokio_postgres::Error) -> bool {
+    error.code().is_some_and(|code| code.code() == "23503")
+}
+
+/// Runs the statements whose moment has come, and returns how many still wait.
+///
+/// Call it when the stream has passed a snapshot, and before a promoted replica is opened; repeatable
+/// and cheap when there is nothing to do. `replica` is a session that may write, in replica role,
+/// outside a transaction; nothing may be applying a batch meanwhile, since each statement locks its
+/// tables until it has looked at every row.
+///
+/// # Errors
+/// [`CopyError::Replica`] with the statement's name; it stays for the next call.
+pub async fn run_deferred(replica: &mut Client, stream: &StreamName) -> Result<usize, CopyError> {
+    const DUE: &str = "
+        SELECT d.what, d.statement, d.after_lsn <= p.end_lsn
+          FROM dr_agent.deferred d JOIN dr_agent.progress p USING (stream)
+         WHERE d.stream = $1 ORDER BY d.place";
+    let rows = replica
+        .query(DUE, &[&stream.as_str()])
+        .await
+        .map_err(CopyError::replica("read dr_agent.deferred"))?;
+    let mut waiting = 0;
+    for row in &rows {
+        let (what, statement): (String, String) = (row.get(0), row.get(1));
+        if !row.get::<_, bool>(2) {
+            waiting += 1;
+            continue;
+        }
+        let doing = || CopyError::replica(format!("add {what}"));
+        let transaction = replica.transaction().await.map_err(doing())?;
+        transaction
+            .batch_execute(&statement)
+            .await
+            .map_err(doing())?;
+        transaction
+            .execute(
+                "DELETE FROM dr_agent.deferred WHERE stream = $1 AND what = $2",
+                &[&stream.as_str(), &what],
+            )
+            .await
+            .map_err(doing())?;
+        transaction.commit().await.map_err(doing())?;
+        tracing::info!(what, "added");
+    }
+    Ok(waiting)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::TableName;
+
+    #[test]
+    fn statements_quote_every_name() {
+        let table = |name: &str| TableName {
+            schema: "S".into(),
+            name: name.into(),
+        };
+        let statement = Statement::attachment(&Attachment {
+            parent: table("p"),
+            child: table("p\"1"),
+            bound: "DEFAULT".into(),
+        });
+        assert_eq!(
+            statement.sql,
+            "ALTER TABLE ONLY \"S\".\"p\" ATTACH PARTITION \"S\".\"p\"\"1\" DEFAULT"
+        );
+        assert_eq!(statement.what, "partition S.p\"1 of S.p");
+    }
+}

@@ -1,0 +1,272 @@
+//! Goal: what heals by itself is retried, shows in the metrics, and costs no data.
+//! Method: one test per disturbance (restarts, crashes, network, full disk, no free slot, a second agent) while
+//! transactions go on; nobody starts the agent again, and everything is equal in the end.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use dr_agent_tests::agent::{Agent, Running};
+use dr_agent_tests::proxy::Proxy;
+use dr_agent_tests::rundir::{directory_for, unprivileged};
+use dr_agent_tests::server::ServerOptions;
+use dr_agent_tests::site::{Database, Site};
+use dr_agent_tests::wait::{PATIENCE, wait_until};
+
+const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT g, 'copied' FROM generate_series(1, 100) AS g";
+
+async fn replicated(site: &Site, purpose: &str) -> (Database, Agent, Running) {
+    let database = site.database(purpose).await;
+    database.source().await.run(TABLE).await;
+    let (agent, running) = database.replicate().await;
+    (database, agent, running)
+}
+
+/// One more transaction; `n` is any number not used before.
+async fn write(database: &Database, n: u32) {
+    let sql =
+        format!("INSERT INTO t VALUES ({n}000, 'streamed'); UPDATE t SET v = '{n}' WHERE id <= 50");
+    database.source().await.run(&sql).await;
+}
+
+async fn wait_for_transient_errors(running: &Running, database: &Database, more_than: f64) -> f64 {
+    let labels = [("database", database.name.as_str()), ("class", "transient")];
+    running
+        .wait_for_metric("dr_agent_errors_total", &labels, |value| value > more_than)
+        .await
+}
+
+async fn expect_healed(running: &Running, database: &Database) {
+    running.wait_for_streaming(&database.name).await;
+    database.expect_equal().await;
+}
+
+#[tokio::test]
+async fn a_source_that_restarts_or_crashes_is_awaited() {
+    let site = Site::own().await;
+    let (database, _agent, running) = replicated(&site, "source").await;
+    let mut errors = 0.0;
+    for n in 1..=3 {
+        write(&database, n).await;
+        match n {
+            1 => site.source.stop().await,
+            2 => site.source.stop_immediately().await,
+            _ => site.source.kill(),
+        }
+        errors = wait_for_transient_errors(&running, &database, errors).await;
+        site.source.start_again().await;
+        write(&database, n + 10).await;
+        expect_healed(&running, &database).await;
+    }
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_replica_that_restarts_or_crashes_is_awaited() {
+    let site = Site::own().await;
+    let (database, _agent, running) = replicated(&site, "replica").await;
+    let mut errors = 0.0;
+    for n in 1..=3 {
+        write(&database, n).await;
+        match n {
+            1 => site.replica.stop().await,
+            2 => site.replica.stop_immediately().await,
+            _ => site.replica.kill(),
+        }
+        write(&database, n + 10).await;
+        errors = wait_for_transient_errors(&running, &database, errors).await;
+        site.replica.start_again().await;
+        expect_healed(&running, &database).await;
+    }
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn both_servers_may_be_away_when_the_agent_starts() {
+    let site = Site::own().await;
+    let (database, agent, running) = replicated(&site, "later").await;
+    running.stop().await;
+    write(&database, 1).await;
+    site.source.stop().await;
+    site.replica.stop().await;
+    let running = agent.start();
+    running.wait_for_log(&["connect"]).await;
+    site.replica.start_again().await;
+    site.source.start_again().await;
+    expect_healed(&running, &database).await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_network_that_is_cut_or_swallows_everything_is_survived() {
+    let site = Site::shared().await;
+    let database = site.database("network").await;
+    database.source().await.run(TABLE).await;
+    let to_source = Proxy::start(site.source.port()).await;
+    let to_replica = Proxy::start(site.replica.port()).await;
+    let mut agent = database.agent();
+    let source_url = site.source.url_through(to_source.port(), "postgres");
+    let replica_url = site.replica.url_through(to_replica.port(), "postgres");
+    agent.configure("source.url", &format!("\"{source_url}\""));
+    agent.configure("replica.url", &format!("\"{replica_url}\""));
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+
+    let mut errors = 0.0;
+    for (n, proxy) in [
+        (1, &to_source),
+        (2, &to_replica),
+        (3, &to_source),
+        (4, &to_replica),
+    ] {
+        proxy.cut();
+        write(&database, n).await;
+        errors = wait_for_transient_errors(&running, &database, errors).await;
+        proxy.heal();
+        write(&database, n + 10).await;
+        expect_healed(&running, &database).await;
+    }
+    // A silent network shows as lag; when it heals, nothing has to be started.
+    let labels = [("database", database.name.as_str())];
+    for (n, proxy) in [(5, &to_source), (6, &to_replica)] {
+        proxy.black_hole();
+        write(&database, n).await;
+        running
+            .wait_for_metric("dr_agent_lag_seconds", &labels, |lag| lag > 1.5)
+            .await;
+        proxy.heal();
+        expect_healed(&running, &database).await;
+    }
+    // The distance to AWS.
+    to_replica.delay(std::time::Duration::from_millis(40));
+    write(&database, 7).await;
+    expect_healed(&running, &database).await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_second_agent_waits_until_the_first_is_gone() {
+    let site = Site::shared().await;
+    let (database, _agent, mut first) = replicated(&site, "second").await;
+    let other = Agent::new(database.config());
+    let second = other.start();
+    second.wait_for_log(&["in use"]).await;
+    write(&database, 1).await;
+    database.expect_equal().await;
+    first.expect_quiet_log();
+    first.kill();
+    write(&database, 2).await;
+    expect_healed(&second, &database).await;
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn no_free_slot_is_said_and_awaited() {
+    let options = ServerOptions::source().set("max_replication_slots", "1");
+    let site = Site::with(options, ServerOptions::replica()).await;
+    let database = site.database("slots").await;
+    let source = database.source().await;
+    source.run(TABLE).await;
+    source
+        .run("SELECT pg_create_physical_replication_slot('taken')")
+        .await;
+    let agent = database.agent();
+    let mut running = agent.start();
+    running.wait_for_log(&["replication slots"]).await;
+    source.run("SELECT pg_drop_replication_slot('taken')").await;
+    if running.exit_status().is_some() {
+        // It may have judged that a person is needed.
+        running = agent.start();
+    }
+    expect_healed(&running, &database).await;
+    running.stop().await;
+}
+
+/// A file system of a certain size, for the replica's data.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(size: &str) -> Self {
+        let path = directory_for("disk");
+        let user = unprivileged().expect("mounting needs root");
+        mount(
+            &path,
+            &format!("size={size},mode=0700,uid={},gid={}", user.uid, user.gid),
+        );
+        Self(path)
+    }
+
+    fn grow(&self, size: &str) {
+        mount(&self.0, &format!("remount,size={size}"));
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: the server may still have files open. The reaper would do it as well.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+fn mount(path: &Path, options: &str) {
+    let output = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", options, "dr-agent-e2e"])
+        .arg(path)
+        .output()
+        .expect("mount can be started");
+    assert!(
+        output.status.success(),
+        "mount: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+#[tokio::test]
+async fn a_full_disk_of_the_replica_is_awaited() {
+    const SWITCH: &str = "DR_AGENT_TEST_NO_MOUNT";
+    if std::env::var_os(SWITCH).is_some() {
+        eprintln!("NOT TESTED: a full disk ({SWITCH} is set)");
+        return;
+    }
+    assert!(
+        unprivileged().is_some(),
+        "this test mounts a small tmpfs: run as root, or set {SWITCH}=1 to leave it out"
+    );
+    let site = Site::own().await;
+    let disk = SmallDisk::mount("24m");
+    let (database, _agent, running) = replicated(&site, "disk").await;
+    let replica = database.writable_replica().await;
+    replica
+        .run(&format!(
+            "CREATE TABLESPACE small LOCATION '{}'",
+            disk.0.display()
+        ))
+        .await;
+    replica.run("ALTER TABLE t SET TABLESPACE small").await;
+    // More than fits, in several transactions.
+    let source = database.source().await;
+    for n in 1..=4 {
+        source
+            .run(&format!("INSERT INTO t SELECT g, repeat(md5(g::text), 30) FROM generate_series({n}00000, {n}08000) AS g"))
+            .await;
+    }
+    running.wait_for_log(&["disk"]).await;
+    wait_for_transient_errors(&running, &database, 0.0).await;
+    let labels = [("database", database.name.as_str())];
+    assert_eq!(
+        running
+            .metrics()
+            .await
+            .value("dr_agent_rpo_breached", &labels),
+        Some(0.0),
+        "within 30 s"
+    );
+    let before = replica.number("SELECT count(*) FROM t").await;
+    disk.grow("400m");
+    expect_healed(&running, &database).await;
+    assert!(replica.number("SELECT count(*) FROM t").await > before);
+    wait_until("the tablespace to be in use", PATIENCE, || {
+        replica.holds("SELECT pg_tablespace_size('small') > 24 * 1024 * 1024")
+    })
+    .await;
+    running.stop().await;
+}

@@ -1,0 +1,217 @@
+//! A `dr-agent` process in the background: its log, its pages, its end.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, ExitStatus};
+use std::thread;
+use std::time::Duration;
+
+use super::line_with;
+use crate::http::{self, Metrics};
+use crate::rundir::{is_alive, signal, tail};
+use crate::wait::{PATIENCE, wait_for, wait_until};
+
+/// A `dr-agent` process in the background.
+pub struct Running {
+    pub(super) child: Child,
+    pub(super) out: PathBuf,
+    pub(super) log: PathBuf,
+    pub(super) http_port: u16,
+    pub(super) what: String,
+}
+
+impl Running {
+    /// SIGKILL, and waits for the end.
+    pub fn kill(&mut self) {
+        // An error means that it ended already, which is what we want.
+        let _ = self.child.kill();
+        self.child.wait().expect("it is our child");
+    }
+
+    /// SIGSTOP.
+    pub fn pause(&self) {
+        signal("STOP", &[self.pid()]);
+    }
+
+    /// SIGCONT.
+    pub fn resume(&self) {
+        signal("CONT", &[self.pid()]);
+    }
+
+    /// SIGTERM, without waiting.
+    pub fn ask_to_stop(&self) {
+        signal("TERM", &[self.pid()]);
+    }
+
+    /// SIGTERM; it must drain and end with code 0.
+    pub async fn stop(mut self) {
+        self.ask_to_stop();
+        let status = self.wait_for_exit(PATIENCE).await;
+        assert_eq!(
+            status.code(),
+            Some(0),
+            "SIGTERM drains and ends with code 0"
+        );
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it has ended, and how.
+    pub fn exit_status(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("it is our child")
+    }
+
+    /// Waits for the end.
+    pub async fn wait_for_exit(&mut self, deadline: Duration) -> ExitStatus {
+        let what = format!("the end of dr-agent {}", self.what);
+        let child = std::cell::RefCell::new(&mut self.child);
+        let log = self.log.clone();
+        wait_for(&what, deadline, || {
+            let status = child.borrow_mut().try_wait().expect("it is our child");
+            let reason = tail(&log, 5);
+            async move { status.ok_or(reason) }
+        })
+        .await
+    }
+
+    /// Waits for the end, which must have this exit code.
+    pub async fn expect_exit(&mut self, code: i32) {
+        let status = self.wait_for_exit(PATIENCE).await;
+        assert_eq!(
+            status.code(),
+            Some(code),
+            "exit code of dr-agent {}",
+            self.what
+        );
+    }
+
+    /// Everything on standard error: the log.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// Everything on standard output.
+    pub fn stdout(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.out).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits until some line of the log has all these words, in any case, and returns the line.
+    pub async fn wait_for_log(&self, words: &[&str]) -> String {
+        let what = format!("a line of the agent's log with {words:?}");
+        wait_for(&what, PATIENCE, || async {
+            line_with(&self.log(), words)
+                .map(str::to_owned)
+                .ok_or_else(|| tail(&self.log, 3))
+        })
+        .await
+    }
+
+    /// Fails the test if the log has an error, or a panic.
+    #[track_caller]
+    pub fn expect_quiet_log(&self) {
+        let log = self.log();
+        for sign in [" ERROR ", "\"level\":\"ERROR\"", "panicked at"] {
+            if let Some(line) = log.lines().find(|line| line.contains(sign)) {
+                panic!("the agent's log has: {line}");
+            }
+        }
+    }
+
+    /// A page of the HTTP listener.
+    pub async fn get(&self, path: &str) -> Result<http::Answer, String> {
+        http::get(self.http_port, path).await
+    }
+
+    /// `/metrics`, once it is served.
+    pub async fn metrics(&self) -> Metrics {
+        let answer = self.served("/metrics").await;
+        assert_eq!(answer.status, 200, "GET /metrics: {}", answer.body);
+        Metrics::parse(&answer.body)
+    }
+
+    /// `/status`, once it is served.
+    pub async fn status(&self) -> serde_json::Value {
+        let answer = self.served("/status").await;
+        serde_json::from_str(&answer.body)
+            .unwrap_or_else(|error| panic!("/status is not JSON ({error}): {}", answer.body))
+    }
+
+    async fn served(&self, path: &str) -> http::Answer {
+        wait_for(&format!("an answer to GET {path}"), PATIENCE, || {
+            self.get(path)
+        })
+        .await
+    }
+
+    /// Waits until a metric fulfils a condition.
+    pub async fn wait_for_metric(
+        &self,
+        name: &str,
+        labels: &[(&str, &str)],
+        condition: impl Fn(f64) -> bool,
+    ) -> f64 {
+        let what = format!("a certain value of {name} {labels:?}");
+        wait_for(&what, PATIENCE, || async {
+            let answer = self.get("/metrics").await?;
+            let value = Metrics::parse(&answer.body).value(name, labels);
+            value
+                .filter(|value| condition(*value))
+                .ok_or_else(|| format!("{value:?}"))
+        })
+        .await
+    }
+
+    /// Waits until a database's `dr_agent_state` is this one.
+    pub async fn wait_for_state(&self, database: &str, state: &str) {
+        let labels = [("database", database), ("state", state)];
+        self.wait_for_metric("dr_agent_state", &labels, |value| value == 1.0)
+            .await;
+    }
+
+    /// Waits until a database is streaming.
+    pub async fn wait_for_streaming(&self, database: &str) {
+        self.wait_for_state(database, "streaming").await;
+    }
+
+    /// Peak resident memory so far, in bytes.
+    pub fn peak_resident_bytes(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))
+            .expect("the agent is running");
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .expect("Linux tells the peak");
+        let kib: u64 = line
+            .trim()
+            .trim_end_matches("kB")
+            .trim()
+            .parse()
+            .expect("the peak is a number of kB");
+        kib * 1024
+    }
+
+    /// Waits until the process has ended, however.
+    pub async fn wait_until_gone(&self) {
+        let pid = self.pid();
+        wait_until("the end of the agent", PATIENCE, || async move {
+            !is_alive(pid)
+        })
+        .await;
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!(
+                "--- end of the log of dr-agent {} ---\n{}\n---",
+                self.what,
+                tail(&self.log, 40)
+            );
+        }
+        self.kill();
+    }
+}
