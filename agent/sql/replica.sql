@@ -107,12 +107,12 @@ $$;
 
 -- Ends a statement of an apply transaction that did not touch as many rows as it had to. Raising on
 -- the server lets COMMIT be sent before the answers are in.
-CREATE OR REPLACE FUNCTION dr_agent.expect(found bigint, wanted bigint, the_table text, doing text)
+CREATE OR REPLACE FUNCTION dr_agent.expect(touched bigint, wanted bigint, the_table text, doing text)
 RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    IF found <> wanted THEN
+    IF touched <> wanted THEN
         RAISE EXCEPTION '% of % rows to % in % are not on the replica',
-            wanted - found, wanted, doing, the_table USING ERRCODE = 'DR003';
+            wanted - touched, wanted, doing, the_table USING ERRCODE = 'DR003';
     END IF;
 END
 $$;

@@ -3,6 +3,7 @@
 //! Read by `check`, by the set-up before anything is published, and by the monitor that counts
 //! unprotected objects. Only reads; decides nothing about publications.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use tokio_postgres::Client;
@@ -176,6 +177,24 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
             of_extension: row.get(7),
         })
         .filter(|table: &Table| !table.of_extension)
+        .collect())
+}
+
+/// Partitioned tables whose valid primary key is handed down to every partition to come.
+pub async fn keyed_roots(client: &Client) -> Result<BTreeSet<TableName>, PgError> {
+    const SQL: &str = "
+        SELECT n.nspname::text, c.relname::text
+          FROM pg_class c
+          JOIN pg_namespace n ON n.oid = c.relnamespace
+          JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary AND i.indisvalid
+         WHERE c.relkind = 'p' AND NOT c.relispartition";
+    let rows = client.query(SQL, &[]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| TableName {
+            schema: row.get(0),
+            name: row.get(1),
+        })
         .collect())
 }
 

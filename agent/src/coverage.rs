@@ -17,9 +17,10 @@ use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
 
-use crate::catalog::{Protection, Table, TableName, tables_without_sizes};
+use crate::catalog::{Protection, Table, TableName, keyed_roots, tables_without_sizes};
 use crate::config::Config;
 use crate::pg::PgError;
+use crate::setup::publication::Wanted;
 
 /// The unprotected objects of one kind in one database.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,12 +33,15 @@ pub struct Unprotected {
     pub examples: Vec<String>,
 }
 
+/// Tables that are to be published and are not: new ones, until their pipeline starts again.
+pub const UNPUBLISHED_TABLE: &str = "unpublished_table";
+
 /// Every kind, in the order of the answer.
 pub const KINDS: [&str; 10] = [
     "keyless_table",
     "excluded_table",
     "unlogged_table",
-    "unpublished_table",
+    UNPUBLISHED_TABLE,
     "extension_table",
     "foreign_table",
     "materialized_view",
@@ -60,15 +64,19 @@ pub async fn unprotected(client: &Client, config: &Config) -> Result<Vec<Unprote
         .query_one("SELECT current_database()::text", &[])
         .await?;
     let stream = config.stream(row.get(0));
-    let published = published(client, stream.as_str()).await?;
-    let mut all = of_tables(&tables, &published, config);
+    let listed = listed(client, stream.as_str()).await?;
+    let wanted = Wanted::of(&tables, &keyed_roots(client).await?, config);
+    let mut all = of_tables(&wanted, &listed);
     all.extend(of_catalog(client).await?);
     all.sort_by_key(|one| KINDS.iter().position(|kind| *kind == one.kind));
     Ok(all)
 }
 
 /// The tables a publication lists; empty where there is no such publication.
-pub async fn published(client: &Client, publication: &str) -> Result<BTreeSet<TableName>, PgError> {
+pub(crate) async fn listed(
+    client: &Client,
+    publication: &str,
+) -> Result<BTreeSet<TableName>, PgError> {
     const SQL: &str = "
         SELECT n.nspname::text, c.relname::text
           FROM pg_publication p
@@ -86,57 +94,34 @@ pub async fn published(client: &Client, publication: &str) -> Result<BTreeSet<Ta
         .collect())
 }
 
-/// The tables a publication ought to list: the roots of everything that can be protected.
-///
-/// A root with one leaf that must stay out stays out as a whole: publishing the root would publish
-/// that leaf as well, and a keyless leaf would then fail its own UPDATE and DELETE.
-pub fn wanted(tables: &[Table], config: &Config) -> BTreeSet<TableName> {
-    let mut roots = BTreeSet::new();
-    let mut barred = BTreeSet::new();
-    for table in tables {
-        match table.protection(config) {
-            Protection::Published | Protection::KeylessFull => {
-                roots.insert(table.root.clone());
-            }
-            Protection::KeylessExcluded | Protection::KeylessRefused => {
-                barred.insert(table.root.clone());
-            }
-            Protection::Excluded | Protection::Unlogged => {}
-        }
-    }
-    roots.retain(|root| !barred.contains(root));
-    roots
-}
-
 /// Sorts the tables into the kinds that concern tables.
-fn of_tables(
-    tables: &[Table],
-    published: &BTreeSet<TableName>,
-    config: &Config,
-) -> Vec<Unprotected> {
+fn of_tables(wanted: &Wanted, listed: &BTreeSet<TableName>) -> Vec<Unprotected> {
     let mut keyless = Vec::new();
     let mut excluded = Vec::new();
     let mut unlogged = Vec::new();
-    let mut unpublished = Vec::new();
-    for table in tables {
-        let kind = match table.protection(config) {
+    for (name, why) in &wanted.unpublished {
+        match why {
             Protection::Excluded => &mut excluded,
             Protection::Unlogged => &mut unlogged,
-            Protection::KeylessExcluded | Protection::KeylessRefused => &mut keyless,
-            Protection::Published | Protection::KeylessFull => {
-                if published.contains(&table.root) {
-                    continue;
-                }
-                &mut unpublished
-            }
-        };
-        kind.push(table.name.to_string());
+            Protection::KeylessExcluded
+            | Protection::KeylessRefused
+            | Protection::KeylessFull
+            | Protection::Published => &mut keyless,
+        }
+        .push(name.to_string());
     }
+    let is_listed = |table: &Table| listed.contains(&table.root) || listed.contains(&table.name);
+    let unpublished: Vec<String> = wanted
+        .published
+        .iter()
+        .filter(|table| !is_listed(table))
+        .map(|table| table.name.to_string())
+        .collect();
     [
         ("keyless_table", keyless),
         ("excluded_table", excluded),
         ("unlogged_table", unlogged),
-        ("unpublished_table", unpublished),
+        (UNPUBLISHED_TABLE, unpublished),
     ]
     .into_iter()
     .map(|(kind, mut names)| {
@@ -223,6 +208,10 @@ mod tests {
         Config::parse("f", &text, []).unwrap()
     }
 
+    fn wanted(tables: &[Table], config: &Config) -> Wanted {
+        Wanted::of(tables, &BTreeSet::from([name("s.m")]), config)
+    }
+
     fn count(found: &[Unprotected], kind: &str) -> u64 {
         found.iter().find(|one| one.kind == kind).unwrap().count
     }
@@ -234,7 +223,8 @@ mod tests {
             table("s.late", "s.late", Identity::Key),
             table("s.log", "s.log", Identity::Missing),
         ];
-        let found = of_tables(&tables, &BTreeSet::from([name("s.m")]), &config(""));
+        let listed = BTreeSet::from([name("s.m")]);
+        let found = of_tables(&wanted(&tables, &config("")), &listed);
         assert_eq!(count(&found, "unpublished_table"), 1);
         assert_eq!(count(&found, "keyless_table"), 1);
         assert_eq!(count(&found, "excluded_table"), 0);
@@ -251,8 +241,8 @@ mod tests {
             table("s.log", "s.log", Identity::Missing),
             table("s.a", "s.a", Identity::Key),
         ];
-        let published = BTreeSet::from([name("s.a")]);
-        let found = of_tables(&tables, &published, &config);
+        let listed = BTreeSet::from([name("s.a")]);
+        let found = of_tables(&wanted(&tables, &config), &listed);
         let total: u64 = found.iter().map(|one| one.count).sum();
         assert_eq!(total, 3);
         assert_eq!(count(&found, "unlogged_table"), 1);
@@ -265,23 +255,8 @@ mod tests {
         let tables: Vec<Table> = (0..9)
             .map(|n| table(&format!("s.t{n}"), &format!("s.t{n}"), Identity::Key))
             .collect();
-        let found = of_tables(&tables, &BTreeSet::new(), &config(""));
+        let found = of_tables(&wanted(&tables, &config("")), &BTreeSet::new());
         let one = found.iter().find(|one| one.count == 9).unwrap();
         assert_eq!(one.examples.len(), EXAMPLES_MAX);
-    }
-
-    #[test]
-    fn a_root_with_a_keyless_leaf_is_not_wanted() {
-        let tables = [
-            table("s.m1", "s.m", Identity::Key),
-            table("s.m2", "s.m", Identity::Missing),
-            table("s.a", "s.a", Identity::Key),
-        ];
-        let wanted_with = |keyless: &str| wanted(&tables, &config(keyless));
-        assert_eq!(
-            wanted_with("keyless = \"exclude\""),
-            BTreeSet::from([name("s.a")])
-        );
-        assert_eq!(wanted_with("keyless = \"full\"").len(), 2);
     }
 }

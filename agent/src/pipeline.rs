@@ -34,10 +34,10 @@ use crate::lag::{Lag, Micros, pg_micros, system_time};
 use crate::ledger::{BatchNumber, FlushLsn, Ledger};
 use crate::metrics::DatabaseMetrics;
 use crate::monitor::{self, Report, WalReport};
-use crate::pg::{PgError, PgLsn};
+use crate::pg::{self, ConnInfo, PgError, PgLsn};
 use crate::setup::{self, Prepared, SetupError};
 use crate::sink::replica::{Applied, ReplicaSink, SinkError, SinkSettings, Synced};
-use crate::snapshot::{CopyObserver, CopyPhase, ProgressDisplay};
+use crate::snapshot::{self, CopyError, CopyObserver, CopyPhase, ProgressDisplay};
 use crate::source::{self, Received, SourceError, SourcePosition, SourceSettings};
 use crate::spill::{self, SpillError, SpillSpace};
 use crate::status::{State, StatusCell};
@@ -86,6 +86,8 @@ enum SessionError {
     Monitor(#[source] PgError),
     #[error("open the spill directory")]
     Spill(#[from] SpillError),
+    #[error("finish the initial copy")]
+    Deferred(#[source] CopyError),
     #[error("a new table is to be copied")]
     NewTable,
     #[error("a task of the pipeline ended without saying why")]
@@ -100,6 +102,7 @@ impl Classify for SessionError {
             Self::Sink(error) => error.class(),
             Self::Monitor(error) => error.class(),
             Self::Spill(error) => error.class(),
+            Self::Deferred(error) => error.class(),
             Self::NewTable | Self::TaskLost => Class::Transient,
         }
     }
@@ -111,6 +114,7 @@ impl Classify for SessionError {
             Self::Sink(error) => error.hint(),
             Self::Monitor(error) => error.hint(),
             Self::Spill(error) => error.hint(),
+            Self::Deferred(error) => error.hint(),
             Self::NewTable | Self::TaskLost => None,
         }
     }
@@ -310,10 +314,14 @@ impl Pipeline {
                 .err()
                 .map(SessionError::Source)
         });
-        tasks.spawn(async move {
-            apply_batches(sink, batches_to_apply, outcomes).await;
-            None
-        });
+        let newest_snapshot = prepared.synced.iter().filter_map(|(_, snapshot)| *snapshot).max();
+        let mut deferred = Deferred {
+            replica,
+            stream: self.stream.clone(),
+            after: newest_snapshot,
+        };
+        deferred.passed(prepared.end_lsn).await?;
+        tasks.spawn(apply_batches(sink, batches_to_apply, outcomes, deferred));
         let (config, stream) = (Arc::clone(&self.config), self.stream.clone());
         tasks.spawn(async move {
             monitor::run(&config, &source, &stream, reports).await.err().map(SessionError::Monitor)
@@ -337,15 +345,46 @@ async fn apply_batches(
     mut sink: ReplicaSink,
     mut batches: mpsc::Receiver<Batch>,
     outcomes: mpsc::Sender<Outcome>,
-) {
+    mut deferred: Deferred,
+) -> Option<SessionError> {
     while let Some(batch) = batches.recv().await {
         let started = now_instant();
+        let end_lsn = batch.end_lsn();
         let result = sink.apply(&batch).await;
         let failed = result.is_err();
         let outcome = Outcome { batch, result, took: started.elapsed() };
         if outcomes.send(outcome).await.is_err() || failed {
-            return;
+            return None;
         }
+        if let Err(error) = deferred.passed(end_lsn).await {
+            return Some(error);
+        }
+    }
+    None
+}
+
+/// Constraints of the initial copy that hold only once the stream has passed its newest snapshot.
+struct Deferred {
+    replica: ConnInfo,
+    stream: StreamName,
+    after: Option<PgLsn>,
+}
+
+impl Deferred {
+    /// Adds what is due; between batches, since it locks tables.
+    async fn passed(&mut self, end_lsn: PgLsn) -> Result<(), SessionError> {
+        if self.after.is_none_or(|after| end_lsn < after) {
+            return Ok(());
+        }
+        let session = crate::sink::replica::session(&self.stream);
+        let mut client = pg::connect(&self.replica, &session).await.map_err(SinkError::from)?;
+        let waiting = snapshot::run_deferred(&mut client, &self.stream)
+            .await
+            .map_err(SessionError::Deferred)?;
+        if waiting == 0 {
+            self.after = None;
+        }
+        Ok(())
     }
 }
 

@@ -43,8 +43,8 @@ pub async fn check(config: &Config) -> Report {
     let mut findings = Vec::new();
     let source = Box::pin(source::server(config, &mut findings)).await;
     let replica = Box::pin(replica::server(config, &mut findings)).await;
-    let major = source.as_ref().map(|source| source.server.major());
-    findings.extend(host::look(config, major).await);
+    let version = source.as_ref().map(|source| source.server.version_num);
+    findings.extend(host::look(config, version).await);
     if let (Some(source), Some(replica)) = (&source, &replica) {
         findings.extend(pair::servers(source, replica));
     }

@@ -9,9 +9,10 @@ use super::finding::{Finding, Place, Severity, Side, counted, some_of};
 use super::replica::{Replica, ReplicaDatabase};
 use super::server::Locale;
 use super::settings;
+use super::shape::Shapes;
 use super::slot::{self, Kept};
 use super::source::{Source, SourceDatabase};
-use crate::catalog::{Protection, TableName};
+use crate::catalog::TableName;
 use crate::config::Config;
 
 /// Compares the servers.
@@ -47,8 +48,9 @@ fn roles(at: &Place, source: &[String], replica: &[String]) -> Option<Finding> {
         ),
     );
     Some(finding.hint(
-        "roles are not replicated; after a promotion these applications cannot log in: \
-         pg_dumpall --roles-only on the source, psql on the replica",
+        "roles are not replicated; after a promotion these cannot log in. dr-agent init and run create \
+         those that own something or were granted something, where their role has CREATEROLE; the \
+         others: pg_dumpall --roles-only",
     ))
 }
 
@@ -68,6 +70,7 @@ pub(super) fn database(
         .iter()
         .find(|slot| slot.name == stream.as_str());
     let mut findings = slot::judge(&at, stream.as_str(), name, slot, kept);
+    findings.extend(publication(&at, stream.as_str(), here, kept));
     findings.extend(slot::origin(&at, kept, &source.server));
     let installed = there.map_or(&[][..], |there| &there.extensions);
     findings.extend(extensions(
@@ -85,10 +88,33 @@ pub(super) fn database(
     if let (Some(one), Some(other)) = (locale(&source.databases), locale(&replica.databases)) {
         findings.extend(locales(&at, &one, &other));
     }
+    findings.extend(firing(&at, here, there));
     if let Some(there) = there {
-        findings.extend(tables(config, &at, here, there));
+        findings.extend(tables(&at, here, there));
     }
     findings
+}
+
+/// A publication that is not there: right before the first start, a gap afterwards.
+fn publication(at: &Place, name: &str, here: &SourceDatabase, kept: &Kept) -> Option<Finding> {
+    if here.has_publication {
+        return None;
+    }
+    if kept.progress.is_none() {
+        let text = format!(
+            "is not there yet; dr-agent run creates it with {}",
+            counted(here.wanted.published.len(), "table")
+        );
+        return Some(at.ok("publication", text).on(name));
+    }
+    let finding = at.error(
+        "publication_missing",
+        "was dropped, and changes since then are missing on the replica for good",
+    );
+    Some(finding.on(name).hint(
+        "drop the slot on the source (SELECT pg_drop_replication_slot(slot_name)) and the database on \
+         the replica, then start dr-agent run, which copies it again",
+    ))
 }
 
 fn extensions(
@@ -177,28 +203,35 @@ fn locales(at: &Place, source: &Locale, replica: &Locale) -> Vec<Finding> {
     findings
 }
 
-/// Every table that is or will be published, against the table of its name on the replica.
-fn tables(
-    config: &Config,
-    at: &Place,
-    here: &SourceDatabase,
-    there: &ReplicaDatabase,
-) -> Vec<Finding> {
-    let kept = &there.kept;
-    let wanted: Vec<&TableName> = here
-        .tables
+/// Triggers of the source that will fire on the replica once its schema is copied; those already
+/// there are reported with the replica.
+fn firing(at: &Place, here: &SourceDatabase, there: Option<&ReplicaDatabase>) -> Vec<Finding> {
+    here.shapes
         .iter()
-        .filter(|table| {
-            matches!(
-                table.protection(config),
-                Protection::Published | Protection::KeylessFull
+        .filter(|(name, shape)| !shape.of_extension && name.schema != "dr_agent")
+        .filter(|(name, _)| !there.is_some_and(|there| there.shapes.contains_key(name)))
+        .filter(|(_, shape)| !shape.firing.is_empty())
+        .map(|(name, shape)| {
+            at.warning(
+                "trigger_fires",
+                format!(
+                    "{} is enabled ALWAYS or REPLICA and will fire during apply",
+                    some_of(&shape.firing)
+                ),
             )
+            .on(name)
+            .hint("after the copy: ALTER TABLE … ENABLE TRIGGER … on the replica, unless it is meant to act there as well")
         })
-        .map(|table| &table.name)
-        .collect();
+        .collect()
+}
+
+/// Every table that is or will be published, against the table of its name on the replica.
+fn tables(at: &Place, here: &SourceDatabase, there: &ReplicaDatabase) -> Vec<Finding> {
+    let kept = &there.kept;
     let mut findings = Vec::new();
     let mut same = 0;
-    for name in &wanted {
+    for table in &here.wanted.published {
+        let name = &table.name;
         let Some(source) = here.shapes.get(name) else {
             continue;
         };
@@ -215,27 +248,7 @@ fn tables(
     }
     findings.extend(copy_state(at, kept));
     if kept.progress.is_none() {
-        let strangers: Vec<&TableName> = there
-            .shapes
-            .iter()
-            .filter(|(name, shape)| {
-                name.schema != "dr_agent" && matches!(shape.kind.as_str(), "r" | "p")
-            })
-            .map(|(name, _)| name)
-            .collect();
-        if !strangers.is_empty() {
-            findings.push(
-                at.warning(
-                    "replica_not_empty",
-                    format!(
-                        "the replica holds {} before the first copy: {}",
-                        counted(strangers.len(), "table"),
-                        some_of(&strangers)
-                    ),
-                )
-                .hint("if nobody needs them, drop the database on the replica and let dr-agent run create it"),
-            );
-        }
+        findings.extend(strangers(at, &there.shapes));
     }
     if findings.iter().all(|f| f.severity > Severity::Warning) && same > 0 {
         findings.push(at.ok(
@@ -244,6 +257,30 @@ fn tables(
         ));
     }
     findings
+}
+
+/// The first copy goes into an empty database.
+fn strangers(at: &Place, shapes: &Shapes) -> Option<Finding> {
+    let strangers: Vec<&TableName> = shapes
+        .iter()
+        .filter(|(name, shape)| name.schema != "dr_agent" && !shape.of_extension)
+        .filter(|(_, shape)| matches!(shape.kind.as_str(), "r" | "p" | "f"))
+        .map(|(name, _)| name)
+        .collect();
+    if strangers.is_empty() {
+        return None;
+    }
+    let finding = at.error(
+        "replica_not_empty",
+        format!(
+            "the replica holds {} before the first copy: {}",
+            counted(strangers.len(), "table"),
+            some_of(&strangers)
+        ),
+    );
+    Some(
+        finding.hint("if nobody needs them, DROP DATABASE on the replica; dr-agent run creates it"),
+    )
 }
 
 /// A table that the replica lacks: before its copy that is as it should be.
@@ -284,11 +321,12 @@ fn copy_state(at: &Place, kept: &Kept) -> Option<Finding> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::shape::{Column, Shape, Shapes, Unique};
+    use super::super::shape::{Column, Shape, Unique};
     use super::super::slot::Progress;
     use super::*;
     use crate::catalog::{Identity, Table};
     use crate::pg::PgLsn;
+    use crate::setup::publication::Wanted;
 
     fn at() -> Place {
         Place::database(Side::Both, "app")
@@ -324,18 +362,19 @@ mod tests {
     }
 
     fn here(names: &[&str]) -> SourceDatabase {
+        let tables = names.iter().map(|one| Table {
+            name: name(one),
+            root: name(one),
+            identity: Identity::Key,
+            unlogged: false,
+            bytes: 0,
+            of_extension: false,
+        });
         SourceDatabase {
-            tables: names
-                .iter()
-                .map(|one| Table {
-                    name: name(one),
-                    root: name(one),
-                    identity: Identity::Key,
-                    unlogged: false,
-                    bytes: 0,
-                    of_extension: false,
-                })
-                .collect(),
+            wanted: Wanted {
+                published: tables.collect(),
+                ..Wanted::default()
+            },
             shapes: shapes(names),
             ..SourceDatabase::default()
         }
@@ -360,9 +399,7 @@ mod tests {
     }
 
     fn found(here: &SourceDatabase, there: &ReplicaDatabase) -> Vec<(Severity, &'static str)> {
-        let text = "[source]\nurl = \"postgres://a@h/x\"\n[replica]\nurl = \"postgres://b@h/y\"\n";
-        let config = Config::parse("f", text, []).unwrap();
-        tables(&config, &at(), here, there)
+        tables(&at(), here, there)
             .iter()
             .map(|f| (f.severity, f.code))
             .collect()
@@ -405,12 +442,19 @@ mod tests {
     }
 
     #[test]
+    fn a_dropped_publication_is_an_error_once_the_replica_counts_on_it() {
+        let code = |kept: &Kept| publication(&at(), "p", &here(&[]), kept).unwrap().code;
+        assert_eq!(code(&Kept::default()), "publication");
+        assert_eq!(code(&there(&[], &[], &[]).kept), "publication_missing");
+    }
+
+    #[test]
     fn a_replica_with_tables_before_the_first_copy_is_noticed() {
         let mut replica = there(&["a", "old"], &[], &[]);
         replica.kept = Kept::default();
         assert_eq!(
             found(&here(&["a"]), &replica),
-            [(Severity::Warning, "replica_not_empty")]
+            [(Severity::Error, "replica_not_empty")]
         );
     }
 

@@ -69,24 +69,18 @@ pub(super) async fn read(client: &Client, name: &str) -> Result<Option<Publicati
         filtered: row.get(3),
         schemas,
         owned: row.get(4),
-        tables: coverage::published(client, name).await?,
+        tables: coverage::listed(client, name).await?,
     }))
 }
 
-/// What is wrong with the publication `name`.
+/// What is wrong with the publication `name`. Whether its absence is wrong depends on the replica:
+/// see `pair`.
 pub(super) fn judge(
     at: &Place,
     name: &str,
-    publication: Option<&Publication>,
+    publication: &Publication,
     wanted: &BTreeSet<TableName>,
 ) -> Vec<Finding> {
-    let Some(publication) = publication else {
-        let text = format!(
-            "is not there yet; dr-agent run creates it with {}",
-            counted(wanted.len(), "table")
-        );
-        return vec![at.ok("publication", text).on(name)];
-    };
     let mut findings = shape(at, publication);
     let missing: Vec<&TableName> = wanted.difference(&publication.tables).collect();
     if !missing.is_empty() && !publication.all_tables {
@@ -113,7 +107,7 @@ pub(super) fn judge(
                     some_of(&extra)
                 ),
             )
-            .hint("ALTER PUBLICATION … DROP TABLE …, or take the pattern out of source.exclude"),
+            .hint("restart dr-agent run: it takes them off the list"),
         );
     }
     if findings.is_empty() {
@@ -169,7 +163,7 @@ mod tests {
             .collect()
     }
 
-    fn found(publication: Option<&Publication>, wanted: &[&str]) -> Vec<(Severity, &'static str)> {
+    fn found(publication: &Publication, wanted: &[&str]) -> Vec<(Severity, &'static str)> {
         let at = Place::database(Side::Source, "app");
         judge(&at, "dr_agent_app", publication, &names(wanted))
             .iter()
@@ -188,18 +182,14 @@ mod tests {
     #[test]
     fn the_wanted_list_is_compared_both_ways() {
         let have = publication(&["a", "b"]);
+        assert_eq!(found(&have, &["a", "b"]), [(Severity::Ok, "publication")]);
         assert_eq!(
-            found(Some(&have), &["a", "b"]),
-            [(Severity::Ok, "publication")]
-        );
-        assert_eq!(
-            found(Some(&have), &["b", "c"]),
+            found(&have, &["b", "c"]),
             [
                 (Severity::Warning, "publication_incomplete"),
                 (Severity::Warning, "publication_extra")
             ]
         );
-        assert_eq!(found(None, &["a"]), [(Severity::Ok, "publication")]);
     }
 
     #[test]
@@ -213,7 +203,7 @@ mod tests {
             let mut publication = publication(&["a"]);
             change(&mut publication);
             assert_eq!(
-                found(Some(&publication), &["a"]),
+                found(&publication, &["a"]),
                 [(Severity::Error, "publication_shape")]
             );
         }
@@ -226,7 +216,7 @@ mod tests {
             ..publication(&[])
         };
         assert_eq!(
-            found(Some(&all), &["a"]),
+            found(&all, &["a"]),
             [(Severity::Error, "publication_shape")]
         );
     }

@@ -228,11 +228,12 @@ fn rights(at: &Place, shapes: &Shapes, role: &str) -> Vec<Finding> {
     let of_tables = |pick: fn(&shape::Shape) -> bool| -> Vec<&TableName> {
         shapes
             .iter()
-            .filter(|(_, shape)| matches!(shape.kind.as_str(), "r" | "p") && pick(shape))
+            .filter(|(_, shape)| matches!(shape.kind.as_str(), "r" | "p") && !shape.of_extension)
+            .filter(|(_, shape)| pick(shape))
             .map(|(name, _)| name)
             .collect()
     };
-    let read_only = of_tables(|shape| !shape.may_write);
+    let read_only = of_tables(|shape| !(shape.may_read && shape.may_write && shape.may_truncate));
     if !read_only.is_empty() {
         findings.push(
             at.error(
@@ -328,8 +329,9 @@ async fn kept(client: &Client, shapes: &Shapes, stream: &str) -> Result<Kept, Pg
     }
     if there("promotion") {
         let sql = "SELECT mode, state, to_char(started_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS\" UTC\"')
-                     FROM dr_agent.promotion WHERE stream = $1";
-        let row = client.query_opt(sql, &[&stream]).await?;
+                     FROM dr_agent.promotion ORDER BY started_at DESC LIMIT 1";
+        // Any promotion of this database counts, under whichever stream: it takes writes of its own.
+        let row = client.query_opt(sql, &[]).await?;
         kept.promotion = row.map(|row| (row.get(0), row.get(1), row.get(2)));
     }
     Ok(kept)

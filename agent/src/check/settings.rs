@@ -63,9 +63,9 @@ pub(super) fn version(at: &Place, server: &Server) -> Vec<Finding> {
                 "dr-agent needs PostgreSQL {MAJOR_MIN} to {MAJOR_MAX}"
             ))
     } else if major > MAJOR_MAX {
-        at.warning(
+        at.error(
             "server_version",
-            format!("{text}: newer than dr-agent was tested with"),
+            format!("{text}: newer than this dr-agent knows, which refuses it"),
         )
         .hint(format!(
             "look for a newer dr-agent; this one knows {MAJOR_MIN} to {MAJOR_MAX}"
@@ -268,11 +268,11 @@ pub(super) fn same_server(at: &Place, source: &Server, replica: &Server) -> Opti
         )
         .hint("correct replica.url: replicating a server into itself protects nothing")
     } else {
-        at.error(
-            "same_server",
+        at.warning(
+            "physical_copy",
             format!("source and replica have the same system identifier {one}: one is a physical copy of the other"),
         )
-        .hint("make the replica a cluster of its own with initdb")
+        .hint("is it really another server? a replica is best a cluster of its own, made by initdb")
     };
     Some(finding)
 }
@@ -282,11 +282,11 @@ pub(super) fn replication_role(at: &Place, server: &Server) -> Finding {
     let role = &server.role;
     if role.superuser || role.replication {
         let why = if role.superuser {
-            "superuser"
+            "is superuser"
         } else {
-            "REPLICATION"
+            "has REPLICATION"
         };
-        return at.ok("role_replication", format!("role {} has {why}", role.name));
+        return at.ok("role_replication", format!("role {} {why}", role.name));
     }
     at.error(
         "role_replication",
@@ -352,7 +352,7 @@ mod tests {
             (130_012, Severity::Error),
             (140_000, Severity::Ok),
             (180_001, Severity::Ok),
-            (190_000, Severity::Warning),
+            (190_000, Severity::Error),
         ] {
             let server = Server {
                 version_num: num,
@@ -452,7 +452,10 @@ mod tests {
         let severity =
             |one: &Server, other: &Server| same_server(&at(), one, other).unwrap().severity;
         assert_eq!(severity(&with("1", 5.0), &with("1", 5.0)), Severity::Error);
-        assert_eq!(severity(&with("1", 5.0), &with("1", 6.0)), Severity::Error);
+        assert_eq!(
+            severity(&with("1", 5.0), &with("1", 6.0)),
+            Severity::Warning
+        );
         assert_eq!(severity(&with("1", 5.0), &with("2", 5.0)), Severity::Ok);
         assert_eq!(severity(&with("1", 5.0), &server(&[])), Severity::Note);
     }

@@ -15,6 +15,8 @@ use crate::pg::PgError;
 pub(super) struct Shape {
     /// `pg_class.relkind`: `r` table, `p` partitioned, `f` foreign, `v` view, `m` materialized view.
     pub(super) kind: String,
+    /// Belongs to an extension.
+    pub(super) of_extension: bool,
     /// In the order of the table.
     pub(super) columns: Vec<Column>,
     /// Unique indexes and exclusion constraints.
@@ -27,8 +29,10 @@ pub(super) struct Shape {
     pub(super) row_security: bool,
     /// Our role may read it.
     pub(super) may_read: bool,
-    /// Our role may insert, update, delete and truncate.
+    /// Our role may insert, update and delete.
     pub(super) may_write: bool,
+    /// Our role may truncate.
+    pub(super) may_truncate: bool,
     /// Our role may act as its owner.
     pub(super) owned: bool,
 }
@@ -89,9 +93,12 @@ async fn relations(client: &Client) -> Result<Shapes, PgError> {
                 c.relrowsecurity AND row_security_active(c.oid),
                 has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'),
                 has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'INSERT')
-                    AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE')
-                    AND has_table_privilege(c.oid, 'TRUNCATE'),
-                pg_has_role(c.relowner, 'USAGE')
+                    AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE'),
+                pg_has_role(c.relowner, 'USAGE'),
+                EXISTS (SELECT 1 FROM pg_depend d
+                         WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
+                           AND d.deptype = 'e'),
+                has_table_privilege(c.oid, 'TRUNCATE')
            FROM {FROM} WHERE {WHERE}"
     );
     let rows = client.query(&sql, &[]).await?;
@@ -104,6 +111,8 @@ async fn relations(client: &Client) -> Result<Shapes, PgError> {
                 may_read: row.get(4),
                 may_write: row.get(5),
                 owned: row.get(6),
+                of_extension: row.get(7),
+                may_truncate: row.get(8),
                 ..Shape::default()
             };
             (name(row), shape)

@@ -8,17 +8,18 @@ use std::collections::BTreeSet;
 use tokio_postgres::Client;
 
 use super::finding::{Finding, Place, Severity, Side, counted, some_of};
-use super::publication;
+use super::publication::{self, Publication};
 use super::server::{self, Database, Server, Slot};
 use super::settings;
 use super::shape::{self, Shapes};
 use super::{note_failure, open};
 use crate::catalog::{self, Protection, Table, TableName};
-use crate::config::{Config, Databases, Keyless};
+use crate::config::{Config, Databases};
 use crate::coverage;
 use crate::error::{Classify as _, chain};
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgError, Session};
+use crate::setup::publication::{Wanted, in_band_tables};
 use crate::stream::{APPLICATION_PREFIX, StreamName};
 
 /// What was learned of the source server.
@@ -45,6 +46,10 @@ pub(super) struct SourceDatabase {
     pub(super) shapes: Shapes,
     /// Installed extensions and their versions.
     pub(super) extensions: Vec<(String, String)>,
+    /// What becomes of every table.
+    pub(super) wanted: Wanted,
+    /// Whether our publication is there.
+    pub(super) has_publication: bool,
 }
 
 /// Looks at the server. `None` when it cannot be reached; the findings say why.
@@ -111,6 +116,13 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
     }
     findings.extend(settings::source_risks(&at, &server));
     findings.push(settings::replication_role(&at, &server));
+    findings.push(
+        at.note(
+            "ddl",
+            "DDL is not replicated in this version: what CREATE, ALTER and DROP change after the copy stays here",
+        )
+        .hint("make each change on the replica first, then here; new tables are taken in when dr-agent run restarts"),
+    );
     if let Some(skew) = note_failure(&at, "read the clock", findings, server::skew(&client)).await {
         findings.push(settings::clock(&at, skew));
     }
@@ -153,23 +165,19 @@ pub(super) async fn database(
         }
     };
     findings.push(replication_connection(&at, &conninfo, &stream, &source.slots).await);
-    let found = read(&client, &at, findings).await?;
+    let mut found = read(&client, &at, config, findings).await?;
     let published = published_anywhere(&client);
     let published = note_failure(&at, "read the publications", findings, published)
         .await
         .unwrap_or_default();
     findings.extend(keyless(&at, &found, &published, config));
-    let wanted = coverage::wanted(&found.tables, config);
     let reading = publication::read(&client, stream.as_str());
     if let Some(publication) = note_failure(&at, "read the publication", findings, reading).await {
-        findings.extend(publication::judge(
-            &at,
-            stream.as_str(),
-            publication.as_ref(),
-            &wanted,
-        ));
-        let done = publication.is_some_and(|publication| wanted.is_subset(&publication.tables));
-        findings.extend(rights(&at, source, entry, &found, &wanted, done));
+        found.has_publication = publication.is_some();
+        findings.extend(publication.as_ref().map_or_else(Vec::new, |publication| {
+            publication::judge(&at, stream.as_str(), publication, &found.wanted.units)
+        }));
+        findings.extend(rights(&at, source, entry, &found, publication.as_ref()));
     }
     if !source.slots.iter().any(|slot| slot.name == stream.as_str()) {
         let oldest = oldest_transaction(&client);
@@ -180,18 +188,27 @@ pub(super) async fn database(
     Some(found)
 }
 
-async fn read(client: &Client, at: &Place, findings: &mut Vec<Finding>) -> Option<SourceDatabase> {
+async fn read(
+    client: &Client,
+    at: &Place,
+    config: &Config,
+    findings: &mut Vec<Finding>,
+) -> Option<SourceDatabase> {
     let tables = catalog::tables_without_sizes(client);
     let tables = note_failure(at, "list the tables", findings, tables).await?;
+    let keyed_roots = catalog::keyed_roots(client);
+    let keyed_roots = note_failure(at, "list partitioned tables", findings, keyed_roots).await?;
     let shapes = note_failure(at, "read the columns", findings, shape::shapes(client)).await?;
     let extensions = super::replica::installed(client);
     let extensions = note_failure(at, "list the extensions", findings, extensions)
         .await
         .unwrap_or_default();
     Some(SourceDatabase {
+        wanted: Wanted::of(&tables, &keyed_roots, config),
         tables,
         shapes,
         extensions,
+        has_publication: false,
     })
 }
 
@@ -245,7 +262,7 @@ fn keyless(
         let (severity, what) = match protection {
             Protection::KeylessRefused => (
                 Severity::Error,
-                "has no key, and nothing is published before that is decided",
+                "has no key: it is not protected, and the first copy waits until that is decided",
             ),
             Protection::KeylessFull => (
                 Severity::Warning,
@@ -273,21 +290,20 @@ fn keyless(
             );
         }
     }
-    if findings.is_empty() && config.source.keyless == Keyless::Refuse {
-        let text = format!("all of {} have a key", counted(found.tables.len(), "table"));
+    if findings.is_empty() && !found.tables.is_empty() {
+        let text = format!("none among {}", counted(found.tables.len(), "table"));
         findings.push(at.ok("keyless_table", text));
     }
     findings
 }
 
-/// Rights that the set-up, the copy and the stream need. `done`: the publication is complete already.
+/// Rights that the set-up, the copy and the stream need.
 fn rights(
     at: &Place,
     source: &Source,
     entry: &Database,
     found: &SourceDatabase,
-    wanted: &BTreeSet<TableName>,
-    done: bool,
+    publication: Option<&Publication>,
 ) -> Vec<Finding> {
     let role = catalog::quote_ident(&source.server.role.name);
     let mut findings = Vec::new();
@@ -308,20 +324,19 @@ fn rights(
             )),
         );
     }
-    if in_band
-        .iter()
-        .any(|(name, shape)| name.name == "heartbeat" && !(shape.may_read && shape.may_write))
-    {
+    if in_band.iter().any(|(name, shape)| {
+        in_band_tables().contains(name) && !(shape.may_read && shape.may_write)
+    }) {
         findings.push(
-            at.error("heartbeat_right", "the role may not write dr_agent.heartbeat")
-                .hint(format!("ALTER TABLE dr_agent.heartbeat OWNER TO {role}, and the other tables of schema dr_agent")),
+            at.error("heartbeat_right", "the role may not write the tables of schema dr_agent")
+                .hint(format!("run `dr-agent init --source-url` as a superuser; or ALTER TABLE dr_agent.heartbeat OWNER TO {role}, and so on for each")),
         );
     }
     let of_tables = |pick: fn(&shape::Shape) -> bool| -> Vec<&TableName> {
         found
-            .tables
+            .wanted
+            .published
             .iter()
-            .filter(|table| wanted.contains(&table.root))
             .filter(|table| found.shapes.get(&table.name).is_some_and(pick))
             .map(|table| &table.name)
             .collect()
@@ -356,29 +371,49 @@ fn rights(
             .hint(format!("ALTER ROLE {role} BYPASSRLS")),
         );
     }
-    let foreign = of_tables(|shape| !shape.owned);
-    if !foreign.is_empty() {
-        let text = format!(
-            "the role does not own {}: {}",
-            counted(foreign.len(), "table"),
-            some_of(&foreign)
-        );
-        findings.push(if done {
-            at.note("owner_right", format!("{text}; they are published already"))
-        } else {
-            at.error(
-                "owner_right",
-                format!("{text}; only an owner may publish a table"),
-            )
-            .hint(format!(
-                "GRANT the owning role TO {role}; or run `dr-agent init` once as a superuser"
-            ))
-        });
-    }
+    findings.extend(ownership(at, &role, found, publication));
     if findings.is_empty() {
         findings.push(at.ok("rights", "the role has what set-up, copy and stream need"));
     }
     findings
+}
+
+/// Only its owner may publish a table or change its replica identity. The first start refuses without
+/// that; later starts leave such tables out and go on.
+fn ownership(
+    at: &Place,
+    role: &str,
+    found: &SourceDatabase,
+    publication: Option<&Publication>,
+) -> Option<Finding> {
+    let listed = publication.map(|publication| &publication.tables);
+    let foreign: Vec<&TableName> = found
+        .wanted
+        .units
+        .iter()
+        .filter(|unit| !listed.is_some_and(|listed| listed.contains(*unit)))
+        .chain(&found.wanted.identity_full)
+        .filter(|unit| found.shapes.get(*unit).is_some_and(|shape| !shape.owned))
+        .collect();
+    if foreign.is_empty() {
+        return None;
+    }
+    let text = format!(
+        "the role does not own {}: {}",
+        counted(foreign.len(), "table"),
+        some_of(&foreign)
+    );
+    let finding = if publication.is_none() {
+        at.error(
+            "owner_right",
+            format!("{text}; only an owner may publish a table"),
+        )
+    } else {
+        at.warning("owner_right", format!("{text}; they are not protected"))
+    };
+    Some(finding.hint(format!(
+        "GRANT the owning role TO {role}; or run `dr-agent init --source-url` once as a superuser"
+    )))
 }
 
 /// Age of the oldest transaction that may hold an id, in seconds. Other roles' sessions show only to
@@ -416,67 +451,59 @@ async fn unprotected(at: &Place, client: &Client, config: &Config) -> Vec<Findin
     };
     let mut findings = Vec::new();
     for one in found.iter().filter(|one| one.count > 0) {
-        let (code, what, hint) = match one.kind {
-            "excluded_table" => ("excluded_table", "left out by source.exclude", None),
+        let (noun, what, hint) = match one.kind {
+            "excluded_table" => ("table", "left out by source.exclude", "it is not protected"),
             "unlogged_table" => (
-                "unlogged_table",
-                "UNLOGGED: their rows are not in the WAL",
-                Some("ALTER TABLE … SET LOGGED protects them"),
+                "table",
+                "UNLOGGED: the rows are not in the WAL",
+                "ALTER TABLE … SET LOGGED protects them",
             ),
             "extension_table" => (
-                "extension_table",
-                "configuration tables of extensions: their rows are not replicated",
-                Some("copy by hand what you changed in them"),
+                "extension's configuration table",
+                "not replicated",
+                "repeat on the replica what you changed in them",
             ),
             "foreign_table" => (
-                "foreign_table",
-                "foreign: their rows live elsewhere",
-                Some("after a promotion the foreign server must be reachable from the replica"),
+                "foreign table",
+                "the rows live elsewhere",
+                "after a promotion the foreign server must be reachable from the replica",
             ),
             "materialized_view" => (
-                "materialized_view",
-                "materialized: not refreshed on the replica after the copy",
-                Some("a promotion hook can run REFRESH MATERIALIZED VIEW"),
+                "materialized view",
+                "not refreshed on the replica after the copy",
+                "a promotion hook can run REFRESH MATERIALIZED VIEW",
             ),
             "large_object" => (
-                "large_object",
-                "large objects: logical decoding does not carry them",
-                Some("move them into a bytea column, or copy them by other means"),
+                "large object",
+                "logical decoding does not carry them",
+                "move them into a bytea column, or copy them by other means",
             ),
             "subscription" => (
                 "subscription",
-                "subscriptions: they stay with the source",
-                None,
+                "stays with the source",
+                "create it again after a promotion, if it is still wanted",
             ),
             "database_setting" => (
-                "database_setting",
-                "settings of ALTER DATABASE or ALTER ROLE … IN DATABASE: not replicated",
-                Some("make the same settings on the replica"),
+                "setting",
+                "of ALTER DATABASE … SET or ALTER ROLE … IN DATABASE: not replicated",
+                "make the same setting on the replica",
             ),
             // Keyless and unpublished tables are reported with what can be done about them.
             _ => continue,
         };
+        let number = usize::try_from(one.count).unwrap_or(usize::MAX);
         let more = if one.count >= coverage::LARGE_OBJECTS_MAX {
             " or more"
         } else {
             ""
         };
-        let finding = at.warning(
-            code,
-            format!("{}{more} {what} ({})", one.count, one.examples.join(", ")),
+        let text = format!(
+            "{}{more} {what} ({})",
+            counted(number, noun),
+            one.examples.join(", ")
         );
-        findings.push(match hint {
-            Some(hint) => finding.hint(hint),
-            None => finding,
-        });
+        findings.push(at.warning(one.kind, text).hint(hint));
     }
-    findings.push(
-        at.note(
-            "ddl",
-            "DDL is not replicated in this version: CREATE and ALTER made after the copy stay on the source",
-        )
-        .hint("make each change on the replica first, then on the source; new tables are copied when run restarts"),
-    );
     findings
 }
 

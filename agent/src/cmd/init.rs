@@ -48,7 +48,7 @@ pub enum InitError {
         database: String,
         /// Why.
         #[source]
-        source: SetupError,
+        source: Box<SetupError>,
     },
     /// Standard output is closed.
     #[error("write to standard output")]
@@ -59,7 +59,8 @@ impl Classify for InitError {
     fn class(&self) -> Class {
         match self {
             Self::Url { .. } | Self::Output(_) => Class::Definite,
-            Self::Databases(source) | Self::Database { source, .. } => source.class(),
+            Self::Databases(source) => source.class(),
+            Self::Database { source, .. } => source.class(),
         }
     }
 
@@ -67,7 +68,8 @@ impl Classify for InitError {
         match self {
             Self::Url { .. } => Some("write postgres://user@host/database".to_owned()),
             Self::Output(_) => None,
-            Self::Databases(source) | Self::Database { source, .. } => source.hint(),
+            Self::Databases(source) => source.hint(),
+            Self::Database { source, .. } => source.hint(),
         }
     }
 }
@@ -75,8 +77,16 @@ impl Classify for InitError {
 /// Plans and, without `--plan`, executes the set-up of every configured database.
 pub async fn run(config: &Config, args: &InitArgs) -> Result<(), InitError> {
     let privileged = Privileged {
-        source: url("--source-url", args.source_url.as_deref(), &config.source.conninfo)?,
-        replica: url("--replica-url", args.replica_url.as_deref(), &config.replica.conninfo)?,
+        source: url(
+            "--source-url",
+            args.source_url.as_deref(),
+            &config.source.conninfo,
+        )?,
+        replica: url(
+            "--replica-url",
+            args.replica_url.as_deref(),
+            &config.replica.conninfo,
+        )?,
     };
     let databases = setup::source_databases_as(config, &privileged)
         .await
@@ -101,7 +111,7 @@ async fn one(
 ) -> Result<(), InitError> {
     let failed = |source| InitError::Database {
         database: database.to_owned(),
-        source,
+        source: Box::new(source),
     };
     let plan = setup::plan(config, privileged, database)
         .await
@@ -132,9 +142,7 @@ fn url(
 ) -> Result<ConnInfo, InitError> {
     match url {
         None => Ok(configured.clone()),
-        Some(url) => {
-            ConnInfo::parse(url, None).map_err(|source| InitError::Url { option, source })
-        }
+        Some(url) => ConnInfo::parse(url, None).map_err(|source| InitError::Url { option, source }),
     }
 }
 

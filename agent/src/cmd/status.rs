@@ -2,7 +2,7 @@
 //!
 //! Three witnesses, each of which may be dead: the replica knows what is applied, the running agent
 //! knows the lag as it measures it, and the source is asked for the bytes only where the agent
-//! does not answer. [`judge`] makes one verdict per database out of them, purely.
+//! does not answer. `judge` makes one verdict per database out of them, purely.
 //!
 //! # Invariants
 //! - Silence is not health: what is not known to be within the RPO does not exit with 0.

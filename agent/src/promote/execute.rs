@@ -17,8 +17,9 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::Client;
 
 use super::observe::{self, DATABASES_AT_ONCE, Database, Observed};
-use super::plan::{Plan, Refusal, plan};
-use super::report::{DatabaseReport, Outcome, Report, StepReport};
+use super::outcome::{planned, report};
+use super::plan::{Refusal, plan};
+use super::report::{DatabaseReport, Outcome, Report};
 use super::state::{self, Action, Edge, State};
 use super::steps::{Detail, Record};
 use super::{Doing, Options, PromoteError, fence, hooks, loss, settle, steps};
@@ -184,7 +185,10 @@ async fn walk_edge(
             )
         }
         Action::StateLoss => state_loss(begun.config, client, record).await?,
-        Action::SetSequences => steps::set_sequences(client, record).await?,
+        Action::SetSequences => {
+            steps::add_deferred(client, record).await?;
+            steps::set_sequences(client, record).await?
+        }
         Action::Open => {
             let now = || Timestamp::now().to_string();
             let (session, note) = steps::open(begun.config, client, record, now).await?;
@@ -331,152 +335,4 @@ fn report_file(report: &Report) -> std::io::Result<tempfile::NamedTempFile> {
     file.write_all(&serde_json::to_vec_pretty(report)?)?;
     file.flush()?;
     Ok(file)
-}
-
-/// The report as far as the databases have come.
-fn report(config: &Config, outcome: Outcome, records: &[Record]) -> Report {
-    let mut report = empty_report(config, outcome);
-    report.databases = records
-        .iter()
-        .map(|record| record.detail.database.clone())
-        .collect();
-    report.accept(
-        records
-            .iter()
-            .flat_map(|record| record.detail.accepted.clone()),
-    );
-    let started = records
-        .iter()
-        .filter_map(|record| record.detail.started_at.parse::<Timestamp>().ok())
-        .min();
-    report.started_at = started.map(|at| at.to_string()).unwrap_or_default();
-    let writable: Option<Vec<Timestamp>> = report
-        .databases
-        .iter()
-        .map(|database| database.writable_at.as_ref()?.parse().ok())
-        .collect();
-    let writable = writable.and_then(|moments| moments.into_iter().max());
-    report.writable_at = writable.map(|at| at.to_string());
-    let seconds = started
-        .zip(writable)
-        .map(|(from, to)| to.duration_since(from).as_secs_f64());
-    report.judge(seconds.map(loss::seconds_lost));
-    report.warnings = standing_warnings(&report);
-    report
-}
-
-fn standing_warnings(report: &Report) -> Vec<String> {
-    let mut warnings = Vec::new();
-    if report
-        .databases
-        .iter()
-        .any(|database| database.source_answered)
-    {
-        warnings.push(
-            "the source STILL ANSWERS and was not fenced: stop it now; what is written there from here on is lost".to_owned(),
-        );
-    } else {
-        warnings.push(
-            "the source was not fenced: if it comes back, nobody must write to it any more"
-                .to_owned(),
-        );
-    }
-    if report.outcome == Outcome::Promoted {
-        warnings
-            .push("nothing replicates the new primary yet: set up its own protection".to_owned());
-    }
-    warnings
-}
-
-fn empty_report(config: &Config, outcome: Outcome) -> Report {
-    Report {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        mode: "failover".to_owned(),
-        outcome,
-        replica: config.replica.conninfo.to_string(),
-        started_at: String::new(),
-        writable_at: None,
-        rto_seconds: None,
-        rto_objective_seconds: config.objectives.rto.as_secs_f64(),
-        rto_met: None,
-        rpo_seconds: None,
-        rpo_objective_seconds: config.objectives.rpo.as_secs_f64(),
-        rpo_met: None,
-        overrides: Vec::new(),
-        accepted: Vec::new(),
-        refusals: Vec::new(),
-        databases: Vec::new(),
-        hooks: Vec::new(),
-        warnings: Vec::new(),
-    }
-}
-
-/// What would be done, with the values of this moment. Also the answer where it is refused.
-async fn planned(
-    config: &Config,
-    observed: &Observed,
-    plan: &Plan,
-    options: Options,
-    now: Timestamp,
-) -> Report {
-    let outcome = if options.plan {
-        Outcome::Planned
-    } else {
-        Outcome::Refused
-    };
-    let mut report = empty_report(config, outcome);
-    report.started_at = now.to_string();
-    report.refusals = plan.refusals.iter().map(Refusal::to_string).collect();
-    report.accept(plan.overridden.iter().map(Refusal::to_string));
-    for (database, steps) in observed.databases.iter().zip(&plan.databases) {
-        let mut entry = DatabaseReport {
-            database: database.name.clone(),
-            stream: database.stream.to_string(),
-            state: database.state().to_string(),
-            term: database.progress.term,
-            end_lsn: database.progress.end_lsn.to_string(),
-            batch: database.progress.batch,
-            commit_time: database.progress.commit_time.clone(),
-            rpo_seconds: database.progress.commit_age_seconds.map(loss::seconds_lost),
-            ..DatabaseReport::default()
-        };
-        if options.plan && !database.state().is_fenced() {
-            let conninfo = config.source.conninfo.with_dbname(&database.name);
-            let question = loss::Question {
-                conninfo: &conninfo,
-                stream: &database.stream,
-                end_lsn: database.progress.end_lsn,
-                system_identifier: None,
-                count: false,
-            };
-            entry.take_answer(loss::ask(&question).await);
-        }
-        entry.steps = steps
-            .steps
-            .iter()
-            .map(|edge| StepReport {
-                state: edge.to.to_string(),
-                seconds: None,
-                note: format!(
-                    "{}{}",
-                    edge.reason,
-                    now_there(edge.action, database, config)
-                ),
-            })
-            .collect();
-        report.databases.push(entry);
-    }
-    report.judge(None);
-    report
-}
-
-fn now_there(action: Action, database: &Database, config: &Config) -> String {
-    match action {
-        Action::RaiseTerm => format!(" (to {})", database.progress.term + 1),
-        Action::EndSessions => format!(" ({} now)", database.agent_sessions),
-        Action::SettlePrepared => format!(" ({} now)", database.prepared),
-        Action::SetSequences => format!(" ({} sequences)", database.sequences),
-        Action::RunHooks => format!(" ({} hooks)", config.hooks.len()),
-        Action::StateLoss | Action::Open | Action::StoreReport => String::new(),
-    }
 }

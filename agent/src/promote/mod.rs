@@ -19,6 +19,7 @@ mod fence;
 pub mod hooks;
 pub mod loss;
 pub mod observe;
+mod outcome;
 pub mod plan;
 pub mod report;
 pub mod sequences;

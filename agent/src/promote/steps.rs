@@ -16,7 +16,9 @@ use super::state::State;
 use super::{Doing, PromoteError};
 use crate::catalog::{TableName, quote_ident};
 use crate::config::Config;
+use crate::error::chain;
 use crate::pg::{self, PgError, Session};
+use crate::snapshot;
 use crate::stream::{APPLICATION_PREFIX, StreamName};
 
 /// How long one look for the furthest value of a column may take. With an index, as keys have, it takes
@@ -138,6 +140,36 @@ struct Sequence {
     columns: Vec<(TableName, String)>,
 }
 
+/// Adds the constraints of the initial copy that waited for the stream. One that cannot be added is
+/// a warning: a database without one of its constraints is worth more than none.
+pub(super) async fn add_deferred(
+    client: &mut Client,
+    record: &mut Record,
+) -> Result<(), PromoteError> {
+    // Event triggers that came with the schema must not fire for it.
+    client
+        .batch_execute("SET session_replication_role = replica")
+        .await
+        .doing("add deferred constraints")?;
+    match snapshot::run_deferred(client, &record.stream).await {
+        Ok(0) => {}
+        Ok(waiting) => record.warn(format!(
+            "{waiting} constraints of the initial copy were not added, because the stream had not \
+             passed the copy's snapshot; their text is in dr_agent.deferred"
+        )),
+        Err(error) => record.warn(format!(
+            "not every constraint of the initial copy is there: {}; their text is in \
+             dr_agent.deferred",
+            chain(&error)
+        )),
+    }
+    client
+        .batch_execute("ROLLBACK; RESET session_replication_role")
+        .await
+        .doing("add deferred constraints")?;
+    Ok(())
+}
+
 /// Sets every sequence ahead; returns what to note.
 pub(super) async fn set_sequences(
     client: &Client,
@@ -157,7 +189,7 @@ pub(super) async fn set_sequences(
                 Err(error) => warnings.push(format!(
                     "{}: {table}.{column} could not be read ({})",
                     sequence.name,
-                    crate::error::chain(&error)
+                    chain(&error)
                 )),
             }
         }

@@ -9,7 +9,7 @@
 use super::error::{SetupError, Side};
 use super::identity::History;
 use super::replica::{self, Progress};
-use super::{Setup, table_sync};
+use super::{Setup, setting, table_sync};
 use crate::catalog::TableName;
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{PgError, PgLsn};
@@ -28,6 +28,9 @@ impl Setup<'_> {
         }
         self.found.require_listing(&self.stream)?;
         self.publish().await?;
+        let settings = setting::of_source(&self.source, self.database).await?;
+        self.warnings
+            .extend(setting::apply(&self.replica, &settings).await?);
         let recorded = self.record(source).await;
         recorded.map_err(SetupError::sql(Side::Replica, "record the stream"))?;
         if drop_slot {

@@ -132,7 +132,7 @@ pub enum SetupError {
         database: String,
         /// Why.
         #[source]
-        source: CopyError,
+        source: Box<CopyError>,
     },
     /// The agent was told to stop; the next start goes on from here.
     #[error("stopped while setting up")]

@@ -286,32 +286,32 @@ impl Classify for Mismatch {
     }
 
     fn hint(&self) -> Option<String> {
-        const START_OVER: &str = "to start over, run DROP DATABASE for this database on the \
+        const START_OVER: &str = "To start over, run DROP DATABASE for this database on the \
             replica";
+        const SLOT_TOO: &str = "drop the slot on the source if it is there";
         const THEN: &str = "then `dr-agent run`";
-        let drop_slot = |slot: &StreamName| {
-            format!("SELECT pg_drop_replication_slot('{slot}') on the source")
-        };
+        let drop_slot =
+            |slot: &StreamName| format!("SELECT pg_drop_replication_slot('{slot}') on the source");
         Some(match self {
             Self::SystemIdentifier { .. } => format!(
-                "check source.url: it leads to another cluster (or one restored by a dump). If that \
-                 is meant, {START_OVER}, drop the old slot on the source if it is there, {THEN}"
+                "check source.url: it leads to another cluster, or one restored by a dump. \
+                 {START_OVER}, {SLOT_TOO}, {THEN}"
             ),
             Self::Timeline { .. } => format!(
                 "the source failed over to its standby or was restored; what the replica applied \
-                 may not be in its history. {START_OVER}, drop the slot on the source if it is \
-                 there, {THEN}; promote the replica instead if it is the one to keep"
+                 may not be in its history. {START_OVER}, {SLOT_TOO}, {THEN}; if the replica is \
+                 the one to keep, `dr-agent promote` instead"
             ),
             Self::BackInTime { .. } => format!(
                 "the source was restored from an older backup; the replica may hold the only copy \
-                 of what came after it: `dr-agent promote` keeps it. Otherwise {START_OVER}, drop \
-                 the slot on the source if it is there, {THEN}"
+                 of what came after it: `dr-agent promote` keeps it. {START_OVER}, {SLOT_TOO}, \
+                 {THEN}"
             ),
             Self::SlotLost { .. } => {
-                format!("the changes since then cannot be had any more; {START_OVER}, {THEN}")
+                format!("the changes since then cannot be had any more. {START_OVER}, {THEN}")
             }
             Self::SlotInvalidated { slot, .. } => format!(
-                "raise max_slot_wal_keep_size on the source; {START_OVER} and {}, {THEN}",
+                "raise max_slot_wal_keep_size on the source. {START_OVER} and {}, {THEN}",
                 drop_slot(slot)
             ),
             Self::SlotRecreated { slot, .. } => {
@@ -326,9 +326,11 @@ impl Classify for Mismatch {
                 "choose another source.slot, or run {} if nobody needs it",
                 drop_slot(slot)
             ),
-            Self::SlotActive { .. } => "another agent is running, or a session of this one has not \
+            Self::SlotActive { .. } => {
+                "another agent is running, or a session of this one has not \
                 ended yet (wal_sender_timeout); it is retried"
-                .to_owned(),
+                    .to_owned()
+            }
         })
     }
 }

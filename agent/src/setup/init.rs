@@ -102,8 +102,15 @@ pub async fn plan(
         _ => found.require_listing(&stream)?,
     }
     plan.source = source_statements(config, &client, &found, &wanted, &stream).await?;
-    plan.plan_replica(config, &admin, inside.as_ref(), &server, &client, found.version)
-        .await?;
+    plan.plan_replica(
+        config,
+        &admin,
+        inside.as_ref(),
+        &server,
+        &client,
+        found.version,
+    )
+    .await?;
     Ok(plan)
 }
 
@@ -129,7 +136,9 @@ impl Plan {
                 },
             });
         }
-        wanted.published.retain(|table| !missed.contains(&table.name));
+        wanted
+            .published
+            .retain(|table| !missed.contains(&table.name));
         self.missed = missed;
         Ok(())
     }
@@ -150,36 +159,32 @@ impl Plan {
             .await
             .map_err(SetupError::sql(Side::Replica, doing))?;
         let mut on_server = Vec::new();
+        let is_other = agent != server.role && !rights.superuser;
+        let attributes = if is_other && server.superuser {
+            // Said in the plan, so that whoever reads it knows why.
+            " LOGIN SUPERUSER /* it writes as every owner, past triggers and row security */"
+        } else {
+            " LOGIN"
+        };
         if !rights.exists {
-            on_server.push(Statement::plain(format!("CREATE ROLE {agent_sql} LOGIN")));
+            on_server.push(Statement::plain(format!(
+                "CREATE ROLE {agent_sql}{attributes}"
+            )));
+        } else if is_other && server.superuser {
+            on_server.push(Statement::plain(format!(
+                "ALTER ROLE {agent_sql}{attributes}"
+            )));
         }
         let roles = role::of_source(source).await?;
         let present = role::present(admin).await?;
-        let missing = roles.iter().filter(|role| role.name != agent).cloned();
-        on_server.extend(role::statements(&missing.collect::<Vec<_>>(), &present));
-        let is_other = agent != server.role && !rights.superuser;
-        if is_other {
-            if server.version >= 150_000 {
-                if !rights.sets_replication_role {
-                    on_server.push(Statement::plain(format!(
-                        "GRANT SET ON PARAMETER session_replication_role TO {agent_sql}"
-                    )));
-                }
-            } else {
-                self.warnings.push(format!(
-                    "PostgreSQL 14 lets only a superuser set session_replication_role; run ALTER \
-                     ROLE {agent_sql} SUPERUSER on the replica"
-                ));
-            }
-            // To own what the source's roles own.
-            for role in roles.iter().filter(|role| role.name != agent) {
-                if !rights.member_of.contains(&role.name) {
-                    on_server.push(Statement::plain(format!(
-                        "GRANT {} TO {agent_sql}",
-                        quote_ident(&role.name)
-                    )));
-                }
-            }
+        let others: Vec<role::Role> = roles
+            .into_iter()
+            .filter(|role| role.name != agent)
+            .collect();
+        on_server.extend(role::statements(&others, &present));
+        let managed = is_other && !server.superuser;
+        if managed {
+            on_server.extend(self.grants(&others, server, &rights, &agent_sql));
         }
         if inside.is_none() {
             let locale = replica::locale(source, source_version).await?;
@@ -193,17 +198,11 @@ impl Plan {
                 .map_err(SetupError::sql(Side::Replica, doing))?,
             None => (false, None),
         };
-        let database = quote_ident(&self.database);
-        if is_other && (inside.is_none() || !rights.owns(&self.database)) {
-            on_server.push(Statement::plain(format!(
-                "ALTER DATABASE {database} OWNER TO {agent_sql}"
-            )));
-        }
         self.replica_server = on_server;
         if !has_schema {
             self.replica.push(Statement::plain(replica::SCHEMA_SQL));
         }
-        if is_other && owner.as_deref() != Some(agent) {
+        if managed && owner.as_deref() != Some(agent) {
             self.replica.push(Statement::plain(own_schema(agent)));
         }
         let guarded = match inside {
@@ -215,6 +214,38 @@ impl Plan {
                 .push(Statement::plain(replica::guard_statement(&self.database)));
         }
         Ok(())
+    }
+
+    /// What an agent that cannot be a superuser, as on a managed service, needs to write as the
+    /// source's roles.
+    fn grants(
+        &mut self,
+        roles: &[role::Role],
+        server: &replica::Server,
+        rights: &Agent,
+        agent_sql: &str,
+    ) -> Vec<Statement> {
+        let mut grants = Vec::new();
+        if server.version < 150_000 {
+            self.warnings.push(format!(
+                "PostgreSQL 14 lets only a superuser set session_replication_role; run ALTER ROLE \
+                 {agent_sql} SUPERUSER on the replica"
+            ));
+        } else if !rights.sets_replication_role {
+            grants.push(Statement::plain(format!(
+                "GRANT SET ON PARAMETER session_replication_role TO {agent_sql}"
+            )));
+        }
+        for role in roles {
+            // Membership of a superuser is the right to become one.
+            if !role.superuser && !rights.member_of.contains(&role.name) {
+                grants.push(Statement::plain(format!(
+                    "GRANT {} TO {agent_sql}",
+                    quote_ident(&role.name)
+                )));
+            }
+        }
+        grants
     }
 
     /// Runs what was planned. Returns what the operator should know.
@@ -233,8 +264,11 @@ impl Plan {
             }
             execute(&admin, Side::Replica, statement).await?;
         }
-        let mut inside =
-            replica::open(&privileged.replica.with_dbname(&self.database), &self.stream).await?;
+        let mut inside = replica::open(
+            &privileged.replica.with_dbname(&self.database),
+            &self.stream,
+        )
+        .await?;
         replica::lock(&inside, &self.stream).await?;
         replica::known(&inside, &self.stream).await?;
         for statement in &self.replica {
@@ -300,7 +334,9 @@ async fn execute(client: &Client, side: Side, statement: &Statement) -> Result<(
     match error.sqlstate() {
         // duplicate_object: the plan of another database named the same role.
         Some("42710") => Ok(()),
-        _ => Err(SetupError::sql(side, &source::title(&statement.shown))(error)),
+        _ => Err(SetupError::sql(side, &source::title(&statement.shown))(
+            error,
+        )),
     }
 }
 
@@ -313,7 +349,6 @@ struct Agent {
     bypass_rls: bool,
     sets_replication_role: bool,
     member_of: Vec<String>,
-    databases: Vec<String>,
 }
 
 impl Agent {
@@ -322,13 +357,12 @@ impl Agent {
             SELECT rolsuper, rolreplication, rolbypassrls,
                    ARRAY(SELECT g.rolname::text FROM pg_auth_members m
                            JOIN pg_roles g ON g.oid = m.roleid WHERE m.member = r.oid),
-                   ARRAY(SELECT datname::text FROM pg_database WHERE datdba = r.oid),
                    current_setting('server_version_num')::int
               FROM pg_roles r WHERE rolname = $1";
         let Some(row) = client.query_opt(SQL, &[&name]).await? else {
             return Ok(Self::default());
         };
-        let sets_replication_role = row.get::<_, i32>(5) >= 150_000
+        let sets_replication_role = row.get::<_, i32>(4) >= 150_000
             && client
                 .query_one(
                     "SELECT has_parameter_privilege($1::name, 'session_replication_role', 'SET')",
@@ -342,13 +376,8 @@ impl Agent {
             replication: row.get(1),
             bypass_rls: row.get(2),
             member_of: row.get(3),
-            databases: row.get(4),
             sets_replication_role,
         })
-    }
-
-    fn owns(&self, database: &str) -> bool {
-        self.databases.iter().any(|name| name == database)
     }
 
     /// Whether schema `dr_agent` is complete on this replica, and who owns it.

@@ -35,6 +35,7 @@ mod init;
 mod replica;
 mod resume;
 mod role;
+mod setting;
 mod source;
 mod table_sync;
 
@@ -48,10 +49,7 @@ pub use role::Statement;
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases};
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
-use crate::pg::{
-    ConnInfo, PgError, PgLsn, Session, connect,
-    slot,
-};
+use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect, slot};
 use crate::snapshot::{self, CopyJob, CopyObserver};
 use crate::stream::StreamName;
 use identity::{History, Observed, Slot, Verdict};
@@ -226,7 +224,8 @@ impl<'a> Setup<'a> {
                 setup.begin(&mut walsender, &history, drop_slot).await?
             }
             (Verdict::Resume, progress) => {
-                let progress = progress.expect("the verdict is Resume only where there is progress");
+                let progress =
+                    progress.expect("the verdict is Resume only where there is progress");
                 setup.resume(&mut walsender).await?;
                 progress
             }
@@ -274,7 +273,7 @@ impl<'a> Setup<'a> {
             .await
             .map_err(|source| SetupError::Copy {
                 database: self.database.to_owned(),
-                source,
+                source: Box::new(source),
             })
     }
 
@@ -339,13 +338,13 @@ async fn walsender(
         .set("statement_timeout", "0");
     ReplicationConnection::connect(conninfo, &session)
         .await
-        .map_err(SetupError::sql(Side::Source, "open a replication connection"))
+        .map_err(SetupError::sql(
+            Side::Source,
+            "open a replication connection",
+        ))
 }
 
-async fn observe_slot(
-    source: &Client,
-    stream: &StreamName,
-) -> Result<Option<Slot>, SetupError> {
+async fn observe_slot(source: &Client, stream: &StreamName) -> Result<Option<Slot>, SetupError> {
     let state = slot::slot_state(source, stream.as_str())
         .await
         .map_err(SetupError::sql(Side::Source, "look at the slot"))?;

@@ -70,11 +70,7 @@ impl Server {
     }
 
     /// Refuses a server that cannot be a replica of a source started at `source_started_at`.
-    pub(super) fn require(
-        &self,
-        source: &str,
-        source_started_at: &str,
-    ) -> Result<(), SetupError> {
+    pub(super) fn require(&self, source: &str, source_started_at: &str) -> Result<(), SetupError> {
         let unfit = |what: String, hint: &str| {
             Err(SetupError::Unfit {
                 side: Side::Replica,
@@ -217,7 +213,10 @@ pub(super) async fn create_database(
             side: Side::Replica,
             role: server.role.clone(),
             what: doing,
-            right: format!("the attribute CREATEDB (ALTER ROLE {} CREATEDB)", server.role),
+            right: format!(
+                "the attribute CREATEDB (ALTER ROLE {} CREATEDB)",
+                server.role
+            ),
         });
     }
     let candidates = locale.create_database(database, server.version);
@@ -266,9 +265,10 @@ async fn own_database(
     );
     match admin.batch_execute(&sql).await.map_err(PgError::from) {
         // undefined_object: the role could not be created, which has been said already.
-        Err(error) if error.sqlstate() != Some("42704") => {
-            Err(SetupError::sql(Side::Replica, "set the database's owner")(error))
-        }
+        Err(error) if error.sqlstate() != Some("42704") => Err(SetupError::sql(
+            Side::Replica,
+            "set the database's owner",
+        )(error)),
         _ => Ok(()),
     }
 }
@@ -402,8 +402,9 @@ pub(super) async fn is_guarded(
              WHERE d.datname = current_database() AND s.setrole = 0
                AND 'default_transaction_read_only=on' = ANY (s.setconfig))";
     let row = client.query_one(SQL, &[]).await;
-    row.map(|row| row.get(0))
-        .map_err(|error| SetupError::sql(Side::Replica, "look at the read-only guard")(error.into()))
+    row.map(|row| row.get(0)).map_err(|error| {
+        SetupError::sql(Side::Replica, "look at the read-only guard")(error.into())
+    })
 }
 
 /// Makes every session but ours find a read-only database, unless it was promoted.

@@ -16,14 +16,16 @@ use std::fmt;
 use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
+use super::setting;
 use crate::catalog::{quote_ident, quote_literal};
+use crate::error::{Class, Classify as _};
 use crate::pg::PgError;
 
 /// A role of the source.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub(super) struct Role {
     pub(super) name: String,
-    superuser: bool,
+    pub(super) superuser: bool,
     inherit: bool,
     create_role: bool,
     create_db: bool,
@@ -35,6 +37,8 @@ pub(super) struct Role {
     password: Option<String>,
     /// The roles it is a member of, each with or without ADMIN OPTION.
     member_of: Vec<(String, bool)>,
+    /// Settings stored with it, for all databases.
+    settings: Vec<(String, String)>,
 }
 
 /// A statement, and the same without secrets.
@@ -99,6 +103,12 @@ async fn read(source: &Client) -> Result<Vec<Role>, PgError> {
         SELECT g.rolname::text, bool_or(m.admin_option)
           FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
          WHERE m.member = $1 GROUP BY 1 ORDER BY 1";
+    let settings = format!(
+        "SELECT {} FROM pg_db_role_setting s CROSS JOIN unnest(s.setconfig) AS c
+          WHERE s.setdatabase = 0 AND s.setrole = $1 AND {} ORDER BY 1",
+        setting::NAME_AND_VALUE,
+        setting::NOT_COPIED
+    );
     let reads_passwords: bool = source
         .query_one("SELECT has_table_privilege('pg_authid', 'SELECT')", &[])
         .await?
@@ -113,6 +123,7 @@ async fn read(source: &Client) -> Result<Vec<Role>, PgError> {
             None
         };
         let member_of = source.query(MEMBER_OF, &[&oid]).await?;
+        let settings = source.query(&settings, &[&oid]).await?;
         roles.push(Role {
             name: row.get(1),
             superuser: row.get(2),
@@ -129,12 +140,16 @@ async fn read(source: &Client) -> Result<Vec<Role>, PgError> {
                 .iter()
                 .map(|row| (row.get(0), row.get(1)))
                 .collect(),
+            settings: settings
+                .iter()
+                .map(|row| (row.get(0), row.get(1)))
+                .collect(),
         });
     }
     Ok(roles)
 }
 
-/// The statements that add the missing roles: the roles first, then their memberships.
+/// The statements that add the missing roles: the roles, then memberships, then stored settings.
 pub(super) fn statements(roles: &[Role], present: &[String]) -> Vec<Statement> {
     let missing: Vec<&Role> = roles
         .iter()
@@ -151,7 +166,12 @@ pub(super) fn statements(roles: &[Role], present: &[String]) -> Vec<Statement> {
             ))
         })
     });
-    create.chain(grants).collect()
+    let settings = missing.iter().flat_map(|role| {
+        let target = format!("ROLE {}", quote_ident(&role.name));
+        let one = move |(name, value): &(String, String)| setting::statement(&target, name, value);
+        role.settings.iter().map(one)
+    });
+    create.chain(grants).chain(settings).collect()
 }
 
 impl Role {
@@ -212,8 +232,8 @@ pub(super) async fn ensure(admin: &Client, roles: &[Role]) -> Result<Vec<String>
         match error.sqlstate() {
             // duplicate_object, unique_violation: another database's set-up was quicker.
             Some("42710" | "23505") => {}
-            // insufficient_privilege, and what follows from it: undefined_object.
-            Some("42501" | "42704") => warnings.push(format!(
+            // Above all insufficient_privilege, and undefined_object that follows from it.
+            _ if error.class() == Class::Definite => warnings.push(format!(
                 "the replica lacks a role of the source: {error}; run there as a superuser: {}",
                 statement.shown
             )),
@@ -243,7 +263,11 @@ mod tests {
         app.password = Some("SCRAM-SHA-256$4096:c2FsdA==$x:y".to_owned());
         app.valid_until = Some("2030-01-01 00:00:00+00".to_owned());
         let statement = app.create();
-        assert!(statement.sql.starts_with("CREATE ROLE \"App \"\"1\"\"\" WITH LOGIN INHERIT NOCREATEDB"));
+        assert!(
+            statement
+                .sql
+                .starts_with("CREATE ROLE \"App \"\"1\"\"\" WITH LOGIN INHERIT NOCREATEDB")
+        );
         assert!(statement.sql.contains("SCRAM-SHA-256$"));
         assert!(!statement.shown.contains("SCRAM"), "{}", statement.shown);
         assert!(!statement.sql.contains("SUPERUSER"));
@@ -263,6 +287,9 @@ mod tests {
         assert_eq!(sql.len(), 3);
         assert!(sql[0].starts_with("CREATE ROLE \"a_member\""));
         assert!(sql[1].starts_with("CREATE ROLE \"z_group\""));
-        assert_eq!(sql[2], "GRANT \"z_group\" TO \"a_member\" WITH ADMIN OPTION");
+        assert_eq!(
+            sql[2],
+            "GRANT \"z_group\" TO \"a_member\" WITH ADMIN OPTION"
+        );
     }
 }

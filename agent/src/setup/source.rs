@@ -65,10 +65,7 @@ pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Cli
 }
 
 /// Reads what there is.
-pub(super) async fn observe(
-    client: &Client,
-    stream: &StreamName,
-) -> Result<Observed, SetupError> {
+pub(super) async fn observe(client: &Client, stream: &StreamName) -> Result<Observed, SetupError> {
     read(client, stream)
         .await
         .map_err(SetupError::sql(Side::Source, "look at the database"))
@@ -93,13 +90,6 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
                    AND has_table_privilege(c.oid, 'DELETE')), true)
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname = 'dr_agent' AND c.relname IN ('heartbeat', 'sequence_state')";
-    // A partitioned table whose primary key is valid hands it down to every partition to come.
-    const KEYED_ROOTS: &str = "
-        SELECT n.nspname, c.relname
-          FROM pg_class c
-          JOIN pg_namespace n ON n.oid = c.relnamespace
-          JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary AND i.indisvalid
-         WHERE c.relkind = 'p' AND NOT c.relispartition";
     const NOT_OWNED: &str = "
         SELECT n.nspname, c.relname
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -121,7 +111,7 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
         has_schema: facts.get(8),
         writes_in_band: client.query_one(WRITES_IN_BAND, &[]).await?.get(0),
         tables: catalog::tables(client).await?,
-        keyed_roots: names(client, KEYED_ROOTS).await?,
+        keyed_roots: catalog::keyed_roots(client).await?,
         not_owned: names(client, NOT_OWNED).await?,
         publication,
         owns_publication: owns_publication.unwrap_or(true),
@@ -139,10 +129,7 @@ async fn read_publication(
                pubinsert AND pubupdate AND pubdelete AND pubtruncate AND NOT pubviaroot,
                pg_has_role(pubowner, 'USAGE'), oid
           FROM pg_publication WHERE pubname = $1";
-    let Some(row) = client
-        .query_opt(PUBLICATION, &[&stream.as_str()])
-        .await?
-    else {
+    let Some(row) = client.query_opt(PUBLICATION, &[&stream.as_str()]).await? else {
         return Ok(None);
     };
     let oid: u32 = row.get(3);
@@ -221,7 +208,10 @@ impl Observed {
         }
         if self.wal_level != "logical" {
             return unfit(
-                format!("wal_level is {}, logical decoding needs logical", self.wal_level),
+                format!(
+                    "wal_level is {}, logical decoding needs logical",
+                    self.wal_level
+                ),
                 "run ALTER SYSTEM SET wal_level = 'logical' on the source and restart it",
             );
         }
@@ -230,7 +220,10 @@ impl Observed {
                 side: Side::Source,
                 role: self.role.clone(),
                 what: "use a replication slot".to_owned(),
-                right: format!("the attribute REPLICATION (ALTER ROLE {} REPLICATION)", self.role),
+                right: format!(
+                    "the attribute REPLICATION (ALTER ROLE {} REPLICATION)",
+                    self.role
+                ),
             });
         }
         Ok(())

@@ -101,8 +101,8 @@ fn is_missing_row(error: &tokio_postgres::Error) -> bool {
 /// [`CopyError::Replica`] with the statement's name; it stays for the next call.
 pub async fn run_deferred(replica: &mut Client, stream: &StreamName) -> Result<usize, CopyError> {
     const DUE: &str = "
-        SELECT d.what, d.statement, d.after_lsn <= p.end_lsn
-          FROM dr_agent.deferred d JOIN dr_agent.progress p USING (stream)
+        SELECT d.what, d.statement, coalesce(d.after_lsn <= p.end_lsn, false)
+          FROM dr_agent.deferred d LEFT JOIN dr_agent.progress p USING (stream)
          WHERE d.stream = $1 ORDER BY d.place";
     let rows = replica
         .query(DUE, &[&stream.as_str()])

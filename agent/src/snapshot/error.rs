@@ -91,10 +91,10 @@ pub enum CopyError {
     SnapshotLost,
     /// A table was dropped or rewritten after the snapshot was taken, so that the snapshot no longer
     /// shows its rows.
-    #[error("table {table} changed under the snapshot")]
+    #[error("the source changed under the snapshot: {what}")]
     SourceChanged {
-        /// The table.
-        table: TableName,
+        /// Which table, and how.
+        what: String,
     },
     /// The replica's table cannot take the source's rows.
     #[error("table {table} on the replica {reason}")]

@@ -59,14 +59,13 @@ pub(super) async fn lock(source: &Client, tables: &[TableName]) -> Result<(), Co
             .collect();
         let statement = format!("LOCK TABLE {} IN ACCESS SHARE MODE", only.join(", "));
         source.batch_execute(&statement).await.map_err(|error| {
-            let gone = error
-                .code()
-                .is_some_and(|code| matches!(code.code(), "42P01" | "3F000"));
-            match some.first() {
-                // Dropped since the snapshot; with one statement for many it is unknown which.
-                Some(table) if gone => CopyError::SourceChanged {
-                    table: table.clone(),
-                },
+            match error.as_db_error() {
+                // Dropped or renamed since the snapshot; the message names it.
+                Some(db) if matches!(db.code().code(), "42P01" | "3F000") => {
+                    CopyError::SourceChanged {
+                        what: db.message().to_owned(),
+                    }
+                }
                 _ => CopyError::source("lock the tables")(error),
             }
         })?;
@@ -99,7 +98,7 @@ pub(super) async fn read(source: &Client, tables: &[TableName]) -> Result<Vec<La
         let same_file: Option<bool> = row.get(2);
         let (Some(oid), Some(true)) = (oid, same_file) else {
             return Err(CopyError::SourceChanged {
-                table: table.clone(),
+                what: format!("table {table} was rewritten"),
             });
         };
         oids.push(oid);

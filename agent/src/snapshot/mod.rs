@@ -75,6 +75,19 @@ pub struct CopyJob<'a> {
     pub whole_schema: bool,
 }
 
+/// Finds the `pg_dump` and `pg_restore` that a copy from a source of this `server_version_num` would run;
+/// returns their version and directory.
+///
+/// # Errors
+/// [`CopyError::ToolMissing`] and [`CopyError::ToolTooOld`].
+pub async fn find_tools(
+    settings: &CopySettings,
+    source_version_num: i32,
+) -> Result<String, CopyError> {
+    let tools = tools::Tools::find(settings.pg_bin.as_deref(), source_version_num).await?;
+    Ok(tools.to_string())
+}
+
 /// Copies schema and rows; returns when every table of the job is `ready`.
 ///
 /// # Errors
@@ -110,6 +123,8 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
     layout::lock(&source, &names).await?;
     let held = ledger.begin(&replica, &names).await?;
     let schema = schema::Schema::dump(job, &sessions, &source, &replica, observer).await?;
+    // An earlier copy may have been killed between creating and quieting them.
+    quiet::quiet(&replica, observer).await?;
     schema.restore_pre_data(&source, &replica).await?;
 
     observer.phase(CopyPhase::Data);

@@ -14,7 +14,8 @@ use super::error::CopyError;
 use super::progress::CopyObserver;
 use crate::catalog::{TableName, quote_ident};
 
-/// What fires in replica role: kind, schema, table, name, and whether ALWAYS.
+/// What fires in replica role: kind, schema, table, name, and whether ALWAYS. Event triggers come
+/// first, because they fire when the others are altered.
 const FIRING: &str = "
     SELECT 'TRIGGER', n.nspname::text, c.relname::text, g.tgname::text, g.tgenabled = 'A'
       FROM pg_trigger g JOIN pg_class c ON c.oid = g.tgrelid
@@ -27,7 +28,8 @@ const FIRING: &str = "
      WHERE r.ev_enabled IN ('A', 'R') AND r.rulename <> '_RETURN' AND n.nspname <> 'dr_agent'
     UNION ALL
     SELECT 'EVENT TRIGGER', '', '', evtname, evtenabled = 'A'
-      FROM pg_event_trigger WHERE evtenabled IN ('A', 'R')";
+      FROM pg_event_trigger WHERE evtenabled IN ('A', 'R')
+     ORDER BY 1";
 
 /// Quiets the replica's triggers, rules and event triggers.
 pub(super) async fn quiet(replica: &Client, observer: &dyn CopyObserver) -> Result<(), CopyError> {

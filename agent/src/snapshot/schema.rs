@@ -148,6 +148,9 @@ impl<'a> Schema<'a> {
                 .await?;
             return self.execute_pre_data(&script).await;
         }
+        if by_hand && self.job.whole_schema {
+            return self.execute_pre_data("").await;
+        }
         if missing.is_empty() {
             return Ok(());
         }

@@ -28,7 +28,8 @@ pub(super) struct Ledger<'a> {
 
 impl Ledger<'_> {
     /// Enters all tables as `pending` at this copy's snapshot, except those that hold their rows
-    /// from an earlier one; returns these.
+    /// from an earlier one, and forgets unfinished ones that are not in the copy any more. Returns
+    /// all tables of the stream that hold their rows.
     pub(super) async fn begin(
         self,
         replica: &Client,
@@ -42,6 +43,12 @@ impl Ledger<'_> {
                SET state = 'pending', snapshot_lsn = excluded.snapshot_lsn, rows = 0, bytes = 0,
                    updated_at = now()
              WHERE t.state NOT IN ('copied', 'ready')";
+        // All tables that are not ready are in this copy; others have left the source.
+        const FORGET: &str = "
+            DELETE FROM dr_agent.table_sync AS t
+             WHERE stream = $1 AND state <> 'ready'
+               AND NOT EXISTS (SELECT 1 FROM unnest($2::text[], $3::text[]) AS wanted (s, n)
+                                WHERE s = t.table_schema AND n = t.table_name)";
         const HELD: &str = "
             SELECT table_schema, table_name FROM dr_agent.table_sync
              WHERE stream = $1 AND state IN ('copied', 'ready')";
@@ -54,6 +61,10 @@ impl Ledger<'_> {
             )
             .await
             .map_err(enter)?;
+        replica
+            .execute(FORGET, &[&self.stream.as_str(), &schemas, &names])
+            .await
+            .map_err(CopyError::replica("clean dr_agent.table_sync"))?;
         let rows = replica
             .query(HELD, &[&self.stream.as_str()])
             .await

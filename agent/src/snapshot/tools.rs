@@ -8,6 +8,7 @@
 //! - A tool dies with the future that runs it.
 
 use std::ffi::OsStr;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -55,6 +56,12 @@ pub(super) struct Tools {
     directory: PathBuf,
     /// Their version.
     pub(super) version: Version,
+}
+
+impl fmt::Display for Tools {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in {}", self.version.text, self.directory.display())
+    }
 }
 
 /// Where to look: the configured directory alone, or `PATH` and then the directories where

@@ -183,13 +183,14 @@ fn expecting(doing: &str, target: &Target, verb: &str, parameters: usize) -> Str
 fn unnest(target: &Target, sent: &[Sent], offset: usize, alias: &str) -> String {
     let arrays = list(sent.iter().enumerate().map(|(i, sent)| {
         let number = offset + i + 1;
-        match (sent.form, &target.columns[sent.position].native) {
-            (Form::Native, Some(native)) => format!("${number}::{}", native.array_sql),
-            _ => format!("${number}::pg_catalog.text[]"),
-        }
+        let array = match (sent.form, &target.columns[sent.position].native) {
+            (Form::Native, Some(native)) => native.array_sql.as_str(),
+            _ => "pg_catalog.text[]",
+        };
+        format!("pg_catalog.unnest(${number}::{array})")
     }));
     let names = list((0..sent.len()).map(|i| format!("c{i}")));
-    format!("ROWS FROM (pg_catalog.unnest({arrays})) AS {alias}({names})")
+    format!("ROWS FROM ({arrays}) AS {alias}({names})")
 }
 
 fn value(target: &Target, sent: Sent, alias: &str, i: usize) -> String {
@@ -274,8 +275,8 @@ mod tests {
         assert_eq!(
             insert(&target(true), &SENT),
             "INSERT INTO \"public\".\"t\" (\"id\", \"note\") OVERRIDING SYSTEM VALUE \
-             SELECT d.c0, d.c1::public.mood FROM ROWS FROM (pg_catalog.unnest($1::integer[], \
-             $2::pg_catalog.text[])) AS d(c0, c1)"
+             SELECT d.c0, d.c1::public.mood FROM ROWS FROM (pg_catalog.unnest($1::integer[]), \
+             pg_catalog.unnest($2::pg_catalog.text[])) AS d(c0, c1)"
         );
     }
 
