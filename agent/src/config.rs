@@ -679,6 +679,75 @@ mod tests {
         assert!(parse(&format!("{LEAST}[limits]\nqueue_bytes = \"1MiB\"\n")).is_ok());
     }
 
+    const EXAMPLE: &str = include_str!("../../ops/dr-agent.toml");
+
+    /// The example with every `#key = value` and `#[section]` line put into effect. Prose has a space
+    /// after the number sign.
+    fn example_in_full() -> String {
+        let put_into_effect = |line: &'static str| match line.strip_prefix('#') {
+            Some(rest) if !rest.is_empty() && !rest.starts_with(' ') => rest,
+            _ => line,
+        };
+        EXAMPLE
+            .lines()
+            .map(put_into_effect)
+            .collect::<Vec<_>>()
+            .join("\n")
+    }
+
+    #[test]
+    fn the_example_shows_the_true_defaults() {
+        let short = parse(EXAMPLE).unwrap();
+        let mut full = parse(&example_in_full()).unwrap();
+        assert_eq!(full.hooks.len(), 2);
+        // These have no default; the example says so.
+        full.hooks.clear();
+        full.copy.pg_bin = None;
+        full.source.conninfo = short.source.conninfo.clone();
+        full.replica.conninfo = short.replica.conninfo.clone();
+        assert_eq!(format!("{full:?}"), format!("{short:?}"));
+        let hook = parse(&example_in_full()).unwrap().hooks.remove(0);
+        assert_eq!(hook.on_failure, OnFailure::default());
+    }
+
+    /// The keys a section knows, from the parser's own complaint about one it does not know.
+    fn known_keys(header: &str) -> Vec<String> {
+        let error = parse(&format!("{header}\nno_such_key = 1\n"))
+            .unwrap_err()
+            .to_string();
+        let (_, listed) = error
+            .split_once("expected")
+            .expect("the complaint lists the keys");
+        // Every second piece stands between backquotes.
+        listed
+            .split('`')
+            .skip(1)
+            .step_by(2)
+            .map(str::to_owned)
+            .collect()
+    }
+
+    #[test]
+    fn the_example_shows_every_key() {
+        let full: toml::Table = example_in_full().parse().unwrap();
+        let sections = known_keys("");
+        assert!(sections.len() > 5, "{sections:?}");
+        // An archive is refused by this version, so the example does not offer one.
+        for section in sections.iter().filter(|section| *section != "archive") {
+            let shown = full[section].as_table().unwrap();
+            for key in known_keys(&format!("[{section}]")) {
+                // Belongs to the route this version refuses.
+                if (section.as_str(), key.as_str()) != ("route", "stream") {
+                    assert!(shown.contains_key(&key), "{section}.{key} is not shown");
+                }
+            }
+        }
+        let hook = full["promote"]["hook"][0].as_table().unwrap();
+        for key in known_keys("[[promote.hook]]") {
+            assert!(hook.contains_key(&key), "promote.hook.{key} is not shown");
+        }
+    }
+
     #[test]
     fn patterns_match_whole_names() {
         let pattern = TablePattern::parse("public.scratch_*").unwrap();

@@ -1,3 +1,73 @@
-//! Skeleton.
+//! Measurements of the real `dr-agent` binary on real, throw-away servers.
+//!
+//! ```text
+//! sustained   how many transactions per second it follows with a lag under a second
+//! large       how much memory a transaction of two million rows takes
+//! promote     how long it takes from `promote` to writable
+//! ```
+//!
+//! Text for people goes to standard error while it measures; one JSON object goes to standard
+//! output at the end. What is measured, how, and what it does not say: `bench/README.md`.
+//!
+//! # Invariants
+//! - Every number comes from this run; nothing is assumed or carried over.
+//! - After every measurement source and replica are compared in full. A fast wrong answer is an
+//!   error, not a result.
+//!
+//! # What it does not do
+//! It does not judge: there is no threshold that would make it fail for being slow.
 
-fn main() {}
+mod large;
+mod load;
+mod machine;
+mod promote;
+mod sample;
+mod servers;
+mod sustained;
+
+use std::io::Write as _;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use serde_json::json;
+
+/// Measures dr-agent on throw-away servers of this machine.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Run the servers with fsync = off. Quicker; says less about a real disk.
+    #[arg(long, global = true)]
+    no_fsync: bool,
+    #[command(subcommand)]
+    measurement: Measurement,
+}
+
+#[derive(Subcommand)]
+enum Measurement {
+    /// Steps up the rate of pgbench until the lag's 99th percentile reaches a second.
+    Sustained(sustained::Options),
+    /// Peak memory while one transaction of many rows passes through.
+    Large(large::Options),
+    /// Seconds from the start of `promote` to the first write of an ordinary session.
+    Promote(promote::Options),
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let fsync = !arguments.no_fsync;
+    let (name, result) = match arguments.measurement {
+        Measurement::Sustained(options) => {
+            ("sustained", sustained::measure(&options, fsync).await?)
+        }
+        Measurement::Large(options) => ("large", large::measure(&options, fsync).await?),
+        Measurement::Promote(options) => ("promote", promote::measure(&options, fsync).await?),
+    };
+    let report = json!({
+        "measurement": name,
+        "machine": machine::facts(fsync),
+        "result": result,
+    });
+    writeln!(std::io::stdout(), "{report:#}")?;
+    Ok(())
+}

@@ -15,10 +15,11 @@ pub fn binary() -> &'static Path {
         }
         // target/<profile>/deps/e2e-… → target/<profile>/dr-agent
         let own = std::env::current_exe().expect("Linux tells a process its program");
-        let profile = own
-            .parent()
-            .and_then(Path::parent)
-            .expect("cargo puts tests two levels deep");
+        let mut profile = own.parent().expect("a program is in a directory");
+        // A program such as the measurements is one level higher than a test.
+        if profile.ends_with("deps") {
+            profile = profile.parent().expect("cargo puts tests two levels deep");
+        }
         let path = profile.join("dr-agent");
         let built = modified(&path).unwrap_or_else(|| {
             panic!(
@@ -26,8 +27,10 @@ pub fn binary() -> &'static Path {
                 path.display()
             )
         });
+        // Only what the binary is made of; its package's tests may change without it.
         let agent = Path::new(env!("CARGO_MANIFEST_DIR")).join("../agent");
-        if let Some(newer) = newest(&agent, built) {
+        let parts = ["src", "sql"].map(|part| agent.join(part));
+        if let Some(newer) = parts.iter().find_map(|part| newest(part, built)) {
             panic!(
                 "{} is older than {}: run `cargo build -p dr-agent` first, or set DR_AGENT_BIN",
                 path.display(),

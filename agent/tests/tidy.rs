@@ -1,0 +1,179 @@
+//! The few rules that can be broken silently: who may know whom, what is pure, what is documented.
+//!
+//! Reads the sources and the manual as text. A rule that holds by construction (visibility, types)
+//! is not repeated here, and nothing here judges size or style.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dr_agent::metrics;
+
+const README: &str = include_str!("../../README.md");
+const EXAMPLE: &str = include_str!("../../ops/dr-agent.toml");
+
+/// Files and directories below `agent/src` that have neither tokio nor I/O nor a clock; time is an
+/// argument.
+const PURE: &[&str] = &[
+    "backoff.rs",
+    "batch.rs",
+    "config.rs",
+    "error.rs",
+    "lag.rs",
+    "ledger.rs",
+    "net.rs",
+    "net",
+    "pg/pgoutput",
+    "promote/plan.rs",
+    "promote/report.rs",
+    "promote/sequences.rs",
+    "promote/state.rs",
+    "stream.rs",
+];
+
+/// What a part may not name, and why it would be wrong.
+const STRANGERS: &[(&str, &[&str])] = &[
+    // What PostgreSQL says knows nothing of ours.
+    (
+        "pg",
+        &[
+            "batch", "cmd", "ledger", "net", "pipeline", "promote", "setup", "sink", "snapshot",
+            "source", "txn",
+        ],
+    ),
+    // Transactions and batches know nothing of sinks.
+    ("txn.rs", &["sink", "pipeline"]),
+    ("batch.rs", &["sink", "pipeline"]),
+    ("net.rs", &["sink", "pipeline"]),
+    // Sinks know nothing of the source.
+    ("sink", &["source", "pipeline", "setup", "snapshot"]),
+    // A promotion shares nothing with a running agent but the replica.
+    ("promote", &["pipeline", "source", "sink"]),
+];
+
+fn files(below: &str) -> Vec<PathBuf> {
+    fn walk(path: &Path, found: &mut Vec<PathBuf>) {
+        if path.is_dir() {
+            let entries = fs::read_dir(path).expect("the sources can be read");
+            entries
+                .flatten()
+                .for_each(|entry| walk(&entry.path(), found));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path.to_owned());
+        }
+    }
+    let mut found = Vec::new();
+    walk(
+        &Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("src")
+            .join(below),
+        &mut found,
+    );
+    assert!(
+        !found.is_empty(),
+        "agent/src/{below} is gone: mend the rule"
+    );
+    found
+}
+
+/// The program text of a file: without comments, and without the tests at its bottom.
+fn program(path: &Path) -> String {
+    let text = fs::read_to_string(path).expect("the sources can be read");
+    let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+    text.lines()
+        .map(|line| line.split("//").next().unwrap_or_default())
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+#[test]
+fn pure_files_know_no_runtime_no_files_and_no_clock() {
+    for part in PURE {
+        for path in files(part) {
+            let text = program(&path);
+            for word in [
+                "tokio::",
+                "std::fs",
+                "std::net::Tcp",
+                "SystemTime::now",
+                "Instant::now",
+            ] {
+                assert!(
+                    !text.contains(word),
+                    "{} is pure and names {word}",
+                    path.display()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_name_only_whom_they_may_know() {
+    for (part, strangers) in STRANGERS {
+        for path in files(part) {
+            let text = program(&path);
+            for stranger in *strangers {
+                for form in [
+                    format!("crate::{stranger}::"),
+                    format!("crate::{stranger};"),
+                ] {
+                    assert!(
+                        !text.contains(&form),
+                        "{} may not know {stranger}",
+                        path.display()
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_manual_has_every_metric_and_no_other() {
+    let names: Vec<&str> = metrics::ALL.iter().map(|(name, ..)| *name).collect();
+    for name in &names {
+        let shown = [format!("`{name}`"), format!("`{name}{{")];
+        assert!(
+            shown.iter().any(|form| README.contains(form)),
+            "README.md lacks {name}"
+        );
+    }
+    for piece in README.split("`dr_agent_").skip(1) {
+        let end = piece.find(|c: char| !(c.is_ascii_lowercase() || c == '_'));
+        let name = format!("dr_agent_{}", &piece[..end.unwrap_or(piece.len())]);
+        // The stream of a database called "app" is an example, not a metric.
+        if name != "dr_agent_app" {
+            assert!(
+                names.contains(&name.as_str()),
+                "README.md has {name}, the program has not"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_manual_shows_the_defaults_of_the_example() {
+    let mut section = "";
+    for line in EXAMPLE
+        .lines()
+        .map(|line| line.strip_prefix('#').unwrap_or(line))
+    {
+        if let Some(name) = line.strip_prefix('[') {
+            section = name.trim_matches(|c| c == '[' || c == ']');
+        } else if let Some((key, value)) = line.split_once(" = ")
+            && !line.starts_with(' ')
+            && section != "promote.hook"
+        {
+            let row = README
+                .lines()
+                .find(|row| row.starts_with(&format!("| `{section}.{key}` |")));
+            let row = row.unwrap_or_else(|| panic!("README.md lacks {section}.{key}"));
+            // Keys without a default have no such column to compare.
+            let without_default = ["url", "password_file", "pg_bin"].contains(&key);
+            assert!(
+                without_default || row.contains(&format!("| `{value}` |")),
+                "{row} says another default than {value}"
+            );
+        }
+    }
+}

@@ -1,0 +1,117 @@
+# What ops/demo and ops/test ask of the machine: packages, a Rust toolchain, PostgreSQL's programs.
+# Sourced, not run. Asks for root (through sudo) only when a package is really missing.
+# shellcheck shell=bash
+
+# Rust older than this does not build the workspace (rust-version in Cargo.toml).
+RUST_MINOR_MIN=88
+# PostgreSQL's first supported major version.
+PG_MAJOR_MIN=14
+
+if [[ -t 1 && -z ${NO_COLOR:-} && ${TERM:-dumb} != dumb ]]; then
+    BOLD=$'\e[1m' DIM=$'\e[2m' RED=$'\e[31m' GREEN=$'\e[32m' PLAIN=$'\e[0m'
+else
+    BOLD='' DIM='' RED='' GREEN='' PLAIN=''
+fi
+
+die() {
+    printf '%s: %s\n' "${0##*/}" "$*" >&2
+    exit 1
+}
+
+as_root() {
+    if ((EUID == 0)); then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        die "needs root for: $* (no sudo here; run that as root, then start me again)"
+    fi
+}
+
+apt_install() {
+    command -v apt-get >/dev/null || die "needs the packages: $* (apt-get is not here; install them by your system's means)"
+    as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 \
+        apt-get -o DPkg::Lock::Timeout=300 -qq -y --no-install-recommends install "$@" </dev/null
+}
+
+# Debian's server package creates and starts a cluster of its own the first time it is installed. We
+# need the programs only, so that is switched off while we install and the file put back afterwards.
+install_postgresql_server() {
+    local conf=/etc/postgresql-common/createcluster.conf kept status=0
+    apt_install postgresql-common
+    kept=$(mktemp)
+    cp "$conf" "$kept"
+    printf '\ncreate_main_cluster = false\n' | as_root tee -a "$conf" >/dev/null
+    apt_install postgresql postgresql-client postgresql-contrib || status=$?
+    as_root cp "$kept" "$conf"
+    rm -f "$kept"
+    return $status
+}
+
+# Prints the directory of PostgreSQL's programs: DR_AGENT_PG_BIN, else the newest under
+# /usr/lib/postgresql, else where pg_config points. Fails where there is none with everything.
+find_pg_bin() {
+    local dir candidates=()
+    if [[ -n ${DR_AGENT_PG_BIN:-} ]]; then
+        candidates=("$DR_AGENT_PG_BIN")
+    else
+        while IFS= read -r dir; do
+            candidates+=("$dir")
+        done < <(printf '%s\n' /usr/lib/postgresql/*/bin | sort -rV)
+        if command -v pg_config >/dev/null; then
+            candidates+=("$(pg_config --bindir)")
+        fi
+    fi
+    for dir in ${candidates[@]+"${candidates[@]}"}; do
+        if [[ -x $dir/initdb && -x $dir/postgres && -x $dir/pg_ctl && -x $dir/psql &&
+            -x $dir/pgbench && -x $dir/pg_dump && -x $dir/pg_restore ]]; then
+            printf '%s\n' "$dir"
+            return 0
+        fi
+    done
+    return 1
+}
+
+# Installs what is missing and sets PG_BIN. Runs apt-get update only when something is missing.
+provide_packages() {
+    local missing=() tool
+    command -v cc >/dev/null || missing+=(build-essential)
+    command -v setpriv >/dev/null || missing+=(util-linux)
+    for tool in "$@"; do
+        command -v "$tool" >/dev/null || missing+=("$tool")
+    done
+    PG_BIN=$(find_pg_bin) || PG_BIN=''
+    if [[ -z $PG_BIN && -n ${DR_AGENT_PG_BIN:-} ]]; then
+        die "DR_AGENT_PG_BIN=$DR_AGENT_PG_BIN lacks initdb, postgres, pg_ctl, psql, pgbench, pg_dump or pg_restore"
+    fi
+    if ((${#missing[@]})) || [[ -z $PG_BIN ]]; then
+        command -v apt-get >/dev/null ||
+            die "PostgreSQL $PG_MAJOR_MIN or newer (server and client) ${missing[*]:+and ${missing[*]} }must be installed first; there is no apt-get here to do it"
+        as_root apt-get -o DPkg::Lock::Timeout=300 -qq update </dev/null
+        if ((${#missing[@]})); then
+            apt_install "${missing[@]}"
+        fi
+        if [[ -z $PG_BIN ]]; then
+            install_postgresql_server
+            PG_BIN=$(find_pg_bin) || die "PostgreSQL was installed, but its programs are not under /usr/lib/postgresql"
+        fi
+    fi
+    local version
+    version=$("$PG_BIN/postgres" --version)
+    [[ $version =~ ([0-9]+) ]] || die "cannot read the version in: $version"
+    ((BASH_REMATCH[1] >= PG_MAJOR_MIN)) ||
+        die "$version is too old; PostgreSQL $PG_MAJOR_MIN or newer is needed (set DR_AGENT_PG_BIN to its bin directory)"
+    PG_VERSION=$version
+}
+
+# Finds cargo, also where rustup put it but the shell does not look.
+provide_cargo() {
+    if ! command -v cargo >/dev/null && [[ -x ${CARGO_HOME:-$HOME/.cargo}/bin/cargo ]]; then
+        PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
+    fi
+    command -v cargo >/dev/null || die "no Rust toolchain here; install one from https://rustup.rs"
+    local version
+    version=$(rustc --version)
+    [[ $version =~ ^rustc\ 1\.([0-9]+) ]] && ((BASH_REMATCH[1] >= RUST_MINOR_MIN)) ||
+        die "$version is too old; Rust 1.$RUST_MINOR_MIN or newer is needed (rustup update)"
+}
