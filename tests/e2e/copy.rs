@@ -130,7 +130,7 @@ async fn tables_and_partitions_made_later_are_copied_and_followed() {
              INSERT INTO p SELECT g, 'copied' FROM generate_series(1, 50) AS g",
         )
         .await;
-    let (agent, mut running) = database.replicate().await;
+    let (_agent, running) = database.replicate().await;
     source
         .run(
             "CREATE TABLE late (id int PRIMARY KEY, v text);
@@ -140,11 +140,18 @@ async fn tables_and_partitions_made_later_are_copied_and_followed() {
         )
         .await;
     source.run("UPDATE p SET id = id + 30 WHERE id BETWEEN 80 AND 95; UPDATE late SET v = 'changed' WHERE id < 10").await;
-    // The next start, at the latest, finds them.
-    running.kill();
-    let running = agent.start();
-    running.wait_for_streaming(&database.name).await;
-    source.run("INSERT INTO late VALUES (5000, 'followed'); DELETE FROM p WHERE id % 2 = 0; TRUNCATE p_1").await;
+    // Nobody starts the agent again: it finds them by itself.
+    let replica = database.replica().await;
+    wait_until("the new tables to be copied", PATIENCE, || {
+        replica.holds(
+            "SELECT count(*) = 2 FROM dr_agent.table_sync
+              WHERE table_name IN ('late', 'p_2') AND state = 'ready'",
+        )
+    })
+    .await;
+    source
+        .run("INSERT INTO late VALUES (5000, 'followed'); DELETE FROM p WHERE id % 2 = 0; TRUNCATE p_1")
+        .await;
     database.expect_equal().await;
     running.stop().await;
 }
