@@ -66,7 +66,10 @@ pub(super) fn judge(
                     ),
                 )
                 .on(name)
-                .hint(COPY_AGAIN),
+                .hint(
+                    "changes are missing on the replica for good: drop the database on the replica, then \
+                     start dr-agent run, which copies it again",
+                ),
         }];
     };
     if slot.plugin != "pgoutput" || slot.database != database {

@@ -455,7 +455,7 @@ async fn unprotected(at: &Place, client: &Client, config: &Config) -> Vec<Findin
             "excluded_table" => ("table", "left out by source.exclude", "it is not protected"),
             "unlogged_table" => (
                 "table",
-                "UNLOGGED: the rows are not in the WAL",
+                "UNLOGGED, so the rows are not in the WAL",
                 "ALTER TABLE … SET LOGGED protects them",
             ),
             "extension_table" => (
@@ -485,7 +485,7 @@ async fn unprotected(at: &Place, client: &Client, config: &Config) -> Vec<Findin
             ),
             "database_setting" => (
                 "setting",
-                "of ALTER DATABASE … SET or ALTER ROLE … IN DATABASE: not replicated",
+                "made by ALTER DATABASE or ALTER ROLE … IN DATABASE, not replicated",
                 "make the same setting on the replica",
             ),
             // Keyless and unpublished tables are reported with what can be done about them.
@@ -498,7 +498,7 @@ async fn unprotected(at: &Place, client: &Client, config: &Config) -> Vec<Findin
             ""
         };
         let text = format!(
-            "{}{more} {what} ({})",
+            "{}{more}: {what} ({})",
             counted(number, noun),
             one.examples.join(", ")
         );
@@ -534,13 +534,12 @@ async fn replication_connection(
         Err(error) => {
             let reason = chain(&error);
             let finding = at.error("replication_connection", format!("is refused: {reason}"));
+            // For a missing right the general hint is "run check", which is where we are.
             finding.hint(match error.hint() {
-                Some(hint) => hint,
-                None => {
-                    "an ordinary session is let in, this one is not: look at pg_hba.conf, at the \
+                Some(hint) if error.sqlstate() != Some("42501") => hint,
+                _ => "an ordinary session is let in, this one is not: look at pg_hba.conf, at the \
                      role's REPLICATION attribute and at max_wal_senders"
-                        .to_owned()
-                }
+                    .to_owned(),
             })
         }
     }

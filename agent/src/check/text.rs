@@ -111,8 +111,7 @@ fn wrapped(text: &mut String, lead: &str, body: &str, at: usize, width: usize) {
 }
 
 fn shares_hint(one: &Finding, next: &Finding) -> bool {
-    (one.side, &one.database, one.code, &one.hint)
-        == (next.side, &next.database, next.code, &next.hint)
+    (one.side, &one.database, &one.hint) == (next.side, &next.database, &next.hint)
 }
 
 fn summary(report: &Report, style: Style) -> String {
