@@ -28,6 +28,7 @@ use crate::backoff::{self, Decision};
 use crate::batch::{Batch, Queue};
 use crate::changes::{ChangeCounts, KINDS};
 use crate::config::Config;
+use crate::coverage;
 use crate::error::{Class, Classify, chain};
 use crate::failpoint;
 use crate::lag::{Lag, Micros, pg_micros, system_time};
@@ -49,9 +50,6 @@ const IN_FLIGHT_MAX: usize = 1;
 /// Transactions between the source task and here. Their bytes are bounded by `limits.queue_bytes`; this
 /// only bounds how many tiny ones.
 const QUEUE_TRANSACTIONS: usize = 16_384;
-
-/// The kind under which [`crate::coverage`] counts tables that nobody publishes yet.
-const UNPUBLISHED_TABLE: &str = "unpublished_table";
 
 /// How often lag is judged without news.
 const TICK: Duration = Duration::from_millis(250);
@@ -141,6 +139,8 @@ pub struct Pipeline {
     stop: CancellationToken,
     /// Values may come in binary form until one came that does not travel.
     binary: bool,
+    /// Outlives sessions: while one is being restored, the lag goes on growing from where it was.
+    lag: Lag,
 }
 
 impl Pipeline {
@@ -153,7 +153,9 @@ impl Pipeline {
     ) -> Self {
         let stream = config.stream(database);
         let metrics = DatabaseMetrics::new(database);
-        Self { config, database: database.to_owned(), stream, metrics, status, stop, binary: true }
+        let lag = Lag::new(config.source.heartbeat_every, config.objectives.rpo);
+        let database = database.to_owned();
+        Self { config, database, stream, metrics, status, stop, binary: true, lag }
     }
 
     /// Replicates until told to stop, or until an error needs a person.
@@ -208,8 +210,8 @@ impl Pipeline {
                 tracing::warn!(
                     database = %self.database, attempt, ?pause, error = %text, hint, "will retry"
                 );
-                let stop = self.stop.clone();
-                if tokio::time::timeout(pause, stop.cancelled()).await.is_ok() {
+                let stopped = tokio::time::timeout(pause, self.stop.cancelled());
+                if self.watching(stopped).await.is_ok() {
                     self.enter(State::Stopped);
                     return Some(End::Stopped);
                 }
@@ -230,15 +232,38 @@ impl Pipeline {
 
     fn enter(&self, state: State) {
         self.metrics.state(state);
-        self.status.update(|status| {
-            status.state = state;
-            if state != State::Streaming {
-                status.rpo_breached = true;
+        self.status.update(|status| status.state = state);
+    }
+
+    /// Keeps the verdict on the lag up to date for as long as `waiting` takes.
+    async fn watching<T>(&self, waiting: impl Future<Output = T>) -> T {
+        tokio::pin!(waiting);
+        let mut tick = tokio::time::interval(TICK);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut waiting => return done,
+                _ = tick.tick() => self.judge(&self.lag),
             }
-        });
-        if state != State::Streaming {
-            self.metrics.rpo_breached.set(1.0);
         }
+    }
+
+    /// Shows what the lag is now.
+    fn judge(&self, lag: &Lag) {
+        let verdict = lag.verdict(now_micros());
+        self.metrics.lag_seconds.set(verdict.lag_seconds.unwrap_or(-1.0));
+        self.metrics.rpo_breached.set(if verdict.breached { 1.0 } else { 0.0 });
+        if let Some(received) = verdict.received_seconds {
+            self.metrics.stage_lag("received", received);
+        }
+        self.metrics.stage_lag("queued", verdict.queued_seconds);
+        if let Some(applied) = verdict.lag_seconds {
+            self.metrics.stage_lag("applied", applied);
+        }
+        self.status.update(|status| {
+            status.lag_seconds = verdict.lag_seconds;
+            status.rpo_breached = verdict.breached;
+        });
     }
 
     /// From preparing to the first error; `Ok` once told to stop and drained.
@@ -246,11 +271,10 @@ impl Pipeline {
         self.enter(State::Initializing);
         let observer = Observer { metrics: &self.metrics, status: &self.status };
         let display = ProgressDisplay::new(&self.database, &observer);
-        let prepared = tokio::select! {
-            biased;
-            () = self.stop.cancelled() => return Ok(()),
-            prepared = setup::prepare(&self.config, &self.database, &display, &self.stop) => prepared?,
-        };
+        let preparing = setup::prepare(&self.config, &self.database, &display, &self.stop);
+        let stopped_or_prepared = self.stop.run_until_cancelled(preparing);
+        let Some(prepared) = self.watching(stopped_or_prepared).await else { return Ok(()) };
+        let prepared = prepared?;
         drop(display);
         for warning in &prepared.warnings {
             tracing::warn!(database = %self.database, "{warning}");
@@ -269,6 +293,10 @@ impl Pipeline {
         );
         let outcome = streaming.run().await;
         streaming.tasks.shutdown().await;
+        let mut lag = streaming.owned.lag;
+        // What waited is dropped and will be received again.
+        lag.queued(None);
+        self.lag = lag;
         outcome
     }
 
@@ -335,7 +363,7 @@ impl Pipeline {
             position: position_seen,
             batches,
             flush,
-            owned: Owned::new(&self.config, ledger),
+            owned: Owned::new(&self.config, ledger, self.lag.clone()),
         })
     }
 }
@@ -444,14 +472,14 @@ enum Phase {
 }
 
 impl Owned {
-    fn new(config: &Config, ledger: Ledger) -> Self {
+    fn new(config: &Config, ledger: Ledger, lag: Lag) -> Self {
         let limits = &config.limits;
         Self {
             ledger,
             queue: Queue::new(limits.batch_bytes, limits.batch_changes),
             permits: VecDeque::new(),
             shipped_oldest: None,
-            lag: Lag::new(config.source.heartbeat_every, config.objectives.rpo),
+            lag,
             wal: None,
             unpublished_at_start: None,
             phase: Phase::Running,
@@ -590,7 +618,7 @@ impl Streaming<'_> {
         Ok(())
     }
 
-    fn cover(&mut self, unprotected: &[crate::coverage::Unprotected]) -> Result<(), SessionError> {
+    fn cover(&mut self, unprotected: &[coverage::Unprotected]) -> Result<(), SessionError> {
         for found in unprotected {
             self.pipeline.metrics.unprotected(found.kind, found.count);
         }
@@ -600,7 +628,7 @@ impl Streaming<'_> {
         });
         let unpublished = unprotected
             .iter()
-            .find(|found| found.kind == UNPUBLISHED_TABLE)
+            .find(|found| found.kind == coverage::UNPUBLISHED_TABLE)
             .map_or(0, |found| found.count);
         let before = *self.owned.unpublished_at_start.get_or_insert(unpublished);
         if unpublished > before {
@@ -613,20 +641,11 @@ impl Streaming<'_> {
     fn observe(&mut self) {
         let owned = &mut self.owned;
         owned.lag.queued(owned.shipped_oldest.or_else(|| owned.queue.oldest_commit_time()));
-        let verdict = owned.lag.verdict(now_micros());
+        self.pipeline.judge(&owned.lag);
         let position = *self.position.borrow();
         let metrics = &self.pipeline.metrics;
         metrics.bytes_received.increment(position.bytes - owned.bytes_counted);
         owned.bytes_counted = position.bytes;
-        metrics.lag_seconds.set(verdict.lag_seconds.unwrap_or(-1.0));
-        metrics.rpo_breached.set(if verdict.breached { 1.0 } else { 0.0 });
-        if let Some(received) = verdict.received_seconds {
-            metrics.stage_lag("received", received);
-        }
-        metrics.stage_lag("queued", verdict.queued_seconds);
-        if let Some(applied) = verdict.lag_seconds {
-            metrics.stage_lag("applied", applied);
-        }
         let flush = owned.ledger.flush_lsn().lsn();
         metrics.replica_flush_lsn.set(lsn_number(flush));
         let written = owned.wal.map(|wal| wal.written).max(position.wal_end);
@@ -643,8 +662,6 @@ impl Streaming<'_> {
             metrics.source_disk_full(seconds);
         }
         self.pipeline.status.update(|status| {
-            status.lag_seconds = verdict.lag_seconds;
-            status.rpo_breached = verdict.breached;
             status.lag_bytes = behind;
             status.slot_retained_bytes = retained;
             status.source_disk_full_seconds = disk_full;

@@ -92,8 +92,14 @@ impl ArrayBuilder {
 }
 
 /// A finished array in binary format.
-#[derive(Debug)]
 pub(super) struct ArrayParameter(BytesMut);
+
+/// Shows the size only: the driver logs parameters, and row values belong in no log.
+impl std::fmt::Debug for ArrayParameter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "array of {} bytes", self.0.len())
+    }
+}
 
 impl ToSql for ArrayParameter {
     fn to_sql(

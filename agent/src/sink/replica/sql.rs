@@ -157,7 +157,10 @@ fn identifies(target: &Target, old: &[Sent], is_null: &[bool]) -> String {
         let meant = list(kept().map(|(i, sent)| {
             format!("{}::{}", value(target, *sent, "o", i), target.columns[sent.position].type_sql)
         }));
-        conditions.push(format!("ROW({stored}) OPERATOR(pg_catalog.*=) ROW({meant})"));
+        // As records: two bare rows would be compared column by column.
+        conditions.push(format!(
+            "ROW({stored})::record OPERATOR(pg_catalog.*=) ROW({meant})::record"
+        ));
     }
     let condition = if conditions.is_empty() {
         "true".to_owned()
@@ -294,7 +297,7 @@ mod tests {
     fn without_a_key_one_row_with_the_same_stored_bytes_is_meant() {
         let sql = delete_one(&target(false), &SENT, &[false, true]);
         assert!(sql.contains("s.\"note\" IS NULL"), "{sql}");
-        assert!(sql.contains("ROW(s.\"id\") OPERATOR(pg_catalog.*=) ROW(o.c0::integer)"), "{sql}");
+        assert!(sql.contains("ROW(s.\"id\")::record OPERATOR(pg_catalog.*=) ROW(o.c0::integer)::record"), "{sql}");
         assert!(sql.contains("LIMIT 1"), "{sql}");
     }
 }
