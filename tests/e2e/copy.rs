@@ -3,8 +3,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use dr_agent_tests::client::Client;
+use dr_agent_tests::proxy::Proxy;
 use dr_agent_tests::site::{Database, Site};
 use dr_agent_tests::wait::{PATIENCE, wait_until};
 
@@ -20,9 +22,14 @@ async fn a_copy_killed_between_tables_keeps_the_finished_ones() {
     }
     let mut agent = database.agent();
     agent.configure("copy.jobs", "1");
+    // A thin line to the replica, so that there is time to kill between two tables.
+    let line = Proxy::start(site.replica.port()).await;
+    line.delay(Duration::from_millis(20));
+    let far = site.replica.url_through(line.port(), "postgres");
+    agent.configure("replica.url", &format!("\"{far}\""));
     let mut running = agent.start();
     let finished = "SELECT table_name, snapshot_lsn, rows FROM dr_agent.table_sync
-                     WHERE table_schema = 'public' AND state = 'ready' ORDER BY 1";
+                     WHERE table_schema = 'public' AND state IN ('copied', 'ready') ORDER BY 1";
     wait_until("three tables to be copied", PATIENCE, || async {
         // The database appears while we look.
         let Ok(replica) = Client::try_connect(&site.replica.url(&database.name)).await else {
@@ -51,11 +58,14 @@ async fn a_copy_killed_between_tables_keeps_the_finished_ones() {
             .run(&format!("UPDATE t{n:02} SET v = 'changed' WHERE id % 100 = 0; DELETE FROM t{n:02} WHERE id % 100 = 1; INSERT INTO t{n:02} VALUES (-{n}, 'new')"))
             .await;
     }
+    line.heal();
     let running = agent.start();
     running.wait_for_streaming(&database.name).await;
     database.expect_equal().await;
     let after = replica.rows(finished).await;
     assert_eq!(after.len(), 12);
+    let unready = "SELECT count(*) FROM dr_agent.table_sync WHERE state <> 'ready'";
+    assert_eq!(replica.number(unready).await, 0);
     assert!(
         kept.iter().all(|row| after.contains(row)),
         "copied again: {kept:?}\n{after:?}"
@@ -139,7 +149,7 @@ async fn tables_and_partitions_made_later_are_copied_and_followed() {
              INSERT INTO p SELECT g, 'new partition' FROM generate_series(90, 150) AS g",
         )
         .await;
-    source.run("UPDATE p SET id = id + 30 WHERE id BETWEEN 80 AND 95; UPDATE late SET v = 'changed' WHERE id < 10").await;
+    source.run("UPDATE p SET id = id + 100 WHERE id BETWEEN 80 AND 95; UPDATE late SET v = 'changed' WHERE id < 10").await;
     // Nobody starts the agent again: it finds them by itself.
     let replica = database.replica().await;
     wait_until("the new tables to be copied", PATIENCE, || {

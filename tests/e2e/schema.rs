@@ -235,7 +235,7 @@ async fn odd_tables_arrive() {
          INSERT INTO dropped VALUES (1, 'x', 1, 2, 'v'); ALTER TABLE dropped DROP gone, DROP gone_too; ALTER TABLE dropped ADD later int DEFAULT 7;
          CREATE TABLE by_index (id int, code text NOT NULL, v text); CREATE UNIQUE INDEX by_code ON by_index (code);
          ALTER TABLE by_index REPLICA IDENTITY USING INDEX by_code;
-         CREATE TABLE both (id int PRIMARY KEY, code text NOT NULL UNIQUE, v text); ALTER TABLE both REPLICA IDENTITY USING INDEX both_code_key;
+         CREATE TABLE two_keys (id int PRIMARY KEY, code text NOT NULL UNIQUE, v text); ALTER TABLE two_keys REPLICA IDENTITY USING INDEX two_keys_code_key;
          CREATE TABLE full_with_key (id int PRIMARY KEY, v text, big text); ALTER TABLE full_with_key REPLICA IDENTITY FULL;
          CREATE TABLE nothing (); ALTER TABLE nothing REPLICA IDENTITY FULL; INSERT INTO nothing DEFAULT VALUES;
          CREATE TABLE keys_only (a int, b int, PRIMARY KEY (a, b));
@@ -245,13 +245,13 @@ async fn odd_tables_arrive() {
          CREATE FUNCTION double() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.v := NEW.v || NEW.v; RETURN NEW; END';
          CREATE TRIGGER doubled BEFORE INSERT OR UPDATE ON triggered FOR EACH ROW EXECUTE FUNCTION double();
          CREATE TABLE secured (id int PRIMARY KEY); ALTER TABLE secured ENABLE ROW LEVEL SECURITY; ALTER TABLE secured FORCE ROW LEVEL SECURITY;
-         INSERT INTO by_index VALUES (1, 'a', 'v'), (1, 'b', 'v'); INSERT INTO both VALUES (1, 'a', 'v'), (2, 'b', 'v');
+         INSERT INTO by_index VALUES (1, 'a', 'v'), (1, 'b', 'v'); INSERT INTO two_keys VALUES (1, 'a', 'v'), (2, 'b', 'v');
          INSERT INTO full_with_key SELECT g, 'v', repeat('x', 9000) FROM generate_series(1, 9) AS g;
          INSERT INTO kin VALUES (1, 'parent'); INSERT INTO kid VALUES (2, 'child', 3)",
         &[
             "INSERT INTO dropped VALUES (2, 2, 'streamed', 8); UPDATE dropped SET later = NULL WHERE id = 1; DELETE FROM dropped WHERE id = 2",
             "UPDATE by_index SET v = 'w' WHERE code = 'a'; UPDATE by_index SET code = 'c', id = NULL WHERE code = 'b'; DELETE FROM by_index WHERE code = 'a'",
-            "UPDATE both SET id = id + 10, v = 'w'; UPDATE both SET code = 'z' WHERE code = 'a'; DELETE FROM both WHERE code = 'b'",
+            "UPDATE two_keys SET id = id + 10, v = 'w'; UPDATE two_keys SET code = 'z' WHERE code = 'a'; DELETE FROM two_keys WHERE code = 'b'",
             "UPDATE full_with_key SET v = 'w' WHERE id < 5; UPDATE full_with_key SET id = id + 100 WHERE id > 7; DELETE FROM full_with_key WHERE id = 5",
             "INSERT INTO nothing DEFAULT VALUES; INSERT INTO nothing DEFAULT VALUES; DELETE FROM nothing WHERE ctid = '(0,1)'",
             "INSERT INTO keys_only SELECT g, g FROM generate_series(1, 5) AS g; UPDATE keys_only SET b = 9 WHERE a = 3; DELETE FROM keys_only WHERE a = 1",

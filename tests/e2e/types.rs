@@ -223,7 +223,7 @@ async fn generated_and_identity_columns_arrive() {
              CREATE TABLE whole (a int, upper text GENERATED ALWAYS AS (upper(b)) STORED, b text);
              ALTER TABLE whole REPLICA IDENTITY FULL;
              INSERT INTO always (a) SELECT g FROM generate_series(1, 5) AS g;
-             INSERT INTO whole SELECT 1, DEFAULT, 'copied' FROM generate_series(1, 3);",
+             INSERT INTO whole (a, b) SELECT 1, 'copied' FROM generate_series(1, 3);",
         )
         .await;
     let (_agent, running) = database.replicate().await;

@@ -155,6 +155,7 @@ impl Running {
     ) -> f64 {
         let what = format!("a certain value of {name} {labels:?}");
         wait_for(&what, PATIENCE, || async {
+            assert!(is_alive(self.pid()), "the agent ended; waited for {what}");
             let answer = self.get("/metrics").await?;
             let value = Metrics::parse(&answer.body).value(name, labels);
             value
