@@ -49,14 +49,16 @@ pub async fn check(config: &Config) -> Report {
         findings.extend(pair::servers(source, replica));
     }
     for name in databases(config, source.as_ref(), replica.as_ref()) {
-        let here = match &source {
-            Some(source) => Box::pin(source::database(config, source, &name, &mut findings)).await,
-            None => None,
-        };
+        // The replica first: while it replicates, what it has applied must be compared with where the
+        // source's WAL ends afterwards.
         let there = match &replica {
             Some(replica) => {
                 Box::pin(replica::database(config, replica, &name, &mut findings)).await
             }
+            None => None,
+        };
+        let here = match &source {
+            Some(source) => Box::pin(source::database(config, source, &name, &mut findings)).await,
             None => None,
         };
         if let (Some(source), Some(here), Some(replica)) = (&source, &here, &replica) {

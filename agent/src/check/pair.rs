@@ -71,7 +71,7 @@ pub(super) fn database(
         .find(|slot| slot.name == stream.as_str());
     let mut findings = slot::judge(&at, stream.as_str(), name, slot, kept);
     findings.extend(publication(&at, stream.as_str(), here, kept));
-    findings.extend(slot::origin(&at, kept, &source.server));
+    findings.extend(slot::origin(&at, kept, &source.server, here.wal_end));
     let installed = there.map_or(&[][..], |there| &there.extensions);
     findings.extend(extensions(
         &at,

@@ -25,8 +25,6 @@ pub(super) struct Server {
     pub(super) system_identifier: Option<String>,
     /// Raised by every physical promotion; `None` on a standby.
     pub(super) timeline: Option<i32>,
-    /// Where its WAL ends; `None` on a standby.
-    pub(super) lsn: Option<PgLsn>,
     /// Our role.
     pub(super) role: Role,
     /// The settings of [`SETTINGS`] that this version has, in the setting's own unit.
@@ -76,6 +74,12 @@ const SETTINGS: [&str; 9] = [
     "shared_preload_libraries",
 ];
 
+/// Where the server's WAL ends; `None` on a standby.
+pub(super) async fn wal_end(client: &Client) -> Result<Option<PgLsn>, PgError> {
+    const SQL: &str = "SELECT CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_flush_lsn() END";
+    Ok(client.query_one(SQL, &[]).await?.get(0))
+}
+
 /// Reads the server.
 pub(super) async fn server(client: &Client) -> Result<Server, PgError> {
     const SQL: &str = "
@@ -88,8 +92,7 @@ pub(super) async fn server(client: &Client) -> Result<Server, PgError> {
                       AND pg_has_role(r.oid, m.oid, 'MEMBER')),
                r.rolcreatedb,
                CASE WHEN NOT pg_is_in_recovery() THEN
-                    ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int END,
-               CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_flush_lsn() END
+                    ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int END
           FROM pg_roles r WHERE r.rolname = current_user";
     let row = client.query_one(SQL, &[]).await?;
     let settings = client
@@ -114,7 +117,6 @@ pub(super) async fn server(client: &Client) -> Result<Server, PgError> {
         started_at: row.get(3),
         system_identifier,
         timeline: row.get(8),
-        lsn: row.get(9),
         role: Role {
             name: row.get(4),
             superuser: row.get(5),

@@ -200,7 +200,12 @@ fn retained(at: &Place, name: &str, slot: &Slot) -> Finding {
 }
 
 /// Whether the source is still the one the stream was started from.
-pub(super) fn origin(at: &Place, kept: &Kept, source: &Server) -> Option<Finding> {
+pub(super) fn origin(
+    at: &Place,
+    kept: &Kept,
+    source: &Server,
+    wal_end: Option<PgLsn>,
+) -> Option<Finding> {
     let (kept_identifier, kept_timeline) = kept.origin.as_ref()?;
     let here = source.system_identifier.as_ref()?;
     if here != kept_identifier {
@@ -213,7 +218,7 @@ pub(super) fn origin(at: &Place, kept: &Kept, source: &Server) -> Option<Finding
              replica and let dr-agent run copy it again",
         ));
     }
-    if let (Some(lsn), Some(progress)) = (source.lsn, &kept.progress)
+    if let (Some(lsn), Some(progress)) = (wal_end, &kept.progress)
         && lsn < progress.end_lsn
     {
         let finding = at.error(
@@ -390,10 +395,9 @@ mod tests {
             let source = Server {
                 system_identifier: id.map(str::to_owned),
                 timeline: Some(timeline),
-                lsn: Some(PgLsn::from(lsn)),
                 ..Server::default()
             };
-            origin(&at(), &kept(100), &source).map(|f| f.code)
+            origin(&at(), &kept(100), &source, Some(PgLsn::from(lsn))).map(|f| f.code)
         };
         assert_eq!(code(Some("7"), 1, 100), Some("source_identity"));
         assert_eq!(code(Some("8"), 1, 100), Some("source_changed"));

@@ -17,6 +17,7 @@ use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases};
 use crate::coverage;
 use crate::error::{Classify as _, chain};
+use crate::pg::PgLsn;
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgError, Session};
 use crate::setup::publication::{Wanted, in_band_tables};
@@ -50,6 +51,8 @@ pub(super) struct SourceDatabase {
     pub(super) wanted: Wanted,
     /// Whether our publication is there.
     pub(super) has_publication: bool,
+    /// Where the server's WAL ended when this was read.
+    pub(super) wal_end: Option<PgLsn>,
 }
 
 /// Looks at the server. `None` when it cannot be reached; the findings say why.
@@ -166,6 +169,8 @@ pub(super) async fn database(
     };
     findings.push(replication_connection(&at, &conninfo, &stream, &source.slots).await);
     let mut found = read(&client, &at, config, findings).await?;
+    let asking = super::server::wal_end(&client);
+    found.wal_end = note_failure(&at, "read the end of the WAL", findings, asking).await.flatten();
     let published = published_anywhere(&client);
     let published = note_failure(&at, "read the publications", findings, published)
         .await
@@ -209,6 +214,7 @@ async fn read(
         shapes,
         extensions,
         has_publication: false,
+        wal_end: None,
     })
 }
 

@@ -128,7 +128,7 @@ impl Supervisor {
         }
         if self.fenced {
             ExitCode::from(FENCED)
-        } else if self.failed {
+        } else if self.failed && !self.stop.is_cancelled() {
             ExitCode::FAILURE
         } else {
             ExitCode::SUCCESS

@@ -134,11 +134,14 @@ const COLUMNS: &str = "
     )
     SELECT a.attname::text, pg_catalog.format_type(a.atttypid, -1),
            a.attgenerated <> '', a.attidentity = 'a',
-           y.oid, y.typtype::text, y.typcategory = 'A', y.typarray <> 0,
+           y.oid, y.typtype = 'e',
+           y.typtype IN ('b', 'r', 'm') AND y.typcategory <> 'A' AND y.oid < 10000
+               AND y.typname <> 'tsquery' AND y.typname NOT LIKE 'reg%' AND y.typarray <> 0,
            pg_catalog.format_type(y.oid, -1) || '[]',
            coalesce((SELECT n.nspname FROM pg_operator o JOIN pg_namespace n ON n.oid = o.oprnamespace
                       WHERE o.oprname = '=' AND o.oprleft = y.oid AND o.oprright = y.oid LIMIT 1),
-                    CASE WHEN EXISTS (SELECT 1 FROM pg_opclass k WHERE k.opcdefault
+                    CASE WHEN EXISTS (SELECT 1 FROM pg_opclass k JOIN pg_am m ON m.oid = k.opcmethod
+                         WHERE k.opcdefault AND m.amname IN ('btree', 'hash')
                            AND (k.opcintype = y.oid
                                 OR k.opcintype = 'anyenum'::regtype AND y.typtype = 'e'
                                 OR k.opcintype = 'anyarray'::regtype AND y.typcategory = 'A'
@@ -202,25 +205,19 @@ async fn exists(client: &Client, table: &TableName) -> Result<bool, SinkError> {
 
 fn replica_column(row: &tokio_postgres::Row) -> ReplicaColumn {
     let base_oid: u32 = row.get(4);
-    let kind: &str = row.get(5);
-    let (is_array, has_array): (bool, bool) = (row.get(6), row.get(7));
-    let travels = match kind {
-        "b" => !is_array && has_array,
-        // Bounds of a user-defined type may carry OIDs of the source's catalog.
-        "r" | "m" => has_array && base_oid < FIRST_NORMAL_OID,
-        _ => false,
-    };
+    // The same rule as in `setup::form`, which decides for the stream; this catches what changed since.
+    let travels: bool = row.get(6);
     ReplicaColumn {
         column: TargetColumn {
             name: quote_ident(row.get(0)),
             type_sql: row.get(1),
-            is_enum: kind == "e",
-            native: travels.then(|| Native { array_sql: row.get(8), element_oid: base_oid }),
+            is_enum: row.get(5),
+            native: travels.then(|| Native { array_sql: row.get(7), element_oid: base_oid }),
             is_generated: row.get(2),
             is_identity_always: row.get(3),
-            equality_schema: row.get::<_, Option<&str>>(9).map(quote_ident),
+            equality_schema: row.get::<_, Option<&str>>(8).map(quote_ident),
         },
         base_oid,
-        in_primary_key: row.get(10),
+        in_primary_key: row.get(9),
     }
 }
