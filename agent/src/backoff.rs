@@ -47,7 +47,10 @@ mod tests {
         assert_eq!(pause(1), Decision::Retry(Duration::from_millis(200)));
         assert_eq!(pause(3), Decision::Retry(Duration::from_millis(800)));
         assert_eq!(pause(60), Decision::Retry(MAX));
-        assert_eq!(decide(Class::Transient, 60, MAX, 1.0), Decision::Retry(MAX / 2));
+        assert_eq!(
+            decide(Class::Transient, 60, MAX, 1.0),
+            Decision::Retry(MAX / 2)
+        );
     }
 
     #[test]

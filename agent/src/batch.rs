@@ -38,7 +38,9 @@ impl Batch {
     }
 
     fn last(&self) -> &Transaction {
-        self.transactions.last().expect("a batch has at least one transaction")
+        self.transactions
+            .last()
+            .expect("a batch has at least one transaction")
     }
 }
 
@@ -53,7 +55,11 @@ pub struct Queue {
 impl Queue {
     /// A queue whose batches stay within these limits.
     pub fn new(bytes_max: u64, changes_max: u64) -> Self {
-        Self { bytes_max, changes_max, waiting: VecDeque::new() }
+        Self {
+            bytes_max,
+            changes_max,
+            waiting: VecDeque::new(),
+        }
     }
 
     /// Appends a transaction.
@@ -63,7 +69,9 @@ impl Queue {
 
     /// Commit time of the transaction that waits longest.
     pub fn oldest_commit_time(&self) -> Option<Micros> {
-        self.waiting.front().map(|transaction| transaction.commit_time)
+        self.waiting
+            .front()
+            .map(|transaction| transaction.commit_time)
     }
 
     /// Whether nothing waits.
@@ -89,7 +97,11 @@ impl Queue {
                 break;
             }
         }
-        (!transactions.is_empty()).then_some(Batch { number, previous, transactions })
+        (!transactions.is_empty()).then_some(Batch {
+            number,
+            previous,
+            transactions,
+        })
     }
 }
 
@@ -115,14 +127,24 @@ mod tests {
     fn ends(queue: &mut Queue) -> Vec<u64> {
         let batch = queue.take(BatchNumber(1), lsn(0));
         batch.map_or_else(Vec::new, |batch| {
-            batch.transactions.iter().map(|t| u64::from(t.end_lsn)).collect()
+            batch
+                .transactions
+                .iter()
+                .map(|t| u64::from(t.end_lsn))
+                .collect()
         })
     }
 
     #[test]
     fn everything_that_waits_becomes_one_batch_within_the_limits() {
         let mut queue = Queue::new(100, 10);
-        for (end, bytes, changes) in [(10, 40, 1), (20, 40, 1), (30, 40, 1), (40, 1, 9), (50, 1, 9)] {
+        for (end, bytes, changes) in [
+            (10, 40, 1),
+            (20, 40, 1),
+            (30, 40, 1),
+            (40, 1, 9),
+            (50, 1, 9),
+        ] {
             queue.push(transaction(end, bytes, changes));
         }
         assert_eq!(queue.oldest_commit_time(), Some(10));

@@ -21,9 +21,10 @@ pub fn hit(name: &str) {
 
 fn parse(text: String) -> (String, AtomicU64) {
     match text.rsplit_once('@') {
-        Some((name, count)) if count.parse::<u64>().is_ok_and(|count| count > 0) => {
-            (name.to_owned(), AtomicU64::new(count.parse().expect("the guard has parsed it")))
-        }
+        Some((name, count)) if count.parse::<u64>().is_ok_and(|count| count > 0) => (
+            name.to_owned(),
+            AtomicU64::new(count.parse().expect("the guard has parsed it")),
+        ),
         _ => (text, AtomicU64::new(1)),
     }
 }
@@ -35,7 +36,13 @@ mod tests {
     #[test]
     fn a_place_may_carry_a_count() {
         let (name, count) = parse("apply:after-commit@3".to_owned());
-        assert_eq!((name.as_str(), count.into_inner()), ("apply:after-commit", 3));
-        assert_eq!(parse("apply:after-commit".to_owned()).0, "apply:after-commit");
+        assert_eq!(
+            (name.as_str(), count.into_inner()),
+            ("apply:after-commit", 3)
+        );
+        assert_eq!(
+            parse("apply:after-commit".to_owned()).0,
+            "apply:after-commit"
+        );
     }
 }

@@ -68,7 +68,10 @@ pub async fn serve(
 
 async fn metrics(Shared(shown): Shared<Shown>) -> impl IntoResponse {
     shown.prometheus.run_upkeep();
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], shown.prometheus.render())
+    (
+        [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
+        shown.prometheus.render(),
+    )
 }
 
 async fn status(Shared(shown): Shared<Shown>) -> impl IntoResponse {
@@ -122,9 +125,15 @@ fn render(objectives: &Objectives, databases: &[DatabaseStatus]) -> String {
     let mut rows = String::new();
     for database in databases {
         let (class, verdict) = verdict(database);
-        let lag = database.lag_seconds.map_or_else(|| "unknown".to_owned(), |lag| format!("{lag:.1} s"));
-        let behind = database.lag_bytes.map_or_else(|| "unknown".to_owned(), bytes);
-        let retained = database.slot_retained_bytes.map_or_else(|| "unknown".to_owned(), bytes);
+        let lag = database
+            .lag_seconds
+            .map_or_else(|| "unknown".to_owned(), |lag| format!("{lag:.1} s"));
+        let behind = database
+            .lag_bytes
+            .map_or_else(|| "unknown".to_owned(), bytes);
+        let retained = database
+            .slot_retained_bytes
+            .map_or_else(|| "unknown".to_owned(), bytes);
         let _ = write!(
             rows,
             "<tr><td>{}</td><td class=\"{class}\">{verdict}</td><td>{}</td><td class=n>{lag}</td>\
@@ -163,13 +172,15 @@ fn verdict(database: &DatabaseStatus) -> (&'static str, &'static str) {
     }
 }
 
-
 fn bytes(count: u64) -> String {
     bytesize::ByteSize(count).display().iec().to_string()
 }
 
 fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
 }
 
 #[cfg(test)]
@@ -179,7 +190,10 @@ mod tests {
 
     #[test]
     fn the_page_shows_the_verdict_and_escapes_names() {
-        let objectives = Objectives { rpo: Duration::from_secs(30), rto: Duration::from_secs(300) };
+        let objectives = Objectives {
+            rpo: Duration::from_secs(30),
+            rto: Duration::from_secs(300),
+        };
         let database = DatabaseStatus {
             database: "<b>".to_owned(),
             rpo_breached: true,

@@ -19,9 +19,10 @@ const UNIX_TO_PG_EPOCH_SECONDS: i64 = 946_684_800;
 
 /// Turns a wall-clock time into PostgreSQL's epoch.
 pub fn pg_micros(now: std::time::SystemTime) -> Micros {
-    let since_unix = now.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since_unix.as_micros()).unwrap_or(i64::MAX)
-        - UNIX_TO_PG_EPOCH_SECONDS * 1_000_000
+    let since_unix = now
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since_unix.as_micros()).unwrap_or(i64::MAX) - UNIX_TO_PG_EPOCH_SECONDS * 1_000_000
 }
 
 /// Turns PostgreSQL's epoch into the wall clock.
@@ -108,7 +109,10 @@ impl Lag {
     }
 }
 
-#[allow(clippy::cast_precision_loss, reason = "a lag of 2^52 microseconds is 142 years")]
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "a lag of 2^52 microseconds is 142 years"
+)]
 fn seconds(micros: Micros) -> f64 {
     micros as f64 / 1e6
 }

@@ -61,7 +61,10 @@ pub struct Ledger {
 impl Ledger {
     /// Starts where the replica's progress row stands: everything up to there is durable.
     pub fn resume(sinks: usize, batch: BatchNumber, end_lsn: PgLsn) -> Self {
-        assert!(sinks > 0, "a ledger without sinks would acknowledge everything");
+        assert!(
+            sinks > 0,
+            "a ledger without sinks would acknowledge everything"
+        );
         Self {
             sinks,
             flush: FlushLsn(end_lsn),
@@ -77,10 +80,17 @@ impl Ledger {
     pub fn ship(&mut self, batch: BatchNumber, previous: PgLsn, end_lsn: PgLsn) {
         let (last, last_end) = self.last;
         assert_eq!(batch, last.next(), "batches are numbered without gaps");
-        assert_eq!(previous, last_end, "batch {batch:?} does not begin where {last:?} ended");
+        assert_eq!(
+            previous, last_end,
+            "batch {batch:?} does not begin where {last:?} ended"
+        );
         assert!(end_lsn > previous, "batch {batch:?} ends before it begins");
         self.last = (batch, end_lsn);
-        self.in_flight.push_back(Shipped { batch, end_lsn, durable: vec![false; self.sinks] });
+        self.in_flight.push_back(Shipped {
+            batch,
+            end_lsn,
+            durable: vec![false; self.sinks],
+        });
     }
 
     /// Notes that `sink` has made `batch` durable; returns the flush LSN when that moved it.
@@ -93,12 +103,25 @@ impl Ledger {
             .iter_mut()
             .find(|shipped| shipped.batch == batch)
             .expect("a sink reports only batches that were shipped to it");
-        assert!(!shipped.durable[sink], "sink {sink} reported {batch:?} twice");
+        assert!(
+            !shipped.durable[sink],
+            "sink {sink} reported {batch:?} twice"
+        );
         shipped.durable[sink] = true;
         let before = self.flush;
-        while self.in_flight.front().is_some_and(|oldest| oldest.durable.iter().all(|done| *done)) {
-            let oldest = self.in_flight.pop_front().expect("the loop has just seen it");
-            assert!(oldest.end_lsn > self.flush.0, "the flush LSN never moves backwards");
+        while self
+            .in_flight
+            .front()
+            .is_some_and(|oldest| oldest.durable.iter().all(|done| *done))
+        {
+            let oldest = self
+                .in_flight
+                .pop_front()
+                .expect("the loop has just seen it");
+            assert!(
+                oldest.end_lsn > self.flush.0,
+                "the flush LSN never moves backwards"
+            );
             self.flush = FlushLsn(oldest.end_lsn);
         }
         (self.flush > before).then_some(self.flush)
@@ -135,7 +158,10 @@ mod tests {
         ledger.ship(BatchNumber(8), lsn(100), lsn(200));
         assert_eq!(ledger.durable(0, BatchNumber(8)), None);
         assert_eq!(ledger.flush_lsn().lsn(), lsn(100));
-        assert_eq!(ledger.durable(1, BatchNumber(8)).map(FlushLsn::lsn), Some(lsn(200)));
+        assert_eq!(
+            ledger.durable(1, BatchNumber(8)).map(FlushLsn::lsn),
+            Some(lsn(200))
+        );
     }
 
     #[test]
@@ -144,7 +170,10 @@ mod tests {
         ledger.ship(BatchNumber(1), lsn(10), lsn(20));
         ledger.ship(BatchNumber(2), lsn(20), lsn(30));
         assert_eq!(ledger.durable(0, BatchNumber(2)), None);
-        assert_eq!(ledger.durable(0, BatchNumber(1)).map(FlushLsn::lsn), Some(lsn(30)));
+        assert_eq!(
+            ledger.durable(0, BatchNumber(1)).map(FlushLsn::lsn),
+            Some(lsn(30))
+        );
         assert_eq!(ledger.in_flight(), 0);
     }
 

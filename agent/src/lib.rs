@@ -10,36 +10,36 @@
 //! what must be right. [`setup`] and [`snapshot`] bring a database to where streaming can start,
 //! [`promote`] ends it.
 
-pub mod pipeline;
-pub mod source;
-pub mod txn;
-pub mod batch;
-pub mod net;
-pub mod ledger;
-pub mod sink;
-pub mod spill;
-pub mod monitor;
-pub mod setup;
-pub mod snapshot;
-pub mod promote;
-pub mod check;
-pub mod coverage;
-pub mod catalog;
-pub mod pg;
-pub mod stream;
-pub mod config;
-pub mod error;
 pub mod backoff;
-pub mod lag;
+pub mod batch;
+pub mod catalog;
 pub mod changes;
-pub mod metrics;
-pub mod status;
-pub mod http;
+pub mod check;
 pub mod cli;
 pub mod cmd;
+pub mod config;
+pub mod coverage;
+pub mod error;
 pub mod failpoint;
+pub mod http;
+pub mod lag;
+pub mod ledger;
+pub mod metrics;
+pub mod monitor;
+pub mod net;
+pub mod pg;
+pub mod pipeline;
+pub mod promote;
+pub mod setup;
+pub mod sink;
+pub mod snapshot;
+pub mod source;
+pub mod spill;
+pub mod status;
+pub mod stream;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod txn;
 
 /// The version, as in `dr_agent_build_info`.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -24,36 +24,133 @@ pub enum Kind {
 
 /// Name, kind and meaning of every metric.
 pub const ALL: &[(&str, Kind, &str)] = &[
-    ("dr_agent_build_info", Kind::Gauge, "Version of the agent; always 1"),
-    ("dr_agent_objective_rpo_seconds", Kind::Gauge, "Recovery point objective, from the configuration"),
-    ("dr_agent_objective_rto_seconds", Kind::Gauge, "Recovery time objective, from the configuration"),
-    ("dr_agent_state", Kind::Gauge, "1 for the state the pipeline is in, 0 for the others"),
-    ("dr_agent_lag_seconds", Kind::Gauge, "Seconds of committed work that would be lost if the source vanished now; -1 while unknown"),
-    ("dr_agent_lag_bytes", Kind::Gauge, "WAL written on the source and not yet applied"),
-    ("dr_agent_rpo_breached", Kind::Gauge, "1 while the lag is above the RPO, or unknown"),
-    ("dr_agent_stage_lag_seconds", Kind::Gauge, "Lag by stage: received from the source, queued for the replica, applied"),
-    ("dr_agent_transactions_total", Kind::Counter, "Source transactions made durable on the replica"),
-    ("dr_agent_changes_total", Kind::Counter, "Changes in those transactions"),
-    ("dr_agent_net_changes_total", Kind::Counter, "Net changes carried out for them"),
-    ("dr_agent_batches_total", Kind::Counter, "Batches made durable on the replica"),
-    ("dr_agent_batch_apply_seconds", Kind::Histogram, "Time from sending a batch to its being durable"),
-    ("dr_agent_slow_path_total", Kind::Counter, "Batches replayed change by change after a constraint refused the folded form"),
-    ("dr_agent_bytes_total", Kind::Counter, "Bytes of pgoutput messages, received from the source"),
-    ("dr_agent_slot_retained_bytes", Kind::Gauge, "WAL the source keeps for our slot"),
-    ("dr_agent_source_disk_full_seconds", Kind::Gauge, "Seconds until the source's WAL disk is full at the current rate of writing, were nothing acknowledged any more; absent if unknown"),
-    ("dr_agent_term", Kind::Gauge, "Fencing token this agent applies under"),
-    ("dr_agent_errors_total", Kind::Counter, "Errors that ended a session, by class"),
-    ("dr_agent_copy_rows_total", Kind::Counter, "Rows of the initial copy"),
-    ("dr_agent_copy_bytes_total", Kind::Counter, "Bytes of the initial copy"),
-    ("dr_agent_copy_tables", Kind::Gauge, "Tables of the initial copy, by state"),
-    ("dr_agent_unprotected_objects", Kind::Gauge, "Objects that replication does not protect, by kind"),
-    ("dr_agent_sink_flush_lsn", Kind::Gauge, "LSN up to which a sink is durable, as a number"),
+    (
+        "dr_agent_build_info",
+        Kind::Gauge,
+        "Version of the agent; always 1",
+    ),
+    (
+        "dr_agent_objective_rpo_seconds",
+        Kind::Gauge,
+        "Recovery point objective, from the configuration",
+    ),
+    (
+        "dr_agent_objective_rto_seconds",
+        Kind::Gauge,
+        "Recovery time objective, from the configuration",
+    ),
+    (
+        "dr_agent_state",
+        Kind::Gauge,
+        "1 for the state the pipeline is in, 0 for the others",
+    ),
+    (
+        "dr_agent_lag_seconds",
+        Kind::Gauge,
+        "Seconds of committed work that would be lost if the source vanished now; -1 while unknown",
+    ),
+    (
+        "dr_agent_lag_bytes",
+        Kind::Gauge,
+        "WAL written on the source and not yet applied",
+    ),
+    (
+        "dr_agent_rpo_breached",
+        Kind::Gauge,
+        "1 while the lag is above the RPO, or unknown",
+    ),
+    (
+        "dr_agent_stage_lag_seconds",
+        Kind::Gauge,
+        "Lag by stage: received from the source, queued for the replica, applied",
+    ),
+    (
+        "dr_agent_transactions_total",
+        Kind::Counter,
+        "Source transactions made durable on the replica",
+    ),
+    (
+        "dr_agent_changes_total",
+        Kind::Counter,
+        "Changes in those transactions",
+    ),
+    (
+        "dr_agent_net_changes_total",
+        Kind::Counter,
+        "Net changes carried out for them",
+    ),
+    (
+        "dr_agent_batches_total",
+        Kind::Counter,
+        "Batches made durable on the replica",
+    ),
+    (
+        "dr_agent_batch_apply_seconds",
+        Kind::Histogram,
+        "Time from sending a batch to its being durable",
+    ),
+    (
+        "dr_agent_slow_path_total",
+        Kind::Counter,
+        "Batches replayed change by change after a constraint refused the folded form",
+    ),
+    (
+        "dr_agent_bytes_total",
+        Kind::Counter,
+        "Bytes of pgoutput messages, received from the source",
+    ),
+    (
+        "dr_agent_slot_retained_bytes",
+        Kind::Gauge,
+        "WAL the source keeps for our slot",
+    ),
+    (
+        "dr_agent_source_disk_full_seconds",
+        Kind::Gauge,
+        "Seconds until the source's WAL disk is full at the current rate of writing, were nothing acknowledged any more; absent if unknown",
+    ),
+    (
+        "dr_agent_term",
+        Kind::Gauge,
+        "Fencing token this agent applies under",
+    ),
+    (
+        "dr_agent_errors_total",
+        Kind::Counter,
+        "Errors that ended a session, by class",
+    ),
+    (
+        "dr_agent_copy_rows_total",
+        Kind::Counter,
+        "Rows of the initial copy",
+    ),
+    (
+        "dr_agent_copy_bytes_total",
+        Kind::Counter,
+        "Bytes of the initial copy",
+    ),
+    (
+        "dr_agent_copy_tables",
+        Kind::Gauge,
+        "Tables of the initial copy, by state",
+    ),
+    (
+        "dr_agent_unprotected_objects",
+        Kind::Gauge,
+        "Objects that replication does not protect, by kind",
+    ),
+    (
+        "dr_agent_sink_flush_lsn",
+        Kind::Gauge,
+        "LSN up to which a sink is durable, as a number",
+    ),
 ];
 
 /// Upper bounds of `dr_agent_batch_apply_seconds`, in seconds: a batch of one row takes about a
 /// millisecond next door, a full one over a WAN seconds.
-const APPLY_BUCKETS: &[f64] =
-    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+const APPLY_BUCKETS: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+];
 
 /// Installs the recorder and describes every metric. Once per process.
 pub fn install(objectives: &Objectives) -> Result<PrometheusHandle, BuildError> {

@@ -136,7 +136,9 @@ async fn observe_wal(
     disk: Option<&std::path::Path>,
     rate: &mut WalRate,
 ) -> Result<WalReport, PgError> {
-    let row = client.query_one("SELECT pg_catalog.pg_current_wal_lsn()", &[]).await?;
+    let row = client
+        .query_one("SELECT pg_catalog.pg_current_wal_lsn()", &[])
+        .await?;
     let written: PgLsn = row.get(0);
     #[allow(clippy::disallowed_methods, reason = "the edge: rates need a clock")]
     let per_second = rate.observe(written, Instant::now());
@@ -144,7 +146,9 @@ async fn observe_wal(
     Ok(WalReport {
         written,
         retained: slot::retained_bytes(client, stream.as_str()).await?,
-        disk_full_seconds: free.zip(per_second).and_then(|(free, rate)| seconds_left(free, rate)),
+        disk_full_seconds: free
+            .zip(per_second)
+            .and_then(|(free, rate)| seconds_left(free, rate)),
     })
 }
 
@@ -158,14 +162,19 @@ async fn wal_disk(client: &Client, conninfo: &ConnInfo) -> Result<Option<PathBuf
     }
     // Only members of pg_read_all_settings see the row.
     let rows = client
-        .query("SELECT setting FROM pg_catalog.pg_settings WHERE name = 'data_directory'", &[])
+        .query(
+            "SELECT setting FROM pg_catalog.pg_settings WHERE name = 'data_directory'",
+            &[],
+        )
         .await?;
     let Some(data) = rows.first().map(|row| PathBuf::from(row.get::<_, &str>(0))) else {
         return Ok(None);
     };
     // pg_wal may be a link to another disk, but only PostgreSQL's own user may look into the directory.
     let wal = data.join("pg_wal");
-    let seen = [wal, data].into_iter().find(|path| free_bytes(path).is_some());
+    let seen = [wal, data]
+        .into_iter()
+        .find(|path| free_bytes(path).is_some());
     Ok(seen)
 }
 
@@ -190,7 +199,10 @@ impl WalRate {
             let seconds = now.duration_since(at).as_secs_f64();
             if seconds > 0.0 {
                 let bytes = u64::from(written).saturating_sub(u64::from(before));
-                #[allow(clippy::cast_precision_loss, reason = "fewer than 2^52 bytes in two seconds")]
+                #[allow(
+                    clippy::cast_precision_loss,
+                    reason = "fewer than 2^52 bytes in two seconds"
+                )]
                 let current = bytes as f64 / seconds;
                 let smooth = self
                     .per_second
@@ -203,7 +215,10 @@ impl WalRate {
     }
 }
 
-#[allow(clippy::cast_precision_loss, reason = "disks are smaller than 2^52 bytes")]
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "disks are smaller than 2^52 bytes"
+)]
 fn seconds_left(free: u64, per_second: f64) -> Option<f64> {
     (per_second > 0.0).then(|| free as f64 / per_second)
 }
@@ -217,7 +232,9 @@ mod tests {
         let mut rate = WalRate::default();
         let start = Instant::now();
         assert_eq!(rate.observe(PgLsn::from(0), start), None);
-        let after = rate.observe(PgLsn::from(20_000_000), start + Duration::from_secs(2)).unwrap();
+        let after = rate
+            .observe(PgLsn::from(20_000_000), start + Duration::from_secs(2))
+            .unwrap();
         assert!((after - 1e7).abs() < 1.0, "{after}");
         assert_eq!(seconds_left(1_000_000_000, 1e7), Some(100.0));
         assert_eq!(seconds_left(1, 0.0), None);

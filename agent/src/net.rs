@@ -96,19 +96,25 @@ pub struct Row {
 
 impl Row {
     fn new(tuple: Tuple) -> Self {
-        Self { tuple, filled: Vec::new() }
+        Self {
+            tuple,
+            filled: Vec::new(),
+        }
     }
 
     /// The values in column order; `UnchangedToast` where the value is only on the replica.
     pub fn values(&self) -> impl Iterator<Item = Value<'_>> {
-        self.tuple.values().enumerate().map(|(position, value)| match value {
-            Value::UnchangedToast => self
-                .filled
-                .iter()
-                .find(|(filled, _)| *filled == position)
-                .map_or(Value::UnchangedToast, |(_, value)| value.borrow()),
-            sent => sent,
-        })
+        self.tuple
+            .values()
+            .enumerate()
+            .map(|(position, value)| match value {
+                Value::UnchangedToast => self
+                    .filled
+                    .iter()
+                    .find(|(filled, _)| *filled == position)
+                    .map_or(Value::UnchangedToast, |(_, value)| value.borrow()),
+                sent => sent,
+            })
     }
 
     /// Positions whose value is only on the replica.
@@ -132,7 +138,8 @@ impl Row {
         }
         for (position, value) in earlier.enumerate() {
             if unsent.binary_search(&position).is_ok() && allowed(position) {
-                self.filled.extend(OwnedValue::of(value).map(|value| (position, value)));
+                self.filled
+                    .extend(OwnedValue::of(value).map(|value| (position, value)));
             }
         }
         self.filled.sort_by_key(|(position, _)| *position);
@@ -235,7 +242,12 @@ pub fn fold<'a>(
     changes: impl IntoIterator<Item = &'a Change>,
     key_of: &impl Fn(&Arc<SourceRelation>) -> Key,
 ) -> Result<Vec<Step>, FoldError> {
-    let mut folding = Folding { key_of, steps: Vec::new(), tables: Vec::new(), index: HashMap::new() };
+    let mut folding = Folding {
+        key_of,
+        steps: Vec::new(),
+        tables: Vec::new(),
+        index: HashMap::new(),
+    };
     for change in changes {
         folding.take(change)?;
     }
@@ -265,9 +277,11 @@ pub fn count(steps: &[Step]) -> u64 {
         .iter()
         .map(|step| match step {
             Step::Truncate { .. } => 1,
-            Step::Tables(tables) => {
-                tables.iter().flat_map(|table| &table.stages).map(of_stage).sum::<usize>() as u64
-            }
+            Step::Tables(tables) => tables
+                .iter()
+                .flat_map(|table| &table.stages)
+                .map(of_stage)
+                .sum::<usize>() as u64,
         })
         .sum()
 }
@@ -292,10 +306,18 @@ impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
         match &change.relations {
             Relations::Truncate(relations) => {
                 self.barrier();
-                let restart_identity =
-                    matches!(message, Message::Truncate { restart_identity: true, .. });
+                let restart_identity = matches!(
+                    message,
+                    Message::Truncate {
+                        restart_identity: true,
+                        ..
+                    }
+                );
                 let relations = Arc::clone(relations);
-                self.steps.push(Step::Truncate { relations, restart_identity });
+                self.steps.push(Step::Truncate {
+                    relations,
+                    restart_identity,
+                });
                 Ok(())
             }
             Relations::Row(relation) => self.table(relation).take(message),
@@ -325,7 +347,10 @@ impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
         let tables: Vec<TableChanges> = self
             .tables
             .drain(..)
-            .map(|table| TableChanges { relation: table.relation, stages: table.stages })
+            .map(|table| TableChanges {
+                relation: table.relation,
+                stages: table.stages,
+            })
             .collect();
         if !tables.is_empty() {
             self.steps.push(Step::Tables(tables));
@@ -414,7 +439,9 @@ impl Folded {
             Some(OldTuple::Full(old)) => new.fill_from(old.values(), |_| true),
             Some(OldTuple::Key(old)) => {
                 let columns = self.key.columns.clone();
-                new.fill_from(old.values(), |at| columns.iter().any(|key| key.position == at));
+                new.fill_from(old.values(), |at| {
+                    columns.iter().any(|key| key.position == at)
+                });
             }
             None => {}
         }
@@ -476,7 +503,8 @@ impl Folded {
         }
         if !new.unsent().is_empty() {
             // A TOAST value is only on the replica: the row there must keep its identity.
-            self.stages.push(Stage::Ordered(vec![RowChange::Update { old, new }]));
+            self.stages
+                .push(Stage::Ordered(vec![RowChange::Update { old, new }]));
             return Ok(());
         }
         self.delete(old_key, old)?;
@@ -521,7 +549,10 @@ impl Folded {
     }
 
     fn contradiction(&self, what: &'static str) -> FoldError {
-        FoldError::Contradiction { what, table: self.relation.display_name() }
+        FoldError::Contradiction {
+            what,
+            table: self.relation.display_name(),
+        }
     }
 
     /// The key as bytes that are equal exactly when the key's values are, and that sort as the
@@ -537,11 +568,15 @@ impl Folded {
                 continue;
             };
             if !append_key_value(&mut bytes, column.order, value) {
-                return Err(FoldError::NoIdentity { table: self.relation.display_name() });
+                return Err(FoldError::NoIdentity {
+                    table: self.relation.display_name(),
+                });
             }
         }
         if columns.next().is_some() {
-            return Err(FoldError::NoIdentity { table: self.relation.display_name() });
+            return Err(FoldError::NoIdentity {
+                table: self.relation.display_name(),
+            });
         }
         Ok(bytes.into_boxed_slice())
     }
@@ -559,12 +594,18 @@ fn append_key_value(bytes: &mut Vec<u8>, order: KeyOrder, value: Value<'_>) -> b
     };
     bytes.push(1);
     let integer = match (order, value) {
-        (KeyOrder::Integer, Value::Text(text)) => {
-            std::str::from_utf8(text).ok().and_then(|text| text.parse::<i64>().ok())
-        }
+        (KeyOrder::Integer, Value::Text(text)) => std::str::from_utf8(text)
+            .ok()
+            .and_then(|text| text.parse::<i64>().ok()),
         (KeyOrder::Integer, Value::Binary(raw)) => match raw.len() {
-            2 => raw.try_into().ok().map(|raw| i64::from(i16::from_be_bytes(raw))),
-            4 => raw.try_into().ok().map(|raw| i64::from(i32::from_be_bytes(raw))),
+            2 => raw
+                .try_into()
+                .ok()
+                .map(|raw| i64::from(i16::from_be_bytes(raw))),
+            4 => raw
+                .try_into()
+                .ok()
+                .map(|raw| i64::from(i32::from_be_bytes(raw))),
             8 => raw.try_into().ok().map(i64::from_be_bytes),
             _ => None,
         },

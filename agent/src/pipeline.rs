@@ -155,7 +155,16 @@ impl Pipeline {
         let metrics = DatabaseMetrics::new(database);
         let lag = Lag::new(config.source.heartbeat_every, config.objectives.rpo);
         let database = database.to_owned();
-        Self { config, database, stream, metrics, status, stop, binary: true, lag }
+        Self {
+            config,
+            database,
+            stream,
+            metrics,
+            status,
+            stop,
+            binary: true,
+            lag,
+        }
     }
 
     /// Replicates until told to stop, or until an error needs a person.
@@ -202,7 +211,7 @@ impl Pipeline {
             status.hint.clone_from(&hint);
         });
         let text = chain(error);
-        let hint = hint.unwrap_or_default();
+        let hint = hint.as_deref();
         let retry_max = self.config.limits.retry_max;
         match backoff::decide(class, attempt, retry_max, rand::random()) {
             Decision::Retry(pause) => {
@@ -251,8 +260,12 @@ impl Pipeline {
     /// Shows what the lag is now.
     fn judge(&self, lag: &Lag) {
         let verdict = lag.verdict(now_micros());
-        self.metrics.lag_seconds.set(verdict.lag_seconds.unwrap_or(-1.0));
-        self.metrics.rpo_breached.set(if verdict.breached { 1.0 } else { 0.0 });
+        self.metrics
+            .lag_seconds
+            .set(verdict.lag_seconds.unwrap_or(-1.0));
+        self.metrics
+            .rpo_breached
+            .set(if verdict.breached { 1.0 } else { 0.0 });
         if let Some(received) = verdict.received_seconds {
             self.metrics.stage_lag("received", received);
         }
@@ -269,11 +282,16 @@ impl Pipeline {
     /// From preparing to the first error; `Ok` once told to stop and drained.
     async fn session(&mut self) -> Result<(), SessionError> {
         self.enter(State::Initializing);
-        let observer = Observer { metrics: &self.metrics, status: &self.status };
+        let observer = Observer {
+            metrics: &self.metrics,
+            status: &self.status,
+        };
         let display = ProgressDisplay::new(&self.database, &observer);
         let preparing = setup::prepare(&self.config, &self.database, &display, &self.stop);
         let stopped_or_prepared = self.stop.run_until_cancelled(preparing);
-        let Some(prepared) = self.watching(stopped_or_prepared).await else { return Ok(()) };
+        let Some(prepared) = self.watching(stopped_or_prepared).await else {
+            return Ok(());
+        };
         let prepared = prepared?;
         drop(display);
         for warning in &prepared.warnings {
@@ -342,7 +360,11 @@ impl Pipeline {
                 .err()
                 .map(SessionError::Source)
         });
-        let newest_snapshot = prepared.synced.iter().filter_map(|(_, snapshot)| *snapshot).max();
+        let newest_snapshot = prepared
+            .synced
+            .iter()
+            .filter_map(|(_, snapshot)| *snapshot)
+            .max();
         let mut deferred = Deferred {
             replica,
             stream: self.stream.clone(),
@@ -352,7 +374,10 @@ impl Pipeline {
         tasks.spawn(apply_batches(sink, batches_to_apply, outcomes, deferred));
         let (config, stream) = (Arc::clone(&self.config), self.stream.clone());
         tasks.spawn(async move {
-            monitor::run(&config, &source, &stream, reports).await.err().map(SessionError::Monitor)
+            monitor::run(&config, &source, &stream, reports)
+                .await
+                .err()
+                .map(SessionError::Monitor)
         });
         Ok(Streaming {
             pipeline: self,
@@ -380,7 +405,11 @@ async fn apply_batches(
         let end_lsn = batch.end_lsn();
         let result = sink.apply(&batch).await;
         let failed = result.is_err();
-        let outcome = Outcome { batch, result, took: started.elapsed() };
+        let outcome = Outcome {
+            batch,
+            result,
+            took: started.elapsed(),
+        };
         if outcomes.send(outcome).await.is_err() || failed {
             return None;
         }
@@ -405,7 +434,9 @@ impl Deferred {
             return Ok(());
         }
         let session = crate::sink::replica::session(&self.stream);
-        let mut client = pg::connect(&self.replica, &session).await.map_err(SinkError::from)?;
+        let mut client = pg::connect(&self.replica, &session)
+            .await
+            .map_err(SinkError::from)?;
         let waiting = snapshot::run_deferred(&mut client, &self.stream)
             .await
             .map_err(SessionError::Deferred)?;
@@ -468,7 +499,9 @@ struct Owned {
 enum Phase {
     Running,
     /// Nothing more is taken in; what has been received is still applied.
-    Draining { deadline: Instant },
+    Draining {
+        deadline: Instant,
+    },
 }
 
 impl Owned {
@@ -499,7 +532,8 @@ impl Owned {
         let (last, end_lsn) = self.ledger.last();
         self.shipped_oldest = self.queue.oldest_commit_time();
         let batch = self.queue.take(last.next(), end_lsn)?;
-        self.ledger.ship(batch.number, batch.previous, batch.end_lsn());
+        self.ledger
+            .ship(batch.number, batch.previous, batch.end_lsn());
         Some(batch)
     }
 }
@@ -573,7 +607,9 @@ impl Streaming<'_> {
             Action::Tick => Ok(()),
             Action::Stop => {
                 let grace = self.pipeline.config.limits.shutdown_grace;
-                owned.phase = Phase::Draining { deadline: now_instant() + grace };
+                owned.phase = Phase::Draining {
+                    deadline: now_instant() + grace,
+                };
                 Ok(())
             }
             // What was not applied is sent again after the next start.
@@ -583,7 +619,11 @@ impl Streaming<'_> {
     }
 
     fn durable(&mut self, outcome: Outcome) -> Result<(), SessionError> {
-        let Outcome { batch, result, took } = outcome;
+        let Outcome {
+            batch,
+            result,
+            took,
+        } = outcome;
         let applied = result?;
         let owned = &mut self.owned;
         if let Some(flush) = owned.ledger.durable(REPLICA, batch.number) {
@@ -596,7 +636,9 @@ impl Streaming<'_> {
         let metrics = &self.pipeline.metrics;
         metrics.batches.increment(1);
         metrics.batch_apply_seconds.record(took.as_secs_f64());
-        metrics.transactions.increment(batch.transactions.len() as u64);
+        metrics
+            .transactions
+            .increment(batch.transactions.len() as u64);
         metrics.net_changes.increment(applied.net_changes);
         if applied.slow_path {
             metrics.slow_path.increment(1);
@@ -623,8 +665,10 @@ impl Streaming<'_> {
             self.pipeline.metrics.unprotected(found.kind, found.count);
         }
         self.pipeline.status.update(|status| {
-            status.unprotected =
-                unprotected.iter().map(|found| (found.kind, found.count)).collect();
+            status.unprotected = unprotected
+                .iter()
+                .map(|found| (found.kind, found.count))
+                .collect();
         });
         let unpublished = unprotected
             .iter()
@@ -640,11 +684,17 @@ impl Streaming<'_> {
     /// Invariant maintenance after every action: what the outside sees is what is.
     fn observe(&mut self) {
         let owned = &mut self.owned;
-        owned.lag.queued(owned.shipped_oldest.or_else(|| owned.queue.oldest_commit_time()));
+        owned.lag.queued(
+            owned
+                .shipped_oldest
+                .or_else(|| owned.queue.oldest_commit_time()),
+        );
         self.pipeline.judge(&owned.lag);
         let position = *self.position.borrow();
         let metrics = &self.pipeline.metrics;
-        metrics.bytes_received.increment(position.bytes - owned.bytes_counted);
+        metrics
+            .bytes_received
+            .increment(position.bytes - owned.bytes_counted);
         owned.bytes_counted = position.bytes;
         let flush = owned.ledger.flush_lsn().lsn();
         metrics.replica_flush_lsn.set(lsn_number(flush));
@@ -695,12 +745,18 @@ impl CopyObserver for Observer<'_> {
     }
 }
 
-#[allow(clippy::disallowed_methods, reason = "the edge: everything below takes the time as an argument")]
+#[allow(
+    clippy::disallowed_methods,
+    reason = "the edge: everything below takes the time as an argument"
+)]
 fn now_micros() -> Micros {
     pg_micros(SystemTime::now())
 }
 
-#[allow(clippy::disallowed_methods, reason = "the edge: everything below takes the time as an argument")]
+#[allow(
+    clippy::disallowed_methods,
+    reason = "the edge: everything below takes the time as an argument"
+)]
 fn now_instant() -> Instant {
     Instant::now()
 }
@@ -713,7 +769,10 @@ fn lsn_number(lsn: PgLsn) -> f64 {
     precise_u64(u64::from(lsn))
 }
 
-#[allow(clippy::cast_precision_loss, reason = "a metric; exact below 2^52, that is 4 PiB")]
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "a metric; exact below 2^52, that is 4 PiB"
+)]
 fn precise_u64(number: u64) -> f64 {
     number as f64
 }

@@ -141,9 +141,7 @@ pub async fn run(
 
 /// Text output depends on these settings; the apply session ([`crate::sink::replica::session`]) reads
 /// with the same.
-async fn open(
-    settings: &SourceSettings,
-) -> Result<(ReplicationReader, StatusSender), SourceError> {
+async fn open(settings: &SourceSettings) -> Result<(ReplicationReader, StatusSender), SourceError> {
     let session = Session::new(settings.stream.application_name("stream"))
         .set("client_encoding", "UTF8")
         .set("DateStyle", "ISO, YMD")
@@ -154,11 +152,16 @@ async fn open(
         .set("lc_monetary", "C");
     let connection = ReplicationConnection::connect(&settings.conninfo, &session).await?;
     let publication = format!("\"{}\"", settings.stream);
-    let mut options = vec![("proto_version", "1"), ("publication_names", publication.as_str())];
+    let mut options = vec![
+        ("proto_version", "1"),
+        ("publication_names", publication.as_str()),
+    ];
     if settings.binary {
         options.push(("binary", "true"));
     }
-    Ok(connection.start_replication(settings.stream.as_str(), settings.start, &options).await?)
+    Ok(connection
+        .start_replication(settings.stream.as_str(), settings.start, &options)
+        .await?)
 }
 
 struct Task {
@@ -245,7 +248,11 @@ impl Task {
     /// Takes one message; false if nobody wants transactions any more.
     async fn take(&mut self, message: ReplicationMessage) -> Result<bool, SourceError> {
         match message {
-            ReplicationMessage::Keepalive { wal_end, reply_requested, .. } => {
+            ReplicationMessage::Keepalive {
+                wal_end,
+                reply_requested,
+                ..
+            } => {
                 self.at(wal_end, 0);
                 if reply_requested {
                     self.feedback.send().await?;
@@ -299,7 +306,14 @@ impl Task {
         let queue = self.queue.clone();
         let sent = self
             .feedback
-            .during(async move { queue.send(Received { transaction, permit }).await })
+            .during(async move {
+                queue
+                    .send(Received {
+                        transaction,
+                        permit,
+                    })
+                    .await
+            })
             .await?;
         Ok(sent.is_ok())
     }

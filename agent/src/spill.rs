@@ -84,11 +84,13 @@ impl Classify for SpillError {
         match self {
             Self::Io { .. } => Some(
                 "limits.spill_directory must be writable for the agent and have room for the \
-                 largest transaction".to_owned(),
+                 largest transaction"
+                    .to_owned(),
             ),
             Self::Full { .. } => Some(
                 "raise limits.spill_bytes (and give the disk that room), then start the agent \
-                 again; the transaction is sent again from its beginning".to_owned(),
+                 again; the transaction is sent again from its beginning"
+                    .to_owned(),
             ),
             Self::Damaged { .. } => {
                 Some("the transaction is fetched again; if it repeats, check the disk".to_owned())
@@ -114,22 +116,39 @@ impl SpillSpace {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => {
-                return Err(SpillError::Io { doing: "remove old", path: directory, source });
+                return Err(SpillError::Io {
+                    doing: "remove old",
+                    path: directory,
+                    source,
+                });
             }
         }
-        Ok(Self { directory, limit, used: Arc::new(AtomicU64::new(0)), files: 0 })
+        Ok(Self {
+            directory,
+            limit,
+            used: Arc::new(AtomicU64::new(0)),
+            files: 0,
+        })
     }
 
     /// Begins a file.
     pub fn create(&mut self) -> Result<SpillWriter, SpillError> {
         self.files += 1;
         let path = self.directory.join(format!("{}.spill", self.files));
-        let at = |source| SpillError::Io { doing: "create", path: path.clone(), source };
+        let at = |source| SpillError::Io {
+            doing: "create",
+            path: path.clone(),
+            source,
+        };
         fs::create_dir_all(&self.directory).map_err(at)?;
         let file = File::create(&path).map_err(at)?;
         Ok(SpillWriter {
             file,
-            spill: SpillFile { path, bytes: 0, used: Arc::clone(&self.used) },
+            spill: SpillFile {
+                path,
+                bytes: 0,
+                used: Arc::clone(&self.used),
+            },
             limit: self.limit,
             sequence: 0,
             gathered: BytesMut::with_capacity(FRAME_BYTES),
@@ -190,7 +209,11 @@ impl SpillWriter {
         for change in changes {
             for relation in change.relations() {
                 let id = relation.relation.id;
-                if !self.described.get(&id).is_some_and(|known| Arc::ptr_eq(known, relation)) {
+                if !self
+                    .described
+                    .get(&id)
+                    .is_some_and(|known| Arc::ptr_eq(known, relation))
+                {
                     self.described.insert(id, Arc::clone(relation));
                     self.gather(&relation.message);
                 }
@@ -219,7 +242,11 @@ impl SpillWriter {
 
     fn write_frame(&mut self) -> Result<(), SpillError> {
         let raw = &self.gathered[..];
-        let at = |source| SpillError::Io { doing: "write", path: self.spill.path.clone(), source };
+        let at = |source| SpillError::Io {
+            doing: "write",
+            path: self.spill.path.clone(),
+            source,
+        };
         let compressed = zstd::bulk::compress(raw, ZSTD_LEVEL).map_err(at)?;
         let frame = Frame {
             version: FRAME_VERSION,
@@ -254,7 +281,9 @@ pub struct SpillReader {
 impl SpillReader {
     /// The changes of the next frame in order; `None` at the end.
     pub fn next_changes(&mut self) -> Result<Option<Vec<Change>>, SpillError> {
-        let Some(frame) = self.next_frame()? else { return Ok(None) };
+        let Some(frame) = self.next_frame()? else {
+            return Ok(None);
+        };
         if frame.version != FRAME_VERSION || frame.sequence != self.sequence {
             return Err(self.damaged(format!(
                 "frame {} of version {} where frame {} was due",
@@ -262,7 +291,9 @@ impl SpillReader {
             )));
         }
         self.sequence += 1;
-        let capacity = usize::try_from(frame.raw_bytes).unwrap_or(usize::MAX).min(2 << 30);
+        let capacity = usize::try_from(frame.raw_bytes)
+            .unwrap_or(usize::MAX)
+            .min(2 << 30);
         let raw = zstd::bulk::decompress(&frame.messages, capacity)
             .map_err(|error| self.damaged(error.to_string()))?;
         if crc32c::crc32c(&raw) != frame.crc32c {
@@ -275,7 +306,10 @@ impl SpillReader {
         let mut prefix = BytesMut::new();
         let length = loop {
             let mut byte = [0];
-            let read = self.file.read(&mut byte).map_err(|source| self.unreadable(source))?;
+            let read = self
+                .file
+                .read(&mut byte)
+                .map_err(|source| self.unreadable(source))?;
             if read == 0 {
                 return if prefix.is_empty() {
                     Ok(None)
@@ -293,7 +327,9 @@ impl SpillReader {
             }
         };
         let mut encoded = vec![0; length];
-        self.file.read_exact(&mut encoded).map_err(|source| self.unreadable(source))?;
+        self.file
+            .read_exact(&mut encoded)
+            .map_err(|source| self.unreadable(source))?;
         Frame::decode(Bytes::from(encoded))
             .map(Some)
             .map_err(|error| self.damaged(error.to_string()))
@@ -315,7 +351,8 @@ impl SpillReader {
             let relations = match decoded {
                 Message::Relation(relation) => {
                     let id = relation.id;
-                    self.relations.insert(id, Arc::new(SourceRelation { relation, message }));
+                    self.relations
+                        .insert(id, Arc::new(SourceRelation { relation, message }));
                     continue;
                 }
                 Message::Insert { relation, .. }
@@ -341,11 +378,18 @@ impl SpillReader {
     }
 
     fn damaged(&self, reason: String) -> SpillError {
-        SpillError::Damaged { path: self.path.clone(), reason }
+        SpillError::Damaged {
+            path: self.path.clone(),
+            reason,
+        }
     }
 
     fn unreadable(&self, source: io::Error) -> SpillError {
-        SpillError::Io { doing: "read", path: self.path.clone(), source }
+        SpillError::Io {
+            doing: "read",
+            path: self.path.clone(),
+            source,
+        }
     }
 }
 
@@ -391,8 +435,11 @@ mod tests {
         writer.append(&first).unwrap();
         writer.append(&second).unwrap();
         let file = writer.finish().unwrap();
-        let expected: Vec<Bytes> =
-            first.iter().chain(&second).map(|change| change.message.clone()).collect();
+        let expected: Vec<Bytes> = first
+            .iter()
+            .chain(&second)
+            .map(|change| change.message.clone())
+            .collect();
         assert_eq!(read_all(&file), expected);
         assert_eq!(read_all(&file), expected);
         let mut reader = file.reader().unwrap();
@@ -400,7 +447,10 @@ mod tests {
         while let Some(changes) = reader.next_changes().unwrap() {
             last = changes;
         }
-        assert_eq!(last.last().unwrap().relations()[0].relation.columns[0].name, "b");
+        assert_eq!(
+            last.last().unwrap().relations()[0].relation.columns[0].name,
+            "b"
+        );
         let path = file.path.clone();
         drop(file);
         assert!(!path.exists());
@@ -412,7 +462,9 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let mut space = SpillSpace::open(home.path().join("s"), 10).unwrap();
         let mut writer = space.create().unwrap();
-        writer.append(&changes(&relation(table(1, "t", &["a"])), &["some text"])).unwrap();
+        writer
+            .append(&changes(&relation(table(1, "t", &["a"])), &["some text"]))
+            .unwrap();
         let error = writer.finish().unwrap_err();
         assert!(error.to_string().contains("limits.spill_bytes"), "{error}");
         assert_eq!(error.class(), Class::Definite);
@@ -423,7 +475,9 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let mut space = SpillSpace::open(home.path().join("s"), 1 << 20).unwrap();
         let mut writer = space.create().unwrap();
-        writer.append(&changes(&relation(table(1, "t", &["a"])), &["some text"])).unwrap();
+        writer
+            .append(&changes(&relation(table(1, "t", &["a"])), &["some text"]))
+            .unwrap();
         let file = writer.finish().unwrap();
         let good = fs::read(&file.path).unwrap();
         for position in 0..good.len() {
@@ -431,11 +485,17 @@ mod tests {
             bad[position] ^= 0x10;
             fs::write(&file.path, &bad).unwrap();
             let read = file.reader().unwrap().next_changes();
-            assert!(read.is_err(), "a flipped bit in byte {position} went unnoticed");
+            assert!(
+                read.is_err(),
+                "a flipped bit in byte {position} went unnoticed"
+            );
         }
         for length in 1..good.len() {
             fs::write(&file.path, &good[..length]).unwrap();
-            assert!(file.reader().unwrap().next_changes().is_err(), "cut at {length}");
+            assert!(
+                file.reader().unwrap().next_changes().is_err(),
+                "cut at {length}"
+            );
         }
     }
 

@@ -111,7 +111,10 @@ impl StatusCell {
 
     /// A copy of it.
     pub fn read(&self) -> DatabaseStatus {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
@@ -122,12 +125,19 @@ pub struct Registry(Arc<Mutex<Vec<StatusCell>>>);
 impl Registry {
     /// Adds a pipeline.
     pub fn add(&self, cell: StatusCell) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(cell);
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(cell);
     }
 
     /// A copy of every status, by database name.
     pub fn read(&self) -> Vec<DatabaseStatus> {
-        let cells = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let cells = self
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         let mut all: Vec<_> = cells.iter().map(StatusCell::read).collect();
         all.sort_by(|a, b| a.database.cmp(&b.database));
         all

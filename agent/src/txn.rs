@@ -42,7 +42,11 @@ impl SourceRelation {
 
     /// The schema; pgoutput sends an empty string for `pg_catalog`.
     pub fn schema(&self) -> &str {
-        if self.relation.schema.is_empty() { "pg_catalog" } else { &self.relation.schema }
+        if self.relation.schema.is_empty() {
+            "pg_catalog"
+        } else {
+            &self.relation.schema
+        }
     }
 }
 
@@ -135,8 +139,11 @@ impl Classify for AssembleError {
     }
 
     fn hint(&self) -> Option<String> {
-        Some("the source speaks a protocol this version does not know; report it with the \
-              source's version".to_owned())
+        Some(
+            "the source speaks a protocol this version does not know; report it with the \
+              source's version"
+                .to_owned(),
+        )
     }
 }
 
@@ -160,7 +167,11 @@ pub struct Assembler {
 impl Assembler {
     /// Starts with a connection that was asked to begin at `start`.
     pub fn new(start: PgLsn) -> Self {
-        Self { relations: HashMap::new(), open: None, end_lsn: start }
+        Self {
+            relations: HashMap::new(),
+            open: None,
+            end_lsn: start,
+        }
     }
 
     /// Takes one message; returns the transaction it completes.
@@ -186,12 +197,16 @@ impl Assembler {
             Message::Relation(relation) => {
                 // The source often repeats a description unchanged (after TRUNCATE, for one); keeping
                 // the one we have keeps what others have learnt about it.
-                if !self.relations.get(&relation.id).is_some_and(|known| known.relation == relation)
+                if !self
+                    .relations
+                    .get(&relation.id)
+                    .is_some_and(|known| known.relation == relation)
                 {
                     // Copied, so that it does not keep the connection's whole read buffer alive.
                     let message = Bytes::copy_from_slice(&data);
                     let id = relation.id;
-                    self.relations.insert(id, Arc::new(SourceRelation { relation, message }));
+                    self.relations
+                        .insert(id, Arc::new(SourceRelation { relation, message }));
                 }
                 Ok(None)
             }
@@ -199,12 +214,18 @@ impl Assembler {
             | Message::Update { relation, .. }
             | Message::Delete { relation, .. } => {
                 let relations = Relations::Row(self.relation(relation)?);
-                self.change(Change { relations, message: data })
+                self.change(Change {
+                    relations,
+                    message: data,
+                })
             }
             Message::Truncate { relations, .. } => {
                 let relations: Result<Arc<[_]>, _> =
                     relations.iter().map(|id| self.relation(*id)).collect();
-                self.change(Change { relations: Relations::Truncate(relations?), message: data })
+                self.change(Change {
+                    relations: Relations::Truncate(relations?),
+                    message: data,
+                })
             }
             // Types name what Relation messages already identify by OID; origins and logical
             // messages carry no rows.
@@ -217,7 +238,10 @@ impl Assembler {
     }
 
     fn relation(&self, id: u32) -> Result<Arc<SourceRelation>, AssembleError> {
-        self.relations.get(&id).map(Arc::clone).ok_or(AssembleError::UnknownRelation(id))
+        self.relations
+            .get(&id)
+            .map(Arc::clone)
+            .ok_or(AssembleError::UnknownRelation(id))
     }
 
     fn change(&mut self, change: Change) -> Result<Option<Transaction>, AssembleError> {
@@ -285,12 +309,25 @@ mod tests {
         let before = table(1, "t", &["id"]);
         let after = table(1, "t", &["id", "note"]);
         let row = [pgoutput::Value::Text(b"1")];
-        assert!(assembler.push(encode::begin(lsn(10), 77, 3)).unwrap().is_none());
+        assert!(
+            assembler
+                .push(encode::begin(lsn(10), 77, 3))
+                .unwrap()
+                .is_none()
+        );
         assert!(assembler.push(encode::relation(&before)).unwrap().is_none());
         assert!(assembler.push(encode::insert(1, &row)).unwrap().is_none());
         assert!(assembler.push(encode::relation(&after)).unwrap().is_none());
-        assert!(assembler.push(encode::insert(1, &[row[0], row[0]])).unwrap().is_none());
-        let transaction = assembler.push(encode::commit(lsn(10), lsn(12), 77)).unwrap().unwrap();
+        assert!(
+            assembler
+                .push(encode::insert(1, &[row[0], row[0]]))
+                .unwrap()
+                .is_none()
+        );
+        let transaction = assembler
+            .push(encode::commit(lsn(10), lsn(12), 77))
+            .unwrap()
+            .unwrap();
         assert_eq!(transaction.counts.total(), 2);
         let columns = |i: usize| transaction.changes[i].relations()[0].relation.columns.len();
         assert_eq!((columns(0), columns(1)), (1, 2));
@@ -302,8 +339,13 @@ mod tests {
         assembler.push(encode::begin(lsn(10), 0, 3)).unwrap();
         assembler.push(encode::commit(lsn(10), lsn(12), 0)).unwrap();
         assembler.push(encode::begin(lsn(11), 0, 4)).unwrap();
-        let error = assembler.push(encode::commit(lsn(11), lsn(13), 0)).unwrap_err();
-        assert!(matches!(error, AssembleError::OutOfOrder { xid: 4, .. }), "{error}");
+        let error = assembler
+            .push(encode::commit(lsn(11), lsn(13), 0))
+            .unwrap_err();
+        assert!(
+            matches!(error, AssembleError::OutOfOrder { xid: 4, .. }),
+            "{error}"
+        );
     }
 
     #[test]
@@ -312,7 +354,9 @@ mod tests {
         let row = [pgoutput::Value::Null];
         let unknown = assembler.push(encode::insert(9, &row)).unwrap_err();
         assert!(matches!(unknown, AssembleError::UnknownRelation(9)));
-        assembler.push(encode::relation(&table(9, "t", &["id"]))).unwrap();
+        assembler
+            .push(encode::relation(&table(9, "t", &["id"])))
+            .unwrap();
         let outside = assembler.push(encode::insert(9, &row)).unwrap_err();
         assert!(matches!(outside, AssembleError::OutOfPlace { .. }));
     }
@@ -321,12 +365,22 @@ mod tests {
     fn what_is_taken_out_of_an_open_transaction_still_counts_as_its_changes() {
         let mut assembler = Assembler::new(lsn(1));
         assembler.push(encode::begin(lsn(10), 0, 3)).unwrap();
-        assembler.push(encode::relation(&table(1, "t", &["id"]))).unwrap();
-        assembler.push(encode::insert(1, &[pgoutput::Value::Null])).unwrap();
+        assembler
+            .push(encode::relation(&table(1, "t", &["id"])))
+            .unwrap();
+        assembler
+            .push(encode::insert(1, &[pgoutput::Value::Null]))
+            .unwrap();
         assert!(assembler.pending_bytes() > 0);
         assert_eq!(assembler.take_pending().len(), 1);
         assert_eq!(assembler.pending_bytes(), 0);
-        let transaction = assembler.push(encode::commit(lsn(10), lsn(12), 0)).unwrap().unwrap();
-        assert_eq!((transaction.counts.total(), transaction.changes.len()), (1, 0));
+        let transaction = assembler
+            .push(encode::commit(lsn(10), lsn(12), 0))
+            .unwrap()
+            .unwrap();
+        assert_eq!(
+            (transaction.counts.total(), transaction.changes.len()),
+            (1, 0)
+        );
     }
 }

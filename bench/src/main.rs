@@ -11,8 +11,8 @@
 //!
 //! # Invariants
 //! - Every number comes from this run; nothing is assumed or carried over.
-//! - After every measurement source and replica are compared in full. A fast wrong answer is an
-//!   error, not a result.
+//! - After `sustained` and `large` source and replica are compared in full: a fast wrong answer is an
+//!   error, not a result. After `promote` the old agent must have been fenced.
 //!
 //! # What it does not do
 //! It does not judge: there is no threshold that would make it fail for being slow.

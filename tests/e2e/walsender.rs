@@ -265,6 +265,18 @@ async fn the_servers_reasons_are_told_apart() {
         .await
         .start_replication("s", PgLsn::from(0), &unknown);
     assert!(matches!(refused.await.err(), Some(PgError::Server(_))));
+    // The session that was refused took the slot first, and its server process ends in its own time.
+    let observer = connect(&conninfo(&server), &Session::new("x"))
+        .await
+        .unwrap();
+    wait_until("the slot is free", PATIENCE, || async {
+        !slot_state(&observer, "s")
+            .await
+            .unwrap()
+            .expect("it exists")
+            .active
+    })
+    .await;
 
     let (mut reader, _status) = first
         .start_replication("s", PgLsn::from(0), &PGOUTPUT)

@@ -76,7 +76,8 @@ const SETTINGS: [&str; 9] = [
 
 /// Where the server's WAL ends; `None` on a standby.
 pub(super) async fn wal_end(client: &Client) -> Result<Option<PgLsn>, PgError> {
-    const SQL: &str = "SELECT CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_flush_lsn() END";
+    const SQL: &str =
+        "SELECT CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_flush_lsn() END";
     Ok(client.query_one(SQL, &[]).await?.get(0))
 }
 

@@ -170,7 +170,9 @@ pub(super) async fn database(
     findings.push(replication_connection(&at, &conninfo, &stream, &source.slots).await);
     let mut found = read(&client, &at, config, findings).await?;
     let asking = super::server::wal_end(&client);
-    found.wal_end = note_failure(&at, "read the end of the WAL", findings, asking).await.flatten();
+    found.wal_end = note_failure(&at, "read the end of the WAL", findings, asking)
+        .await
+        .flatten();
     let published = published_anywhere(&client);
     let published = note_failure(&at, "read the publications", findings, published)
         .await

@@ -32,7 +32,8 @@ const FENCED: u8 = 3;
 /// Runs until stopped: 0 after SIGTERM or SIGINT, 3 once fenced, 1 once every pipeline has failed.
 pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
     let config = Arc::new(config);
-    let prometheus = metrics::install(&config.objectives).context("install the metrics recorder")?;
+    let prometheus =
+        metrics::install(&config.objectives).context("install the metrics recorder")?;
     let listener = http::bind(config.http_listen).await.with_context(|| {
         format!(
             "listen on {} (http.listen); is another dr-agent running here?",
@@ -46,7 +47,11 @@ pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
     let stop = CancellationToken::new();
     let served = CancellationToken::new();
     let registry = Registry::default();
-    let shown = Shown { prometheus, registry: registry.clone(), objectives: config.objectives };
+    let shown = Shown {
+        prometheus,
+        registry: registry.clone(),
+        objectives: config.objectives,
+    };
     let http = tokio::spawn(http::serve(listener, shown, served.clone()));
     let mut supervisor = Supervisor {
         config,
@@ -60,15 +65,18 @@ pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
     tokio::spawn(stop_on_signal(stop));
     let code = supervisor.run().await;
     served.cancel();
-    http.await.context("join the HTTP listener")?.context("serve HTTP")?;
+    http.await
+        .context("join the HTTP listener")?
+        .context("serve HTTP")?;
     Ok(code)
 }
 
 /// The first signal drains; the second ends the process at once, as `kill -9` would.
 async fn stop_on_signal(stop: CancellationToken) {
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
         tracing::error!("signal handlers cannot be installed; stop with kill -9, it is safe");
         return;
     };
@@ -147,13 +155,17 @@ impl Supervisor {
                 Err(error) => error,
             };
             attempt += 1;
-            let hint = error.hint().unwrap_or_default();
+            let hint = error.hint();
+            let hint = hint.as_deref();
             let text = chain(&error);
             let retry_max = self.config.limits.retry_max;
             match backoff::decide(error.class(), attempt, retry_max, rand::random()) {
                 Decision::Retry(pause) => {
                     tracing::warn!(attempt, ?pause, error = %text, hint, "no databases known yet, will retry");
-                    if tokio::time::timeout(pause, self.stop.cancelled()).await.is_ok() {
+                    if tokio::time::timeout(pause, self.stop.cancelled())
+                        .await
+                        .is_ok()
+                    {
                         return Err(ExitCode::SUCCESS);
                     }
                 }
@@ -173,8 +185,12 @@ impl Supervisor {
             let stream = self.config.stream(&database);
             let status = StatusCell::new(&database, stream.as_str());
             self.registry.add(status.clone());
-            let pipeline =
-                Pipeline::new(Arc::clone(&self.config), &database, status, self.stop.clone());
+            let pipeline = Pipeline::new(
+                Arc::clone(&self.config),
+                &database,
+                status,
+                self.stop.clone(),
+            );
             self.pipelines.spawn(async move {
                 let end = Box::pin(pipeline.run()).await;
                 (database, end)

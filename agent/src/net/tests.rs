@@ -9,10 +9,15 @@ use super::*;
 use crate::pg::pgoutput::encode;
 use crate::testing::{relation, table};
 
-const KEY_COLUMNS: [KeyColumn; 1] = [KeyColumn { position: 0, order: KeyOrder::Integer }];
+const KEY_COLUMNS: [KeyColumn; 1] = [KeyColumn {
+    position: 0,
+    order: KeyOrder::Integer,
+}];
 
 fn keyed(_: &Arc<SourceRelation>) -> Key {
-    Key { columns: KEY_COLUMNS.to_vec() }
+    Key {
+        columns: KEY_COLUMNS.to_vec(),
+    }
 }
 
 fn keyless(_: &Arc<SourceRelation>) -> Key {
@@ -26,9 +31,20 @@ type ModelRow = (i64, i64, i64);
 #[derive(Clone, Debug)]
 enum Operation {
     Insert(ModelRow),
-    Update { key: i64, value: i64, large: Option<i64> },
-    ChangeKey { key: i64, to: i64, value: i64, large: Option<i64> },
-    Delete { key: i64 },
+    Update {
+        key: i64,
+        value: i64,
+        large: Option<i64>,
+    },
+    ChangeKey {
+        key: i64,
+        to: i64,
+        value: i64,
+        large: Option<i64>,
+    },
+    Delete {
+        key: i64,
+    },
     Truncate,
     Describe,
 }
@@ -42,7 +58,11 @@ struct Source {
 
 impl Source {
     fn new(rows: &BTreeMap<i64, ModelRow>) -> Self {
-        Self { relation: described(), rows: rows.clone(), changes: Vec::new() }
+        Self {
+            relation: described(),
+            rows: rows.clone(),
+            changes: Vec::new(),
+        }
     }
 
     fn say(&mut self, message: Bytes) {
@@ -58,17 +78,26 @@ impl Source {
                 self.say(encode::insert(1, &values(&texts, true)));
             }
             Operation::Update { key, value, large } => {
-                let Some(row) = self.rows.get_mut(&key) else { return };
+                let Some(row) = self.rows.get_mut(&key) else {
+                    return;
+                };
                 row.1 = value;
                 row.2 = large.unwrap_or(row.2);
                 let texts = texts(*row);
                 self.say(encode::update(1, None, &values(&texts, large.is_some())));
             }
-            Operation::ChangeKey { key, to, value, large } => {
+            Operation::ChangeKey {
+                key,
+                to,
+                value,
+                large,
+            } => {
                 if self.rows.contains_key(&to) {
                     return;
                 }
-                let Some(row) = self.rows.remove(&key) else { return };
+                let Some(row) = self.rows.remove(&key) else {
+                    return;
+                };
                 let new = (to, value, large.unwrap_or(row.2));
                 self.rows.insert(to, new);
                 let (old, texts) = (key.to_string(), texts(new));
@@ -105,8 +134,16 @@ fn texts(row: ModelRow) -> [String; 3] {
 }
 
 fn values(texts: &[String; 3], large_sent: bool) -> [Value<'_>; 3] {
-    let large = if large_sent { Value::Text(texts[2].as_bytes()) } else { Value::UnchangedToast };
-    [Value::Text(texts[0].as_bytes()), Value::Text(texts[1].as_bytes()), large]
+    let large = if large_sent {
+        Value::Text(texts[2].as_bytes())
+    } else {
+        Value::UnchangedToast
+    };
+    [
+        Value::Text(texts[0].as_bytes()),
+        Value::Text(texts[1].as_bytes()),
+        large,
+    ]
 }
 
 fn number(value: Value<'_>) -> Option<i64> {
@@ -142,7 +179,10 @@ fn execute_keyed(rows: &mut BTreeMap<i64, ModelRow>, net: &BTreeMap<Box<[u8]>, N
     for change in net.values() {
         if let NetChange::Delete(old) | NetChange::Replace { old, .. } = change {
             let key = number(old.values().next().unwrap()).unwrap();
-            assert!(rows.remove(&key).is_some(), "deletes a row that is not there");
+            assert!(
+                rows.remove(&key).is_some(),
+                "deletes a row that is not there"
+            );
         }
     }
     for change in net.values() {
@@ -264,11 +304,20 @@ fn a_table_without_a_key_is_carried_out_in_order() {
     source.say(encode::update(1, Some((b'O', &row)), &row));
     let steps = fold(&source.changes, &keyless).unwrap();
     assert_eq!(count(&steps), 4);
-    let [Step::Tables(tables)] = steps.as_slice() else { panic!("one step") };
-    let [Stage::Ordered(changes)] = tables[0].stages.as_slice() else { panic!("one stage") };
+    let [Step::Tables(tables)] = steps.as_slice() else {
+        panic!("one step")
+    };
+    let [Stage::Ordered(changes)] = tables[0].stages.as_slice() else {
+        panic!("one stage")
+    };
     assert!(matches!(
         changes.as_slice(),
-        [RowChange::Insert(_), RowChange::Insert(_), RowChange::Delete { .. }, RowChange::Update { .. }]
+        [
+            RowChange::Insert(_),
+            RowChange::Insert(_),
+            RowChange::Delete { .. },
+            RowChange::Update { .. }
+        ]
     ));
 }
 
@@ -276,12 +325,25 @@ fn a_table_without_a_key_is_carried_out_in_order() {
 fn under_full_identity_a_value_left_out_is_in_the_old_row() {
     let mut source = Source::new(&BTreeMap::new());
     let (old, new) = (texts((1, 2, 3)), texts((1, 9, 0)));
-    source.say(encode::update(1, Some((b'O', &values(&old, true))), &values(&new, false)));
+    source.say(encode::update(
+        1,
+        Some((b'O', &values(&old, true))),
+        &values(&new, false),
+    ));
     let steps = fold(&source.changes, &keyed).unwrap();
-    let [Step::Tables(tables)] = steps.as_slice() else { panic!("one step") };
-    let [Stage::Keyed(rows)] = tables[0].stages.as_slice() else { panic!("one stage") };
-    let Some(NetChange::Update(row)) = rows.values().next() else { panic!("an update") };
-    assert_eq!(row.values().map(number).collect::<Vec<_>>(), [Some(1), Some(9), Some(3)]);
+    let [Step::Tables(tables)] = steps.as_slice() else {
+        panic!("one step")
+    };
+    let [Stage::Keyed(rows)] = tables[0].stages.as_slice() else {
+        panic!("one stage")
+    };
+    let Some(NetChange::Update(row)) = rows.values().next() else {
+        panic!("an update")
+    };
+    assert_eq!(
+        row.values().map(number).collect::<Vec<_>>(),
+        [Some(1), Some(9), Some(3)]
+    );
 }
 
 #[test]
@@ -290,11 +352,24 @@ fn what_cannot_be_is_an_error_and_not_a_guess() {
     let row = values(&row, true);
     let left_out = [row[0], row[1], Value::UnchangedToast];
     let twice = [encode::insert(1, &row), encode::insert(1, &row)];
-    let after_delete = [encode::delete(1, (b'K', &row)), encode::update(1, None, &row)];
+    let after_delete = [
+        encode::delete(1, (b'K', &row)),
+        encode::update(1, None, &row),
+    ];
     let incomplete = [encode::insert(1, &left_out)];
     let short = [encode::insert(1, &row[..2])];
-    let unidentified = [encode::update(1, None, &[Value::UnchangedToast, row[1], row[2]])];
-    for messages in [&twice[..], &after_delete, &incomplete, &short, &unidentified] {
+    let unidentified = [encode::update(
+        1,
+        None,
+        &[Value::UnchangedToast, row[1], row[2]],
+    )];
+    for messages in [
+        &twice[..],
+        &after_delete,
+        &incomplete,
+        &short,
+        &unidentified,
+    ] {
         let mut source = Source::new(&BTreeMap::new());
         for message in messages {
             source.say(message.clone());

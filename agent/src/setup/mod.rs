@@ -304,7 +304,10 @@ impl<'a> Setup<'a> {
     ) -> Result<Prepared, SetupError> {
         let binary = form::binary_travels(&self.source, &self.stream)
             .await
-            .map_err(SetupError::sql(Side::Source, "look up the types of published columns"))?;
+            .map_err(SetupError::sql(
+                Side::Source,
+                "look up the types of published columns",
+            ))?;
         let rows = table_sync::rows(&self.replica, &self.stream).await?;
         Ok(Prepared {
             term: progress.term,

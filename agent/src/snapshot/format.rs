@@ -66,9 +66,7 @@ fn is_safe(oid: TypeOid, types: &HashMap<TypeOid, TypeInfo>, depth: u32) -> bool
     match info.shape {
         // regclass, regtype, regrole …: numbers of rows in catalogs. tsquery: its binary input refuses
         // the empty query that its binary output writes ("operand not found").
-        Shape::Base => {
-            info.built_in && !info.name.starts_with("reg") && info.name != "tsquery"
-        }
+        Shape::Base => info.built_in && !info.name.starts_with("reg") && info.name != "tsquery",
         Shape::Enum => true,
         Shape::Domain(base) => is_safe(base, types, depth - 1),
         Shape::Range(subtype) => is_safe(subtype, types, depth - 1),

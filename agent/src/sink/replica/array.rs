@@ -41,7 +41,12 @@ impl ArrayBuilder {
     pub(super) fn new() -> Self {
         let mut bytes = BytesMut::with_capacity(256);
         bytes.put_bytes(0, HEADER_BYTES);
-        Self { form: None, bytes, length: 0, has_null: false }
+        Self {
+            form: None,
+            bytes,
+            length: 0,
+            has_null: false,
+        }
     }
 
     /// Appends a value.
@@ -65,7 +70,8 @@ impl ArrayBuilder {
             return Err(MixedForms);
         }
         self.length += 1;
-        self.bytes.put_i32(i32::try_from(raw.len()).expect("a value is below 1 GiB"));
+        self.bytes
+            .put_i32(i32::try_from(raw.len()).expect("a value is below 1 GiB"));
         self.bytes.put_slice(raw);
         Ok(())
     }

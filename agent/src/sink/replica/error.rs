@@ -98,7 +98,9 @@ impl SinkError {
 
 impl From<PgError> for SinkError {
     fn from(error: PgError) -> Self {
-        let PgError::Server(server) = &error else { return Self::Pg(error) };
+        let PgError::Server(server) = &error else {
+            return Self::Pg(error);
+        };
         match server.sqlstate.as_str() {
             "DR001" => Self::Fenced(error),
             "DR002" => Self::PositionMismatch(error),

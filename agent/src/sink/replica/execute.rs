@@ -63,9 +63,7 @@ impl Statements {
             Verb::Insert => sql::insert(target, &shape.sent),
             Verb::Update => sql::update(target, &shape.sent),
             Verb::Delete => sql::delete(target, &shape.sent),
-            Verb::UpdateOne => {
-                sql::update_one(target, &shape.old, &shape.old_is_null, &shape.sent)
-            }
+            Verb::UpdateOne => sql::update_one(target, &shape.old, &shape.old_is_null, &shape.sent),
             Verb::DeleteOne => sql::delete_one(target, &shape.old, &shape.old_is_null),
         };
         let statement = client.prepare(&text).await?;
@@ -84,7 +82,12 @@ impl Statements {
 
 /// One statement, ready to be sent.
 enum Ready {
-    Rows { statement: Statement, arrays: Vec<ArrayParameter>, rows: i64, inserts_into: Option<String> },
+    Rows {
+        statement: Statement,
+        arrays: Vec<ArrayParameter>,
+        rows: i64,
+        inserts_into: Option<String>,
+    },
     Text(String),
 }
 
@@ -101,7 +104,11 @@ impl Execution {
         targets: &Targets,
         steps: &[Step],
     ) -> Result<Self, SinkError> {
-        let mut preparing = Preparing { client, statements, ready: Vec::new() };
+        let mut preparing = Preparing {
+            client,
+            statements,
+            ready: Vec::new(),
+        };
         for step in steps {
             match step {
                 Step::Tables(tables) => {
@@ -109,13 +116,20 @@ impl Execution {
                         preparing.table(targets.of(&table.relation), table).await?;
                     }
                 }
-                Step::Truncate { relations, restart_identity } => {
+                Step::Truncate {
+                    relations,
+                    restart_identity,
+                } => {
                     let tables = relations.iter().map(|relation| &**targets.of(relation));
-                    preparing.ready.push(Ready::Text(sql::truncate(tables, *restart_identity)));
+                    preparing
+                        .ready
+                        .push(Ready::Text(sql::truncate(tables, *restart_identity)));
                 }
             }
         }
-        Ok(Self { statements: preparing.ready })
+        Ok(Self {
+            statements: preparing.ready,
+        })
     }
 
     /// Sends the statements behind what the chain already holds.
@@ -123,9 +137,16 @@ impl Execution {
         for ready in self.statements {
             match ready {
                 Ready::Text(text) => {
-                    chain.send(async move { client.batch_execute(&text).await }).await;
+                    chain
+                        .send(async move { client.batch_execute(&text).await })
+                        .await;
                 }
-                Ready::Rows { statement, arrays, rows, inserts_into } => {
+                Ready::Rows {
+                    statement,
+                    arrays,
+                    rows,
+                    inserts_into,
+                } => {
                     chain
                         .send(async move {
                             let mut parameters: Vec<&(dyn ToSql + Sync)> = Vec::new();
@@ -137,9 +158,11 @@ impl Execution {
                             let found = client.execute(&statement, &parameters).await?;
                             let expected = rows.unsigned_abs();
                             match inserts_into {
-                                Some(table) if found != expected => {
-                                    Err(SinkError::Swallowed { table, expected, found })
-                                }
+                                Some(table) if found != expected => Err(SinkError::Swallowed {
+                                    table,
+                                    expected,
+                                    found,
+                                }),
                                 _ => Ok(()),
                             }
                         })
@@ -190,15 +213,24 @@ impl Preparing<'_> {
             }
         }
         if !deletes.is_empty() {
-            let key: Vec<usize> = target.key.columns.iter().map(|column| column.position).collect();
+            let key: Vec<usize> = target
+                .key
+                .columns
+                .iter()
+                .map(|column| column.position)
+                .collect();
             let values = deletes.iter().map(|old| old.values());
-            self.rows(relation, target, Verb::Delete, &key, values, deletes.len()).await?;
+            self.rows(relation, target, Verb::Delete, &key, values, deletes.len())
+                .await?;
         }
         for (unsent, updates) in updates {
-            let sent: Vec<usize> =
-                target.written().filter(|position| !unsent.contains(position)).collect();
+            let sent: Vec<usize> = target
+                .written()
+                .filter(|position| !unsent.contains(position))
+                .collect();
             let values = updates.iter().map(|row| row.values());
-            self.rows(relation, target, Verb::Update, &sent, values, updates.len()).await?;
+            self.rows(relation, target, Verb::Update, &sent, values, updates.len())
+                .await?;
         }
         self.inserts(relation, target, &inserts).await
     }
@@ -214,7 +246,8 @@ impl Preparing<'_> {
         }
         let sent: Vec<usize> = target.written().collect();
         let values = rows.iter().map(|row| row.values());
-        self.rows(relation, target, Verb::Insert, &sent, values, rows.len()).await
+        self.rows(relation, target, Verb::Insert, &sent, values, rows.len())
+            .await
     }
 
     /// One by one, except that inserts that follow one another go together.
@@ -229,11 +262,13 @@ impl Preparing<'_> {
             match change {
                 RowChange::Insert(row) => inserts.push(row),
                 RowChange::Update { old, new } => {
-                    self.inserts(relation, target, &std::mem::take(&mut inserts)).await?;
+                    self.inserts(relation, target, &std::mem::take(&mut inserts))
+                        .await?;
                     self.one(relation, target, old, Some(new)).await?;
                 }
                 RowChange::Delete { old } => {
-                    self.inserts(relation, target, &std::mem::take(&mut inserts)).await?;
+                    self.inserts(relation, target, &std::mem::take(&mut inserts))
+                        .await?;
                     self.one(relation, target, old, None).await?;
                 }
             }
@@ -252,8 +287,13 @@ impl Preparing<'_> {
         count: usize,
     ) -> Result<(), SinkError> {
         let (sent, arrays) = columns(target, positions, rows)?;
-        let shape =
-            Shape { relation, verb, sent, old: Vec::new(), old_is_null: Vec::new() };
+        let shape = Shape {
+            relation,
+            verb,
+            sent,
+            old: Vec::new(),
+            old_is_null: Vec::new(),
+        };
         let statement = self.statements.get(self.client, shape, target).await?;
         self.ready.push(Ready::Rows {
             statement,
@@ -275,23 +315,45 @@ impl Preparing<'_> {
         let identifying: Vec<usize> = if target.key.columns.is_empty() {
             target.written().collect()
         } else {
-            target.key.columns.iter().map(|column| column.position).collect()
+            target
+                .key
+                .columns
+                .iter()
+                .map(|column| column.position)
+                .collect()
         };
         let old_is_null = nulls(&identifying, old.values());
         let (old, mut arrays) = columns(target, &identifying, std::iter::once(old.values()))?;
         let mut sent = Vec::new();
         if let Some(new) = new {
             let unsent = new.unsent();
-            let written: Vec<usize> =
-                target.written().filter(|position| !unsent.contains(position)).collect();
+            let written: Vec<usize> = target
+                .written()
+                .filter(|position| !unsent.contains(position))
+                .collect();
             let new = columns(target, &written, std::iter::once(new.values()))?;
             sent = new.0;
             arrays.extend(new.1);
         }
-        let verb = if new.is_some() { Verb::UpdateOne } else { Verb::DeleteOne };
-        let shape = Shape { relation, verb, sent, old, old_is_null };
+        let verb = if new.is_some() {
+            Verb::UpdateOne
+        } else {
+            Verb::DeleteOne
+        };
+        let shape = Shape {
+            relation,
+            verb,
+            sent,
+            old,
+            old_is_null,
+        };
         let statement = self.statements.get(self.client, shape, target).await?;
-        self.ready.push(Ready::Rows { statement, arrays, rows: 1, inserts_into: None });
+        self.ready.push(Ready::Rows {
+            statement,
+            arrays,
+            rows: 1,
+            inserts_into: None,
+        });
         Ok(())
     }
 }
@@ -334,8 +396,14 @@ fn columns<'v>(
     let mut sent = Vec::with_capacity(positions.len());
     let mut arrays = Vec::with_capacity(positions.len());
     for (position, builder) in positions.iter().zip(builders) {
-        sent.push(Sent { position: *position, form: builder.form() });
-        let element = target.columns[*position].native.as_ref().map_or(0, |n| n.element_oid);
+        sent.push(Sent {
+            position: *position,
+            form: builder.form(),
+        });
+        let element = target.columns[*position]
+            .native
+            .as_ref()
+            .map_or(0, |n| n.element_oid);
         arrays.push(builder.finish(element));
     }
     Ok((sent, arrays))

@@ -99,7 +99,12 @@ impl ReplicaSink {
             self.statements.clear();
         }
         let refused = match self.attempt(batch, Path::Fast).await {
-            Ok(net_changes) => return Ok(Applied { net_changes, slow_path: false }),
+            Ok(net_changes) => {
+                return Ok(Applied {
+                    net_changes,
+                    slow_path: false,
+                });
+            }
             Err(error) if error.is_for_the_slow_path() => error,
             Err(error) => return Err(error),
         };
@@ -110,12 +115,20 @@ impl ReplicaSink {
         );
         self.client.batch_execute("ROLLBACK").await?;
         let net_changes = self.attempt(batch, Path::Slow).await?;
-        Ok(Applied { net_changes, slow_path: true })
+        Ok(Applied {
+            net_changes,
+            slow_path: true,
+        })
     }
 
     /// One replica transaction: all of the batch or nothing. After an error it may still be open.
     async fn attempt(&mut self, batch: &Batch, path: Path) -> Result<u64, SinkError> {
-        let Self { client, relations, statements, .. } = self;
+        let Self {
+            client,
+            relations,
+            statements,
+            ..
+        } = self;
         let client = &*client;
         let mut chain = Chain::default();
         chain.send(client.batch_execute("BEGIN")).await;
@@ -127,9 +140,13 @@ impl ReplicaSink {
             batch.end_lsn(),
             system_time(batch.commit_time()),
         );
-        chain.send(async move { client.batch_execute(&advance).await }).await;
+        chain
+            .send(async move { client.batch_execute(&advance).await })
+            .await;
         if path == Path::Slow {
-            chain.send(client.batch_execute("SET CONSTRAINTS ALL DEFERRED")).await;
+            chain
+                .send(client.batch_execute("SET CONSTRAINTS ALL DEFERRED"))
+                .await;
         }
         let mut net_changes = 0;
         let mut segments = Segments::new(&batch.transactions, self.segment_bytes);

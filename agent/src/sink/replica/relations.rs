@@ -43,7 +43,11 @@ pub(super) struct Relations {
 
 impl Relations {
     pub(super) fn new(synced: Synced) -> Self {
-        Self { synced, standing: HashMap::new(), targets: Targets::default() }
+        Self {
+            synced,
+            standing: HashMap::new(),
+            targets: Targets::default(),
+        }
     }
 
     /// Forgets old descriptions if there are too many; true if it did.
@@ -114,7 +118,9 @@ impl Relations {
                 Ok(snapshot_lsn.is_none_or(|snapshot| commit_lsn >= snapshot))
             }
             Standing::Unknown(_) if commit_lsn < self.synced.as_of => Ok(false),
-            Standing::Unknown(table) => Err(SinkError::TableNotCopied { table: table.clone() }),
+            Standing::Unknown(table) => Err(SinkError::TableNotCopied {
+                table: table.clone(),
+            }),
         }
     }
 }
@@ -126,11 +132,17 @@ mod tests {
 
     #[test]
     fn what_the_copy_holds_is_left_out_and_what_is_newer_than_the_list_stops() {
-        let name = |name: &str| TableName { schema: "public".to_owned(), name: name.to_owned() };
+        let name = |name: &str| TableName {
+            schema: "public".to_owned(),
+            name: name.to_owned(),
+        };
         let tables = HashMap::from([(name("old"), None), (name("new"), Some(lsn(50)))]);
-        let mut relations = Relations::new(Synced { tables, as_of: lsn(100) });
-        let [old, new, gone] =
-            [(1, "old"), (2, "new"), (3, "gone")].map(|(id, name)| relation(table(id, name, &["a"])));
+        let mut relations = Relations::new(Synced {
+            tables,
+            as_of: lsn(100),
+        });
+        let [old, new, gone] = [(1, "old"), (2, "new"), (3, "gone")]
+            .map(|(id, name)| relation(table(id, name, &["a"])));
         assert!(relations.applies(&old, lsn(1)).unwrap());
         assert!(!relations.applies(&new, lsn(49)).unwrap());
         assert!(relations.applies(&new, lsn(50)).unwrap());

@@ -14,7 +14,10 @@ pub(super) enum Segment<'b> {
     /// Whole transactions.
     Whole(&'b [Transaction]),
     /// A part of one transaction, read back from its spill file.
-    Part { commit_lsn: PgLsn, changes: Vec<Change> },
+    Part {
+        commit_lsn: PgLsn,
+        changes: Vec<Change>,
+    },
 }
 
 impl Segment<'_> {
@@ -22,11 +25,15 @@ impl Segment<'_> {
     pub(super) fn changes(&self) -> Box<dyn Iterator<Item = (PgLsn, &Change)> + Send + '_> {
         match self {
             Self::Whole(transactions) => Box::new(transactions.iter().flat_map(|transaction| {
-                transaction.changes.iter().map(|change| (transaction.commit_lsn, change))
+                transaction
+                    .changes
+                    .iter()
+                    .map(|change| (transaction.commit_lsn, change))
             })),
-            Self::Part { commit_lsn, changes } => {
-                Box::new(changes.iter().map(|change| (*commit_lsn, change)))
-            }
+            Self::Part {
+                commit_lsn,
+                changes,
+            } => Box::new(changes.iter().map(|change| (*commit_lsn, change))),
         }
     }
 }
@@ -44,7 +51,12 @@ impl<'b> Segments<'b> {
         let waiting = transactions
             .chunk_by(|a, b| a.spilled.is_none() && b.spilled.is_none())
             .collect();
-        Self { waiting, reading: None, bytes_max, parts: 0 }
+        Self {
+            waiting,
+            reading: None,
+            bytes_max,
+            parts: 0,
+        }
     }
 
     /// The next segment; `None` at the end of the batch.
@@ -55,7 +67,10 @@ impl<'b> Segments<'b> {
                 let changes = read_part(reader, self.bytes_max)?;
                 self.parts += 1;
                 if !changes.is_empty() {
-                    return Ok(Some(Segment::Part { commit_lsn, changes }));
+                    return Ok(Some(Segment::Part {
+                        commit_lsn,
+                        changes,
+                    }));
                 }
                 let rest = std::slice::from_ref(*transaction);
                 self.reading = None;
@@ -82,7 +97,9 @@ fn read_part(reader: &mut SpillReader, bytes_max: u64) -> Result<Vec<Change>, Sp
     let mut part = Vec::new();
     let mut bytes = 0;
     while bytes < bytes_max {
-        let Some(changes) = reader.next_changes()? else { break };
+        let Some(changes) = reader.next_changes()? else {
+            break;
+        };
         bytes += changes.iter().map(Change::bytes).sum::<u64>();
         part.extend(changes);
     }

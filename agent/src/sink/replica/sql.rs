@@ -30,7 +30,10 @@ pub(super) fn advance(
     end: PgLsn,
     committed: SystemTime,
 ) -> String {
-    let micros = committed.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros();
+    let micros = committed
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_micros();
     format!(
         "SELECT dr_agent.advance({}, {term}, '{previous}', {batch}, '{end}', \
          pg_catalog.to_timestamp(0) + interval '1 microsecond' * {micros})",
@@ -43,10 +46,19 @@ pub(super) fn insert(target: &Target, sent: &[Sent]) -> String {
     let table = target.table.sql();
     if sent.is_empty() {
         // A table without columns still has rows.
-        return format!("INSERT INTO {table} SELECT FROM pg_catalog.generate_series(1, $1::bigint)");
+        return format!(
+            "INSERT INTO {table} SELECT FROM pg_catalog.generate_series(1, $1::bigint)"
+        );
     }
-    let names = list(sent.iter().map(|sent| target.columns[sent.position].name.clone()));
-    let values = list(sent.iter().enumerate().map(|(i, sent)| value(target, *sent, "d", i)));
+    let names = list(
+        sent.iter()
+            .map(|sent| target.columns[sent.position].name.clone()),
+    );
+    let values = list(
+        sent.iter()
+            .enumerate()
+            .map(|(i, sent)| value(target, *sent, "d", i)),
+    );
     format!(
         "INSERT INTO {table} ({names}) OVERRIDING SYSTEM VALUE SELECT {values} FROM {}",
         unnest(target, sent, 0, "d")
@@ -69,14 +81,17 @@ pub(super) fn update(target: &Target, sent: &[Sent]) -> String {
         let finding = format!("SELECT 1 FROM ONLY {table} AS t, {from} WHERE {matches}");
         return expecting(&finding, target, "update", n);
     }
-    let doing = format!("UPDATE ONLY {table} AS t SET {sets} FROM {from} WHERE {matches} RETURNING 1");
+    let doing =
+        format!("UPDATE ONLY {table} AS t SET {sets} FROM {from} WHERE {matches} RETURNING 1");
     expecting(&doing, target, "update", n)
 }
 
 /// Deletes one row per key.
 pub(super) fn delete(target: &Target, key: &[Sent]) -> String {
     let matches = conjunction(
-        key.iter().enumerate().map(|(i, sent)| equals(target, *sent, "t", "d", i)),
+        key.iter()
+            .enumerate()
+            .map(|(i, sent)| equals(target, *sent, "t", "d", i)),
     );
     let doing = format!(
         "DELETE FROM ONLY {} AS t USING {} WHERE {matches} RETURNING 1",
@@ -128,14 +143,20 @@ pub(super) fn truncate<'t>(
     restart_identity: bool,
 ) -> String {
     let tables = list(targets.map(|target| format!("ONLY {}", target.table.sql())));
-    let identity = if restart_identity { "RESTART" } else { "CONTINUE" };
+    let identity = if restart_identity {
+        "RESTART"
+    } else {
+        "CONTINUE"
+    };
     format!("TRUNCATE {tables} {identity} IDENTITY")
 }
 
 fn identifies(target: &Target, old: &[Sent], is_null: &[bool]) -> String {
     if !target.key.columns.is_empty() {
         return conjunction(
-            old.iter().enumerate().map(|(i, sent)| equals(target, *sent, "t", "o", i)),
+            old.iter()
+                .enumerate()
+                .map(|(i, sent)| equals(target, *sent, "t", "o", i)),
         );
     }
     // Without a key the whole old row identifies, and of several equal rows one is meant. `*=` compares
@@ -155,7 +176,11 @@ fn identifies(target: &Target, old: &[Sent], is_null: &[bool]) -> String {
         let stored =
             list(kept().map(|(_, sent)| format!("s.{}", target.columns[sent.position].name)));
         let meant = list(kept().map(|(i, sent)| {
-            format!("{}::{}", value(target, *sent, "o", i), target.columns[sent.position].type_sql)
+            format!(
+                "{}::{}",
+                value(target, *sent, "o", i),
+                target.columns[sent.position].type_sql
+            )
         }));
         // As records: two bare rows would be compared column by column.
         conditions.push(format!(
@@ -206,7 +231,11 @@ fn value(target: &Target, sent: Sent, alias: &str, i: usize) -> String {
 fn equals(target: &Target, sent: Sent, row: &str, alias: &str, i: usize) -> String {
     let column = &target.columns[sent.position];
     let schema = column.equality_schema.as_deref().unwrap_or("pg_catalog");
-    format!("{row}.{} OPERATOR({schema}.=) {}", column.name, value(target, sent, alias, i))
+    format!(
+        "{row}.{} OPERATOR({schema}.=) {}",
+        column.name,
+        value(target, sent, alias, i)
+    )
 }
 
 fn assignments(
@@ -249,28 +278,45 @@ mod tests {
         let column = |name: &str, type_sql: &str, native: bool| TargetColumn {
             name: format!("\"{name}\""),
             type_sql: type_sql.to_owned(),
-            native: native
-                .then(|| Native { array_sql: format!("{type_sql}[]"), element_oid: 23 }),
+            native: native.then(|| Native {
+                array_sql: format!("{type_sql}[]"),
+                element_oid: 23,
+            }),
             is_enum: false,
             is_generated: false,
             is_identity_always: false,
             equality_schema: Some("\"pg_catalog\"".to_owned()),
         };
         let columns = if keyed {
-            vec![KeyColumn { position: 0, order: KeyOrder::Integer }]
+            vec![KeyColumn {
+                position: 0,
+                order: KeyOrder::Integer,
+            }]
         } else {
             Vec::new()
         };
         Target {
-            table: TableName { schema: "public".to_owned(), name: "t".to_owned() },
-            columns: vec![column("id", "integer", true), column("note", "public.mood", false)],
+            table: TableName {
+                schema: "public".to_owned(),
+                name: "t".to_owned(),
+            },
+            columns: vec![
+                column("id", "integer", true),
+                column("note", "public.mood", false),
+            ],
             key: Key { columns },
         }
     }
 
     const SENT: [Sent; 2] = [
-        Sent { position: 0, form: Form::Native },
-        Sent { position: 1, form: Form::Text },
+        Sent {
+            position: 0,
+            form: Form::Native,
+        },
+        Sent {
+            position: 1,
+            form: Form::Text,
+        },
     ];
 
     #[test]
@@ -286,8 +332,14 @@ mod tests {
     #[test]
     fn an_update_sets_all_but_the_key_and_counts_its_rows() {
         let sql = update(&target(true), &SENT);
-        assert!(sql.contains("SET \"note\" = d.c1::public.mood FROM"), "{sql}");
-        assert!(sql.contains("WHERE t.\"id\" OPERATOR(\"pg_catalog\".=) d.c0 RETURNING"), "{sql}");
+        assert!(
+            sql.contains("SET \"note\" = d.c1::public.mood FROM"),
+            "{sql}"
+        );
+        assert!(
+            sql.contains("WHERE t.\"id\" OPERATOR(\"pg_catalog\".=) d.c0 RETURNING"),
+            "{sql}"
+        );
         assert!(sql.contains("$3::bigint, 'public.t', 'update'"), "{sql}");
         let key_only = update(&target(true), &SENT[..1]);
         assert!(key_only.contains("(SELECT 1 FROM ONLY"), "{key_only}");
@@ -297,7 +349,12 @@ mod tests {
     fn without_a_key_one_row_with_the_same_stored_bytes_is_meant() {
         let sql = delete_one(&target(false), &SENT, &[false, true]);
         assert!(sql.contains("s.\"note\" IS NULL"), "{sql}");
-        assert!(sql.contains("ROW(s.\"id\")::record OPERATOR(pg_catalog.*=) ROW(o.c0::integer)::record"), "{sql}");
+        assert!(
+            sql.contains(
+                "ROW(s.\"id\")::record OPERATOR(pg_catalog.*=) ROW(o.c0::integer)::record"
+            ),
+            "{sql}"
+        );
         assert!(sql.contains("LIMIT 1"), "{sql}");
     }
 }

@@ -64,7 +64,10 @@ impl Target {
     }
 
     pub(super) fn is_key(&self, position: usize) -> bool {
-        self.key.columns.iter().any(|column| column.position == position)
+        self.key
+            .columns
+            .iter()
+            .any(|column| column.position == position)
     }
 }
 
@@ -86,7 +89,10 @@ impl Targets {
 
     /// The target of a relation that [`Targets::ensure`] has seen.
     pub(super) fn of(&self, relation: &Arc<SourceRelation>) -> &Arc<Target> {
-        let (_, target) = self.known.get(&address(relation)).expect("ensure was called before");
+        let (_, target) = self
+            .known
+            .get(&address(relation))
+            .expect("ensure was called before");
         target
     }
 
@@ -109,7 +115,8 @@ impl Targets {
             return Ok(());
         }
         let target = load(client, relation).await?;
-        self.known.insert(address(relation), (Arc::clone(relation), Arc::new(target)));
+        self.known
+            .insert(address(relation), (Arc::clone(relation), Arc::new(target)));
         Ok(())
     }
 }
@@ -166,15 +173,23 @@ async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, Sink
     if rows.is_empty() && !exists(client, &table).await? {
         return Err(SinkError::TableMissing { table });
     }
-    let mut on_replica: HashMap<String, ReplicaColumn> =
-        rows.iter().map(|row| (row.get(0), replica_column(row))).collect();
-    let primary_key = on_replica.values().filter(|column| column.in_primary_key).count();
+    let mut on_replica: HashMap<String, ReplicaColumn> = rows
+        .iter()
+        .map(|row| (row.get(0), replica_column(row)))
+        .collect();
+    let primary_key = on_replica
+        .values()
+        .filter(|column| column.in_primary_key)
+        .count();
     let full = relation.relation.identity == ReplicaIdentity::Full;
     let mut columns = Vec::new();
     let mut key = Key::default();
     for (position, sent) in relation.relation.columns.iter().enumerate() {
         let Some(mut found) = on_replica.remove(&sent.name) else {
-            return Err(SinkError::ColumnMissing { table, column: sent.name.clone() });
+            return Err(SinkError::ColumnMissing {
+                table,
+                column: sent.name.clone(),
+            });
         };
         if sent.type_oid < FIRST_NORMAL_OID
             && found.base_oid < FIRST_NORMAL_OID
@@ -183,7 +198,11 @@ async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, Sink
             // Another type on the replica, say a wider integer: text is cast, binary is not.
             found.column.native = None;
         }
-        if if full { found.in_primary_key } else { sent.is_key } {
+        if if full {
+            found.in_primary_key
+        } else {
+            sent.is_key
+        } {
             let order = match found.base_oid {
                 20 | 21 | 23 => KeyOrder::Integer,
                 _ => KeyOrder::Bytes,
@@ -195,11 +214,17 @@ async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, Sink
     if full && key.columns.len() != primary_key {
         key.columns.clear();
     }
-    Ok(Target { table, columns, key })
+    Ok(Target {
+        table,
+        columns,
+        key,
+    })
 }
 
 async fn exists(client: &Client, table: &TableName) -> Result<bool, SinkError> {
-    let row = client.query_one("SELECT to_regclass($1) IS NOT NULL", &[&table.sql()]).await?;
+    let row = client
+        .query_one("SELECT to_regclass($1) IS NOT NULL", &[&table.sql()])
+        .await?;
     Ok(row.get(0))
 }
 
@@ -212,7 +237,10 @@ fn replica_column(row: &tokio_postgres::Row) -> ReplicaColumn {
             name: quote_ident(row.get(0)),
             type_sql: row.get(1),
             is_enum: row.get(5),
-            native: travels.then(|| Native { array_sql: row.get(7), element_oid: base_oid }),
+            native: travels.then(|| Native {
+                array_sql: row.get(7),
+                element_oid: base_oid,
+            }),
             is_generated: row.get(2),
             is_identity_always: row.get(3),
             equality_schema: row.get::<_, Option<&str>>(8).map(quote_ident),
