@@ -1,4 +1,4 @@
-//! Configuration: what the file says ([`RawConfig`]) becomes what the program uses ([`Config`]).
+//! Configuration: what the file says (`RawConfig`) becomes what the program uses ([`Config`]).
 //!
 //! Pure: text and environment come in as arguments. `resolve` is the only place where defaults,
 //! units and limits are decided; after it, every value is valid and has a unit in its type.

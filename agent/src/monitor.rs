@@ -5,8 +5,8 @@
 //!   measured end to end;
 //! - every `source.sequences`: positions of sequences that moved, since logical decoding does not carry
 //!   them;
-//! - every [`SLOT_EVERY`]: WAL written, WAL kept for our slot, and how long the disk lasts;
-//! - every [`COVERAGE_EVERY`]: what is not protected.
+//! - every 2 seconds: WAL written, WAL kept for our slot, and how long the disk lasts;
+//! - every 30 seconds: what is not protected.
 //!
 //! # What it does not do
 //! It does not keep going after an error: a source that takes no heartbeat is not being replicated

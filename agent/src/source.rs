@@ -8,7 +8,7 @@
 //!
 //! # Invariants
 //! - The walsender is told a [`FlushLsn`] and nothing else.
-//! - Status updates go out at least every [`STATUS_EVERY`], also while the queue is full and nothing is
+//! - Status updates go out at least every five seconds, also while the queue is full and nothing is
 //!   read, so that a slow replica does not look like a dead agent (`wal_sender_timeout`).
 //! - Received and not yet applied transactions hold at most `limits.queue_bytes`; beyond it nothing is
 //!   read, and TCP makes the walsender wait. WAL then gathers on the source, where the metrics show it.

@@ -296,7 +296,7 @@ impl SpillReader {
             .min(2 << 30);
         let raw = zstd::bulk::decompress(&frame.messages, capacity)
             .map_err(|error| self.damaged(error.to_string()))?;
-        if crc32c::crc32c(&raw) != frame.crc32c {
+        if raw.len() as u64 != frame.raw_bytes || crc32c::crc32c(&raw) != frame.crc32c {
             return Err(self.damaged("checksum differs".to_owned()));
         }
         self.parse(Bytes::from(raw)).map(Some)
@@ -475,20 +475,19 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let mut space = SpillSpace::open(home.path().join("s"), 1 << 20).unwrap();
         let mut writer = space.create().unwrap();
-        writer
-            .append(&changes(&relation(table(1, "t", &["a"])), &["some text"]))
-            .unwrap();
+        let written = changes(&relation(table(1, "t", &["a"])), &["some text"]);
+        writer.append(&written).unwrap();
         let file = writer.finish().unwrap();
         let good = fs::read(&file.path).unwrap();
         for position in 0..good.len() {
             let mut bad = good.clone();
             bad[position] ^= 0x10;
             fs::write(&file.path, &bad).unwrap();
-            let read = file.reader().unwrap().next_changes();
-            assert!(
-                read.is_err(),
-                "a flipped bit in byte {position} went unnoticed"
-            );
+            // A zstd header has a bit that decoders ignore; what is read must be what was written.
+            if let Ok(read) = file.reader().unwrap().next_changes() {
+                let read = read.expect("one frame");
+                assert_eq!(read[0].message, written[0].message, "byte {position}");
+            }
         }
         for length in 1..good.len() {
             fs::write(&file.path, &good[..length]).unwrap();

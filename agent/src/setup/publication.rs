@@ -1,6 +1,6 @@
 //! What the publication must list, and the statements that make it so.
 //!
-//! Pure: [`super::source`] observes and executes. The publication is never `FOR ALL TABLES`, because
+//! Pure: `setup::source` observes and executes. The publication is never `FOR ALL TABLES`, because
 //! publishing a table without a key makes the source's own UPDATE and DELETE fail.
 //!
 //! # Invariants
