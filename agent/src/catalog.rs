@@ -69,6 +69,9 @@ pub struct Table {
     pub root: TableName,
     /// How its old rows are identified.
     pub identity: Identity,
+    /// Has a VIRTUAL generated column (18 and later). Published with REPLICA IDENTITY FULL, its UPDATE and
+    /// DELETE would fail on the source; only a key helps.
+    pub virtual_generated: bool,
     /// UNLOGGED tables are not in the WAL and cannot be published.
     pub unlogged: bool,
     /// Size on disk without indexes, in bytes.
@@ -109,6 +112,7 @@ impl Table {
         } else {
             match config.source.keyless {
                 Keyless::Refuse => Protection::KeylessRefused,
+                Keyless::Full if self.virtual_generated => Protection::KeylessExcluded,
                 Keyless::Full => Protection::KeylessFull,
                 Keyless::Exclude => Protection::KeylessExcluded,
             }
@@ -132,7 +136,7 @@ pub async fn tables_without_sizes(client: &Client) -> Result<Vec<Table>, PgError
 async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError> {
     let sql = format!(
         "SELECT n.nspname, c.relname, rn.nspname, r.relname,
-               CASE WHEN c.relreplident = 'f' THEN 'full'
+               CASE WHEN c.relreplident = 'f' AND NOT v.virtual THEN 'full'
                     WHEN c.relreplident = 'i' AND EXISTS (
                          SELECT 1 FROM pg_index i
                           WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid) THEN 'key'
@@ -145,11 +149,15 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                {bytes},
                EXISTS (SELECT 1 FROM pg_depend d
                         WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
-                          AND d.deptype = 'e')
+                          AND d.deptype = 'e'),
+               v.virtual
           FROM pg_class c
           JOIN pg_namespace n ON n.oid = c.relnamespace
           JOIN pg_class r ON r.oid = coalesce(pg_partition_root(c.oid), c.oid)
           JOIN pg_namespace rn ON rn.oid = r.relnamespace
+         CROSS JOIN LATERAL (
+               SELECT EXISTS (SELECT 1 FROM pg_attribute a
+                               WHERE a.attrelid = c.oid AND a.attgenerated = 'v') AS virtual) v
          WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
            AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state'))
@@ -175,6 +183,7 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
             unlogged: row.get(5),
             bytes: row.get(6),
             of_extension: row.get(7),
+            virtual_generated: row.get(8),
         })
         .filter(|table: &Table| !table.of_extension)
         .collect())

@@ -191,6 +191,7 @@ mod tests {
 
     fn table(text: &str, root: &str, identity: Identity) -> Table {
         Table {
+            virtual_generated: false,
             name: name(text),
             root: name(root),
             identity,

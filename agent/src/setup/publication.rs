@@ -140,6 +140,8 @@ pub struct Publication {
     pub schemas: bool,
     /// Publishes insert, update, delete and truncate, each under the leaf partition's name.
     pub options_sound: bool,
+    /// Publishes stored generated columns, where the server has that option (18 and later).
+    pub generated_sound: bool,
     /// What it lists entirely, without row filter or column list.
     pub units: BTreeSet<TableName>,
     /// What it lists with a row filter or a column list (15 and later).
@@ -179,8 +181,16 @@ impl Publication {
     }
 }
 
-const OPTIONS: &str =
-    "publish = 'insert, update, delete, truncate', publish_via_partition_root = false";
+/// From 18 on an UPDATE of a table with REPLICA IDENTITY FULL fails on the source unless its stored
+/// generated columns are published. The replica leaves them out and computes its own.
+fn options(version: i32) -> &'static str {
+    if version >= 180_000 {
+        "publish = 'insert, update, delete, truncate', publish_via_partition_root = false, \
+         publish_generated_columns = stored"
+    } else {
+        "publish = 'insert, update, delete, truncate', publish_via_partition_root = false"
+    }
+}
 
 /// The statements that settle keyless tables and then bring the publication to what is wanted.
 /// None where it is so already.
@@ -188,7 +198,9 @@ pub fn statements(
     stream: &StreamName,
     found: Option<&Publication>,
     wanted: &Wanted,
+    version: i32,
 ) -> Vec<String> {
+    let options = options(version);
     let name = quote_ident(stream.as_str());
     let mut statements: Vec<String> = wanted
         .identity_full
@@ -198,12 +210,12 @@ pub fn statements(
     let Some(found) = found else {
         let units = list(wanted.units.iter());
         statements.push(format!(
-            "CREATE PUBLICATION {name} FOR TABLE {units} WITH ({OPTIONS})"
+            "CREATE PUBLICATION {name} FOR TABLE {units} WITH ({options})"
         ));
         return statements;
     };
-    if !found.options_sound {
-        statements.push(format!("ALTER PUBLICATION {name} SET ({OPTIONS})"));
+    if !found.options_sound || !found.generated_sound {
+        statements.push(format!("ALTER PUBLICATION {name} SET ({options})"));
     }
     let surplus = list(found.surplus(wanted));
     if !surplus.is_empty() {
@@ -217,9 +229,9 @@ pub fn statements(
 }
 
 /// The statement that changes nothing and makes running walsenders and decoders look again.
-pub fn touch(stream: &StreamName) -> String {
+pub fn touch(stream: &StreamName, version: i32) -> String {
     let name = quote_ident(stream.as_str());
-    format!("ALTER PUBLICATION {name} SET ({OPTIONS})")
+    format!("ALTER PUBLICATION {name} SET ({})", options(version))
 }
 
 /// `ONLY`, because without it every child of a table by inheritance is listed too.
@@ -252,6 +264,7 @@ mod tests {
 
     fn table(table: &str, root: &str, identity: Identity) -> Table {
         Table {
+            virtual_generated: false,
             name: name(table),
             root: name(root),
             identity,
@@ -310,7 +323,7 @@ mod tests {
         assert_eq!(units(&wanted), ["ok"]);
         let stream = StreamName::new("dr_agent", "app");
         let full = Wanted::of(&tables, &none, &config("keyless = \"full\""));
-        let statements = statements(&stream, None, &full);
+        let statements = statements(&stream, None, &full, 150_000);
         assert_eq!(
             statements[0],
             "ALTER TABLE \"public\".\"log\" REPLICA IDENTITY FULL"
@@ -329,11 +342,12 @@ mod tests {
         let stream = StreamName::new("dr_agent", "app");
         let mut found = Publication {
             options_sound: true,
+            generated_sound: true,
             units: wanted.units.clone(),
             ..Publication::default()
         };
         assert_eq!(
-            statements(&stream, Some(&found), &wanted),
+            statements(&stream, Some(&found), &wanted, 150_000),
             Vec::<String>::new()
         );
         found.units.remove(&name("a"));
@@ -342,7 +356,7 @@ mod tests {
         assert!(!found.publishes(&tables[0]));
         assert!(found.publishes(&tables[1]));
         assert_eq!(
-            statements(&stream, Some(&found), &wanted),
+            statements(&stream, Some(&found), &wanted, 150_000),
             [
                 "ALTER PUBLICATION \"dr_agent_app\" DROP TABLE ONLY \"public\".\"gone\", ONLY \
                  \"public\".\"a\"",

@@ -139,7 +139,7 @@ impl Setup<'_> {
                 .drop_slot(&name)
                 .await
                 .map_err(SetupError::sql(Side::Source, "drop a temporary slot"))?;
-            let touch = [publication::touch(&self.stream)];
+            let touch = [publication::touch(&self.stream, self.found.version)];
             source::execute(&self.source, Side::Source, &touch).await?;
         }
         let slot = self

@@ -127,8 +127,9 @@ async fn read_publication(
     const PUBLICATION: &str = "
         SELECT puballtables,
                pubinsert AND pubupdate AND pubdelete AND pubtruncate AND NOT pubviaroot,
-               pg_has_role(pubowner, 'USAGE'), oid
-          FROM pg_publication WHERE pubname = $1";
+               pg_has_role(pubowner, 'USAGE'), oid,
+               coalesce(to_jsonb(p) ->> 'pubgencols' = 's', true)
+          FROM pg_publication p WHERE pubname = $1";
     let Some(row) = client.query_opt(PUBLICATION, &[&stream.as_str()]).await? else {
         return Ok(None);
     };
@@ -151,6 +152,7 @@ async fn read_publication(
     let mut publication = Publication {
         all_tables: row.get(0),
         options_sound: row.get(1),
+        generated_sound: row.get(4),
         schemas: client
             .query_one(&format!("SELECT {schemas}"), &[&oid])
             .await?
@@ -320,7 +322,8 @@ impl Observed {
                 tables: foreign.into_iter().collect(),
             });
         }
-        let alter = publication::statements(stream, self.publication.as_ref(), wanted);
+        let alter =
+            publication::statements(stream, self.publication.as_ref(), wanted, self.version);
         if self.publication.is_none() && !self.may_create {
             return lacks("create the publication", create_right());
         }

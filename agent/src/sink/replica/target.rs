@@ -33,7 +33,8 @@ pub(super) struct TargetColumn {
     pub(super) is_generated: bool,
     /// GENERATED ALWAYS AS IDENTITY: can be inserted, but not updated.
     pub(super) is_identity_always: bool,
-    /// The schema of the type's `=`, quoted; `None` if it has none.
+    /// The schema of the type's `=`, quoted; `None` if it has none that an index could use. Others (that
+    /// of `box` compares areas) need not even find a value equal to itself.
     pub(super) equality_schema: Option<String>,
 }
 
@@ -145,17 +146,22 @@ const COLUMNS: &str = "
            y.typtype IN ('b', 'r', 'm') AND y.typcategory <> 'A' AND y.oid < 10000
                AND y.typname <> 'tsquery' AND y.typname NOT LIKE 'reg%' AND y.typarray <> 0,
            pg_catalog.format_type(y.oid, -1) || '[]',
-           coalesce((SELECT n.nspname FROM pg_operator o JOIN pg_namespace n ON n.oid = o.oprnamespace
-                      WHERE o.oprname = '=' AND o.oprleft = y.oid AND o.oprright = y.oid LIMIT 1),
-                    CASE WHEN EXISTS (SELECT 1 FROM pg_opclass k JOIN pg_am m ON m.oid = k.opcmethod
-                         WHERE k.opcdefault AND m.amname IN ('btree', 'hash')
-                           AND (k.opcintype = y.oid
-                                OR k.opcintype = 'anyenum'::regtype AND y.typtype = 'e'
-                                OR k.opcintype = 'anyarray'::regtype AND y.typcategory = 'A'
-                                OR k.opcintype = 'anyrange'::regtype AND y.typtype = 'r'
-                                OR k.opcintype = 'anymultirange'::regtype AND y.typtype = 'm'
-                                OR k.opcintype = 'text'::regtype AND y.oid = 'varchar'::regtype))
-                         THEN 'pg_catalog' END)::text,
+           (SELECT n.nspname::text
+              FROM pg_opclass k
+              JOIN pg_am m ON m.oid = k.opcmethod AND m.amname IN ('btree', 'hash')
+              JOIN pg_amop e ON e.amopfamily = k.opcfamily AND e.amoplefttype = k.opcintype
+                   AND e.amoprighttype = k.opcintype
+                   AND e.amopstrategy = CASE m.amname WHEN 'btree' THEN 3 ELSE 1 END
+              JOIN pg_operator o ON o.oid = e.amopopr
+              JOIN pg_namespace n ON n.oid = o.oprnamespace
+             WHERE k.opcdefault
+               AND (k.opcintype = y.oid
+                    OR k.opcintype = 'anyenum'::regtype AND y.typtype = 'e'
+                    OR k.opcintype = 'anyarray'::regtype AND y.typcategory = 'A'
+                    OR k.opcintype = 'anyrange'::regtype AND y.typtype = 'r'
+                    OR k.opcintype = 'anymultirange'::regtype AND y.typtype = 'm'
+                    OR k.opcintype = 'text'::regtype AND y.oid = 'varchar'::regtype)
+             LIMIT 1),
            coalesce(a.attnum = ANY (i.indkey), false)
       FROM chain
       JOIN pg_type y ON y.oid = chain.type AND y.typtype <> 'd'
