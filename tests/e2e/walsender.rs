@@ -76,6 +76,18 @@ fn end_lsn(commit: &Bytes) -> PgLsn {
     PgLsn::from(u64::from_be_bytes(commit[10..18].try_into().unwrap()))
 }
 
+/// A server process notices the end of its session in its own time.
+async fn slot_is_free(observer: &tokio_postgres::Client) {
+    wait_until("the slot is free", PATIENCE, || async {
+        !slot_state(observer, "s")
+            .await
+            .unwrap()
+            .expect("it exists")
+            .active
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn the_server_says_who_it_is() {
     let server = source().await;
@@ -155,14 +167,7 @@ async fn a_slots_snapshot_ends_where_its_stream_begins() {
     status.finish().await;
     while reader.next().await.unwrap().is_some() {}
     drop(reader);
-    wait_until("the slot is free", PATIENCE, || async {
-        !slot_state(&observer, "s")
-            .await
-            .unwrap()
-            .expect("it exists")
-            .active
-    })
-    .await;
+    slot_is_free(&observer).await;
     assert_eq!(slot_state(&observer, "none").await.unwrap(), None);
     assert_eq!(retained_bytes(&observer, "none").await.unwrap(), None);
 }
@@ -269,14 +274,7 @@ async fn the_servers_reasons_are_told_apart() {
     let observer = connect(&conninfo(&server), &Session::new("x"))
         .await
         .unwrap();
-    wait_until("the slot is free", PATIENCE, || async {
-        !slot_state(&observer, "s")
-            .await
-            .unwrap()
-            .expect("it exists")
-            .active
-    })
-    .await;
+    slot_is_free(&observer).await;
 
     let (mut reader, _status) = first
         .start_replication("s", PgLsn::from(0), &PGOUTPUT)
@@ -365,14 +363,7 @@ async fn a_server_that_shuts_down_ends_the_stream_and_a_cut_network_breaks_it() 
     let observer = connect(&conninfo(&server), &Session::new("x"))
         .await
         .unwrap();
-    wait_until("the slot is free", PATIENCE, || async {
-        !slot_state(&observer, "s")
-            .await
-            .unwrap()
-            .expect("it exists")
-            .active
-    })
-    .await;
+    slot_is_free(&observer).await;
     let (mut reader, mut status) = walsender(&server)
         .await
         .start_replication("s", PgLsn::from(0), &PGOUTPUT)

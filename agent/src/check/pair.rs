@@ -363,6 +363,7 @@ mod tests {
 
     fn here(names: &[&str]) -> SourceDatabase {
         let tables = names.iter().map(|one| Table {
+            virtual_generated: false,
             name: name(one),
             root: name(one),
             identity: Identity::Key,
