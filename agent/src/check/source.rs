@@ -124,7 +124,7 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
             "ddl",
             "DDL is not replicated in this version: what CREATE, ALTER and DROP change after the copy stays here",
         )
-        .hint("make each change on the replica first, then here; new tables are taken in when dr-agent run restarts"),
+        .hint("make each change on the replica first, then here; dr-agent run takes in new tables by itself, within half a minute"),
     );
     if let Some(skew) = note_failure(&at, "read the clock", findings, server::skew(&client)).await {
         findings.push(settings::clock(&at, skew));
