@@ -1,0 +1,78 @@
+//! The sink task of one session: batches in, outcomes out, in order.
+//!
+//! Between batches it adds the constraints of the initial copy that had to wait for the stream. It owns
+//! the session with the replica; the pipeline hears of it only through outcomes.
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use super::error::SessionError;
+use super::now_instant;
+use crate::batch::Batch;
+use crate::pg::{self, ConnInfo, PgLsn};
+use crate::sink::replica::{Applied, ReplicaSink, SinkError};
+use crate::snapshot;
+use crate::stream::StreamName;
+
+/// The sink task: batches in, outcomes out, in order.
+pub(super) async fn apply_batches(
+    mut sink: ReplicaSink,
+    mut batches: mpsc::Receiver<Batch>,
+    outcomes: mpsc::Sender<Outcome>,
+    mut deferred: Deferred,
+) -> Option<SessionError> {
+    while let Some(batch) = batches.recv().await {
+        let started = now_instant();
+        let end_lsn = batch.end_lsn();
+        let result = sink.apply(&batch).await;
+        let failed = result.is_err();
+        let outcome = Outcome {
+            batch,
+            result,
+            took: started.elapsed(),
+        };
+        if outcomes.send(outcome).await.is_err() || failed {
+            return None;
+        }
+        if let Err(error) = deferred.passed(end_lsn).await {
+            return Some(error);
+        }
+    }
+    None
+}
+
+/// Constraints of the initial copy that hold only once the stream has passed its newest snapshot.
+pub(super) struct Deferred {
+    pub(super) replica: ConnInfo,
+    pub(super) stream: StreamName,
+    pub(super) after: Option<PgLsn>,
+}
+
+impl Deferred {
+    /// Adds what is due; between batches, since it locks tables.
+    pub(super) async fn passed(&mut self, end_lsn: PgLsn) -> Result<(), SessionError> {
+        if self.after.is_none_or(|after| end_lsn < after) {
+            return Ok(());
+        }
+        let session = crate::sink::replica::session(&self.stream);
+        let mut client = pg::connect(&self.replica, &session)
+            .await
+            .map_err(SinkError::from)?;
+        let waiting = snapshot::run_deferred(&mut client, &self.stream)
+            .await
+            .map_err(SessionError::Deferred)?;
+        if waiting == 0 {
+            self.after = None;
+        }
+        Ok(())
+    }
+}
+
+/// What the sink task says of a batch.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub(super) batch: Batch,
+    pub(super) result: Result<Applied, SinkError>,
+    pub(super) took: Duration,
+}

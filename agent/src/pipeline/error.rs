@@ -1,0 +1,67 @@
+//! Why a session ended early, and what is to be done about it.
+
+use crate::error::{Class, Classify};
+use crate::pg::PgError;
+use crate::setup::SetupError;
+use crate::sink::replica::SinkError;
+use crate::snapshot::CopyError;
+use crate::source::SourceError;
+use crate::spill::SpillError;
+
+/// Why a session ended early.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SessionError {
+    #[error("prepare")]
+    Setup(#[from] SetupError),
+    #[error("stream")]
+    Source(#[from] SourceError),
+    #[error("apply")]
+    Sink(#[from] SinkError),
+    #[error("watch the source")]
+    Monitor(#[source] PgError),
+    #[error("open the spill directory")]
+    Spill(#[from] SpillError),
+    #[error("finish the initial copy")]
+    Deferred(#[source] CopyError),
+    #[error("a new table is to be copied")]
+    NewTable,
+    #[error("a task of the pipeline ended without saying why")]
+    TaskLost,
+}
+
+impl Classify for SessionError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Setup(error) => error.class(),
+            Self::Source(error) => error.class(),
+            Self::Sink(error) => error.class(),
+            Self::Monitor(error) => error.class(),
+            Self::Spill(error) => error.class(),
+            Self::Deferred(error) => error.class(),
+            Self::NewTable | Self::TaskLost => Class::Transient,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Setup(error) => error.hint(),
+            Self::Source(error) => error.hint(),
+            Self::Sink(error) => error.hint(),
+            Self::Monitor(error) => error.hint(),
+            Self::Spill(error) => error.hint(),
+            Self::Deferred(error) => error.hint(),
+            Self::NewTable | Self::TaskLost => None,
+        }
+    }
+}
+
+impl SessionError {
+    /// Not a failure: starting again is how the pipeline takes in what is new.
+    pub(super) fn is_expected(&self) -> bool {
+        matches!(
+            self,
+            Self::NewTable
+                | Self::Sink(SinkError::TableNotCopied { .. } | SinkError::BinaryForm { .. })
+        )
+    }
+}

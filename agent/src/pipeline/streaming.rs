@@ -1,0 +1,303 @@
+//! One session's loop: `select` awaits an action, `apply` carries it out without waiting.
+//!
+//! # Invariants
+//! - All state of the session is in [`Owned`], and only this loop changes it.
+//! - A batch's outcome is taken before the end of a task, so that what was committed is known as such.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::apply::Outcome;
+use super::error::SessionError;
+use super::{Pipeline, TICK, as_f64, now_instant, now_micros};
+use crate::batch::{Batch, Queue};
+use crate::changes::{ChangeCounts, KINDS};
+use crate::config::Config;
+use crate::coverage;
+use crate::failpoint;
+use crate::lag::{Lag, Micros, system_time};
+use crate::ledger::{FlushLsn, Ledger};
+use crate::monitor::{Report, WalReport};
+use crate::pg::PgLsn;
+use crate::source::{Received, SourcePosition};
+
+/// Batches on their way to the replica. One: the next is gathering meanwhile.
+pub(super) const IN_FLIGHT_MAX: usize = 1;
+
+/// The only sink of this version.
+const REPLICA: usize = 0;
+
+/// What can happen to a pipeline that streams.
+#[derive(Debug)]
+enum Action {
+    Received(Received),
+    Outcome(Outcome),
+    Report(Report),
+    Tick,
+    Stop,
+    GraceOver,
+    TaskEnded(Option<SessionError>),
+}
+
+/// Channels and tasks of one session, around the state that is owned here.
+pub(super) struct Streaming<'p> {
+    pub(super) pipeline: &'p Pipeline,
+    pub(super) tasks: JoinSet<Option<SessionError>>,
+    pub(super) transactions: mpsc::Receiver<Received>,
+    pub(super) outcomes: mpsc::Receiver<Outcome>,
+    pub(super) reports: mpsc::Receiver<Report>,
+    pub(super) position: watch::Receiver<SourcePosition>,
+    pub(super) batches: mpsc::Sender<Batch>,
+    pub(super) flush: watch::Sender<FlushLsn>,
+    pub(super) owned: Owned,
+}
+
+/// The state proper.
+#[derive(Debug)]
+pub(super) struct Owned {
+    ledger: Ledger,
+    queue: Queue,
+    /// The queue's shares of `limits.queue_bytes`, one per waiting or shipped transaction.
+    permits: VecDeque<OwnedSemaphorePermit>,
+    shipped_oldest: Option<Micros>,
+    pub(super) lag: Lag,
+    wal: Option<WalReport>,
+    unpublished_at_start: Option<u64>,
+    phase: Phase,
+    bytes_counted: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Running,
+    /// Nothing more is taken in; what has been received is still applied.
+    Draining {
+        deadline: Instant,
+    },
+}
+
+impl Owned {
+    pub(super) fn new(config: &Config, ledger: Ledger, lag: Lag) -> Self {
+        let limits = &config.limits;
+        Self {
+            ledger,
+            queue: Queue::new(limits.batch_bytes, limits.batch_changes),
+            permits: VecDeque::new(),
+            shipped_oldest: None,
+            lag,
+            wal: None,
+            unpublished_at_start: None,
+            phase: Phase::Running,
+            bytes_counted: 0,
+        }
+    }
+
+    fn is_drained(&self) -> bool {
+        self.queue.is_empty() && self.ledger.in_flight() == 0
+    }
+
+    /// The next batch, if the replica is free for one.
+    fn next_batch(&mut self) -> Option<Batch> {
+        if self.ledger.in_flight() >= IN_FLIGHT_MAX {
+            return None;
+        }
+        let (last, end_lsn) = self.ledger.last();
+        self.shipped_oldest = self.queue.oldest_commit_time();
+        let batch = self.queue.take(last.next(), end_lsn)?;
+        self.ledger
+            .ship(batch.number, batch.previous, batch.end_lsn());
+        Some(batch)
+    }
+}
+
+impl Streaming<'_> {
+    pub(super) async fn run(&mut self) -> Result<(), SessionError> {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let action = self.select(&mut tick).await;
+            self.apply(action)?;
+            if let Some(batch) = self.owned.next_batch() {
+                failpoint::hit("pipeline:before-ship");
+                // The sink task takes one at a time and is free, or `next_batch` had given none.
+                if self.batches.try_send(batch).is_err() {
+                    return Err(SessionError::TaskLost);
+                }
+            }
+            self.observe();
+            if self.owned.phase != Phase::Running && self.owned.is_drained() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for the next action. Every branch may be dropped at any point without loss: channel
+    /// receives and timers are cancel-safe.
+    async fn select(&mut self, tick: &mut tokio::time::Interval) -> Action {
+        let running = self.owned.phase == Phase::Running;
+        tokio::select! {
+            biased;
+            // 1. Being told to stop comes before everything else, once.
+            () = self.pipeline.stop.cancelled(), if running => Action::Stop,
+            // 2. What is durable: it frees memory here and WAL on the source.
+            Some(outcome) = self.outcomes.recv() => Action::Outcome(outcome),
+            // 3. A task that ended takes the session with it. After the outcomes, so that a committed
+            //    batch is known as such.
+            Some(ended) = self.tasks.join_next() => Action::TaskEnded(ended.unwrap_or(None)),
+            // 4. Time, so that a flood of transactions cannot hide the lag it causes.
+            _ = tick.tick() => match self.owned.phase {
+                Phase::Draining { deadline } if now_instant() >= deadline => Action::GraceOver,
+                _ => Action::Tick,
+            },
+            Some(report) = self.reports.recv() => Action::Report(report),
+            // 5. More work; not while draining.
+            Some(received) = self.transactions.recv(), if running => Action::Received(received),
+        }
+    }
+
+    fn apply(&mut self, action: Action) -> Result<(), SessionError> {
+        let owned = &mut self.owned;
+        match action {
+            Action::Received(received) => {
+                owned.lag.received(received.transaction.commit_time);
+                owned.queue.push(received.transaction);
+                owned.permits.push_back(received.permit);
+                // Take what else has arrived: it belongs into the same batch.
+                while let Ok(received) = self.transactions.try_recv() {
+                    owned.lag.received(received.transaction.commit_time);
+                    owned.queue.push(received.transaction);
+                    owned.permits.push_back(received.permit);
+                }
+                Ok(())
+            }
+            Action::Outcome(outcome) => self.durable(outcome),
+            Action::Report(Report::Wal(wal)) => {
+                owned.wal = Some(wal);
+                Ok(())
+            }
+            Action::Report(Report::Coverage(unprotected)) => self.cover(&unprotected),
+            Action::Tick => Ok(()),
+            Action::Stop => {
+                let grace = self.pipeline.config.limits.shutdown_grace;
+                owned.phase = Phase::Draining {
+                    deadline: now_instant() + grace,
+                };
+                Ok(())
+            }
+            // What was not applied is sent again after the next start.
+            Action::GraceOver | Action::TaskEnded(None) => Err(SessionError::TaskLost),
+            Action::TaskEnded(Some(error)) => Err(error),
+        }
+    }
+
+    fn durable(&mut self, outcome: Outcome) -> Result<(), SessionError> {
+        let Outcome {
+            batch,
+            result,
+            took,
+        } = outcome;
+        let applied = result?;
+        let owned = &mut self.owned;
+        if let Some(flush) = owned.ledger.durable(REPLICA, batch.number) {
+            failpoint::hit("pipeline:before-acknowledge");
+            self.flush.send_replace(flush);
+        }
+        owned.shipped_oldest = None;
+        owned.permits.drain(..batch.transactions.len());
+        owned.lag.applied(batch.commit_time(), now_micros());
+        let metrics = &self.pipeline.metrics;
+        metrics.batches.increment(1);
+        metrics.batch_apply_seconds.record(took.as_secs_f64());
+        metrics
+            .transactions
+            .increment(batch.transactions.len() as u64);
+        metrics.net_changes.increment(applied.net_changes);
+        if applied.slow_path {
+            metrics.slow_path.increment(1);
+        }
+        let mut counts = ChangeCounts::default();
+        for transaction in &batch.transactions {
+            counts.add(&transaction.counts);
+        }
+        for (kind, count) in KINDS.into_iter().zip(counts.0) {
+            if count > 0 {
+                metrics.changes(kind).increment(count);
+            }
+        }
+        self.pipeline.status.update(|status| {
+            status.batch = batch.number.0;
+            status.end_lsn = Some(batch.end_lsn().to_string());
+            status.commit_time = Some(rfc3339(system_time(batch.commit_time())));
+        });
+        Ok(())
+    }
+
+    fn cover(&mut self, unprotected: &[coverage::Unprotected]) -> Result<(), SessionError> {
+        for found in unprotected {
+            self.pipeline.metrics.unprotected(found.kind, found.count);
+        }
+        self.pipeline.status.update(|status| {
+            status.unprotected = unprotected
+                .iter()
+                .map(|found| (found.kind, found.count))
+                .collect();
+        });
+        let unpublished = unprotected
+            .iter()
+            .find(|found| found.kind == coverage::UNPUBLISHED_TABLE)
+            .map_or(0, |found| found.count);
+        let before = *self.owned.unpublished_at_start.get_or_insert(unpublished);
+        if unpublished > before {
+            return Err(SessionError::NewTable);
+        }
+        Ok(())
+    }
+
+    /// Invariant maintenance after every action: what the outside sees is what is.
+    fn observe(&mut self) {
+        let owned = &mut self.owned;
+        owned.lag.queued(
+            owned
+                .shipped_oldest
+                .or_else(|| owned.queue.oldest_commit_time()),
+        );
+        self.pipeline.judge(&owned.lag);
+        let position = *self.position.borrow();
+        let metrics = &self.pipeline.metrics;
+        metrics
+            .bytes_received
+            .increment(position.bytes - owned.bytes_counted);
+        owned.bytes_counted = position.bytes;
+        let flush = owned.ledger.flush_lsn().lsn();
+        metrics.replica_flush_lsn.set(lsn_number(flush));
+        let written = owned.wal.map(|wal| wal.written).max(position.wal_end);
+        let behind = written.map(|written| u64::from(written).saturating_sub(u64::from(flush)));
+        if let Some(behind) = behind {
+            metrics.lag_bytes.set(as_f64(behind));
+        }
+        let retained = owned.wal.and_then(|wal| wal.retained);
+        if let Some(retained) = retained {
+            metrics.slot_retained_bytes.set(as_f64(retained));
+        }
+        let disk_full = owned.wal.and_then(|wal| wal.disk_full_seconds);
+        if let Some(seconds) = disk_full {
+            metrics.source_disk_full(seconds);
+        }
+        self.pipeline.status.update(|status| {
+            status.lag_bytes = behind;
+            status.slot_retained_bytes = retained;
+            status.source_disk_full_seconds = disk_full;
+        });
+    }
+}
+
+fn rfc3339(at: std::time::SystemTime) -> String {
+    humantime::format_rfc3339_micros(at).to_string()
+}
+
+fn lsn_number(lsn: PgLsn) -> f64 {
+    as_f64(u64::from(lsn))
+}
