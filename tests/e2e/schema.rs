@@ -66,17 +66,22 @@ async fn duplicates_without_a_key_stay_as_many_as_they_are() {
     .await;
 }
 
-/// `=` of box compares areas, and an area that is no number does not even equal itself.
+/// `=` of box compares areas, and an area that is no number does not even equal itself. A composite
+/// value whose fields are all NULL is not NULL, and yet `IS NULL` says so.
 #[tokio::test]
 async fn a_row_with_a_value_that_does_not_equal_itself_is_found_without_a_key() {
     carries(
         "unequal",
         "CREATE TABLE bag (id int, f box, e float4); ALTER TABLE bag REPLICA IDENTITY FULL;
-         INSERT INTO bag VALUES (1, '(Infinity,Infinity),(Infinity,0)', 'NaN'), (2, '(1,1),(0,0)', '-0')",
+         INSERT INTO bag VALUES (1, '(Infinity,Infinity),(Infinity,0)', 'NaN'), (2, '(1,1),(0,0)', '-0');
+         CREATE TYPE pair AS (a int, b int);
+         CREATE TABLE pairs (p pair); ALTER TABLE pairs REPLICA IDENTITY FULL;
+         INSERT INTO pairs VALUES (ROW(NULL, NULL)), (NULL)",
         &[
             "UPDATE bag SET id = id + 10",
             "UPDATE bag SET f = '(Infinity,Infinity),(Infinity,1)', e = 0 WHERE id = 12",
             "DELETE FROM bag WHERE id = 11",
+            "DELETE FROM pairs WHERE p::text IS NULL",
         ],
     )
     .await;

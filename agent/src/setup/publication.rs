@@ -140,8 +140,8 @@ pub struct Publication {
     pub schemas: bool,
     /// Publishes insert, update, delete and truncate, each under the leaf partition's name.
     pub options_sound: bool,
-    /// Publishes stored generated columns, where the server has that option (18 and later).
-    pub generated_sound: bool,
+    /// Leaves stored generated columns out, although the server has an option for them (18 and later).
+    pub hides_generated: bool,
     /// What it lists entirely, without row filter or column list.
     pub units: BTreeSet<TableName>,
     /// What it lists with a row filter or a column list (15 and later).
@@ -214,7 +214,7 @@ pub fn statements(
         ));
         return statements;
     };
-    if !found.options_sound || !found.generated_sound {
+    if !found.options_sound || found.hides_generated {
         statements.push(format!("ALTER PUBLICATION {name} SET ({options})"));
     }
     let surplus = list(found.surplus(wanted));
@@ -342,7 +342,6 @@ mod tests {
         let stream = StreamName::new("dr_agent", "app");
         let mut found = Publication {
             options_sound: true,
-            generated_sound: true,
             units: wanted.units.clone(),
             ..Publication::default()
         };

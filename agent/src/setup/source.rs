@@ -128,7 +128,7 @@ async fn read_publication(
         SELECT puballtables,
                pubinsert AND pubupdate AND pubdelete AND pubtruncate AND NOT pubviaroot,
                pg_has_role(pubowner, 'USAGE'), oid,
-               coalesce(to_jsonb(p) ->> 'pubgencols' = 's', true)
+               coalesce(to_jsonb(p) ->> 'pubgencols' <> 's', false)
           FROM pg_publication p WHERE pubname = $1";
     let Some(row) = client.query_opt(PUBLICATION, &[&stream.as_str()]).await? else {
         return Ok(None);
@@ -152,7 +152,7 @@ async fn read_publication(
     let mut publication = Publication {
         all_tables: row.get(0),
         options_sound: row.get(1),
-        generated_sound: row.get(4),
+        hides_generated: row.get(4),
         schemas: client
             .query_one(&format!("SELECT {schemas}"), &[&oid])
             .await?

@@ -166,7 +166,8 @@ fn identifies(target: &Target, old: &[Sent], is_null: &[bool]) -> String {
     for (i, sent) in old.iter().enumerate() {
         let column = &target.columns[sent.position];
         if is_null[i] {
-            conditions.push(format!("s.{} IS NULL", column.name));
+            // Not IS NULL: that also holds for a composite value whose fields are all NULL.
+            conditions.push(format!("s.{} IS NOT DISTINCT FROM NULL", column.name));
         } else if column.equality_schema.is_some() {
             conditions.push(equals(target, *sent, "s", "o", i));
         }
@@ -348,7 +349,10 @@ mod tests {
     #[test]
     fn without_a_key_one_row_with_the_same_stored_bytes_is_meant() {
         let sql = delete_one(&target(false), &SENT, &[false, true]);
-        assert!(sql.contains("s.\"note\" IS NULL"), "{sql}");
+        assert!(
+            sql.contains("s.\"note\" IS NOT DISTINCT FROM NULL"),
+            "{sql}"
+        );
         assert!(
             sql.contains(
                 "ROW(s.\"id\")::record OPERATOR(pg_catalog.*=) ROW(o.c0::integer)::record"
