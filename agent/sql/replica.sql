@@ -8,7 +8,7 @@ CREATE TABLE IF NOT EXISTS dr_agent.progress (
     term        bigint NOT NULL,        -- fencing token; raised by every promotion
     batch       bigint NOT NULL,        -- number of the last applied batch
     end_lsn     pg_lsn NOT NULL,        -- first byte after the last applied transaction
-    commit_time timestamptz,            -- its commit time on the source's clock
+    commit_time timestamptz,            -- its commit time on the source's clock; before the first, the copy's
     applied_at  timestamptz NOT NULL
 );
 

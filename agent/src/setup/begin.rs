@@ -6,6 +6,8 @@
 //! - Publication before slot: every transaction that the slot decodes began after the publication
 //!   was there.
 
+use std::time::SystemTime;
+
 use super::error::{SetupError, Side};
 use super::identity::History;
 use super::replica::{self, Progress};
@@ -42,10 +44,16 @@ impl Setup<'_> {
                     "drop the slot of an interrupted set-up",
                 ))?;
         }
+        // Everything committed before this moment is in the copy: until the first batch, the loss at a
+        // promotion is counted from here.
+        let asked = self.source.query_one("SELECT clock_timestamp()", &[]).await;
+        let copied_at = asked
+            .map_err(|error| SetupError::sql(Side::Source, "ask for the time")(error.into()))?
+            .get(0);
         let slot = self
             .create_slot(walsender, self.stream.as_str(), false)
             .await?;
-        let recorded = self.record_progress(slot.consistent_point).await;
+        let recorded = self.record_progress(slot.consistent_point, copied_at).await;
         recorded.map_err(SetupError::sql(Side::Replica, "record the progress"))?;
         self.copy(self.wanted.published.clone(), &slot, true)
             .await?;
@@ -75,10 +83,14 @@ impl Setup<'_> {
         Ok(())
     }
 
-    async fn record_progress(&mut self, consistent_point: PgLsn) -> Result<(), PgError> {
+    async fn record_progress(
+        &mut self,
+        consistent_point: PgLsn,
+        copied_at: SystemTime,
+    ) -> Result<(), PgError> {
         const SQL: &str = "
-            INSERT INTO dr_agent.progress (stream, term, batch, end_lsn, applied_at)
-            VALUES ($1, 1, 0, $2, now())";
+            INSERT INTO dr_agent.progress (stream, term, batch, end_lsn, commit_time, applied_at)
+            VALUES ($1, 1, 0, $2, $3, now())";
         let tables: Vec<TableName> = self
             .wanted
             .published
@@ -87,7 +99,7 @@ impl Setup<'_> {
             .collect();
         let transaction = self.replica.transaction().await?;
         transaction
-            .execute(SQL, &[&self.stream.as_str(), &consistent_point])
+            .execute(SQL, &[&self.stream.as_str(), &consistent_point, &copied_at])
             .await?;
         table_sync::add(&transaction, &self.stream, &tables).await?;
         transaction.commit().await?;
