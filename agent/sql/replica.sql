@@ -105,6 +105,21 @@ BEGIN
 END
 $$;
 
+-- What begins the transaction of every other lane of a batch: the comparison of the term alone. The
+-- progress row is lane 0's; this neither locks it nor waits for who has.
+CREATE OR REPLACE FUNCTION dr_agent.hold(the_stream text, my_term bigint)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    found_term bigint;
+BEGIN
+    SELECT term INTO found_term FROM dr_agent.progress WHERE stream = the_stream;
+    IF found_term IS DISTINCT FROM my_term THEN
+        RAISE EXCEPTION 'the replica is at term %, this agent at term %', found_term, my_term
+            USING ERRCODE = 'DR001';
+    END IF;
+END
+$$;
+
 -- Ends a statement of an apply transaction that did not touch as many rows as it had to. Raising on
 -- the server lets COMMIT be sent before the answers are in.
 CREATE OR REPLACE FUNCTION dr_agent.expect(touched bigint, wanted bigint, the_table text, doing text)

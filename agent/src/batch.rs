@@ -9,6 +9,7 @@
 //!   transaction is a batch of its own.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use crate::lag::Micros;
 use crate::ledger::BatchNumber;
@@ -50,6 +51,9 @@ pub struct Queue {
     bytes_max: u64,
     changes_max: u64,
     waiting: VecDeque<Transaction>,
+    /// Of what waits.
+    bytes: u64,
+    changes: u64,
 }
 
 impl Queue {
@@ -59,12 +63,21 @@ impl Queue {
             bytes_max,
             changes_max,
             waiting: VecDeque::new(),
+            bytes: 0,
+            changes: 0,
         }
     }
 
     /// Appends a transaction.
     pub fn push(&mut self, transaction: Transaction) {
+        self.bytes += transaction.bytes;
+        self.changes += transaction.counts.total();
         self.waiting.push_back(transaction);
+    }
+
+    /// Whether what waits fills a batch: waiting longer would not make it larger.
+    pub fn is_full(&self) -> bool {
+        self.bytes >= self.bytes_max || self.changes >= self.changes_max
     }
 
     /// Commit time of the transaction that waits longest.
@@ -97,11 +110,64 @@ impl Queue {
                 break;
             }
         }
+        self.bytes -= bytes;
+        self.changes -= changes;
         (!transactions.is_empty()).then_some(Batch {
             number,
             previous,
             transactions,
         })
+    }
+}
+
+/// When the next batch may be shipped, given what is on its way.
+///
+/// Natural batching alone ships one batch, waits for its answer, and ships what has gathered: right on a
+/// short way, where the answer is what tells that the replica is free. On a long one most of that time
+/// nothing happens at either end. So a full batch may follow at once, and where the round trip is long,
+/// one that is not full may follow after its share of the round trip.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    in_flight_max: usize,
+    /// Between batches that are not full; `None` where the replica is near.
+    spacing: Option<Duration>,
+}
+
+/// What [`Pace::judge`] says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ship {
+    /// Now.
+    Now,
+    /// Not before this time has passed.
+    In(Duration),
+    /// Not before a batch in flight has been answered.
+    AfterAnAnswer,
+}
+
+impl Pace {
+    /// A replica that answers later than this is far: far above what a data centre needs, far below what
+    /// two sites need.
+    pub const FAR: Duration = Duration::from_millis(5);
+
+    /// For a replica this far away.
+    pub fn new(round_trip: Duration, in_flight_max: usize) -> Self {
+        let share = u32::try_from(in_flight_max).unwrap_or(u32::MAX).max(1);
+        Self {
+            in_flight_max,
+            spacing: (round_trip >= Self::FAR).then(|| round_trip / share),
+        }
+    }
+
+    /// Judges, `since` after the last one was shipped.
+    pub fn judge(&self, in_flight: usize, full: bool, since: Duration) -> Ship {
+        match self.spacing {
+            _ if in_flight == 0 => Ship::Now,
+            _ if in_flight >= self.in_flight_max => Ship::AfterAnAnswer,
+            _ if full => Ship::Now,
+            None => Ship::AfterAnAnswer,
+            Some(spacing) if since >= spacing => Ship::Now,
+            Some(spacing) => Ship::In(spacing - since),
+        }
     }
 }
 
@@ -162,5 +228,32 @@ mod tests {
         assert_eq!(ends(&mut queue), [10]);
         assert_eq!(ends(&mut queue), [20]);
         assert_eq!(ends(&mut queue), [0; 0]);
+    }
+
+    #[test]
+    fn a_near_replica_gets_the_next_batch_with_its_answer_and_a_far_one_before() {
+        let ms = Duration::from_millis;
+        let near = Pace::new(ms(1), 4);
+        assert_eq!(near.judge(0, false, ms(0)), Ship::Now);
+        assert_eq!(near.judge(1, false, ms(900)), Ship::AfterAnAnswer);
+        assert_eq!(near.judge(3, true, ms(0)), Ship::Now);
+        assert_eq!(near.judge(4, true, ms(0)), Ship::AfterAnAnswer);
+        let far = Pace::new(ms(80), 4);
+        assert_eq!(far.judge(1, false, ms(5)), Ship::In(ms(15)));
+        assert_eq!(far.judge(3, false, ms(20)), Ship::Now);
+        assert_eq!(far.judge(4, false, ms(900)), Ship::AfterAnAnswer);
+    }
+
+    #[test]
+    fn the_queue_is_full_when_one_batch_is() {
+        let mut queue = Queue::new(100, 10);
+        queue.push(transaction(10, 60, 1));
+        assert!(!queue.is_full());
+        queue.push(transaction(20, 60, 1));
+        assert!(queue.is_full());
+        assert_eq!(ends(&mut queue), [10]);
+        assert!(!queue.is_full());
+        queue.push(transaction(30, 1, 9));
+        assert!(queue.is_full());
     }
 }

@@ -5,6 +5,9 @@ use crate::txn::Change;
 /// The values of the `kind` label.
 pub const KINDS: [&str; 4] = ["insert", "update", "delete", "truncate"];
 
+/// Position of truncates in [`KINDS`].
+pub const TRUNCATE: usize = 3;
+
 /// How many changes of each kind, in the order of [`KINDS`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChangeCounts(pub [u64; 4]);
@@ -16,7 +19,7 @@ impl ChangeCounts {
             Some(b'I') => 0,
             Some(b'U') => 1,
             Some(b'D') => 2,
-            _ => 3,
+            _ => TRUNCATE,
         };
         self.0[kind] += 1;
     }

@@ -95,6 +95,7 @@ struct RawReplica {
     url: Option<String>,
     password_file: Option<PathBuf>,
     lanes: Option<u16>,
+    bandwidth: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -122,6 +123,7 @@ struct RawHttp {
 struct RawLimits {
     batch_bytes: Option<String>,
     batch_changes: Option<u64>,
+    spread_changes: Option<u64>,
     queue_bytes: Option<String>,
     transaction_bytes: Option<String>,
     spill_bytes: Option<String>,
@@ -249,6 +251,8 @@ pub struct Limits {
     pub batch_bytes: u64,
     /// A batch is closed at this many changes.
     pub batch_changes: u64,
+    /// Net changes from which a batch is spread over lanes.
+    pub spread_changes: u64,
     /// Received and not yet applied transactions held in memory, in bytes.
     pub queue_bytes: u64,
     /// A transaction above this many bytes continues in a spill file.
@@ -404,9 +408,14 @@ impl RawConfig {
     fn resolve(self) -> Result<Config, ConfigError> {
         self.refuse_what_is_not_built()?;
         let source = self.source.resolve()?;
+        let mut to_replica = conninfo("replica.url", self.replica.url, self.replica.password_file)?;
+        if let Some(bandwidth) = self.replica.bandwidth {
+            let per_second = bytes("replica.bandwidth", Some(bandwidth), "")?;
+            to_replica = to_replica.with_bandwidth(per_second);
+        }
         let replica = Replica {
-            conninfo: conninfo("replica.url", self.replica.url, self.replica.password_file)?,
-            lanes: within("replica.lanes", self.replica.lanes.unwrap_or(1), 1, 64)?,
+            conninfo: to_replica,
+            lanes: within("replica.lanes", self.replica.lanes.unwrap_or(4), 1, 64)?,
         };
         let objectives = Objectives {
             rpo: duration("objectives.rpo", self.objectives.rpo, "30s")?,
@@ -448,13 +457,6 @@ impl RawConfig {
             return Err(ConfigError::Value {
                 key: "archive",
                 message: "this version writes no archive; remove the section".to_owned(),
-            });
-        }
-        if self.replica.lanes.is_some_and(|lanes| lanes > 1) {
-            return Err(ConfigError::Value {
-                key: "replica.lanes",
-                message: "this version applies on one lane; write lanes = 1 or remove the key"
-                    .to_owned(),
             });
         }
         Ok(())
@@ -513,6 +515,12 @@ impl RawLimits {
             batch_changes: within(
                 "limits.batch_changes",
                 self.batch_changes.unwrap_or(50_000),
+                1,
+                10_000_000,
+            )?,
+            spread_changes: within(
+                "limits.spread_changes",
+                self.spread_changes.unwrap_or(10_000),
                 1,
                 10_000_000,
             )?,
@@ -669,7 +677,6 @@ mod tests {
         ] {
             assert!(parse(&format!("{LEAST}{section}")).is_err(), "{section}");
         }
-        assert!(parse(&LEAST.replace("[replica]", "[replica]\nlanes = 4")).is_err());
     }
 
     #[test]

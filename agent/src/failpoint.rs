@@ -1,31 +1,53 @@
-//! Fail points: named places where a test can make the process die as if by `kill -9`.
+//! Fail points: named places where a test can make the process die as if by `kill -9`, or stand still.
 //!
 //! `DR_AGENT_FAILPOINT=name` aborts the process when it first passes the place of that name;
-//! `name@N` when it passes it for the Nth time. Without the variable a fail point costs one load.
+//! `name@N` when it passes it for the Nth time; `name=stop` and `name@N=stop` stop it there as SIGSTOP does,
+//! until SIGCONT. Without the variable a fail point costs one load.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-static ARMED: OnceLock<Option<(String, AtomicU64)>> = OnceLock::new();
+use rustix::process::{Signal, getpid, kill_process};
 
-/// Aborts the process if this place is the armed one.
+static ARMED: OnceLock<Option<Armed>> = OnceLock::new();
+
+#[derive(Debug)]
+struct Armed {
+    place: String,
+    left: AtomicU64,
+    stops: bool,
+}
+
+/// Aborts or stops the process if this place is the armed one.
 pub fn hit(name: &str) {
-    let armed = ARMED.get_or_init(|| std::env::var("DR_AGENT_FAILPOINT").ok().map(parse));
-    if let Some((place, left)) = armed
-        && place == name
-        && left.fetch_sub(1, Ordering::Relaxed) == 1
+    let armed = ARMED.get_or_init(|| {
+        std::env::var("DR_AGENT_FAILPOINT")
+            .ok()
+            .map(|text| parse(&text))
+    });
+    if let Some(armed) = armed
+        && armed.place == name
+        && armed.left.fetch_sub(1, Ordering::Relaxed) == 1
     {
-        std::process::abort();
+        if !armed.stops || kill_process(getpid(), Signal::STOP).is_err() {
+            std::process::abort();
+        }
     }
 }
 
-fn parse(text: String) -> (String, AtomicU64) {
-    match text.rsplit_once('@') {
-        Some((name, count)) if count.parse::<u64>().is_ok_and(|count| count > 0) => (
-            name.to_owned(),
-            AtomicU64::new(count.parse().expect("the guard has parsed it")),
-        ),
-        _ => (text, AtomicU64::new(1)),
+fn parse(text: &str) -> Armed {
+    let (text, stops) = match text.strip_suffix("=stop") {
+        Some(text) => (text, true),
+        None => (text, false),
+    };
+    let (place, left) = text
+        .rsplit_once('@')
+        .and_then(|(name, count)| Some((name, count.parse().ok().filter(|count| *count > 0)?)))
+        .unwrap_or((text, 1));
+    Armed {
+        place: place.to_owned(),
+        left: AtomicU64::new(left),
+        stops,
     }
 }
 
@@ -34,15 +56,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_may_carry_a_count() {
-        let (name, count) = parse("apply:after-commit@3".to_owned());
-        assert_eq!(
-            (name.as_str(), count.into_inner()),
-            ("apply:after-commit", 3)
-        );
-        assert_eq!(
-            parse("apply:after-commit".to_owned()).0,
-            "apply:after-commit"
-        );
+    fn a_place_may_carry_a_count_and_what_happens_there() {
+        for (text, place, left, stops) in [
+            ("apply:after-commit", "apply:after-commit", 1, false),
+            ("apply:after-commit@3", "apply:after-commit", 3, false),
+            ("apply:all-prepared=stop", "apply:all-prepared", 1, true),
+            ("apply:lane-prepared@2=stop", "apply:lane-prepared", 2, true),
+        ] {
+            let armed = parse(text);
+            assert_eq!((armed.place.as_str(), armed.stops), (place, stops));
+            assert_eq!(armed.left.into_inner(), left);
+        }
     }
 }

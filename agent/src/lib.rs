@@ -29,6 +29,8 @@ pub mod monitor;
 pub mod net;
 pub mod pg;
 pub mod pipeline;
+pub mod plan;
+pub mod prepared;
 pub mod promote;
 pub mod setup;
 pub mod sink;

@@ -95,6 +95,11 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         "Batches replayed change by change after a constraint refused the folded form",
     ),
     (
+        "dr_agent_spread_batches_total",
+        Kind::Counter,
+        "Batches that were large enough to be spread over several lanes",
+    ),
+    (
         "dr_agent_bytes_total",
         Kind::Counter,
         "Bytes of pgoutput messages, received from the source",
@@ -193,6 +198,8 @@ pub struct DatabaseMetrics {
     pub batch_apply_seconds: Histogram,
     /// `dr_agent_slow_path_total`
     pub slow_path: Counter,
+    /// `dr_agent_spread_batches_total`
+    pub spread_batches: Counter,
     /// `dr_agent_bytes_total{direction="received"}`
     pub bytes_received: Counter,
     /// `dr_agent_slot_retained_bytes`
@@ -221,6 +228,7 @@ impl DatabaseMetrics {
             batches: counter!("dr_agent_batches_total", "database" => label()),
             batch_apply_seconds: histogram!("dr_agent_batch_apply_seconds", "database" => label()),
             slow_path: counter!("dr_agent_slow_path_total", "database" => label()),
+            spread_batches: counter!("dr_agent_spread_batches_total", "database" => label()),
             bytes_received: counter!(
                 "dr_agent_bytes_total", "database" => label(), "direction" => "received"
             ),

@@ -23,7 +23,7 @@
 //! folding cannot explain (an insert over a row it has just seen inserted) is an error, and the batch
 //! takes the slow path, whose verdict counts.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -183,11 +183,14 @@ pub enum RowChange {
     },
 }
 
+/// The key of a row as bytes, equal exactly when the key's values are; see [`KeyOrder`] for their order.
+pub type RowKey = Box<[u8]>;
+
 /// A part of a table's changes that is carried out before the next one begins.
 #[derive(Clone, Debug)]
 pub enum Stage {
     /// One net change per key, sorted by key.
-    Keyed(BTreeMap<Box<[u8]>, NetChange>),
+    Keyed(Vec<(RowKey, NetChange)>),
     /// One by one.
     Ordered(Vec<RowChange>),
 }
@@ -213,6 +216,20 @@ pub enum Step {
         /// RESTART IDENTITY.
         restart_identity: bool,
     },
+}
+
+impl Step {
+    /// The relations it concerns; one may occur more than once.
+    pub fn relations(&self) -> impl Iterator<Item = &Arc<SourceRelation>> {
+        let (tables, truncated) = match self {
+            Self::Tables(tables) => (tables.as_slice(), None),
+            Self::Truncate { relations, .. } => (&[][..], Some(relations)),
+        };
+        tables
+            .iter()
+            .map(|table| &table.relation)
+            .chain(truncated.into_iter().flat_map(|relations| relations.iter()))
+    }
 }
 
 /// Why changes could not be folded.
@@ -297,7 +314,10 @@ struct Folding<'k, K> {
 struct Folded {
     relation: Arc<SourceRelation>,
     key: Key,
+    /// What is complete.
     stages: Vec<Stage>,
+    /// The keyed stage that is being folded, behind the complete ones.
+    folding: HashMap<RowKey, NetChange>,
 }
 
 impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
@@ -334,6 +354,7 @@ impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
                     relation: Arc::clone(relation),
                     key: (self.key_of)(relation),
                     stages: Vec::new(),
+                    folding: HashMap::new(),
                 });
                 self.index.insert(id, self.tables.len() - 1);
                 self.tables.len() - 1
@@ -344,14 +365,7 @@ impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
 
     fn barrier(&mut self) {
         self.index.clear();
-        let tables: Vec<TableChanges> = self
-            .tables
-            .drain(..)
-            .map(|table| TableChanges {
-                relation: table.relation,
-                stages: table.stages,
-            })
-            .collect();
+        let tables: Vec<TableChanges> = self.tables.drain(..).map(Folded::finish).collect();
         if !tables.is_empty() {
             self.steps.push(Step::Tables(tables));
         }
@@ -415,14 +429,13 @@ impl Folded {
     }
 
     /// A complete row comes under a key that must be free.
-    fn arrive(&mut self, key: Box<[u8]>, new: Row, taken: &'static str) -> Result<(), FoldError> {
-        let rows = self.keyed();
-        let net = match rows.remove(&key) {
+    fn arrive(&mut self, key: RowKey, new: Row, taken: &'static str) -> Result<(), FoldError> {
+        let net = match self.folding.remove(&key) {
             None => NetChange::Insert(new),
             Some(NetChange::Delete(old)) => NetChange::Replace { old, new },
             Some(_) => return Err(self.contradiction(taken)),
         };
-        rows.insert(key, net);
+        self.folding.insert(key, net);
         Ok(())
     }
 
@@ -462,9 +475,8 @@ impl Folded {
         self.update_in_place(new_key, new)
     }
 
-    fn update_in_place(&mut self, key: Box<[u8]>, mut new: Row) -> Result<(), FoldError> {
-        let rows = self.keyed();
-        let net = match rows.remove(&key) {
+    fn update_in_place(&mut self, key: RowKey, mut new: Row) -> Result<(), FoldError> {
+        let net = match self.folding.remove(&key) {
             None => NetChange::Update(new),
             Some(NetChange::Insert(earlier)) => {
                 new.fill_from(earlier.values(), |_| true);
@@ -482,27 +494,28 @@ impl Folded {
                 return Err(self.contradiction("an update of a deleted row"));
             }
         };
-        rows.insert(key, net);
+        self.folding.insert(key, net);
         Ok(())
     }
 
     fn change_key(
         &mut self,
-        old_key: Box<[u8]>,
+        old_key: RowKey,
         old: Tuple,
-        new_key: Box<[u8]>,
+        new_key: RowKey,
         mut new: Row,
     ) -> Result<(), FoldError> {
         if let Some(
             NetChange::Insert(earlier)
             | NetChange::Update(earlier)
             | NetChange::Replace { new: earlier, .. },
-        ) = self.keyed().get(&old_key)
+        ) = self.folding.get(&old_key)
         {
             new.fill_from(earlier.values(), |_| true);
         }
         if !new.unsent().is_empty() {
             // A TOAST value is only on the replica: the row there must keep its identity.
+            self.close();
             self.stages
                 .push(Stage::Ordered(vec![RowChange::Update { old, new }]));
             return Ok(());
@@ -511,15 +524,14 @@ impl Folded {
         self.arrive(new_key, new, "a key change onto an existing row")
     }
 
-    fn delete(&mut self, key: Box<[u8]>, old: Tuple) -> Result<(), FoldError> {
-        let rows = self.keyed();
-        match rows.remove(&key) {
+    fn delete(&mut self, key: RowKey, old: Tuple) -> Result<(), FoldError> {
+        match self.folding.remove(&key) {
             Some(NetChange::Insert(_)) => {}
             None | Some(NetChange::Update(_)) => {
-                rows.insert(key, NetChange::Delete(old));
+                self.folding.insert(key, NetChange::Delete(old));
             }
             Some(NetChange::Replace { old, .. }) => {
-                rows.insert(key, NetChange::Delete(old));
+                self.folding.insert(key, NetChange::Delete(old));
             }
             Some(NetChange::Delete(_)) => {
                 return Err(self.contradiction("a second delete of a row"));
@@ -528,17 +540,26 @@ impl Folded {
         Ok(())
     }
 
-    fn keyed(&mut self) -> &mut BTreeMap<Box<[u8]>, NetChange> {
-        if !matches!(self.stages.last(), Some(Stage::Keyed(_))) {
-            self.stages.push(Stage::Keyed(BTreeMap::new()));
+    /// Closes the keyed stage that is being folded.
+    fn close(&mut self) {
+        if self.folding.is_empty() {
+            return;
         }
-        match self.stages.last_mut() {
-            Some(Stage::Keyed(rows)) => rows,
-            _ => unreachable!("a keyed stage was pushed above"),
+        let mut rows: Vec<_> = self.folding.drain().collect();
+        rows.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+        self.stages.push(Stage::Keyed(rows));
+    }
+
+    fn finish(mut self) -> TableChanges {
+        self.close();
+        TableChanges {
+            relation: self.relation,
+            stages: self.stages,
         }
     }
 
     fn ordered(&mut self) -> &mut Vec<RowChange> {
+        self.close();
         if !matches!(self.stages.last(), Some(Stage::Ordered(_))) {
             self.stages.push(Stage::Ordered(Vec::new()));
         }
@@ -557,10 +578,7 @@ impl Folded {
 
     /// The key as bytes that are equal exactly when the key's values are, and that sort as the
     /// values do where [`KeyOrder::Integer`] says so.
-    fn key_bytes<'v>(
-        &self,
-        values: impl Iterator<Item = Value<'v>>,
-    ) -> Result<Box<[u8]>, FoldError> {
+    fn key_bytes<'v>(&self, values: impl Iterator<Item = Value<'v>>) -> Result<RowKey, FoldError> {
         let mut bytes = Vec::with_capacity(self.key.columns.len() * 9);
         let mut columns = self.key.columns.iter().peekable();
         for (position, value) in values.enumerate() {
@@ -628,5 +646,7 @@ fn append_key_value(bytes: &mut Vec<u8>, order: KeyOrder, value: Value<'_>) -> b
     true
 }
 
+#[cfg(test)]
+pub(crate) mod model;
 #[cfg(test)]
 mod tests;

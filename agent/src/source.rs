@@ -25,6 +25,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::MissedTickBehavior;
 
 use crate::error::{Class, Classify};
+use crate::failpoint;
 use crate::ledger::FlushLsn;
 use crate::pg::replication::{
     ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
@@ -218,6 +219,7 @@ impl Task {
                 //    futures may be dropped at any point: nothing is lost.
                 changed = self.feedback.flush.changed() => {
                     self.feedback.send().await?;
+                    failpoint::hit("source:acknowledged");
                     if changed.is_err() {
                         return Ok(());
                     }

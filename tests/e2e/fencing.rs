@@ -66,11 +66,24 @@ async fn an_agent_that_runs_during_the_promotion_or_comes_back_after_it_changes_
 
 #[tokio::test]
 async fn an_agent_frozen_in_the_middle_of_a_batch_cannot_finish_it_after_the_promotion() {
+    frozen(1).await;
+}
+
+#[tokio::test]
+async fn nor_can_one_frozen_with_four_lanes() {
+    frozen(4).await;
+}
+
+async fn frozen(lanes: u16) {
     let site = Site::own().await;
     let database = site.database("frozen").await;
     let source = database.source().await;
     source.run(TABLE).await;
-    let (agent, mut running) = database.replicate().await;
+    let mut agent = database.agent();
+    agent.configure("replica.lanes", &lanes.to_string());
+    agent.configure("limits.spread_changes", "2");
+    let mut running = agent.start();
+    running.wait_for_streaming(&database.name).await;
     database.wait_caught_up().await;
 
     // The batch hangs on a lock, after it has taken its progress row.

@@ -16,6 +16,7 @@ mod disturbances;
 mod fencing;
 mod harness;
 mod init;
+mod lanes;
 mod large;
 mod observe;
 mod oracle;

@@ -15,6 +15,15 @@ const KILLS: u32 = 8;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_lost_or_doubled_when_the_agent_is_killed_at_random_moments() {
+    oracle(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_lost_or_doubled_with_four_lanes_either() {
+    oracle(4).await;
+}
+
+async fn oracle(lanes: u16) {
     let seed = seed();
     let mut rng = StdRng::seed_from_u64(seed);
     let site = Site::own().await;
@@ -24,6 +33,8 @@ async fn nothing_is_lost_or_doubled_when_the_agent_is_killed_at_random_moments()
     let mut agent = database.agent();
     // Small limits: many batches, and transactions that continue in spill files.
     agent.configure("limits.batch_changes", "300");
+    agent.configure("replica.lanes", &lanes.to_string());
+    agent.configure("limits.spread_changes", "2");
     agent.configure("limits.transaction_bytes", "\"64KiB\"");
     agent.configure("limits.queue_bytes", "\"1MiB\"");
 
@@ -76,6 +87,12 @@ async fn nothing_is_lost_or_doubled_when_the_agent_is_killed_at_random_moments()
         replica.holds(&durable).await,
         "the slot confirmed {confirmed}"
     );
+    let prepared = "SELECT count(*) FROM pg_prepared_xacts WHERE gid LIKE 'dr\\_agent:%'";
+    assert_eq!(replica.number(prepared).await, 0);
+    let labels = [("database", database.name.as_str())];
+    let metrics = running.metrics().await;
+    let spread = metrics.value("dr_agent_spread_batches_total", &labels);
+    assert_eq!(spread.unwrap_or(0.0) > 0.0, lanes > 1, "{spread:?}");
     running.expect_quiet_log();
     running.stop().await;
 }

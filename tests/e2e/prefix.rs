@@ -13,15 +13,25 @@ use rand::{Rng as _, SeedableRng as _};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_promoted_replica_equals_the_source_as_of_one_commit() {
-    prefix(true).await;
+    prefix(true, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promoted_replica_with_four_lanes_equals_the_source_as_of_one_commit() {
+    prefix(true, 4).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_promoted_under_a_running_agent_equals_the_source_as_of_one_commit() {
-    prefix(false).await;
+    prefix(false, 1).await;
 }
 
-async fn prefix(agent_dies_first: bool) {
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_promoted_under_a_running_agent_with_four_lanes_does_as_well() {
+    prefix(false, 4).await;
+}
+
+async fn prefix(agent_dies_first: bool, lanes: u16) {
     let seed = seed();
     let mut rng = StdRng::seed_from_u64(seed);
     let source = ServerOptions::source().set("wal_keep_size", "2GB");
@@ -32,6 +42,8 @@ async fn prefix(agent_dies_first: bool) {
     let backup = Backup::take(&site.source).await;
     let mut agent = database.agent();
     agent.configure("limits.batch_changes", "200");
+    agent.configure("replica.lanes", &lanes.to_string());
+    agent.configure("limits.spread_changes", "2");
     let mut running = agent.start();
     running.wait_for_streaming(&database.name).await;
     let replica = database.replica().await;

@@ -46,7 +46,7 @@ pub async fn check(config: &Config) -> Report {
     let version = source.as_ref().map(|source| source.server.version_num);
     findings.extend(host::look(config, version).await);
     if let (Some(source), Some(replica)) = (&source, &replica) {
-        findings.extend(pair::servers(source, replica));
+        findings.extend(pair::servers(config, source, replica));
     }
     for name in databases(config, source.as_ref(), replica.as_ref()) {
         // The replica first: while it replicates, what it has applied must be compared with where the

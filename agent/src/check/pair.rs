@@ -16,7 +16,7 @@ use crate::catalog::TableName;
 use crate::config::Config;
 
 /// Compares the servers.
-pub(super) fn servers(source: &Source, replica: &Replica) -> Vec<Finding> {
+pub(super) fn servers(config: &Config, source: &Source, replica: &Replica) -> Vec<Finding> {
     let at = Place::server(Side::Both);
     let mut findings: Vec<Finding> = settings::same_server(&at, &source.server, &replica.server)
         .into_iter()
@@ -26,6 +26,7 @@ pub(super) fn servers(source: &Source, replica: &Replica) -> Vec<Finding> {
         &there,
         &replica.server,
         &source.server,
+        config.replica.lanes,
     ));
     findings.extend(roles(&there, &source.roles, &replica.roles));
     findings

@@ -221,14 +221,28 @@ pub(super) fn clock(at: &Place, skew: Skew) -> Finding {
     }
 }
 
-/// Settings of the replica.
-pub(super) fn replica_settings(at: &Place, server: &Server, source: &Server) -> Vec<Finding> {
+/// Settings of the replica, which is to apply on `lanes` lanes in each database.
+pub(super) fn replica_settings(
+    at: &Place,
+    server: &Server,
+    source: &Server,
+    lanes: u16,
+) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if server.number("max_prepared_transactions") == Some(0) {
-        findings.push(at.note(
-            "max_prepared_transactions",
-            "is 0: batches are applied on one lane, which is what this version does in any case",
-        ));
+    let limit = server.number("max_prepared_transactions");
+    if lanes > 1 && limit.is_some_and(|limit| limit < i64::from(lanes)) {
+        let limit = limit.unwrap_or_default();
+        let possible = if limit < 2 { 1 } else { limit };
+        findings.push(
+            at.warning(
+                "max_prepared_transactions",
+                format!("is {limit}: large batches are applied on {possible} of {lanes} lanes"),
+            )
+            .hint(
+                "set it to at least replica.lanes times the number of databases and restart the \
+                 replica, or set replica.lanes = 1",
+            ),
+        );
     }
     if server.major() < source.major() {
         findings.push(
@@ -467,12 +481,23 @@ mod tests {
             ..server(&[("max_prepared_transactions", "0")])
         };
         assert_eq!(
-            codes(&replica_settings(&at(), &replica, &server(&[]))),
+            codes(&replica_settings(&at(), &replica, &server(&[]), 4)),
             [
-                (Severity::Note, "max_prepared_transactions"),
+                (Severity::Warning, "max_prepared_transactions"),
                 (Severity::Warning, "replica_older"),
             ]
         );
+    }
+
+    #[test]
+    fn lanes_need_prepared_transactions() {
+        let found = |limit, lanes| {
+            let replica = server(&[("max_prepared_transactions", limit)]);
+            replica_settings(&at(), &replica, &server(&[]), lanes).len()
+        };
+        assert_eq!(found("0", 1), 0);
+        assert_eq!(found("3", 4), 1);
+        assert_eq!(found("4", 4), 0);
     }
 
     #[test]

@@ -5,236 +5,20 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
+use super::model::{
+    ModelRow, Source, carry_out, keyed, number, operation, statements, texts, values,
+};
 use super::*;
 use crate::pg::pgoutput::encode;
-use crate::testing::{relation, table};
-
-const KEY_COLUMNS: [KeyColumn; 1] = [KeyColumn {
-    position: 0,
-    order: KeyOrder::Integer,
-}];
-
-fn keyed(_: &Arc<SourceRelation>) -> Key {
-    Key {
-        columns: KEY_COLUMNS.to_vec(),
-    }
-}
 
 fn keyless(_: &Arc<SourceRelation>) -> Key {
     Key::default()
 }
 
-/// A row of the model: key, a small value, a large one that an update may leave unsent.
-type ModelRow = (i64, i64, i64);
-
-/// What a source transaction may do to one table.
-#[derive(Clone, Debug)]
-enum Operation {
-    Insert(ModelRow),
-    Update {
-        key: i64,
-        value: i64,
-        large: Option<i64>,
-    },
-    ChangeKey {
-        key: i64,
-        to: i64,
-        value: i64,
-        large: Option<i64>,
-    },
-    Delete {
-        key: i64,
-    },
-    Truncate,
-    Describe,
-}
-
-/// The source: rows by key. Carries out what is possible and says it as pgoutput would.
-struct Source {
-    relation: Arc<SourceRelation>,
-    rows: BTreeMap<i64, ModelRow>,
-    changes: Vec<Change>,
-}
-
-impl Source {
-    fn new(rows: &BTreeMap<i64, ModelRow>) -> Self {
-        Self {
-            relation: described(),
-            rows: rows.clone(),
-            changes: Vec::new(),
-        }
-    }
-
-    fn say(&mut self, message: Bytes) {
-        let relations = Relations::Row(Arc::clone(&self.relation));
-        self.changes.push(Change { relations, message });
-    }
-
-    fn perform(&mut self, operation: &Operation) {
-        match *operation {
-            Operation::Insert(row) if !self.rows.contains_key(&row.0) => {
-                self.rows.insert(row.0, row);
-                let texts = texts(row);
-                self.say(encode::insert(1, &values(&texts, true)));
-            }
-            Operation::Update { key, value, large } => {
-                let Some(row) = self.rows.get_mut(&key) else {
-                    return;
-                };
-                row.1 = value;
-                row.2 = large.unwrap_or(row.2);
-                let texts = texts(*row);
-                self.say(encode::update(1, None, &values(&texts, large.is_some())));
-            }
-            Operation::ChangeKey {
-                key,
-                to,
-                value,
-                large,
-            } => {
-                if self.rows.contains_key(&to) {
-                    return;
-                }
-                let Some(row) = self.rows.remove(&key) else {
-                    return;
-                };
-                let new = (to, value, large.unwrap_or(row.2));
-                self.rows.insert(to, new);
-                let (old, texts) = (key.to_string(), texts(new));
-                let old = [Value::Text(old.as_bytes()), Value::Null, Value::Null];
-                let new = values(&texts, large.is_some());
-                self.say(encode::update(1, Some((b'K', &old)), &new));
-            }
-            Operation::Delete { key } => {
-                if self.rows.remove(&key).is_none() {
-                    return;
-                }
-                let old = key.to_string();
-                let old = [Value::Text(old.as_bytes()), Value::Null, Value::Null];
-                self.say(encode::delete(1, (b'K', &old)));
-            }
-            Operation::Truncate => {
-                self.rows.clear();
-                let relations = Relations::Truncate([Arc::clone(&self.relation)].into());
-                let message = encode::truncate(&[1], false, false);
-                self.changes.push(Change { relations, message });
-            }
-            Operation::Describe => self.relation = described(),
-            Operation::Insert(_) => {}
-        }
-    }
-}
-
-fn described() -> Arc<SourceRelation> {
-    relation(table(1, "t", &["key", "value", "large"]))
-}
-
-fn texts(row: ModelRow) -> [String; 3] {
-    [row.0.to_string(), row.1.to_string(), row.2.to_string()]
-}
-
-fn values(texts: &[String; 3], large_sent: bool) -> [Value<'_>; 3] {
-    let large = if large_sent {
-        Value::Text(texts[2].as_bytes())
-    } else {
-        Value::UnchangedToast
-    };
-    [
-        Value::Text(texts[0].as_bytes()),
-        Value::Text(texts[1].as_bytes()),
-        large,
-    ]
-}
-
-fn number(value: Value<'_>) -> Option<i64> {
-    match value {
-        Value::Text(text) => Some(std::str::from_utf8(text).unwrap().parse().unwrap()),
-        _ => None,
-    }
-}
-
-/// The replica: carries out steps with the checks the real one makes.
 fn execute(rows: &mut BTreeMap<i64, ModelRow>, steps: &[Step]) {
-    for step in steps {
-        match step {
-            Step::Truncate { .. } => rows.clear(),
-            Step::Tables(tables) => {
-                for stage in tables.iter().flat_map(|table| &table.stages) {
-                    match stage {
-                        Stage::Keyed(net) => execute_keyed(rows, net),
-                        Stage::Ordered(changes) => {
-                            for change in changes {
-                                execute_one(rows, change);
-                            }
-                        }
-                    }
-                }
-            }
-        }
+    for statement in statements(steps) {
+        carry_out(rows, &statement);
     }
-}
-
-fn execute_keyed(rows: &mut BTreeMap<i64, ModelRow>, net: &BTreeMap<Box<[u8]>, NetChange>) {
-    let mut keys = Vec::new();
-    for change in net.values() {
-        if let NetChange::Delete(old) | NetChange::Replace { old, .. } = change {
-            let key = number(old.values().next().unwrap()).unwrap();
-            assert!(
-                rows.remove(&key).is_some(),
-                "deletes a row that is not there"
-            );
-        }
-    }
-    for change in net.values() {
-        if let NetChange::Update(row) = change {
-            let key = number(row.values().next().unwrap()).unwrap();
-            let stored = rows.get_mut(&key).expect("updates a row that is not there");
-            assign(stored, row);
-        }
-    }
-    for change in net.values() {
-        if let NetChange::Insert(row) | NetChange::Replace { new: row, .. } = change {
-            let all: Vec<i64> = row.values().map(|value| number(value).unwrap()).collect();
-            let before = rows.insert(all[0], (all[0], all[1], all[2]));
-            assert!(before.is_none(), "inserts over a row");
-            keys.push(all[0]);
-        }
-    }
-    assert!(keys.is_sorted(), "rows are not in the order of their keys");
-}
-
-fn execute_one(rows: &mut BTreeMap<i64, ModelRow>, change: &RowChange) {
-    let RowChange::Update { old, new } = change else {
-        panic!("with a key only key changes go one by one")
-    };
-    let key = number(old.values().next().unwrap()).unwrap();
-    let mut row = rows.remove(&key).expect("updates a row that is not there");
-    assign(&mut row, new);
-    assert!(rows.insert(row.0, row).is_none(), "moves onto a row");
-}
-
-fn assign(stored: &mut ModelRow, row: &Row) {
-    let sent: Vec<Option<i64>> = row.values().map(number).collect();
-    stored.0 = sent[0].unwrap_or(stored.0);
-    stored.1 = sent[1].unwrap_or(stored.1);
-    stored.2 = sent[2].unwrap_or(stored.2);
-}
-
-fn operation() -> impl Strategy<Value = Operation> {
-    // Few keys, negative ones among them, so that changes meet.
-    let key = -3i64..5;
-    let value = 0i64..1000;
-    let large = proptest::option::of(0i64..1000);
-    prop_oneof![
-        4 => (key.clone(), value.clone(), value.clone()).prop_map(Operation::Insert),
-        4 => (key.clone(), value.clone(), large.clone())
-            .prop_map(|(key, value, large)| Operation::Update { key, value, large }),
-        4 => (key.clone(), key.clone(), value, large)
-            .prop_map(|(key, to, value, large)| Operation::ChangeKey { key, to, value, large }),
-        4 => key.prop_map(|key| Operation::Delete { key }),
-        1 => Just(Operation::Truncate),
-        1 => Just(Operation::Describe),
-    ]
 }
 
 proptest! {
@@ -337,7 +121,7 @@ fn under_full_identity_a_value_left_out_is_in_the_old_row() {
     let [Stage::Keyed(rows)] = tables[0].stages.as_slice() else {
         panic!("one stage")
     };
-    let Some(NetChange::Update(row)) = rows.values().next() else {
+    let Some((_, NetChange::Update(row))) = rows.first() else {
         panic!("an update")
     };
     assert_eq!(

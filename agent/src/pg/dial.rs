@@ -216,7 +216,7 @@ impl Attempt<'_> {
     where
         S::Session: Send,
     {
-        let stream = PgStream::open(self.host, &self.address, self.conninfo.keepalive, tls).await?;
+        let stream = PgStream::open(self.host, &self.address, self.conninfo, tls).await?;
         if self.conninfo.channel_binding == ChannelBinding::Require && !stream.is_tls() {
             return Err(PgError::Tls {
                 server: self.host.to_string(),

@@ -8,11 +8,13 @@ mod connect;
 mod conninfo;
 mod dial;
 mod error;
+pub mod leftover;
 mod password;
 pub mod pgoutput;
 pub mod replication;
 pub mod slot;
 mod stream;
+mod throttle;
 mod tls;
 
 pub use connect::{Session, connect};

@@ -11,7 +11,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
@@ -19,11 +19,17 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::client::TlsStream;
 
 use super::PgError;
-use super::conninfo::{Host, Keepalive};
+use super::conninfo::{ConnInfo, Host, Keepalive};
+use super::throttle::Throttle;
 use super::tls::Tls;
 
 /// An open connection on which the start-up packet may be sent.
-pub(super) enum PgStream {
+pub(super) struct PgStream {
+    transport: Transport,
+    throttle: Option<Throttle>,
+}
+
+enum Transport {
     Unix(UnixStream),
     Tcp(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
@@ -37,9 +43,39 @@ pub(super) enum Address {
 }
 
 impl PgStream {
+    /// Opens the transport; what is sent over it from then on is within the bandwidth.
+    pub(super) async fn open(
+        host: &Host,
+        address: &Address,
+        conninfo: &ConnInfo,
+        tls: Option<(&Tls, bool)>,
+    ) -> Result<Self, PgError> {
+        Ok(Self {
+            transport: Transport::open(host, address, conninfo.keepalive, tls).await?,
+            throttle: conninfo.bandwidth.clone().map(Throttle::new),
+        })
+    }
+
+    /// What binds authentication to this TLS session (RFC 5929, `tls-server-end-point`).
+    pub(super) fn channel_binding(&self) -> Option<Vec<u8>> {
+        match &self.transport {
+            Transport::Tls(stream) => {
+                let certificate = stream.get_ref().1.peer_certificates()?.first()?;
+                super::tls::server_end_point(certificate)
+            }
+            Transport::Unix(_) | Transport::Tcp(_) => None,
+        }
+    }
+
+    pub(super) fn is_tls(&self) -> bool {
+        matches!(self.transport, Transport::Tls(_))
+    }
+}
+
+impl Transport {
     /// Connects and, with `tls`, makes the handshake. Without TLS on the server's side a handshake
     /// that is not `required` leaves a plain stream.
-    pub(super) async fn open(
+    async fn open(
         host: &Host,
         address: &Address,
         keepalive: Keepalive,
@@ -77,21 +113,6 @@ impl PgStream {
         }
         let stream = tls.handshake(host, tcp).await?;
         Ok(Self::Tls(Box::new(stream)))
-    }
-
-    /// What binds authentication to this TLS session (RFC 5929, `tls-server-end-point`).
-    pub(super) fn channel_binding(&self) -> Option<Vec<u8>> {
-        match self {
-            Self::Tls(stream) => {
-                let certificate = stream.get_ref().1.peer_certificates()?.first()?;
-                super::tls::server_end_point(certificate)
-            }
-            Self::Unix(_) | Self::Tcp(_) => None,
-        }
-    }
-
-    pub(super) fn is_tls(&self) -> bool {
-        matches!(self, Self::Tls(_))
     }
 }
 
@@ -139,17 +160,17 @@ fn prepare(tcp: &TcpStream, keepalive: Keepalive) -> io::Result<()> {
 
 /// Delegates to the stream inside, whichever it is.
 macro_rules! inner {
-    ($self:ident, $stream:ident => $call:expr) => {
-        match $self.get_mut() {
-            PgStream::Unix($stream) => {
+    ($transport:expr, $stream:ident => $call:expr) => {
+        match $transport {
+            Transport::Unix($stream) => {
                 let $stream = Pin::new($stream);
                 $call
             }
-            PgStream::Tcp($stream) => {
+            Transport::Tcp($stream) => {
                 let $stream = Pin::new($stream);
                 $call
             }
-            PgStream::Tls($stream) => {
+            Transport::Tls($stream) => {
                 let $stream = Pin::new($stream.as_mut());
                 $call
             }
@@ -163,7 +184,7 @@ impl AsyncRead for PgStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        inner!(self, stream => stream.poll_read(cx, buf))
+        inner!(&mut self.get_mut().transport, stream => stream.poll_read(cx, buf))
     }
 }
 
@@ -173,15 +194,25 @@ impl AsyncWrite for PgStream {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        inner!(self, stream => stream.poll_write(cx, buf))
+        let this = self.get_mut();
+        let granted = match &mut this.throttle {
+            Some(throttle) => ready!(throttle.poll_grant(cx, buf.len())),
+            None => buf.len(),
+        };
+        let buf = &buf[..granted];
+        let sent = ready!(inner!(&mut this.transport, stream => stream.poll_write(cx, buf)))?;
+        if let Some(throttle) = &mut this.throttle {
+            throttle.sent(sent);
+        }
+        Poll::Ready(Ok(sent))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        inner!(self, stream => stream.poll_flush(cx))
+        inner!(&mut self.get_mut().transport, stream => stream.poll_flush(cx))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        inner!(self, stream => stream.poll_shutdown(cx))
+        inner!(&mut self.get_mut().transport, stream => stream.poll_shutdown(cx))
     }
 }
 

@@ -3,35 +3,23 @@
 //! Between batches it adds the constraints of the initial copy that had to wait for the stream. It owns
 //! the session with the replica; the pipeline hears of it only through outcomes.
 
-use std::time::Duration;
-
 use tokio::sync::mpsc;
 
 use super::error::SessionError;
-use super::now_instant;
-use crate::batch::Batch;
 use crate::pg::{self, ConnInfo, PgLsn};
-use crate::sink::replica::{Applied, ReplicaSink, SinkError};
+use crate::sink::replica::{Outcome, ReplicaSink, SinkError};
 use crate::snapshot;
 use crate::stream::StreamName;
 
 /// The sink task: batches in, outcomes out, in order.
 pub(super) async fn apply_batches(
     mut sink: ReplicaSink,
-    mut batches: mpsc::Receiver<Batch>,
     outcomes: mpsc::Sender<Outcome>,
     mut deferred: Deferred,
 ) -> Option<SessionError> {
-    while let Some(batch) = batches.recv().await {
-        let started = now_instant();
-        let end_lsn = batch.end_lsn();
-        let result = sink.apply(&batch).await;
-        let failed = result.is_err();
-        let outcome = Outcome {
-            batch,
-            result,
-            took: started.elapsed(),
-        };
+    while let Some(outcome) = sink.next().await {
+        let end_lsn = outcome.batch.end_lsn();
+        let failed = outcome.result.is_err();
         if outcomes.send(outcome).await.is_err() || failed {
             return None;
         }
@@ -50,7 +38,7 @@ pub(super) struct Deferred {
 }
 
 impl Deferred {
-    /// Adds what is due; between batches, since it locks tables.
+    /// Adds what is due. It locks tables: batches in flight are waited for, and later ones wait.
     pub(super) async fn passed(&mut self, end_lsn: PgLsn) -> Result<(), SessionError> {
         if self.after.is_none_or(|after| end_lsn < after) {
             return Ok(());
@@ -67,12 +55,4 @@ impl Deferred {
         }
         Ok(())
     }
-}
-
-/// What the sink task says of a batch.
-#[derive(Debug)]
-pub(super) struct Outcome {
-    pub(super) batch: Batch,
-    pub(super) result: Result<Applied, SinkError>,
-    pub(super) took: Duration,
 }

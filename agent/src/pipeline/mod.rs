@@ -28,6 +28,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{self, Decision};
+use crate::batch::Pace;
 use crate::config::Config;
 use crate::error::{Class, Classify, chain};
 use crate::lag::{Lag, Micros, pg_micros};
@@ -35,7 +36,9 @@ use crate::ledger::{BatchNumber, Ledger};
 use crate::metrics::DatabaseMetrics;
 use crate::monitor;
 use crate::setup::{self, Prepared};
-use crate::sink::replica::{ReplicaSink, SinkError, SinkSettings, Synced};
+use crate::sink::replica::{
+    IN_FLIGHT_MAX, ReplicaSink, SegmentLimits, SinkError, SinkSettings, Synced,
+};
 use crate::snapshot::{CopyObserver, CopyPhase, ProgressDisplay};
 use crate::source::{self, SourcePosition, SourceSettings};
 use crate::spill::{self, SpillSpace};
@@ -43,7 +46,7 @@ use crate::status::{State, StatusCell};
 use crate::stream::StreamName;
 use apply::{Deferred, apply_batches};
 use error::SessionError;
-use streaming::{IN_FLIGHT_MAX, Owned, Streaming};
+use streaming::{Owned, Streaming};
 
 /// Transactions between the source task and here. Their bytes are bounded by `limits.queue_bytes`; this
 /// only bounds how many tiny ones.
@@ -262,12 +265,17 @@ impl Pipeline {
         let space = SpillSpace::open(directory, limits.spill_bytes)?;
         let source = self.config.source.conninfo.with_dbname(&self.database);
         let replica = self.config.replica.conninfo.with_dbname(&self.database);
-        let sink = ReplicaSink::connect(
+        let (sink, batches) = ReplicaSink::connect(
             &replica,
             SinkSettings {
                 stream: self.stream.clone(),
                 term: prepared.term,
-                segment_bytes: limits.batch_bytes,
+                segment: SegmentLimits {
+                    bytes: limits.batch_bytes,
+                    changes: limits.batch_changes,
+                },
+                lanes: self.config.replica.lanes,
+                spread_changes: limits.spread_changes,
             },
             Synced {
                 tables: prepared.synced.iter().cloned().collect(),
@@ -279,7 +287,6 @@ impl Pipeline {
         let (flush, flush_seen) = watch::channel(ledger.flush_lsn());
         let (position, position_seen) = watch::channel(SourcePosition::default());
         let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
-        let (batches, batches_to_apply) = mpsc::channel(IN_FLIGHT_MAX);
         let (outcomes, outcomes_seen) = mpsc::channel(IN_FLIGHT_MAX);
         let (reports, reports_seen) = mpsc::channel(4);
         let mut tasks = JoinSet::new();
@@ -308,7 +315,8 @@ impl Pipeline {
             after: newest_snapshot,
         };
         deferred.passed(prepared.end_lsn).await?;
-        tasks.spawn(apply_batches(sink, batches_to_apply, outcomes, deferred));
+        let pace = Pace::new(sink.round_trip(), IN_FLIGHT_MAX);
+        tasks.spawn(apply_batches(sink, outcomes, deferred));
         let (config, stream) = (Arc::clone(&self.config), self.stream.clone());
         tasks.spawn(async move {
             monitor::run(&config, &source, &stream, reports)
@@ -325,7 +333,7 @@ impl Pipeline {
             position: position_seen,
             batches,
             flush,
-            owned: Owned::new(&self.config, ledger, self.lag.clone()),
+            owned: Owned::new(&self.config, ledger, pace, self.lag.clone()),
         })
     }
 }

@@ -5,15 +5,15 @@
 //! - A batch's outcome is taken before the end of a task, so that what was committed is known as such.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::apply::Outcome;
 use super::error::SessionError;
 use super::{Pipeline, TICK, as_f64, now_instant, now_micros};
-use crate::batch::{Batch, Queue};
+use crate::batch::{Batch, Pace, Queue, Ship};
 use crate::changes::{ChangeCounts, KINDS};
 use crate::config::Config;
 use crate::coverage;
@@ -22,10 +22,8 @@ use crate::lag::{Lag, Micros, system_time};
 use crate::ledger::{FlushLsn, Ledger};
 use crate::monitor::{Report, WalReport};
 use crate::pg::PgLsn;
+use crate::sink::replica::Outcome;
 use crate::source::{Received, SourcePosition};
-
-/// Batches on their way to the replica. One: the next is gathering meanwhile.
-pub(super) const IN_FLIGHT_MAX: usize = 1;
 
 /// The only sink of this version.
 const REPLICA: usize = 0;
@@ -37,6 +35,8 @@ enum Action {
     Outcome(Outcome),
     Report(Report),
     Tick,
+    /// The next batch has waited long enough.
+    Due,
     Stop,
     GraceOver,
     TaskEnded(Option<SessionError>),
@@ -50,7 +50,7 @@ pub(super) struct Streaming<'p> {
     pub(super) outcomes: mpsc::Receiver<Outcome>,
     pub(super) reports: mpsc::Receiver<Report>,
     pub(super) position: watch::Receiver<SourcePosition>,
-    pub(super) batches: mpsc::Sender<Batch>,
+    pub(super) batches: mpsc::Sender<Arc<Batch>>,
     pub(super) flush: watch::Sender<FlushLsn>,
     pub(super) owned: Owned,
 }
@@ -62,7 +62,12 @@ pub(super) struct Owned {
     queue: Queue,
     /// The queue's shares of `limits.queue_bytes`, one per waiting or shipped transaction.
     permits: VecDeque<OwnedSemaphorePermit>,
-    shipped_oldest: Option<Micros>,
+    /// Commit time of the first transaction of each batch in flight.
+    shipped_oldest: VecDeque<Micros>,
+    pace: Pace,
+    shipped_at: Instant,
+    /// When the next batch is due that is not full and waits behind others.
+    due: Option<Instant>,
     pub(super) lag: Lag,
     wal: Option<WalReport>,
     unpublished_at_start: Option<u64>,
@@ -80,13 +85,16 @@ enum Phase {
 }
 
 impl Owned {
-    pub(super) fn new(config: &Config, ledger: Ledger, lag: Lag) -> Self {
+    pub(super) fn new(config: &Config, ledger: Ledger, pace: Pace, lag: Lag) -> Self {
         let limits = &config.limits;
         Self {
             ledger,
             queue: Queue::new(limits.batch_bytes, limits.batch_changes),
             permits: VecDeque::new(),
-            shipped_oldest: None,
+            shipped_oldest: VecDeque::new(),
+            pace,
+            shipped_at: now_instant(),
+            due: None,
             lag,
             wal: None,
             unpublished_at_start: None,
@@ -99,14 +107,29 @@ impl Owned {
         self.queue.is_empty() && self.ledger.in_flight() == 0
     }
 
-    /// The next batch, if the replica is free for one.
-    fn next_batch(&mut self) -> Option<Batch> {
-        if self.ledger.in_flight() >= IN_FLIGHT_MAX {
+    /// The next batch, if it is time for one.
+    fn next_batch(&mut self, now: Instant) -> Option<Batch> {
+        self.due = None;
+        if self.queue.is_empty() {
             return None;
         }
+        let since = now.saturating_duration_since(self.shipped_at);
+        match self
+            .pace
+            .judge(self.ledger.in_flight(), self.queue.is_full(), since)
+        {
+            Ship::Now => {}
+            Ship::In(wait) => {
+                self.due = Some(now + wait);
+                return None;
+            }
+            Ship::AfterAnAnswer => return None,
+        }
+        let oldest = self.queue.oldest_commit_time()?;
         let (last, end_lsn) = self.ledger.last();
-        self.shipped_oldest = self.queue.oldest_commit_time();
         let batch = self.queue.take(last.next(), end_lsn)?;
+        self.shipped_oldest.push_back(oldest);
+        self.shipped_at = now;
         self.ledger
             .ship(batch.number, batch.previous, batch.end_lsn());
         Some(batch)
@@ -120,10 +143,10 @@ impl Streaming<'_> {
         loop {
             let action = self.select(&mut tick).await;
             self.apply(action)?;
-            if let Some(batch) = self.owned.next_batch() {
+            while let Some(batch) = self.owned.next_batch(now_instant()) {
                 failpoint::hit("pipeline:before-ship");
-                // The sink task takes one at a time and is free, or `next_batch` had given none.
-                if self.batches.try_send(batch).is_err() {
+                // There is room for as many as may be in flight, or `next_batch` had given none.
+                if self.batches.try_send(Arc::new(batch)).is_err() {
                     return Err(SessionError::TaskLost);
                 }
             }
@@ -152,6 +175,7 @@ impl Streaming<'_> {
                 Phase::Draining { deadline } if now_instant() >= deadline => Action::GraceOver,
                 _ => Action::Tick,
             },
+            () = at(self.owned.due) => Action::Due,
             Some(report) = self.reports.recv() => Action::Report(report),
             // 5. More work; not while draining.
             Some(received) = self.transactions.recv(), if running => Action::Received(received),
@@ -179,7 +203,7 @@ impl Streaming<'_> {
                 Ok(())
             }
             Action::Report(Report::Coverage(unprotected)) => self.cover(&unprotected),
-            Action::Tick => Ok(()),
+            Action::Tick | Action::Due => Ok(()),
             Action::Stop => {
                 let grace = self.pipeline.config.limits.shutdown_grace;
                 owned.phase = Phase::Draining {
@@ -205,7 +229,7 @@ impl Streaming<'_> {
             failpoint::hit("pipeline:before-acknowledge");
             self.flush.send_replace(flush);
         }
-        owned.shipped_oldest = None;
+        owned.shipped_oldest.pop_front();
         owned.permits.drain(..batch.transactions.len());
         owned.lag.applied(batch.commit_time(), now_micros());
         let metrics = &self.pipeline.metrics;
@@ -217,6 +241,9 @@ impl Streaming<'_> {
         metrics.net_changes.increment(applied.net_changes);
         if applied.slow_path {
             metrics.slow_path.increment(1);
+        }
+        if applied.spread {
+            metrics.spread_batches.increment(1);
         }
         let mut counts = ChangeCounts::default();
         for transaction in &batch.transactions {
@@ -262,6 +289,8 @@ impl Streaming<'_> {
         owned.lag.queued(
             owned
                 .shipped_oldest
+                .front()
+                .copied()
                 .or_else(|| owned.queue.oldest_commit_time()),
         );
         self.pipeline.judge(&owned.lag);
@@ -291,6 +320,14 @@ impl Streaming<'_> {
             status.slot_retained_bytes = retained;
             status.source_disk_full_seconds = disk_full;
         });
+    }
+}
+
+/// Ends at that time; without one, never.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time.into()).await,
+        None => std::future::pending().await,
     }
 }
 

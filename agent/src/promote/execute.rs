@@ -22,11 +22,12 @@ use super::plan::{Refusal, plan};
 use super::report::{DatabaseReport, Outcome, Report};
 use super::state::{self, Action, Edge, State};
 use super::steps::{Detail, Record};
-use super::{Doing, Options, PromoteError, fence, hooks, loss, settle, steps};
+use super::{Doing, Options, PromoteError, fence, hooks, loss, steps};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
 use crate::failpoint;
 use crate::pg::{self, PgLsn, Session};
+use crate::prepared;
 
 /// How long another promotion's lock is waited for: that of a killed one goes away by itself.
 const LOCK_WITHIN: Duration = Duration::from_secs(10);
@@ -174,8 +175,9 @@ async fn walk_edge(
         }
         Action::EndSessions => fence::end_sessions(client, &record.stream).await?,
         Action::SettlePrepared => {
-            let settled =
-                settle::settle(client, &record.stream, record.detail.database.batch).await?;
+            let settled = prepared::settle(client, &record.stream, record.detail.database.batch)
+                .await
+                .doing("settle prepared transactions")?;
             let report = &mut record.detail.database;
             report.prepared_committed += settled.committed;
             report.prepared_rolled_back += settled.rolled_back;

@@ -6,7 +6,7 @@
 //! observe both sides ▶ refuse what a person must settle ▶ identity::verdict
 //!     Begin   empty replica? ▶ publication ▶ stream row ▶ slot (exports a snapshot)
 //!                            ▶ progress row ▶ copy everything at that snapshot
-//!     Resume  missed tables back to pending ▶ publication ▶ copy what is not ready at the
+//!     Resume  settle what a killed agent left ▶ missed tables back to pending ▶ publication ▶ copy what is not ready at the
 //!             snapshot of a temporary slot
 //! ```
 //!
@@ -32,6 +32,7 @@ pub mod publication;
 mod begin;
 mod error;
 mod init;
+mod recover;
 mod replica;
 mod resume;
 mod role;
@@ -203,6 +204,10 @@ impl<'a> Setup<'a> {
         })?;
 
         replica::ensure_schema(&replica, &server).await?;
+        let progress = match known.progress {
+            Some(_) => recover::settle(&replica, &stream).await?,
+            None => None,
+        };
         replica::guard(&mut replica, database).await?;
         let wanted = found.wanted(config);
         let mut setup = Setup {
@@ -219,7 +224,7 @@ impl<'a> Setup<'a> {
             observer,
             cancel,
         };
-        let progress = match (verdict, known.progress) {
+        let progress = match (verdict, progress) {
             (Verdict::Begin { drop_slot }, _) => {
                 setup.begin(&mut walsender, &history, drop_slot).await?
             }

@@ -9,15 +9,13 @@
 //!   a `pg_restore` outlives an agent that was killed.
 //! - Sessions on the source are never ended: the one that exported the snapshot may be among them.
 
-use std::time::Duration;
-
 use tokio_postgres::Client;
 
 use super::CopyJob;
 use super::error::CopyError;
 use super::tools::Environment;
 use crate::catalog::{quote_literal, server_version};
-use crate::pg::{PgError, Session, connect};
+use crate::pg::{Session, connect, leftover};
 
 /// Settings that decide how values look as text.
 const VALUES: [(&str, &str); 10] = [
@@ -50,9 +48,6 @@ const WRITING: [(&str, &str); 3] = [
 /// silence helps nobody; the next attempt comes with a new snapshot.
 const SOURCE_LOCK_TIMEOUT: &str = "60s";
 
-/// How long the sessions of a killed copy may take to end.
-const LEFTOVER_DEADLINE: Duration = Duration::from_secs(30);
-
 /// Opens the sessions of one copy.
 pub(super) struct Sessions<'a> {
     job: &'a CopyJob<'a>,
@@ -83,7 +78,7 @@ impl<'a> Sessions<'a> {
         };
         sessions.source_version_num = server_version(&source).await.map_err(asking)?;
         let own = &sessions.application_name;
-        end_leftovers(&replica, own)
+        leftover::end_sessions(&replica, own)
             .await
             .map_err(|error| CopyError::Replica {
                 doing: "end the sessions of an earlier copy".to_owned(),
@@ -187,30 +182,5 @@ impl<'a> Sessions<'a> {
     /// What `pg_restore` needs to write to the replica.
     pub(super) fn replica_environment(&self) -> Environment {
         Environment::new(self.job.replica, &self.application_name, &WRITING)
-    }
-}
-
-/// Ends other sessions of this name in this database and waits until they are gone.
-async fn end_leftovers(client: &Client, application_name: &str) -> Result<(), PgError> {
-    const OTHERS: &str = "
-        SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
-         WHERE application_name = $1 AND datname = current_database()
-           AND usename = current_user AND pid <> pg_backend_pid()";
-    let ended = async {
-        loop {
-            let left: i64 = client.query_one(OTHERS, &[&application_name]).await?.get(0);
-            if left == 0 {
-                return Ok(());
-            }
-            tracing::debug!(left, "ending sessions of an earlier copy");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    };
-    match tokio::time::timeout(LEFTOVER_DEADLINE, ended).await {
-        Ok(result) => result,
-        Err(_) => Err(PgError::Timeout {
-            doing: "end the sessions of an earlier copy",
-            after: LEFTOVER_DEADLINE,
-        }),
     }
 }

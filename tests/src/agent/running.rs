@@ -194,6 +194,18 @@ impl Running {
         kib * 1024
     }
 
+    /// Waits until the process stands still: stopped by a signal, or by a fail point.
+    pub async fn wait_until_stopped(&self) {
+        let pid = self.pid();
+        wait_until("the agent to stand still", PATIENCE, || async move {
+            fs::read_to_string(format!("/proc/{pid}/stat"))
+                .ok()
+                .and_then(|stat| Some(stat.rsplit_once(") ")?.1.starts_with('T')))
+                .unwrap_or(false)
+        })
+        .await;
+    }
+
     /// Waits until the process has ended, however.
     pub async fn wait_until_gone(&self) {
         let pid = self.pid();

@@ -28,7 +28,9 @@ impl ServerOptions {
 
     /// A replica.
     pub fn replica() -> Self {
-        Self::new("replica", Binaries::of_replica()).set("wal_level", "replica")
+        Self::new("replica", Binaries::of_replica())
+            .set("wal_level", "replica")
+            .set("max_prepared_transactions", "64")
     }
 
     pub(super) fn new(name: &'static str, binaries: Binaries) -> Self {

@@ -21,6 +21,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::throttle::Bandwidth;
+
 /// Why a connection URL cannot be used. The text never quotes a password.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -176,9 +178,18 @@ pub struct ConnInfo {
     pub(super) target_session_attrs: TargetSessionAttrs,
     pub(super) keepalive: Keepalive,
     pub(super) options: Option<String>,
+    /// What all sessions opened with this, or with a copy of it, may send together.
+    pub(super) bandwidth: Option<Bandwidth>,
 }
 
 impl ConnInfo {
+    /// Limits what all sessions opened with this, or with a copy of it, send together, in bytes per second.
+    #[must_use]
+    pub fn with_bandwidth(mut self, bytes_per_second: u64) -> Self {
+        self.bandwidth = Some(Bandwidth::new(bytes_per_second));
+        self
+    }
+
     /// Reads a libpq-style URL (`postgres://…`, `postgresql://…`) or a `key=value` string.
     ///
     /// `password_file` holds nothing but the password; a relative name is looked for among

@@ -58,6 +58,7 @@ fn build(settings: Settings) -> Result<ConnInfo, ConnInfoError> {
         target_session_attrs: TargetSessionAttrs::Any,
         keepalive: Keepalive::default(),
         options: None,
+        bandwidth: None,
     };
     for (name, value) in settings {
         let seconds = || number::<u32>(&name, &value).map(|s| Duration::from_secs(s.into()));

@@ -4,6 +4,7 @@ use crate::catalog::TableName;
 use crate::error::{Class, Classify};
 use crate::net::FoldError;
 use crate::pg::PgError;
+use crate::plan::Unplannable;
 use crate::spill::SpillError;
 
 /// What can stop a batch on its way into the replica.
@@ -70,6 +71,12 @@ pub enum SinkError {
         #[source]
         source: PgError,
     },
+    /// The batch has to go through one lane.
+    #[error(transparent)]
+    Unplannable(#[from] Unplannable),
+    /// The task that folds batches ended.
+    #[error("the batch was interrupted")]
+    Interrupted,
     /// A spill file cannot be read.
     #[error("read a large transaction back")]
     Spill(#[from] SpillError),
@@ -90,8 +97,24 @@ impl SinkError {
             | Self::ColumnMissing { .. }
             | Self::TableNotCopied { .. }
             | Self::BinaryForm { .. }
+            | Self::Unplannable(_)
+            | Self::Interrupted
             | Self::Spill(_)
             | Self::Pg(_) => false,
+        }
+    }
+
+    /// Whether a batch that was refused on several lanes might go in on one: it cannot be spread, lanes
+    /// waited for one another, or the server has no room for another prepared transaction.
+    pub(super) fn is_for_one_lane(&self) -> bool {
+        match self {
+            Self::Unplannable(_) => true,
+            // lock_not_available, deadlock_detected; out_of_memory is what "maximum number of prepared
+            // transactions reached" is called.
+            Self::Pg(PgError::Server(error)) => {
+                matches!(error.sqlstate.as_str(), "55P03" | "40P01" | "53200")
+            }
+            _ => false,
         }
     }
 }
@@ -131,6 +154,8 @@ impl Classify for SinkError {
             Self::Fenced(_) => Class::Fenced,
             // Starting again cures these two: the copy is made, the stream comes as text.
             Self::TableNotCopied { .. } | Self::BinaryForm { .. } => Class::Transient,
+            // Never seen outside: one lane takes over, or the session ends with another error first.
+            Self::Unplannable(_) | Self::Interrupted => Class::Transient,
             Self::Pg(error) => error.class(),
             Self::Spill(error) => error.class(),
             Self::PositionMismatch(_)
@@ -169,7 +194,10 @@ impl Classify for SinkError {
             Self::Fold(_) => "the change stream contradicts itself; report it",
             Self::Pg(error) => return error.hint(),
             Self::Spill(error) => return error.hint(),
-            Self::TableNotCopied { .. } | Self::BinaryForm { .. } => return None,
+            Self::TableNotCopied { .. }
+            | Self::BinaryForm { .. }
+            | Self::Unplannable(_)
+            | Self::Interrupted => return None,
         };
         Some(text.to_owned())
     }

@@ -8,6 +8,7 @@
 //! send the same columns share a statement; a column that is only on the replica is in none.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Statement};
@@ -16,33 +17,21 @@ use super::SinkError;
 use super::array::{ArrayBuilder, ArrayParameter, Form};
 use super::chain::Chain;
 use super::sql::{self, Sent};
-use super::target::{Target, Targets, address};
-use crate::net::{NetChange, Row, RowChange, Stage, Step, TableChanges};
+use super::target::{Target, Targets};
+use crate::net::{NetChange, Row, RowChange, RowKey, Stage, Step, TableChanges};
 use crate::pg::pgoutput::{Tuple, Value};
 
-/// What a prepared statement depends on.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Shape {
-    relation: usize,
-    verb: Verb,
-    sent: Vec<Sent>,
-    old: Vec<Sent>,
-    old_is_null: Vec<bool>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verb {
     Insert,
     Update,
     Delete,
-    UpdateOne,
-    DeleteOne,
 }
 
-/// The prepared statements of one session.
+/// The prepared statements of one session, by their text.
 #[derive(Debug, Default)]
 pub(super) struct Statements {
-    prepared: HashMap<Shape, Statement>,
+    prepared: HashMap<String, Statement>,
 }
 
 impl Statements {
@@ -50,33 +39,16 @@ impl Statements {
     /// memory on the replica.
     const PREPARED_MAX: usize = 2_000;
 
-    async fn get(
-        &mut self,
-        client: &Client,
-        shape: Shape,
-        target: &Target,
-    ) -> Result<Statement, SinkError> {
-        if let Some(statement) = self.prepared.get(&shape) {
+    async fn get(&mut self, client: &Client, text: String) -> Result<Statement, SinkError> {
+        if let Some(statement) = self.prepared.get(&text) {
             return Ok(statement.clone());
         }
-        let text = match shape.verb {
-            Verb::Insert => sql::insert(target, &shape.sent),
-            Verb::Update => sql::update(target, &shape.sent),
-            Verb::Delete => sql::delete(target, &shape.sent),
-            Verb::UpdateOne => sql::update_one(target, &shape.old, &shape.old_is_null, &shape.sent),
-            Verb::DeleteOne => sql::delete_one(target, &shape.old, &shape.old_is_null),
-        };
         let statement = client.prepare(&text).await?;
         if self.prepared.len() >= Self::PREPARED_MAX {
             self.prepared.clear();
         }
-        self.prepared.insert(shape, statement.clone());
+        self.prepared.insert(text, statement.clone());
         Ok(statement)
-    }
-
-    /// Forgets everything; descriptions of relations are about to be forgotten too.
-    pub(super) fn clear(&mut self) {
-        self.prepared.clear();
     }
 }
 
@@ -133,8 +105,9 @@ impl Execution {
     }
 
     /// Sends the statements behind what the chain already holds.
-    pub(super) async fn send<'c>(self, client: &'c Client, chain: &mut Chain<'c>) {
+    pub(super) async fn send(self, client: &Arc<Client>, chain: &mut Chain) {
         for ready in self.statements {
+            let client = Arc::clone(client);
             match ready {
                 Ready::Text(text) => {
                     chain
@@ -181,11 +154,10 @@ struct Preparing<'p> {
 
 impl Preparing<'_> {
     async fn table(&mut self, target: &Target, table: &TableChanges) -> Result<(), SinkError> {
-        let relation = address(&table.relation);
         for stage in &table.stages {
             match stage {
-                Stage::Keyed(rows) => self.keyed(relation, target, rows).await?,
-                Stage::Ordered(changes) => self.ordered(relation, target, changes).await?,
+                Stage::Keyed(rows) => self.keyed(target, rows).await?,
+                Stage::Ordered(changes) => self.ordered(target, changes).await?,
             }
         }
         Ok(())
@@ -193,15 +165,14 @@ impl Preparing<'_> {
 
     async fn keyed(
         &mut self,
-        relation: usize,
         target: &Target,
-        rows: &BTreeMap<Box<[u8]>, NetChange>,
+        rows: &[(RowKey, NetChange)],
     ) -> Result<(), SinkError> {
         let mut deletes: Vec<&Tuple> = Vec::new();
         // By the columns they leave out; nearly always none.
         let mut updates: BTreeMap<Vec<usize>, Vec<&Row>> = BTreeMap::new();
         let mut inserts: Vec<&Row> = Vec::new();
-        for net in rows.values() {
+        for (_, net) in rows {
             match net {
                 NetChange::Delete(old) => deletes.push(old),
                 NetChange::Update(row) => updates.entry(row.unsent()).or_default().push(row),
@@ -220,7 +191,7 @@ impl Preparing<'_> {
                 .map(|column| column.position)
                 .collect();
             let values = deletes.iter().map(|old| old.values());
-            self.rows(relation, target, Verb::Delete, &key, values, deletes.len())
+            self.rows(target, Verb::Delete, &key, values, deletes.len())
                 .await?;
         }
         for (unsent, updates) in updates {
@@ -229,57 +200,44 @@ impl Preparing<'_> {
                 .filter(|position| !unsent.contains(position))
                 .collect();
             let values = updates.iter().map(|row| row.values());
-            self.rows(relation, target, Verb::Update, &sent, values, updates.len())
+            self.rows(target, Verb::Update, &sent, values, updates.len())
                 .await?;
         }
-        self.inserts(relation, target, &inserts).await
+        self.inserts(target, &inserts).await
     }
 
-    async fn inserts(
-        &mut self,
-        relation: usize,
-        target: &Target,
-        rows: &[&Row],
-    ) -> Result<(), SinkError> {
+    async fn inserts(&mut self, target: &Target, rows: &[&Row]) -> Result<(), SinkError> {
         if rows.is_empty() {
             return Ok(());
         }
         let sent: Vec<usize> = target.written().collect();
         let values = rows.iter().map(|row| row.values());
-        self.rows(relation, target, Verb::Insert, &sent, values, rows.len())
+        self.rows(target, Verb::Insert, &sent, values, rows.len())
             .await
     }
 
     /// One by one, except that inserts that follow one another go together.
-    async fn ordered(
-        &mut self,
-        relation: usize,
-        target: &Target,
-        changes: &[RowChange],
-    ) -> Result<(), SinkError> {
+    async fn ordered(&mut self, target: &Target, changes: &[RowChange]) -> Result<(), SinkError> {
         let mut inserts: Vec<&Row> = Vec::new();
         for change in changes {
             match change {
                 RowChange::Insert(row) => inserts.push(row),
                 RowChange::Update { old, new } => {
-                    self.inserts(relation, target, &std::mem::take(&mut inserts))
-                        .await?;
-                    self.one(relation, target, old, Some(new)).await?;
+                    self.inserts(target, &std::mem::take(&mut inserts)).await?;
+                    self.one(target, old, Some(new)).await?;
                 }
                 RowChange::Delete { old } => {
-                    self.inserts(relation, target, &std::mem::take(&mut inserts))
-                        .await?;
-                    self.one(relation, target, old, None).await?;
+                    self.inserts(target, &std::mem::take(&mut inserts)).await?;
+                    self.one(target, old, None).await?;
                 }
             }
         }
-        self.inserts(relation, target, &inserts).await
+        self.inserts(target, &inserts).await
     }
 
     /// A statement over many rows: `positions` of each row's values.
     async fn rows<'v>(
         &mut self,
-        relation: usize,
         target: &Target,
         verb: Verb,
         positions: &[usize],
@@ -287,14 +245,12 @@ impl Preparing<'_> {
         count: usize,
     ) -> Result<(), SinkError> {
         let (sent, arrays) = columns(target, positions, rows)?;
-        let shape = Shape {
-            relation,
-            verb,
-            sent,
-            old: Vec::new(),
-            old_is_null: Vec::new(),
+        let text = match verb {
+            Verb::Insert => sql::insert(target, &sent),
+            Verb::Update => sql::update(target, &sent),
+            Verb::Delete => sql::delete(target, &sent),
         };
-        let statement = self.statements.get(self.client, shape, target).await?;
+        let statement = self.statements.get(self.client, text).await?;
         self.ready.push(Ready::Rows {
             statement,
             arrays,
@@ -307,7 +263,6 @@ impl Preparing<'_> {
     /// A statement over one row, identified by `old`; a delete without `new`.
     async fn one(
         &mut self,
-        relation: usize,
         target: &Target,
         old: &Tuple,
         new: Option<&Row>,
@@ -324,30 +279,19 @@ impl Preparing<'_> {
         };
         let old_is_null = nulls(&identifying, old.values());
         let (old, mut arrays) = columns(target, &identifying, std::iter::once(old.values()))?;
-        let mut sent = Vec::new();
-        if let Some(new) = new {
+        let text = if let Some(new) = new {
             let unsent = new.unsent();
             let written: Vec<usize> = target
                 .written()
                 .filter(|position| !unsent.contains(position))
                 .collect();
             let new = columns(target, &written, std::iter::once(new.values()))?;
-            sent = new.0;
             arrays.extend(new.1);
-        }
-        let verb = if new.is_some() {
-            Verb::UpdateOne
+            sql::update_one(target, &old, &old_is_null, &new.0)
         } else {
-            Verb::DeleteOne
+            sql::delete_one(target, &old, &old_is_null)
         };
-        let shape = Shape {
-            relation,
-            verb,
-            sent,
-            old,
-            old_is_null,
-        };
-        let statement = self.statements.get(self.client, shape, target).await?;
+        let statement = self.statements.get(self.client, text).await?;
         self.ready.push(Ready::Rows {
             statement,
             arrays,

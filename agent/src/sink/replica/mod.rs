@@ -1,48 +1,74 @@
 //! The replica sink: applies batches to the replica, each in one transaction with its progress row.
 //!
 //! ```text
-//! batch ─▶ net::fold ─▶ steps ─▶ statements ─▶ BEGIN · advance() · … · COMMIT   (pipelined)
-//!            │ refused by a constraint, or not foldable
-//!            └──────▶ net::serial ─▶ the same, one change at a time (slow path)
+//! batch ─▶ Folder ─▶ net changes ─┬▶ small: lane 0, pipelined behind the batches before it
+//!          (a task,  (steps)      └▶ large: Planner ─▶ every lane ─▶ PREPARE … ─▶ COMMIT PREPARED lane 0, then the rest
+//!           ahead)                      refused by a constraint, or not foldable
+//!                                       └─▶ net::serial, one change at a time on lane 0 (slow path)
 //! ```
+//! [`ReplicaSink::next`] is the whole of it: it takes work, sends it, and hands out one outcome per batch,
+//! in order.
 //!
 //! # Invariants
 //! - Every apply transaction begins with `dr_agent.advance()`, the compare-and-set of the progress row:
-//!   ordering, exactly-once and fencing in one comparison.
+//!   ordering, exactly-once and fencing in one comparison. It lets a batch be sent before the one before
+//!   it is answered: if that one fails, this one fails too. The transactions of other lanes begin
+//!   with `dr_agent.hold()`, which compares the term.
 //! - Every statement says how many rows it must touch. Another number is an error, never a shrug: the
 //!   replica has diverged.
 //! - COMMIT is synchronous on the replica, so that `Ok` means durable.
+//! - A batch on several lanes is alone on its way: nothing is sent behind it before its last lane is
+//!   committed, since what comes next has to see all of it.
 //!
 //! # What it does not do
 //! It does not retry, reconnect or skip: the pipeline decides. It does not know where batches come from.
+//! What a killed agent left prepared is settled by [`crate::setup`] before a sink is opened.
 
 mod array;
+mod attempt;
 mod chain;
 mod error;
 mod execute;
+mod fold;
+mod lane;
 mod relations;
 mod segment;
 mod sql;
 mod target;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio_postgres::Client;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Pace};
+use crate::changes::TRUNCATE;
 use crate::failpoint;
-use crate::lag::system_time;
-use crate::net::{self, Step};
 use crate::pg::{self, ConnInfo, Session};
 use crate::stream::StreamName;
-use crate::txn::SourceRelation;
+use attempt::{Attempt, Parts};
 use chain::Chain;
-use execute::{Execution, Statements};
+use fold::{Folded, Folder, Path, Work};
+use lane::Lane;
 use relations::Relations;
-use segment::{Segment, Segments};
 
 pub use error::SinkError;
 pub use relations::Synced;
+pub use segment::SegmentLimits;
+
+/// Batches between the pipeline and the last acknowledgement at most. Their bytes are bounded by
+/// `limits.queue_bytes` as well; this many cover a round trip without a pause.
+pub const IN_FLIGHT_MAX: usize = 4;
+
+/// What a replica needs for one net change, in microseconds: between ten and thirty where it was
+/// measured. Only used to weigh it against a round trip.
+const NET_CHANGE_MICROS: u64 = 15;
+
+/// How much work a far replica must have for a batch to be spread. A batch on several lanes waits for three round trips in which nothing is applied: prepared, decided,
+/// committed. Thirty of them in its work keep that below a tenth.
+const ROUND_TRIPS_OF_WORK: u32 = 30;
 
 /// What a batch did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,17 +77,19 @@ pub struct Applied {
     pub net_changes: u64,
     /// Whether the slow path was needed.
     pub slow_path: bool,
+    /// Whether it was spread over lanes.
+    pub spread: bool,
 }
 
-/// One session with the replica.
+/// What became of a batch.
 #[derive(Debug)]
-pub struct ReplicaSink {
-    client: Client,
-    stream: StreamName,
-    term: i64,
-    relations: Relations,
-    statements: Statements,
-    segment_bytes: u64,
+pub struct Outcome {
+    /// The batch.
+    pub batch: Arc<Batch>,
+    /// `Ok`: it is durable. After an error the sink is of no further use.
+    pub result: Result<Applied, SinkError>,
+    /// From sending its first statement to the answer of its last.
+    pub took: Duration,
 }
 
 /// How one sink session works.
@@ -71,129 +99,323 @@ pub struct SinkSettings {
     pub stream: StreamName,
     /// The term it must hold.
     pub term: i64,
-    /// How much of a spilled transaction is in memory at once, in bytes.
-    pub segment_bytes: u64,
+    /// How much of a spilled transaction is folded at once.
+    pub segment: SegmentLimits,
+    /// Sessions that apply, at most.
+    pub lanes: u16,
+    /// Net changes from which a batch is spread over lanes.
+    pub spread_changes: u64,
+}
+
+/// A batch that was sent whole and is not answered yet.
+struct InFlight {
+    batch: Arc<Batch>,
+    chain: Chain,
+    net_changes: u64,
+    sent_at: Instant,
+}
+
+/// The lanes of one stream and what is on its way through them.
+pub struct ReplicaSink {
+    settings: SinkSettings,
+    lanes: Vec<Lane>,
+    round_trip: Duration,
+    work: mpsc::Receiver<Work>,
+    /// Taken, and to be applied once nothing else is in flight.
+    waiting: Option<Work>,
+    in_flight: VecDeque<InFlight>,
+    done: VecDeque<Outcome>,
+    /// For what has to be folded again.
+    folder: Folder,
 }
 
 impl ReplicaSink {
-    /// Opens the session.
+    /// Opens the sessions and starts folding what is sent to the channel.
+    ///
+    /// # Errors
+    /// When the replica cannot be reached.
     pub async fn connect(
         replica: &ConnInfo,
         settings: SinkSettings,
         synced: Synced,
-    ) -> Result<Self, SinkError> {
-        let client = pg::connect(replica, &session(&settings.stream)).await?;
-        Ok(Self {
-            client,
-            stream: settings.stream,
-            term: settings.term,
-            relations: Relations::new(synced),
-            statements: Statements::default(),
-            segment_bytes: settings.segment_bytes,
-        })
+    ) -> Result<(Self, mpsc::Sender<Arc<Batch>>), SinkError> {
+        let catalog = Arc::new(pg::connect(replica, &session(&settings.stream)).await?);
+        let mut lanes = vec![Lane::connect(replica, &settings.stream).await?];
+        for _ in 1..lanes_possible(&catalog, &settings).await? {
+            lanes.push(Lane::connect(replica, &settings.stream).await?);
+        }
+        let folder = |synced| {
+            let relations = Relations::new(synced);
+            Folder::new(Arc::clone(&catalog), relations, settings.segment)
+        };
+        let (batches, batches_to_fold) = mpsc::channel(IN_FLIGHT_MAX);
+        let (folded, work) = mpsc::channel(1);
+        // Ends with either of its channels.
+        tokio::spawn(folder(synced.clone()).run(batches_to_fold, folded));
+        let sink = Self {
+            round_trip: round_trip(&catalog).await?,
+            folder: folder(synced),
+            lanes,
+            work,
+            waiting: None,
+            in_flight: VecDeque::new(),
+            done: VecDeque::new(),
+            settings,
+        };
+        Ok((sink, batches))
     }
 
-    /// Makes a batch durable on the replica. After an error the session is of no further use.
-    pub async fn apply(&mut self, batch: &Batch) -> Result<Applied, SinkError> {
-        if self.relations.trim() {
-            self.statements.clear();
+    /// How long the replica takes to answer.
+    pub fn round_trip(&self) -> Duration {
+        self.round_trip
+    }
+
+    /// The next outcome, in the order of batches; `None` once there are no more batches and all are done.
+    pub async fn next(&mut self) -> Option<Outcome> {
+        loop {
+            if let Some(outcome) = self.done.pop_front() {
+                return Some(outcome);
+            }
+            if self.in_flight.is_empty()
+                && let Some(work) = self.waiting.take()
+            {
+                return Some(Box::pin(self.alone(work)).await);
+            }
+            let room = self.waiting.is_none() && self.in_flight.len() < IN_FLIGHT_MAX;
+            let taken = tokio::select! {
+                biased;
+                // What is durable is told at once: it frees memory here and WAL on the source.
+                result = answer(&mut self.in_flight), if !self.in_flight.is_empty() => Err(result),
+                work = self.work.recv(), if room => Ok(work),
+            };
+            match taken {
+                Err(result) => self.answered(result).await,
+                Ok(Some(work)) if self.is_for_lane_0(&work) => self.follow(work).await,
+                Ok(Some(work)) => self.waiting = Some(work),
+                Ok(None) if self.in_flight.is_empty() => return None,
+                Ok(None) => {
+                    let result = answer(&mut self.in_flight).await;
+                    self.answered(result).await;
+                }
+            }
         }
-        let refused = match self.attempt(batch, Path::Fast).await {
-            Ok(net_changes) => {
-                return Ok(Applied {
-                    net_changes,
+    }
+
+    /// Whether the work can go out whole, behind what is in flight.
+    fn is_for_lane_0(&self, work: &Work) -> bool {
+        work.last && work.folded.is_ok() && self.lanes_for(work) == 1
+    }
+
+    /// How many lanes a batch that begins with this work should take.
+    fn lanes_for(&self, work: &Work) -> usize {
+        let Ok(folded) = &work.folded else {
+            return 1;
+        };
+        let truncates = work
+            .batch
+            .transactions
+            .iter()
+            .any(|transaction| transaction.counts.0[TRUNCATE] > 0);
+        // A batch in several segments is a large one.
+        let large = !work.last || self.is_worth_spreading(folded.net_changes);
+        match large && !truncates {
+            true => self.lanes.len(),
+            false => 1,
+        }
+    }
+
+    fn is_worth_spreading(&self, net_changes: u64) -> bool {
+        let work = Duration::from_micros(net_changes * NET_CHANGE_MICROS);
+        let far = self.round_trip >= Pace::FAR;
+        net_changes >= self.settings.spread_changes
+            && (!far || work >= self.round_trip * ROUND_TRIPS_OF_WORK)
+    }
+
+    /// Sends a whole batch on lane 0 behind what is already there.
+    async fn follow(&mut self, work: Work) {
+        let sent_at = Instant::now();
+        let mut net_changes = 0;
+        let chain = match work.folded {
+            Ok(folded) => {
+                net_changes = folded.net_changes;
+                self.send_whole(&work.batch, folded).await
+            }
+            Err(error) => Err(error),
+        };
+        self.in_flight.push_back(InFlight {
+            batch: work.batch,
+            chain: chain.unwrap_or_else(Chain::failed),
+            net_changes,
+            sent_at,
+        });
+    }
+
+    async fn send_whole(&mut self, batch: &Batch, folded: Folded) -> Result<Chain, SinkError> {
+        // First of all, so that nothing waits inside the transaction.
+        let execution = self.lanes[0]
+            .prepare(&folded.steps, &folded.targets)
+            .await?;
+        let mut chain = Chain::default();
+        let begin = attempt::begin(&self.settings, batch);
+        self.lanes[0].sql(begin, &mut chain).await;
+        self.lanes[0].send(execution, &mut chain).await;
+        failpoint::hit("apply:before-commit");
+        self.lanes[0].sql("COMMIT".to_owned(), &mut chain).await;
+        Ok(chain)
+    }
+
+    /// The oldest batch in flight has been answered.
+    async fn answered(&mut self, result: Result<(), SinkError>) {
+        let Some(first) = self.in_flight.pop_front() else {
+            return;
+        };
+        match result {
+            Err(error) if error.is_for_the_slow_path() => {
+                Box::pin(self.replay(first, &error)).await;
+            }
+            result => {
+                if result.is_ok() {
+                    failpoint::hit("apply:after-commit");
+                }
+                let result = result.map(|()| Applied {
+                    net_changes: first.net_changes,
                     slow_path: false,
+                    spread: false,
+                });
+                self.done.push_back(Outcome {
+                    batch: first.batch,
+                    result,
+                    took: first.sent_at.elapsed(),
                 });
             }
-            Err(error) if error.is_for_the_slow_path() => error,
-            Err(error) => return Err(error),
-        };
+        }
+    }
+
+    /// A batch was refused as a whole: it is replayed change by change, and what was sent behind it, which
+    /// found the progress row elsewhere, is sent again.
+    async fn replay(&mut self, first: InFlight, refused: &SinkError) {
+        let mut behind: Vec<InFlight> = self.in_flight.drain(..).collect();
+        for other in &mut behind {
+            assert!(
+                other.chain.finish().await.is_err(),
+                "the compare-and-set lets no batch commit behind one that failed"
+            );
+        }
         tracing::debug!(
-            batch = batch.number.0,
-            reason = %crate::error::chain(&refused),
+            batch = first.batch.number.0,
+            reason = %crate::error::chain(refused),
             "folded batch refused, replaying its changes one by one"
         );
-        self.client.batch_execute("ROLLBACK").await?;
-        let net_changes = self.attempt(batch, Path::Slow).await?;
-        Ok(Applied {
-            net_changes,
-            slow_path: true,
-        })
-    }
-
-    /// One replica transaction: all of the batch or nothing. After an error it may still be open.
-    async fn attempt(&mut self, batch: &Batch, path: Path) -> Result<u64, SinkError> {
-        let Self {
-            client,
-            relations,
-            statements,
-            ..
-        } = self;
-        let client = &*client;
-        let mut chain = Chain::default();
-        chain.send(client.batch_execute("BEGIN")).await;
-        let advance = sql::advance(
-            self.stream.as_str(),
-            self.term,
-            batch.previous,
-            batch.number.0,
-            batch.end_lsn(),
-            system_time(batch.commit_time()),
-        );
-        chain
-            .send(async move { client.batch_execute(&advance).await })
-            .await;
-        if path == Path::Slow {
-            chain
-                .send(client.batch_execute("SET CONSTRAINTS ALL DEFERRED"))
-                .await;
-        }
-        let mut net_changes = 0;
-        let mut segments = Segments::new(&batch.transactions, self.segment_bytes);
-        while let Some(segment) = segments.next()? {
-            let steps = fold(client, relations, &segment, path).await?;
-            net_changes += net::count(&steps);
-            let execution =
-                Execution::prepare(client, statements, &relations.targets, &steps).await?;
-            if segments.has_begun_to_stream() {
-                // A large transaction goes in parts, one after another, so that memory stays bounded.
-                std::mem::take(&mut chain).finish().await?;
+        let mut path = Path::Slow;
+        for sent in std::iter::once(first).chain(behind) {
+            let result = self.again(&sent.batch, path).await;
+            let failed = result.is_err();
+            self.done.push_back(Outcome {
+                batch: sent.batch,
+                result,
+                took: sent.sent_at.elapsed(),
+            });
+            if failed {
+                return;
             }
-            execution.send(client, &mut chain).await;
+            path = Path::Fast;
         }
-        failpoint::hit("apply:before-commit");
-        chain.send(client.batch_execute("COMMIT")).await;
-        chain.finish().await?;
-        failpoint::hit("apply:after-commit");
-        Ok(net_changes)
+    }
+
+    /// Applies a batch while nothing else is in flight.
+    async fn alone(&mut self, work: Work) -> Outcome {
+        let started = Instant::now();
+        let batch = Arc::clone(&work.batch);
+        let lanes = self.lanes_for(&work);
+        let mut received = Parts::received(work, &mut self.work);
+        let attempt = Attempt::new(&self.settings, &mut self.lanes[..lanes], &batch, Path::Fast);
+        let result = attempt.run(&mut received).await;
+        received.skip_the_rest().await;
+        let result = match result {
+            Ok(applied) => Ok(applied),
+            Err(error)
+                if lanes > 1 && (error.is_for_one_lane() || error.is_for_the_slow_path()) =>
+            {
+                tracing::debug!(
+                    batch = batch.number.0,
+                    reason = %crate::error::chain(&error),
+                    "batch refused on several lanes, applying it on one"
+                );
+                self.again(&batch, Path::Fast).await
+            }
+            Err(error) if error.is_for_the_slow_path() => self.again(&batch, Path::Slow).await,
+            Err(error) => Err(error),
+        };
+        Outcome {
+            batch,
+            result,
+            took: started.elapsed(),
+        }
+    }
+
+    /// Applies a batch on lane 0, folding it again.
+    async fn again(&mut self, batch: &Batch, path: Path) -> Result<Applied, SinkError> {
+        let mut path = path;
+        loop {
+            let mut parts = Parts::Folding(self.folder.begin(batch, path));
+            let attempt = Attempt::new(&self.settings, &mut self.lanes[..1], batch, path);
+            match attempt.run(&mut parts).await {
+                Err(error) if path == Path::Fast && error.is_for_the_slow_path() => {
+                    path = Path::Slow;
+                }
+                result => return result,
+            }
+        }
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Path {
-    Fast,
-    Slow,
-}
-
-/// Leaves out what the copy already holds, looks up where the rest goes, and folds it.
-async fn fold(
-    client: &Client,
-    relations: &mut Relations,
-    segment: &Segment<'_>,
-    path: Path,
-) -> Result<Vec<Step>, SinkError> {
-    let mut wanted = Vec::new();
-    for (commit_lsn, change) in segment.changes() {
-        wanted.extend(relations.wanted(client, commit_lsn, change).await?);
+/// The answers of the batch that was sent first. Cancel-safe.
+async fn answer(in_flight: &mut VecDeque<InFlight>) -> Result<(), SinkError> {
+    match in_flight.front_mut() {
+        Some(first) => first.chain.finish().await,
+        None => Ok(()),
     }
-    let key_of = |relation: &Arc<SourceRelation>| relations.targets.of(relation).key.clone();
-    let changes = wanted.iter().map(|change| &**change);
-    Ok(match path {
-        Path::Fast => net::fold(changes, &key_of)?,
-        Path::Slow => net::serial(changes, &key_of)?,
-    })
 }
 
+/// How many lanes the replica has room for: each holds a prepared transaction for a moment.
+async fn lanes_possible(
+    catalog: &tokio_postgres::Client,
+    settings: &SinkSettings,
+) -> Result<u16, SinkError> {
+    if settings.lanes <= 1 {
+        return Ok(1);
+    }
+    let limit: i32 = catalog
+        .query_one(
+            "SELECT pg_catalog.current_setting('max_prepared_transactions')::int",
+            &[],
+        )
+        .await?
+        .get(0);
+    let possible = u16::try_from(limit).unwrap_or(u16::MAX).min(settings.lanes);
+    if possible < settings.lanes {
+        let possible = if possible < 2 { 1 } else { possible };
+        tracing::warn!(
+            stream = %settings.stream, max_prepared_transactions = limit, lanes = possible,
+            "the replica applies on fewer lanes than replica.lanes asks for: set its \
+             max_prepared_transactions to at least replica.lanes times the number of databases, and \
+             restart it"
+        );
+        return Ok(possible);
+    }
+    Ok(possible)
+}
+
+/// The shortest of a few.
+async fn round_trip(catalog: &tokio_postgres::Client) -> Result<Duration, SinkError> {
+    let mut shortest = Duration::MAX;
+    for _ in 0..3 {
+        let asked = Instant::now();
+        catalog.batch_execute("SELECT 1").await?;
+        shortest = shortest.min(asked.elapsed());
+    }
+    Ok(shortest)
+}
 /// The settings of an apply session. Values in text form must be read as the source wrote them
 /// ([`crate::source`] sets the same there), triggers and foreign keys have fired on the source already,
 /// and a plan must not depend on how many rows the first batches had.

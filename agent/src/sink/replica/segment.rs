@@ -42,20 +42,27 @@ impl Segment<'_> {
 pub(super) struct Segments<'b> {
     waiting: VecDeque<&'b [Transaction]>,
     reading: Option<(SpillReader, &'b Transaction)>,
-    bytes_max: u64,
-    parts: u64,
+    limits: SegmentLimits,
+}
+
+/// What a segment of a spilled transaction may hold.
+#[derive(Clone, Copy, Debug)]
+pub struct SegmentLimits {
+    /// In bytes.
+    pub bytes: u64,
+    /// In changes: narrow rows need many times their bytes while they are folded.
+    pub changes: u64,
 }
 
 impl<'b> Segments<'b> {
-    pub(super) fn new(transactions: &'b [Transaction], bytes_max: u64) -> Self {
+    pub(super) fn new(transactions: &'b [Transaction], limits: SegmentLimits) -> Self {
         let waiting = transactions
             .chunk_by(|a, b| a.spilled.is_none() && b.spilled.is_none())
             .collect();
         Self {
             waiting,
             reading: None,
-            bytes_max,
-            parts: 0,
+            limits,
         }
     }
 
@@ -64,8 +71,7 @@ impl<'b> Segments<'b> {
         loop {
             if let Some((reader, transaction)) = &mut self.reading {
                 let commit_lsn = transaction.commit_lsn;
-                let changes = read_part(reader, self.bytes_max)?;
-                self.parts += 1;
+                let changes = read_part(reader, self.limits)?;
                 if !changes.is_empty() {
                     return Ok(Some(Segment::Part {
                         commit_lsn,
@@ -87,16 +93,16 @@ impl<'b> Segments<'b> {
         }
     }
 
-    /// Whether the batch is coming in parts.
-    pub(super) fn has_begun_to_stream(&self) -> bool {
-        self.parts > 0
+    /// Whether the segment handed out last ends the batch.
+    pub(super) fn is_at_end(&self) -> bool {
+        self.waiting.is_empty() && self.reading.is_none()
     }
 }
 
-fn read_part(reader: &mut SpillReader, bytes_max: u64) -> Result<Vec<Change>, SpillError> {
-    let mut part = Vec::new();
+fn read_part(reader: &mut SpillReader, limits: SegmentLimits) -> Result<Vec<Change>, SpillError> {
+    let mut part: Vec<Change> = Vec::new();
     let mut bytes = 0;
-    while bytes < bytes_max {
+    while bytes < limits.bytes && (part.len() as u64) < limits.changes {
         let Some(changes) = reader.next_changes()? else {
             break;
         };

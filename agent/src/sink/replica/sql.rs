@@ -41,6 +41,11 @@ pub(super) fn advance(
     )
 }
 
+/// `SELECT dr_agent.hold(…)`: what begins a lane's transaction beside the one of lane 0.
+pub(super) fn hold(stream: &str, term: i64) -> String {
+    format!("SELECT dr_agent.hold({}, {term})", quote_literal(stream))
+}
+
 /// Inserts rows.
 pub(super) fn insert(target: &Target, sent: &[Sent]) -> String {
     let table = target.table.sql();
@@ -273,6 +278,7 @@ mod tests {
     use super::*;
     use crate::catalog::TableName;
     use crate::net::{Key, KeyColumn, KeyOrder};
+    use crate::plan::Spread;
     use crate::sink::replica::target::{Native, TargetColumn};
 
     fn target(keyed: bool) -> Target {
@@ -306,6 +312,7 @@ mod tests {
                 column("note", "public.mood", false),
             ],
             key: Key { columns },
+            spread: Spread::Table,
         }
     }
 

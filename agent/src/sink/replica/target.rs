@@ -12,6 +12,7 @@ use super::SinkError;
 use crate::catalog::{TableName, quote_ident};
 use crate::net::{Key, KeyColumn, KeyOrder};
 use crate::pg::pgoutput::ReplicaIdentity;
+use crate::plan::Spread;
 use crate::txn::SourceRelation;
 
 /// OIDs below this belong to PostgreSQL itself and mean the same on every server
@@ -56,6 +57,8 @@ pub(super) struct Target {
     pub(super) columns: Vec<TargetColumn>,
     /// How rows are identified.
     pub(super) key: Key,
+    /// How its rows may be spread over lanes.
+    pub(super) spread: Spread,
 }
 
 impl Target {
@@ -97,7 +100,21 @@ impl Targets {
         target
     }
 
-    /// Forgets everything if too much is known. Between batches only: addresses may be used again.
+    /// The targets of these relations alone, to go along with steps that need them.
+    pub(super) fn of_each<'r>(
+        &self,
+        relations: impl Iterator<Item = &'r Arc<SourceRelation>>,
+    ) -> Self {
+        let known = relations
+            .filter_map(|relation| {
+                let known = self.known.get(&address(relation))?;
+                Some((address(relation), known.clone()))
+            })
+            .collect();
+        Self { known }
+    }
+
+    /// Forgets everything if too much is known.
     pub(super) fn trim(&mut self) -> bool {
         let trimmed = self.known.len() > Self::KNOWN_MAX;
         if trimmed {
@@ -126,6 +143,8 @@ struct ReplicaColumn {
     column: TargetColumn,
     base_oid: u32,
     in_primary_key: bool,
+    /// Values that are equal are the same bytes.
+    equal_is_identical: bool,
 }
 
 /// `$1` is the schema, `$2` the table. Domains are followed down to their base type.
@@ -162,13 +181,57 @@ const COLUMNS: &str = "
                     OR k.opcintype = 'anymultirange'::regtype AND y.typtype = 'm'
                     OR k.opcintype = 'text'::regtype AND y.oid = 'varchar'::regtype)
              LIMIT 1),
-           coalesce(a.attnum = ANY (i.indkey), false)
+           coalesce(a.attnum = ANY (i.indkey), false),
+           y.typtype = 'e' OR y.oid IN ('bool'::regtype, 'bytea'::regtype,
+               'name'::regtype, 'int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'oid'::regtype,
+               'date'::regtype, 'time'::regtype, 'timestamp'::regtype, 'timestamptz'::regtype,
+               'uuid'::regtype, 'macaddr'::regtype)
+               OR y.oid IN ('text'::regtype, 'varchar'::regtype)
+                   AND coalesce(l.collisdeterministic, true)
       FROM chain
       JOIN pg_type y ON y.oid = chain.type AND y.typtype <> 'd'
       JOIN t ON true
       JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = chain.attnum
+      LEFT JOIN pg_collation l ON l.oid = a.attcollation
       LEFT JOIN pg_index i ON i.indrelid = t.oid AND i.indisprimary AND i.indimmediate AND i.indisvalid
      ORDER BY a.attnum";
+
+/// Unique and exclusion constraints of the table and its partitions, each as the sorted names of its
+/// columns; `NULL` for one on an expression or on some of the rows. `$1` is the table.
+const UNIQUE: &str = "
+    SELECT CASE WHEN i.indexprs IS NULL AND i.indpred IS NULL AND NOT i.indisexclusion THEN
+               (SELECT array_agg(a.attname::text ORDER BY a.attname::text)
+                  FROM pg_attribute a
+                 WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))
+           END
+      FROM pg_index i
+     WHERE (i.indisunique OR i.indisexclusion)
+       AND i.indrelid IN (SELECT to_regclass($1)::oid
+                          UNION SELECT relid FROM pg_partition_tree(to_regclass($1)))";
+
+/// Rows of a table depend on one another beyond their key where another constraint compares them, and a
+/// key only tells rows apart where equal values are the same bytes.
+async fn spread(
+    client: &Client,
+    table: &TableName,
+    key: &[(String, bool)],
+) -> Result<Spread, SinkError> {
+    if key.is_empty() || !key.iter().all(|(_, identical)| *identical) {
+        return Ok(Spread::Table);
+    }
+    let mut names: Vec<&str> = key.iter().map(|(name, _)| name.as_str()).collect();
+    names.sort_unstable();
+    let rows = client.query(UNIQUE, &[&table.sql()]).await?;
+    let only_the_key = rows.iter().all(|row| {
+        row.get::<_, Option<Vec<&str>>>(0)
+            .is_some_and(|unique| unique == names)
+    });
+    Ok(if only_the_key {
+        Spread::Keys
+    } else {
+        Spread::Table
+    })
+}
 
 async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, SinkError> {
     let table = TableName {
@@ -190,6 +253,7 @@ async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, Sink
     let full = relation.relation.identity == ReplicaIdentity::Full;
     let mut columns = Vec::new();
     let mut key = Key::default();
+    let mut key_columns = Vec::new();
     for (position, sent) in relation.relation.columns.iter().enumerate() {
         let Some(mut found) = on_replica.remove(&sent.name) else {
             return Err(SinkError::ColumnMissing {
@@ -214,16 +278,20 @@ async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, Sink
                 _ => KeyOrder::Bytes,
             };
             key.columns.push(KeyColumn { position, order });
+            key_columns.push((sent.name.clone(), found.equal_is_identical));
         }
         columns.push(found.column);
     }
     if full && key.columns.len() != primary_key {
         key.columns.clear();
+        key_columns.clear();
     }
+    let spread = spread(client, &table, &key_columns).await?;
     Ok(Target {
         table,
         columns,
         key,
+        spread,
     })
 }
 
@@ -253,5 +321,6 @@ fn replica_column(row: &tokio_postgres::Row) -> ReplicaColumn {
         },
         base_oid,
         in_primary_key: row.get(9),
+        equal_is_identical: row.get(10),
     }
 }

@@ -1,0 +1,43 @@
+//! What a killed agent left on the replica: sessions in the middle of a batch, and lanes that it prepared.
+//!
+//! # Invariants
+//! - Runs under the stream's advisory lock and after the slot was found free: no other agent streams.
+//! - The sessions are ended first. Only then can nobody move the progress row any more, by which every
+//!   prepared lane is committed or rolled back ([`crate::prepared`]); and only then is that row read.
+
+use tokio_postgres::Client;
+
+use super::error::{SetupError, Side};
+use super::replica::{self, Progress};
+use crate::pg::leftover;
+use crate::prepared::{self, Settled};
+use crate::stream::StreamName;
+
+/// Settles it; returns the progress row as it is from now on.
+pub(super) async fn settle(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<Option<Progress>, SetupError> {
+    leftover::end_sessions(client, &stream.application_name("apply"))
+        .await
+        .map_err(SetupError::sql(
+            Side::Replica,
+            "end sessions of an earlier agent",
+        ))?;
+    let progress = replica::known(client, stream).await?.progress;
+    if let Some(progress) = progress {
+        let settled = prepared::settle(client, stream, progress.batch)
+            .await
+            .map_err(SetupError::sql(
+                Side::Replica,
+                "settle prepared transactions",
+            ))?;
+        if settled != Settled::default() {
+            tracing::info!(
+                %stream, committed = settled.committed, rolled_back = settled.rolled_back,
+                "settled the lanes of a batch that was interrupted"
+            );
+        }
+    }
+    Ok(progress)
+}

@@ -1,0 +1,165 @@
+//! Folding: batches in, their net changes out, ahead of the lanes.
+//!
+//! ```text
+//! batches ─▶ segments ─▶ Relations (what is wanted, and where it goes) ─▶ net::fold ─▶ Folded ─▶ lanes
+//! ```
+//! A task of its own, so that one batch is folded while the one before is applied. It has its own session
+//! with the replica for looking up tables: the lanes' sessions are in the middle of transactions.
+//!
+//! # Invariants
+//! - Batches and their segments come out in the order they went in; the last of a batch says so.
+//! - What cannot be folded comes out as an error in its place. The lanes decide.
+//!
+//! # What it does not do
+//! It changes nothing on the replica.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio_postgres::Client;
+
+use super::SinkError;
+use super::relations::Relations;
+use super::segment::{Segment, SegmentLimits, Segments};
+use super::target::{Targets, address};
+use crate::batch::Batch;
+use crate::net::{self, Step};
+use crate::txn::SourceRelation;
+
+/// How changes become steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Path {
+    /// Folded.
+    Fast,
+    /// One by one.
+    Slow,
+}
+
+/// A segment's changes, folded, and where they go.
+#[derive(Debug)]
+pub(super) struct Folded {
+    pub(super) steps: Vec<Step>,
+    pub(super) targets: Targets,
+    pub(super) net_changes: u64,
+}
+
+/// One segment of a batch on its way to the lanes.
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) batch: Arc<Batch>,
+    pub(super) folded: Result<Folded, SinkError>,
+    /// Whether the batch ends with it. So it does with an error.
+    pub(super) last: bool,
+}
+
+/// Folds with what it knows of the replica's tables.
+#[derive(Debug)]
+pub(super) struct Folder {
+    catalog: Arc<Client>,
+    relations: Relations,
+    segment: SegmentLimits,
+}
+
+impl Folder {
+    pub(super) fn new(catalog: Arc<Client>, relations: Relations, segment: SegmentLimits) -> Self {
+        Self {
+            catalog,
+            relations,
+            segment,
+        }
+    }
+
+    /// Begins with a batch.
+    pub(super) fn begin<'b>(&mut self, batch: &'b Batch, path: Path) -> Folding<'_, 'b> {
+        self.relations.trim();
+        Folding {
+            segments: Segments::new(&batch.transactions, self.segment),
+            folder: self,
+            path,
+            ended: false,
+        }
+    }
+
+    /// Folds batches until there are no more, or nobody wants them.
+    pub(super) async fn run(
+        mut self,
+        mut batches: mpsc::Receiver<Arc<Batch>>,
+        work: mpsc::Sender<Work>,
+    ) {
+        while let Some(batch) = batches.recv().await {
+            let mut folding = self.begin(&batch, Path::Fast);
+            loop {
+                let (folded, last) = match folding.next().await {
+                    Ok(Some(folded)) => (Ok(folded), folding.ended),
+                    // Only after the last one, which has said so.
+                    Ok(None) => break,
+                    Err(error) => (Err(error), true),
+                };
+                let batch = Arc::clone(&batch);
+                let one = Work {
+                    batch,
+                    folded,
+                    last,
+                };
+                if work.send(one).await.is_err() {
+                    return;
+                }
+                if last {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// A batch that is being folded, segment by segment.
+pub(super) struct Folding<'f, 'b> {
+    folder: &'f mut Folder,
+    segments: Segments<'b>,
+    path: Path,
+    ended: bool,
+}
+
+impl Folding<'_, '_> {
+    /// The next segment; `None` at the end of the batch.
+    pub(super) async fn next(&mut self) -> Result<Option<Folded>, SinkError> {
+        let Some(segment) = self.segments.next()? else {
+            return Ok(None);
+        };
+        self.ended = self.segments.is_at_end();
+        self.fold(&segment).await.map(Some)
+    }
+
+    /// Leaves out what the copy already holds, looks up where the rest goes, and folds it.
+    async fn fold(&mut self, segment: &Segment<'_>) -> Result<Folded, SinkError> {
+        let relations = &mut self.folder.relations;
+        let mut wanted = Vec::new();
+        for (commit_lsn, change) in segment.changes() {
+            let change = relations
+                .wanted(&self.folder.catalog, commit_lsn, change)
+                .await?;
+            wanted.extend(change);
+        }
+        let key_of = |relation: &Arc<SourceRelation>| relations.targets.of(relation).key.clone();
+        let changes = wanted.iter().map(|change| &**change);
+        let steps = match self.path {
+            Path::Fast => net::fold(changes, &key_of)?,
+            Path::Slow => net::serial(changes, &key_of)?,
+        };
+        Ok(Folded {
+            targets: relations.targets.of_each(relations_of(&steps)),
+            net_changes: net::count(&steps),
+            steps,
+        })
+    }
+}
+
+/// Each relation of the steps once.
+fn relations_of(steps: &[Step]) -> impl Iterator<Item = &Arc<SourceRelation>> {
+    let mut seen = HashSet::new();
+    steps
+        .iter()
+        .flat_map(Step::relations)
+        .filter(move |relation| seen.insert(address(relation)))
+}
