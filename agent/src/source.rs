@@ -2,9 +2,12 @@
 //!
 //! ```text
 //! walsender ─messages─▶ Assembler ─transaction─▶ [limits.queue_bytes] ─▶ pipeline
-//!     ▲                     └─ too large ─▶ spill file
+//!     ▲                     └─ too large ─▶ spill files
 //!     └──── standby status ◀── FlushLsn (watch)
 //! ```
+//!
+//! Large transactions are asked for while they are still running (`streaming`), so that the source need
+//! not write them to its disk a second time, and most of one is here when it commits.
 //!
 //! # Invariants
 //! - The walsender is told a [`FlushLsn`] and nothing else.
@@ -30,9 +33,9 @@ use crate::pg::replication::{
     ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
 };
 use crate::pg::{ConnInfo, PgError, PgLsn, Session};
-use crate::spill::{SpillError, SpillSpace, SpillWriter};
+use crate::spill::{SpillError, SpillSpace, Spills};
 use crate::stream::StreamName;
-use crate::txn::{AssembleError, Assembler, Transaction};
+use crate::txn::{AssembleError, Assembler, Complete, Ended, Transaction};
 
 /// Well below the smallest sensible `wal_sender_timeout` (its default is 60 s).
 const STATUS_EVERY: Duration = Duration::from_secs(5);
@@ -126,8 +129,7 @@ pub async fn run(
         reader,
         feedback: Feedback { status, flush },
         assembler: Assembler::new(settings.start),
-        space,
-        spilling: None,
+        spills: Spills::new(space),
         transaction_bytes: settings.transaction_bytes,
         budget: Arc::new(Semaphore::new(budget)),
         budget_bytes: budget as u64,
@@ -153,7 +155,10 @@ async fn open(settings: &SourceSettings) -> Result<(ReplicationReader, StatusSen
     let connection = ReplicationConnection::connect(&settings.conninfo, &session).await?;
     let publication = format!("\"{}\"", settings.stream);
     let mut options = vec![
-        ("proto_version", "1"),
+        // Version 2 has streaming, and every source we support has version 2. What later ones add
+        // (two-phase, parallel apply) has no use here.
+        ("proto_version", "2"),
+        ("streaming", "on"),
         ("publication_names", publication.as_str()),
     ];
     if settings.binary {
@@ -168,8 +173,7 @@ struct Task {
     reader: ReplicationReader,
     feedback: Feedback,
     assembler: Assembler,
-    space: SpillSpace,
-    spilling: Option<SpillWriter>,
+    spills: Spills,
     transaction_bytes: u64,
     budget: Arc<Semaphore>,
     budget_bytes: u64,
@@ -274,25 +278,37 @@ impl Task {
     }
 
     async fn message(&mut self, data: Bytes) -> Result<bool, SourceError> {
-        let complete = self.assembler.push(data)?;
-        if let Some(transaction) = complete {
-            return self.hand_over(transaction).await;
-        }
-        if self.assembler.pending_bytes() > self.transaction_bytes {
-            let changes = self.assembler.take_pending();
-            if self.spilling.is_none() {
-                self.spilling = Some(self.space.create()?);
+        match self.assembler.push(data)? {
+            None => {
+                self.relieve()?;
+                Ok(true)
             }
-            if let Some(spilling) = &mut self.spilling {
-                tokio::task::block_in_place(|| spilling.append(&changes))?;
+            Some(Ended::Committed(complete)) => self.hand_over(*complete).await,
+            Some(Ended::Aborted { xid }) => {
+                self.spills.discard(xid);
+                Ok(true)
             }
         }
-        Ok(true)
     }
 
-    async fn hand_over(&mut self, mut transaction: Transaction) -> Result<bool, SourceError> {
-        if let Some(spilling) = self.spilling.take() {
-            transaction.spilled = Some(tokio::task::block_in_place(|| spilling.finish())?);
+    /// Moves changes to disk until what is in memory is within the limit.
+    fn relieve(&mut self) -> Result<(), SourceError> {
+        while self.assembler.pending_bytes() > self.transaction_bytes {
+            let Some(xid) = self.assembler.largest_open() else {
+                break;
+            };
+            let pending = self.assembler.take_pending(xid);
+            tokio::task::block_in_place(|| self.spills.append(xid, &pending))?;
+        }
+        Ok(())
+    }
+
+    async fn hand_over(&mut self, complete: Complete) -> Result<bool, SourceError> {
+        let (mut transaction, aborted) = complete.into_transaction();
+        let xid = transaction.xid;
+        if self.spills.holds(xid) {
+            let spills = &mut self.spills;
+            transaction.spilled = tokio::task::block_in_place(|| spills.finish(xid, aborted))?;
         }
         // A single transaction above the whole budget takes all of it.
         let bytes = transaction.bytes.clamp(1, self.budget_bytes);
