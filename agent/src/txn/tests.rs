@@ -2,6 +2,8 @@
 
 mod histories;
 
+use std::slice;
+
 use bytes::Bytes;
 
 use super::*;
@@ -244,12 +246,12 @@ fn blocks_and_transactions_that_do_not_nest_are_errors() {
     let begin = encode::begin(lsn(10), 0, 3);
     let start = encode::stream_start(5, true);
     let stop = encode::stream_stop();
-    refused(&[begin.clone()], begin.clone());
-    refused(&[begin.clone()], start.clone());
-    refused(&[start.clone()], begin.clone());
-    refused(&[start.clone()], start.clone());
+    refused(slice::from_ref(&begin), begin.clone());
+    refused(slice::from_ref(&begin), start.clone());
+    refused(slice::from_ref(&start), begin.clone());
+    refused(slice::from_ref(&start), start.clone());
     refused(&[start.clone(), stop.clone()], start.clone());
-    refused(&[start.clone()], stream_commit(5, 10, 11));
+    refused(slice::from_ref(&start), stream_commit(5, 10, 11));
     refused(&[start], stream_abort(5, 5));
     refused(&[begin], stream_abort(5, 5));
     refused(&[], stop);
