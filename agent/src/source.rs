@@ -20,6 +20,8 @@
 //! It does not reconnect: its error ends the session, and the pipeline starts the next one from the
 //! progress row.
 
+mod subtransactions;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,6 +41,9 @@ use crate::txn::{AssembleError, Assembler, Complete, Ended, Transaction};
 
 /// Well below the smallest sensible `wal_sender_timeout` (its default is 60 s).
 const STATUS_EVERY: Duration = Duration::from_secs(5);
+
+/// The questions asked in passing take milliseconds; a source that needs longer is in trouble.
+const STATEMENT_TIMEOUT: &str = "60s";
 
 /// What the source task needs to know.
 #[derive(Clone, Debug)]
@@ -69,6 +74,18 @@ pub enum SourceError {
     /// A large transaction could not be put on disk.
     #[error("keep a large transaction")]
     Spill(#[from] SpillError),
+    /// The source does not know whether a subtransaction was rolled back.
+    #[error("the source does not know what became of subtransaction {subxid}")]
+    UnknownFate {
+        /// Its transaction id on the source.
+        subxid: i64,
+    },
+    /// The server that was asked has not seen the transaction's commit.
+    #[error("the server that answers ordinary sessions has not come to {end_lsn} yet")]
+    Behind {
+        /// Where the transaction's commit ends.
+        end_lsn: String,
+    },
     /// The server ended the stream; it does so when it shuts down.
     #[error("the source ended the stream")]
     Ended,
@@ -80,7 +97,8 @@ impl Classify for SourceError {
             Self::Pg(error) => error.class(),
             Self::Assemble(error) => error.class(),
             Self::Spill(error) => error.class(),
-            Self::Ended => Class::Transient,
+            Self::UnknownFate { .. } => Class::Definite,
+            Self::Behind { .. } | Self::Ended => Class::Transient,
         }
     }
 
@@ -89,6 +107,14 @@ impl Classify for SourceError {
             Self::Pg(error) => error.hint(),
             Self::Assemble(error) => error.hint(),
             Self::Spill(error) => error.hint(),
+            Self::UnknownFate { .. } => Some(
+                "nothing of the transaction was applied; report this with the source's version, and \
+                 copy the database anew"
+                    .to_owned(),
+            ),
+            Self::Behind { .. } => Some(
+                "source.url must lead every session to the same server".to_owned(),
+            ),
             Self::Ended => None,
         }
     }
@@ -131,6 +157,9 @@ pub async fn run(
         assembler: Assembler::new(settings.start),
         spills: Spills::new(space),
         transaction_bytes: settings.transaction_bytes,
+        ordinary: Session::new(settings.stream.application_name("subtransactions"))
+            .set("statement_timeout", STATEMENT_TIMEOUT),
+        conninfo: settings.conninfo,
         budget: Arc::new(Semaphore::new(budget)),
         budget_bytes: budget as u64,
         queue,
@@ -175,6 +204,9 @@ struct Task {
     assembler: Assembler,
     spills: Spills,
     transaction_bytes: u64,
+    conninfo: ConnInfo,
+    /// For the questions that a walsender cannot answer while it streams.
+    ordinary: Session,
     budget: Arc<Semaphore>,
     budget_bytes: u64,
     queue: mpsc::Sender<Received>,
@@ -303,7 +335,34 @@ impl Task {
         Ok(())
     }
 
-    async fn hand_over(&mut self, complete: Complete) -> Result<bool, SourceError> {
+    /// Drops what was rolled back and what the walsender has not told of as such.
+    async fn settle(&mut self, complete: &mut Complete) -> Result<(), SourceError> {
+        let subtransactions: Vec<u32> = complete.subtransactions().collect();
+        if subtransactions.is_empty() {
+            return Ok(());
+        }
+        let asking = Box::pin(subtransactions::rolled_back(
+            &self.conninfo,
+            &self.ordinary,
+            &subtransactions,
+            complete.end_lsn(),
+        ));
+        let rolled_back = self.feedback.during(asking).await??;
+        if !rolled_back.is_empty() {
+            tracing::info!(
+                xid = complete.xid(),
+                subtransactions = rolled_back.len(),
+                "left out what the source has rolled back without telling"
+            );
+        }
+        for subxid in rolled_back {
+            complete.abort(subxid);
+        }
+        Ok(())
+    }
+
+    async fn hand_over(&mut self, mut complete: Complete) -> Result<bool, SourceError> {
+        self.settle(&mut complete).await?;
         let (mut transaction, aborted) = complete.into_transaction();
         let xid = transaction.xid;
         if self.spills.holds(xid) {

@@ -163,6 +163,11 @@ impl Complete {
         self.open.xid
     }
 
+    /// First byte after its commit record.
+    pub fn end_lsn(&self) -> PgLsn {
+        self.commit.end_lsn
+    }
+
     /// Subtransactions whose changes are part of it.
     pub fn subtransactions(&self) -> impl Iterator<Item = u32> {
         self.open.subtransactions.keys().copied()
