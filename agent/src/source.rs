@@ -16,20 +16,26 @@
 //! - Received and not yet applied transactions hold at most `limits.queue_bytes`; beyond it nothing is
 //!   read, and TCP makes the walsender wait. WAL then gathers on the source, where the metrics show it.
 //!
+//! - While it is behind it reads in bulk; caught up, it reads at once ([`pace`]).
+//!
 //! # What it does not do
 //! It does not reconnect: its error ends the session, and the pipeline starts the next one from the
 //! progress row.
 
+mod pace;
 mod subtransactions;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{MissedTickBehavior, Sleep};
 
+use self::pace::Pace;
 use crate::error::{Class, Classify};
+use crate::lag::Micros;
 use crate::ledger::FlushLsn;
 use crate::pg::replication::{
     ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
@@ -152,6 +158,7 @@ pub async fn run(
         .min(Semaphore::MAX_PERMITS)
         .min(u32::MAX as usize);
     let mut task = Task {
+        pace: Pace::new(reader.is_local()),
         reader,
         feedback: Feedback { status, flush },
         assembler: Assembler::new(settings.start),
@@ -200,6 +207,7 @@ async fn open(settings: &SourceSettings) -> Result<(ReplicationReader, StatusSen
 
 struct Task {
     reader: ReplicationReader,
+    pace: Pace,
     feedback: Feedback,
     assembler: Assembler,
     spills: Spills,
@@ -243,14 +251,21 @@ impl Feedback {
     }
 }
 
+async fn over(pause: &mut Option<Pin<Box<Sleep>>>) {
+    if let Some(sleep) = pause {
+        sleep.as_mut().await;
+    }
+}
+
 impl Task {
     async fn stream(&mut self) -> Result<(), SourceError> {
         let mut due = tokio::time::interval(STATUS_EVERY);
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pause: Option<Pin<Box<Sleep>>> = None;
         loop {
             tokio::select! {
                 biased;
-                // 1. Acknowledge what has become durable; the source may forget its WAL. All three
+                // 1. Acknowledge what has become durable; the source may forget its WAL. All four
                 //    futures may be dropped at any point: nothing is lost.
                 changed = self.feedback.flush.changed() => {
                     self.feedback.send().await?;
@@ -260,12 +275,16 @@ impl Task {
                 }
                 // 2. Sign of life.
                 _ = due.tick() => self.feedback.send().await?,
-                // 3. Work.
-                message = self.reader.next() => {
+                // 3. Letting data gather.
+                () = over(&mut pause), if pause.is_some() => pause = None,
+                // 4. Work.
+                message = self.reader.next(), if pause.is_none() => {
                     let Some(message) = message? else { return Err(SourceError::Ended) };
                     if !self.take(message).await? || !self.take_buffered().await? {
                         return Ok(());
                     }
+                    let wanted = self.pace.pause(self.reader.drained());
+                    pause = wanted.map(|length| Box::pin(tokio::time::sleep(length)));
                 }
             }
         }
@@ -295,9 +314,15 @@ impl Task {
                 }
                 Ok(true)
             }
-            ReplicationMessage::WalData { wal_end, data, .. } => {
+            ReplicationMessage::WalData {
+                wal_end,
+                sent_at,
+                data,
+                ..
+            } => {
                 self.at(wal_end, data.len() as u64);
-                self.message(data).await
+                self.pace.received(data.len() as u64);
+                self.message(data, sent_at).await
             }
         }
     }
@@ -309,13 +334,16 @@ impl Task {
         });
     }
 
-    async fn message(&mut self, data: Bytes) -> Result<bool, SourceError> {
+    async fn message(&mut self, data: Bytes, sent_at: Micros) -> Result<bool, SourceError> {
         match self.assembler.push(data)? {
             None => {
                 self.relieve()?;
                 Ok(true)
             }
-            Some(Ended::Committed(complete)) => self.hand_over(*complete).await,
+            Some(Ended::Committed(complete)) => {
+                self.pace.committed(complete.commit_time(), sent_at);
+                self.hand_over(*complete).await
+            }
             Some(Ended::Aborted { xid }) => {
                 self.spills.discard(xid);
                 Ok(true)

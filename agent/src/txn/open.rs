@@ -168,6 +168,11 @@ impl Complete {
         self.commit.end_lsn
     }
 
+    /// Commit time on the source's clock.
+    pub fn commit_time(&self) -> Micros {
+        self.commit.commit_time
+    }
+
     /// Subtransactions whose changes are part of it.
     pub fn subtransactions(&self) -> impl Iterator<Item = u32> {
         self.open.subtransactions.keys().copied()
