@@ -2,9 +2,12 @@
 //!
 //! ```text
 //! walsender ─messages─▶ Assembler ─transaction─▶ [limits.queue_bytes] ─▶ pipeline
-//!     ▲                     └─ too large ─▶ spill file
+//!     ▲                     └─ too large ─▶ spill files
 //!     └──── standby status ◀── FlushLsn (watch)
 //! ```
+//!
+//! Large transactions are asked for while they are still running (`streaming`), so that the source need
+//! not write them to its disk a second time, and most of one is here when it commits.
 //!
 //! # Invariants
 //! - The walsender is told a [`FlushLsn`] and nothing else.
@@ -13,30 +16,41 @@
 //! - Received and not yet applied transactions hold at most `limits.queue_bytes`; beyond it nothing is
 //!   read, and TCP makes the walsender wait. WAL then gathers on the source, where the metrics show it.
 //!
+//! - While it is behind it reads in bulk; caught up, it reads at once ([`pace`]).
+//!
 //! # What it does not do
 //! It does not reconnect: its error ends the session, and the pipeline starts the next one from the
 //! progress row.
 
+mod pace;
+mod subtransactions;
+
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{MissedTickBehavior, Sleep};
 
+use self::pace::Pace;
 use crate::error::{Class, Classify};
 use crate::failpoint;
+use crate::lag::Micros;
 use crate::ledger::FlushLsn;
 use crate::pg::replication::{
     ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
 };
 use crate::pg::{ConnInfo, PgError, PgLsn, Session};
-use crate::spill::{SpillError, SpillSpace, SpillWriter};
+use crate::spill::{SpillError, SpillSpace, Spills};
 use crate::stream::StreamName;
-use crate::txn::{AssembleError, Assembler, Transaction};
+use crate::txn::{AssembleError, Assembler, Complete, Ended, Transaction};
 
 /// Well below the smallest sensible `wal_sender_timeout` (its default is 60 s).
 const STATUS_EVERY: Duration = Duration::from_secs(5);
+
+/// The questions asked in passing take milliseconds; a source that needs longer is in trouble.
+const STATEMENT_TIMEOUT: &str = "60s";
 
 /// What the source task needs to know.
 #[derive(Clone, Debug)]
@@ -67,6 +81,18 @@ pub enum SourceError {
     /// A large transaction could not be put on disk.
     #[error("keep a large transaction")]
     Spill(#[from] SpillError),
+    /// The source does not know whether a subtransaction was rolled back.
+    #[error("the source does not know what became of subtransaction {subxid}")]
+    UnknownFate {
+        /// Its transaction id on the source.
+        subxid: i64,
+    },
+    /// The server that was asked has not seen the transaction's commit.
+    #[error("the server that answers ordinary sessions has not come to {end_lsn} yet")]
+    Behind {
+        /// Where the transaction's commit ends.
+        end_lsn: String,
+    },
     /// The server ended the stream; it does so when it shuts down.
     #[error("the source ended the stream")]
     Ended,
@@ -78,7 +104,8 @@ impl Classify for SourceError {
             Self::Pg(error) => error.class(),
             Self::Assemble(error) => error.class(),
             Self::Spill(error) => error.class(),
-            Self::Ended => Class::Transient,
+            Self::UnknownFate { .. } => Class::Definite,
+            Self::Behind { .. } | Self::Ended => Class::Transient,
         }
     }
 
@@ -87,6 +114,14 @@ impl Classify for SourceError {
             Self::Pg(error) => error.hint(),
             Self::Assemble(error) => error.hint(),
             Self::Spill(error) => error.hint(),
+            Self::UnknownFate { .. } => Some(
+                "nothing of the transaction was applied; report this with the source's version, and \
+                 copy the database anew"
+                    .to_owned(),
+            ),
+            Self::Behind { .. } => Some(
+                "source.url must lead every session to the same server".to_owned(),
+            ),
             Self::Ended => None,
         }
     }
@@ -124,12 +159,15 @@ pub async fn run(
         .min(Semaphore::MAX_PERMITS)
         .min(u32::MAX as usize);
     let mut task = Task {
+        pace: Pace::new(reader.is_local()),
         reader,
         feedback: Feedback { status, flush },
         assembler: Assembler::new(settings.start),
-        space,
-        spilling: None,
+        spills: Spills::new(space),
         transaction_bytes: settings.transaction_bytes,
+        ordinary: Session::new(settings.stream.application_name("subtransactions"))
+            .set("statement_timeout", STATEMENT_TIMEOUT),
+        conninfo: settings.conninfo,
         budget: Arc::new(Semaphore::new(budget)),
         budget_bytes: budget as u64,
         queue,
@@ -154,7 +192,10 @@ async fn open(settings: &SourceSettings) -> Result<(ReplicationReader, StatusSen
     let connection = ReplicationConnection::connect(&settings.conninfo, &session).await?;
     let publication = format!("\"{}\"", settings.stream);
     let mut options = vec![
-        ("proto_version", "1"),
+        // Version 2 has streaming, and every source we support has version 2. What later ones add
+        // (two-phase, parallel apply) has no use here.
+        ("proto_version", "2"),
+        ("streaming", "on"),
         ("publication_names", publication.as_str()),
     ];
     if settings.binary {
@@ -167,11 +208,14 @@ async fn open(settings: &SourceSettings) -> Result<(ReplicationReader, StatusSen
 
 struct Task {
     reader: ReplicationReader,
+    pace: Pace,
     feedback: Feedback,
     assembler: Assembler,
-    space: SpillSpace,
-    spilling: Option<SpillWriter>,
+    spills: Spills,
     transaction_bytes: u64,
+    conninfo: ConnInfo,
+    /// For the questions that a walsender cannot answer while it streams.
+    ordinary: Session,
     budget: Arc<Semaphore>,
     budget_bytes: u64,
     queue: mpsc::Sender<Received>,
@@ -208,14 +252,21 @@ impl Feedback {
     }
 }
 
+async fn over(pause: &mut Option<Pin<Box<Sleep>>>) {
+    if let Some(sleep) = pause {
+        sleep.as_mut().await;
+    }
+}
+
 impl Task {
     async fn stream(&mut self) -> Result<(), SourceError> {
         let mut due = tokio::time::interval(STATUS_EVERY);
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pause: Option<Pin<Box<Sleep>>> = None;
         loop {
             tokio::select! {
                 biased;
-                // 1. Acknowledge what has become durable; the source may forget its WAL. All three
+                // 1. Acknowledge what has become durable; the source may forget its WAL. All four
                 //    futures may be dropped at any point: nothing is lost.
                 changed = self.feedback.flush.changed() => {
                     self.feedback.send().await?;
@@ -226,12 +277,16 @@ impl Task {
                 }
                 // 2. Sign of life.
                 _ = due.tick() => self.feedback.send().await?,
-                // 3. Work.
-                message = self.reader.next() => {
+                // 3. Letting data gather.
+                () = over(&mut pause), if pause.is_some() => pause = None,
+                // 4. Work.
+                message = self.reader.next(), if pause.is_none() => {
                     let Some(message) = message? else { return Err(SourceError::Ended) };
                     if !self.take(message).await? || !self.take_buffered().await? {
                         return Ok(());
                     }
+                    let wanted = self.pace.pause(self.reader.drained());
+                    pause = wanted.map(|length| Box::pin(tokio::time::sleep(length)));
                 }
             }
         }
@@ -261,9 +316,15 @@ impl Task {
                 }
                 Ok(true)
             }
-            ReplicationMessage::WalData { wal_end, data, .. } => {
+            ReplicationMessage::WalData {
+                wal_end,
+                sent_at,
+                data,
+                ..
+            } => {
                 self.at(wal_end, data.len() as u64);
-                self.message(data).await
+                self.pace.received(data.len() as u64);
+                self.message(data, sent_at).await
             }
         }
     }
@@ -275,26 +336,68 @@ impl Task {
         });
     }
 
-    async fn message(&mut self, data: Bytes) -> Result<bool, SourceError> {
-        let complete = self.assembler.push(data)?;
-        if let Some(transaction) = complete {
-            return self.hand_over(transaction).await;
-        }
-        if self.assembler.pending_bytes() > self.transaction_bytes {
-            let changes = self.assembler.take_pending();
-            if self.spilling.is_none() {
-                self.spilling = Some(self.space.create()?);
+    async fn message(&mut self, data: Bytes, sent_at: Micros) -> Result<bool, SourceError> {
+        match self.assembler.push(data)? {
+            None => {
+                self.relieve()?;
+                Ok(true)
             }
-            if let Some(spilling) = &mut self.spilling {
-                tokio::task::block_in_place(|| spilling.append(&changes))?;
+            Some(Ended::Committed(complete)) => {
+                self.pace.committed(complete.commit_time(), sent_at);
+                self.hand_over(*complete).await
+            }
+            Some(Ended::Aborted { xid }) => {
+                self.spills.discard(xid);
+                Ok(true)
             }
         }
-        Ok(true)
     }
 
-    async fn hand_over(&mut self, mut transaction: Transaction) -> Result<bool, SourceError> {
-        if let Some(spilling) = self.spilling.take() {
-            transaction.spilled = Some(tokio::task::block_in_place(|| spilling.finish())?);
+    /// Moves changes to disk until what is in memory is within the limit.
+    fn relieve(&mut self) -> Result<(), SourceError> {
+        while self.assembler.pending_bytes() > self.transaction_bytes {
+            let Some(xid) = self.assembler.largest_open() else {
+                break;
+            };
+            let pending = self.assembler.take_pending(xid);
+            tokio::task::block_in_place(|| self.spills.append(xid, &pending))?;
+        }
+        Ok(())
+    }
+
+    /// Drops what was rolled back and what the walsender has not told of as such.
+    async fn settle(&mut self, complete: &mut Complete) -> Result<(), SourceError> {
+        let subtransactions: Vec<u32> = complete.subtransactions().collect();
+        if subtransactions.is_empty() {
+            return Ok(());
+        }
+        let asking = Box::pin(subtransactions::rolled_back(
+            &self.conninfo,
+            &self.ordinary,
+            &subtransactions,
+            complete.end_lsn(),
+        ));
+        let rolled_back = self.feedback.during(asking).await??;
+        if !rolled_back.is_empty() {
+            tracing::info!(
+                xid = complete.xid(),
+                subtransactions = rolled_back.len(),
+                "left out what the source has rolled back without telling"
+            );
+        }
+        for subxid in rolled_back {
+            complete.abort(subxid);
+        }
+        Ok(())
+    }
+
+    async fn hand_over(&mut self, mut complete: Complete) -> Result<bool, SourceError> {
+        self.settle(&mut complete).await?;
+        let (mut transaction, aborted) = complete.into_transaction();
+        let xid = transaction.xid;
+        if self.spills.holds(xid) {
+            let spills = &mut self.spills;
+            transaction.spilled = tokio::task::block_in_place(|| spills.finish(xid, aborted))?;
         }
         // A single transaction above the whole budget takes all of it.
         let bytes = transaction.bytes.clamp(1, self.budget_bytes);

@@ -24,6 +24,7 @@ mod prefix;
 mod promote;
 mod schema;
 mod status;
+mod streaming;
 mod tls;
 mod types;
 mod values;

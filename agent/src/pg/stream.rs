@@ -67,6 +67,10 @@ impl PgStream {
         }
     }
 
+    pub(super) fn is_unix(&self) -> bool {
+        matches!(self.transport, Transport::Unix(_))
+    }
+
     pub(super) fn is_tls(&self) -> bool {
         matches!(self.transport, Transport::Tls(_))
     }

@@ -8,7 +8,7 @@
 //!   field does.
 //! - Nothing is reserved on the word of a count: a count is first compared with the bytes behind it.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use super::error::DecodeError;
 use super::message::{
@@ -44,6 +44,18 @@ pub fn decode(data: &Bytes, streamed: bool) -> Result<Message, DecodeError> {
             left,
         }),
     }
+}
+
+/// Writes a change or description of a streamed block as it would be outside of one.
+///
+/// The message must be one that [`decode`] has understood as `streamed`.
+pub fn put_without_xid(streamed: &[u8], out: &mut BytesMut) {
+    const KIND_BYTES: usize = 1;
+    const XID_BYTES: usize = 4;
+
+    let (kind, rest) = streamed.split_at(KIND_BYTES);
+    out.extend_from_slice(kind);
+    out.extend_from_slice(&rest[XID_BYTES..]);
 }
 
 fn read(

@@ -3,7 +3,8 @@
 //! Reader and sender are apart, so that keepalives can be answered while the reader's owner is
 //! blocked. The walsender issues one `send` per message, and waking for each doubles the cost on both
 //! sides: to read in bulk, take everything [`ReplicationReader::next_buffered`] has, let a few
-//! milliseconds of data gather, and only then call [`ReplicationReader::next`] again.
+//! milliseconds of data gather (not on a Unix socket: [`ReplicationReader::is_local`]), and only then call
+//! [`ReplicationReader::next`] again.
 //!
 //! # Invariants
 //! - Both halves are cancel-safe: a message half read or half written is finished by the next call.
@@ -78,11 +79,21 @@ impl ReplicationMessage {
 pub struct ReplicationReader {
     stream: ReadHalf<PgStream>,
     frames: Frames,
+    local: bool,
 }
 
 impl ReplicationReader {
-    pub(super) fn new(stream: ReadHalf<PgStream>, frames: Frames) -> Self {
-        Self { stream, frames }
+    pub(super) fn new(stream: ReadHalf<PgStream>, frames: Frames, local: bool) -> Self {
+        Self {
+            stream,
+            frames,
+            local,
+        }
+    }
+
+    /// Whether the connection is a Unix socket, which holds far less unread data than a network one.
+    pub fn is_local(&self) -> bool {
+        self.local
     }
 
     /// Waits for the next message; `None` when the server ended the stream. Cancel-safe.
@@ -101,6 +112,11 @@ impl ReplicationReader {
                 Read::End => return Ok(None),
             }
         }
+    }
+
+    /// Whether the last read took all that had arrived; if not, the next one finds more at once.
+    pub fn drained(&self) -> bool {
+        self.frames.drained()
     }
 
     /// The next message that is already here as a whole, without waiting or reading.

@@ -77,6 +77,8 @@ pub(super) struct Frames {
     buffer: BytesMut,
     /// The block was made for one message larger than a block and must not be used again.
     oversized: bool,
+    /// The last read took all there was.
+    drained: bool,
 }
 
 impl Frames {
@@ -84,6 +86,7 @@ impl Frames {
         Self {
             buffer: BytesMut::new(),
             oversized: false,
+            drained: true,
         }
     }
 
@@ -145,10 +148,17 @@ impl Frames {
         )
     }
 
+    /// Whether the last read took all that had arrived, and not only what the block had room for.
+    pub(super) fn drained(&self) -> bool {
+        self.drained
+    }
+
     /// Reads what the stream has, up to the end of the block; returns zero at its end.
     async fn read<S: AsyncRead + Unpin>(&mut self, stream: &mut S) -> io::Result<usize> {
         self.make_room();
-        let buffer = &mut self.buffer;
+        let Self {
+            buffer, drained, ..
+        } = self;
         let before = buffer.len();
         poll_fn(|cx| {
             // TLS hands out one record at a time: go on until nothing is left or the block is full.
@@ -162,6 +172,7 @@ impl Frames {
                     Poll::Pending => return Poll::Pending,
                 }
             }
+            *drained = buffer.len() < buffer.capacity();
             Poll::Ready(Ok(buffer.len() - before))
         })
         .await
@@ -317,6 +328,7 @@ mod tests {
         Frames {
             buffer: BytesMut::from(bytes),
             oversized: false,
+            drained: true,
         }
     }
 

@@ -162,9 +162,10 @@ impl ReplicationConnection {
             Frame::Error(error) => return Err(PgError::Server(error)),
             other => return Err(other.unexpected("the answer to START_REPLICATION")),
         }
+        let local = self.stream.is_unix();
         let (read, write) = tokio::io::split(self.stream);
         Ok((
-            ReplicationReader::new(read, self.frames),
+            ReplicationReader::new(read, self.frames, local),
             StatusSender::new(write),
         ))
     }

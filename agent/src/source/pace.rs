@@ -1,0 +1,163 @@
+//! When to read again: at once while caught up, in bulk while behind.
+//!
+//! Pure. The walsender issues one `send` per message, and a reader that wakes for each costs both sides
+//! about twice the work. So while behind, data is left to gather for a few milliseconds between two
+//! reads.
+//!
+//! Whether we are behind is read off the stream itself: a commit message carries the time of the commit, and
+//! its envelope the time it was sent, both by the source's clock. (How much a read brings tells nothing: an
+//! eager reader finds a message or two each time, because it keeps up with the `send`s, and not because there
+//! is no more.) A pause is a small part of that lateness, so it adds nothing that would be noticed.
+//!
+//! # Invariants
+//! - No pause while transactions are sent within [`CAUGHT_UP`] of their commit; what is received is always
+//!   handed on before a pause.
+//! - A pause is at most a tenth of the lateness, and at most what the socket can hold for us: a walsender
+//!   that finds it full stops decoding.
+
+use std::time::Duration;
+
+use crate::lag::Micros;
+
+/// Up to this lateness every read is made at once. Above what a slow disk takes to flush a commit.
+const CAUGHT_UP: Duration = Duration::from_millis(20);
+
+/// The part of the lateness that a pause may take: one in so many.
+const SHARE: u32 = 10;
+
+/// The longest pause on a network: its receive buffer holds, and grows to hold, thousands of messages.
+const NETWORK_MAX: Duration = Duration::from_millis(10);
+
+/// The longest on a Unix socket, where every small message takes most of a kilobyte of a buffer of about
+/// 200 kB that the server's side of it fixes.
+const LOCAL_MAX: Duration = Duration::from_millis(1);
+
+/// When so much gathers in a pause, a longer one saves nothing any more and may fill the buffer.
+const PLENTY_BYTES: u64 = 128 * 1024;
+
+/// Shorter ones are not worth a timer, whose grain is a millisecond.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+
+/// Decides how long to let data gather.
+#[derive(Debug)]
+pub(super) struct Pace {
+    /// The longest pause on this kind of connection.
+    longest: Duration,
+    /// What is useful at the present rate, found by trying.
+    useful: Duration,
+    late: Duration,
+    /// Bytes since the last pause.
+    gathered: u64,
+}
+
+impl Pace {
+    /// For a connection over a Unix socket (`local`) or a network.
+    pub(super) fn new(local: bool) -> Self {
+        let longest = if local { LOCAL_MAX } else { NETWORK_MAX };
+        Self {
+            longest,
+            useful: longest,
+            late: Duration::ZERO,
+            gathered: 0,
+        }
+    }
+
+    /// Notes what was received.
+    pub(super) fn received(&mut self, bytes: u64) {
+        self.gathered += bytes;
+    }
+
+    /// Notes when a transaction committed and when the source sent its commit message.
+    pub(super) fn committed(&mut self, commit_time: Micros, sent_at: Micros) {
+        // A clock that was set back shows nothing late; that costs speed and no more.
+        let late = sent_at.saturating_sub(commit_time).max(0).unsigned_abs();
+        self.late = Duration::from_micros(late);
+    }
+
+    /// How long to wait now that everything received is handed on. `drained` says that nothing more
+    /// had arrived when the last read was made.
+    pub(super) fn pause(&mut self, drained: bool) -> Option<Duration> {
+        if self.late < CAUGHT_UP {
+            self.gathered = 0;
+            return None;
+        }
+        if !drained {
+            return None;
+        }
+        self.useful = if self.gathered >= PLENTY_BYTES {
+            self.useful / 2
+        } else {
+            (self.useful * 2).clamp(PAUSE_MIN, self.longest)
+        };
+        self.gathered = 0;
+        let pause = self.useful.min(self.late / SHARE);
+        (pause >= PAUSE_MIN).then_some(pause)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Micros = 1000;
+
+    fn late_by(local: bool, late: Micros) -> Pace {
+        let mut pace = Pace::new(local);
+        pace.committed(77, 77 + late);
+        pace
+    }
+
+    #[test]
+    fn a_reader_that_is_caught_up_never_pauses() {
+        assert_eq!(Pace::new(false).pause(true), None);
+        assert_eq!(late_by(false, 19 * MS).pause(true), None);
+        // The source's clock was set back in between.
+        assert_eq!(late_by(false, -3_600_000 * MS).pause(true), None);
+        // Neither does it pause for the lateness of a backlog it has worked off.
+        let mut pace = late_by(false, 60_000 * MS);
+        assert!(pace.pause(true).is_some());
+        pace.committed(0, MS);
+        assert_eq!(pace.pause(true), None);
+    }
+
+    #[test]
+    fn a_pause_is_a_small_part_of_the_lateness() {
+        let pause = |local, late| late_by(local, late).pause(true).map(|p| p.as_millis());
+        assert_eq!(pause(false, 20 * MS), Some(2));
+        assert_eq!(pause(false, 50 * MS), Some(5));
+        assert_eq!(pause(false, 3_600_000 * MS), Some(10));
+        assert_eq!(pause(true, 3_600_000 * MS), Some(1));
+    }
+
+    #[test]
+    fn more_that_has_arrived_is_read_first() {
+        let mut pace = late_by(false, 1000 * MS);
+        assert_eq!(pace.pause(false), None);
+        assert_eq!(pace.pause(true), Some(NETWORK_MAX));
+    }
+
+    #[test]
+    fn pauses_shrink_until_no_more_gathers_than_helps_and_grow_again() {
+        let mut pace = late_by(false, 1000 * MS);
+        // 100 bytes a microsecond: a walsender that reads large rows.
+        let mut pauses = Vec::new();
+        let mut last = NETWORK_MAX;
+        for _ in 0..8 {
+            pace.received(u64::try_from(last.as_micros()).unwrap() * 100);
+            last = pace.pause(true).unwrap_or_default();
+            pauses.push(last);
+        }
+        let gathered = |pause: &Duration| pause.as_micros() * 100;
+        assert!(
+            pauses[4..]
+                .iter()
+                .all(|pause| gathered(pause) <= 256 * 1024),
+            "{pauses:?}"
+        );
+        for _ in 0..8 {
+            pace.received(1000);
+            last = pace.pause(true).unwrap_or_default();
+        }
+        assert_eq!(last, NETWORK_MAX);
+    }
+}
