@@ -17,13 +17,16 @@
 //! # What it does not do
 //! It does not judge: there is no threshold that would make it fail for being slow.
 
+mod compare;
 mod large;
 mod load;
 mod machine;
 mod promote;
+mod results;
 mod sample;
 mod servers;
 mod sustained;
+mod usage;
 
 use std::io::Write as _;
 
@@ -44,6 +47,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Measurement {
+    /// Beside PostgreSQL's own subscription, pgcopydb and the limits of the source.
+    Compare(Box<compare::Options>),
     /// Steps up the rate of pgbench until the lag's 99th percentile reaches a second.
     Sustained(sustained::Options),
     /// Peak memory while one transaction of many rows passes through.
@@ -57,6 +62,7 @@ async fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let fsync = !arguments.no_fsync;
     let (name, result) = match arguments.measurement {
+        Measurement::Compare(options) => return compare::measure(&options, fsync).await,
         Measurement::Sustained(options) => {
             ("sustained", sustained::measure(&options, fsync).await?)
         }

@@ -1,0 +1,271 @@
+//! Who takes part, and what is the same for all of them.
+//!
+//! A contestant is prepared once per workload (its replica is caught up, then it is stopped) and drains the
+//! backlog once per round. Contestants that differ only in configuration are a [`Family`] and share one
+//! replica and one slot.
+
+mod agent;
+mod limits;
+mod pgcopydb;
+mod subscription;
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use dr_agent_tests::client::Client;
+use dr_agent_tests::server::PgServer;
+use tokio::time::{Instant, sleep};
+
+use super::arena::{Arena, Backlog, Base};
+use super::network::{Network, Wan};
+use crate::results::Round;
+use crate::usage;
+
+pub(crate) use agent::Variant;
+
+/// How often the replica is asked whether everything is there.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// How long the contestant may take to say itself what the replica shows already.
+const CONFIRM_MAX: Duration = Duration::from_secs(15);
+
+/// One contestant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Contestant {
+    /// The agent, in one configuration.
+    Agent(Variant),
+    /// PostgreSQL's own subscription.
+    Subscription,
+    /// pgcopydb: `clone` for the copy, `follow` for a backlog.
+    Pgcopydb,
+    /// A limit: `pg_recvlogical` writing to nowhere.
+    PgRecvlogical,
+    /// A limit: the changes decoded and counted on the source itself.
+    Peek,
+}
+
+/// Contestants that share a replica and a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Family {
+    /// All variants of the agent.
+    Agent,
+    /// The subscription.
+    Subscription,
+    /// pgcopydb.
+    Pgcopydb,
+    /// The limits: a slot and no replica.
+    BareSlot,
+}
+
+/// Where and how a round takes place.
+#[derive(Clone, Copy)]
+pub(crate) struct Ground<'a> {
+    /// The source with the backlog.
+    pub(crate) arena: &'a Arena,
+    /// The backlog.
+    pub(crate) backlog: &'a Backlog,
+    /// Without or with a distance.
+    pub(crate) network: Network,
+    /// How far that is.
+    pub(crate) wan: Wan,
+    /// A drain that takes longer is given up.
+    pub(crate) patience: Duration,
+    /// Compare source and replica in full afterwards.
+    pub(crate) compare: bool,
+}
+
+/// What came of a round.
+pub(crate) enum Outcome {
+    /// A measurement.
+    Measured(Round),
+    /// None, because this contestant cannot.
+    Skipped(String),
+}
+
+impl Contestant {
+    /// Reads a name as the command line has it.
+    pub(crate) fn parse(name: &str, variants: &[Variant]) -> Result<Self> {
+        if let Some(variant) = variants.iter().find(|variant| variant.name == name) {
+            return Ok(Self::Agent(variant.clone()));
+        }
+        Ok(match name {
+            "subscription" => Self::Subscription,
+            "pgcopydb" => Self::Pgcopydb,
+            "pg_recvlogical" => Self::PgRecvlogical,
+            "peek" => Self::Peek,
+            _ => bail!("there is no contestant \"{name}\""),
+        })
+    }
+
+    /// As on the command line and in the results.
+    pub(crate) fn name(&self) -> &str {
+        match self {
+            Self::Agent(variant) => &variant.name,
+            Self::Subscription => "subscription",
+            Self::Pgcopydb => "pgcopydb",
+            Self::PgRecvlogical => "pg_recvlogical",
+            Self::Peek => "peek",
+        }
+    }
+
+    /// Whose replica and slot it uses.
+    pub(crate) fn family(&self) -> Family {
+        match self {
+            Self::Agent(_) => Family::Agent,
+            Self::Subscription => Family::Subscription,
+            Self::Pgcopydb => Family::Pgcopydb,
+            Self::PgRecvlogical | Self::Peek => Family::BareSlot,
+        }
+    }
+
+    /// Whether there is anything to measure at this workload through this network.
+    pub(crate) fn takes_part(&self, workload: &str, network: Network) -> bool {
+        match self {
+            // Nothing of it leaves the server.
+            Self::Peek => network == Network::Local,
+            Self::Pgcopydb => pgcopydb::FOLLOWS.contains(&workload),
+            Self::Agent(_) | Self::Subscription | Self::PgRecvlogical => true,
+        }
+    }
+
+    /// Drains the backlog once.
+    pub(crate) async fn drain(&self, ground: Ground<'_>, base: Option<&Base>) -> Result<Outcome> {
+        match (self, base) {
+            (Self::Agent(variant), Some(base)) => agent::drain(variant, ground, base).await,
+            (Self::Subscription, Some(base)) => subscription::drain(ground, base).await,
+            (Self::Pgcopydb, Some(base)) => pgcopydb::drain(ground, base).await,
+            (Self::PgRecvlogical, _) => limits::receive(ground).await,
+            (Self::Peek, _) => limits::peek(ground).await,
+            (_, None) => bail!("{} was not prepared", self.name()),
+        }
+    }
+
+    /// Copies a filled source into an empty replica; `None` for who cannot.
+    pub(crate) async fn copy(&self, ground: CopyGround<'_>) -> Result<Option<Outcome>> {
+        Ok(match self {
+            Self::Agent(variant) => Some(agent::copy(variant, ground).await?),
+            Self::Subscription => Some(subscription::copy(ground).await?),
+            Self::Pgcopydb => Some(pgcopydb::copy(ground).await?),
+            Self::PgRecvlogical | Self::Peek => None,
+        })
+    }
+}
+
+impl Family {
+    /// Brings its replica to where the backlog will begin, and stops; `None` where there is no replica.
+    pub(crate) async fn prepare(self, arena: &Arena, fsync: bool) -> Result<Option<Base>> {
+        Ok(match self {
+            Self::Agent => Some(agent::prepare(arena, fsync).await?),
+            Self::Subscription => Some(subscription::prepare(arena, fsync).await?),
+            Self::Pgcopydb => Some(pgcopydb::prepare(arena, fsync).await?),
+            Self::BareSlot => {
+                limits::prepare(arena).await;
+                None
+            }
+        })
+    }
+}
+
+/// Where and how an initial copy takes place.
+#[derive(Clone, Copy)]
+pub(crate) struct CopyGround<'a> {
+    /// The filled source.
+    pub(crate) arena: &'a Arena,
+    /// An empty server.
+    pub(crate) replica: &'a PgServer,
+    /// Without or with a distance.
+    pub(crate) network: Network,
+    /// How far that is.
+    pub(crate) wan: Wan,
+    /// Tables copied at the same time.
+    pub(crate) jobs: u32,
+    /// A copy that takes longer is given up.
+    pub(crate) patience: Duration,
+}
+
+/// A round under way: when it began, and what the servers had used by then.
+struct Watch<'a> {
+    source: &'a PgServer,
+    replica: Option<&'a PgServer>,
+    cpu_source: f64,
+    cpu_replica: Option<f64>,
+    started: Instant,
+}
+
+impl<'a> Watch<'a> {
+    fn begin(source: &'a PgServer, replica: Option<&'a PgServer>) -> Result<Self> {
+        Ok(Self {
+            source,
+            replica,
+            cpu_source: usage::of_server(source)?,
+            cpu_replica: replica.map(usage::of_server).transpose()?,
+            started: Instant::now(),
+        })
+    }
+
+    fn elapsed(&self) -> f64 {
+        self.started.elapsed().as_secs_f64()
+    }
+
+    /// What the servers have used since the beginning.
+    fn end(&self, seconds: f64) -> Result<Round> {
+        let cpu_replica = match (self.replica, self.cpu_replica) {
+            (Some(replica), Some(before)) => Some(usage::of_server(replica)? - before),
+            _ => None,
+        };
+        Ok(Round {
+            seconds,
+            confirmed_seconds: None,
+            cpu_source: usage::of_server(self.source)? - self.cpu_source,
+            cpu_agent: None,
+            cpu_replica,
+            wire_bytes: None,
+            agent_peak_bytes: None,
+        })
+    }
+}
+
+/// Waits until the marker is on the replica; the seconds since the beginning.
+///
+/// `alive` fails when waiting has become pointless.
+async fn marker_arrives(
+    watch: &Watch<'_>,
+    replica: &Client,
+    patience: Duration,
+    mut alive: impl FnMut() -> Result<()>,
+) -> Result<f64> {
+    loop {
+        if replica
+            .holds("SELECT EXISTS (SELECT FROM bench_marker WHERE id = 1)")
+            .await
+        {
+            return Ok(watch.elapsed());
+        }
+        alive()?;
+        if watch.started.elapsed() > patience {
+            bail!("not drained after {patience:?}");
+        }
+        sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Waits until the contestant says itself that it is through; `None` when it does not in time.
+async fn confirms(watch: &Watch<'_>, client: &Client, question: &str) -> Option<f64> {
+    let begun = Instant::now();
+    while begun.elapsed() < CONFIRM_MAX {
+        if client.holds(question).await {
+            return Some(watch.elapsed());
+        }
+        sleep(LOOK_EVERY).await;
+    }
+    None
+}
+
+/// Compares source and replica in full.
+async fn expect_equal(source: &Client, replica: &Client) -> Result<()> {
+    let differences = dr_agent_tests::compare::differences(source, replica, &[]).await;
+    if !differences.is_empty() {
+        bail!("source and replica differ:\n{differences}");
+    }
+    Ok(())
+}
