@@ -1,6 +1,8 @@
 //! Measurements of the real `dr-agent` binary on real, throw-away servers.
 //!
 //! ```text
+//! compare     the same work done by dr-agent, a subscription, pgcopydb, and what no reader can beat
+//! report      tables, plots and a verdict of what compare has measured
 //! sustained   how many transactions per second it follows with a lag under a second
 //! large       how much memory a transaction of two million rows takes
 //! promote     how long it takes from `promote` to writable
@@ -21,12 +23,15 @@ mod compare;
 mod large;
 mod load;
 mod machine;
+mod plot;
 mod promote;
+mod report;
 mod results;
 mod sample;
 mod servers;
 mod sustained;
 mod usage;
+mod verdict;
 
 use std::io::Write as _;
 
@@ -49,6 +54,8 @@ struct Arguments {
 enum Measurement {
     /// Beside PostgreSQL's own subscription, pgcopydb and the limits of the source.
     Compare(Box<compare::Options>),
+    /// Tables, plots and verdict of what `compare` has measured.
+    Report(report::Options),
     /// Steps up the rate of pgbench until the lag's 99th percentile reaches a second.
     Sustained(sustained::Options),
     /// Peak memory while one transaction of many rows passes through.
@@ -63,6 +70,7 @@ async fn main() -> Result<()> {
     let fsync = !arguments.no_fsync;
     let (name, result) = match arguments.measurement {
         Measurement::Compare(options) => return compare::measure(&options, fsync).await,
+        Measurement::Report(options) => return report::write(&options),
         Measurement::Sustained(options) => {
             ("sustained", sustained::measure(&options, fsync).await?)
         }

@@ -62,6 +62,8 @@ pub(crate) struct Drain {
 pub(crate) struct Round {
     /// From the start of the contestant until a row written last was seen on the replica.
     pub(crate) seconds: f64,
+    /// Until the first row of the backlog was seen there: connecting, catching up with itself.
+    pub(crate) first_seconds: Option<f64>,
     /// Until the contestant itself said so as well: `dr_agent.progress`, `confirmed_flush_lsn`.
     pub(crate) confirmed_seconds: Option<f64>,
     /// Processor time of the source's server.

@@ -72,6 +72,7 @@ impl Arena {
     pub(crate) async fn run_workload(&self) -> Result<Backlog> {
         let client = self.session().await;
         let begin = wal_end(&client).await?;
+        client.run(&mark(1)).await;
         let size = self
             .workload
             .run(&self.source, self.scale, &self.directory)
@@ -79,9 +80,7 @@ impl Arena {
         // What was committed asynchronously is on disk after this, and no checkpoint is due for a while.
         client.run("CHECKPOINT").await;
         let before_marker = wal_end(&client).await?;
-        client
-            .run("INSERT INTO bench_marker VALUES (1, clock_timestamp())")
-            .await;
+        client.run(&mark(2)).await;
         let end = wal_end(&client).await?;
         let wal_bytes = client
             .number(&format!("SELECT ('{end}'::pg_lsn - '{begin}')::bigint"))
@@ -181,6 +180,11 @@ fn options(options: ServerOptions, fsync: bool) -> ServerOptions {
         .set("autovacuum", "off")
         .set("max_prepared_transactions", "20")
         .set("max_worker_processes", "16")
+}
+
+/// Marks the source's history before (1) and behind (2) the backlog.
+fn mark(id: u32) -> String {
+    format!("INSERT INTO bench_marker VALUES ({id}, clock_timestamp())")
 }
 
 /// The end of the WAL written so far.

@@ -34,19 +34,36 @@ pub(crate) async fn measure(
     eprintln!("\n== {}: set up", workload.title);
     let arena = Arena::open(workload, options.scale, fsync).await?;
     let mut bases = HashMap::new();
-    // The agent last: it puts its schema on the source, which a subscription would not understand.
+    // Agent and pgcopydb put a schema of their own on the source, which a subscription would not
+    // understand; pgcopydb starts where the agent is.
     let order = [
         Family::BareSlot,
-        Family::Pgcopydb,
         Family::Subscription,
         Family::Agent,
+        Family::Pgcopydb,
     ];
     for family in order {
-        if contestants
+        if !contestants
             .iter()
             .any(|contestant| contestant.family() == family)
         {
-            bases.insert(family, family.prepare(&arena, fsync).await?);
+            continue;
+        }
+        match family.missing(&arena.source) {
+            None => {
+                bases.insert(family, family.prepare(&arena, fsync).await?);
+            }
+            Some(why) => {
+                eprintln!("   {family:?} does not take part: {why}");
+                for contestant in contestants.iter().filter(|c| c.family() == family) {
+                    journal.skip(Skipped {
+                        workload: workload.name.to_owned(),
+                        contestant: contestant.name().to_owned(),
+                        why: why.clone(),
+                    })?;
+                }
+                contestants.retain(|contestant| contestant.family() != family);
+            }
         }
     }
     let backlog = arena.run_workload().await?;
@@ -64,7 +81,9 @@ pub(crate) async fn measure(
             let mut given_up = Vec::new();
             for place in 0..contestants.len() {
                 let contestant = contestants[(begin + place) % contestants.len()];
-                if !contestant.takes_part(workload.name, *network) {
+                if !contestant.takes_part(workload.name, *network)
+                    || number >= contestant.rounds_max()
+                {
                     continue;
                 }
                 let ground = Ground {

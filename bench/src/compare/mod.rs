@@ -17,6 +17,7 @@
 
 mod arena;
 mod contestant;
+mod copy;
 mod drain;
 mod network;
 mod workload;
@@ -39,13 +40,15 @@ use network::{Network, Wan};
 pub(crate) enum Part {
     /// Backlogs.
     Drain,
+    /// The initial copy.
+    Copy,
 }
 
 /// What is compared, and how often.
 #[derive(Args)]
 pub(crate) struct Options {
     /// Parts of the comparison.
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["drain"])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["drain", "copy"])]
     parts: Vec<Part>,
     /// Only these workloads.
     #[arg(long, value_delimiter = ',')]
@@ -71,6 +74,9 @@ pub(crate) struct Options {
     /// Factor on all sizes.
     #[arg(long, default_value_t = 1.0)]
     scale: f64,
+    /// Jobs of the initial copy.
+    #[arg(long, default_value_t = 4)]
+    jobs: u32,
     /// Seconds after which a drain is given up.
     #[arg(long, default_value_t = 1800)]
     patience: u64,
@@ -171,6 +177,9 @@ pub(crate) async fn measure(options: &Options, fsync: bool) -> Result<()> {
             let workload = drain::workload(name)?;
             drain::measure(workload, &contestants, options, fsync, &mut journal).await?;
         }
+    }
+    if options.parts.contains(&Part::Copy) {
+        copy::measure(&contestants, options, fsync, &mut journal).await?;
     }
     Ok(())
 }

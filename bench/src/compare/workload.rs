@@ -173,7 +173,7 @@ pub(crate) const ALL: &[Workload] = &[
 
 const ITEM: &str = "CREATE TABLE item (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, number int NOT NULL, words text NOT NULL)";
 
-/// Written last; whoever sees it on the replica has everything.
+/// Gets one row before the backlog and one behind it; whoever sees that on the replica has everything.
 const MARKER: &str =
     "CREATE TABLE bench_marker (id int PRIMARY KEY, written_at timestamptz NOT NULL);
     INSERT INTO bench_marker VALUES (0, clock_timestamp())";

@@ -83,6 +83,7 @@ pub(crate) fn config(source: &PgServer, replica: &PgServer, port: u16) -> AgentC
     );
     servers::as_shipped(config)
         .databases(&[DATABASE])
+        .set("source.exclude", "[\"pgcopydb.*\"]")
         .slot(SLOT)
 }
 
@@ -138,8 +139,8 @@ pub(super) async fn drain(variant: &Variant, ground: Ground<'_>, base: &Base) ->
         }
     })
     .await;
-    let seconds = match arrived {
-        Ok(seconds) => seconds,
+    let arrival = match arrived {
+        Ok(arrival) => arrival,
         Err(error) => {
             let code = running.exit_status().and_then(|status| status.code());
             base.retire().await;
@@ -149,7 +150,7 @@ pub(super) async fn drain(variant: &Variant, ground: Ground<'_>, base: &Base) ->
             return Err(error.context(format!("{}:\n{}", variant.name, running.log())));
         }
     };
-    let mut round = with_agent(watch.end(seconds)?, &running, &way)?;
+    let mut round = with_agent(watch.end(&arrival)?, &running, &way)?;
     let position = format!(
         "SELECT end_lsn > '{}' FROM dr_agent.progress WHERE stream = '{STREAM}'",
         ground.backlog.before_marker
@@ -178,7 +179,7 @@ pub(super) async fn copy(variant: &Variant, ground: CopyGround<'_>) -> Result<Ou
         }
         bail!("{}: {error}\n{}", variant.name, running.log());
     }
-    let round = with_agent(watch.end(watch.elapsed())?, &running, &way)?;
+    let round = with_agent(watch.end_after(watch.elapsed())?, &running, &way)?;
     expect_equal(
         &arena.session().await,
         &ground.replica.client(DATABASE).await,

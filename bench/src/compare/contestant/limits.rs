@@ -68,7 +68,7 @@ pub(super) async fn receive(ground: Ground<'_>) -> Result<Outcome> {
         "pg_recvlogical: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let mut round = watch.end(seconds)?;
+    let mut round = watch.end_after(seconds)?;
     round.cpu_agent = Some(usage::of_ended_programs()? - programs);
     round.wire_bytes = way.bytes();
     Ok(Outcome::Measured(round))
@@ -86,7 +86,7 @@ pub(super) async fn peek(ground: Ground<'_>) -> Result<Outcome> {
             ground.backlog.end
         ))
         .await;
-    let round = watch.end(watch.elapsed())?;
+    let round = watch.end_after(watch.elapsed())?;
     let wanted = ground.backlog.size.changes;
     ensure!(
         u64::try_from(count)? >= wanted,

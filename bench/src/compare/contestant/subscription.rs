@@ -4,7 +4,6 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use dr_agent_tests::client::Client;
 use dr_agent_tests::server::PgServer;
 use dr_agent_tests::wait::wait_until;
 
@@ -75,11 +74,11 @@ pub(super) async fn drain(ground: Ground<'_>, base: &Base) -> Result<Outcome> {
     replica
         .run(&format!("ALTER SUBSCRIPTION {NAME} ENABLE"))
         .await;
-    let seconds = marker_arrives(&watch, &replica, ground.patience, || Ok(()))
+    let arrival = marker_arrives(&watch, &replica, ground.patience, || Ok(()))
         .await
         .with_context(|| base.replica.log_tail(5));
-    let mut round = match seconds {
-        Ok(seconds) => watch.end(seconds)?,
+    let mut round = match arrival {
+        Ok(arrival) => watch.end(&arrival)?,
         Err(error) => {
             base.retire().await;
             return Err(error);
@@ -115,7 +114,7 @@ pub(super) async fn copy(ground: CopyGround<'_>) -> Result<Outcome> {
         client.holds(IN_SYNC)
     })
     .await;
-    let mut round = watch.end(watch.elapsed())?;
+    let mut round = watch.end_after(watch.elapsed())?;
     round.wire_bytes = way.bytes();
     expect_equal(&arena.session().await, &client).await?;
     detach(arena, replica).await;
@@ -151,6 +150,8 @@ async fn copy_schema(arena: &Arena, replica: &PgServer) -> Result<()> {
                 "-s",
                 "-N",
                 "dr_agent",
+                "-N",
+                "pgcopydb",
                 "--no-publications",
                 "--no-subscriptions",
             ])
@@ -174,9 +175,4 @@ async fn copy_schema(arena: &Arena, replica: &PgServer) -> Result<()> {
         Ok(())
     })
     .await?
-}
-
-/// A session on the replica for whoever measures an attached subscription.
-pub(crate) async fn session(replica: &PgServer) -> Client {
-    replica.client(DATABASE).await
 }
