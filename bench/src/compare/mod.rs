@@ -18,7 +18,9 @@
 mod arena;
 mod contestant;
 mod copy;
+mod cost;
 mod drain;
+mod lag;
 mod network;
 mod workload;
 
@@ -42,13 +44,17 @@ pub(crate) enum Part {
     Drain,
     /// The initial copy.
     Copy,
+    /// Lag under a constant load.
+    Lag,
+    /// What a reader costs the source.
+    Cost,
 }
 
 /// What is compared, and how often.
 #[derive(Args)]
 pub(crate) struct Options {
     /// Parts of the comparison.
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["drain", "copy"])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["drain", "copy", "lag", "cost"])]
     parts: Vec<Part>,
     /// Only these workloads.
     #[arg(long, value_delimiter = ',')]
@@ -71,6 +77,12 @@ pub(crate) struct Options {
     /// Rounds of each contestant at each workload through each network.
     #[arg(long, default_value_t = 3)]
     rounds: u32,
+    /// Pairs of rounds of the cost on the source.
+    #[arg(long, default_value_t = 5)]
+    cost_rounds: u32,
+    /// Seconds of each load of lag and cost.
+    #[arg(long, default_value_t = 60)]
+    seconds: u32,
     /// Factor on all sizes.
     #[arg(long, default_value_t = 1.0)]
     scale: f64,
@@ -180,6 +192,12 @@ pub(crate) async fn measure(options: &Options, fsync: bool) -> Result<()> {
     }
     if options.parts.contains(&Part::Copy) {
         copy::measure(&contestants, options, fsync, &mut journal).await?;
+    }
+    if options.parts.contains(&Part::Lag) {
+        lag::measure(&contestants, options, fsync, &mut journal).await?;
+    }
+    if options.parts.contains(&Part::Cost) {
+        cost::measure(options, fsync, &mut journal).await?;
     }
     Ok(())
 }

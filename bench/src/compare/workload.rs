@@ -176,7 +176,8 @@ const ITEM: &str = "CREATE TABLE item (id bigint GENERATED ALWAYS AS IDENTITY PR
 /// Gets one row before the backlog and one behind it; whoever sees that on the replica has everything.
 const MARKER: &str =
     "CREATE TABLE bench_marker (id int PRIMARY KEY, written_at timestamptz NOT NULL);
-    INSERT INTO bench_marker VALUES (0, clock_timestamp())";
+    INSERT INTO bench_marker VALUES (0, clock_timestamp());
+    CREATE TABLE bench_probe (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, written_at timestamptz NOT NULL)";
 
 impl Workload {
     /// Creates the database with its tables, first rows and the publication `bench`.

@@ -14,7 +14,7 @@ use crate::{servers, usage};
 const SLOT: &str = "dr";
 
 /// Stream, slot and publication of the database.
-const STREAM: &str = "dr_bench";
+pub(crate) const STREAM: &str = "dr_bench";
 
 /// The exit code for a configuration the binary does not accept.
 const REFUSED: i32 = 2;

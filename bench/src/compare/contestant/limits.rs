@@ -33,6 +33,11 @@ pub(crate) async fn create_slot(arena: &Arena) {
         .await;
 }
 
+/// Drops it as soon as nobody reads it.
+pub(crate) async fn drop_slot(arena: &Arena) {
+    arena.drop_slot(SLOT).await;
+}
+
 /// Starts `pg_recvlogical` on the bare slot; without an end it reads until it is killed.
 pub(crate) fn reader(arena: &Arena, port: u16, end: Option<&str>) -> Result<Child> {
     let mut command = Command::new(load::program(&arena.source, "pg_recvlogical"));

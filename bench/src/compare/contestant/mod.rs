@@ -4,14 +4,15 @@
 //! backlog once per round. Contestants that differ only in configuration are a [`Family`] and share one
 //! replica and one slot.
 
-mod agent;
-mod limits;
+pub(crate) mod agent;
+pub(crate) mod limits;
 mod pgcopydb;
 mod subscription;
 
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use dr_agent_tests::agent::Running;
 use dr_agent_tests::client::Client;
 use dr_agent_tests::server::PgServer;
 use tokio::time::{Instant, sleep};
@@ -141,6 +142,43 @@ impl Contestant {
         matches!(self, Self::Agent(_) | Self::Subscription | Self::Pgcopydb)
     }
 
+    /// Whether it can stay attached and follow.
+    pub(crate) fn attaches(&self) -> bool {
+        matches!(self, Self::Agent(_) | Self::Subscription)
+    }
+
+    /// The server that is behind the long line for it.
+    pub(crate) fn line_leads_to<'a>(
+        &self,
+        source: &'a PgServer,
+        replica: &'a PgServer,
+    ) -> &'a PgServer {
+        match self {
+            Self::Agent(_) | Self::Pgcopydb => replica,
+            Self::Subscription | Self::PgRecvlogical | Self::Peek => source,
+        }
+    }
+
+    /// Copies everything into an empty replica, catches up and stays; `port` is the line's.
+    pub(crate) async fn attach(
+        &self,
+        arena: &Arena,
+        replica: &PgServer,
+        port: u16,
+    ) -> Result<Attached> {
+        match self {
+            Self::Agent(variant) => {
+                let running = agent::attach(Some(variant), arena, replica, port).await?;
+                Ok(Attached::Agent(running))
+            }
+            Self::Subscription => {
+                subscription::attach(arena, replica, port).await?;
+                Ok(Attached::Subscription)
+            }
+            _ => bail!("{} does not follow", self.name()),
+        }
+    }
+
     /// Drains the backlog once.
     pub(crate) async fn drain(&self, ground: Ground<'_>, base: Option<&Base>) -> Result<Outcome> {
         match (self, base) {
@@ -163,6 +201,24 @@ impl Contestant {
                 None => pgcopydb::copy(ground).await,
             },
             Self::PgRecvlogical | Self::Peek => bail!("{} copies nothing", self.name()),
+        }
+    }
+}
+
+/// A contestant that follows.
+pub(crate) enum Attached {
+    /// The agent's process.
+    Agent(Running),
+    /// A subscription on the replica.
+    Subscription,
+}
+
+impl Attached {
+    /// Ends it, and what it keeps on the source.
+    pub(crate) async fn end(self, arena: &Arena, replica: &PgServer) {
+        match self {
+            Self::Agent(running) => agent::detach(running, arena).await,
+            Self::Subscription => subscription::detach(arena, replica).await,
         }
     }
 }
