@@ -9,11 +9,12 @@
 //! ```
 //!
 //! Text for people goes to standard error while it measures; one JSON object goes to standard
-//! output at the end. What is measured, how, and what it does not say: `bench/README.md`.
+//! output at the end (`compare` writes a file after every round instead, for `report`). What is
+//! measured, how, and what it does not say: `bench/README.md`.
 //!
 //! # Invariants
 //! - Every number comes from this run; nothing is assumed or carried over.
-//! - After `sustained` and `large` source and replica are compared in full: a fast wrong answer is an
+//! - After `compare`, `sustained` and `large` source and replica are compared in full: a fast wrong answer is an
 //!   error, not a result. After `promote` the old agent must have been fenced.
 //!
 //! # What it does not do

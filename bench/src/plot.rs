@@ -57,7 +57,7 @@ pub(crate) fn write(results: &Results, directory: &Path) -> Result<()> {
 }
 
 fn drains(pass: &Pass) -> Vec<Panel> {
-    per_network(pass, |network| {
+    per_network(|network| {
         let title = format!(
             "Speed of draining a backlog, subscription = 1 ({}), PostgreSQL {}",
             network_title(pass, network),
@@ -71,7 +71,7 @@ fn drains(pass: &Pass) -> Vec<Panel> {
 }
 
 fn cpu(pass: &Pass) -> Vec<Panel> {
-    per_network(pass, |network| {
+    per_network(|network| {
         let title = format!(
             "Processor time on the replica, per row changed ({}), PostgreSQL {}",
             network_title(pass, network),
@@ -90,7 +90,7 @@ fn lags(pass: &Pass) -> Vec<Panel> {
             contestants.push(lag.contestant.clone());
         }
     }
-    per_network(pass, |network| {
+    per_network(|network| {
         let of = |contestant: &String| {
             pass.lags
                 .iter()
@@ -125,8 +125,7 @@ fn lags(pass: &Pass) -> Vec<Panel> {
     })
 }
 
-fn per_network(pass: &Pass, panel: impl Fn(&str) -> Panel) -> Vec<Panel> {
-    let _ = pass;
+fn per_network(panel: impl Fn(&str) -> Panel) -> Vec<Panel> {
     ["local", "wan"].into_iter().map(panel).collect()
 }
 

@@ -63,13 +63,19 @@ fn tables(pass: &Pass, out: &mut impl Write) -> Result<()> {
         let Some(first) = drains.first() else {
             continue;
         };
+        let what = match first.transactions {
+            0 => format!("{} rows", first.rows),
+            number => format!(
+                "{number} transactions, {} rows, {} MiB of WAL",
+                first.rows,
+                first.wal_bytes >> 20
+            ),
+        };
+        let rounds = drains.iter().map(|drain| drain.rounds.len()).max();
         writeln!(
             out,
-            "**{workload}, {network}**: {} transactions, {} rows, {} MiB of WAL, median of {}\n",
-            first.transactions,
-            first.rows,
-            first.wal_bytes >> 20,
-            first.rounds.len()
+            "**{workload}, {network}**: {what}; median of {} rounds\n",
+            rounds.unwrap_or_default()
         )?;
         writeln!(
             out,
@@ -120,7 +126,14 @@ fn tables(pass: &Pass, out: &mut impl Write) -> Result<()> {
 
 fn line(drain: &Drain, reference: Option<f64>) -> String {
     let seconds = drain.seconds();
-    let per_second = |number: u64| number_or_dash(seconds.map(|s| number as f64 / s), 0);
+    // A copy has no transactions.
+    let transactions = (drain.transactions > 0).then_some(drain.transactions as f64);
+    let per_second = |number: Option<f64>| {
+        let rate = number
+            .zip(seconds)
+            .map(|(number, seconds)| number / seconds);
+        number_or_dash(rate, 0)
+    };
     let replica = drain.median(|round| round.cpu_replica);
     let mib = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64 / 1_048_576.0);
     format!(
@@ -128,13 +141,13 @@ fn line(drain: &Drain, reference: Option<f64>) -> String {
         drain.contestant,
         number_or_dash(seconds, 2),
         number_or_dash(drain.median(|round| round.first_seconds), 2),
-        per_second(drain.transactions),
-        per_second(drain.rows),
+        per_second(transactions),
+        per_second(Some(drain.rows as f64)),
         number_or_dash(reference.zip(seconds).map(|(of, own)| of / own), 2),
         number_or_dash(drain.median(|round| Some(round.cpu_source)), 1),
         number_or_dash(drain.median(|round| round.cpu_agent), 1),
         number_or_dash(replica, 1),
-        number_or_dash(replica.map(|s| s * 1e6 / drain.transactions as f64), 0),
+        number_or_dash(replica.zip(transactions).map(|(s, of)| s * 1e6 / of), 0),
         number_or_dash(drain.median(|round| mib(round.wire_bytes)), 0),
         number_or_dash(drain.median(|round| mib(round.agent_peak_bytes)), 0),
     )
