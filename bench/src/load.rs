@@ -1,5 +1,6 @@
 //! pgbench against the source.
 
+use std::path::PathBuf;
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
@@ -15,9 +16,15 @@ pub(crate) struct Achieved {
     pub(crate) latency_ms: f64,
 }
 
+/// A client program: the server's own, or where it has none (some builds lack pgbench) the one on PATH.
+pub(crate) fn program(server: &PgServer, name: &str) -> PathBuf {
+    let own = server.program(name);
+    if own.exists() { own } else { name.into() }
+}
+
 /// Creates pgbench's tables.
 pub(crate) async fn initialise(source: &PgServer, database: &str, scale: u32) -> Result<()> {
-    let output = Command::new(source.program("pgbench"))
+    let output = Command::new(program(source, "pgbench"))
         .args(["-i", "-q", "-s", &scale.to_string()])
         .arg(source.url(database))
         .stdin(Stdio::null())
@@ -40,7 +47,7 @@ pub(crate) fn start(
     rate: u32,
     seconds: u32,
 ) -> Result<Child> {
-    let mut command = Command::new(source.program("pgbench"));
+    let mut command = Command::new(program(source, "pgbench"));
     // Without --no-vacuum it would begin with TRUNCATE pgbench_history.
     command
         .args(["--no-vacuum", "-M", "prepared"])

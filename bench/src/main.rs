@@ -1,29 +1,38 @@
 //! Measurements of the real `dr-agent` binary on real, throw-away servers.
 //!
 //! ```text
+//! compare     the same work done by dr-agent, a subscription, pgcopydb, and what no reader can beat
+//! report      tables, plots and a verdict of what compare has measured
 //! sustained   how many transactions per second it follows with a lag under a second
 //! large       how much memory a transaction of two million rows takes
 //! promote     how long it takes from `promote` to writable
 //! ```
 //!
 //! Text for people goes to standard error while it measures; one JSON object goes to standard
-//! output at the end. What is measured, how, and what it does not say: `bench/README.md`.
+//! output at the end (`compare` writes a file after every round instead, for `report`). What is
+//! measured, how, and what it does not say: `bench/README.md`.
 //!
 //! # Invariants
 //! - Every number comes from this run; nothing is assumed or carried over.
-//! - After `sustained` and `large` source and replica are compared in full: a fast wrong answer is an
+//! - After `compare`, `sustained` and `large` source and replica are compared in full: a fast wrong answer is an
 //!   error, not a result. After `promote` the old agent must have been fenced.
 //!
 //! # What it does not do
 //! It does not judge: there is no threshold that would make it fail for being slow.
 
+mod compare;
 mod large;
 mod load;
 mod machine;
+mod plot;
 mod promote;
+mod report;
+mod results;
 mod sample;
 mod servers;
 mod sustained;
+mod usage;
+mod verdict;
 
 use std::io::Write as _;
 
@@ -44,6 +53,10 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Measurement {
+    /// Beside PostgreSQL's own subscription, pgcopydb and the limits of the source.
+    Compare(Box<compare::Options>),
+    /// Tables, plots and verdict of what `compare` has measured.
+    Report(report::Options),
     /// Steps up the rate of pgbench until the lag's 99th percentile reaches a second.
     Sustained(sustained::Options),
     /// Peak memory while one transaction of many rows passes through.
@@ -57,6 +70,8 @@ async fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let fsync = !arguments.no_fsync;
     let (name, result) = match arguments.measurement {
+        Measurement::Compare(options) => return compare::measure(&options, fsync).await,
+        Measurement::Report(options) => return report::write(&options),
         Measurement::Sustained(options) => {
             ("sustained", sustained::measure(&options, fsync).await?)
         }

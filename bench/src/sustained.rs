@@ -8,16 +8,16 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use clap::Args;
 use dr_agent_tests::agent::Running;
 use dr_agent_tests::http::Metrics;
 use dr_agent_tests::site::{Database, Site};
 use serde_json::{Value, json};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::sample::Samples;
-use crate::{load, servers};
+use crate::{load, servers, usage};
 
 /// Lag that still counts as following.
 const LAG_MAX_SECONDS: f64 = 1.0;
@@ -120,8 +120,10 @@ pub(crate) async fn measure(options: &Options, fsync: bool) -> Result<Value> {
     eprintln!("load pgbench, scale {}", options.scale);
     load::initialise(&site.source, &database.name, options.scale).await?;
     database.source().await.run(PROBE_TABLE).await;
-    let agent = servers::agent(&database).start();
-    wait_for_streaming(&agent, &database).await;
+    let mut agent = servers::agent(&database).start();
+    servers::wait_for_streaming(&mut agent, &database.name)
+        .await
+        .map_err(Error::msg)?;
     eprintln!(
         "{:>8} {:>10} {:>11} {:>29} {:>29} {:>6}",
         "asked",
@@ -173,21 +175,6 @@ const PROBE_TABLE: &str =
     "CREATE TABLE bench_probe (id int PRIMARY KEY, written_at timestamptz NOT NULL);
     INSERT INTO bench_probe VALUES (1, clock_timestamp())";
 
-/// The initial copy of a large scale may take longer than the harness's patience.
-async fn wait_for_streaming(agent: &Running, database: &Database) {
-    let started = Instant::now();
-    while started.elapsed() < servers::CATCH_UP_MAX {
-        if let Ok(answer) = agent.get("/metrics").await {
-            let labels = [("database", database.name.as_str()), ("state", "streaming")];
-            if Metrics::parse(&answer.body).value("dr_agent_state", &labels) == Some(1.0) {
-                return;
-            }
-        }
-        sleep(Duration::from_millis(100)).await;
-    }
-    panic!("the agent is not streaming; its log:\n{}", agent.log());
-}
-
 async fn run_step(
     options: &Options,
     rate: u32,
@@ -209,14 +196,14 @@ async fn run_step(
     let writer = tokio::spawn(write_probe(database.clone(), end));
     sleep_until(begun + warm_up).await;
 
-    let (cpu_before, applied_before) = (servers::cpu_seconds(agent)?, applied(agent).await);
+    let (cpu_before, applied_before) = (usage::of_process(agent.pid())?, applied(agent).await);
     let started = Instant::now();
     let (reported, probed) = tokio::join!(
         sample_reported(agent, name, end),
         sample_probe(database, end),
     );
     let sampled = started.elapsed().as_secs_f64();
-    let cpu_share = (servers::cpu_seconds(agent)? - cpu_before) / sampled;
+    let cpu_share = (usage::of_process(agent.pid())? - cpu_before) / sampled;
     let applied_tps = (applied(agent).await - applied_before) / sampled;
     writer.await?;
     Ok(Step {

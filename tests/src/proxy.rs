@@ -1,37 +1,123 @@
-//! A TCP proxy on the loopback interface: the network, as bad as a test wants it.
+//! A TCP proxy on the loopback interface: the network, as bad as a test wants it, or as far away.
+//!
+//! Each direction of a connection is a delay line: what is read is given the moment it is due at the far
+//! end, and waits in a queue until then, while more is read. So a [`Line`] that is long costs
+//! latency, not throughput. The rate is shared by all connections of the proxy, as a real line's is.
 //!
 //! # Invariants
 //! - [`Proxy::cut`] ends every connection with a reset, not with an orderly end, and refuses new
 //!   ones until [`Proxy::heal`].
 //! - While [`Network::BlackHole`] lasts nothing passes and nothing ends: what a dead router does.
+//! - A queue holds what is on its way, and no more: with a rate the bandwidth-delay product and a
+//!   router's buffer, without one [`WINDOW`]. A sender beyond that is made to wait.
 //!
 //! # What it does not do
-//! It knows no PostgreSQL; TLS passes through untouched.
+//! It knows no PostgreSQL; TLS passes through untouched. It loses nothing and reorders nothing, and there
+//! is no slow start: a connection is at full speed from its first byte.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, sleep_until};
+
+/// What may be on its way in one direction of a connection whose line has no rate: about the window
+/// that Linux grows to by itself.
+const WINDOW: usize = 4 << 20;
+
+/// How long a line's router keeps what it cannot send yet, as time at the line's rate.
+const ROUTER_BUFFER: Duration = Duration::from_millis(20);
+
+/// What is read at once.
+const CHUNK: usize = 64 * 1024;
+
+/// How long, and how thick, the way is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Line {
+    /// The time every byte takes, in each direction: half of the round trip.
+    pub delay: Duration,
+    /// Bytes per second in each direction, all connections together; `None` for no limit.
+    pub bytes_per_second: Option<u64>,
+}
+
+impl Line {
+    /// The time `bytes` keep the line busy.
+    fn busy(&self, bytes: usize) -> Duration {
+        match self.bytes_per_second {
+            Some(rate) => Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64),
+            None => Duration::ZERO,
+        }
+    }
+
+    /// What may be under way in one direction of one connection.
+    fn window(&self) -> usize {
+        match self.bytes_per_second {
+            Some(rate) => {
+                let under_way = (self.delay + ROUTER_BUFFER).as_secs_f64() * rate as f64;
+                CHUNK + under_way as usize
+            }
+            None => WINDOW,
+        }
+    }
+}
 
 /// What the network does at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
-    /// Everything passes, each piece this much later.
-    Up(Duration),
+    /// Everything passes.
+    Up(Line),
     /// Nothing passes; connections stay open.
     BlackHole,
     /// Connections are reset; new ones too.
     Cut,
 }
 
+/// Bytes a proxy has carried since it was started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// From those who connected to the proxy.
+    pub upstream: u64,
+    /// To them.
+    pub downstream: u64,
+}
+
+/// One direction of the line, shared by all connections.
+struct Direction {
+    carried: AtomicU64,
+    /// When everything accepted so far will have left, at the line's rate.
+    free_at: Mutex<Instant>,
+}
+
+impl Direction {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            carried: AtomicU64::new(0),
+            free_at: Mutex::new(Instant::now()),
+        })
+    }
+
+    /// Takes bytes in; the moment they are due at the far end.
+    fn accept(&self, bytes: usize, line: &Line) -> Instant {
+        self.carried.fetch_add(bytes as u64, Ordering::Relaxed);
+        let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
+        *free_at = Instant::now().max(*free_at) + line.busy(bytes);
+        *free_at + line.delay
+    }
+}
+
 /// A proxy; ends with its value.
 pub struct Proxy {
     port: u16,
     network: watch::Sender<Network>,
+    upstream: Arc<Direction>,
+    downstream: Arc<Direction>,
     accepting: JoinHandle<()>,
 }
 
@@ -42,16 +128,24 @@ impl Proxy {
             .await
             .expect("the loopback interface is up");
         let own_port = listener.local_addr().expect("it is bound").port();
-        let (network, state) = watch::channel(Network::Up(Duration::ZERO));
-        let target = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let (network, state) = watch::channel(Network::Up(Line::default()));
+        let (upstream, downstream) = (Direction::new(), Direction::new());
+        let connection = Connection {
+            target: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+            network: state,
+            upstream: Arc::clone(&upstream),
+            downstream: Arc::clone(&downstream),
+        };
         let accepting = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(carry(client, target, state.clone()));
+                tokio::spawn(connection.clone().carry(client));
             }
         });
         Self {
             port: own_port,
             network,
+            upstream,
+            downstream,
             accepting,
         }
     }
@@ -59,6 +153,14 @@ impl Proxy {
     /// The port to connect to.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// What has passed so far, both directions.
+    pub fn carried(&self) -> Carried {
+        Carried {
+            upstream: self.upstream.carried.load(Ordering::Relaxed),
+            downstream: self.downstream.carried.load(Ordering::Relaxed),
+        }
     }
 
     /// Resets every connection and refuses new ones.
@@ -73,12 +175,20 @@ impl Proxy {
 
     /// Delays everything in both directions.
     pub fn delay(&self, by: Duration) {
-        self.network.send_replace(Network::Up(by));
+        self.stretch(Line {
+            delay: by,
+            bytes_per_second: None,
+        });
+    }
+
+    /// Makes the line as long and as thick as this.
+    pub fn stretch(&self, line: Line) {
+        self.network.send_replace(Network::Up(line));
     }
 
     /// Lets everything pass again.
     pub fn heal(&self) {
-        self.network.send_replace(Network::Up(Duration::ZERO));
+        self.stretch(Line::default());
     }
 }
 
@@ -89,58 +199,131 @@ impl Drop for Proxy {
     }
 }
 
-async fn carry(mut client: TcpStream, target: SocketAddr, mut network: watch::Receiver<Network>) {
-    if *network.borrow() == Network::Cut {
-        let _ = client.set_zero_linger();
-        return;
+/// What every connection of a proxy is made with.
+#[derive(Clone)]
+struct Connection {
+    target: SocketAddr,
+    network: watch::Receiver<Network>,
+    upstream: Arc<Direction>,
+    downstream: Arc<Direction>,
+}
+
+impl Connection {
+    async fn carry(self, mut client: TcpStream) {
+        let Self {
+            target,
+            mut network,
+            upstream,
+            downstream,
+        } = self;
+        let now = *network.borrow();
+        match now {
+            Network::Up(line) if line.delay.is_zero() => {}
+            // The handshake of TCP is a round trip too; the kernel has answered it for us already.
+            Network::Up(line) => sleep(line.delay * 2).await,
+            Network::BlackHole => {}
+            Network::Cut => {
+                let _ = client.set_zero_linger();
+                return;
+            }
+        }
+        let Ok(mut server) = TcpStream::connect(target).await else {
+            return;
+        };
+        for stream in [&client, &server] {
+            // Dropped in whatever state, a connection ends with a reset.
+            let _ = stream.set_zero_linger();
+            let _ = stream.set_nodelay(true);
+        }
+        // Borrowed halves: owned ones would send an orderly end when they are dropped.
+        let (from_client, to_client) = client.split();
+        let (from_server, to_server) = server.split();
+        let there = pass(from_client, to_server, network.clone(), &upstream);
+        let back = pass(from_server, to_client, network.clone(), &downstream);
+        tokio::select! {
+            _ = async { tokio::join!(there, back) } => {}
+            _ = network.wait_for(|state| *state == Network::Cut) => {}
+        }
     }
-    let Ok(mut server) = TcpStream::connect(target).await else {
-        return;
-    };
-    for stream in [&client, &server] {
-        // Dropped in whatever state, a connection ends with a reset.
-        let _ = stream.set_zero_linger();
-        let _ = stream.set_nodelay(true);
-    }
-    // Borrowed halves: owned ones would send an orderly end when they are dropped.
-    let (from_client, to_client) = client.split();
-    let (from_server, to_server) = server.split();
-    let upstream = pass(from_client, to_server, network.clone());
-    let downstream = pass(from_server, to_client, network.clone());
-    tokio::select! {
-        _ = async { tokio::join!(upstream, downstream) } => {}
-        _ = network.wait_for(|state| *state == Network::Cut) => {}
-    }
+}
+
+/// What is under way in one direction of one connection.
+#[derive(Default)]
+struct UnderWay {
+    bytes: AtomicUsize,
+    arrived: Notify,
 }
 
 /// Copies until the end of the stream, which it passes on.
 async fn pass(
-    mut from: ReadHalf<'_>,
-    mut to: WriteHalf<'_>,
-    mut network: watch::Receiver<Network>,
+    from: ReadHalf<'_>,
+    to: WriteHalf<'_>,
+    network: watch::Receiver<Network>,
+    direction: &Direction,
 ) {
-    let mut buffer = vec![0; 64 * 1024];
+    let under_way = UnderWay::default();
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let near_end = take_in(from, network.clone(), direction, &under_way, sender);
+    tokio::select! {
+        // The far end is the last to finish, or finds that there is nobody to write to.
+        () = let_out(to, network, &under_way, receiver) => {}
+        () = async { near_end.await; std::future::pending().await } => {}
+    }
+}
+
+/// The near end of the line: reads as long as the line has room.
+async fn take_in(
+    mut from: ReadHalf<'_>,
+    network: watch::Receiver<Network>,
+    direction: &Direction,
+    under_way: &UnderWay,
+    line_in: mpsc::UnboundedSender<(Instant, Bytes)>,
+) {
+    // A black hole has no length; what it swallowed comes out when it ends.
+    let line = || match *network.borrow() {
+        Network::Up(line) => line,
+        Network::BlackHole | Network::Cut => Line::default(),
+    };
+    let mut buffer = BytesMut::new();
     loop {
-        let Ok(length @ 1..) = from.read(&mut buffer).await else {
-            let _ = to.shutdown().await;
-            return;
-        };
-        let Ok(state) = network
-            .wait_for(|state| *state != Network::BlackHole)
-            .await
-            .map(|state| *state)
-        else {
-            return;
-        };
-        if let Network::Up(delay) = state
-            && !delay.is_zero()
-        {
-            tokio::time::sleep(delay).await;
+        while under_way.bytes.load(Ordering::Relaxed) >= line().window() {
+            under_way.arrived.notified().await;
         }
-        if to.write_all(&buffer[..length]).await.is_err() {
+        buffer.reserve(CHUNK);
+        let Ok(length @ 1..) = from.read_buf(&mut buffer).await else {
+            return;
+        };
+        let due = direction.accept(length, &line());
+        under_way.bytes.fetch_add(length, Ordering::Relaxed);
+        if line_in.send((due, buffer.split().freeze())).is_err() {
             return;
         }
     }
+}
+
+/// The far end: writes everything when it is due.
+async fn let_out(
+    mut to: WriteHalf<'_>,
+    mut network: watch::Receiver<Network>,
+    under_way: &UnderWay,
+    mut line_out: mpsc::UnboundedReceiver<(Instant, Bytes)>,
+) {
+    while let Some((due, bytes)) = line_out.recv().await {
+        if due > Instant::now() {
+            sleep_until(due).await;
+        }
+        if network
+            .wait_for(|state| *state != Network::BlackHole)
+            .await
+            .is_err()
+            || to.write_all(&bytes).await.is_err()
+        {
+            return;
+        }
+        under_way.bytes.fetch_sub(bytes.len(), Ordering::Relaxed);
+        under_way.arrived.notify_one();
+    }
+    let _ = to.shutdown().await;
 }
 
 #[cfg(test)]
@@ -203,5 +386,77 @@ mod tests {
         let mut rest = [0; 4];
         stream.read_exact(&mut rest).await.unwrap();
         assert_eq!(&rest, b"ping");
+    }
+
+    #[tokio::test]
+    async fn a_long_line_costs_latency_and_not_throughput() {
+        let proxy = Proxy::start(echo_server().await).await;
+        proxy.delay(Duration::from_millis(40));
+        let begun = Instant::now();
+        let mut stream = TcpStream::connect(("127.0.0.1", proxy.port()))
+            .await
+            .unwrap();
+        ping(&mut stream).await.unwrap();
+        // One round trip to connect, one for the answer.
+        assert!(begun.elapsed() >= Duration::from_millis(160));
+        // 8 MiB there and back are 256 chunks; a delay for each would take 10 seconds.
+        let begun = Instant::now();
+        let (mut from, mut to) = stream.split();
+        let sent = vec![7; 8 << 20];
+        let mut received = vec![0; sent.len()];
+        let (written, read) = tokio::join!(to.write_all(&sent), from.read_exact(&mut received));
+        written.unwrap();
+        read.unwrap();
+        assert!(received == sent, "the bytes were changed");
+        assert!(begun.elapsed() >= Duration::from_millis(80));
+        assert!(
+            begun.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            begun.elapsed()
+        );
+        let all = (sent.len() + 4) as u64;
+        assert_eq!(
+            proxy.carried(),
+            Carried {
+                upstream: all,
+                downstream: all
+            }
+        );
+    }
+
+    #[tokio::test]
+    async fn a_rate_is_kept_by_all_connections_together_and_holds_the_sender_back() {
+        let proxy = Proxy::start(echo_server().await).await;
+        proxy.stretch(Line {
+            delay: Duration::from_millis(10),
+            bytes_per_second: Some(4 << 20),
+        });
+        let begun = Instant::now();
+        let pass = || async {
+            let mut stream = TcpStream::connect(("127.0.0.1", proxy.port()))
+                .await
+                .unwrap();
+            let (mut from, mut to) = stream.split();
+            let sent = vec![7; 1 << 20];
+            let mut received = vec![0; sent.len()];
+            let (written, read) = tokio::join!(to.write_all(&sent), from.read_exact(&mut received));
+            written.unwrap();
+            read.unwrap();
+        };
+        tokio::join!(pass(), pass());
+        // Two connections, 1 MiB each, at 4 MiB a second together.
+        let took = begun.elapsed();
+        assert!(took >= Duration::from_millis(500), "{took:?}");
+        assert!(took < Duration::from_secs(5), "{took:?}");
+    }
+
+    #[test]
+    fn what_is_under_way_is_bounded_by_the_bandwidth_delay_product() {
+        let line = Line {
+            delay: Duration::from_millis(40),
+            bytes_per_second: Some(12_500_000),
+        };
+        assert_eq!(line.window(), CHUNK + 750_000);
+        assert_eq!(Line::default().window(), WINDOW);
     }
 }
