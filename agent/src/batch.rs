@@ -127,13 +127,13 @@ impl Queue {
 /// nothing happens at either end. So a full batch may follow at once, and where the round trip is long,
 /// one that is not full may follow after its share of the round trip.
 #[derive(Clone, Copy, Debug)]
-pub struct Pace {
+pub struct Spacing {
     in_flight_max: usize,
     /// Between batches that are not full; `None` where the replica is near.
-    spacing: Option<Duration>,
+    between: Option<Duration>,
 }
 
-/// What [`Pace::judge`] says.
+/// What [`Spacing::judge`] says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ship {
     /// Now.
@@ -144,7 +144,7 @@ pub enum Ship {
     AfterAnAnswer,
 }
 
-impl Pace {
+impl Spacing {
     /// A replica that answers later than this is far: far above what a data centre needs, far below what
     /// two sites need.
     pub const FAR: Duration = Duration::from_millis(5);
@@ -154,13 +154,13 @@ impl Pace {
         let share = u32::try_from(in_flight_max).unwrap_or(u32::MAX).max(1);
         Self {
             in_flight_max,
-            spacing: (round_trip >= Self::FAR).then(|| round_trip / share),
+            between: (round_trip >= Self::FAR).then(|| round_trip / share),
         }
     }
 
     /// Judges, `since` after the last one was shipped.
     pub fn judge(&self, in_flight: usize, full: bool, since: Duration) -> Ship {
-        match self.spacing {
+        match self.between {
             _ if in_flight == 0 => Ship::Now,
             _ if in_flight >= self.in_flight_max => Ship::AfterAnAnswer,
             _ if full => Ship::Now,
@@ -233,12 +233,12 @@ mod tests {
     #[test]
     fn a_near_replica_gets_the_next_batch_with_its_answer_and_a_far_one_before() {
         let ms = Duration::from_millis;
-        let near = Pace::new(ms(1), 4);
+        let near = Spacing::new(ms(1), 4);
         assert_eq!(near.judge(0, false, ms(0)), Ship::Now);
         assert_eq!(near.judge(1, false, ms(900)), Ship::AfterAnAnswer);
         assert_eq!(near.judge(3, true, ms(0)), Ship::Now);
         assert_eq!(near.judge(4, true, ms(0)), Ship::AfterAnAnswer);
-        let far = Pace::new(ms(80), 4);
+        let far = Spacing::new(ms(80), 4);
         assert_eq!(far.judge(1, false, ms(5)), Ship::In(ms(15)));
         assert_eq!(far.judge(3, false, ms(20)), Ship::Now);
         assert_eq!(far.judge(4, false, ms(900)), Ship::AfterAnAnswer);

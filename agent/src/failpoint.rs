@@ -6,8 +6,12 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use rustix::process::{Signal, getpid, kill_process};
+
+/// Far longer than the kernel needs, even on a busy machine. Time spent standing still does not count.
+const STOPPED_WITHIN: Duration = Duration::from_millis(500);
 
 static ARMED: OnceLock<Option<Armed>> = OnceLock::new();
 
@@ -32,6 +36,8 @@ pub fn hit(name: &str) {
         if !armed.stops || kill_process(getpid(), Signal::STOP).is_err() {
             std::process::abort();
         }
+        // Any thread may be the one that takes the signal: this one must not run on before it has.
+        std::thread::sleep(STOPPED_WITHIN);
     }
 }
 

@@ -24,6 +24,7 @@
 //! takes the slow path, whose verdict counts.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -119,6 +120,9 @@ impl Row {
 
     /// Positions whose value is only on the replica.
     pub fn unsent(&self) -> Vec<usize> {
+        if !self.tuple.has_unchanged_toast() {
+            return Vec::new();
+        }
         self.values()
             .enumerate()
             .filter(|(_, value)| matches!(value, Value::UnchangedToast))
@@ -430,12 +434,18 @@ impl Folded {
 
     /// A complete row comes under a key that must be free.
     fn arrive(&mut self, key: RowKey, new: Row, taken: &'static str) -> Result<(), FoldError> {
-        let net = match self.folding.remove(&key) {
-            None => NetChange::Insert(new),
-            Some(NetChange::Delete(old)) => NetChange::Replace { old, new },
-            Some(_) => return Err(self.contradiction(taken)),
-        };
-        self.folding.insert(key, net);
+        match self.folding.entry(key) {
+            Entry::Vacant(free) => {
+                free.insert(NetChange::Insert(new));
+            }
+            Entry::Occupied(mut row) => match row.get() {
+                NetChange::Delete(old) => {
+                    let old = old.clone();
+                    row.insert(NetChange::Replace { old, new });
+                }
+                _ => return Err(self.contradiction(taken)),
+            },
+        }
         Ok(())
     }
 
@@ -476,25 +486,22 @@ impl Folded {
     }
 
     fn update_in_place(&mut self, key: RowKey, mut new: Row) -> Result<(), FoldError> {
-        let net = match self.folding.remove(&key) {
-            None => NetChange::Update(new),
-            Some(NetChange::Insert(earlier)) => {
-                new.fill_from(earlier.values(), |_| true);
-                NetChange::Insert(new)
+        match self.folding.entry(key) {
+            Entry::Vacant(free) => {
+                free.insert(NetChange::Update(new));
             }
-            Some(NetChange::Update(earlier)) => {
-                new.fill_from(earlier.values(), |_| true);
-                NetChange::Update(new)
-            }
-            Some(NetChange::Replace { old, new: earlier }) => {
-                new.fill_from(earlier.values(), |_| true);
-                NetChange::Replace { old, new }
-            }
-            Some(NetChange::Delete(_)) => {
-                return Err(self.contradiction("an update of a deleted row"));
-            }
-        };
-        self.folding.insert(key, net);
+            Entry::Occupied(mut row) => match row.get_mut() {
+                NetChange::Insert(earlier)
+                | NetChange::Update(earlier)
+                | NetChange::Replace { new: earlier, .. } => {
+                    new.fill_from(earlier.values(), |_| true);
+                    *earlier = new;
+                }
+                NetChange::Delete(_) => {
+                    return Err(self.contradiction("an update of a deleted row"));
+                }
+            },
+        }
         Ok(())
     }
 
@@ -525,17 +532,25 @@ impl Folded {
     }
 
     fn delete(&mut self, key: RowKey, old: Tuple) -> Result<(), FoldError> {
-        match self.folding.remove(&key) {
-            Some(NetChange::Insert(_)) => {}
-            None | Some(NetChange::Update(_)) => {
-                self.folding.insert(key, NetChange::Delete(old));
+        match self.folding.entry(key) {
+            Entry::Vacant(free) => {
+                free.insert(NetChange::Delete(old));
             }
-            Some(NetChange::Replace { old, .. }) => {
-                self.folding.insert(key, NetChange::Delete(old));
-            }
-            Some(NetChange::Delete(_)) => {
-                return Err(self.contradiction("a second delete of a row"));
-            }
+            Entry::Occupied(mut row) => match row.get() {
+                NetChange::Insert(_) => {
+                    row.remove();
+                }
+                NetChange::Update(_) => {
+                    row.insert(NetChange::Delete(old));
+                }
+                NetChange::Replace { old, .. } => {
+                    let old = old.clone();
+                    row.insert(NetChange::Delete(old));
+                }
+                NetChange::Delete(_) => {
+                    return Err(self.contradiction("a second delete of a row"));
+                }
+            },
         }
         Ok(())
     }

@@ -171,6 +171,7 @@ pub async fn run(
         budget: Arc::new(Semaphore::new(budget)),
         budget_bytes: budget as u64,
         queue,
+        here: SourcePosition::default(),
         position,
     };
     let outcome = task.stream().await;
@@ -219,6 +220,8 @@ struct Task {
     budget: Arc<Semaphore>,
     budget_bytes: u64,
     queue: mpsc::Sender<Received>,
+    /// As far as this task has come, and what it last told of that.
+    here: SourcePosition,
     position: watch::Sender<SourcePosition>,
 }
 
@@ -285,6 +288,8 @@ impl Task {
                     if !self.take(message).await? || !self.take_buffered().await? {
                         return Ok(());
                     }
+                    // Once for all of them: telling costs more than a message does.
+                    self.position.send_replace(self.here);
                     let wanted = self.pace.pause(self.reader.drained());
                     pause = wanted.map(|length| Box::pin(tokio::time::sleep(length)));
                 }
@@ -329,11 +334,9 @@ impl Task {
         }
     }
 
-    fn at(&self, wal_end: PgLsn, bytes: u64) {
-        self.position.send_modify(|position| {
-            position.wal_end = position.wal_end.max(Some(wal_end));
-            position.bytes += bytes;
-        });
+    fn at(&mut self, wal_end: PgLsn, bytes: u64) {
+        self.here.wal_end = self.here.wal_end.max(Some(wal_end));
+        self.here.bytes += bytes;
     }
 
     async fn message(&mut self, data: Bytes, sent_at: Micros) -> Result<bool, SourceError> {

@@ -28,7 +28,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{self, Decision};
-use crate::batch::Pace;
+use crate::batch::Spacing;
 use crate::config::Config;
 use crate::error::{Class, Classify, chain};
 use crate::lag::{Lag, Micros, pg_micros};
@@ -315,7 +315,7 @@ impl Pipeline {
             after: newest_snapshot,
         };
         deferred.passed(prepared.end_lsn).await?;
-        let pace = Pace::new(sink.round_trip(), IN_FLIGHT_MAX);
+        let spacing = Spacing::new(sink.round_trip(), IN_FLIGHT_MAX);
         tasks.spawn(apply_batches(sink, outcomes, deferred));
         let (config, stream) = (Arc::clone(&self.config), self.stream.clone());
         tasks.spawn(async move {
@@ -333,7 +333,7 @@ impl Pipeline {
             position: position_seen,
             batches,
             flush,
-            owned: Owned::new(&self.config, ledger, pace, self.lag.clone()),
+            owned: Owned::new(&self.config, ledger, spacing, self.lag.clone()),
         })
     }
 }

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use super::error::SessionError;
 use super::{Pipeline, TICK, as_f64, now_instant, now_micros};
-use crate::batch::{Batch, Pace, Queue, Ship};
+use crate::batch::{Batch, Queue, Ship, Spacing};
 use crate::changes::{ChangeCounts, KINDS};
 use crate::config::Config;
 use crate::coverage;
@@ -64,7 +64,7 @@ pub(super) struct Owned {
     permits: VecDeque<OwnedSemaphorePermit>,
     /// Commit time of the first transaction of each batch in flight.
     shipped_oldest: VecDeque<Micros>,
-    pace: Pace,
+    spacing: Spacing,
     shipped_at: Instant,
     /// When the next batch is due that is not full and waits behind others.
     due: Option<Instant>,
@@ -85,14 +85,14 @@ enum Phase {
 }
 
 impl Owned {
-    pub(super) fn new(config: &Config, ledger: Ledger, pace: Pace, lag: Lag) -> Self {
+    pub(super) fn new(config: &Config, ledger: Ledger, spacing: Spacing, lag: Lag) -> Self {
         let limits = &config.limits;
         Self {
             ledger,
             queue: Queue::new(limits.batch_bytes, limits.batch_changes),
             permits: VecDeque::new(),
             shipped_oldest: VecDeque::new(),
-            pace,
+            spacing,
             shipped_at: now_instant(),
             due: None,
             lag,
@@ -115,7 +115,7 @@ impl Owned {
         }
         let since = now.saturating_duration_since(self.shipped_at);
         match self
-            .pace
+            .spacing
             .judge(self.ledger.in_flight(), self.queue.is_full(), since)
         {
             Ship::Now => {}

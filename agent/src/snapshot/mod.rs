@@ -110,17 +110,16 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
     if job.tables.is_empty() && !job.whole_schema {
         return Ok(());
     }
-    let sessions = Sessions::begin(job).await?;
-    let replica = sessions.replica().await?;
-    let source = sessions.source_at_snapshot().await?;
+    let (mut sessions, source) = Sessions::begin(job).await?;
     let names: Vec<TableName> = job.tables.iter().map(|table| table.name.clone()).collect();
+    layout::lock(&source, &names).await?;
+    let replica = sessions.begin_replica().await?;
     let ledger = Ledger {
         stream: job.stream,
         snapshot_lsn: job.snapshot_lsn,
     };
 
     observer.phase(CopyPhase::PreData);
-    layout::lock(&source, &names).await?;
     let held = ledger.begin(&replica, &names).await?;
     let schema = schema::Schema::dump(job, &sessions, &source, &replica, observer).await?;
     // An earlier copy may have been killed between creating and quieting them.

@@ -57,34 +57,49 @@ pub(super) struct Sessions<'a> {
 }
 
 impl<'a> Sessions<'a> {
-    /// Asks both servers for their versions and ends what an earlier copy left behind.
-    pub(super) async fn begin(job: &'a CopyJob<'a>) -> Result<Self, CopyError> {
+    /// Opens the first session on the source, at the snapshot.
+    ///
+    /// Nothing is done before it: until that session has locked the tables, the source may still truncate or
+    /// rewrite one, and the snapshot is lost.
+    pub(super) async fn begin(job: &'a CopyJob<'a>) -> Result<(Self, Client), CopyError> {
         let mut sessions = Self {
             job,
             application_name: job.stream.application_name("copy"),
             source_version_num: 0,
             replica_version_num: 0,
         };
-        let replica = sessions.replica().await?;
         let source = sessions.source().await?;
-        let asking = |error| CopyError::Replica {
-            doing: "ask for the version".to_owned(),
-            source: error,
-        };
-        sessions.replica_version_num = server_version(&replica).await.map_err(asking)?;
+        sessions.see_snapshot(&source).await?;
         let asking = |error| CopyError::Source {
             doing: "ask for the version".to_owned(),
             source: error,
         };
         sessions.source_version_num = server_version(&source).await.map_err(asking)?;
-        let own = &sessions.application_name;
-        leftover::end_sessions(&replica, own)
+        sessions.lift_transaction_timeout(&source).await?;
+        Ok((sessions, source))
+    }
+
+    /// Opens the first session on the replica and ends what an earlier copy left behind there.
+    pub(super) async fn begin_replica(&mut self) -> Result<Client, CopyError> {
+        let replica = self.replica().await?;
+        let asking = |error| CopyError::Replica {
+            doing: "ask for the version".to_owned(),
+            source: error,
+        };
+        self.replica_version_num = server_version(&replica).await.map_err(asking)?;
+        leftover::end_sessions(&replica, &self.application_name)
             .await
             .map_err(|error| CopyError::Replica {
                 doing: "end the sessions of an earlier copy".to_owned(),
                 source: error,
             })?;
-        Ok(sessions)
+        if self.replica_version_num >= 170_000 {
+            replica
+                .batch_execute("SET transaction_timeout = 0")
+                .await
+                .map_err(CopyError::replica("set up a session"))?;
+        }
+        Ok(replica)
     }
 
     /// `server_version_num` of the source.
@@ -119,18 +134,28 @@ impl<'a> Sessions<'a> {
             doing: "open a session".to_owned(),
             source,
         })?;
+        self.lift_transaction_timeout(&client).await?;
+        Ok(client)
+    }
+
+    async fn lift_transaction_timeout(&self, source: &Client) -> Result<(), CopyError> {
         if self.source_version_num >= 170_000 {
-            client
+            source
                 .batch_execute("SET transaction_timeout = 0")
                 .await
                 .map_err(CopyError::source("set up a session"))?;
         }
-        Ok(client)
+        Ok(())
     }
 
     /// A session on the source, in a read-only transaction that sees the exported snapshot.
     pub(super) async fn source_at_snapshot(&self) -> Result<Client, CopyError> {
         let client = self.source().await?;
+        self.see_snapshot(&client).await?;
+        Ok(client)
+    }
+
+    async fn see_snapshot(&self, client: &Client) -> Result<(), CopyError> {
         client
             .batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             .await
@@ -150,7 +175,7 @@ impl<'a> Sessions<'a> {
                 CopyError::source("import the snapshot")(error)
             }
         })?;
-        Ok(client)
+        Ok(())
     }
 
     /// A session on the replica that may write.

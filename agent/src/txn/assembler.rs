@@ -83,7 +83,14 @@ impl Assembler {
 
     /// Takes one message; returns the transaction it ends.
     pub fn push(&mut self, data: Bytes) -> Result<Option<Ended>, AssembleError> {
-        match pgoutput::decode(&data, self.block.is_some())? {
+        let streamed = self.block.is_some();
+        // Most messages by far; their rows are decoded where they are folded, and only there.
+        if let Some((maker, relation)) = pgoutput::row_change(&data, streamed) {
+            let relations = Relations::Row(self.relation(relation)?);
+            self.change(maker, relations, data)?;
+            return Ok(None);
+        }
+        match pgoutput::decode(&data, streamed)? {
             Message::Begin(begin) => {
                 self.expect_between("Begin")?;
                 self.whole = Some((Open::new(begin.xid), begin.final_lsn));
@@ -113,11 +120,9 @@ impl Assembler {
             }
             Message::StreamAbort(abort) => return self.stream_abort(abort),
             Message::Relation(relation) => self.describe(relation, &data),
-            Message::Insert { xid, relation, .. }
-            | Message::Update { xid, relation, .. }
-            | Message::Delete { xid, relation, .. } => {
-                let relations = Relations::Row(self.relation(relation)?);
-                self.change(xid, relations, data)?;
+            // One that ends before its relation is no message, and `decode` has said so.
+            Message::Insert { .. } | Message::Update { .. } | Message::Delete { .. } => {
+                unreachable!("a row change with a relation was taken above")
             }
             Message::Truncate { xid, relations, .. } => {
                 let relations: Result<Arc<[_]>, _> =

@@ -46,9 +46,27 @@ pub fn decode(data: &Bytes, streamed: bool) -> Result<Message, DecodeError> {
     }
 }
 
+/// The relation, and in a streamed block the (sub)transaction, of an insert, update or delete. Its rows
+/// are not looked at: whoever needs them decodes them. `None` for other messages and for one that ends
+/// before its relation.
+pub fn row_change(data: &[u8], streamed: bool) -> Option<(Option<u32>, u32)> {
+    let kind = MessageKind::from_byte(*data.first()?)?;
+    if !matches!(
+        kind,
+        MessageKind::Insert | MessageKind::Update | MessageKind::Delete
+    ) {
+        return None;
+    }
+    let word = |at: usize| Some(u32::from_be_bytes(data.get(at..at + 4)?.try_into().ok()?));
+    match streamed {
+        true => Some((Some(word(1)?), word(5)?)),
+        false => Some((None, word(1)?)),
+    }
+}
+
 /// Writes a change or description of a streamed block as it would be outside of one.
 ///
-/// The message must be one that [`decode`] has understood as `streamed`.
+/// The message must be one that [`decode`] or [`row_change`] has understood as `streamed`.
 pub fn put_without_xid(streamed: &[u8], out: &mut BytesMut) {
     const KIND_BYTES: usize = 1;
     const XID_BYTES: usize = 4;

@@ -28,7 +28,7 @@ mod message;
 mod tests;
 mod tuple;
 
-pub use decode::{decode, kind, put_without_xid};
+pub use decode::{decode, kind, put_without_xid, row_change};
 pub use error::DecodeError;
 pub use message::{
     Begin, Column, Commit, CommitPrepared, LogicalMessage, Message, MessageKind, OldTuple, Prepare,

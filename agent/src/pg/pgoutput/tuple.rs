@@ -45,6 +45,7 @@ impl fmt::Debug for Value<'_> {
 #[derive(Clone, PartialEq, Eq)]
 pub struct Tuple {
     columns: u16,
+    has_unchanged_toast: bool,
     bytes: Bytes,
 }
 
@@ -61,9 +62,11 @@ impl Tuple {
     pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let columns = reader.count16()?;
         let start = reader.left();
+        let mut has_unchanged_toast = false;
         for _ in 0..columns {
             match reader.u8()? {
-                Self::NULL | Self::UNCHANGED_TOAST => {}
+                Self::NULL => {}
+                Self::UNCHANGED_TOAST => has_unchanged_toast = true,
                 Self::TEXT | Self::BINARY => {
                     let length = reader.length()?;
                     reader.take(length)?;
@@ -74,6 +77,7 @@ impl Tuple {
         let bytes = &start[..start.len() - reader.left().len()];
         Ok(Self {
             columns,
+            has_unchanged_toast,
             bytes: reader.share(bytes),
         })
     }
@@ -86,6 +90,11 @@ impl Tuple {
     /// Whether the relation has no (published) column at all.
     pub fn is_empty(&self) -> bool {
         self.columns == 0
+    }
+
+    /// Whether some value was left out because it is only in TOAST storage.
+    pub fn has_unchanged_toast(&self) -> bool {
+        self.has_unchanged_toast
     }
 
     /// The values in column order.

@@ -43,7 +43,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::batch::{Batch, Pace};
+use crate::batch::{Batch, Spacing};
 use crate::changes::TRUNCATE;
 use crate::failpoint;
 use crate::pg::{self, ConnInfo, Session};
@@ -226,7 +226,7 @@ impl ReplicaSink {
 
     fn is_worth_spreading(&self, net_changes: u64) -> bool {
         let work = Duration::from_micros(net_changes * NET_CHANGE_MICROS);
-        let far = self.round_trip >= Pace::FAR;
+        let far = self.round_trip >= Spacing::FAR;
         net_changes >= self.settings.spread_changes
             && (!far || work >= self.round_trip * ROUND_TRIPS_OF_WORK)
     }
