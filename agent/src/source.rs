@@ -283,8 +283,10 @@ impl Task {
                     if !self.take(message).await? || !self.take_buffered().await? {
                         return Ok(());
                     }
-                    let wanted = self.pace.pause(self.reader.drained());
-                    pause = wanted.map(|length| Box::pin(tokio::time::sleep(length)));
+                    pause = self.pace.pause(self.reader.drained()).map(|length| {
+                        self.reader.rest();
+                        Box::pin(tokio::time::sleep(length))
+                    });
                 }
             }
         }

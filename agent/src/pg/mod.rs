@@ -12,6 +12,7 @@ mod password;
 pub mod pgoutput;
 pub mod replication;
 pub mod slot;
+mod socket;
 mod stream;
 mod tls;
 

@@ -20,13 +20,14 @@ use tokio_rustls::client::TlsStream;
 
 use super::PgError;
 use super::conninfo::{Host, Keepalive};
+use super::socket::Socket;
 use super::tls::Tls;
 
 /// An open connection on which the start-up packet may be sent.
 pub(super) enum PgStream {
     Unix(UnixStream),
-    Tcp(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Tcp(Socket),
+    Tls(Box<TlsStream<Socket>>),
 }
 
 /// Where to connect: one address of one host.
@@ -52,7 +53,7 @@ impl PgStream {
         };
         prepare(&tcp, keepalive).map_err(lost)?;
         let Some((tls, required)) = tls else {
-            return Ok(Self::Tcp(tcp));
+            return Ok(Self::Tcp(Socket::new(tcp)));
         };
         if !tls.is_direct() {
             let mut request = bytes::BytesMut::new();
@@ -67,7 +68,7 @@ impl PgStream {
                         reason: "the server offers no TLS, but sslmode requires it".to_owned(),
                     });
                 }
-                b'N' => return Ok(Self::Tcp(tcp)),
+                b'N' => return Ok(Self::Tcp(Socket::new(tcp))),
                 _ => {
                     return Err(PgError::Protocol(format!(
                         "{host} does not answer as PostgreSQL does"
@@ -75,7 +76,7 @@ impl PgStream {
                 }
             }
         }
-        let stream = tls.handshake(host, tcp).await?;
+        let stream = tls.handshake(host, Socket::new(tcp)).await?;
         Ok(Self::Tls(Box::new(stream)))
     }
 
@@ -87,6 +88,15 @@ impl PgStream {
                 super::tls::server_end_point(certificate)
             }
             Self::Unix(_) | Self::Tcp(_) => None,
+        }
+    }
+
+    /// Nobody is woken for what arrives until the next read or write. On a Unix socket this does nothing.
+    pub(super) fn rest(&mut self) {
+        match self {
+            Self::Unix(_) => {}
+            Self::Tcp(socket) => socket.rest(),
+            Self::Tls(stream) => stream.get_mut().0.rest(),
         }
     }
 
