@@ -290,8 +290,10 @@ impl Task {
                     }
                     // Once for all of them: telling costs more than a message does.
                     self.position.send_replace(self.here);
-                    let wanted = self.pace.pause(self.reader.drained());
-                    pause = wanted.map(|length| Box::pin(tokio::time::sleep(length)));
+                    pause = self.pace.pause(self.reader.drained()).map(|length| {
+                        self.reader.rest();
+                        Box::pin(tokio::time::sleep(length))
+                    });
                 }
             }
         }

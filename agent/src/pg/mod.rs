@@ -13,6 +13,7 @@ mod password;
 pub mod pgoutput;
 pub mod replication;
 pub mod slot;
+mod socket;
 mod stream;
 mod throttle;
 mod tls;

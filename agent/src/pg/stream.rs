@@ -20,6 +20,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::PgError;
 use super::conninfo::{ConnInfo, Host, Keepalive};
+use super::socket::Socket;
 use super::throttle::Throttle;
 use super::tls::Tls;
 
@@ -31,8 +32,8 @@ pub(super) struct PgStream {
 
 enum Transport {
     Unix(UnixStream),
-    Tcp(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Tcp(Socket),
+    Tls(Box<TlsStream<Socket>>),
 }
 
 /// Where to connect: one address of one host.
@@ -67,6 +68,15 @@ impl PgStream {
         }
     }
 
+    /// Nobody is woken for what arrives until the next read or write. On a Unix socket this does nothing.
+    pub(super) fn rest(&mut self) {
+        match &mut self.transport {
+            Transport::Unix(_) => {}
+            Transport::Tcp(socket) => socket.rest(),
+            Transport::Tls(stream) => stream.get_mut().0.rest(),
+        }
+    }
+
     pub(super) fn is_unix(&self) -> bool {
         matches!(self.transport, Transport::Unix(_))
     }
@@ -92,7 +102,7 @@ impl Transport {
         };
         prepare(&tcp, keepalive).map_err(lost)?;
         let Some((tls, required)) = tls else {
-            return Ok(Self::Tcp(tcp));
+            return Ok(Self::Tcp(Socket::new(tcp)));
         };
         if !tls.is_direct() {
             let mut request = bytes::BytesMut::new();
@@ -107,7 +117,7 @@ impl Transport {
                         reason: "the server offers no TLS, but sslmode requires it".to_owned(),
                     });
                 }
-                b'N' => return Ok(Self::Tcp(tcp)),
+                b'N' => return Ok(Self::Tcp(Socket::new(tcp))),
                 _ => {
                     return Err(PgError::Protocol(format!(
                         "{host} does not answer as PostgreSQL does"
@@ -115,7 +125,7 @@ impl Transport {
                 }
             }
         }
-        let stream = tls.handshake(host, tcp).await?;
+        let stream = tls.handshake(host, Socket::new(tcp)).await?;
         Ok(Self::Tls(Box::new(stream)))
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! Reader and sender are apart, so that keepalives can be answered while the reader's owner is
 //! blocked. The walsender issues one `send` per message, and waking for each doubles the cost on both
-//! sides: to read in bulk, take everything [`ReplicationReader::next_buffered`] has, let a few
-//! milliseconds of data gather (not on a Unix socket: [`ReplicationReader::is_local`]), and only then call
-//! [`ReplicationReader::next`] again.
+//! sides: to read in bulk, take everything [`ReplicationReader::next_buffered`] has, call
+//! [`ReplicationReader::rest`], let a few milliseconds of data gather (not on a Unix socket:
+//! [`ReplicationReader::is_local`]), and only then call [`ReplicationReader::next`] again.
 //!
 //! # Invariants
 //! - Both halves are cancel-safe: a message half read or half written is finished by the next call.
@@ -15,10 +15,10 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
-use tokio::io::{AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf};
+use tokio::io::{AsyncWrite, AsyncWriteExt as _};
 
 use super::frames::{Frame, Frames};
-use crate::pg::stream::PgStream;
+use super::half::Half;
 use crate::pg::{PgError, PgLsn};
 
 /// 2000-01-01 00:00 UTC, PostgreSQL's epoch, after 1970's.
@@ -77,13 +77,13 @@ impl ReplicationMessage {
 
 /// The reading half.
 pub struct ReplicationReader {
-    stream: ReadHalf<PgStream>,
+    stream: Half,
     frames: Frames,
     local: bool,
 }
 
 impl ReplicationReader {
-    pub(super) fn new(stream: ReadHalf<PgStream>, frames: Frames, local: bool) -> Self {
+    pub(super) fn new(stream: Half, frames: Frames, local: bool) -> Self {
         Self {
             stream,
             frames,
@@ -112,6 +112,12 @@ impl ReplicationReader {
                 Read::End => return Ok(None),
             }
         }
+    }
+
+    /// Lets data gather: until the next [`ReplicationReader::next`] nobody is woken for what arrives (except
+    /// on a Unix socket). Not while `next` is being waited for.
+    pub fn rest(&self) {
+        self.stream.rest();
     }
 
     /// Whether the last read took all that had arrived; if not, the next one finds more at once.
@@ -154,11 +160,11 @@ fn message(frame: Frame) -> Result<Read, PgError> {
 
 /// The writing half.
 pub struct StatusSender {
-    stream: Outbox<WriteHalf<PgStream>>,
+    stream: Outbox<Half>,
 }
 
 impl StatusSender {
-    pub(super) fn new(stream: WriteHalf<PgStream>) -> Self {
+    pub(super) fn new(stream: Half) -> Self {
         Self {
             stream: Outbox {
                 stream,

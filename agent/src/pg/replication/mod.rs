@@ -18,6 +18,7 @@
 mod command;
 mod copy_both;
 mod frames;
+mod half;
 mod startup;
 
 use tokio::io::AsyncWriteExt as _;
@@ -163,7 +164,7 @@ impl ReplicationConnection {
             other => return Err(other.unexpected("the answer to START_REPLICATION")),
         }
         let local = self.stream.is_unix();
-        let (read, write) = tokio::io::split(self.stream);
+        let (read, write) = half::split(self.stream);
         Ok((
             ReplicationReader::new(read, self.frames, local),
             StatusSender::new(write),

@@ -24,12 +24,12 @@ use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
-use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::PgError;
 use super::conninfo::{ConnInfo, Host, SslMode};
+use super::socket::Socket;
 use super::stream::connect_error;
 
 pub(super) use self::verify::server_end_point;
@@ -97,8 +97,8 @@ impl Tls {
     pub(super) async fn handshake(
         &self,
         host: &Host,
-        tcp: TcpStream,
-    ) -> Result<TlsStream<TcpStream>, PgError> {
+        tcp: Socket,
+    ) -> Result<TlsStream<Socket>, PgError> {
         let name = ServerName::try_from(host.name.clone()).map_err(|_| {
             tls_error(
                 host,
