@@ -8,7 +8,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::report::REFERENCE;
-use crate::results::{Drain, Pass, Results};
+use crate::results::{Drain, Lag, Pass, Results};
 
 const FONT: &str = "sans-serif";
 
@@ -25,6 +25,12 @@ const COLOURS: [RGBColor; 7] = [
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
+/// The panels of one picture that a pass contributes.
+type Theme = fn(&Pass) -> Vec<Panel>;
+
+/// One number of a measured lag.
+type LagFigure = fn(&Lag) -> f64;
+
 /// Bars side by side, grouped.
 struct Panel {
     title: String,
@@ -39,8 +45,7 @@ struct Panel {
 
 /// Writes the pictures of all passes into a directory.
 pub(crate) fn write(results: &Results, directory: &Path) -> Result<()> {
-    let themes: [(&str, fn(&Pass) -> Vec<Panel>); 3] =
-        [("drain", drains), ("cpu", cpu), ("lag", lags)];
+    let themes: [(&str, Theme); 3] = [("drain", drains), ("cpu", cpu), ("lag", lags)];
     for (name, panels) in themes {
         let panels: Vec<Panel> = results
             .passes
@@ -96,7 +101,7 @@ fn lags(pass: &Pass) -> Vec<Panel> {
                 .iter()
                 .find(|lag| lag.network == network && lag.contestant == *contestant)
         };
-        let figures: [(&str, fn(&crate::results::Lag) -> f64); 3] = [
+        let figures: [(&str, LagFigure); 3] = [
             ("p50", |lag| lag.p50),
             ("p99", |lag| lag.p99),
             ("max", |lag| lag.max),
