@@ -12,16 +12,23 @@ use crate::results::{Drain, Lag, Pass, Results};
 
 const FONT: &str = "sans-serif";
 
-/// Told apart by most colour-blind eyes (Okabe and Ito).
-const COLOURS: [RGBColor; 7] = [
-    RGBColor(0, 114, 178),
-    RGBColor(86, 180, 233),
-    RGBColor(230, 159, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(140, 140, 140),
-    RGBColor(213, 94, 0),
-];
+/// The same contestant has the same colour everywhere; told apart by most colour-blind eyes (Okabe
+/// and Ito).
+fn colour(contestant: &str, number: usize) -> RGBColor {
+    match contestant {
+        "dr-agent" => RGBColor(0, 114, 178),
+        "subscription" => RGBColor(230, 159, 0),
+        "pgcopydb" => RGBColor(0, 158, 115),
+        "pg_recvlogical" => RGBColor(150, 150, 150),
+        // Variants of the agent.
+        _ if number % 2 == 0 => RGBColor(204, 121, 167),
+        _ => RGBColor(86, 180, 233),
+    }
+}
+
+/// Decoding without sending is so far ahead of everything that the rest could not be read beside it;
+/// the table has it.
+const NOT_DRAWN: &str = "peek";
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
@@ -151,7 +158,7 @@ fn by_workload(
 ) -> Panel {
     let (mut series, mut workloads): (Vec<String>, Vec<String>) = Default::default();
     for drain in pass.drains.iter().filter(|drain| drain.network == network) {
-        if value(drain).is_none() {
+        if value(drain).is_none() || drain.contestant == NOT_DRAWN {
             continue;
         }
         if !series.contains(&drain.contestant) {
@@ -201,7 +208,8 @@ fn draw_panel(area: &Area<'_>, panel: &Panel) -> Drawn {
         .margin(12)
         .x_label_area_size(30)
         .y_label_area_size(60)
-        .build_cartesian_2d(0.0..groups, 0.0..highest * 1.25)?;
+        // The legend is right of the bars.
+        .build_cartesian_2d(0.0..groups * 1.17, 0.0..highest * 1.1)?;
     chart
         .configure_mesh()
         .disable_x_mesh()
@@ -216,7 +224,7 @@ fn draw_panel(area: &Area<'_>, panel: &Panel) -> Drawn {
     // A fifth of each group's width is the gap to the next.
     let width = 0.8 / panel.series.len().max(1) as f64;
     for (number, name) in panel.series.iter().enumerate() {
-        let colour = COLOURS[number % COLOURS.len()];
+        let colour = colour(name, number);
         let bars = panel
             .groups
             .iter()
