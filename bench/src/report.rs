@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use clap::Args;
 
-use crate::results::{Drain, Pass, Results};
+use crate::results::{Drain, Loaded, Pass, Results, median};
 use crate::{plot, verdict};
 
 /// Where all of it is shown against.
@@ -110,6 +110,23 @@ fn tables(pass: &Pass, out: &mut impl Write) -> Result<()> {
                 lag.p50 * 1e3,
                 lag.p99 * 1e3,
                 lag.max * 1e3
+            )?;
+        }
+        writeln!(out)?;
+    }
+    if let Some(cost) = &pass.cost {
+        writeln!(
+            out,
+            "**cost on the source**: pgbench as fast as it goes\n\n| attached | tps | processors of the source | of the reader |\n|---|---:|---:|---:|"
+        )?;
+        for (name, rounds) in [("dr-agent", &cost.agent), ("bare slot", &cost.bare_slot)] {
+            let middle = |figure: fn(&Loaded) -> f64| median(rounds.iter().map(figure).collect());
+            writeln!(
+                out,
+                "| {name} | {} | {} | {} |",
+                number_or_dash(middle(|round| round.tps), 0),
+                number_or_dash(middle(|round| round.source_processors), 2),
+                number_or_dash(middle(|round| round.reader_processors), 2)
             )?;
         }
         writeln!(out)?;

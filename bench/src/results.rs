@@ -103,11 +103,30 @@ pub(crate) struct Lag {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Cost {
     /// With the agent attached and caught up.
-    pub(crate) agent_tps: Vec<f64>,
+    pub(crate) agent: Vec<Loaded>,
     /// With `pg_recvlogical` reading a bare slot.
-    pub(crate) bare_slot_tps: Vec<f64>,
+    pub(crate) bare_slot: Vec<Loaded>,
     /// Processors of the source's site and of the replica, where they were kept apart.
     pub(crate) pinned: Option<[String; 2]>,
+}
+
+/// One run of pgbench beside a reader.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Loaded {
+    /// What pgbench reached.
+    pub(crate) tps: f64,
+    /// Processors the source's server used, all of its processes.
+    pub(crate) source_processors: f64,
+    /// Processors the reader used: the agent, or `pg_recvlogical`.
+    pub(crate) reader_processors: f64,
+}
+
+impl Cost {
+    /// By how many percent of its rate pgbench is slower beside the agent.
+    pub(crate) fn percent(&self) -> Option<f64> {
+        let tps = |rounds: &[Loaded]| median(rounds.iter().map(|round| round.tps).collect());
+        Some((1.0 - tps(&self.agent)? / tps(&self.bare_slot)?) * 100.0)
+    }
 }
 
 /// What could not be measured, and why.

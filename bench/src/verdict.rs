@@ -8,7 +8,7 @@ use std::io::Write;
 use anyhow::Result;
 
 use crate::report::{REFERENCE, number_or_dash};
-use crate::results::{Drain, Pass, median};
+use crate::results::{Cost, Drain, Pass};
 
 /// The agent as its configuration's defaults make it.
 const AGENT: &str = "dr-agent";
@@ -142,13 +142,7 @@ fn figures(pass: &Pass) -> Vec<Figure> {
         digits: 0,
         bound: Bound::AtMost(300.0),
     });
-    let cost = pass.cost.as_ref().and_then(|cost| {
-        let (own, bare) = (
-            median(cost.agent_tps.clone())?,
-            median(cost.bare_slot_tps.clone())?,
-        );
-        Some((1.0 - own / bare) * 100.0)
-    });
+    let cost = pass.cost.as_ref().and_then(Cost::percent);
     figures.push(Figure {
         what: "cost on the source beside a bare slot, % of its tps".to_owned(),
         wanted: "≤ 3".to_owned(),

@@ -14,13 +14,14 @@ use dr_agent_tests::rundir::children_of;
 use dr_agent_tests::server::PgServer;
 use dr_agent_tests::wait::wait_until;
 use tokio::process::Command;
+use tokio::time::Instant;
 
 use super::arena::{Arena, Base, PREPARE_MAX, wal_end};
 use super::contestant::{agent, limits};
 use super::drain::workload;
 use super::workload::DATABASE;
 use super::{Journal, Options};
-use crate::results::{Cost, median};
+use crate::results::{Cost, Loaded};
 use crate::{load, servers, usage};
 
 /// Clients of pgbench.
@@ -43,42 +44,43 @@ pub(crate) async fn measure(options: &Options, fsync: bool, journal: &mut Journa
     }
     let site = sites.as_ref().map(|[source, _]| source.as_str());
     journal.pass().cost = Some(Cost {
-        agent_tps: Vec::new(),
-        bare_slot_tps: Vec::new(),
+        agent: Vec::new(),
+        bare_slot: Vec::new(),
         pinned: sites.clone(),
     });
     for number in 0..options.cost_rounds {
         // The one that begins is the second the next time.
         for agent_is_next in [number % 2 == 0, number % 2 == 1] {
-            let tps = if agent_is_next {
+            let loaded = if agent_is_next {
                 beside_agent(&arena, &replica, &agent, site, options.seconds).await?
             } else {
                 beside_bare_slot(&arena, site, options.seconds).await?
             };
             eprintln!(
-                "   {:<18} {tps:>8.0} tps",
+                "   {:<18} {:>8.0} tps   processors of the source {:.2}, of the reader {:.2}",
                 if agent_is_next {
                     "dr-agent"
                 } else {
                     "bare slot"
-                }
+                },
+                loaded.tps,
+                loaded.source_processors,
+                loaded.reader_processors
             );
             if let Some(cost) = &mut journal.pass().cost {
                 let of = if agent_is_next {
-                    &mut cost.agent_tps
+                    &mut cost.agent
                 } else {
-                    &mut cost.bare_slot_tps
+                    &mut cost.bare_slot
                 };
-                of.push(tps);
+                of.push(loaded);
             }
             journal.write()?;
         }
     }
-    if let Some(cost) = &journal.pass().cost
-        && let Some(own) = median(cost.agent_tps.clone())
-        && let Some(bare) = median(cost.bare_slot_tps.clone())
-    {
-        eprintln!("   cost {:.1} %", (1.0 - own / bare) * 100.0);
+    let percent = journal.pass().cost.as_ref().and_then(Cost::percent);
+    if let Some(percent) = percent {
+        eprintln!("   cost {percent:.1} %");
     }
     Ok(())
 }
@@ -89,7 +91,7 @@ async fn beside_agent(
     agent: &Agent,
     site: Option<&str>,
     seconds: u32,
-) -> Result<f64> {
+) -> Result<Loaded> {
     let mut running = agent.start();
     if let Some(site) = site {
         pin(running.pid(), site).await?;
@@ -99,18 +101,17 @@ async fn beside_agent(
         .map_err(anyhow::Error::msg)?;
     let (source, copy) = (arena.session().await, replica.client(DATABASE).await);
     servers::reach(&source, &copy, agent::STREAM).await;
-    let tps = pgbench(arena, site, seconds).await?;
+    let loaded = pgbench(arena, running.pid(), site, seconds).await?;
     // It need not have drained: what it has not read is read before the next round begins.
     running.kill();
-    Ok(tps)
+    Ok(loaded)
 }
 
-async fn beside_bare_slot(arena: &Arena, site: Option<&str>, seconds: u32) -> Result<f64> {
+async fn beside_bare_slot(arena: &Arena, site: Option<&str>, seconds: u32) -> Result<Loaded> {
     limits::create_slot(arena).await;
     let mut reader = limits::reader(arena, arena.source.port(), None)?;
-    if let Some(site) = site
-        && let Some(pid) = reader.id()
-    {
+    let pid = reader.id().context("pg_recvlogical has ended")?;
+    if let Some(site) = site {
         pin(pid, site).await?;
     }
     let source = arena.session().await;
@@ -122,22 +123,33 @@ async fn beside_bare_slot(arena: &Arena, site: Option<&str>, seconds: u32) -> Re
         source.holds(&sent)
     })
     .await;
-    let tps = pgbench(arena, site, seconds).await?;
+    let loaded = pgbench(arena, pid, site, seconds).await?;
     reader.kill().await?;
     limits::drop_slot(arena).await;
-    Ok(tps)
+    Ok(loaded)
 }
 
-async fn pgbench(arena: &Arena, site: Option<&str>, seconds: u32) -> Result<f64> {
+async fn pgbench(arena: &Arena, reader: u32, site: Option<&str>, seconds: u32) -> Result<Loaded> {
     // Neither round pays for the pages the other one left dirty.
     arena.session().await.run("CHECKPOINT").await;
+    let begun = Instant::now();
+    let before = [usage::of_server(&arena.source)?, usage::of_process(reader)?];
     let load = load::start(&arena.source, DATABASE, CLIENTS, 0, seconds)?;
     if let Some(site) = site
         && let Some(pid) = load.id()
     {
         pin(pid, site).await?;
     }
-    Ok(load::finish(load).await?.tps)
+    let tps = load::finish(load).await?.tps;
+    let after = [usage::of_server(&arena.source)?, usage::of_process(reader)?];
+    let elapsed = begun.elapsed().as_secs_f64();
+    let [source_processors, reader_processors] =
+        [0, 1].map(|which| (after[which] - before[which]) / elapsed);
+    Ok(Loaded {
+        tps,
+        source_processors,
+        reader_processors,
+    })
 }
 
 /// The processors of the source's site and of the replica, as `taskset` writes them.
