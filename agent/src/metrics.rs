@@ -95,6 +95,11 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         "Batches replayed change by change after a constraint refused the folded form",
     ),
     (
+        "dr_agent_reading_in_bulk",
+        Kind::Gauge,
+        "1 while the source is read lazily and in bulk, because the agent is behind",
+    ),
+    (
         "dr_agent_spread_batches_total",
         Kind::Counter,
         "Batches that were large enough to be spread over several lanes",
@@ -198,6 +203,8 @@ pub struct DatabaseMetrics {
     pub batch_apply_seconds: Histogram,
     /// `dr_agent_slow_path_total`
     pub slow_path: Counter,
+    /// `dr_agent_reading_in_bulk`
+    pub reading_in_bulk: Gauge,
     /// `dr_agent_spread_batches_total`
     pub spread_batches: Counter,
     /// `dr_agent_bytes_total{direction="received"}`
@@ -228,6 +235,7 @@ impl DatabaseMetrics {
             batches: counter!("dr_agent_batches_total", "database" => label()),
             batch_apply_seconds: histogram!("dr_agent_batch_apply_seconds", "database" => label()),
             slow_path: counter!("dr_agent_slow_path_total", "database" => label()),
+            reading_in_bulk: gauge!("dr_agent_reading_in_bulk", "database" => label()),
             spread_batches: counter!("dr_agent_spread_batches_total", "database" => label()),
             bytes_received: counter!(
                 "dr_agent_bytes_total", "database" => label(), "direction" => "received"

@@ -143,6 +143,8 @@ pub struct SourcePosition {
     pub wal_end: Option<PgLsn>,
     /// Bytes of pgoutput messages received in this session.
     pub bytes: u64,
+    /// Whether data is left to gather between two reads, because we are behind.
+    pub in_bulk: bool,
 }
 
 /// Streams until an error, or until nobody wants transactions any more.
@@ -288,12 +290,13 @@ impl Task {
                     if !self.take(message).await? || !self.take_buffered().await? {
                         return Ok(());
                     }
-                    // Once for all of them: telling costs more than a message does.
-                    self.position.send_replace(self.here);
                     pause = self.pace.pause(self.reader.drained()).map(|length| {
                         self.reader.rest();
                         Box::pin(tokio::time::sleep(length))
                     });
+                    self.here.in_bulk = pause.is_some();
+                    // Once for all of them: telling costs more than a message does.
+                    self.position.send_replace(self.here);
                 }
             }
         }

@@ -29,3 +29,4 @@ mod tls;
 mod types;
 mod values;
 mod walsender;
+mod wan;

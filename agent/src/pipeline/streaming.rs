@@ -300,6 +300,9 @@ impl Streaming<'_> {
             .bytes_received
             .increment(position.bytes - owned.bytes_counted);
         owned.bytes_counted = position.bytes;
+        metrics
+            .reading_in_bulk
+            .set(if position.in_bulk { 1.0 } else { 0.0 });
         let flush = owned.ledger.flush_lsn().lsn();
         metrics.replica_flush_lsn.set(lsn_number(flush));
         let written = owned.wal.map(|wal| wal.written).max(position.wal_end);
