@@ -75,13 +75,14 @@ impl Scene {
         metrics.sum("dr_agent_changes_total", &[("kind", "insert")])
     }
 
-    /// Everything committed is there, nothing is left on disk, and the source has spilled nothing.
+    /// Everything committed is there, and nothing is left on the agent's disk.
     async fn expect_equal(&self) {
         self.database.expect_equal().await;
         self.wait_for_spill_files(0).await;
         self.running.expect_quiet_log();
     }
 
+    /// The source has streamed, and has written nothing to its own disk.
     async fn expect_streamed(&self) {
         let sql =
             "SELECT sum(stream_txns) > 0 AND sum(spill_txns) = 0 FROM pg_stat_replication_slots";
@@ -307,7 +308,7 @@ async fn rows_of_a_savepoint_are_left_out_also_where_the_source_forgets_to_say_s
         .source
         .run("ALTER TABLE large ALTER COLUMN v SET STORAGE EXTERNAL")
         .await;
-    // In one message, so that the rollback is known before the walsender has come so far.
+    // In one message: the walsender is behind when the savepoint is rolled back.
     let statements = [
         "BEGIN".to_owned(),
         wide(0),
@@ -321,5 +322,8 @@ async fn rows_of_a_savepoint_are_left_out_also_where_the_source_forgets_to_say_s
     scene.expect_equal().await;
     let rows = scene.replica.number("SELECT count(*) FROM large").await;
     assert_eq!(rows, 3000);
+    // Whether it forgot depends on its version, and on how far it had come when the savepoint was rolled back.
+    let forgot = scene.running.log().contains("rolled back without telling");
+    eprintln!("the source forgot to tell of a rolled back savepoint: {forgot}");
     scene.running.stop().await;
 }
