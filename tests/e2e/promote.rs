@@ -199,7 +199,8 @@ async fn a_plan_touches_nothing() {
         replica
             .rows(
                 "SELECT term, (SELECT count(*) FROM dr_agent.promotion),
-                        (SELECT string_agg(array_to_string(setconfig, ','), ';') FROM pg_db_role_setting),
+                        (SELECT string_agg(array_to_string(setconfig, ','), ';') FROM pg_db_role_setting
+                           JOIN pg_database d ON d.oid = setdatabase WHERE datname = current_database()),
                         (SELECT string_agg(s::text, ';' ORDER BY sequencename) FROM pg_sequences AS s)
                  FROM dr_agent.progress",
             )

@@ -174,12 +174,14 @@ impl PgServer {
         let Some(mut child) = lock(&self.process).take() else {
             return;
         };
-        let mut family = vec![child.id()];
-        // First the postmaster, so that it starts no further process meanwhile.
-        signal("KILL", &family);
-        family = children_of(child.id());
+        // First the postmaster stands still, so that it starts no further process; dead, it would leave its
+        // children to somebody else, and they could not be told from others.
+        signal("STOP", &[child.id()]);
+        let mut family = children_of(child.id());
+        family.push(child.id());
         signal("KILL", &family);
         child.wait().expect("the postmaster is our child");
+        family.retain(|pid| *pid != child.id());
         let gone = wait_blocking(START_STOP_MAX, || !family.iter().any(|pid| is_alive(*pid)));
         assert!(
             gone,
