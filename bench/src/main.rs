@@ -54,6 +54,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Measurement {
     /// Beside PostgreSQL's own subscription, pgcopydb and the limits of the source.
+    #[command(args_override_self = true)]
     Compare(Box<compare::Options>),
     /// Tables, plots and verdict of what `compare` has measured.
     Report(report::Options),

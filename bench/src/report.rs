@@ -117,14 +117,17 @@ fn tables(pass: &Pass, out: &mut impl Write) -> Result<()> {
     if let Some(cost) = &pass.cost {
         writeln!(
             out,
-            "**cost on the source**: pgbench as fast as it goes\n\n| attached | tps | processors of the source | of the reader |\n|---|---:|---:|---:|"
+            "**cost on the source**: pgbench as fast as it goes\n\n| attached | rounds | tps | lowest | highest | processors of the source | of the reader |\n|---|---:|---:|---:|---:|---:|---:|"
         )?;
         for (name, rounds) in [("dr-agent", &cost.agent), ("bare slot", &cost.bare_slot)] {
             let middle = |figure: fn(&Loaded) -> f64| median(rounds.iter().map(figure).collect());
             writeln!(
                 out,
-                "| {name} | {} | {} | {} |",
+                "| {name} | {} | {} | {} | {} | {} | {} |",
+                rounds.len(),
                 number_or_dash(middle(|round| round.tps), 0),
+                number_or_dash(rounds.iter().map(|round| round.tps).reduce(f64::min), 0),
+                number_or_dash(rounds.iter().map(|round| round.tps).reduce(f64::max), 0),
                 number_or_dash(middle(|round| round.source_processors), 2),
                 number_or_dash(middle(|round| round.reader_processors), 2)
             )?;
