@@ -23,11 +23,16 @@ const PURE: &[&str] = &[
     "net.rs",
     "net",
     "pg/pgoutput",
+    "plan.rs",
+    "plan",
     "promote/plan.rs",
     "promote/report.rs",
     "promote/sequences.rs",
     "promote/state.rs",
+    "source/pace.rs",
     "stream.rs",
+    "txn.rs",
+    "txn",
 ];
 
 /// What a part may not name, and why it would be wrong.
@@ -42,8 +47,10 @@ const STRANGERS: &[(&str, &[&str])] = &[
     ),
     // Transactions and batches know nothing of sinks.
     ("txn.rs", &["sink", "pipeline"]),
+    ("txn", &["sink", "pipeline"]),
     ("batch.rs", &["sink", "pipeline"]),
     ("net.rs", &["sink", "pipeline"]),
+    ("plan.rs", &["sink", "pipeline"]),
     // Sinks know nothing of the source.
     ("sink", &["source", "pipeline", "setup", "snapshot"]),
     // A promotion shares nothing with a running agent but the replica.

@@ -21,7 +21,7 @@ use std::collections::VecDeque;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::mpsc;
 
-use super::chain::Chain;
+use super::chain::{Chain, while_settling};
 use super::fold::{Folded, Folding, Path, Work};
 use super::lane::Lane;
 use super::{Applied, SinkError, SinkSettings, sql};
@@ -208,14 +208,19 @@ impl<'a> Attempt<'a> {
         share: &[Step],
         targets: &super::target::Targets,
     ) -> Result<(), SinkError> {
-        let execution = self.lanes[number].prepare(share, targets).await?;
+        let preparing = self.lanes[number].prepare(share, targets);
+        let prepared = while_settling(self.chains[number].iter_mut(), preparing).await;
         if self.chains[number].is_none() {
             self.open(number).await;
         }
         if let Some(chain) = &mut self.chains[number] {
+            if prepared.is_err() {
+                // In a transaction that has failed nothing can be prepared: what failed first counts.
+                chain.finish().await?;
+            }
             // At most the part before may still be unanswered.
             chain.mark().await?;
-            self.lanes[number].send(execution, chain).await;
+            self.lanes[number].send(prepared?, chain).await;
         }
         Ok(())
     }

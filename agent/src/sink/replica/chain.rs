@@ -78,6 +78,13 @@ impl Chain {
         self.failed.take().map_or(Ok(()), Err)
     }
 
+    /// Takes every answer as it comes and keeps the first error for whoever asks next. Cancel-safe.
+    async fn settle(&mut self) {
+        while !self.links.is_empty() {
+            self.next_answer().await;
+        }
+    }
+
     async fn next_answer(&mut self) {
         let Some(link) = self.links.front_mut() else {
             return;
@@ -89,6 +96,30 @@ impl Chain {
         self.links.pop_front();
         if let Err(error) = answer {
             self.failed.get_or_insert(error);
+        }
+    }
+}
+
+/// Does `work` on a connection while answers of `chains` are still to come over it.
+///
+/// `tokio-postgres` stops reading a connection as long as an answer is not taken, so whoever waits for
+/// something else on it waits for ever.
+pub(super) async fn while_settling<'c, T>(
+    chains: impl Iterator<Item = &'c mut Chain>,
+    work: impl Future<Output = T>,
+) -> T {
+    let settling = async {
+        for chain in chains {
+            chain.settle().await;
+        }
+    };
+    tokio::pin!(work, settling);
+    let mut settled = false;
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut work => return done,
+            () = &mut settling, if !settled => settled = true,
         }
     }
 }

@@ -110,9 +110,13 @@ impl SinkError {
         match self {
             Self::Unplannable(_) => true,
             // lock_not_available, deadlock_detected; out_of_memory is what "maximum number of prepared
-            // transactions reached" is called.
+            // transactions reached" is called, feature_not_supported what cannot be prepared (a trigger of
+            // the replica used a temporary table, or NOTIFY).
             Self::Pg(PgError::Server(error)) => {
-                matches!(error.sqlstate.as_str(), "55P03" | "40P01" | "53200")
+                matches!(
+                    error.sqlstate.as_str(),
+                    "55P03" | "40P01" | "53200" | "0A000"
+                )
             }
             _ => false,
         }

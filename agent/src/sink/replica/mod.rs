@@ -40,6 +40,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -49,7 +50,7 @@ use crate::failpoint;
 use crate::pg::{self, ConnInfo, Session};
 use crate::stream::StreamName;
 use attempt::{Attempt, Parts};
-use chain::Chain;
+use chain::{Chain, while_settling};
 use fold::{Folded, Folder, Path, Work};
 use lane::Lane;
 use relations::Relations;
@@ -140,10 +141,10 @@ impl ReplicaSink {
         synced: Synced,
     ) -> Result<(Self, mpsc::Sender<Arc<Batch>>), SinkError> {
         let catalog = Arc::new(pg::connect(replica, &session(&settings.stream)).await?);
-        let mut lanes = vec![Lane::connect(replica, &settings.stream).await?];
-        for _ in 1..lanes_possible(&catalog, &settings).await? {
-            lanes.push(Lane::connect(replica, &settings.stream).await?);
-        }
+        let lanes = lanes_possible(&catalog, &settings).await?;
+        // Together: to a distant replica each takes several round trips.
+        let lanes = (0..lanes).map(|_| Lane::connect(replica, &settings.stream));
+        let lanes = try_join_all(lanes).await?;
         let folder = |synced| {
             let relations = Relations::new(synced);
             Folder::new(Arc::clone(&catalog), relations, settings.segment)
@@ -252,9 +253,9 @@ impl ReplicaSink {
 
     async fn send_whole(&mut self, batch: &Batch, folded: Folded) -> Result<Chain, SinkError> {
         // First of all, so that nothing waits inside the transaction.
-        let execution = self.lanes[0]
-            .prepare(&folded.steps, &folded.targets)
-            .await?;
+        let preparing = self.lanes[0].prepare(&folded.steps, &folded.targets);
+        let before = self.in_flight.iter_mut().map(|sent| &mut sent.chain);
+        let execution = while_settling(before, preparing).await?;
         let mut chain = Chain::default();
         let begin = attempt::begin(&self.settings, batch);
         self.lanes[0].sql(begin, &mut chain).await;
