@@ -16,7 +16,7 @@
 //! - Received and not yet applied transactions hold at most `limits.queue_bytes`; beyond it nothing is
 //!   read, and TCP makes the walsender wait. WAL then gathers on the source, where the metrics show it.
 //!
-//! - While it is behind it reads in bulk; caught up, it reads at once ([`pace`]).
+//! - While it is behind it reads in bulk; caught up, it reads at once (`pace`).
 //!
 //! # What it does not do
 //! It does not reconnect: its error ends the session, and the pipeline starts the next one from the

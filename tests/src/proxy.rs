@@ -9,7 +9,7 @@
 //!   ones until [`Proxy::heal`].
 //! - While [`Network::BlackHole`] lasts nothing passes and nothing ends: what a dead router does.
 //! - A queue holds what is on its way, and no more: with a rate the bandwidth-delay product and a
-//!   router's buffer, without one [`WINDOW`]. A sender beyond that is made to wait.
+//!   router's buffer, without one `WINDOW`. A sender beyond that is made to wait.
 //!
 //! # What it does not do
 //! It knows no PostgreSQL; TLS passes through untouched. It loses nothing and reorders nothing, and there
