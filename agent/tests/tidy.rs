@@ -32,7 +32,9 @@ const PURE: &[&str] = &[
     "source/pace.rs",
     "stream.rs",
     "txn.rs",
-    "txn",
+    "txn/assembler.rs",
+    "txn/descriptions.rs",
+    "txn/open.rs",
 ];
 
 /// What a part may not name, and why it would be wrong.
