@@ -126,6 +126,7 @@ struct RawLimits {
     spread_changes: Option<u64>,
     queue_bytes: Option<String>,
     transaction_bytes: Option<String>,
+    catch_up_bytes: Option<String>,
     spill_bytes: Option<String>,
     spill_directory: Option<PathBuf>,
     retry_max: Option<String>,
@@ -257,6 +258,8 @@ pub struct Limits {
     pub queue_bytes: u64,
     /// A transaction above this many bytes continues in a spill file.
     pub transaction_bytes: u64,
+    /// A backlog of at least this many bytes of WAL is read in windows.
+    pub catch_up_bytes: u64,
     /// Spill files of one database together, in bytes on disk.
     pub spill_bytes: u64,
     /// Where spill files live.
@@ -511,10 +514,10 @@ impl RawSource {
 impl RawLimits {
     fn resolve(self) -> Result<Limits, ConfigError> {
         Ok(Limits {
-            batch_bytes: bytes("limits.batch_bytes", self.batch_bytes, "8MiB")?,
+            batch_bytes: bytes("limits.batch_bytes", self.batch_bytes, "16MiB")?,
             batch_changes: within(
                 "limits.batch_changes",
-                self.batch_changes.unwrap_or(50_000),
+                self.batch_changes.unwrap_or(200_000),
                 1,
                 10_000_000,
             )?,
@@ -526,6 +529,7 @@ impl RawLimits {
             )?,
             queue_bytes: bytes("limits.queue_bytes", self.queue_bytes, "32MiB")?,
             transaction_bytes: bytes("limits.transaction_bytes", self.transaction_bytes, "16MiB")?,
+            catch_up_bytes: bytes("limits.catch_up_bytes", self.catch_up_bytes, "64MiB")?,
             spill_bytes: bytes("limits.spill_bytes", self.spill_bytes, "20GiB")?,
             spill_directory: self
                 .spill_directory

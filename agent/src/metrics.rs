@@ -9,6 +9,7 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 
 use crate::config::Objectives;
 use crate::error::Class;
+use crate::source::Reader;
 use crate::status::State;
 
 /// Kind of a metric.
@@ -95,9 +96,9 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         "Batches replayed change by change after a constraint refused the folded form",
     ),
     (
-        "dr_agent_reading_in_bulk",
+        "dr_agent_source_reader",
         Kind::Gauge,
-        "1 while the source is read lazily and in bulk, because the agent is behind",
+        "1 for how the source is read now: eager, lazy (behind) or catch_up (far behind)",
     ),
     (
         "dr_agent_spread_batches_total",
@@ -203,8 +204,6 @@ pub struct DatabaseMetrics {
     pub batch_apply_seconds: Histogram,
     /// `dr_agent_slow_path_total`
     pub slow_path: Counter,
-    /// `dr_agent_reading_in_bulk`
-    pub reading_in_bulk: Gauge,
     /// `dr_agent_spread_batches_total`
     pub spread_batches: Counter,
     /// `dr_agent_bytes_total{direction="received"}`
@@ -235,7 +234,6 @@ impl DatabaseMetrics {
             batches: counter!("dr_agent_batches_total", "database" => label()),
             batch_apply_seconds: histogram!("dr_agent_batch_apply_seconds", "database" => label()),
             slow_path: counter!("dr_agent_slow_path_total", "database" => label()),
-            reading_in_bulk: gauge!("dr_agent_reading_in_bulk", "database" => label()),
             spread_batches: counter!("dr_agent_spread_batches_total", "database" => label()),
             bytes_received: counter!(
                 "dr_agent_bytes_total", "database" => label(), "direction" => "received"
@@ -257,6 +255,7 @@ impl DatabaseMetrics {
             metrics.changes(kind).absolute(0);
         }
         metrics.state(State::Initializing);
+        metrics.reader(Reader::default());
         metrics.copy_tables(0, 0);
         metrics
     }
@@ -270,6 +269,15 @@ impl DatabaseMetrics {
         for state in State::ALL {
             let value = if state == now { 1.0 } else { 0.0 };
             gauge!("dr_agent_state", "database" => self.label(), "state" => state.as_str())
+                .set(value);
+        }
+    }
+
+    /// Shows how the source is read, one-hot.
+    pub fn reader(&self, now: Reader) {
+        for reader in Reader::ALL {
+            let value = if reader == now { 1.0 } else { 0.0 };
+            gauge!("dr_agent_source_reader", "database" => self.label(), "reader" => reader.as_str())
                 .set(value);
         }
     }

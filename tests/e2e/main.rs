@@ -8,6 +8,7 @@
 )]
 
 mod bad_input;
+mod catch_up;
 mod check;
 mod connection;
 mod copy;

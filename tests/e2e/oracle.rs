@@ -37,6 +37,10 @@ async fn oracle(lanes: u16) {
     agent.configure("limits.spread_changes", "2");
     agent.configure("limits.transaction_bytes", "\"64KiB\"");
     agent.configure("limits.queue_bytes", "\"1MiB\"");
+    // Every start with several lanes has a backlog that is read in windows, unless the agent died too early.
+    if lanes > 1 {
+        agent.configure("limits.catch_up_bytes", "\"32KiB\"");
+    }
 
     let workload = Workload::start(&database.source_url(), seed, 4);
     wait_until("the workload to begin", PATIENCE, || async {

@@ -297,6 +297,7 @@ impl Pipeline {
             binary: self.binary && prepared.binary,
             queue_bytes: limits.queue_bytes,
             transaction_bytes: limits.transaction_bytes,
+            catch_up_bytes: limits.catch_up_bytes,
         };
         tasks.spawn(async move {
             source::run(settings, space, received, flush_seen, position)

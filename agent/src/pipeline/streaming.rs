@@ -23,7 +23,7 @@ use crate::ledger::{FlushLsn, Ledger};
 use crate::monitor::{Report, WalReport};
 use crate::pg::PgLsn;
 use crate::sink::replica::Outcome;
-use crate::source::{Received, SourcePosition};
+use crate::source::{Reader, Received, SourcePosition};
 
 /// The only sink of this version.
 const REPLICA: usize = 0;
@@ -73,6 +73,8 @@ pub(super) struct Owned {
     unpublished_at_start: Option<u64>,
     phase: Phase,
     bytes_counted: u64,
+    /// As last shown.
+    reader: Option<Reader>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +102,7 @@ impl Owned {
             unpublished_at_start: None,
             phase: Phase::Running,
             bytes_counted: 0,
+            reader: None,
         }
     }
 
@@ -300,9 +303,9 @@ impl Streaming<'_> {
             .bytes_received
             .increment(position.bytes - owned.bytes_counted);
         owned.bytes_counted = position.bytes;
-        metrics
-            .reading_in_bulk
-            .set(if position.in_bulk { 1.0 } else { 0.0 });
+        if owned.reader.replace(position.reader) != Some(position.reader) {
+            metrics.reader(position.reader);
+        }
         let flush = owned.ledger.flush_lsn().lsn();
         metrics.replica_flush_lsn.set(lsn_number(flush));
         let written = owned.wal.map(|wal| wal.written).max(position.wal_end);

@@ -18,9 +18,13 @@ fn planned(
 ) -> Option<Vec<Vec<Vec<Step>>>> {
     let mut planner = Planner::new(lanes);
     let mut parts = Vec::new();
+    let size = match source.changes.len() <= part {
+        true => Part::Whole,
+        false => Part::OneOfMany,
+    };
     for changes in source.changes.chunks(part) {
         let steps = fold(changes, &keyed).unwrap();
-        parts.push(planner.plan(steps, |_| spread).ok()?);
+        parts.push(planner.plan(steps, size, |_| spread).ok()?);
     }
     Some(parts)
 }
@@ -95,21 +99,26 @@ fn inserted(keys: std::ops::Range<i64>) -> Source {
 #[test]
 fn rows_are_spread_over_all_lanes_and_a_whole_table_takes_one() {
     let source = inserted(0..400);
-    let shares = |spread| {
-        let parts = planned(&source, 4, 1000, spread).unwrap();
-        let mut counts: Vec<u64> = parts[0]
-            .iter()
-            .map(|share| crate::net::count(share))
-            .collect();
+    let shares = |part, spread| {
+        let parts = planned(&source, 4, part, spread).unwrap();
+        let share = |lane: usize| {
+            parts
+                .iter()
+                .map(|part| crate::net::count(&part[lane]))
+                .sum()
+        };
+        let mut counts: Vec<u64> = (0..4).map(share).collect();
         counts.sort_unstable();
         counts
     };
-    let spread = shares(Spread::Keys);
+    assert_eq!(shares(1000, Spread::Keys), [100, 100, 100, 100]);
+    // Keys ascend from part to part.
+    let spread = shares(50, Spread::Keys);
     assert!(
         spread.iter().all(|count| (60..=140).contains(count)),
         "{spread:?}"
     );
-    assert_eq!(shares(Spread::Table), [0, 0, 0, 400]);
+    assert_eq!(shares(1000, Spread::Table), [0, 0, 0, 400]);
 }
 
 #[test]
@@ -124,7 +133,11 @@ fn a_description_that_changes_after_rows_were_spread_takes_one_lane() {
     let mut planner = Planner::new(2);
     let mut source = inserted(0..4);
     let first = fold(&source.changes, &keyed).unwrap();
-    assert!(planner.plan(first, |_| Spread::Keys).is_ok());
+    assert!(
+        planner
+            .plan(first, Part::OneOfMany, |_| Spread::Keys)
+            .is_ok()
+    );
     let described = source.changes.len();
     source.perform(&crate::net::model::Operation::Describe);
     source.perform(&crate::net::model::Operation::Delete { key: 1 });
@@ -132,7 +145,9 @@ fn a_description_that_changes_after_rows_were_spread_takes_one_lane() {
     source.perform(&crate::net::model::Operation::Delete { key: 2 });
     let second = fold(&source.changes[described..], &keyed).unwrap();
     assert_eq!(
-        planner.plan(second, |_| Spread::Keys).unwrap_err(),
+        planner
+            .plan(second, Part::OneOfMany, |_| Spread::Keys)
+            .unwrap_err(),
         Unplannable
     );
 }

@@ -72,6 +72,11 @@ impl Pace {
         self.late = Duration::from_micros(late);
     }
 
+    /// How late transactions are sent.
+    pub(super) fn late(&self) -> Duration {
+        self.late
+    }
+
     /// How long to wait now that everything received is handed on. `drained` says that nothing more
     /// had arrived when the last read was made.
     pub(super) fn pause(&mut self, drained: bool) -> Option<Duration> {

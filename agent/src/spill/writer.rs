@@ -82,6 +82,16 @@ impl Spills {
         self.writers.remove(&xid);
     }
 
+    /// Removes the files of all transactions that are not complete.
+    pub fn clear(&mut self) {
+        self.writers.clear();
+    }
+
+    /// Whether no transaction has a part on disk.
+    pub fn is_empty(&self) -> bool {
+        self.writers.is_empty()
+    }
+
     /// How many writers have part of a frame in memory.
     pub(super) fn gathering(&self) -> usize {
         let writers = self.writers.values();

@@ -146,6 +146,17 @@ impl Assembler {
         Ok(None)
     }
 
+    /// The end of the last transaction that came out.
+    pub fn end_lsn(&self) -> PgLsn {
+        self.end_lsn
+    }
+
+    /// Drops what has no end yet, for a new connection that is asked to begin at [`Assembler::end_lsn`] and
+    /// sends all of it again.
+    pub fn restart(&mut self) {
+        *self = Self::new(self.end_lsn);
+    }
+
     /// Bytes in memory of all transactions that are being received.
     pub fn pending_bytes(&self) -> u64 {
         self.open().map(Open::bytes).sum()

@@ -29,7 +29,7 @@ use crate::batch::Batch;
 use crate::failpoint;
 use crate::lag::system_time;
 use crate::net::Step;
-use crate::plan::Planner;
+use crate::plan::{Part, Planner};
 use crate::prepared::{Prepared, Verdict};
 
 /// Lanes of one batch never wait for one another by design ([`crate::plan`]). A trigger that the replica
@@ -153,15 +153,21 @@ impl<'a> Attempt<'a> {
     /// Up to the decision: with one lane that is its COMMIT, with several all of them are prepared.
     async fn share_out(&mut self, parts: &mut Parts<'_>) -> Result<u64, SinkError> {
         let mut net_changes = 0;
+        let mut parts_seen = 0;
         self.open(0).await;
         while let Some(folded) = parts.next().await? {
             net_changes += folded.net_changes;
+            parts_seen += 1;
             let targets = folded.targets;
             let shares = if self.lanes.len() == 1 {
                 vec![folded.steps]
             } else {
                 let spread_of = |relation: &_| targets.of(relation).spread;
-                self.planner.plan(folded.steps, spread_of)?
+                let part = match (parts_seen, folded.last) {
+                    (1, true) => Part::Whole,
+                    _ => Part::OneOfMany,
+                };
+                self.planner.plan(folded.steps, part, spread_of)?
             };
             for (number, share) in shares.into_iter().enumerate() {
                 if !share.is_empty() {

@@ -42,6 +42,8 @@ pub(super) struct Folded {
     pub(super) steps: Vec<Step>,
     pub(super) targets: Targets,
     pub(super) net_changes: u64,
+    /// Whether the batch ends with it.
+    pub(super) last: bool,
 }
 
 /// One segment of a batch on its way to the lanes.
@@ -150,6 +152,7 @@ impl Folding<'_, '_> {
         Ok(Folded {
             targets: relations.targets.of_each(relations_of(&steps)),
             net_changes: net::count(&steps),
+            last: self.ended,
             steps,
         })
     }

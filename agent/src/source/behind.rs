@@ -1,0 +1,70 @@
+//! Whether a stream has fallen so far behind that another way of reading is worth it.
+//!
+//! # What it does not do
+//! It asks nothing while the stream is on time: how late it is, the stream itself tells.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{SourceError, SourceSettings};
+use crate::pg::{self, ConnInfo, PgError, PgLsn, Session};
+
+/// Before this, the backlog cannot be worth it.
+const LATE: Duration = Duration::from_secs(10);
+
+/// A walsender that has just taken over is given this long to show how it does.
+const REST: Duration = Duration::from_secs(20);
+
+/// The same after the other way did not work: what was in the way then is likely to be still there.
+const LONG_REST: Duration = Duration::from_secs(600);
+
+/// Looks at the distance now and then.
+pub(super) struct Behind {
+    conninfo: ConnInfo,
+    session: Session,
+    catch_up_bytes: u64,
+    not_before: Instant,
+}
+
+impl Behind {
+    pub(super) fn new(settings: &SourceSettings) -> Self {
+        let session = Session::new(settings.stream.application_name("distance"))
+            .set("statement_timeout", "15s");
+        Self {
+            conninfo: settings.conninfo.clone(),
+            session,
+            catch_up_bytes: settings.catch_up_bytes,
+            not_before: Instant::now(),
+        }
+    }
+
+    /// A walsender takes over, because the backlog is read or because that `failed`.
+    pub(super) fn rest(&mut self, failed: bool) {
+        self.not_before = Instant::now() + if failed { LONG_REST } else { REST };
+    }
+
+    /// Whether a stream that is `late` and has come to `received` is far behind.
+    pub(super) async fn is_far(
+        &self,
+        late: Duration,
+        received: PgLsn,
+    ) -> Result<bool, SourceError> {
+        if late < LATE || Instant::now() < self.not_before {
+            return Ok(false);
+        }
+        let client = pg::connect(&self.conninfo, &self.session).await?;
+        let row = client
+            .query_one(
+                "SELECT NOT pg_catalog.pg_is_in_recovery() AND
+                        pg_catalog.pg_current_wal_flush_lsn() - $1::pg_lsn >= $2::bigint",
+                &[
+                    &received,
+                    &i64::try_from(self.catch_up_bytes).unwrap_or(i64::MAX),
+                ],
+            )
+            .await
+            .map_err(PgError::from)?;
+        Ok(row.get::<_, bool>(0))
+    }
+}

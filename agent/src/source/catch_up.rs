@@ -1,0 +1,397 @@
+//! Catching up: a large backlog is read through SQL, window by window.
+//!
+//! ```text
+//! our slot ──copy──▶ temporary slot ──pg_logical_slot_get_binary_changes(… up to the window's end)──▶ COPY ──▶ Intake
+//!     ▲ pg_replication_slot_advance(FlushLsn)
+//! ```
+//!
+//! A walsender issues one `send` per message and decodes no further until it has been taken. The function
+//! decodes a whole window at full speed, and COPY sends it in large pieces: a backlog of small transactions
+//! costs the source about half as much (`bench/README.md`).
+//!
+//! # Invariants
+//! - Our own slot moves to what is durable and no further. The copy is the session's own, and gone with it.
+//! - The function puts a window's changes into a temporary file on the source before it returns the first. No
+//!   window ends further than [`REACH_MAX`] from where its decoding begins, so the file is not larger than
+//!   what so much WAL holds, whatever the transactions are.
+//! - The query holds a snapshot, which keeps VACUUM from its work: a window that is not taken within
+//!   [`WINDOW_TIME_MAX`] is given up.
+//! - Whatever the source refuses here is no error of the replication: the walsender goes on from the end of
+//!   the last whole transaction.
+
+use std::ops::ControlFlow;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use futures_util::StreamExt as _;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_postgres::Client;
+use tokio_postgres::binary_copy::BinaryCopyOutStream;
+use tokio_postgres::types::Type;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::feedback::{Feedback, Listener, Slot, advance, ticks};
+use super::intake::{Intake, Taken};
+use super::{Next, Reader, SourceError, SourceSettings, text_form};
+use crate::failpoint;
+use crate::ledger::FlushLsn;
+use crate::pg::{self, PgError, PgLsn, Session};
+
+/// Once only this part of `limits.catch_up_bytes` is left, one in so many, the walsender goes on.
+const NEARLY: u64 = 8;
+
+/// The part of `limits.catch_up_bytes` in the first window, one in so many; the replica waits for it. Each
+/// further one is twice as large, because each makes the source read again the WAL since the beginning of the
+/// oldest transaction that was running.
+const FIRST: u64 = 8;
+
+/// WAL in the largest window, in bytes.
+const WINDOW_MAX: u64 = 256 << 20;
+
+/// From where decoding begins (`restart_lsn`) to the end of a window. With a transaction that has been running
+/// for longer, the walsender does better: it reads that WAL once, and streams.
+const REACH_MAX: u64 = 1 << 30;
+
+/// For the source's decoding and our taking of one window.
+const WINDOW_TIME_MAX: Duration = Duration::from_secs(60);
+
+/// Rows handed on at a time, at most; usually as many as one read of the socket brought.
+const ROWS_MAX: usize = 512;
+
+/// Rows are kept in blocks of this many bytes.
+const BLOCK_BYTES: usize = 32 * 1024;
+
+/// Groups of rows between the session and the intake.
+const ROWS_AHEAD: usize = 4;
+
+/// A walsender of ours that was told to end needs a moment.
+const SLOT_FREE_MAX: Duration = Duration::from_secs(10);
+
+/// Moving the slot reads the WAL in between; copying one takes milliseconds.
+const STATEMENT_TIMEOUT: &str = "60s";
+
+/// Reads the backlog, if it is worth it and the source allows it.
+pub(super) async fn read(
+    settings: &SourceSettings,
+    intake: &mut Intake,
+    flush: watch::Receiver<FlushLsn>,
+) -> Result<Next, SourceError> {
+    match windows(settings, intake, flush).await {
+        Ok(next) => Ok(next),
+        Err(SourceError::Pg(error @ (PgError::Server(_) | PgError::Timeout { .. }))) => {
+            tracing::warn!(
+                stream = %settings.stream, %error,
+                "the backlog cannot be read in windows; the walsender goes on"
+            );
+            Ok(Next::OnlyWalsender)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn windows(
+    settings: &SourceSettings,
+    intake: &mut Intake,
+    flush: watch::Receiver<FlushLsn>,
+) -> Result<Next, SourceError> {
+    let application = settings.stream.application_name("catch-up");
+    let session = Session::new(application).set("statement_timeout", STATEMENT_TIMEOUT);
+    let client = pg::connect(&settings.conninfo, &session).await?;
+    let Some(slot) = free(&client, settings.stream.as_str()).await? else {
+        return Ok(Next::Walsender);
+    };
+    let worth = settings.catch_up_bytes;
+    if slot.behind(intake.end_lsn()) < worth {
+        return Ok(Next::Walsender);
+    }
+    let own = Slot::new(client, settings.stream.clone(), slot.confirmed);
+    let mut feedback = Feedback::new(flush, Listener::Slot(own));
+    feedback.send().await?;
+    let backlog = Backlog::open(settings, intake.end_lsn()).await?;
+    tracing::info!(
+        stream = %settings.stream, bytes = slot.behind(intake.end_lsn()),
+        "far behind: reading the backlog in windows"
+    );
+    let mut size = worth / FIRST;
+    loop {
+        let positions = backlog.positions().await?;
+        let Some(end) = positions.window(intake.end_lsn(), size, worth / NEARLY) else {
+            // The walsender would read again whatever is not acknowledged. A moment's wait costs less.
+            if !feedback.until(intake.end_lsn()).await? {
+                return Ok(Next::End);
+            }
+            let positions = backlog.positions().await?;
+            let more = positions.window(intake.end_lsn(), size, worth);
+            if more.is_none() {
+                break;
+            }
+            continue;
+        };
+        tracing::debug!(
+            stream = %settings.stream, from = %intake.end_lsn(), to = %end,
+            decoding_from = %positions.restart, "reading a window"
+        );
+        intake.at(positions.written);
+        intake.here.reader = Reader::CatchUp;
+        intake.tell();
+        if take(backlog.window(end), intake, &mut feedback)
+            .await?
+            .is_break()
+        {
+            return Ok(Next::End);
+        }
+        failpoint::hit("source:window-taken");
+        size = (2 * size).min(WINDOW_MAX);
+    }
+    tracing::info!(stream = %settings.stream, "the backlog is read");
+    failpoint::hit("source:caught-up");
+    Ok(Next::Walsender)
+}
+
+/// Where the slot stands, once nobody uses it; none where it is not to be had, or this server is a standby.
+async fn free(client: &Client, slot: &str) -> Result<Option<Positions>, PgError> {
+    let deadline = Instant::now() + SLOT_FREE_MAX;
+    loop {
+        let found = Positions::of(client, slot).await?;
+        match found {
+            Some(positions) if positions.active && Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            // The walsender that is refused as well says who has it.
+            Some(positions) if positions.active => return Ok(None),
+            found => return Ok(found),
+        }
+    }
+}
+
+/// Takes one window; breaks off when nobody wants transactions any more.
+async fn take(
+    mut window: Window,
+    intake: &mut Intake,
+    feedback: &mut Feedback,
+) -> Result<ControlFlow<()>, SourceError> {
+    let mut due = ticks();
+    loop {
+        tokio::select! {
+            biased;
+            _ = due.tick() => feedback.send().await?,
+            rows = window.rows.recv() => {
+                let Some(rows) = rows else { break };
+                for data in rows {
+                    if intake.take(data, feedback).await? == Taken::Unwanted {
+                        return Ok(ControlFlow::Break(()));
+                    }
+                }
+                intake.tell();
+            }
+        }
+    }
+    match window.reading.await {
+        Ok(read) => Ok(ControlFlow::Continue(read?)),
+        Err(_) => Err(SourceError::Ended),
+    }
+}
+
+/// Where the source and a slot stand.
+#[derive(Clone, Copy, Debug)]
+struct Positions {
+    /// The end of the WAL on the source's disk.
+    written: PgLsn,
+    /// What the slot was last moved to.
+    confirmed: PgLsn,
+    /// Where decoding begins.
+    restart: PgLsn,
+    /// Whether a session is using the slot.
+    active: bool,
+}
+
+impl Positions {
+    /// None where this way cannot be gone: without the slot, or on a physical standby.
+    async fn of(client: &Client, slot: &str) -> Result<Option<Self>, PgError> {
+        const ASK: &str = "
+            SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()
+                        THEN pg_catalog.pg_current_wal_flush_lsn() END,
+                   confirmed_flush_lsn, restart_lsn, active
+              FROM pg_catalog.pg_replication_slots WHERE slot_name = $1";
+        let row = client.query_opt(ASK, &[&slot]).await?;
+        Ok(row.and_then(|row| {
+            Some(Self {
+                written: row.get::<_, Option<PgLsn>>(0)?,
+                confirmed: row.get::<_, Option<PgLsn>>(1)?,
+                restart: row.get::<_, Option<PgLsn>>(2)?,
+                active: row.get(3),
+            })
+        }))
+    }
+
+    fn behind(&self, received: PgLsn) -> u64 {
+        u64::from(self.written).saturating_sub(u64::from(received))
+    }
+
+    /// Where a window of `size` ends after `received`; none where the walsender should go on, because no more
+    /// than `nearly` is left or a transaction has been running for too long.
+    fn window(&self, received: PgLsn, size: u64, nearly: u64) -> Option<PgLsn> {
+        // What the slot was moved to may be beyond the last transaction that concerned us.
+        let begin = u64::from(received.max(self.confirmed));
+        let written = u64::from(self.written);
+        if written.saturating_sub(begin) <= nearly {
+            return None;
+        }
+        let end = written.min(begin + size);
+        let reach = end.saturating_sub(u64::from(self.restart));
+        (reach <= REACH_MAX).then_some(PgLsn::from(end))
+    }
+}
+
+/// The session that reads the backlog, with its slot.
+struct Backlog {
+    client: Arc<Client>,
+    slot: String,
+    /// Options of the output plugin as arguments of the function.
+    options: String,
+}
+
+/// One window that is being read.
+struct Window {
+    rows: mpsc::Receiver<Vec<Bytes>>,
+    reading: AbortOnDropHandle<Result<(), PgError>>,
+}
+
+impl Backlog {
+    /// A copy of our slot that begins at `start`: what is received need not be durable yet.
+    async fn open(settings: &SourceSettings, start: PgLsn) -> Result<Self, PgError> {
+        let session = text_form(Session::new(settings.stream.application_name("backlog")))
+            .set("statement_timeout", "0");
+        let client = pg::connect(&settings.conninfo, &session).await?;
+        // An earlier agent's session may not be gone yet, and its slot neither.
+        const COPY: &str = "
+            SELECT slot_name::text, lsn FROM pg_catalog.pg_copy_logical_replication_slot(
+                $1::text::name, pg_catalog.format('dr_agent_backlog_%s', pg_catalog.pg_backend_pid())::name, true)";
+        let row = client.query_one(COPY, &[&settings.stream.as_str()]).await?;
+        let (slot, confirmed): (String, PgLsn) = (row.get(0), row.get(1));
+        if confirmed < start {
+            advance(&client, &slot, start).await?;
+        }
+        let binary = if settings.binary {
+            ", 'binary', 'true'"
+        } else {
+            ""
+        };
+        Ok(Self {
+            client: Arc::new(client),
+            slot,
+            options: format!(
+                "'proto_version', '1', 'publication_names', '\"{}\"'{binary}",
+                settings.stream
+            ),
+        })
+    }
+
+    /// Where the copy stands. Without it nothing can be read.
+    async fn positions(&self) -> Result<Positions, PgError> {
+        Positions::of(&self.client, &self.slot)
+            .await?
+            .ok_or_else(|| PgError::Protocol("the copy of the slot is gone".to_owned()))
+    }
+
+    /// Begins to read up to the first commit at or beyond `end`.
+    fn window(&self, end: PgLsn) -> Window {
+        let sql = format!(
+            "COPY (SELECT data FROM pg_catalog.pg_logical_slot_get_binary_changes('{}', '{end}', NULL, {})) \
+             TO STDOUT (FORMAT binary)",
+            self.slot, self.options
+        );
+        let (sender, rows) = mpsc::channel(ROWS_AHEAD);
+        let client = Arc::clone(&self.client);
+        // A task of its own: it keeps its deadline also while the intake waits for room.
+        let reading = tokio::spawn(async move {
+            tokio::time::timeout(WINDOW_TIME_MAX, rows_of(&client, &sql, sender))
+                .await
+                .unwrap_or(Err(PgError::Timeout {
+                    doing: "read a window of the backlog",
+                    after: WINDOW_TIME_MAX,
+                }))
+        });
+        Window {
+            rows,
+            reading: AbortOnDropHandle::new(reading),
+        }
+    }
+}
+
+async fn rows_of(
+    client: &Client,
+    sql: &str,
+    sender: mpsc::Sender<Vec<Bytes>>,
+) -> Result<(), PgError> {
+    let copy = client.copy_out(sql).await?;
+    let rows = BinaryCopyOutStream::new(copy, &[Type::BYTEA]);
+    let mut groups = pin!(rows.ready_chunks(ROWS_MAX));
+    // One block of memory for many rows.
+    let mut block = BytesMut::new();
+    while let Some(group) = groups.next().await {
+        let group: Result<Vec<Bytes>, tokio_postgres::Error> = group
+            .into_iter()
+            .map(|row| {
+                let row = row?;
+                let data: &[u8] = row.try_get(0)?;
+                if block.capacity() < data.len() {
+                    block.reserve(BLOCK_BYTES.max(data.len()));
+                }
+                block.put_slice(data);
+                Ok(block.split().freeze())
+            })
+            .collect();
+        if sender.send(group?).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn positions(restart: u64, confirmed: u64, written: u64) -> Positions {
+        Positions {
+            written: PgLsn::from(written * MIB),
+            confirmed: PgLsn::from(confirmed * MIB),
+            restart: PgLsn::from(restart * MIB),
+            active: false,
+        }
+    }
+
+    fn window(positions: Positions, received: u64, size: u64) -> Option<u64> {
+        let received = PgLsn::from(received * MIB);
+        let end = positions.window(received, size * MIB, 8 * MIB);
+        end.map(|end| u64::from(end) / MIB)
+    }
+
+    #[test]
+    fn windows_end_where_the_wal_does_and_little_is_left_to_the_walsender() {
+        assert_eq!(window(positions(100, 100, 400), 100, 64), Some(164));
+        assert_eq!(window(positions(100, 100, 150), 100, 64), Some(150));
+        assert_eq!(window(positions(100, 100, 109), 100, 64), Some(109));
+        assert_eq!(window(positions(100, 100, 108), 100, 64), None);
+        // A position that is told by a server behind the one before.
+        assert_eq!(window(positions(100, 100, 90), 100, 64), None);
+    }
+
+    #[test]
+    fn a_window_begins_behind_what_did_not_concern_us() {
+        assert_eq!(window(positions(100, 200, 400), 110, 64), Some(264));
+        assert_eq!(window(positions(100, 100, 400), 300, 64), Some(364));
+    }
+
+    #[test]
+    fn no_window_reaches_further_than_the_source_shall_keep_in_a_file() {
+        assert_eq!(window(positions(0, 1000, 4000), 1000, 24), Some(1024));
+        assert_eq!(window(positions(0, 1000, 4000), 1000, 25), None);
+    }
+}

@@ -1,0 +1,148 @@
+//! What the source is told: how far everything is durable, and that we live.
+//!
+//! While a walsender streams, it takes a standby status update and moves the slot itself. While the slot is
+//! read through SQL ([`super::catch_up`]), nobody streams from it, and a function moves it.
+//!
+//! # Invariants
+//! - The source is told a [`FlushLsn`] and nothing else.
+//! - It hears from us at least every [`EVERY`], also while nothing is read because the queue is full: a
+//!   slow replica must not look like a dead agent (`wal_sender_timeout`), nor hold on to WAL it needs no more.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Interval, MissedTickBehavior};
+use tokio_postgres::Client;
+
+use super::SourceError;
+use crate::failpoint;
+use crate::ledger::FlushLsn;
+use crate::pg::replication::StatusSender;
+use crate::pg::{PgError, PgLsn};
+use crate::stream::StreamName;
+
+/// Well below the smallest sensible `wal_sender_timeout` (its default is 60 s).
+const EVERY: Duration = Duration::from_secs(5);
+
+/// Tells the source.
+pub(super) struct Feedback {
+    flush: watch::Receiver<FlushLsn>,
+    listener: Listener,
+}
+
+/// Who is told.
+pub(super) enum Listener {
+    /// The one that streams.
+    Walsender(StatusSender),
+    /// The slot itself.
+    Slot(Slot),
+}
+
+/// A slot that nobody streams from, moved through an ordinary session.
+pub(super) struct Slot {
+    client: Client,
+    name: StreamName,
+    /// As far as it has been moved.
+    at: PgLsn,
+}
+
+impl Slot {
+    /// The slot of this name, which is confirmed up to `at`.
+    pub(super) fn new(client: Client, name: StreamName, at: PgLsn) -> Self {
+        Self { client, name, at }
+    }
+
+    async fn advance(&mut self, flush: PgLsn) -> Result<(), PgError> {
+        if flush > self.at {
+            advance(&self.client, self.name.as_str(), flush).await?;
+            self.at = flush;
+        }
+        Ok(())
+    }
+}
+
+/// Moves a slot forward. The source reads the WAL in between, without decoding it.
+pub(super) async fn advance(client: &Client, slot: &str, to: PgLsn) -> Result<(), PgError> {
+    client
+        .execute(
+            "SELECT pg_catalog.pg_replication_slot_advance($1::text::name, $2::pg_lsn)",
+            &[&slot, &to],
+        )
+        .await?;
+    Ok(())
+}
+
+impl Feedback {
+    pub(super) fn new(flush: watch::Receiver<FlushLsn>, listener: Listener) -> Self {
+        Self { flush, listener }
+    }
+
+    /// Waits until more has become durable; false once nobody will say so any more. Cancel-safe.
+    pub(super) async fn due(&mut self) -> bool {
+        self.flush.changed().await.is_ok()
+    }
+
+    /// Tells how far everything is durable now.
+    pub(super) async fn send(&mut self) -> Result<(), SourceError> {
+        let moved = self.flush.has_changed().unwrap_or(false);
+        let flush = self.flush.borrow_and_update().lsn();
+        match &mut self.listener {
+            Listener::Walsender(status) => status.send(flush, flush, flush, false).await?,
+            Listener::Slot(slot) => slot.advance(flush).await?,
+        }
+        if moved {
+            failpoint::hit("source:acknowledged");
+        }
+        Ok(())
+    }
+
+    /// Keeps the source informed for as long as `waiting` takes.
+    pub(super) async fn during<T>(
+        &mut self,
+        waiting: impl Future<Output = T> + Send,
+    ) -> Result<T, SourceError> {
+        tokio::pin!(waiting);
+        let mut due = ticks();
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut waiting => return Ok(done),
+                _ = due.tick() => self.send().await?,
+            }
+        }
+    }
+
+    /// Waits until everything up to `position` is durable and the source knows; false once nobody will say so
+    /// any more.
+    pub(super) async fn until(&mut self, position: PgLsn) -> Result<bool, SourceError> {
+        let mut flush = self.flush.clone();
+        let reached = async move {
+            flush
+                .wait_for(|flush| flush.lsn() >= position)
+                .await
+                .is_ok()
+        };
+        if !self.during(reached).await? {
+            return Ok(false);
+        }
+        self.send().await?;
+        Ok(true)
+    }
+
+    /// Ends the conversation.
+    pub(super) async fn finish(self) {
+        match self.listener {
+            Listener::Walsender(status) => status.finish().await,
+            // The session ends with its client.
+            Listener::Slot(_) => {}
+        }
+    }
+}
+
+/// Due every [`EVERY`], for the first time after that long.
+pub(super) fn ticks() -> Interval {
+    let mut due = tokio::time::interval(EVERY);
+    due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    due.reset();
+    due
+}

@@ -1,0 +1,224 @@
+//! From pgoutput messages to the queue, whichever way they came.
+//!
+//! # Invariants
+//! - Received and not yet applied transactions hold at most `limits.queue_bytes`: who brings messages waits
+//!   here until there is room.
+//! - Of transactions without an end, `limits.transaction_bytes` are in memory; the rest is in spill files.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::{Semaphore, mpsc, watch};
+
+use super::feedback::Feedback;
+use super::{Received, SourceError, SourcePosition, SourceSettings, subtransactions};
+use crate::lag::Micros;
+use crate::pg::{ConnInfo, PgLsn, Session};
+use crate::spill::{SpillSpace, Spills};
+use crate::txn::{Assembler, Complete, Ended};
+
+/// The questions asked in passing take milliseconds; a source that needs longer is in trouble.
+const STATEMENT_TIMEOUT: &str = "60s";
+
+/// What a message led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// Part of a transaction.
+    Part,
+    /// A transaction that committed at this time is in the queue.
+    Transaction(Micros),
+    /// Nobody wants transactions any more.
+    Unwanted,
+}
+
+/// Puts messages together and hands transactions over.
+pub(super) struct Intake {
+    assembler: Assembler,
+    spills: Spills,
+    transaction_bytes: u64,
+    conninfo: ConnInfo,
+    /// For the questions that a walsender cannot answer while it streams.
+    ordinary: Session,
+    budget: Arc<Semaphore>,
+    budget_bytes: u64,
+    queue: mpsc::Sender<Received>,
+    /// As far as we have come; told once per read, because telling costs more than a message does.
+    pub(super) here: SourcePosition,
+    position: watch::Sender<SourcePosition>,
+}
+
+impl Intake {
+    pub(super) fn new(
+        settings: &SourceSettings,
+        space: SpillSpace,
+        queue: mpsc::Sender<Received>,
+        position: watch::Sender<SourcePosition>,
+    ) -> Self {
+        let budget = usize::try_from(settings.queue_bytes)
+            .unwrap_or(usize::MAX)
+            .min(Semaphore::MAX_PERMITS)
+            .min(u32::MAX as usize);
+        Self {
+            assembler: Assembler::new(settings.start),
+            spills: Spills::new(space),
+            transaction_bytes: settings.transaction_bytes,
+            ordinary: Session::new(settings.stream.application_name("subtransactions"))
+                .set("statement_timeout", STATEMENT_TIMEOUT),
+            conninfo: settings.conninfo.clone(),
+            budget: Arc::new(Semaphore::new(budget)),
+            budget_bytes: budget as u64,
+            queue,
+            here: SourcePosition::default(),
+            position,
+        }
+    }
+
+    /// The end of the last transaction that was handed over.
+    pub(super) fn end_lsn(&self) -> PgLsn {
+        self.assembler.end_lsn()
+    }
+
+    /// Whether a transaction without an end has grown beyond what is kept in memory.
+    pub(super) fn is_spilling(&self) -> bool {
+        !self.spills.is_empty()
+    }
+
+    /// Drops transactions without an end: whoever brings the next messages begins at
+    /// [`Intake::end_lsn`] and brings them again.
+    pub(super) fn restart(&mut self) {
+        self.assembler.restart();
+        self.spills.clear();
+    }
+
+    /// Notes where the source's WAL ends, as far as has been told.
+    pub(super) fn at(&mut self, wal_end: PgLsn) {
+        self.here.wal_end = self.here.wal_end.max(Some(wal_end));
+    }
+
+    /// Tells of the position.
+    pub(super) fn tell(&self) {
+        self.position.send_replace(self.here);
+    }
+
+    /// Takes one message; waits while the queue is full, keeping the source informed.
+    pub(super) async fn take(
+        &mut self,
+        data: Bytes,
+        feedback: &mut Feedback,
+    ) -> Result<Taken, SourceError> {
+        self.here.bytes += data.len() as u64;
+        match self.assembler.push(data)? {
+            None => {
+                self.relieve()?;
+                Ok(Taken::Part)
+            }
+            Some(Ended::Committed(complete)) => self.hand_over(*complete, feedback).await,
+            Some(Ended::Aborted { xid }) => {
+                self.spills.discard(xid);
+                Ok(Taken::Part)
+            }
+        }
+    }
+
+    /// Moves changes to disk until what is in memory is within the limit.
+    fn relieve(&mut self) -> Result<(), SourceError> {
+        while self.assembler.pending_bytes() > self.transaction_bytes {
+            let Some(xid) = self.assembler.largest_open() else {
+                break;
+            };
+            let pending = self.assembler.take_pending(xid);
+            tokio::task::block_in_place(|| self.spills.append(xid, &pending))?;
+        }
+        Ok(())
+    }
+
+    /// Drops what was rolled back and what the walsender has not told of as such.
+    async fn settle(
+        &mut self,
+        complete: &mut Complete,
+        feedback: &mut Feedback,
+    ) -> Result<(), SourceError> {
+        let subtransactions: Vec<u32> = complete.subtransactions().collect();
+        if subtransactions.is_empty() {
+            return Ok(());
+        }
+        let asking = Box::pin(subtransactions::rolled_back(
+            &self.conninfo,
+            &self.ordinary,
+            &subtransactions,
+            complete.end_lsn(),
+        ));
+        let rolled_back = feedback.during(asking).await??;
+        if !rolled_back.is_empty() {
+            tracing::info!(
+                xid = complete.xid(),
+                subtransactions = rolled_back.len(),
+                "left out what the source has rolled back without telling"
+            );
+        }
+        for subxid in rolled_back {
+            complete.abort(subxid);
+        }
+        Ok(())
+    }
+
+    async fn hand_over(
+        &mut self,
+        mut complete: Complete,
+        feedback: &mut Feedback,
+    ) -> Result<Taken, SourceError> {
+        self.settle(&mut complete, feedback).await?;
+        let (mut transaction, aborted) = complete.into_transaction();
+        let xid = transaction.xid;
+        if self.spills.holds(xid) {
+            let spills = &mut self.spills;
+            transaction.spilled = tokio::task::block_in_place(|| spills.finish(xid, aborted))?;
+        }
+        let commit_time = transaction.commit_time;
+        // A single transaction above the whole budget takes all of it.
+        let bytes = transaction.bytes.clamp(1, self.budget_bytes);
+        let bytes = u32::try_from(bytes).expect("the budget fits");
+        if let Ok(permit) = Arc::clone(&self.budget).try_acquire_many_owned(bytes) {
+            let received = Received {
+                transaction,
+                permit,
+            };
+            return match self.queue.try_send(received) {
+                Ok(()) => Ok(Taken::Transaction(commit_time)),
+                Err(mpsc::error::TrySendError::Closed(_)) => Ok(Taken::Unwanted),
+                Err(mpsc::error::TrySendError::Full(received)) => {
+                    self.wait_for_place(received, feedback).await
+                }
+            };
+        }
+        // A full queue is looked at from outside: let it see how far we are.
+        self.tell();
+        let budget = Arc::clone(&self.budget);
+        let permit = feedback
+            .during(async move { budget.acquire_many_owned(bytes).await })
+            .await?
+            .expect("the semaphore is never closed");
+        let received = Received {
+            transaction,
+            permit,
+        };
+        self.wait_for_place(received, feedback).await
+    }
+
+    async fn wait_for_place(
+        &mut self,
+        received: Received,
+        feedback: &mut Feedback,
+    ) -> Result<Taken, SourceError> {
+        self.tell();
+        let commit_time = received.transaction.commit_time;
+        let queue = self.queue.clone();
+        let sent = feedback
+            .during(async move { queue.send(received).await })
+            .await?;
+        Ok(match sent {
+            Ok(()) => Taken::Transaction(commit_time),
+            Err(_) => Taken::Unwanted,
+        })
+    }
+}

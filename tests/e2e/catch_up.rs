@@ -1,0 +1,209 @@
+//! Goal: a large backlog is read in windows through SQL, and no promise is lost at either switch.
+//! Method: a low `limits.catch_up_bytes`; the agent is killed at every step of the way; the replica is held
+//! still to look at the slots meanwhile; every table is compared by full content.
+
+use std::time::Duration;
+
+use dr_agent_tests::agent::{Agent, Running};
+use dr_agent_tests::client::Client;
+use dr_agent_tests::server::ServerOptions;
+use dr_agent_tests::site::{Database, Site};
+use dr_agent_tests::wait::{PATIENCE, wait_until};
+
+const TABLES: &str = "
+    CREATE TABLE small (id int PRIMARY KEY, v text);
+    CREATE TABLE large (id int PRIMARY KEY, v text);
+    CREATE TABLE bag (v text);
+    ALTER TABLE bag REPLICA IDENTITY FULL";
+
+/// Some 8 MiB of WAL: many small transactions, a large one that goes to a spill file with a part rolled back,
+/// and a table described anew in between.
+const BACKLOG: [&str; 4] = [
+    "DO $$ BEGIN FOR i IN 1..4000 LOOP
+        INSERT INTO small VALUES (i, repeat(md5(i::text), 8));
+        UPDATE small SET v = 'hot ' || i WHERE id = i / 2;
+        COMMIT; END LOOP; END $$",
+    "BEGIN; INSERT INTO large SELECT g, repeat(md5(g::text), 8) FROM generate_series(1, 6000) AS g;
+        SAVEPOINT s; DELETE FROM large; INSERT INTO bag SELECT g FROM generate_series(1, 500) AS g; ROLLBACK TO s;
+        UPDATE large SET v = NULL WHERE id % 3 = 0; COMMIT",
+    "ALTER TABLE small ADD COLUMN w int",
+    "DO $$ BEGIN FOR i IN 1..2000 LOOP
+        DELETE FROM small WHERE id = i * 2; INSERT INTO bag VALUES (i % 7);
+        COMMIT; END LOOP; END $$",
+];
+
+const FAR: &[&str] = &["far behind"];
+const READ: &[&str] = &["the backlog is read"];
+
+fn agent(database: &Database) -> Agent {
+    Agent::new(
+        database
+            .config()
+            .set_text("limits.catch_up_bytes", "1MiB")
+            .set_text("limits.transaction_bytes", "256KiB")
+            .set_text("limits.queue_bytes", "1MiB")
+            .set("limits.batch_changes", "500"),
+    )
+}
+
+/// Copies everything, stops, and lets a backlog grow.
+async fn fall_behind(database: &Database, agent: &Agent) -> Client {
+    let source = database.source().await;
+    source.run(TABLES).await;
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    database.wait_caught_up().await;
+    running.expect_quiet_log();
+    running.stop().await;
+    let replica = database.writable_replica().await;
+    replica.run("ALTER TABLE small ADD COLUMN w int").await;
+    for part in BACKLOG {
+        source.run(part).await;
+    }
+    source
+}
+
+async fn wait_for_reader(running: &Running, database: &Database, reader: &str) {
+    let labels = [("database", database.name.as_str()), ("reader", reader)];
+    running
+        .wait_for_metric("dr_agent_source_reader", &labels, |value| value == 1.0)
+        .await;
+}
+
+fn slot_column(database: &Database, column: &str) -> String {
+    format!(
+        "SELECT {column} FROM pg_replication_slots WHERE slot_name = '{}'",
+        database.stream()
+    )
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backlog_is_read_in_windows_and_the_slot_follows_what_is_durable() {
+    let site = Site::own().await;
+    let database = site.database("windows").await;
+    let agent = agent(&database);
+    let source = fall_behind(&database, &agent).await;
+    let replica = database.writable_replica().await;
+    let before = source
+        .value(&slot_column(&database, "confirmed_flush_lsn"))
+        .await;
+    // Nothing is applied: what is read waits.
+    replica.run("BEGIN; LOCK TABLE small IN SHARE MODE").await;
+    let running = agent.start();
+    running.wait_for_log(FAR).await;
+    wait_for_reader(&running, &database, "catch_up").await;
+    let copies = "SELECT count(*) FROM pg_replication_slots WHERE temporary";
+    assert_eq!(source.number(copies).await, 1);
+    // Longer than the source is told something at the latest. Nothing is durable yet.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(
+        source
+            .value(&slot_column(&database, "confirmed_flush_lsn"))
+            .await,
+        before
+    );
+    replica.run("COMMIT").await;
+    running.wait_for_log(READ).await;
+    wait_for_reader(&running, &database, "eager").await;
+    assert_eq!(source.number(copies).await, 0);
+    database.expect_equal().await;
+    // The walsender goes on where the windows ended.
+    source.run("INSERT INTO large VALUES (0, 'after')").await;
+    database.expect_equal().await;
+    let held = slot_column(&database, "restart_lsn IS NOT NULL AND active");
+    assert!(source.holds(&held).await);
+    running.expect_quiet_log();
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_dies_while_catching_up_loses_and_doubles_nothing() {
+    let site = Site::own().await;
+    for (number, point) in [
+        "source:window-taken@1",
+        "source:window-taken@3",
+        "pipeline:before-ship@4",
+        "source:acknowledged",
+        "source:caught-up",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let database = site.database(&format!("dies_{number}")).await;
+        let agent = agent(&database);
+        let source = fall_behind(&database, &agent).await;
+        let mut armed = agent.start_with(&[("DR_AGENT_FAILPOINT", point)]);
+        wait_until(point, PATIENCE, || {
+            let ended = armed.exit_status().is_some();
+            async move { ended }
+        })
+        .await;
+        assert!(armed.log().contains(FAR[0]), "{point}: {}", armed.log());
+        let confirmed = source
+            .value(&slot_column(&database, "confirmed_flush_lsn"))
+            .await
+            .unwrap();
+        let replica = database.replica().await;
+        let durable = format!("SELECT end_lsn >= '{confirmed}' FROM dr_agent.progress");
+        assert!(replica.holds(&durable).await, "{point}: {confirmed}");
+        let running = agent.start();
+        running.wait_for_streaming(&database.name).await;
+        database.expect_equal().await;
+        running.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_falls_far_behind_changes_to_windows_and_back() {
+    let site = Site::own().await;
+    let database = site.database("falls").await;
+    let source = database.source().await;
+    source.run(TABLES).await;
+    let mut agent = agent(&database);
+    agent.configure("limits.batch_bytes", "\"256KiB\"");
+    agent.configure("replica.bandwidth", "\"1MiB\"");
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    database.wait_caught_up().await;
+    assert!(!running.log().contains(FAR[0]));
+    for part in 0..4 {
+        let rows = format!(
+            "DO $$ BEGIN FOR i IN 1..20000 LOOP
+                INSERT INTO small VALUES ({part} * 20000 + i, repeat(md5(i::text), 12));
+                IF i % 10 = 0 THEN COMMIT; END IF; END LOOP; END $$"
+        );
+        source.run(&rows).await;
+    }
+    running.wait_for_log(FAR).await;
+    running.wait_for_log(READ).await;
+    database.expect_equal().await;
+    wait_for_reader(&running, &database, "eager").await;
+    running.expect_quiet_log();
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_without_a_free_slot_is_read_by_the_walsender() {
+    let options = ServerOptions::source().set("max_replication_slots", "8");
+    let site = Site::with(options, ServerOptions::replica()).await;
+    let database = site.database("no_slot").await;
+    let agent = agent(&database);
+    let source = fall_behind(&database, &agent).await;
+    let used = source
+        .number("SELECT count(*) FROM pg_replication_slots")
+        .await;
+    for number in used..8 {
+        source
+            .run(&format!(
+                "SELECT pg_create_physical_replication_slot('taken_{number}')"
+            ))
+            .await;
+    }
+    let running = agent.start();
+    running
+        .wait_for_log(&["cannot be read in windows", "all replication slots"])
+        .await;
+    database.expect_equal().await;
+    assert!(!running.log().contains(READ[0]));
+    running.stop().await;
+}
