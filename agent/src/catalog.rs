@@ -163,7 +163,7 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
            AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state'))
          ORDER BY 1, 2"
     );
-    let rows = client.query(&sql, &[]).await?;
+    let rows = client.query_typed(&sql, &[]).await?;
     Ok(rows
         .iter()
         .map(|row| Table {
@@ -197,7 +197,7 @@ pub async fn keyed_roots(client: &Client) -> Result<BTreeSet<TableName>, PgError
           JOIN pg_namespace n ON n.oid = c.relnamespace
           JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary AND i.indisvalid
          WHERE c.relkind = 'p' AND NOT c.relispartition";
-    let rows = client.query(SQL, &[]).await?;
+    let rows = client.query_typed(SQL, &[]).await?;
     Ok(rows
         .iter()
         .map(|row| TableName {

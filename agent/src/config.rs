@@ -514,7 +514,7 @@ impl RawSource {
 impl RawLimits {
     fn resolve(self) -> Result<Limits, ConfigError> {
         Ok(Limits {
-            batch_bytes: bytes("limits.batch_bytes", self.batch_bytes, "16MiB")?,
+            batch_bytes: bytes("limits.batch_bytes", self.batch_bytes, "8MiB")?,
             batch_changes: within(
                 "limits.batch_changes",
                 self.batch_changes.unwrap_or(200_000),

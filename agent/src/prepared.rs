@@ -125,7 +125,7 @@ pub async fn left_behind(
     stream: &StreamName,
 ) -> Result<BTreeSet<Prepared>, PgError> {
     let rows = client
-        .query(
+        .query_typed(
             "SELECT gid FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()",
             &[],
         )

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use super::PgError;
 
@@ -23,7 +24,10 @@ pub async fn end_sessions(client: &Client, application_name: &str) -> Result<(),
            AND usename = current_user AND pid <> pg_backend_pid()";
     let ended = async {
         loop {
-            let left: i64 = client.query_one(OTHERS, &[&application_name]).await?.get(0);
+            let asked = client
+                .query_typed_one(OTHERS, &[(&application_name, Type::TEXT)])
+                .await?;
+            let left: i64 = asked.get(0);
             if left == 0 {
                 return Ok(());
             }

@@ -17,7 +17,10 @@ pub(super) async fn apply_batches(
     outcomes: mpsc::Sender<Outcome>,
     mut deferred: Deferred,
 ) -> Option<SessionError> {
-    while let Some(outcome) = sink.next().await {
+    loop {
+        // A constraint locks two tables; a batch that holds one and wants the other would be a deadlock.
+        sink.one_by_one(deferred.is_waiting());
+        let outcome = sink.next().await?;
         let end_lsn = outcome.batch.end_lsn();
         let failed = outcome.result.is_err();
         if outcomes.send(outcome).await.is_err() || failed {
@@ -27,7 +30,6 @@ pub(super) async fn apply_batches(
             return Some(error);
         }
     }
-    None
 }
 
 /// Constraints of the initial copy that hold only once the stream has passed its newest snapshot.
@@ -38,7 +40,12 @@ pub(super) struct Deferred {
 }
 
 impl Deferred {
-    /// Adds what is due. It locks tables: batches in flight are waited for, and later ones wait.
+    /// Whether there may be some.
+    fn is_waiting(&self) -> bool {
+        self.after.is_some()
+    }
+
+    /// Adds what is due. It locks tables: nothing may be in flight, and later batches wait.
     pub(super) async fn passed(&mut self, end_lsn: PgLsn) -> Result<(), SessionError> {
         if self.after.is_none_or(|after| end_lsn < after) {
             return Ok(());

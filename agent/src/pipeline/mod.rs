@@ -270,9 +270,10 @@ impl Pipeline {
             SinkSettings {
                 stream: self.stream.clone(),
                 term: prepared.term,
+                // Several are in memory at a time (read, folded, on their way), as rows, not as messages.
                 segment: SegmentLimits {
                     bytes: limits.batch_bytes,
-                    changes: limits.batch_changes,
+                    changes: (limits.batch_changes / 4).max(1),
                 },
                 lanes: self.config.replica.lanes,
                 spread_changes: limits.spread_changes,

@@ -158,9 +158,11 @@ impl<'a> Setup<'a> {
         // First of all, and without the source, which may be gone for good: was it promoted?
         let admin = replica::open(&config.replica.conninfo, &stream).await?;
         let server = replica::Server::observe(&admin, database).await?;
+        let mut opened = None;
         if server.has_database {
             let client = replica::open(&replica_info, &stream).await?;
             replica::known(&client, &stream).await?;
+            opened = Some(client);
         }
 
         let source = source::open(&source_info, &stream).await?;
@@ -177,7 +179,10 @@ impl<'a> Setup<'a> {
         }
         drop(admin);
 
-        let mut replica = replica::open(&replica_info, &stream).await?;
+        let mut replica = match opened {
+            Some(client) => client,
+            None => replica::open(&replica_info, &stream).await?,
+        };
         replica::lock(&replica, &stream).await?;
         let known = replica::known(&replica, &stream).await?;
         let mut walsender = walsender(&source_info, &stream).await?;

@@ -11,6 +11,7 @@
 use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use super::error::{SetupError, Side};
 use super::identity::History;
@@ -55,7 +56,7 @@ impl Server {
                    EXISTS (SELECT 1 FROM pg_database WHERE datname = $1)
               FROM pg_roles r WHERE r.rolname = current_user";
         let row = client
-            .query_one(SQL, &[&database])
+            .query_typed_one(SQL, &[(&database, Type::TEXT)])
             .await
             .map_err(|error| SetupError::sql(Side::Replica, "look at the server")(error.into()))?;
         Ok(Self {
@@ -314,22 +315,26 @@ pub(super) async fn known(client: &Client, stream: &StreamName) -> Result<Known,
         SELECT count(*) = 4 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname = 'dr_agent'
            AND c.relname IN ('progress', 'stream', 'table_sync', 'promotion')";
-    let has_schema: bool = client.query_one(HAS_SCHEMA, &[]).await.map_err(sql)?.get(0);
+    let has_schema: bool = client
+        .query_typed_one(HAS_SCHEMA, &[])
+        .await
+        .map_err(sql)?
+        .get(0);
     if !has_schema {
         return Ok(Known::default());
     }
     refuse_promoted(client).await?;
     let recorded = client
-        .query_opt(
+        .query_typed_opt(
             "SELECT system_identifier, timeline FROM dr_agent.stream WHERE stream = $1",
-            &[&stream.as_str()],
+            &[(&stream.as_str(), Type::TEXT)],
         )
         .await
         .map_err(sql)?;
     let progress = client
-        .query_opt(
+        .query_typed_opt(
             "SELECT term, batch, end_lsn FROM dr_agent.progress WHERE stream = $1",
-            &[&stream.as_str()],
+            &[(&stream.as_str(), Type::TEXT)],
         )
         .await
         .map_err(sql)?;
@@ -354,7 +359,7 @@ async fn refuse_promoted(
         SELECT to_char(started_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), term, mode
           FROM dr_agent.promotion ORDER BY started_at DESC LIMIT 1";
     let row = client
-        .query_opt(SQL, &[])
+        .query_typed_opt(SQL, &[])
         .await
         .map_err(|error| SetupError::sql(Side::Replica, "read promotions")(error.into()))?;
     match row {
@@ -401,7 +406,7 @@ pub(super) async fn is_guarded(
             SELECT 1 FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase
              WHERE d.datname = current_database() AND s.setrole = 0
                AND 'default_transaction_read_only=on' = ANY (s.setconfig))";
-    let row = client.query_one(SQL, &[]).await;
+    let row = client.query_typed_one(SQL, &[]).await;
     row.map(|row| row.get(0)).map_err(|error| {
         SetupError::sql(Side::Replica, "look at the read-only guard")(error.into())
     })
@@ -432,7 +437,7 @@ pub(super) async fn guard(client: &mut Client, database: &str) -> Result<(), Set
 pub(super) async fn lock(client: &Client, stream: &StreamName) -> Result<(), SetupError> {
     const SQL: &str = "SELECT pg_try_advisory_lock(hashtextextended('dr_agent:' || $1::text, 0))";
     let row = client
-        .query_one(SQL, &[&stream.as_str()])
+        .query_typed_one(SQL, &[(&stream.as_str(), Type::TEXT)])
         .await
         .map_err(|error| SetupError::sql(Side::Replica, "lock the stream")(error.into()))?;
     if row.get(0) {

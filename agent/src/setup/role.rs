@@ -214,7 +214,7 @@ impl Role {
 /// The names of the roles of the replica's server.
 pub(super) async fn present(replica: &Client) -> Result<Vec<String>, SetupError> {
     let rows = replica
-        .query("SELECT rolname::text FROM pg_roles", &[])
+        .query_typed("SELECT rolname::text FROM pg_roles", &[])
         .await
         .map_err(|error| SetupError::sql(Side::Replica, "list roles")(error.into()))?;
     Ok(rows.iter().map(|row| row.get(0)).collect())

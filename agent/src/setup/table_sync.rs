@@ -11,6 +11,7 @@
 use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use super::error::{SetupError, Side};
 use crate::catalog::TableName;
@@ -35,7 +36,7 @@ pub(super) async fn rows(client: &Client, stream: &StreamName) -> Result<Vec<Row
                snapshot_lsn
           FROM dr_agent.table_sync WHERE stream = $1 ORDER BY 1, 2";
     let rows = client
-        .query(SQL, &[&stream.as_str()])
+        .query_typed(SQL, &[(&stream.as_str(), Type::TEXT)])
         .await
         .map_err(|error| {
             SetupError::sql(Side::Replica, "read dr_agent.table_sync")(error.into())
@@ -82,6 +83,9 @@ pub(super) async fn forget(
         DELETE FROM dr_agent.table_sync AS r USING unnest($2::text[], $3::text[]) AS t(s, n)
          WHERE r.stream = $1 AND r.table_schema = t.s AND r.table_name = t.n
            AND r.state <> 'ready'";
+    if tables.is_empty() {
+        return Ok(());
+    }
     let (schemas, names) = split(tables);
     client
         .execute(SQL, &[&stream.as_str(), &schemas, &names])

@@ -16,6 +16,7 @@
 //! snapshot, the promotion before it opens the replica.
 
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use super::CopyJob;
 use super::error::CopyError;
@@ -105,7 +106,7 @@ pub async fn run_deferred(replica: &mut Client, stream: &StreamName) -> Result<u
           FROM dr_agent.deferred d LEFT JOIN dr_agent.progress p USING (stream)
          WHERE d.stream = $1 ORDER BY d.place";
     let rows = replica
-        .query(DUE, &[&stream.as_str()])
+        .query_typed(DUE, &[(&stream.as_str(), Type::TEXT)])
         .await
         .map_err(CopyError::replica("read dr_agent.deferred"))?;
     let mut waiting = 0;

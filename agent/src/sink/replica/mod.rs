@@ -125,6 +125,7 @@ pub struct ReplicaSink {
     /// Taken, and to be applied once nothing else is in flight.
     waiting: Option<Work>,
     in_flight: VecDeque<InFlight>,
+    in_flight_max: usize,
     done: VecDeque<Outcome>,
     /// For what has to be folded again.
     folder: Folder,
@@ -160,6 +161,7 @@ impl ReplicaSink {
             work,
             waiting: None,
             in_flight: VecDeque::new(),
+            in_flight_max: IN_FLIGHT_MAX,
             done: VecDeque::new(),
             settings,
         };
@@ -169,6 +171,12 @@ impl ReplicaSink {
     /// How long the replica takes to answer.
     pub fn round_trip(&self) -> Duration {
         self.round_trip
+    }
+
+    /// Whether nothing shall be in flight between one outcome and the next call of [`ReplicaSink::next`]: for
+    /// who takes locks in between that batches hold or wait for.
+    pub fn one_by_one(&mut self, yes: bool) {
+        self.in_flight_max = if yes { 1 } else { IN_FLIGHT_MAX };
     }
 
     /// The next outcome, in the order of batches; `None` once there are no more batches and all are done.
@@ -182,7 +190,7 @@ impl ReplicaSink {
             {
                 return Some(Box::pin(self.alone(work)).await);
             }
-            let room = self.waiting.is_none() && self.in_flight.len() < IN_FLIGHT_MAX;
+            let room = self.waiting.is_none() && self.in_flight.len() < self.in_flight_max;
             let taken = tokio::select! {
                 biased;
                 // What is durable is told at once: it frees memory here and WAL on the source.
@@ -387,7 +395,7 @@ async fn lanes_possible(
         return Ok(1);
     }
     let limit: i32 = catalog
-        .query_one(
+        .query_typed_one(
             "SELECT pg_catalog.current_setting('max_prepared_transactions')::int",
             &[],
         )
