@@ -25,6 +25,7 @@ mod catch_up;
 mod feedback;
 mod intake;
 mod pace;
+mod positions;
 mod subtransactions;
 mod walsender;
 

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::positions::Positions;
 use super::{SourceError, SourceSettings};
-use crate::pg::{self, ConnInfo, PgError, PgLsn, Session};
+use crate::pg::{self, ConnInfo, PgLsn, Session};
 
 /// Before this, the backlog cannot be worth it.
 const LATE: Duration = Duration::from_secs(10);
@@ -23,6 +24,7 @@ const LONG_REST: Duration = Duration::from_secs(600);
 pub(super) struct Behind {
     conninfo: ConnInfo,
     session: Session,
+    slot: String,
     catch_up_bytes: u64,
     not_before: Instant,
 }
@@ -34,6 +36,7 @@ impl Behind {
         Self {
             conninfo: settings.conninfo.clone(),
             session,
+            slot: settings.stream.to_string(),
             catch_up_bytes: settings.catch_up_bytes,
             not_before: Instant::now(),
         }
@@ -44,7 +47,8 @@ impl Behind {
         self.not_before = Instant::now() + if failed { LONG_REST } else { REST };
     }
 
-    /// Whether a stream that is `late` and has come to `received` is far behind.
+    /// Whether a stream that is `late` and has come to `received` would do better in windows. Changing over makes the
+    /// source decode once more from where the slot begins.
     pub(super) async fn is_far(
         &self,
         late: Duration,
@@ -54,17 +58,7 @@ impl Behind {
             return Ok(false);
         }
         let client = pg::connect(&self.conninfo, &self.session).await?;
-        let row = client
-            .query_one(
-                "SELECT NOT pg_catalog.pg_is_in_recovery() AND
-                        pg_catalog.pg_current_wal_flush_lsn() - $1::pg_lsn >= $2::bigint",
-                &[
-                    &received,
-                    &i64::try_from(self.catch_up_bytes).unwrap_or(i64::MAX),
-                ],
-            )
-            .await
-            .map_err(PgError::from)?;
-        Ok(row.get::<_, bool>(0))
+        let positions = Positions::of(&client, &self.slot).await?;
+        Ok(positions.is_some_and(|slot| slot.is_far_behind(received, self.catch_up_bytes)))
     }
 }

@@ -12,8 +12,8 @@
 //! # Invariants
 //! - Our own slot moves to what is durable and no further. The copy is the session's own, and gone with it.
 //! - The function puts a window's changes into a temporary file on the source before it returns the first. No
-//!   window ends further than [`REACH_MAX`] from where its decoding begins, so the file is not larger than
-//!   what so much WAL holds, whatever the transactions are.
+//!   window ends further than [`REACH_MAX`](super::positions) from where its decoding begins, so the file holds no more
+//!   than so much WAL does, whatever the transactions are; values that were stored compressed take more there.
 //! - The query holds a snapshot, which keeps VACUUM from its work: a window that is not taken within
 //!   [`WINDOW_TIME_MAX`] is given up.
 //! - Whatever the source refuses here is no error of the replication: the walsender goes on from the end of
@@ -35,6 +35,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::feedback::{Feedback, Listener, Slot, advance, ticks};
 use super::intake::{Intake, Taken};
+use super::positions::{Positions, first_size};
 use super::{Next, Reader, SourceError, SourceSettings, text_form};
 use crate::failpoint;
 use crate::ledger::FlushLsn;
@@ -43,20 +44,14 @@ use crate::pg::{self, PgError, PgLsn, Session};
 /// Once only this part of `limits.catch_up_bytes` is left, one in so many, the walsender goes on.
 const NEARLY: u64 = 8;
 
-/// The part of `limits.catch_up_bytes` in the first window, one in so many; the replica waits for it. Each
-/// further one is twice as large, because each makes the source read again the WAL since the beginning of the
-/// oldest transaction that was running.
-const FIRST: u64 = 8;
-
 /// WAL in the largest window, in bytes.
 const WINDOW_MAX: u64 = 256 << 20;
 
-/// From where decoding begins (`restart_lsn`) to the end of a window. With a transaction that has been running
-/// for longer, the walsender does better: it reads that WAL once, and streams.
-const REACH_MAX: u64 = 1 << 30;
-
 /// For the source's decoding and our taking of one window.
 const WINDOW_TIME_MAX: Duration = Duration::from_secs(60);
+
+/// What a window may be expected to take: far enough below that a busy replica does not end it.
+const WINDOW_TIME: Duration = Duration::from_secs(20);
 
 /// Rows handed on at a time, at most; usually as many as one read of the socket brought.
 const ROWS_MAX: usize = 512;
@@ -104,7 +99,8 @@ async fn windows(
         return Ok(Next::Walsender);
     };
     let worth = settings.catch_up_bytes;
-    if slot.behind(intake.end_lsn()) < worth {
+    // Before anything is asked of the slot: moving one reads the WAL from where its decoding begins, too.
+    if !slot.is_far_behind(intake.end_lsn(), worth) {
         return Ok(Next::Walsender);
     }
     let own = Slot::new(client, settings.stream.clone(), slot.confirmed);
@@ -115,7 +111,7 @@ async fn windows(
         stream = %settings.stream, bytes = slot.behind(intake.end_lsn()),
         "far behind: reading the backlog in windows"
     );
-    let mut size = worth / FIRST;
+    let mut size = first_size(worth);
     loop {
         let positions = backlog.positions().await?;
         let Some(end) = positions.window(intake.end_lsn(), size, worth / NEARLY) else {
@@ -137,6 +133,7 @@ async fn windows(
         intake.at(positions.written);
         intake.here.reader = Reader::CatchUp;
         intake.tell();
+        let began = Instant::now();
         if take(backlog.window(end), intake, &mut feedback)
             .await?
             .is_break()
@@ -144,7 +141,7 @@ async fn windows(
             return Ok(Next::End);
         }
         failpoint::hit("source:window-taken");
-        size = (2 * size).min(WINDOW_MAX);
+        size = next_size(size, began.elapsed());
     }
     tracing::info!(stream = %settings.stream, "the backlog is read");
     failpoint::hit("source:caught-up");
@@ -165,6 +162,13 @@ async fn free(client: &Client, slot: &str) -> Result<Option<Positions>, PgError>
             found => return Ok(found),
         }
     }
+}
+
+/// The size of the window after one of `size` that took so long.
+fn next_size(size: u64, took: Duration) -> u64 {
+    let in_time = u128::from(size) * WINDOW_TIME.as_millis() / took.as_millis().max(1);
+    let in_time = u64::try_from(in_time).unwrap_or(u64::MAX);
+    (2 * size).min(in_time).clamp(1, WINDOW_MAX)
 }
 
 /// Takes one window; breaks off when nobody wants transactions any more.
@@ -192,57 +196,6 @@ async fn take(
     match window.reading.await {
         Ok(read) => Ok(ControlFlow::Continue(read?)),
         Err(_) => Err(SourceError::Ended),
-    }
-}
-
-/// Where the source and a slot stand.
-#[derive(Clone, Copy, Debug)]
-struct Positions {
-    /// The end of the WAL on the source's disk.
-    written: PgLsn,
-    /// What the slot was last moved to.
-    confirmed: PgLsn,
-    /// Where decoding begins.
-    restart: PgLsn,
-    /// Whether a session is using the slot.
-    active: bool,
-}
-
-impl Positions {
-    /// None where this way cannot be gone: without the slot, or on a physical standby.
-    async fn of(client: &Client, slot: &str) -> Result<Option<Self>, PgError> {
-        const ASK: &str = "
-            SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()
-                        THEN pg_catalog.pg_current_wal_flush_lsn() END,
-                   confirmed_flush_lsn, restart_lsn, active
-              FROM pg_catalog.pg_replication_slots WHERE slot_name = $1";
-        let row = client.query_opt(ASK, &[&slot]).await?;
-        Ok(row.and_then(|row| {
-            Some(Self {
-                written: row.get::<_, Option<PgLsn>>(0)?,
-                confirmed: row.get::<_, Option<PgLsn>>(1)?,
-                restart: row.get::<_, Option<PgLsn>>(2)?,
-                active: row.get(3),
-            })
-        }))
-    }
-
-    fn behind(&self, received: PgLsn) -> u64 {
-        u64::from(self.written).saturating_sub(u64::from(received))
-    }
-
-    /// Where a window of `size` ends after `received`; none where the walsender should go on, because no more
-    /// than `nearly` is left or a transaction has been running for too long.
-    fn window(&self, received: PgLsn, size: u64, nearly: u64) -> Option<PgLsn> {
-        // What the slot was moved to may be beyond the last transaction that concerned us.
-        let begin = u64::from(received.max(self.confirmed));
-        let written = u64::from(self.written);
-        if written.saturating_sub(begin) <= nearly {
-            return None;
-        }
-        let end = written.min(begin + size);
-        let reach = end.saturating_sub(u64::from(self.restart));
-        (reach <= REACH_MAX).then_some(PgLsn::from(end))
     }
 }
 
@@ -358,40 +311,13 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn positions(restart: u64, confirmed: u64, written: u64) -> Positions {
-        Positions {
-            written: PgLsn::from(written * MIB),
-            confirmed: PgLsn::from(confirmed * MIB),
-            restart: PgLsn::from(restart * MIB),
-            active: false,
-        }
-    }
-
-    fn window(positions: Positions, received: u64, size: u64) -> Option<u64> {
-        let received = PgLsn::from(received * MIB);
-        let end = positions.window(received, size * MIB, 8 * MIB);
-        end.map(|end| u64::from(end) / MIB)
-    }
-
     #[test]
-    fn windows_end_where_the_wal_does_and_little_is_left_to_the_walsender() {
-        assert_eq!(window(positions(100, 100, 400), 100, 64), Some(164));
-        assert_eq!(window(positions(100, 100, 150), 100, 64), Some(150));
-        assert_eq!(window(positions(100, 100, 109), 100, 64), Some(109));
-        assert_eq!(window(positions(100, 100, 108), 100, 64), None);
-        // A position that is told by a server behind the one before.
-        assert_eq!(window(positions(100, 100, 90), 100, 64), None);
-    }
-
-    #[test]
-    fn a_window_begins_behind_what_did_not_concern_us() {
-        assert_eq!(window(positions(100, 200, 400), 110, 64), Some(264));
-        assert_eq!(window(positions(100, 100, 400), 300, 64), Some(364));
-    }
-
-    #[test]
-    fn no_window_reaches_further_than_the_source_shall_keep_in_a_file() {
-        assert_eq!(window(positions(0, 1000, 4000), 1000, 24), Some(1024));
-        assert_eq!(window(positions(0, 1000, 4000), 1000, 25), None);
+    fn windows_grow_as_long_as_they_are_taken_in_time() {
+        let next = |size, seconds| next_size(size * MIB, Duration::from_secs(seconds)) / MIB;
+        assert_eq!(next(8, 0), 16);
+        assert_eq!(next(8, 10), 16);
+        assert_eq!(next(8, 16), 10);
+        assert_eq!(next(30, 40), 15);
+        assert_eq!(next(200, 1), 256);
     }
 }

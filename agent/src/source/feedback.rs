@@ -28,6 +28,8 @@ const EVERY: Duration = Duration::from_secs(5);
 pub(super) struct Feedback {
     flush: watch::Receiver<FlushLsn>,
     listener: Listener,
+    /// What the source was told last; before that, what it knows by itself.
+    told: PgLsn,
 }
 
 /// Who is told.
@@ -74,7 +76,12 @@ pub(super) async fn advance(client: &Client, slot: &str, to: PgLsn) -> Result<()
 
 impl Feedback {
     pub(super) fn new(flush: watch::Receiver<FlushLsn>, listener: Listener) -> Self {
-        Self { flush, listener }
+        let told = flush.borrow().lsn();
+        Self {
+            flush,
+            listener,
+            told,
+        }
     }
 
     /// Waits until more has become durable; false once nobody will say so any more. Cancel-safe.
@@ -84,15 +91,15 @@ impl Feedback {
 
     /// Tells how far everything is durable now.
     pub(super) async fn send(&mut self) -> Result<(), SourceError> {
-        let moved = self.flush.has_changed().unwrap_or(false);
         let flush = self.flush.borrow_and_update().lsn();
         match &mut self.listener {
             Listener::Walsender(status) => status.send(flush, flush, flush, false).await?,
             Listener::Slot(slot) => slot.advance(flush).await?,
         }
-        if moved {
+        if flush > self.told {
             failpoint::hit("source:acknowledged");
         }
+        self.told = flush;
         Ok(())
     }
 

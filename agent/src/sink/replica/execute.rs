@@ -7,9 +7,10 @@
 //! Within a keyed stage deletes go first, then updates, then inserts, each sorted by key. Updates that
 //! send the same columns share a statement; a column that is only on the replica is in none.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use futures_util::future::try_join_all;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Statement};
 
@@ -39,23 +40,32 @@ impl Statements {
     /// memory on the replica.
     const PREPARED_MAX: usize = 2_000;
 
-    async fn get(&mut self, client: &Client, text: String) -> Result<Statement, SinkError> {
-        if let Some(statement) = self.prepared.get(&text) {
-            return Ok(statement.clone());
-        }
-        let statement = client.prepare(&text).await?;
-        if self.prepared.len() >= Self::PREPARED_MAX {
+    /// Prepares those of `texts` that are new, all at once: over a long line each by itself would be a round trip.
+    async fn prepare(
+        &mut self,
+        client: &Client,
+        texts: impl Iterator<Item = &String> + Clone,
+    ) -> Result<(), SinkError> {
+        let new = |known: &HashMap<String, Statement>| -> BTreeSet<String> {
+            let new = texts.clone().filter(|text| !known.contains_key(*text));
+            new.cloned().collect()
+        };
+        let mut missing = new(&self.prepared);
+        if self.prepared.len() + missing.len() > Self::PREPARED_MAX {
             self.prepared.clear();
+            missing = new(&self.prepared);
         }
-        self.prepared.insert(text, statement.clone());
-        Ok(statement)
+        let preparing = missing.iter().map(|text| client.prepare(text));
+        let statements = try_join_all(preparing).await?;
+        self.prepared.extend(missing.into_iter().zip(statements));
+        Ok(())
     }
 }
 
-/// One statement, ready to be sent.
-enum Ready {
+/// One statement with its parameters; `S` is a prepared one, or the text of one that is not prepared yet.
+enum Ready<S> {
     Rows {
-        statement: Statement,
+        statement: S,
         arrays: Vec<ArrayParameter>,
         rows: i64,
         inserts_into: Option<String>,
@@ -65,7 +75,7 @@ enum Ready {
 
 /// The statements of some steps, ready to be sent.
 pub(super) struct Execution {
-    statements: Vec<Ready>,
+    statements: Vec<Ready<Statement>>,
 }
 
 impl Execution {
@@ -76,16 +86,12 @@ impl Execution {
         targets: &Targets,
         steps: &[Step],
     ) -> Result<Self, SinkError> {
-        let mut preparing = Preparing {
-            client,
-            statements,
-            ready: Vec::new(),
-        };
+        let mut building = Building::default();
         for step in steps {
             match step {
                 Step::Tables(tables) => {
                     for table in tables {
-                        preparing.table(targets.of(&table.relation), table).await?;
+                        building.table(targets.of(&table.relation), table)?;
                     }
                 }
                 Step::Truncate {
@@ -93,14 +99,33 @@ impl Execution {
                     restart_identity,
                 } => {
                     let tables = relations.iter().map(|relation| &**targets.of(relation));
-                    preparing
+                    building
                         .ready
                         .push(Ready::Text(sql::truncate(tables, *restart_identity)));
                 }
             }
         }
+        let texts = building.ready.iter().filter_map(|ready| match ready {
+            Ready::Rows { statement, .. } => Some(statement),
+            Ready::Text(_) => None,
+        });
+        statements.prepare(client, texts).await?;
+        let ready = building.ready.into_iter().map(|ready| match ready {
+            Ready::Text(text) => Ready::Text(text),
+            Ready::Rows {
+                statement,
+                arrays,
+                rows,
+                inserts_into,
+            } => Ready::Rows {
+                statement: statements.prepared[&statement].clone(),
+                arrays,
+                rows,
+                inserts_into,
+            },
+        });
         Ok(Self {
-            statements: preparing.ready,
+            statements: ready.collect(),
         })
     }
 
@@ -146,28 +171,24 @@ impl Execution {
     }
 }
 
-struct Preparing<'p> {
-    client: &'p Client,
-    statements: &'p mut Statements,
-    ready: Vec<Ready>,
+/// Builds statements and their parameters, in order.
+#[derive(Default)]
+struct Building {
+    ready: Vec<Ready<String>>,
 }
 
-impl Preparing<'_> {
-    async fn table(&mut self, target: &Target, table: &TableChanges) -> Result<(), SinkError> {
+impl Building {
+    fn table(&mut self, target: &Target, table: &TableChanges) -> Result<(), SinkError> {
         for stage in &table.stages {
             match stage {
-                Stage::Keyed(rows) => self.keyed(target, rows).await?,
-                Stage::Ordered(changes) => self.ordered(target, changes).await?,
+                Stage::Keyed(rows) => self.keyed(target, rows)?,
+                Stage::Ordered(changes) => self.ordered(target, changes)?,
             }
         }
         Ok(())
     }
 
-    async fn keyed(
-        &mut self,
-        target: &Target,
-        rows: &[(RowKey, NetChange)],
-    ) -> Result<(), SinkError> {
+    fn keyed(&mut self, target: &Target, rows: &[(RowKey, NetChange)]) -> Result<(), SinkError> {
         let mut deletes: Vec<&Tuple> = Vec::new();
         // By the columns they leave out; nearly always none.
         let mut updates: BTreeMap<Vec<usize>, Vec<&Row>> = BTreeMap::new();
@@ -191,8 +212,7 @@ impl Preparing<'_> {
                 .map(|column| column.position)
                 .collect();
             let values = deletes.iter().map(|old| old.values());
-            self.rows(target, Verb::Delete, &key, values, deletes.len())
-                .await?;
+            self.rows(target, Verb::Delete, &key, values, deletes.len())?;
         }
         for (unsent, updates) in updates {
             let sent: Vec<usize> = target
@@ -200,43 +220,41 @@ impl Preparing<'_> {
                 .filter(|position| !unsent.contains(position))
                 .collect();
             let values = updates.iter().map(|row| row.values());
-            self.rows(target, Verb::Update, &sent, values, updates.len())
-                .await?;
+            self.rows(target, Verb::Update, &sent, values, updates.len())?;
         }
-        self.inserts(target, &inserts).await
+        self.inserts(target, &inserts)
     }
 
-    async fn inserts(&mut self, target: &Target, rows: &[&Row]) -> Result<(), SinkError> {
+    fn inserts(&mut self, target: &Target, rows: &[&Row]) -> Result<(), SinkError> {
         if rows.is_empty() {
             return Ok(());
         }
         let sent: Vec<usize> = target.written().collect();
         let values = rows.iter().map(|row| row.values());
         self.rows(target, Verb::Insert, &sent, values, rows.len())
-            .await
     }
 
     /// One by one, except that inserts that follow one another go together.
-    async fn ordered(&mut self, target: &Target, changes: &[RowChange]) -> Result<(), SinkError> {
+    fn ordered(&mut self, target: &Target, changes: &[RowChange]) -> Result<(), SinkError> {
         let mut inserts: Vec<&Row> = Vec::new();
         for change in changes {
             match change {
                 RowChange::Insert(row) => inserts.push(row),
                 RowChange::Update { old, new } => {
-                    self.inserts(target, &std::mem::take(&mut inserts)).await?;
-                    self.one(target, old, Some(new)).await?;
+                    self.inserts(target, &std::mem::take(&mut inserts))?;
+                    self.one(target, old, Some(new))?;
                 }
                 RowChange::Delete { old } => {
-                    self.inserts(target, &std::mem::take(&mut inserts)).await?;
-                    self.one(target, old, None).await?;
+                    self.inserts(target, &std::mem::take(&mut inserts))?;
+                    self.one(target, old, None)?;
                 }
             }
         }
-        self.inserts(target, &inserts).await
+        self.inserts(target, &inserts)
     }
 
     /// A statement over many rows: `positions` of each row's values.
-    async fn rows<'v>(
+    fn rows<'v>(
         &mut self,
         target: &Target,
         verb: Verb,
@@ -250,9 +268,8 @@ impl Preparing<'_> {
             Verb::Update => sql::update(target, &sent),
             Verb::Delete => sql::delete(target, &sent),
         };
-        let statement = self.statements.get(self.client, text).await?;
         self.ready.push(Ready::Rows {
-            statement,
+            statement: text,
             arrays,
             rows: i64::try_from(count).expect("a batch has fewer than 2^63 rows"),
             inserts_into: (verb == Verb::Insert).then(|| target.table.to_string()),
@@ -261,12 +278,7 @@ impl Preparing<'_> {
     }
 
     /// A statement over one row, identified by `old`; a delete without `new`.
-    async fn one(
-        &mut self,
-        target: &Target,
-        old: &Tuple,
-        new: Option<&Row>,
-    ) -> Result<(), SinkError> {
+    fn one(&mut self, target: &Target, old: &Tuple, new: Option<&Row>) -> Result<(), SinkError> {
         let identifying: Vec<usize> = if target.key.columns.is_empty() {
             target.written().collect()
         } else {
@@ -291,9 +303,8 @@ impl Preparing<'_> {
         } else {
             sql::delete_one(target, &old, &old_is_null)
         };
-        let statement = self.statements.get(self.client, text).await?;
         self.ready.push(Ready::Rows {
-            statement,
+            statement: text,
             arrays,
             rows: 1,
             inserts_into: None,

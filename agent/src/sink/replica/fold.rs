@@ -136,13 +136,9 @@ impl Folding<'_, '_> {
     /// Leaves out what the copy already holds, looks up where the rest goes, and folds it.
     async fn fold(&mut self, segment: &Segment<'_>) -> Result<Folded, SinkError> {
         let relations = &mut self.folder.relations;
-        let mut wanted = Vec::new();
-        for (commit_lsn, change) in segment.changes() {
-            let change = relations
-                .wanted(&self.folder.catalog, commit_lsn, change)
-                .await?;
-            wanted.extend(change);
-        }
+        let wanted = relations
+            .wanted(&self.folder.catalog, segment.changes())
+            .await?;
         let key_of = |relation: &Arc<SourceRelation>| relations.targets.of(relation).key.clone();
         let changes = wanted.iter().map(|change| &**change);
         let steps = match self.path {

@@ -59,27 +59,47 @@ impl Relations {
         trimmed
     }
 
-    /// The change if it is to be applied, a TRUNCATE with only those tables it applies to. Afterwards
-    /// the target of each of its relations is known.
+    /// The changes that are to be applied, of a TRUNCATE only those tables it applies to. Afterwards the target of
+    /// each of their relations is known.
     pub(super) async fn wanted<'c>(
         &mut self,
         client: &Client,
+        changes: impl Iterator<Item = (PgLsn, &'c Change)>,
+    ) -> Result<Vec<Cow<'c, Change>>, SinkError> {
+        let mut wanted = Vec::new();
+        let mut unknown: Vec<Arc<SourceRelation>> = Vec::new();
+        for (commit_lsn, change) in changes {
+            let Some(change) = self.applied(commit_lsn, change)? else {
+                continue;
+            };
+            for relation in change.relations() {
+                let seen = || unknown.iter().any(|other| Arc::ptr_eq(other, relation));
+                if !self.targets.has(relation) && !seen() {
+                    unknown.push(Arc::clone(relation));
+                }
+            }
+            wanted.push(change);
+        }
+        if !unknown.is_empty() {
+            self.targets.load(client, &unknown).await?;
+        }
+        Ok(wanted)
+    }
+
+    fn applied<'c>(
+        &mut self,
         commit_lsn: PgLsn,
         change: &'c Change,
     ) -> Result<Option<Cow<'c, Change>>, SinkError> {
         match &change.relations {
             ChangeRelations::Row(relation) => {
-                if !self.applies(relation, commit_lsn)? {
-                    return Ok(None);
-                }
-                self.targets.ensure(client, relation).await?;
-                Ok(Some(Cow::Borrowed(change)))
+                let applies = self.applies(relation, commit_lsn)?;
+                Ok(applies.then_some(Cow::Borrowed(change)))
             }
             ChangeRelations::Truncate(relations) => {
                 let mut kept = Vec::new();
                 for relation in relations.iter() {
                     if self.applies(relation, commit_lsn)? {
-                        self.targets.ensure(client, relation).await?;
                         kept.push(Arc::clone(relation));
                     }
                 }

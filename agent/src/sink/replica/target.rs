@@ -6,7 +6,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use futures_util::future::try_join_all;
 use tokio_postgres::Client;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::SinkError;
 use crate::catalog::{TableName, quote_ident};
@@ -123,18 +125,23 @@ impl Targets {
         trimmed
     }
 
-    /// Looks the relation up on the replica unless it is known.
-    pub(super) async fn ensure(
+    /// Whether the relation is known.
+    pub(super) fn has(&self, relation: &Arc<SourceRelation>) -> bool {
+        self.known.contains_key(&address(relation))
+    }
+
+    /// Looks relations up on the replica, all at once.
+    pub(super) async fn load(
         &mut self,
         client: &Client,
-        relation: &Arc<SourceRelation>,
+        relations: &[Arc<SourceRelation>],
     ) -> Result<(), SinkError> {
-        if self.known.contains_key(&address(relation)) {
-            return Ok(());
+        let targets = relations.iter().map(|relation| load(client, relation));
+        let targets = try_join_all(targets).await?;
+        for (relation, target) in relations.iter().zip(targets) {
+            let known = (Arc::clone(relation), Arc::new(target));
+            self.known.insert(address(relation), known);
         }
-        let target = load(client, relation).await?;
-        self.known
-            .insert(address(relation), (Arc::clone(relation), Arc::new(target)));
         Ok(())
     }
 }
@@ -211,26 +218,20 @@ const UNIQUE: &str = "
 
 /// Rows of a table depend on one another beyond their key where another constraint compares them, and a
 /// key only tells rows apart where equal values are the same bytes.
-async fn spread(
-    client: &Client,
-    table: &TableName,
-    key: &[(String, bool)],
-) -> Result<Spread, SinkError> {
+fn spread(unique: &[tokio_postgres::Row], key: &[(String, bool)]) -> Spread {
     if key.is_empty() || !key.iter().all(|(_, identical)| *identical) {
-        return Ok(Spread::Table);
+        return Spread::Table;
     }
     let mut names: Vec<&str> = key.iter().map(|(name, _)| name.as_str()).collect();
     names.sort_unstable();
-    let rows = client.query(UNIQUE, &[&table.sql()]).await?;
-    let only_the_key = rows.iter().all(|row| {
+    let only_the_key = unique.iter().all(|row| {
         row.get::<_, Option<Vec<&str>>>(0)
             .is_some_and(|unique| unique == names)
     });
-    Ok(if only_the_key {
-        Spread::Keys
-    } else {
-        Spread::Table
-    })
+    match only_the_key {
+        true => Spread::Keys,
+        false => Spread::Table,
+    }
 }
 
 async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, SinkError> {
@@ -238,7 +239,15 @@ async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, Sink
         schema: relation.schema().to_owned(),
         name: relation.relation.name.clone(),
     };
-    let rows = client.query(COLUMNS, &[&table.schema, &table.name]).await?;
+    // Together, and without preparing: over a long line each would be a round trip of its own.
+    let sql = table.sql();
+    let named: [(&(dyn ToSql + Sync), Type); 2] =
+        [(&table.schema, Type::TEXT), (&table.name, Type::TEXT)];
+    let of_table: [(&(dyn ToSql + Sync), Type); 1] = [(&sql, Type::TEXT)];
+    let (rows, unique) = tokio::try_join!(
+        client.query_typed(COLUMNS, &named),
+        client.query_typed(UNIQUE, &of_table),
+    )?;
     if rows.is_empty() && !exists(client, &table).await? {
         return Err(SinkError::TableMissing { table });
     }
@@ -286,7 +295,7 @@ async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, Sink
         key.columns.clear();
         key_columns.clear();
     }
-    let spread = spread(client, &table, &key_columns).await?;
+    let spread = spread(&unique, &key_columns);
     Ok(Target {
         table,
         columns,
