@@ -529,7 +529,7 @@ impl RawLimits {
             )?,
             queue_bytes: bytes("limits.queue_bytes", self.queue_bytes, "32MiB")?,
             transaction_bytes: bytes("limits.transaction_bytes", self.transaction_bytes, "16MiB")?,
-            catch_up_bytes: bytes("limits.catch_up_bytes", self.catch_up_bytes, "64MiB")?,
+            catch_up_bytes: bytes("limits.catch_up_bytes", self.catch_up_bytes, "16MiB")?,
             spill_bytes: bytes("limits.spill_bytes", self.spill_bytes, "20GiB")?,
             spill_directory: self
                 .spill_directory

@@ -20,9 +20,8 @@
 //!   [`Unplannable`], and the batch takes one lane.
 //!
 //! A batch in one part is cut into ranges of keys: neighbours share pages, and a lane that has a page to itself
-//! neither waits for it nor cleans it up once more after another (measured on TPC-B: a fifth less work on the
-//! replica than rows dealt out by hash). Of a batch in many parts the keys to come are not known, and where they ascend
-//! all would go to the last lane: those are dealt out by a hash of the key.
+//! neither waits for it nor cleans it up once more after another. Of a batch in many parts the keys to come are
+//! not known, and where they ascend all would go to the last lane: those are dealt out by a hash of the key.
 //!
 //! # What it does not do
 //! It does not decide whether spreading is worth it, and knows no connection.

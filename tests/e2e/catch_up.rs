@@ -16,6 +16,8 @@ const TABLES: &str = "
     CREATE TABLE bag (v text);
     ALTER TABLE bag REPLICA IDENTITY FULL";
 
+const NEW_COLUMN: &str = "ALTER TABLE small ADD COLUMN w int";
+
 /// Some 8 MiB of WAL: many small transactions, a large one that goes to a spill file with a part rolled back,
 /// and a table described anew in between.
 const BACKLOG: [&str; 4] = [
@@ -26,7 +28,7 @@ const BACKLOG: [&str; 4] = [
     "BEGIN; INSERT INTO large SELECT g, repeat(md5(g::text), 8) FROM generate_series(1, 6000) AS g;
         SAVEPOINT s; DELETE FROM large; INSERT INTO bag SELECT g FROM generate_series(1, 500) AS g; ROLLBACK TO s;
         UPDATE large SET v = NULL WHERE id % 3 = 0; COMMIT",
-    "ALTER TABLE small ADD COLUMN w int",
+    NEW_COLUMN,
     "DO $$ BEGIN FOR i IN 1..2000 LOOP
         DELETE FROM small WHERE id = i * 2; INSERT INTO bag VALUES (i % 7);
         COMMIT; END LOOP; END $$",
@@ -35,19 +37,19 @@ const BACKLOG: [&str; 4] = [
 const FAR: &[&str] = &["far behind"];
 const READ: &[&str] = &["the backlog is read"];
 
-fn agent(database: &Database) -> Agent {
+fn agent(database: &Database, catch_up_bytes: &str) -> Agent {
     Agent::new(
         database
             .config()
-            .set_text("limits.catch_up_bytes", "1MiB")
+            .set_text("limits.catch_up_bytes", catch_up_bytes)
             .set_text("limits.transaction_bytes", "256KiB")
             .set_text("limits.queue_bytes", "1MiB")
             .set("limits.batch_changes", "500"),
     )
 }
 
-/// Copies everything, stops, and lets a backlog grow.
-async fn fall_behind(database: &Database, agent: &Agent) -> Client {
+/// Copies everything, stops, and lets the backlog grow.
+async fn fall_behind(database: &Database, agent: &Agent, backlog: &[&str]) -> Client {
     let source = database.source().await;
     source.run(TABLES).await;
     let running = agent.start();
@@ -55,10 +57,12 @@ async fn fall_behind(database: &Database, agent: &Agent) -> Client {
     database.wait_caught_up().await;
     running.expect_quiet_log();
     running.stop().await;
-    let replica = database.writable_replica().await;
-    replica.run("ALTER TABLE small ADD COLUMN w int").await;
-    for part in BACKLOG {
+    for part in backlog {
         source.run(part).await;
+    }
+    // What the backlog does to the shape of tables, a person does on the replica.
+    if backlog.contains(&NEW_COLUMN) {
+        database.writable_replica().await.run(NEW_COLUMN).await;
     }
     source
 }
@@ -81,8 +85,8 @@ fn slot_column(database: &Database, column: &str) -> String {
 async fn a_backlog_is_read_in_windows_and_the_slot_follows_what_is_durable() {
     let site = Site::own().await;
     let database = site.database("windows").await;
-    let agent = agent(&database);
-    let source = fall_behind(&database, &agent).await;
+    let agent = agent(&database, "1MiB");
+    let source = fall_behind(&database, &agent, &BACKLOG).await;
     let replica = database.writable_replica().await;
     // Nothing is applied: what is read waits.
     replica.run("BEGIN; LOCK TABLE small IN SHARE MODE").await;
@@ -132,8 +136,8 @@ async fn whoever_dies_while_catching_up_loses_and_doubles_nothing() {
     .enumerate()
     {
         let database = site.database(&format!("dies_{number}")).await;
-        let agent = agent(&database);
-        let source = fall_behind(&database, &agent).await;
+        let agent = agent(&database, "1MiB");
+        let source = fall_behind(&database, &agent, &BACKLOG).await;
         let mut armed = agent.start_with(&[("DR_AGENT_FAILPOINT", point)]);
         wait_until(point, PATIENCE, || {
             let ended = armed.exit_status().is_some();
@@ -161,7 +165,7 @@ async fn a_stream_that_falls_far_behind_changes_to_windows_and_back() {
     let database = site.database("falls").await;
     let source = database.source().await;
     source.run(TABLES).await;
-    let mut agent = agent(&database);
+    let mut agent = agent(&database, "1MiB");
     agent.configure("limits.batch_bytes", "\"256KiB\"");
     agent.configure("replica.bandwidth", "\"1MiB\"");
     let running = agent.start();
@@ -189,8 +193,8 @@ async fn a_source_without_a_free_slot_is_read_by_the_walsender() {
     let options = ServerOptions::source().set("max_replication_slots", "8");
     let site = Site::with(options, ServerOptions::replica()).await;
     let database = site.database("no_slot").await;
-    let agent = agent(&database);
-    let source = fall_behind(&database, &agent).await;
+    let agent = agent(&database, "1MiB");
+    let source = fall_behind(&database, &agent, &BACKLOG).await;
     let used = source
         .number("SELECT count(*) FROM pg_replication_slots")
         .await;
@@ -207,5 +211,43 @@ async fn a_source_without_a_free_slot_is_read_by_the_walsender() {
         .await;
     database.expect_equal().await;
     assert!(!running.log().contains(READ[0]));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_window_that_is_not_taken_in_time_lets_go_of_its_snapshot_and_nothing_is_lost() {
+    let site = Site::own().await;
+    let database = site.database("late").await;
+    let agent = agent(&database, "32MiB");
+    let backlog = [
+        // In the first window more than the queue takes …
+        "DO $$ BEGIN FOR i IN 1..4000 LOOP INSERT INTO small VALUES (i, repeat(md5(i::text), 8)); COMMIT;
+            END LOOP; END $$",
+        // … and more than the sockets on the way hold: stored compressed, so that it is little WAL.
+        "DO $$ BEGIN FOR i IN 1..30 LOOP INSERT INTO bag VALUES (repeat(i::text, 1000000)); COMMIT; END LOOP; END $$",
+        "INSERT INTO large SELECT g, repeat(md5(g::text), 30) FROM generate_series(1, 40000) AS g",
+    ];
+    let source = fall_behind(&database, &agent, &backlog).await;
+    let replica = database.writable_replica().await;
+    // Nothing is applied: the queue is full soon, and the rest of the window waits on the source.
+    replica.run("BEGIN; LOCK TABLE small IN SHARE MODE").await;
+    let running = agent.start();
+    running.wait_for_log(FAR).await;
+    let snapshots = "SELECT count(*) FROM pg_stat_activity
+         WHERE application_name LIKE 'dr\\_agent:backlog:%' AND state = 'active' AND backend_xmin IS NOT NULL
+           AND query_start < now() - interval '2 s'";
+    wait_until("a window that waits", PATIENCE, || async {
+        source.number(snapshots).await == 1
+    })
+    .await;
+    wait_until("the snapshot to be let go", 2 * PATIENCE, || async {
+        source.number(snapshots).await == 0
+    })
+    .await;
+    replica.run("COMMIT").await;
+    running
+        .wait_for_log(&["cannot be read in windows", "no answer within 60s"])
+        .await;
+    database.expect_equal().await;
     running.stop().await;
 }

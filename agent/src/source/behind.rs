@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::SourceSettings;
 use super::positions::Positions;
-use super::{SourceError, SourceSettings};
-use crate::pg::{self, ConnInfo, PgLsn, Session};
+use crate::error::chain;
+use crate::pg::{self, ConnInfo, PgError, PgLsn, Session};
 
 /// Before this, the backlog cannot be worth it.
 const LATE: Duration = Duration::from_secs(10);
@@ -49,16 +50,29 @@ impl Behind {
 
     /// Whether a stream that is `late` and has come to `received` would do better in windows. Changing over makes the
     /// source decode once more from where the slot begins.
-    pub(super) async fn is_far(
-        &self,
-        late: Duration,
-        received: PgLsn,
-    ) -> Result<bool, SourceError> {
+    ///
+    /// A source that has no session left for the question is no reason to end a stream that works.
+    pub(super) async fn is_far(&mut self, late: Duration, received: PgLsn) -> bool {
         if late < LATE || Instant::now() < self.not_before {
-            return Ok(false);
+            return false;
         }
+        match self.positions().await {
+            Ok(found) => {
+                found.is_some_and(|slot| slot.is_far_behind(received, self.catch_up_bytes))
+            }
+            Err(error) => {
+                tracing::warn!(
+                    slot = self.slot, error = %chain(&error),
+                    "cannot ask the source how large the backlog is; the walsender goes on"
+                );
+                self.rest(true);
+                false
+            }
+        }
+    }
+
+    async fn positions(&self) -> Result<Option<Positions>, PgError> {
         let client = pg::connect(&self.conninfo, &self.session).await?;
-        let positions = Positions::of(&client, &self.slot).await?;
-        Ok(positions.is_some_and(|slot| slot.is_far_behind(received, self.catch_up_bytes)))
+        Positions::of(&client, &self.slot).await
     }
 }

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::feedback::Feedback;
@@ -178,47 +179,33 @@ impl Intake {
         // A single transaction above the whole budget takes all of it.
         let bytes = transaction.bytes.clamp(1, self.budget_bytes);
         let bytes = u32::try_from(bytes).expect("the budget fits");
-        if let Ok(permit) = Arc::clone(&self.budget).try_acquire_many_owned(bytes) {
-            let received = Received {
-                transaction,
-                permit,
-            };
-            return match self.queue.try_send(received) {
-                Ok(()) => Ok(Taken::Transaction(commit_time)),
-                Err(mpsc::error::TrySendError::Closed(_)) => Ok(Taken::Unwanted),
-                Err(mpsc::error::TrySendError::Full(received)) => {
-                    self.wait_for_place(received, feedback).await
-                }
-            };
-        }
-        // A full queue is looked at from outside: let it see how far we are.
-        self.tell();
         let budget = Arc::clone(&self.budget);
-        let permit = feedback
-            .during(async move { budget.acquire_many_owned(bytes).await })
-            .await?
-            .expect("the semaphore is never closed");
+        let permit = match Arc::clone(&budget).try_acquire_many_owned(bytes) {
+            Ok(permit) => permit,
+            Err(_) => {
+                // We may stand here for long: let it be seen how far we are.
+                self.tell();
+                feedback
+                    .during(budget.acquire_many_owned(bytes))
+                    .await?
+                    .expect("the semaphore is never closed")
+            }
+        };
         let received = Received {
             transaction,
             permit,
         };
-        self.wait_for_place(received, feedback).await
-    }
-
-    async fn wait_for_place(
-        &mut self,
-        received: Received,
-        feedback: &mut Feedback,
-    ) -> Result<Taken, SourceError> {
-        self.tell();
-        let commit_time = received.transaction.commit_time;
-        let queue = self.queue.clone();
-        let sent = feedback
-            .during(async move { queue.send(received).await })
-            .await?;
-        Ok(match sent {
-            Ok(()) => Taken::Transaction(commit_time),
-            Err(_) => Taken::Unwanted,
+        let wanted = match self.queue.try_send(received) {
+            Ok(()) => true,
+            Err(TrySendError::Closed(_)) => false,
+            Err(TrySendError::Full(received)) => {
+                self.tell();
+                feedback.during(self.queue.send(received)).await?.is_ok()
+            }
+        };
+        Ok(match wanted {
+            true => Taken::Transaction(commit_time),
+            false => Taken::Unwanted,
         })
     }
 }

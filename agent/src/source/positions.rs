@@ -2,7 +2,7 @@
 
 use tokio_postgres::Client;
 
-use crate::pg::{PgError, PgLsn};
+use crate::pg::{PgError, PgLsn, slot};
 
 /// From where decoding begins (`restart_lsn`) to the end of a window. With a transaction that has been running
 /// for longer, the walsender does better: it reads that WAL once, and streams.
@@ -34,18 +34,17 @@ pub(super) struct Positions {
 impl Positions {
     /// None where this way cannot be gone: without the slot, or on a physical standby.
     pub(super) async fn of(client: &Client, slot: &str) -> Result<Option<Self>, PgError> {
-        const ASK: &str = "
+        const WRITTEN: &str = "
             SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()
-                        THEN pg_catalog.pg_current_wal_flush_lsn() END,
-                   confirmed_flush_lsn, restart_lsn, active
-              FROM pg_catalog.pg_replication_slots WHERE slot_name = $1";
-        let row = client.query_opt(ASK, &[&slot]).await?;
-        Ok(row.and_then(|row| {
+                        THEN pg_catalog.pg_current_wal_flush_lsn() END";
+        let state = slot::slot_state(client, slot).await?;
+        let written: Option<PgLsn> = client.query_one(WRITTEN, &[]).await?.get(0);
+        Ok(state.and_then(|state| {
             Some(Self {
-                written: row.get::<_, Option<PgLsn>>(0)?,
-                confirmed: row.get::<_, Option<PgLsn>>(1)?,
-                restart: row.get::<_, Option<PgLsn>>(2)?,
-                active: row.get(3),
+                written: written?,
+                confirmed: state.confirmed_flush_lsn?,
+                restart: state.restart_lsn?,
+                active: state.active,
             })
         }))
     }

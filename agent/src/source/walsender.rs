@@ -94,7 +94,8 @@ impl Walsender {
                 // 2. Sign of life.
                 _ = due.tick() => {
                     self.feedback.send().await?;
-                    if !intake.is_spilling() && behind.is_far(self.pace.late(), intake.end_lsn()).await? {
+                    let asking = behind.is_far(self.pace.late(), intake.end_lsn());
+                    if !intake.is_spilling() && self.feedback.during(asking).await? {
                         return Ok(Next::CatchUp);
                     }
                 }

@@ -90,7 +90,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 4)]
     jobs: u32,
     /// Seconds after which a drain is given up.
-    #[arg(long, default_value_t = 1800)]
+    #[arg(long, default_value_t = 600)]
     patience: u64,
     /// Where the results go.
     #[arg(long, default_value = "bench/results/pass.tmp")]

@@ -214,17 +214,18 @@ fn expecting(doing: &str, target: &Target, verb: &str, parameters: usize) -> Str
     )
 }
 
+/// The rows that the arrays hold. In a target list, not in FROM: there a function's rows are first stored, in a file
+/// beyond `work_mem`, and inserting 500 000 rows took a quarter longer (0.65 s against 0.52 s; COPY 0.55 s).
 fn unnest(target: &Target, sent: &[Sent], offset: usize, alias: &str) -> String {
-    let arrays = list(sent.iter().enumerate().map(|(i, sent)| {
+    let columns = list(sent.iter().enumerate().map(|(i, sent)| {
         let number = offset + i + 1;
         let array = match (sent.form, &target.columns[sent.position].native) {
             (Form::Native, Some(native)) => native.array_sql.as_str(),
             _ => "pg_catalog.text[]",
         };
-        format!("pg_catalog.unnest(${number}::{array})")
+        format!("pg_catalog.unnest(${number}::{array}) AS c{i}")
     }));
-    let names = list((0..sent.len()).map(|i| format!("c{i}")));
-    format!("ROWS FROM ({arrays}) AS {alias}({names})")
+    format!("(SELECT {columns}) AS {alias}")
 }
 
 fn value(target: &Target, sent: Sent, alias: &str, i: usize) -> String {
@@ -332,8 +333,8 @@ mod tests {
         assert_eq!(
             insert(&target(true), &SENT),
             "INSERT INTO \"public\".\"t\" (\"id\", \"note\") OVERRIDING SYSTEM VALUE \
-             SELECT d.c0, d.c1::public.mood FROM ROWS FROM (pg_catalog.unnest($1::integer[]), \
-             pg_catalog.unnest($2::pg_catalog.text[])) AS d(c0, c1)"
+             SELECT d.c0, d.c1::public.mood FROM (SELECT pg_catalog.unnest($1::integer[]) AS c0, \
+             pg_catalog.unnest($2::pg_catalog.text[]) AS c1) AS d"
         );
     }
 
