@@ -98,7 +98,7 @@ pub const ALL: &[(&str, Kind, &str)] = &[
     (
         "dr_agent_source_reader",
         Kind::Gauge,
-        "1 for how the source is read now: eager, lazy (behind) or catch_up (far behind)",
+        "1 for how the source is read now: eager, lazy (behind, or a busy source) or catch_up (far behind)",
     ),
     (
         "dr_agent_spread_batches_total",

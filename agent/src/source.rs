@@ -143,7 +143,7 @@ pub enum Reader {
     /// From the walsender, each message as it comes.
     #[default]
     Eager,
-    /// From the walsender, letting messages gather, because we are behind.
+    /// From the walsender, letting messages gather, because we are behind or the source is busy.
     Lazy,
     /// Through SQL, in windows, because we are far behind.
     CatchUp,

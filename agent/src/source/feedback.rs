@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Interval, MissedTickBehavior};
+use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_postgres::Client;
 
 use super::SourceError;
@@ -24,12 +24,16 @@ use crate::stream::StreamName;
 /// Well below the smallest sensible `wal_sender_timeout` (its default is 60 s).
 const EVERY: Duration = Duration::from_secs(5);
 
+/// Between two updates, at least: each wakes a process there, and a busy replica has news a thousand times a second.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// Tells the source.
 pub(super) struct Feedback {
     flush: watch::Receiver<FlushLsn>,
     listener: Listener,
     /// What the source was told last; before that, what it knows by itself.
     told: PgLsn,
+    told_at: Instant,
 }
 
 /// Who is told.
@@ -81,11 +85,14 @@ impl Feedback {
             flush,
             listener,
             told,
+            told_at: Instant::now(),
         }
     }
 
-    /// Waits until more has become durable; false once nobody will say so any more. Cancel-safe.
+    /// Waits until more has become durable and the source has not been told for a moment; false once nobody will say so
+    /// any more. Cancel-safe.
     pub(super) async fn due(&mut self) -> bool {
+        tokio::time::sleep_until(self.told_at + PAUSE).await;
         self.flush.changed().await.is_ok()
     }
 
@@ -100,6 +107,7 @@ impl Feedback {
             failpoint::hit("source:acknowledged");
         }
         self.told = flush;
+        self.told_at = Instant::now();
         Ok(())
     }
 

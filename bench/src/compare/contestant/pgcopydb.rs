@@ -5,8 +5,10 @@
 //! replays statement by statement, so a distance costs it a round trip for each: it follows
 //! locally only, once, and one workload.
 
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use dr_agent_tests::rundir::{directory_for, signal, tail};
@@ -24,6 +26,13 @@ pub(super) const FOLLOWS: &[&str] = &["tpcb"];
 
 /// Slot and origin.
 const NAME: &str = "pgcopydb";
+
+/// How long it may take to end when asked to.
+const TERM_MAX: Duration = Duration::from_secs(5);
+
+/// What it says when one of its processes failed. Version 0.10 does on a backlog of concurrent transactions ("BUG: logical
+/// message xid is …, which is different from the current transaction xid").
+const FAILED: &str = "exited with code";
 
 /// Its own table on the source, which is nobody's data.
 pub(crate) const SENTINEL: &str = "pgcopydb.sentinel";
@@ -70,6 +79,8 @@ pub(super) async fn drain(ground: Ground<'_>, base: &Base) -> Result<Outcome> {
     let arrival = marker_arrives(&watch, &replica, ground.patience, || {
         match follow.ended()? {
             Some(status) if !status.success() => bail!("pgcopydb {status}: {}", follow.log()),
+            // Its other processes wait for ever for one of them that has failed.
+            _ if follow.log().contains(FAILED) => bail!("pgcopydb stands still: {}", follow.log()),
             _ => Ok(()),
         }
     })
@@ -127,6 +138,7 @@ impl Run {
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
             .stderr(file)
+            .process_group(0)
             .spawn()
             .context("start pgcopydb")?;
         Ok(Self { child, log })
@@ -143,8 +155,17 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        // It takes its own children along.
+        // It takes its own children along, if it still listens; they are one process group.
         signal("TERM", &[self.child.id()]);
+        let deadline = std::time::Instant::now() + TERM_MAX;
+        while std::time::Instant::now() < deadline {
+            if matches!(self.child.try_wait(), Ok(Some(_))) {
+                return;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        let group = format!("kill -KILL -- -{}", self.child.id());
+        let _ = Command::new("sh").args(["-c", &group]).status();
         let _ = self.child.wait();
     }
 }
