@@ -38,6 +38,7 @@ pub mod snapshot;
 pub mod source;
 pub mod spill;
 pub mod status;
+pub mod store;
 pub mod stream;
 #[cfg(test)]
 pub(crate) mod testing;

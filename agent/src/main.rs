@@ -9,7 +9,11 @@ use dr_agent::cli::{Cli, Command, Shared};
 use dr_agent::cmd;
 use dr_agent::config::{Config, ConfigError};
 use dr_agent::error::{Classify, chain};
+use dr_agent::store;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Exit code for a wrong command line or configuration; clap uses the same.
 const USAGE: u8 = 2;
@@ -82,9 +86,10 @@ fn start_logging(shared: &Shared) {
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
+    let without_secrets = filter_fn(store::may_be_logged);
     if shared.log_json {
-        builder.json().init();
+        builder.json().finish().with(without_secrets).init();
     } else {
-        builder.init();
+        builder.finish().with(without_secrets).init();
     }
 }

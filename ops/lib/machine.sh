@@ -1,4 +1,5 @@
-# What ops/demo and ops/test ask of the machine: packages, a Rust toolchain, PostgreSQL's programs.
+# What ops/demo and ops/test ask of the machine: packages, a Rust toolchain, PostgreSQL's programs, stand-ins for
+# AWS.
 # Sourced, not run. Asks for root (through sudo) only when a package is really missing.
 # shellcheck shell=bash
 
@@ -6,6 +7,8 @@
 RUST_MINOR_MIN=88
 # PostgreSQL's first supported major version.
 PG_MAJOR_MIN=14
+# The stand-in for AWS that the tests were written against.
+MOTO_VERSION=5.2.5
 
 if [[ -t 1 && -z ${NO_COLOR:-} && ${TERM:-dumb} != dumb ]]; then
     BOLD=$'\e[1m' DIM=$'\e[2m' RED=$'\e[31m' GREEN=$'\e[32m' PLAIN=$'\e[0m'
@@ -102,6 +105,22 @@ provide_packages() {
     ((BASH_REMATCH[1] >= PG_MAJOR_MIN)) ||
         die "$version is too old; PostgreSQL $PG_MAJOR_MIN or newer is needed (set DR_AGENT_PG_BIN to its bin directory)"
     PG_VERSION=$version
+}
+
+# Puts moto_server, which stands in for S3 in the tests, into a virtual environment of its own:
+# target/aws-stand-ins. Its last step names the version, so an interrupted or older one is made anew.
+provide_aws_stand_ins() {
+    local dir=target/aws-stand-ins
+    [[ -e $dir/moto-$MOTO_VERSION ]] && return
+    if ! python3 -c 'import ensurepip' 2>/dev/null; then
+        as_root apt-get -o DPkg::Lock::Timeout=300 -qq update </dev/null
+        apt_install python3 python3-venv
+    fi
+    rm -rf "$dir"
+    python3 -m venv "$dir"
+    # Not moto[server]: that is all of AWS, and half a minute. Without crc32c moto returns other checksums.
+    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "moto[s3crc32c]==$MOTO_VERSION" flask flask-cors
+    touch "$dir/moto-$MOTO_VERSION"
 }
 
 # Finds cargo, also where rustup put it but the shell does not look.

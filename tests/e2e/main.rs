@@ -25,6 +25,7 @@ mod prefix;
 mod promote;
 mod schema;
 mod status;
+mod store;
 mod streaming;
 mod tls;
 mod types;

@@ -1,4 +1,4 @@
-//! A GET request, and the Prometheus text format: just enough to look at what the agent serves.
+//! A request without a body, and the Prometheus text format: just enough to look at what the agent serves.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -19,10 +19,15 @@ pub struct Answer {
 
 /// Asks for `path`; the error is text (nobody listens, no answer within five seconds).
 pub async fn get(port: u16, path: &str) -> Result<Answer, String> {
-    let asked = tokio::time::timeout(Duration::from_secs(5), ask(port, path)).await;
+    ask(port, "GET", path).await
+}
+
+/// The same with another method.
+pub async fn ask(port: u16, method: &str, path: &str) -> Result<Answer, String> {
+    let asked = tokio::time::timeout(Duration::from_secs(5), exchange(port, method, path)).await;
     let bytes = match asked {
         Ok(answer) => answer.map_err(|error| error.to_string())?,
-        Err(_) => return Err(format!("no answer to GET {path} within 5 s")),
+        Err(_) => return Err(format!("no answer to {method} {path} within 5 s")),
     };
     let text = String::from_utf8_lossy(&bytes);
     let (headers, body) = text
@@ -40,10 +45,10 @@ pub async fn get(port: u16, path: &str) -> Result<Answer, String> {
     })
 }
 
-async fn ask(port: u16, path: &str) -> std::io::Result<Vec<u8>> {
+async fn exchange(port: u16, method: &str, path: &str) -> std::io::Result<Vec<u8>> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).await?;
     // Version 1.0: the answer ends with the connection and is not cut into chunks.
-    let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
+    let request = format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await?;

@@ -5,6 +5,7 @@
 //!      └─ PgServer (replica) ◀─ Client        workload: random concurrent transactions
 //! Proxy: the network between them             wait: the only way time passes
 //! Agent ── Running: commands, run, signals, /metrics, /status
+//! Moto: a stand-in for S3                     faults: spoils chosen requests on the way there
 //! ```
 //!
 //! # Invariants
@@ -21,7 +22,9 @@ pub mod backup;
 pub mod binaries;
 pub mod client;
 pub mod compare;
+pub mod faults;
 pub mod http;
+pub mod moto;
 pub mod proxy;
 pub mod rundir;
 pub mod server;

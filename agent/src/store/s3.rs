@@ -1,0 +1,345 @@
+//! Objects as keys of an S3 bucket, through the AWS SDK.
+//!
+//! Every write carries `If-None-Match: *`, so S3 itself decides who comes first. It also carries a number
+//! of its own in the object's metadata ([`WRITER`]): a request whose answer was lost is sent again by the
+//! SDK and finds the object in its way, and only the number tells our own object from another's.
+//!
+//! # Invariants
+//! - Every upload carries the CRC-32C of its bytes, taken when they came in; S3 refuses others. What is read is compared
+//!   with the one S3 keeps.
+//! - Every request has a deadline that grows with what it sends, and at most [`ATTEMPTS`] attempts. One that
+//!   stands still is given up.
+//!
+//! # What it does not do
+//! It creates no bucket and changes none. It does not look for the bucket's region.
+
+mod read;
+mod refused;
+mod write;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_sdk_s3::Client;
+use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::timeout::TimeoutConfig;
+use aws_sdk_s3::config::{
+    self, BehaviorVersion, Credentials, Region, SharedHttpClient, StalledStreamProtectionConfig,
+};
+use aws_smithy_http_client::tls::{self, rustls_provider::CryptoMode};
+use aws_types::service_config::ServiceConfigKey;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+
+pub(super) use self::read::S3Reader;
+pub(super) use self::write::S3Writer;
+use super::{Doing, Encryption, Listed, Refusal, StoreError, StoreUrl, name};
+
+/// Metadata of an object: the number its writer drew.
+const WRITER: &str = "dr-agent-writer";
+
+/// Attempts at one request, with growing pauses between them; so many take up to half a minute.
+const ATTEMPTS: u32 = 5;
+
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+
+/// For one attempt at a request that sends or waits for little.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// S3 may take minutes to put the parts of an object together.
+const COMPLETE_WITHIN: Duration = Duration::from_secs(600);
+
+/// A link slower than this is no way to an archive: half a megabit.
+const SLOWEST_BYTES_PER_SECOND: u64 = 64 * 1024;
+
+/// A stream that has not moved for so long is given up.
+const STANDSTILL: Duration = Duration::from_secs(20);
+
+/// What goes before the AWS environment, where it is set. For an S3 that is not the environment's, a
+/// test's for instance. Holds secrets, so it has no representation for a log.
+#[derive(Clone, Default)]
+pub struct S3Settings {
+    /// `http://127.0.0.1:9000`
+    pub endpoint: Option<String>,
+    /// `eu-central-1`
+    pub region: Option<String>,
+    /// Access key and secret key.
+    pub credentials: Option<(String, String)>,
+    /// What makes temporary credentials valid.
+    pub session_token: Option<String>,
+}
+
+/// A bucket and a prefix in it.
+#[derive(Clone)]
+pub(super) struct S3 {
+    client: Client,
+    place: Arc<Place>,
+}
+
+struct Place {
+    bucket: String,
+    /// Empty, or ends with a slash.
+    prefix: String,
+    encryption: Encryption,
+}
+
+/// The client's own representation is long, and holds what is none of a log's business.
+impl fmt::Debug for S3 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("S3").field(&self.url("")).finish()
+    }
+}
+
+impl S3 {
+    pub(super) async fn open(
+        bucket: &str,
+        prefix: &str,
+        encryption: &Encryption,
+        settings: &S3Settings,
+    ) -> Result<Self, StoreError> {
+        let mut environment = aws_config::defaults(BehaviorVersion::v2026_01_12())
+            .http_client(http_client())
+            .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS))
+            .timeout_config(within(ANSWER_WITHIN))
+            .stalled_stream_protection(
+                StalledStreamProtectionConfig::enabled()
+                    .grace_period(STANDSTILL)
+                    .build(),
+            );
+        if let Some(endpoint) = &settings.endpoint {
+            environment = environment.endpoint_url(endpoint);
+        }
+        if let Some(region) = &settings.region {
+            environment = environment.region(Region::new(region.clone()));
+        }
+        if let Some((access, secret)) = &settings.credentials {
+            let token = settings.session_token.clone();
+            let credentials = Credentials::new(access, secret, token, None, "settings");
+            environment = environment.credentials_provider(credentials);
+        }
+        let environment = environment.load().await;
+        let elsewhere = settings.endpoint.is_some() || has_endpoint(&environment);
+        let mut client = config::Builder::from(&environment);
+        // Whoever serves S3 under a name of their own seldom has a name for every bucket too.
+        client.set_force_path_style(elsewhere.then_some(true));
+        if environment.region().is_none() {
+            if !elsewhere {
+                return Err(StoreError::S3 {
+                    doing: Doing::Open,
+                    object: StoreUrl::S3 {
+                        bucket: bucket.to_owned(),
+                        prefix: prefix.to_owned(),
+                    }
+                    .to_string(),
+                    refusal: Refusal::Region,
+                    said: "the environment names no region".to_owned(),
+                });
+            }
+            // It is part of the signature; most others expect this one or do not look.
+            client.set_region(Some(Region::from_static("us-east-1")));
+        }
+        Ok(Self {
+            client: Client::from_conf(client.build()),
+            place: Arc::new(Place {
+                bucket: bucket.to_owned(),
+                prefix: if prefix.is_empty() {
+                    String::new()
+                } else {
+                    format!("{prefix}/")
+                },
+                encryption: encryption.clone(),
+            }),
+        })
+    }
+
+    pub(super) async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+    ) -> Result<Vec<Listed>, StoreError> {
+        let mut pages = self
+            .client
+            .list_objects_v2()
+            .bucket(self.bucket())
+            .prefix(self.key(prefix))
+            .set_start_after(after.map(|name| self.key(name)))
+            .into_paginator()
+            .send();
+        let mut found = Vec::new();
+        while let Some(page) = pages.next().await {
+            let page = page.map_err(|error| self.refused(Doing::List, prefix, &error))?;
+            for object in page.contents() {
+                let name = object
+                    .key()
+                    .and_then(|key| key.strip_prefix(&self.place.prefix));
+                // What cannot be an object of ours is not: a console's marker of a "folder", for instance.
+                let Some(name) = name.filter(|name| name::check(name).is_ok()) else {
+                    continue;
+                };
+                found.push(Listed {
+                    name: name.to_owned(),
+                    bytes: length(object.size()),
+                });
+            }
+        }
+        Ok(found)
+    }
+
+    pub(super) async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let mut pages = self
+            .client
+            .list_objects_v2()
+            .bucket(self.bucket())
+            .prefix(self.key(prefix))
+            .delimiter("/")
+            .into_paginator()
+            .send();
+        let below = self.key(prefix);
+        let mut found = Vec::new();
+        while let Some(page) = pages.next().await {
+            let page = page.map_err(|error| self.refused(Doing::List, prefix, &error))?;
+            found.extend(page.common_prefixes().iter().filter_map(|common| {
+                let folder = common.prefix()?.strip_prefix(&below)?.strip_suffix('/')?;
+                Some(folder.to_owned())
+            }));
+        }
+        Ok(found)
+    }
+
+    pub(super) async fn delete(&self, name: &str) -> Result<(), StoreError> {
+        let request = self.client.delete_object().bucket(self.bucket());
+        match request.key(self.key(name)).send().await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.refused(Doing::Delete, name, &error)),
+        }
+    }
+
+    fn bucket(&self) -> &str {
+        &self.place.bucket
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}{name}", self.place.prefix)
+    }
+
+    fn url(&self, name: &str) -> String {
+        format!("s3://{}/{}", self.bucket(), self.key(name))
+    }
+}
+
+/// TLS by rustls on ring with the machine's own roots, as everywhere in this program.
+fn http_client() -> SharedHttpClient {
+    aws_smithy_http_client::Builder::new()
+        .tls_provider(tls::Provider::Rustls(CryptoMode::Ring))
+        .build_https()
+}
+
+/// Whether `AWS_ENDPOINT_URL`, `AWS_ENDPOINT_URL_S3` or the profile send S3 elsewhere.
+fn has_endpoint(environment: &aws_config::SdkConfig) -> bool {
+    let of_s3 = ServiceConfigKey::builder()
+        .service_id("S3")
+        .env("AWS_ENDPOINT_URL")
+        .profile("endpoint_url")
+        .build();
+    environment.endpoint_url().is_some()
+        || of_s3.is_ok_and(|key| {
+            let services = environment.service_config();
+            services.is_some_and(|services| services.load_config(key).is_some())
+        })
+}
+
+/// The deadline of one attempt.
+fn within(attempt: Duration) -> TimeoutConfig {
+    TimeoutConfig::builder()
+        .connect_timeout(CONNECT_WITHIN)
+        .operation_attempt_timeout(attempt)
+        .build()
+}
+
+/// The same, for one request. With a deadline for all, a slow link could never send a large part.
+fn patience(attempt: Duration) -> config::Builder {
+    config::Builder::new().timeout_config(within(attempt))
+}
+
+/// How long one attempt to send so much may take.
+fn time_to_send(bytes: usize) -> Duration {
+    ANSWER_WITHIN + Duration::from_secs(bytes as u64 / SLOWEST_BYTES_PER_SECOND)
+}
+
+/// A size as S3 says it.
+fn length(said: Option<i64>) -> u64 {
+    said.and_then(|bytes| u64::try_from(bytes).ok())
+        .unwrap_or(0)
+}
+
+/// A CRC-32C as S3 writes it: base 64 of four bytes, the highest first.
+fn written_crc(crc: u32) -> String {
+    BASE64_STANDARD.encode(crc.to_be_bytes())
+}
+
+/// Reads what [`written_crc`] writes. `None` for a checksum of checksums, which ends with `-` and their number.
+fn read_crc(text: &str) -> Option<u32> {
+    let bytes = BASE64_STANDARD.decode(text).ok()?;
+    Some(u32::from_be_bytes(bytes.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checksums_are_written_as_s3_writes_them() {
+        // The check value of CRC-32C.
+        let crc = crc32c::crc32c(b"123456789");
+        assert_eq!(written_crc(crc), "4waSgw==");
+        assert_eq!(read_crc("4waSgw=="), Some(0xe306_9283));
+        for other in ["4waSgw==-3", "", "4waSgw", "4waSg4waSgw="] {
+            assert_eq!(read_crc(other), None, "{other}");
+        }
+    }
+
+    /// What the SDK logs is not in our hands; here it logs all that the program lets through.
+    #[tokio::test]
+    async fn no_secret_is_logged_at_any_level() {
+        use std::sync::Mutex;
+
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        use tracing_subscriber::filter::filter_fn;
+        use tracing_subscriber::layer::SubscriberExt as _;
+
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::TRACE)
+            .with_writer(Mutex::new(log.reopen().unwrap()))
+            .finish()
+            .with(filter_fn(crate::store::may_be_logged));
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let _ = client.read(&mut [0; 8192]).await;
+            let answer = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n";
+            client.write_all(answer).await.unwrap();
+        });
+        let settings = S3Settings {
+            endpoint: Some(format!("http://127.0.0.1:{port}")),
+            region: Some("eu-central-1".to_owned()),
+            credentials: Some(("an-access-key".to_owned(), "the-secret".to_owned())),
+            session_token: Some("the-secret-token".to_owned()),
+        };
+        let store = S3::open("bucket", "", &Encryption::Default, &settings).await;
+        let error = store.unwrap().delete("a").await.unwrap_err();
+        assert!(error.to_string().contains("access denied"), "{error}");
+        let text = std::fs::read_to_string(log.path()).unwrap();
+        assert!(text.contains("DEBUG"), "nothing was logged: {text}");
+        assert!(!text.contains("the-secret"), "{text}");
+    }
+
+    #[test]
+    fn a_large_part_has_time_on_a_slow_link() {
+        assert_eq!(time_to_send(0), ANSWER_WITHIN);
+        assert_eq!(time_to_send(8 << 20), Duration::from_secs(30 + 128));
+    }
+}

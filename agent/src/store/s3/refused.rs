@@ -1,0 +1,244 @@
+//! What S3 and the SDK say, sorted into [`Refusal`].
+//!
+//! Source: the list of error codes in the Amazon S3 API reference. The list of what goes away by itself is
+//! narrow on purpose; what is not known needs a person.
+
+use aws_credential_types::provider::error::CredentialsError;
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::operation::RequestId as _;
+
+use super::S3;
+use crate::error::chain;
+use crate::store::{Doing, Refusal, StoreError};
+
+/// An answer is a page of HTML at worst; so much of it is enough for a person.
+const SAID_MAX: usize = 500;
+
+impl S3 {
+    /// The error of a request.
+    pub(super) fn refused<E>(&self, doing: Doing, name: &str, error: &SdkError<E>) -> StoreError
+    where
+        E: ProvideErrorMetadata + std::error::Error + 'static,
+    {
+        if doing == Doing::Read && is_missing(error) {
+            return StoreError::NotFound {
+                object: self.url(name),
+            };
+        }
+        StoreError::S3 {
+            doing,
+            object: self.url(name),
+            refusal: sort(error),
+            said: said(error),
+        }
+    }
+
+    /// The same for a transfer that was given up after its request had succeeded.
+    pub(super) fn broken(&self, doing: Doing, name: &str, said: String) -> StoreError {
+        StoreError::S3 {
+            doing,
+            object: self.url(name),
+            refusal: Refusal::Unavailable,
+            said,
+        }
+    }
+
+    /// What was in the way of a write is not there when one looks.
+    pub(super) fn gone(&self, name: &str) -> StoreError {
+        StoreError::S3 {
+            doing: Doing::Write,
+            object: self.url(name),
+            refusal: Refusal::Conflict,
+            said: "it was deleted, or its upload aborted, while it was written".to_owned(),
+        }
+    }
+}
+
+/// `If-None-Match: *` did not hold: there is an object of this name.
+pub(super) fn is_taken<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
+    error.code() == Some("PreconditionFailed") || status(error) == Some(412)
+}
+
+/// There is no such object. (That there is no such bucket is another matter; HEAD cannot tell, its answer
+/// has no body.)
+pub(super) fn is_missing<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
+    matches!(error.code(), Some("NoSuchKey" | "NotFound"))
+}
+
+/// There is no such upload: it has been completed or aborted.
+pub(super) fn is_gone<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
+    error.code() == Some("NoSuchUpload")
+}
+
+fn status<E>(error: &SdkError<E>) -> Option<u16> {
+    error.raw_response().map(|answer| answer.status().as_u16())
+}
+
+fn sort<E>(error: &SdkError<E>) -> Refusal
+where
+    E: ProvideErrorMetadata + std::error::Error + 'static,
+{
+    match error {
+        SdkError::ServiceError(_) => by_answer(
+            error.code().unwrap_or_default(),
+            error.message().unwrap_or_default(),
+            status(error).unwrap_or_default(),
+        ),
+        // The request could not be made: an endpoint that is no URL, for instance.
+        SdkError::ConstructionFailure(_) => by_credentials(error).unwrap_or(Refusal::Unknown),
+        _ => by_credentials(error).unwrap_or(Refusal::Unavailable),
+    }
+}
+
+fn by_answer(code: &str, message: &str, status: u16) -> Refusal {
+    match code {
+        "AccessDenied" if message.contains("kms:") => Refusal::Kms,
+        "AccessDenied" | "AllAccessDisabled" | "InvalidPayer" => Refusal::Denied,
+        "NoSuchBucket" => Refusal::NoBucket,
+        "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "InvalidToken" | "NotSignedUp" => {
+            Refusal::Credentials
+        }
+        "ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired" => {
+            Refusal::StaleCredentials
+        }
+        "RequestTimeTooSkewed" => Refusal::Clock,
+        "PermanentRedirect"
+        | "TemporaryRedirect"
+        | "AuthorizationHeaderMalformed"
+        | "IllegalLocationConstraintException" => Refusal::Region,
+        "SlowDown"
+        | "Throttling"
+        | "ThrottlingException"
+        | "RequestLimitExceeded"
+        | "TooManyRequestsException"
+        | "KMS.ThrottlingException" => Refusal::Throttled,
+        _ if code.starts_with("KMS.") => Refusal::Kms,
+        // BadDigest and its like: the bytes were changed on their way.
+        "InternalError"
+        | "ServiceUnavailable"
+        | "RequestTimeout"
+        | "BadDigest"
+        | "IncompleteBody"
+        | "XAmzContentChecksumMismatch"
+        | "XAmzContentSHA256Mismatch" => Refusal::Unavailable,
+        "ConditionalRequestConflict" | "OperationAborted" => Refusal::Conflict,
+        // An answer to HEAD has no body, and one from a proxy in between has no code.
+        _ => match status {
+            301 | 307 | 308 => Refusal::Region,
+            403 => Refusal::Denied,
+            409 => Refusal::Conflict,
+            429 => Refusal::Throttled,
+            408 | 500..=599 => Refusal::Unavailable,
+            _ => Refusal::Unknown,
+        },
+    }
+}
+
+/// Why there are no credentials, if that is the reason.
+fn by_credentials(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<CredentialsError>() {
+            return Some(match error {
+                CredentialsError::CredentialsNotLoaded(_)
+                | CredentialsError::InvalidConfiguration(_) => Refusal::Credentials,
+                _ => Refusal::StaleCredentials,
+            });
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// On one line. Code, message and request id are what S3's own support asks for.
+pub(super) fn said<E>(error: &SdkError<E>) -> String
+where
+    E: ProvideErrorMetadata + std::error::Error + 'static,
+{
+    let text = match (error, error.code()) {
+        (SdkError::ServiceError(answer), Some(code)) => {
+            let message = error.message().unwrap_or("no message");
+            match answer.err().meta().request_id() {
+                Some(id) => format!("{code}: {message} (request {id})"),
+                None => format!("{code}: {message}"),
+            }
+        }
+        (SdkError::ServiceError(answer), None) => {
+            format!("status {}", answer.raw().status().as_u16())
+        }
+        _ => chain(error),
+    };
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.chars().take(SAID_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Class, Classify as _};
+
+    fn refused(code: &str, message: &str, status: u16) -> StoreError {
+        StoreError::S3 {
+            doing: Doing::Write,
+            object: "s3://bucket/a".to_owned(),
+            refusal: by_answer(code, message, status),
+            said: code.to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_refusal_says_what_to_do_and_whether_to_wait() {
+        for (code, message, status, class, hint) in [
+            ("AccessDenied", "", 403, Class::Definite, "s3:PutObject"),
+            ("", "", 403, Class::Definite, "s3:PutObject"),
+            (
+                "AccessDenied",
+                "not allowed: kms:GenerateDataKey",
+                403,
+                Class::Definite,
+                "kms:Decrypt",
+            ),
+            ("KMS.DisabledException", "", 400, Class::Definite, "enabled"),
+            (
+                "NoSuchBucket",
+                "",
+                404,
+                Class::Definite,
+                "create the bucket",
+            ),
+            ("PermanentRedirect", "", 301, Class::Definite, "AWS_REGION"),
+            (
+                "InvalidAccessKeyId",
+                "",
+                403,
+                Class::Definite,
+                "AWS_ACCESS_KEY_ID",
+            ),
+            ("ExpiredToken", "", 400, Class::Transient, "expired"),
+            ("RequestTimeTooSkewed", "", 403, Class::Definite, "NTP"),
+            ("SlowDown", "", 503, Class::Transient, "tried again"),
+            (
+                "KMS.ThrottlingException",
+                "",
+                400,
+                Class::Transient,
+                "tried again",
+            ),
+            ("InternalError", "", 500, Class::Transient, "firewall"),
+            ("", "", 502, Class::Transient, "firewall"),
+            (
+                "ConditionalRequestConflict",
+                "",
+                409,
+                Class::Transient,
+                "tried again",
+            ),
+            ("InvalidRequest", "", 400, Class::Definite, "words of S3"),
+        ] {
+            let error = refused(code, message, status);
+            assert_eq!(error.class(), class, "{code} {status}");
+            let given = error.hint().unwrap();
+            assert!(given.contains(hint), "{code} {status}: {given}");
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! An HTTP proxy that spoils chosen requests, as a network or a busy S3 would.
+//!
+//! It reads a request whole, asks the server over a connection of its own, and passes the answer on;
+//! between the two it does what the test has planned. [`crate::proxy`] knows bytes, this one knows requests.
+//!
+//! # Invariants
+//! - Every connection carries one request: what is planned for a request happens to that one alone.
+//! - A fault is used once, by the first request that matches it.
+//!
+//! # What it does not do
+//! No TLS, no chunked requests, and nothing streams: requests and answers are held in memory. The server must
+//! end its connection after an answer, as moto does.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+
+/// What happens to a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The connection is reset; the server never hears of it.
+    Cut,
+    /// The server does it, and the connection is reset instead of an answer.
+    LoseAnswer,
+    /// The server never hears of it; the answer is this status with this error code of S3.
+    Answer(u16, &'static str),
+    /// The connection ends after so many bytes of the answer's body.
+    BreakAfter(usize),
+    /// One bit of the answer's body is wrong.
+    Damage,
+}
+
+#[derive(Default)]
+struct Plan {
+    /// A fault, and what the first line of its request contains.
+    faults: Vec<(&'static str, Fault)>,
+    /// The heads of all requests so far.
+    heads: Vec<String>,
+}
+
+/// A proxy; ends with its value.
+pub struct FaultyProxy {
+    port: u16,
+    plan: Arc<Mutex<Plan>>,
+    accepting: JoinHandle<()>,
+}
+
+impl FaultyProxy {
+    /// Listens on a free port and passes everything to `port` on 127.0.0.1.
+    pub async fn start(port: u16) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .await
+            .expect("the loopback interface is up");
+        let own_port = listener.local_addr().expect("it is bound").port();
+        let target = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let plan = Arc::new(Mutex::new(Plan::default()));
+        let shared = Arc::clone(&plan);
+        let accepting = tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let plan = Arc::clone(&shared);
+                // A connection that breaks is none of our business: the client notices.
+                tokio::spawn(async move {
+                    let _ = carry(client, target, &plan).await;
+                });
+            }
+        });
+        Self {
+            port: own_port,
+            plan,
+            accepting,
+        }
+    }
+
+    /// The port to connect to.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Spoils the next request whose first line contains `line`, `"PUT /bucket/name"` for instance.
+    pub fn spoil(&self, line: &'static str, fault: Fault) {
+        lock(&self.plan).faults.push((line, fault));
+    }
+
+    /// The faults that no request has met yet.
+    pub fn unused(&self) -> usize {
+        lock(&self.plan).faults.len()
+    }
+
+    /// First lines and headers of all requests so far, in lower case.
+    pub fn heads(&self) -> Vec<String> {
+        lock(&self.plan).heads.clone()
+    }
+}
+
+impl Drop for FaultyProxy {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+fn lock(plan: &Mutex<Plan>) -> MutexGuard<'_, Plan> {
+    plan.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn carry(
+    mut client: TcpStream,
+    target: SocketAddr,
+    plan: &Mutex<Plan>,
+) -> std::io::Result<()> {
+    let Some((head, request)) = read_request(&mut client).await? else {
+        return Ok(());
+    };
+    let fault = {
+        let mut plan = lock(plan);
+        let line = head.lines().next().unwrap_or_default();
+        let found = plan.faults.iter().position(|(part, _)| line.contains(part));
+        plan.heads.push(head.to_ascii_lowercase());
+        found.map(|at| plan.faults.remove(at).1)
+    };
+    match fault {
+        None => client.write_all(&forward(target, &request).await?).await?,
+        Some(Fault::Cut) => return client.set_zero_linger(),
+        Some(Fault::LoseAnswer) => {
+            forward(target, &request).await?;
+            return client.set_zero_linger();
+        }
+        Some(Fault::Answer(status, code)) => {
+            let body = format!("<Error><Code>{code}</Code><Message>as planned</Message></Error>");
+            let head = format!(
+                "HTTP/1.1 {status} Planned\r\nContent-Type: application/xml\r\nConnection: close\r\n\
+                 Content-Length: {}\r\n\r\n",
+                body.len()
+            );
+            client.write_all((head + &body).as_bytes()).await?;
+        }
+        Some(Fault::BreakAfter(bytes)) => {
+            let answer = forward(target, &request).await?;
+            let kept = (body_of(&answer) + bytes).min(answer.len());
+            // No reset: it would overtake what has not been read yet.
+            client.write_all(&answer[..kept]).await?;
+        }
+        Some(Fault::Damage) => {
+            let mut answer = forward(target, &request).await?;
+            let body = body_of(&answer);
+            answer[body] ^= 1;
+            client.write_all(&answer).await?;
+        }
+    }
+    client.shutdown().await
+}
+
+/// The head as text, and all of the request; `None` when the client has nothing to ask.
+async fn read_request(client: &mut TcpStream) -> std::io::Result<Option<(String, Vec<u8>)>> {
+    let mut request = Vec::new();
+    let body = loop {
+        if client.read_buf(&mut request).await? == 0 {
+            return Ok(None);
+        }
+        if request.windows(4).any(|bytes| bytes == b"\r\n\r\n") {
+            break body_of(&request);
+        }
+    };
+    let head = String::from_utf8_lossy(&request[..body]).into_owned();
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length")
+            .then(|| value.trim().parse::<usize>().ok())?
+    });
+    let whole = body + length.unwrap_or(0);
+    while request.len() < whole {
+        if client.read_buf(&mut request).await? == 0 {
+            return Ok(None);
+        }
+    }
+    Ok(Some((head, request)))
+}
+
+async fn forward(target: SocketAddr, request: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut server = TcpStream::connect(target).await?;
+    server.write_all(request).await?;
+    let mut answer = Vec::new();
+    server.read_to_end(&mut answer).await?;
+    Ok(answer)
+}
+
+/// Where the body begins.
+fn body_of(message: &[u8]) -> usize {
+    let end = message.windows(4).position(|bytes| bytes == b"\r\n\r\n");
+    end.map_or(message.len(), |end| end + 4)
+}

@@ -1,0 +1,152 @@
+//! A stand-in for S3: `moto_server`, a Python program that keeps buckets in memory.
+//!
+//! `ops/test` puts it into a virtual environment, `target/aws-stand-ins`; `DR_AGENT_AWS_STAND_INS` names
+//! another. Each value of [`Moto`] is a server of its own on a free port of 127.0.0.1, without any bucket.
+//!
+//! # Invariants
+//! - `Drop` ends the server, also when a test panics; [`crate::rundir`] does it for a test process that dies.
+//! - Where the program is missing the tests fail with instructions; they never pass silently.
+//!
+//! # What it does not do
+//! moto checks no signature, no permission and no checksum, and its answers come at once. How a store takes
+//! what the real S3 refuses is tested with [`crate::faults`].
+
+use std::env;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use dr_agent::store::S3Settings;
+
+use crate::http;
+use crate::rundir::{directory_for, tail};
+use crate::server::free_port;
+
+/// Python takes a while to read all of moto, and longer when others are at it.
+const START_MAX: Duration = Duration::from_secs(60);
+
+/// The last argument is for [`crate::rundir`], which ends what names its directory.
+const SCRIPT: &str =
+    "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])";
+
+/// The keys of a listing that come on one page. S3 has 1000; fewer show as well that pages are followed.
+pub const PAGE: usize = 7;
+
+/// The secret that [`Moto::settings`] give; no error and no log may show it.
+pub const SECRET: &str = "not-to-be-shown";
+
+/// A running server.
+pub struct Moto {
+    process: Child,
+    port: u16,
+    log: PathBuf,
+}
+
+impl Moto {
+    /// Starts a server and waits until it answers.
+    pub async fn start() -> Self {
+        let directory = directory_for("moto");
+        // A free port may be taken by somebody else before the server binds it.
+        for _ in 0..5 {
+            let mut moto = Self::spawn(&directory, free_port());
+            if moto.answers().await {
+                return moto;
+            }
+        }
+        panic!(
+            "moto_server does not start; its log ends with:\n{}",
+            tail(&directory.join("log"), 30)
+        );
+    }
+
+    fn spawn(directory: &Path, port: u16) -> Self {
+        let python = python();
+        let log = directory.join("log");
+        let output = File::create(&log).expect("the directory is ours");
+        let errors = output.try_clone().expect("a file can be cloned");
+        let process = Command::new(&python)
+            .args(["-c", SCRIPT, &port.to_string()])
+            .arg(directory)
+            .env("MOTO_S3_DEFAULT_MAX_KEYS", PAGE.to_string())
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            .spawn()
+            .unwrap_or_else(|error| {
+                panic!(
+                    "{} cannot be started: {error}; run ops/test e2e once, which provides it",
+                    python.display()
+                )
+            });
+        Self { process, port, log }
+    }
+
+    /// Waits for the first answer; `false` when the server has given up.
+    async fn answers(&mut self) -> bool {
+        let deadline = Instant::now() + START_MAX;
+        while Instant::now() < deadline {
+            if self.process.try_wait().expect("it is our child").is_some() {
+                return false;
+            }
+            if http::get(self.port, "/moto-api/").await.is_ok() {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        false
+    }
+
+    /// The port on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// What leads a store here.
+    pub fn settings(&self) -> S3Settings {
+        settings(self.port)
+    }
+
+    /// Creates a bucket.
+    pub async fn create_bucket(&self, name: &str) {
+        let answer = http::ask(self.port, "PUT", &format!("/{name}")).await;
+        let answer = answer.expect("moto answers");
+        assert_eq!(answer.status, 200, "{answer:?}");
+    }
+
+    /// How many uploads of several parts have begun and not ended.
+    pub async fn open_uploads(&self, bucket: &str) -> usize {
+        let answer = http::get(self.port, &format!("/{bucket}?uploads")).await;
+        let answer = answer.expect("moto answers");
+        assert_eq!(answer.status, 200, "{answer:?}");
+        answer.body.matches("<UploadId>").count()
+    }
+}
+
+impl Drop for Moto {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        if std::thread::panicking() {
+            eprintln!("── moto ends with:\n{}", tail(&self.log, 30));
+        }
+    }
+}
+
+/// What leads a store to a port of this machine.
+pub fn settings(port: u16) -> S3Settings {
+    S3Settings {
+        endpoint: Some(format!("http://127.0.0.1:{port}")),
+        region: Some("eu-central-1".to_owned()),
+        credentials: Some(("test".to_owned(), SECRET.to_owned())),
+        session_token: None,
+    }
+}
+
+fn python() -> PathBuf {
+    let directory = match env::var_os("DR_AGENT_AWS_STAND_INS") {
+        Some(directory) => PathBuf::from(directory),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/aws-stand-ins"),
+    };
+    directory.join("bin/python")
+}
