@@ -19,6 +19,7 @@ use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
 use super::identity::Mismatch;
+use super::locale::{self, Locale};
 use super::publication::Wanted;
 use super::role::{self, Statement};
 use super::{observe_slot, replica, source, table_sync};
@@ -49,7 +50,7 @@ pub struct Plan {
     replica: Vec<Statement>,
     /// Copied tables that are to be listed again, and are emptied first.
     missed: BTreeSet<TableName>,
-    locale: Option<replica::Locale>,
+    locale: Option<Locale>,
     warnings: Vec<String>,
 }
 
@@ -187,7 +188,9 @@ impl Plan {
             on_server.extend(self.grants(&others, server, &rights, &agent_sql));
         }
         if inside.is_none() {
-            let locale = replica::locale(source, source_version).await?;
+            let locale = locale::locale(source, source_version)
+                .await
+                .map_err(SetupError::sql(Side::Source, "read the locale"))?;
             let candidates = locale.create_database(&self.database, server.version);
             on_server.extend(candidates.into_iter().take(1).map(Statement::plain));
             self.locale = Some(locale);

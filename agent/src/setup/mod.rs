@@ -25,8 +25,10 @@
 //! It does not stream, retry or log; [`SetupError`] says what a person has to do. The copy itself
 //! is [`crate::snapshot`].
 
+pub(crate) mod export;
 mod form;
 pub mod identity;
+pub(crate) mod locale;
 pub mod publication;
 
 mod begin;
@@ -45,6 +47,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
+pub use locale::{Locale, Provider};
 pub use role::Statement;
 
 use crate::catalog::{self, Protection, Table, TableName};
@@ -173,7 +176,9 @@ impl<'a> Setup<'a> {
         let roles = role::of_source(&source).await?;
         warnings.extend(role::ensure(&admin, &roles).await?);
         if !server.has_database {
-            let locale = replica::locale(&source, found.version).await?;
+            let locale = locale::locale(&source, found.version)
+                .await
+                .map_err(SetupError::sql(Side::Source, "read the locale"))?;
             let created = replica::create_database(&admin, &server, database, &locale).await?;
             warnings.extend(created);
         }
@@ -340,16 +345,11 @@ impl<'a> Setup<'a> {
     }
 }
 
-/// Opens the connection that creates slots; it exports a snapshot and has to outlive the copy.
 async fn walsender(
     conninfo: &ConnInfo,
     stream: &StreamName,
 ) -> Result<ReplicationConnection, SetupError> {
-    let session = Session::new(stream.application_name("setup"))
-        // The exported snapshot lives in an idle transaction.
-        .set("idle_in_transaction_session_timeout", "0")
-        .set("statement_timeout", "0");
-    ReplicationConnection::connect(conninfo, &session)
+    export::session(conninfo, stream.application_name("setup"))
         .await
         .map_err(SetupError::sql(
             Side::Source,

@@ -15,8 +15,9 @@ use tokio_postgres::types::Type;
 
 use super::error::{SetupError, Side};
 use super::identity::History;
+use super::locale::Locale;
 use super::source::MAJOR_VERSIONS;
-use crate::catalog::{self, TableName, quote_ident, quote_literal};
+use crate::catalog::{self, TableName, quote_ident};
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
 use crate::stream::StreamName;
 
@@ -103,104 +104,6 @@ impl Server {
     }
 }
 
-/// How a database orders and classifies characters.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Locale {
-    pub(super) encoding: String,
-    pub(super) provider: Provider,
-    pub(super) collate: String,
-    pub(super) ctype: String,
-    pub(super) owner: String,
-}
-
-/// Who knows the locale.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Provider {
-    /// The operating system.
-    Libc,
-    /// ICU (15 and later), with its locale.
-    Icu(String),
-    /// PostgreSQL itself (17 and later), with its locale.
-    Builtin(String),
-}
-
-/// Reads them from the source.
-pub(super) async fn locale(source: &Client, version: i32) -> Result<Locale, SetupError> {
-    let (provider, name) = match version / 10_000 {
-        14 => ("'c'", "''"),
-        15 | 16 => ("datlocprovider::text", "coalesce(daticulocale, '')"),
-        _ => ("datlocprovider::text", "coalesce(datlocale, '')"),
-    };
-    let sql = format!(
-        "SELECT pg_encoding_to_char(encoding)::text, {provider}, {name}, datcollate::text,
-                datctype::text, pg_get_userbyid(datdba)::text
-           FROM pg_database WHERE datname = current_database()"
-    );
-    let row = source
-        .query_one(&sql, &[])
-        .await
-        .map_err(|error| SetupError::sql(Side::Source, "read the locale")(error.into()))?;
-    Ok(Locale {
-        encoding: row.get(0),
-        provider: match row.get::<_, &str>(1) {
-            "i" => Provider::Icu(row.get(2)),
-            "b" => Provider::Builtin(row.get(2)),
-            _ => Provider::Libc,
-        },
-        collate: row.get(3),
-        ctype: row.get(4),
-        owner: row.get(5),
-    })
-}
-
-impl Locale {
-    /// The statements to try, best first: the same locale, then ones every server has.
-    pub(super) fn create_database(&self, database: &str, version: i32) -> Vec<String> {
-        let with = |locale: String| {
-            format!(
-                "CREATE DATABASE {} TEMPLATE template0 ENCODING {}{locale}",
-                quote_ident(database),
-                quote_literal(&self.encoding)
-            )
-        };
-        let libc = |collate: &str, ctype: &str| {
-            let provider = if version >= 150_000 {
-                " LOCALE_PROVIDER libc"
-            } else {
-                ""
-            };
-            format!(
-                "{provider} LC_COLLATE {} LC_CTYPE {}",
-                quote_literal(collate),
-                quote_literal(ctype)
-            )
-        };
-        let mut candidates = Vec::new();
-        match &self.provider {
-            Provider::Libc => candidates.push(with(libc(&self.collate, &self.ctype))),
-            Provider::Icu(name) if version >= 150_000 => candidates.push(with(format!(
-                " LOCALE_PROVIDER icu ICU_LOCALE {} LC_COLLATE {} LC_CTYPE {}",
-                quote_literal(name),
-                quote_literal(&self.collate),
-                quote_literal(&self.ctype)
-            ))),
-            Provider::Builtin(name) if version >= 170_000 => candidates.push(with(format!(
-                " LOCALE_PROVIDER builtin BUILTIN_LOCALE {} LC_COLLATE {} LC_CTYPE {}",
-                quote_literal(name),
-                quote_literal(&self.collate),
-                quote_literal(&self.ctype)
-            ))),
-            Provider::Icu(_) | Provider::Builtin(_) => {}
-        }
-        if self.encoding == "UTF8" {
-            candidates.push(with(libc("C.UTF-8", "C.UTF-8")));
-        }
-        candidates.push(with(libc("C", "C")));
-        candidates.dedup();
-        candidates
-    }
-}
-
 /// Creates the database; returns a warning where the source's locale is not to be had.
 pub(super) async fn create_database(
     admin: &Client,
@@ -271,24 +174,6 @@ async fn own_database(
             "set the database's owner",
         )(error)),
         _ => Ok(()),
-    }
-}
-
-impl Locale {
-    /// Whether a server of this version can have this locale at all.
-    fn is_known(&self, version: i32) -> bool {
-        match self.provider {
-            Provider::Libc => true,
-            Provider::Icu(_) => version >= 150_000,
-            Provider::Builtin(_) => version >= 170_000,
-        }
-    }
-
-    fn name(&self) -> &str {
-        match &self.provider {
-            Provider::Libc => &self.collate,
-            Provider::Icu(name) | Provider::Builtin(name) => name,
-        }
     }
 }
 
@@ -491,43 +376,6 @@ pub(super) async fn tables(client: &Client) -> Result<BTreeSet<TableName>, Setup
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn german(provider: Provider) -> Locale {
-        Locale {
-            encoding: "UTF8".to_owned(),
-            provider,
-            collate: "de_DE.UTF-8".to_owned(),
-            ctype: "de_DE.UTF-8".to_owned(),
-            owner: "app".to_owned(),
-        }
-    }
-
-    #[test]
-    fn the_same_locale_is_tried_before_those_every_server_has() {
-        let tried = german(Provider::Libc).create_database("a\"b", 140_000);
-        assert_eq!(
-            tried,
-            [
-                "CREATE DATABASE \"a\"\"b\" TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE \
-                 'de_DE.UTF-8' LC_CTYPE 'de_DE.UTF-8'",
-                "CREATE DATABASE \"a\"\"b\" TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE \
-                 'C.UTF-8' LC_CTYPE 'C.UTF-8'",
-                "CREATE DATABASE \"a\"\"b\" TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE 'C' \
-                 LC_CTYPE 'C'",
-            ]
-        );
-    }
-
-    #[test]
-    fn an_icu_locale_is_only_asked_of_a_server_that_knows_icu() {
-        let icu = german(Provider::Icu("de-DE".to_owned()));
-        assert!(icu.create_database("x", 160_000)[0].contains("ICU_LOCALE 'de-DE'"));
-        assert!(!icu.create_database("x", 140_000)[0].contains("ICU_LOCALE"));
-        assert!(!icu.is_known(140_000));
-        let builtin = german(Provider::Builtin("C.UTF-8".to_owned()));
-        assert!(builtin.create_database("x", 170_000)[0].contains("BUILTIN_LOCALE 'C.UTF-8'"));
-        assert!(!builtin.create_database("x", 160_000)[0].contains("BUILTIN_LOCALE"));
-    }
 
     #[test]
     fn one_server_under_two_urls_is_refused() {

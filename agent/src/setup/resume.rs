@@ -16,10 +16,9 @@ use std::collections::BTreeSet;
 use super::error::{SetupError, Side};
 use super::replica;
 use super::table_sync::Row;
-use super::{Setup, publication, source, table_sync};
+use super::{Setup, export, publication, source, table_sync};
 use crate::catalog::{Protection, Table, TableName};
 use crate::pg::replication::ReplicationConnection;
-use crate::stream::StreamName;
 
 impl Setup<'_> {
     pub(super) async fn resume(
@@ -133,7 +132,7 @@ impl Setup<'_> {
         if self.found.forgets_publication_changes() {
             // Every transaction that began before the tables were listed has ended once a slot could
             // be built; what is decoded after the next alteration looks the publication up anew.
-            let name = temporary_slot(&self.stream);
+            let name = export::temporary_slot(&self.stream);
             self.create_slot(walsender, &name, true).await?;
             walsender
                 .drop_slot(&name)
@@ -143,18 +142,10 @@ impl Setup<'_> {
             source::execute(&self.source, Side::Source, &touch).await?;
         }
         let slot = self
-            .create_slot(walsender, &temporary_slot(&self.stream), true)
+            .create_slot(walsender, &export::temporary_slot(&self.stream), true)
             .await?;
         self.copy(rest, &slot, ready.is_empty()).await
     }
-}
-
-/// A name nobody has used: a session that died may still hold its temporary slot for a while.
-fn temporary_slot(stream: &StreamName) -> String {
-    const STREAM_BYTES_MAX: usize = 63 - 9;
-    let stream = stream.as_str();
-    let stream = &stream[..stream.len().min(STREAM_BYTES_MAX)];
-    format!("{stream}_{:08x}", rand::random::<u32>())
 }
 
 fn names(tables: &BTreeSet<TableName>) -> String {
@@ -163,16 +154,4 @@ fn names(tables: &BTreeSet<TableName>) -> String {
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join(", ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn temporary_slots_have_names_that_fit_and_differ() {
-        let stream = StreamName::new("dr_agent", &"x".repeat(60));
-        let (a, b) = (temporary_slot(&stream), temporary_slot(&stream));
-        assert!(a.len() <= 63 && a != b);
-    }
 }

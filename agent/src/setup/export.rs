@@ -1,0 +1,39 @@
+//! The session that exports a snapshot: a walsender that creates a slot and then stays idle.
+//!
+//! Used by the set-up, whose slot stays, and by base backups, whose slot goes with the session.
+
+use crate::pg::replication::ReplicationConnection;
+use crate::pg::{ConnInfo, PgError, Session};
+use crate::stream::StreamName;
+
+/// Opens it. The snapshot lives until the session's next command, or its end.
+pub(crate) async fn session(
+    conninfo: &ConnInfo,
+    application_name: String,
+) -> Result<ReplicationConnection, PgError> {
+    let session = Session::new(application_name)
+        // The exported snapshot lives in an idle transaction.
+        .set("idle_in_transaction_session_timeout", "0")
+        .set("statement_timeout", "0");
+    ReplicationConnection::connect(conninfo, &session).await
+}
+
+/// A name nobody has used: a session that died may still hold its temporary slot for a while.
+pub(crate) fn temporary_slot(stream: &StreamName) -> String {
+    const STREAM_BYTES_MAX: usize = 63 - 9;
+    let stream = stream.as_str();
+    let stream = &stream[..stream.len().min(STREAM_BYTES_MAX)];
+    format!("{stream}_{:08x}", rand::random::<u32>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn temporary_slots_have_names_that_fit_and_differ() {
+        let stream = StreamName::new("dr_agent", &"x".repeat(60));
+        let (a, b) = (temporary_slot(&stream), temporary_slot(&stream));
+        assert!(a.len() <= 63 && a != b);
+    }
+}
