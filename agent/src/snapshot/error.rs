@@ -126,7 +126,7 @@ pub enum CopyError {
 }
 
 impl CopyError {
-    pub(super) fn source(doing: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Self {
+    pub(crate) fn source(doing: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Self {
         let doing = doing.into();
         |error| Self::Source {
             doing,

@@ -16,15 +16,25 @@ use crate::catalog::{TableName, quote_literal};
 /// As many sequences are read or set with one statement.
 const SEQUENCES_AT_ONCE: usize = 200;
 
-/// Sets the replica's sequences to the source's positions: all of them, or those that belong to
-/// `only`.
+/// Where one sequence stands.
+#[derive(Clone, Debug)]
+pub(crate) struct Position {
+    /// `"schema"."name"`
+    pub(crate) name: String,
+    /// `last_value`
+    pub(crate) value: i64,
+    /// `is_called`
+    pub(crate) called: bool,
+}
+
+/// Reads where the source's sequences stand: all of them, or those that belong to `only`. In pieces
+/// that one statement can set.
 ///
 /// Sequences are in no snapshot: the position is the current one, at or after the rows'.
-pub(super) async fn set_sequences(
+pub(crate) async fn sequences(
     source: &Client,
-    replica: &Client,
     only: Option<&[TableName]>,
-) -> Result<(), CopyError> {
+) -> Result<Vec<Vec<Position>>, CopyError> {
     const SEQUENCES: &str = "
         SELECT n.nspname::text, s.relname::text
           FROM pg_class s JOIN pg_namespace n ON n.oid = s.relnamespace
@@ -49,6 +59,7 @@ pub(super) async fn set_sequences(
             name: row.get(1),
         })
         .collect();
+    let mut positions = Vec::new();
     for some in sequences.chunks(SEQUENCES_AT_ONCE) {
         let each: Vec<String> = some
             .iter()
@@ -64,50 +75,67 @@ pub(super) async fn set_sequences(
             .query(&each.join(" UNION ALL "), &[])
             .await
             .map_err(CopyError::source("read the sequences"))?;
-        let mut names: Vec<String> = Vec::with_capacity(rows.len());
-        let mut values: Vec<i64> = Vec::with_capacity(rows.len());
-        let mut called: Vec<bool> = Vec::with_capacity(rows.len());
-        for row in &rows {
-            names.push(row.get(0));
-            values.push(row.get(1));
-            called.push(row.get(2));
-        }
-        replica
-            .execute(
-                "SELECT setval(to_regclass(name), value, called)
-                   FROM unnest($1::text[], $2::bigint[], $3::boolean[]) AS s (name, value, called)
-                  WHERE to_regclass(name) IS NOT NULL",
-                &[&names, &values, &called],
-            )
-            .await
-            .map_err(CopyError::replica("set the sequences"))?;
+        let positions_of = |row: &tokio_postgres::Row| Position {
+            name: row.get(0),
+            value: row.get(1),
+            called: row.get(2),
+        };
+        positions.push(rows.iter().map(positions_of).collect());
     }
+    Ok(positions)
+}
+
+/// Sets those of these sequences that the replica has.
+pub(super) async fn set_sequences(
+    replica: &Client,
+    positions: &[Position],
+) -> Result<(), CopyError> {
+    let names: Vec<&str> = positions.iter().map(|at| at.name.as_str()).collect();
+    let values: Vec<i64> = positions.iter().map(|at| at.value).collect();
+    let called: Vec<bool> = positions.iter().map(|at| at.called).collect();
+    replica
+        .execute(
+            "SELECT setval(to_regclass(name), value, called)
+               FROM unnest($1::text[], $2::bigint[], $3::boolean[]) AS s (name, value, called)
+              WHERE to_regclass(name) IS NOT NULL",
+            &[&names, &values, &called],
+        )
+        .await
+        .map_err(CopyError::replica("set the sequences"))?;
     Ok(())
 }
 
-/// Fills the materialized views that are filled on the source. One that reads another that is still
-/// empty fails and comes again, so that they end up in the right order.
-pub(super) async fn refresh_views(
-    source: &Client,
-    replica: &Client,
-    observer: &dyn CopyObserver,
-) -> Result<(), CopyError> {
+fn view(row: &tokio_postgres::Row) -> TableName {
+    TableName {
+        schema: row.get(0),
+        name: row.get(1),
+    }
+}
+
+/// The materialized views that are filled on the source.
+pub(crate) async fn filled_views(source: &Client) -> Result<Vec<TableName>, CopyError> {
     const FILLED: &str = "
         SELECT n.nspname::text, c.relname::text
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE c.relkind = 'm' AND c.relispopulated ORDER BY c.oid";
-    const EMPTY: &str = "
-        SELECT n.nspname::text, c.relname::text
-          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE c.relkind = 'm' AND NOT c.relispopulated";
-    let view = |row: &tokio_postgres::Row| TableName {
-        schema: row.get(0),
-        name: row.get(1),
-    };
     let filled = source
         .query(FILLED, &[])
         .await
         .map_err(CopyError::source("list the materialized views"))?;
+    Ok(filled.iter().map(view).collect())
+}
+
+/// Fills these materialized views where they are empty. One that reads another that is still
+/// empty fails and comes again, so that they end up in the right order.
+pub(crate) async fn refresh_views(
+    replica: &Client,
+    filled: &[TableName],
+    observer: &dyn CopyObserver,
+) -> Result<(), CopyError> {
+    const EMPTY: &str = "
+        SELECT n.nspname::text, c.relname::text
+          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.relkind = 'm' AND NOT c.relispopulated";
     let empty: HashSet<TableName> = replica
         .query(EMPTY, &[])
         .await
@@ -117,8 +145,8 @@ pub(super) async fn refresh_views(
         .collect();
     let mut left: Vec<TableName> = filled
         .iter()
-        .map(view)
         .filter(|name| empty.contains(name))
+        .cloned()
         .collect();
     loop {
         let mut failed = Vec::new();
@@ -148,7 +176,7 @@ pub(super) async fn refresh_views(
 /// Gathers statistics, without which the replica's first plans after a promotion would be bad.
 /// `tables` are copied tables with the topmost table above each; where all of a partitioned table is
 /// new, the topmost one is analyzed, which includes its partitions.
-pub(super) async fn analyze(
+pub(crate) async fn analyze(
     replica: &Client,
     tables: &[(TableName, TableName)],
     roots: bool,
@@ -173,11 +201,8 @@ pub(super) async fn analyze(
     Ok(())
 }
 
-/// Says what a copy of the whole schema does not carry over.
-pub(super) async fn tell_what_is_left(
-    source: &Client,
-    observer: &dyn CopyObserver,
-) -> Result<(), CopyError> {
+/// What is on the source and in no copy of the whole schema.
+pub(crate) async fn left_behind(source: &Client) -> Result<Vec<String>, CopyError> {
     const SQL: &str = "
         SELECT (SELECT count(*) FROM pg_largeobject_metadata),
                (SELECT count(*) FROM pg_class
@@ -188,13 +213,14 @@ pub(super) async fn tell_what_is_left(
         .await
         .map_err(CopyError::source("count what is left out"))?;
     let (objects, elsewhere): (i64, i64) = (row.get(0), row.get(1));
+    let mut left = Vec::new();
     if objects > 0 {
-        super::leave_out(observer, &format!("{objects} large objects"));
+        left.push(format!("{objects} large objects"));
     }
     if elsewhere > 0 {
-        let what =
-            format!("the tablespaces of {elsewhere} tables and indexes; theirs is the default");
-        super::leave_out(observer, &what);
+        left.push(format!(
+            "the tablespaces of {elsewhere} tables and indexes; theirs is the default"
+        ));
     }
-    Ok(())
+    Ok(left)
 }

@@ -4,6 +4,7 @@
 
 use std::collections::HashSet;
 
+use serde::{Deserialize, Serialize};
 use tokio_postgres::{Client, Row};
 
 use super::error::CopyError;
@@ -42,7 +43,7 @@ pub(super) async fn with_ancestors(
 }
 
 /// Those of `tables` that the replica has not.
-pub(super) async fn missing_on(
+pub(crate) async fn missing_on(
     replica: &Client,
     tables: &[TableName],
 ) -> Result<Vec<TableName>, CopyError> {
@@ -58,15 +59,19 @@ pub(super) async fn missing_on(
     Ok(rows.iter().map(|row| table(row, 0)).collect())
 }
 
-/// Refuses when the source uses extensions that the replica's server cannot create.
-pub(super) async fn check_extensions(source: &Client, replica: &Client) -> Result<(), CopyError> {
-    let used: Vec<String> = source
+/// The source's extensions.
+pub(crate) async fn extensions(source: &Client) -> Result<Vec<String>, CopyError> {
+    Ok(source
         .query("SELECT extname::text FROM pg_extension ORDER BY 1", &[])
         .await
         .map_err(CopyError::source("read the extensions"))?
         .iter()
         .map(|row| row.get(0))
-        .collect();
+        .collect())
+}
+
+/// Refuses when the source uses extensions that the replica's server cannot create.
+pub(crate) async fn check_extensions(replica: &Client, used: &[String]) -> Result<(), CopyError> {
     const MISSING: &str = "
         SELECT used FROM unnest($1::text[]) AS used
          WHERE used NOT IN (SELECT name FROM pg_available_extensions)
@@ -84,11 +89,8 @@ pub(super) async fn check_extensions(source: &Client, replica: &Client) -> Resul
     Err(CopyError::ExtensionsMissing { names })
 }
 
-/// Why owners and privileges cannot be carried over; `None` if they can.
-pub(super) async fn ownership_problem(
-    source: &Client,
-    replica: &Client,
-) -> Result<Option<String>, CopyError> {
+/// The roles that own or may use something in the source's database.
+pub(crate) async fn roles(source: &Client) -> Result<Vec<String>, CopyError> {
     // The role that owns the system (10) is in no dependency; its objects must change hands too.
     const USED: &str = "
         SELECT DISTINCT r.rolname::text
@@ -100,17 +102,24 @@ pub(super) async fn ownership_problem(
            AND o.schema IS DISTINCT FROM 'dr_agent'
            AND NOT (o.type = 'schema' AND o.name = 'dr_agent')
         UNION SELECT rolname::text FROM pg_roles WHERE oid = 10";
-    const FOUND: &str = "
-        SELECT used, r.oid IS NULL,
-               r.oid IS NOT NULL AND pg_has_role(current_user, r.oid, 'MEMBER')
-          FROM unnest($1::text[]) AS used LEFT JOIN pg_roles r ON r.rolname = used ORDER BY 1";
-    let used: Vec<String> = source
+    Ok(source
         .query(USED, &[])
         .await
         .map_err(CopyError::source("read the owners"))?
         .iter()
         .map(|row| row.get(0))
-        .collect();
+        .collect())
+}
+
+/// Why owners and privileges of these roles cannot be carried over; `None` if they can.
+pub(crate) async fn ownership_problem(
+    replica: &Client,
+    used: &[String],
+) -> Result<Option<String>, CopyError> {
+    const FOUND: &str = "
+        SELECT used, r.oid IS NULL,
+               r.oid IS NOT NULL AND pg_has_role(current_user, r.oid, 'MEMBER')
+          FROM unnest($1::text[]) AS used LEFT JOIN pg_roles r ON r.rolname = used ORDER BY 1";
     let rows = replica
         .query(FOUND, &[&used])
         .await
@@ -288,22 +297,37 @@ pub(super) async fn present_post_data(
 }
 
 /// A foreign key of the source, as it was declared; not its copies on partitions.
-#[derive(Clone, Debug)]
-pub(super) struct ForeignKey {
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ForeignKey {
     /// How the archive names it.
-    pub(super) entry: Entry,
+    pub(crate) entry: Entry,
     /// The table that refers.
-    pub(super) table: TableName,
+    pub(crate) table: TableName,
     /// The constraint's name.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// `FOREIGN KEY … REFERENCES …`
     pub(super) definition: String,
     /// The tables referred to; several where the table is partitioned.
-    pub(super) refers_to: Vec<TableName>,
+    pub(crate) refers_to: Vec<TableName>,
+}
+
+impl ForeignKey {
+    /// Why it cannot be there when these tables alone have rows; `None` if it can.
+    pub(crate) fn cannot_hold(&self, filled: &HashSet<TableName>) -> Option<String> {
+        // It would find no rows: those it had, and those a promoted replica gets.
+        let other = self
+            .refers_to
+            .iter()
+            .find(|table| !filled.contains(table))?;
+        Some(format!(
+            "foreign key {} of {}: {other}, which it refers to, is not replicated",
+            self.name, self.table
+        ))
+    }
 }
 
 /// All foreign keys of the source.
-pub(super) async fn foreign_keys(source: &Client) -> Result<Vec<ForeignKey>, CopyError> {
+pub(crate) async fn foreign_keys(source: &Client) -> Result<Vec<ForeignKey>, CopyError> {
     const SQL: &str = "
         SELECT f.oid, n.nspname::text, c.relname::text, f.conname::text,
                pg_get_userbyid(c.relowner)::text, pg_get_constraintdef(f.oid),
@@ -348,7 +372,7 @@ pub(super) async fn foreign_keys(source: &Client) -> Result<Vec<ForeignKey>, Cop
 }
 
 /// Event triggers of our own, which act on the source.
-pub(super) async fn own_event_triggers(source: &Client) -> Result<Vec<Entry>, CopyError> {
+pub(crate) async fn own_event_triggers(source: &Client) -> Result<Vec<Entry>, CopyError> {
     const SQL: &str = "
         SELECT evtname::text, pg_get_userbyid(evtowner)::text
           FROM pg_event_trigger e

@@ -20,24 +20,24 @@ use crate::catalog::{TableName, quote_ident};
 
 /// One table as the copy sees it.
 #[derive(Clone, Debug)]
-pub(super) struct Layout {
+pub(crate) struct Layout {
     /// Its name.
-    pub(super) name: TableName,
+    pub(crate) name: TableName,
     /// Heap pages.
-    pub(super) pages: u32,
+    pub(crate) pages: u32,
     /// Size with TOAST, in bytes.
-    pub(super) bytes: u64,
+    pub(crate) bytes: u64,
     /// A heap table: its ctids mean pages.
-    pub(super) is_heap: bool,
+    pub(crate) is_heap: bool,
     /// Columns that are stored and sent, in order: name and type.
-    pub(super) columns: Vec<(String, String)>,
+    pub(crate) columns: Vec<(String, String)>,
     /// FORMAT binary or text.
-    pub(super) binary: bool,
+    pub(crate) binary: bool,
 }
 
 impl Layout {
     /// The sent columns, quoted, with commas; empty for a table without any.
-    pub(super) fn column_list(&self) -> String {
+    pub(crate) fn column_list(&self) -> String {
         let names: Vec<String> = self
             .columns
             .iter()
@@ -51,7 +51,7 @@ impl Layout {
 const LOCKED_AT_ONCE: usize = 200;
 
 /// Locks the tables against being dropped or rewritten, until the session's transaction ends.
-pub(super) async fn lock(source: &Client, tables: &[TableName]) -> Result<(), CopyError> {
+pub(crate) async fn lock(source: &Client, tables: &[TableName]) -> Result<(), CopyError> {
     for some in tables.chunks(LOCKED_AT_ONCE) {
         let only: Vec<String> = some
             .iter()
@@ -74,7 +74,7 @@ pub(super) async fn lock(source: &Client, tables: &[TableName]) -> Result<(), Co
 }
 
 /// Reads the layouts of `tables`, in their order.
-pub(super) async fn read(source: &Client, tables: &[TableName]) -> Result<Vec<Layout>, CopyError> {
+pub(crate) async fn read(source: &Client, tables: &[TableName]) -> Result<Vec<Layout>, CopyError> {
     const SQL: &str = "
         SELECT c.oid, coalesce(am.amname = 'heap', false),
                c.relfilenode = pg_relation_filenode(c.oid),

@@ -22,20 +22,22 @@
 //! [`crate::error::Class::Transient`] error means "call again with a new snapshot".
 
 mod deferred;
+pub(crate) mod dump;
 mod error;
-mod finish;
+pub(crate) mod finish;
 mod format;
-mod inventory;
-mod layout;
-mod plan;
+pub(crate) mod inventory;
+pub(crate) mod layout;
+pub(crate) mod plan;
 mod progress;
-mod quiet;
+pub(crate) mod quiet;
 mod schema;
-mod session;
-mod table;
+pub(crate) mod session;
+pub(crate) mod table;
 mod table_sync;
-mod toc;
-mod tools;
+pub(crate) mod toc;
+pub(crate) mod tools;
+pub(crate) mod work;
 
 use std::collections::HashSet;
 
@@ -50,7 +52,8 @@ use crate::config::CopySettings;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::stream::StreamName;
 use layout::Layout;
-use session::Sessions;
+use plan::Part;
+use session::{ReplicaSide, SourceSide};
 use table_sync::Ledger;
 
 /// One copy: what, from where, to where.
@@ -110,10 +113,16 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
     if job.tables.is_empty() && !job.whole_schema {
         return Ok(());
     }
-    let (mut sessions, source) = Sessions::begin(job).await?;
+    let role = job.stream.application_name("copy");
+    let (source_side, source) = SourceSide::begin(job.source, role.clone(), job.snapshot).await?;
     let names: Vec<TableName> = job.tables.iter().map(|table| table.name.clone()).collect();
     layout::lock(&source, &names).await?;
-    let replica = sessions.begin_replica().await?;
+    let (replica_side, replica) = ReplicaSide::begin(job.replica, role).await?;
+    let sessions = Sessions {
+        source: source_side,
+        replica: replica_side,
+        settings: job.settings,
+    };
     let ledger = Ledger {
         stream: job.stream,
         snapshot_lsn: job.snapshot_lsn,
@@ -143,7 +152,10 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
         .restore_post_data(&source, &replica, &replicated, one_snapshot)
         .await?;
     quiet::quiet(&replica, observer).await?;
-    finish::set_sequences(&source, &replica, (!job.whole_schema).then_some(&names)).await?;
+    let only = (!job.whole_schema).then_some(names.as_slice());
+    for some in finish::sequences(&source, only).await? {
+        finish::set_sequences(&replica, &some).await?;
+    }
     let pairs: Vec<_> = job
         .tables
         .iter()
@@ -151,8 +163,11 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
         .collect();
     finish::analyze(&replica, &pairs, job.whole_schema).await?;
     if job.whole_schema {
-        finish::refresh_views(&source, &replica, observer).await?;
-        finish::tell_what_is_left(&source, observer).await?;
+        let views = finish::filled_views(&source).await?;
+        finish::refresh_views(&replica, &views, observer).await?;
+        for what in finish::left_behind(&source).await? {
+            leave_out(observer, &what);
+        }
     }
     ledger.ready(&replica, &names).await
 }
@@ -164,16 +179,35 @@ async fn copy_rows(
     observer: &dyn CopyObserver,
     tables_total: usize,
 ) -> Result<(), CopyError> {
+    let parts = parts(layouts, sessions.settings.split_bytes);
+    table::copy_all(sessions, ledger, layouts, &parts, observer, tables_total).await
+}
+
+/// The parts of all tables, in the order in which they are best copied.
+pub(crate) fn parts(layouts: &[Layout], split_bytes: u64) -> Vec<Part> {
     let sizes: Vec<(u32, u64, bool)> = layouts
         .iter()
         .map(|layout| (layout.pages, layout.bytes, layout.is_heap))
         .collect();
-    let parts = plan::order(&sizes, sessions.split_bytes());
-    table::copy_all(sessions, ledger, layouts, parts, observer, tables_total).await
+    plan::order(&sizes, split_bytes)
+}
+
+/// Both servers of one copy.
+struct Sessions<'a> {
+    source: SourceSide<'a>,
+    replica: ReplicaSide<'a>,
+    settings: &'a CopySettings,
+}
+
+impl Sessions<'_> {
+    /// Connection pairs, and jobs of `pg_restore`.
+    fn jobs(&self) -> u16 {
+        self.settings.jobs.max(1)
+    }
 }
 
 /// Says that something of the source will not be on the replica.
-fn leave_out(observer: &dyn CopyObserver, what: &str) {
+pub(crate) fn leave_out(observer: &dyn CopyObserver, what: &str) {
     tracing::warn!(what, "left out of the copy");
     observer.left_out(what);
 }

@@ -13,23 +13,23 @@
 
 /// Pages of a part; `None` where the range is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Pages {
+pub(crate) struct Pages {
     /// First page.
-    pub(super) from: Option<u32>,
+    pub(crate) from: Option<u32>,
     /// First page of the next part.
-    pub(super) to: Option<u32>,
+    pub(crate) to: Option<u32>,
 }
 
 impl Pages {
     /// The whole table.
-    pub(super) const ALL: Self = Self {
+    pub(crate) const ALL: Self = Self {
         from: None,
         to: None,
     };
 
     /// The condition on ctid, with its WHERE; empty for the whole table. PostgreSQL 14 and later
     /// read only the pages in the range (TID range scan).
-    pub(super) fn condition(self) -> String {
+    pub(crate) fn condition(self) -> String {
         match (self.from, self.to) {
             (None, None) => String::new(),
             (None, Some(to)) => format!(" WHERE ctid < '({to},0)'::tid"),
@@ -69,18 +69,18 @@ pub(super) fn split(pages: u32, bytes: u64, split_bytes: u64) -> Vec<Pages> {
 
 /// One piece of work: a table, or a range of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Part {
+pub(crate) struct Part {
     /// Index of the table in the caller's list.
-    pub(super) table: usize,
+    pub(crate) table: usize,
     /// Which pages.
-    pub(super) pages: Pages,
+    pub(crate) pages: Pages,
     /// Estimate of its size, in bytes on the source's disk.
-    pub(super) bytes: u64,
+    pub(crate) bytes: u64,
 }
 
 /// All parts of all tables, biggest first: the last piece of work is then a small one, and the
 /// connections finish together. `tables` holds heap pages, bytes, and whether it may be split.
-pub(super) fn order(tables: &[(u32, u64, bool)], split_bytes: u64) -> Vec<Part> {
+pub(crate) fn order(tables: &[(u32, u64, bool)], split_bytes: u64) -> Vec<Part> {
     let mut parts: Vec<Part> = tables
         .iter()
         .enumerate()
@@ -108,7 +108,7 @@ pub(super) fn order(tables: &[(u32, u64, bool)], split_bytes: u64) -> Vec<Part> 
 /// Sizes on disk (bloat, alignment, compression) and sizes in a COPY stream differ by a factor that
 /// is about the same for all tables of a database; the finished parts tell which.
 #[derive(Debug)]
-pub(super) struct Estimate {
+pub(crate) struct Estimate {
     planned: u64,
     planned_finished: u64,
     sent_finished: u64,

@@ -32,7 +32,7 @@ const FIRING: &str = "
      ORDER BY 1";
 
 /// Quiets the replica's triggers, rules and event triggers.
-pub(super) async fn quiet(replica: &Client, observer: &dyn CopyObserver) -> Result<(), CopyError> {
+pub(crate) async fn quiet(replica: &Client, observer: &dyn CopyObserver) -> Result<(), CopyError> {
     let firing = replica
         .query(FIRING, &[])
         .await

@@ -1,5 +1,5 @@
-//! The sessions of a copy, on both servers, and getting rid of those an earlier copy left behind on
-//! the replica.
+//! The sessions of a copy or a base backup, on both servers, and getting rid of those an earlier one
+//! left behind where it wrote.
 //!
 //! # Invariants
 //! - Text means the same on both sides: dates, intervals, floats, money, time zone and encoding are
@@ -11,14 +11,13 @@
 
 use tokio_postgres::Client;
 
-use super::CopyJob;
 use super::error::CopyError;
 use super::tools::Environment;
 use crate::catalog::{quote_literal, server_version};
-use crate::pg::{Session, connect, leftover};
+use crate::pg::{ConnInfo, Session, connect, leftover};
 
 /// Settings that decide how values look as text.
-const VALUES: [(&str, &str); 10] = [
+pub(crate) const VALUES: [(&str, &str); 10] = [
     ("DateStyle", "ISO"),
     ("IntervalStyle", "postgres"),
     ("TimeZone", "UTC"),
@@ -48,111 +47,81 @@ const WRITING: [(&str, &str); 3] = [
 /// silence helps nobody; the next attempt comes with a new snapshot.
 const SOURCE_LOCK_TIMEOUT: &str = "60s";
 
-/// Opens the sessions of one copy.
-pub(super) struct Sessions<'a> {
-    job: &'a CopyJob<'a>,
+/// Opens sessions on the source that see one exported snapshot.
+pub(crate) struct SourceSide<'a> {
+    conninfo: &'a ConnInfo,
     application_name: String,
-    source_version_num: i32,
-    replica_version_num: i32,
+    snapshot: &'a str,
+    version_num: i32,
 }
 
-impl<'a> Sessions<'a> {
-    /// Opens the first session on the source, at the snapshot.
+impl<'a> SourceSide<'a> {
+    /// Opens the first session, at the snapshot.
     ///
     /// Nothing is done before it: until that session has locked the tables, the source may still truncate or
     /// rewrite one, and the snapshot is lost.
-    pub(super) async fn begin(job: &'a CopyJob<'a>) -> Result<(Self, Client), CopyError> {
-        let mut sessions = Self {
-            job,
-            application_name: job.stream.application_name("copy"),
-            source_version_num: 0,
-            replica_version_num: 0,
+    pub(crate) async fn begin(
+        conninfo: &'a ConnInfo,
+        application_name: String,
+        snapshot: &'a str,
+    ) -> Result<(Self, Client), CopyError> {
+        let mut side = Self {
+            conninfo,
+            application_name,
+            snapshot,
+            version_num: 0,
         };
-        let source = sessions.source().await?;
-        sessions.see_snapshot(&source).await?;
-        let asking = |error| CopyError::Source {
-            doing: "ask for the version".to_owned(),
-            source: error,
-        };
-        sessions.source_version_num = server_version(&source).await.map_err(asking)?;
-        sessions.lift_transaction_timeout(&source).await?;
-        Ok((sessions, source))
-    }
-
-    /// Opens the first session on the replica and ends what an earlier copy left behind there.
-    pub(super) async fn begin_replica(&mut self) -> Result<Client, CopyError> {
-        let replica = self.replica().await?;
-        let asking = |error| CopyError::Replica {
-            doing: "ask for the version".to_owned(),
-            source: error,
-        };
-        self.replica_version_num = server_version(&replica).await.map_err(asking)?;
-        leftover::end_sessions(&replica, &self.application_name)
+        let client = side.at_snapshot().await?;
+        side.version_num = server_version(&client)
             .await
-            .map_err(|error| CopyError::Replica {
-                doing: "end the sessions of an earlier copy".to_owned(),
-                source: error,
+            .map_err(|source| CopyError::Source {
+                doing: "ask for the version".to_owned(),
+                source,
             })?;
-        if self.replica_version_num >= 170_000 {
-            replica
-                .batch_execute("SET transaction_timeout = 0")
-                .await
-                .map_err(CopyError::replica("set up a session"))?;
-        }
-        Ok(replica)
+        side.lift_transaction_timeout(&client).await?;
+        Ok((side, client))
     }
 
-    /// `server_version_num` of the source.
-    pub(super) fn source_version_num(&self) -> i32 {
-        self.source_version_num
+    /// `server_version_num`.
+    pub(crate) fn version_num(&self) -> i32 {
+        self.version_num
     }
 
-    /// `server_version_num` of the replica.
-    pub(super) fn replica_version_num(&self) -> i32 {
-        self.replica_version_num
+    /// The exported snapshot's name.
+    pub(crate) fn snapshot(&self) -> &str {
+        self.snapshot
     }
 
-    /// Connection pairs, and jobs of `pg_restore`.
-    pub(super) fn jobs(&self) -> u16 {
-        self.job.settings.jobs.max(1)
+    /// What `pg_dump` needs to reach the source.
+    pub(crate) fn environment(&self) -> Environment {
+        Environment::new(self.conninfo, &self.application_name, &[])
     }
 
-    /// Tables larger than this are split.
-    pub(super) fn split_bytes(&self) -> u64 {
-        self.job.settings.split_bytes
-    }
-
-    /// A session on the source, outside any transaction.
-    pub(super) async fn source(&self) -> Result<Client, CopyError> {
+    /// A session in a read-only transaction that sees the exported snapshot.
+    pub(crate) async fn at_snapshot(&self) -> Result<Client, CopyError> {
         let mut session = Session::new(&self.application_name);
         for (name, value) in VALUES.into_iter().chain(NO_TIMEOUTS) {
             session = session.set(name, value);
         }
         let session = session.set("lock_timeout", SOURCE_LOCK_TIMEOUT);
-        let opened = connect(self.job.source, &session).await;
+        let opened = connect(self.conninfo, &session).await;
         let client = opened.map_err(|source| CopyError::Source {
             doing: "open a session".to_owned(),
             source,
         })?;
         self.lift_transaction_timeout(&client).await?;
+        self.see_snapshot(&client).await?;
         Ok(client)
     }
 
-    async fn lift_transaction_timeout(&self, source: &Client) -> Result<(), CopyError> {
-        if self.source_version_num >= 170_000 {
-            source
+    async fn lift_transaction_timeout(&self, client: &Client) -> Result<(), CopyError> {
+        if self.version_num >= 170_000 {
+            client
                 .batch_execute("SET transaction_timeout = 0")
                 .await
                 .map_err(CopyError::source("set up a session"))?;
         }
         Ok(())
-    }
-
-    /// A session on the source, in a read-only transaction that sees the exported snapshot.
-    pub(super) async fn source_at_snapshot(&self) -> Result<Client, CopyError> {
-        let client = self.source().await?;
-        self.see_snapshot(&client).await?;
-        Ok(client)
     }
 
     async fn see_snapshot(&self, client: &Client) -> Result<(), CopyError> {
@@ -162,7 +131,7 @@ impl<'a> Sessions<'a> {
             .map_err(CopyError::source("begin"))?;
         let import = format!(
             "SET TRANSACTION SNAPSHOT {}",
-            quote_literal(self.job.snapshot).trim_start()
+            quote_literal(self.snapshot).trim_start()
         );
         client.batch_execute(&import).await.map_err(|error| {
             // invalid_parameter_value, object_not_in_prerequisite_state, undefined_object (17+).
@@ -177,35 +146,75 @@ impl<'a> Sessions<'a> {
         })?;
         Ok(())
     }
+}
 
-    /// A session on the replica that may write.
-    pub(super) async fn replica(&self) -> Result<Client, CopyError> {
+/// Opens sessions on the database that is written: the replica's, or an empty one that a base backup fills.
+pub(crate) struct ReplicaSide<'a> {
+    conninfo: &'a ConnInfo,
+    application_name: String,
+    version_num: i32,
+}
+
+impl<'a> ReplicaSide<'a> {
+    /// Opens the first session and ends what an earlier copy left behind.
+    pub(crate) async fn begin(
+        conninfo: &'a ConnInfo,
+        application_name: String,
+    ) -> Result<(Self, Client), CopyError> {
+        let mut side = Self {
+            conninfo,
+            application_name,
+            version_num: 0,
+        };
+        let client = side.open().await?;
+        let asking = |error| CopyError::Replica {
+            doing: "ask for the version".to_owned(),
+            source: error,
+        };
+        side.version_num = server_version(&client).await.map_err(asking)?;
+        leftover::end_sessions(&client, &side.application_name)
+            .await
+            .map_err(|error| CopyError::Replica {
+                doing: "end the sessions of an earlier copy".to_owned(),
+                source: error,
+            })?;
+        side.lift_transaction_timeout(&client).await?;
+        Ok((side, client))
+    }
+
+    /// `server_version_num`.
+    pub(crate) fn version_num(&self) -> i32 {
+        self.version_num
+    }
+
+    /// What `pg_restore` needs to write.
+    pub(crate) fn environment(&self) -> Environment {
+        Environment::new(self.conninfo, &self.application_name, &WRITING)
+    }
+
+    /// A session that may write.
+    pub(crate) async fn open(&self) -> Result<Client, CopyError> {
         let mut session = Session::new(&self.application_name);
         for (name, value) in VALUES.into_iter().chain(NO_TIMEOUTS).chain(WRITING) {
             session = session.set(name, value);
         }
         let session = session.set("lock_timeout", "0");
-        let opened = connect(self.job.replica, &session).await;
+        let opened = connect(self.conninfo, &session).await;
         let client = opened.map_err(|source| CopyError::Replica {
             doing: "open a session".to_owned(),
             source,
         })?;
-        if self.replica_version_num >= 170_000 {
+        self.lift_transaction_timeout(&client).await?;
+        Ok(client)
+    }
+
+    async fn lift_transaction_timeout(&self, client: &Client) -> Result<(), CopyError> {
+        if self.version_num >= 170_000 {
             client
                 .batch_execute("SET transaction_timeout = 0")
                 .await
                 .map_err(CopyError::replica("set up a session"))?;
         }
-        Ok(client)
-    }
-
-    /// What `pg_dump` needs to reach the source.
-    pub(super) fn source_environment(&self) -> Environment {
-        Environment::new(self.job.source, &self.application_name, &[])
-    }
-
-    /// What `pg_restore` needs to write to the replica.
-    pub(super) fn replica_environment(&self) -> Environment {
-        Environment::new(self.job.replica, &self.application_name, &WRITING)
+        Ok(())
     }
 }

@@ -11,93 +11,58 @@
 //!   source down.
 //! - Dropping the future at any point leaves at most a `copying` table, which is emptied again.
 
-use std::collections::VecDeque;
 use std::pin::pin;
-use std::sync::Mutex;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{SinkExt as _, StreamExt as _, future};
 use tokio_postgres::Client;
 
+use super::Sessions;
 use super::error::CopyError;
 use super::layout::Layout;
-use super::plan::{Estimate, Part};
+use super::plan::Part;
 use super::progress::CopyObserver;
-use super::session::Sessions;
 use super::table_sync::Ledger;
+use super::work::{Taken, Work};
+use crate::catalog::TableName;
 
 /// Rows are handed to the replica in pieces of this size: one write and one message for hundreds of
 /// rows. Larger gains nothing, smaller costs system calls.
-const CHUNK_BYTES: usize = 64 * 1024;
+pub(crate) const CHUNK_BYTES: usize = 64 * 1024;
 
 /// What is shared by the connection pairs of one copy.
 struct Shared<'a> {
     layouts: &'a [Layout],
     ledger: Ledger<'a>,
-    observer: &'a dyn CopyObserver,
-    state: Mutex<State>,
-    tables_total: usize,
-}
-
-struct State {
-    queue: VecDeque<Part>,
-    tables: Vec<TableState>,
-    tables_done: usize,
-    estimate: Estimate,
-}
-
-#[derive(Clone, Copy, Default)]
-struct TableState {
-    parts: usize,
-    parts_done: usize,
-    rows: u64,
-    bytes: u64,
+    work: Work<'a>,
 }
 
 /// Copies the rows of all `layouts`, whose `parts` are in the order in which they are taken.
-/// `tables_total` and `tables_done` include tables that hold their rows already.
+/// `tables_total` includes tables that hold their rows already.
 pub(super) async fn copy_all(
     sessions: &Sessions<'_>,
     ledger: Ledger<'_>,
     layouts: &[Layout],
-    parts: Vec<Part>,
+    parts: &[Part],
     observer: &dyn CopyObserver,
     tables_total: usize,
 ) -> Result<(), CopyError> {
-    let mut tables = vec![TableState::default(); layouts.len()];
-    for part in &parts {
-        tables[part.table].parts += 1;
-    }
-    let planned = parts.iter().map(|part| part.bytes).sum();
     let pairs = usize::from(sessions.jobs()).min(parts.len());
-    let tables_done = tables_total - layouts.len();
-    observer.planned(planned);
-    observer.tables(tables_total, tables_done);
-
-    let several: Vec<&Layout> = layouts
-        .iter()
-        .zip(&tables)
-        .filter(|(_, state)| state.parts > 1)
-        .map(|(layout, _)| layout)
-        .collect();
+    let names = layouts.iter().map(|layout| &layout.name).collect();
+    let work = Work::new(names, parts, tables_total, observer);
+    let several = work.split_tables();
     if !several.is_empty() {
-        empty_first(&sessions.replica().await?, ledger, &several).await?;
+        let several: Vec<&Layout> = several.into_iter().map(|table| &layouts[table]).collect();
+        empty_first(&sessions.replica.open().await?, ledger, &several).await?;
     }
     let shared = Shared {
         layouts,
         ledger,
-        observer,
-        state: Mutex::new(State {
-            queue: parts.into(),
-            tables,
-            tables_done,
-            estimate: Estimate::new(planned),
-        }),
-        tables_total,
+        work,
     };
     // All pairs run on this task: they only wait for sockets, whose protocol work is done by the
     // connections' own tasks. The first error drops the others, and with them their transactions.
-    let pairs = (0..pairs).map(|_| Box::pin(work(sessions, &shared)));
+    let pairs = (0..pairs).map(|_| Box::pin(work_through(sessions, &shared)));
     future::try_join_all(pairs).await?;
     Ok(())
 }
@@ -111,70 +76,34 @@ async fn empty_first(
     for layout in layouts {
         begin(replica).await?;
         ledger.claim(replica, &layout.name).await?;
-        empty(replica, layout).await?;
+        empty(replica, &layout.name).await?;
         commit(replica).await?;
     }
     Ok(())
 }
 
 /// One connection pair: takes parts until there are none.
-async fn work(sessions: &Sessions<'_>, shared: &Shared<'_>) -> Result<(), CopyError> {
-    let source = sessions.source_at_snapshot().await?;
-    let replica = sessions.replica().await?;
-    while let Some((part, is_whole)) = shared.take() {
+async fn work_through(sessions: &Sessions<'_>, shared: &Shared<'_>) -> Result<(), CopyError> {
+    let source = sessions.source.at_snapshot().await?;
+    let replica = sessions.replica.open().await?;
+    while let Some(Taken { part, is_whole, .. }) = shared.work.take() {
         let layout = &shared.layouts[part.table];
         let (rows, bytes) = if is_whole {
             copy_whole(&source, &replica, shared, layout, &part).await?
         } else {
             copy_part(&source, &replica, shared, layout, &part).await?
         };
-        if let Some(whole) = shared.finish(&part, rows, bytes) {
+        if let Some(whole) = shared.work.finish(&part, rows, bytes) {
             if !is_whole {
                 let ledger = shared.ledger;
                 ledger
                     .copied(&replica, &layout.name, whole.rows, whole.bytes)
                     .await?;
             }
-            shared.announce(layout, whole.rows);
+            shared.work.announce(part.table, whole.rows);
         }
     }
     Ok(())
-}
-
-impl Shared<'_> {
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().expect("no holder of this lock panics")
-    }
-
-    fn take(&self) -> Option<(Part, bool)> {
-        let mut state = self.state();
-        let part = state.queue.pop_front()?;
-        let is_whole = state.tables[part.table].parts == 1;
-        Some((part, is_whole))
-    }
-
-    /// Counts a finished part; returns the table's sums when it was the last one.
-    fn finish(&self, part: &Part, rows: u64, bytes: u64) -> Option<TableState> {
-        let mut state = self.state();
-        let planned = state.estimate.finished(part.bytes, bytes);
-        let table = &mut state.tables[part.table];
-        table.parts_done += 1;
-        table.rows += rows;
-        table.bytes += bytes;
-        let table = *table;
-        drop(state);
-        self.observer.planned(planned);
-        (table.parts_done == table.parts).then_some(table)
-    }
-
-    fn announce(&self, layout: &Layout, rows: u64) {
-        let mut state = self.state();
-        state.tables_done += 1;
-        let done = state.tables_done;
-        drop(state);
-        self.observer.table_ready(&layout.name, rows);
-        self.observer.tables(self.tables_total, done);
-    }
 }
 
 async fn copy_whole(
@@ -189,9 +118,16 @@ async fn copy_whole(
     ledger.claim(replica, &layout.name).await?;
     begin(replica).await?;
     ledger.hold(replica, &layout.name).await?;
-    let may_freeze = empty(replica, layout).await?;
-    let (rows, bytes) =
-        pass_through(source, replica, shared.observer, layout, part, may_freeze).await?;
+    let may_freeze = empty(replica, &layout.name).await?;
+    let (rows, bytes) = pass_through(
+        source,
+        replica,
+        shared.work.observer(),
+        layout,
+        part,
+        may_freeze,
+    )
+    .await?;
     ledger.copied(replica, &layout.name, rows, bytes).await?;
     commit(replica).await?;
     Ok((rows, bytes))
@@ -206,19 +142,20 @@ async fn copy_part(
 ) -> Result<(u64, u64), CopyError> {
     begin(replica).await?;
     shared.ledger.hold(replica, &layout.name).await?;
-    let counted = pass_through(source, replica, shared.observer, layout, part, false).await?;
+    let counted =
+        pass_through(source, replica, shared.work.observer(), layout, part, false).await?;
     commit(replica).await?;
     Ok(counted)
 }
 
-async fn begin(replica: &Client) -> Result<(), CopyError> {
+pub(crate) async fn begin(replica: &Client) -> Result<(), CopyError> {
     replica
         .batch_execute("BEGIN")
         .await
         .map_err(CopyError::replica("begin"))
 }
 
-async fn commit(replica: &Client) -> Result<(), CopyError> {
+pub(crate) async fn commit(replica: &Client) -> Result<(), CopyError> {
     replica
         .batch_execute("COMMIT")
         .await
@@ -229,46 +166,58 @@ async fn commit(replica: &Client) -> Result<(), CopyError> {
 ///
 /// A table that a foreign key refers to cannot be truncated without those that refer to it, whatever
 /// session_replication_role says; it is there only if the schema was put there by hand.
-async fn empty(replica: &Client, layout: &Layout) -> Result<bool, CopyError> {
+pub(crate) async fn empty(replica: &Client, table: &TableName) -> Result<bool, CopyError> {
     const REFERRED_TO: &str = "
         SELECT EXISTS (SELECT 1 FROM pg_constraint
                         WHERE contype = 'f' AND confrelid = $1::text::regclass
                           AND conrelid <> confrelid)";
-    let table = layout.name.sql();
+    let sql = table.sql();
     let row = replica
-        .query_one(REFERRED_TO, &[&table])
+        .query_one(REFERRED_TO, &[&sql])
         .await
         .map_err(CopyError::replica("look for foreign keys"))?;
     let referred_to: bool = row.get(0);
     let statement = if referred_to {
-        format!("DELETE FROM ONLY {table}")
+        format!("DELETE FROM ONLY {sql}")
     } else {
-        format!("TRUNCATE ONLY {table}")
+        format!("TRUNCATE ONLY {sql}")
     };
     replica
         .batch_execute(&statement)
         .await
-        .map_err(CopyError::replica(format!("empty table {}", layout.name)))?;
+        .map_err(CopyError::replica(format!("empty table {table}")))?;
     Ok(!referred_to)
 }
 
-fn statements(layout: &Layout, part: &Part, freeze: bool) -> (String, String) {
-    let (table, columns) = (layout.name.sql(), layout.column_list());
-    let format = if layout.binary { "binary" } else { "text" };
-    let freeze = if freeze { ", FREEZE" } else { "" };
+/// COPY of a part out of the source.
+pub(crate) fn copy_out(layout: &Layout, part: &Part) -> String {
+    format!(
+        "COPY (SELECT {} FROM ONLY {}{}) TO STDOUT (FORMAT {})",
+        layout.column_list(),
+        layout.name.sql(),
+        part.pages.condition(),
+        format_of(layout.binary)
+    )
+}
+
+/// COPY of these columns into a table.
+pub(crate) fn copy_in(table: &TableName, column_list: &str, binary: bool, freeze: bool) -> String {
     // COPY knows no empty column list; without one it takes the columns that are not generated.
-    let into = if columns.is_empty() {
+    let columns = if column_list.is_empty() {
         String::new()
     } else {
-        format!(" ({columns})")
+        format!(" ({column_list})")
     };
-    (
-        format!(
-            "COPY (SELECT {columns} FROM ONLY {table}{}) TO STDOUT (FORMAT {format})",
-            part.pages.condition()
-        ),
-        format!("COPY {table}{into} FROM STDIN (FORMAT {format}{freeze})"),
+    let freeze = if freeze { ", FREEZE" } else { "" };
+    format!(
+        "COPY {}{columns} FROM STDIN (FORMAT {}{freeze})",
+        table.sql(),
+        format_of(binary)
     )
+}
+
+fn format_of(binary: bool) -> &'static str {
+    if binary { "binary" } else { "text" }
 }
 
 async fn pass_through(
@@ -279,7 +228,8 @@ async fn pass_through(
     part: &Part,
     freeze: bool,
 ) -> Result<(u64, u64), CopyError> {
-    let (out, into) = statements(layout, part, freeze);
+    let out = copy_out(layout, part);
+    let into = copy_in(&layout.name, &layout.column_list(), layout.binary, freeze);
     let reading = || CopyError::source(format!("read table {}", layout.name));
     let writing = || CopyError::replica(format!("write table {}", layout.name));
     let stream = source.copy_out(&out).await.map_err(reading())?;
@@ -324,11 +274,12 @@ async fn pass_through(
 /// Counts the rows the source sends. The driver does not pass the COPY tag on, but the backend sends
 /// each row as a message of its own (PostgreSQL documentation, "Frontend/Backend Protocol", COPY
 /// Operations). In binary the header precedes the first row in its message, and a trailer ends the stream.
-struct RowCounter {
+pub(crate) struct RowCounter {
     binary: bool,
     header_seen: bool,
     trailer_seen: bool,
-    rows: u64,
+    /// Rows so far.
+    pub(crate) rows: u64,
 }
 
 /// PostgreSQL documentation, COPY, "Binary Format": signature, flags, length of the extension.
@@ -336,7 +287,8 @@ const HEADER_BYTES: usize = 19;
 const TRAILER: [u8; 2] = [0xff, 0xff];
 
 impl RowCounter {
-    fn new(binary: bool) -> Self {
+    /// For a stream in binary or text format.
+    pub(crate) fn new(binary: bool) -> Self {
         Self {
             binary,
             header_seen: false,
@@ -345,7 +297,8 @@ impl RowCounter {
         }
     }
 
-    fn see(&mut self, message: &[u8]) {
+    /// Looks at one message.
+    pub(crate) fn see(&mut self, message: &[u8]) {
         let mut rest = message;
         if self.binary {
             if !self.header_seen {
@@ -372,7 +325,6 @@ impl RowCounter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::TableName;
     use crate::snapshot::plan::Pages;
 
     const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
@@ -427,19 +379,20 @@ mod tests {
             },
             bytes: 1,
         };
-        let (out, into) = statements(&layout, &part, false);
         assert_eq!(
-            out,
+            copy_out(&layout, &part),
             "COPY (SELECT \"a\", \"B c\" FROM ONLY \"s\".\"t\" WHERE ctid >= '(3,0)'::tid) \
              TO STDOUT (FORMAT binary)"
         );
         assert_eq!(
-            into,
+            copy_in(&layout.name, &layout.column_list(), true, false),
             "COPY \"s\".\"t\" (\"a\", \"B c\") FROM STDIN (FORMAT binary)"
         );
         layout.columns.clear();
         layout.binary = false;
-        let (_, into) = statements(&layout, &part, true);
-        assert_eq!(into, "COPY \"s\".\"t\" FROM STDIN (FORMAT text, FREEZE)");
+        assert_eq!(
+            copy_in(&layout.name, &layout.column_list(), false, true),
+            "COPY \"s\".\"t\" FROM STDIN (FORMAT text, FREEZE)"
+        );
     }
 }

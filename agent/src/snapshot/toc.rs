@@ -9,9 +9,11 @@
 
 use std::collections::HashSet;
 
+use serde::{Deserialize, Serialize};
+
 /// One object as the archive names it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Entry {
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(crate) struct Entry {
     /// `INDEX`, `FK CONSTRAINT`, `TRIGGER`, …
     pub(super) kind: String,
     /// Schema; `None` for objects without one.
@@ -38,14 +40,14 @@ impl Entry {
 
 /// What is left out of a listing.
 #[derive(Debug, Default)]
-pub(super) struct LeftOut {
+pub(crate) struct LeftOut {
     lines: HashSet<String>,
     kinds: Vec<&'static str>,
 }
 
 impl LeftOut {
     /// Leaves one object out.
-    pub(super) fn entry(&mut self, entry: &Entry) {
+    pub(crate) fn entry(&mut self, entry: &Entry) {
         self.lines.insert(entry.line());
     }
 

@@ -19,11 +19,11 @@ use crate::pg::ConnInfo;
 
 /// A version of PostgreSQL's programs or server.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Version {
+pub(crate) struct Version {
     /// 16 of 16.4.
-    pub(super) major: u32,
+    pub(crate) major: u32,
     /// 16.4, 17beta1.
-    pub(super) text: String,
+    pub(crate) text: String,
 }
 
 impl Version {
@@ -52,10 +52,10 @@ impl Version {
 
 /// A pair of tools that can dump the source.
 #[derive(Clone, Debug)]
-pub(super) struct Tools {
+pub(crate) struct Tools {
     directory: PathBuf,
     /// Their version.
-    pub(super) version: Version,
+    pub(crate) version: Version,
 }
 
 impl fmt::Display for Tools {
@@ -99,7 +99,7 @@ fn directories(pg_bin: Option<&Path>, path: Option<&OsStr>) -> Vec<PathBuf> {
 
 impl Tools {
     /// Finds tools that can dump a source of this `server_version_num`.
-    pub(super) async fn find(
+    pub(crate) async fn find(
         pg_bin: Option<&Path>,
         source_version_num: i32,
     ) -> Result<Self, CopyError> {
@@ -135,6 +135,24 @@ impl Tools {
         arguments: &[String],
     ) -> Result<String, CopyError> {
         self.run("pg_restore", server, doing, arguments).await
+    }
+
+    /// Runs `pg_dumpall` for the roles alone, without their passwords; returns the SQL.
+    pub(crate) async fn roles(
+        &self,
+        server: &Environment,
+        database: &str,
+    ) -> Result<String, CopyError> {
+        let mut arguments = ["--roles-only", "--no-role-passwords", "--no-password"]
+            .map(str::to_owned)
+            .to_vec();
+        // Without it the database "postgres" is asked, where we may have no business. Such a name
+        // would be read as a connection string.
+        if !database.contains('=') && !database.starts_with("postgres") {
+            arguments.push(format!("--database={database}"));
+        }
+        self.run("pg_dumpall", Some(server), "dump the roles", &arguments)
+            .await
     }
 
     async fn run(
@@ -241,7 +259,7 @@ fn choose(candidates: Vec<Candidate>, source: &Version) -> Result<Tools, CopyErr
 
 /// The environment a tool needs to reach one server.
 #[derive(Clone)]
-pub(super) struct Environment(Vec<(String, String)>);
+pub(crate) struct Environment(Vec<(String, String)>);
 
 impl Environment {
     /// For sessions that show as `application_name` and start with `settings`.

@@ -1,0 +1,200 @@
+//! One `pg_dump` file in a directory of its own: written from the source, read back as SQL or restored.
+//!
+//! Used by the schema of the initial copy and by base backups. What of the file is used is the caller's
+//! to say ([`LeftOut`]), what of it exists where is not known here.
+//!
+//! # Invariants
+//! - Objects of schema `dr_agent`, publications and subscriptions of the source stay there.
+//! - The directory goes when the value is dropped.
+
+use std::path::PathBuf;
+
+use super::error::CopyError;
+use super::session::{ReplicaSide, SourceSide};
+use super::toc::{LeftOut, server_script, table_pattern};
+use super::tools::Tools;
+use crate::catalog::TableName;
+
+/// Newest replica that does not know `transaction_timeout`, and oldest `pg_restore` that sets it.
+const TRANSACTION_TIMEOUT_SINCE: u32 = 17;
+
+/// What rows need: tables, types, functions.
+pub(crate) const PRE_DATA: &str = "--section=pre-data";
+
+/// What needs rows: indexes, constraints, triggers.
+pub(crate) const POST_DATA: &str = "--section=post-data";
+
+/// A directory for `pg_dump` files and the lists made of them.
+pub(crate) struct Dump {
+    tools: Tools,
+    directory: tempfile::TempDir,
+    /// Options of every restore.
+    ownership: &'static [&'static str],
+}
+
+impl Dump {
+    /// An empty directory.
+    pub(crate) fn new(tools: Tools) -> Result<Self, CopyError> {
+        let directory = tempfile::tempdir().map_err(|source| CopyError::ToolStart {
+            program: "pg_dump (a directory for its archive)".to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            tools,
+            directory,
+            ownership: &[],
+        })
+    }
+
+    /// Leaves owners and privileges out of what is restored.
+    pub(crate) fn leave_out_ownership(&mut self) {
+        self.ownership = &["--no-owner", "--no-privileges"];
+    }
+
+    /// The programs.
+    pub(crate) fn tools(&self) -> &Tools {
+        &self.tools
+    }
+
+    /// Where a file of this name is, or would be.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Dumps the schema of `tables`, or of the whole database where there are none.
+    pub(crate) async fn take(
+        &self,
+        source: &SourceSide<'_>,
+        name: &str,
+        tables: &[TableName],
+    ) -> Result<(), CopyError> {
+        let mut arguments: Vec<String> = [
+            "--format=custom",
+            "--schema-only",
+            "--no-password",
+            "--no-publications",
+            "--no-subscriptions",
+            "--no-tablespaces",
+            "--encoding=UTF8",
+            "--lock-wait-timeout=60s",
+            "--exclude-schema=dr_agent",
+        ]
+        .map(str::to_owned)
+        .into();
+        arguments.push(format!("--snapshot={}", source.snapshot()));
+        arguments.push(format!("--file={}", self.path(name).display()));
+        if !tables.is_empty() {
+            arguments.push("--strict-names".to_owned());
+            arguments.extend(
+                tables
+                    .iter()
+                    .map(|table| format!("--table={}", table_pattern(table))),
+            );
+        }
+        let environment = source.environment();
+        self.tools
+            .dump(&environment, "dump the source's schema", &arguments)
+            .await
+    }
+
+    /// The SQL of a section, as a server of this version understands it; 0 means every version.
+    pub(crate) async fn script(
+        &self,
+        name: &str,
+        left_out: &LeftOut,
+        section: &str,
+        version_num: i32,
+    ) -> Result<String, CopyError> {
+        let Some(list) = self.list(name, left_out, section).await? else {
+            return Ok(String::new());
+        };
+        let mut arguments = vec![
+            "--file=-".to_owned(),
+            section.to_owned(),
+            format!("--use-list={}", list.display()),
+        ];
+        arguments.extend(self.ownership.iter().map(|&option| option.to_owned()));
+        arguments.push(self.path(name).display().to_string());
+        let script = self
+            .tools
+            .restore(None, "write the schema as SQL", &arguments)
+            .await?;
+        Ok(server_script(&script, version_num))
+    }
+
+    /// Writes the list of a section without what is left out; `None` where nothing remains.
+    async fn list(
+        &self,
+        name: &str,
+        left_out: &LeftOut,
+        section: &str,
+    ) -> Result<Option<PathBuf>, CopyError> {
+        let arguments = [
+            "--list".to_owned(),
+            section.to_owned(),
+            self.path(name).display().to_string(),
+        ];
+        let listing = self
+            .tools
+            .restore(None, "list the schema", &arguments)
+            .await?;
+        let (list, remains) = left_out.filter(&listing);
+        if !remains {
+            return Ok(None);
+        }
+        let path = self.path("list");
+        tokio::fs::write(&path, list)
+            .await
+            .map_err(|source| CopyError::ToolStart {
+                program: "pg_restore (its list)".to_owned(),
+                source,
+            })?;
+        Ok(Some(path))
+    }
+
+    /// Builds indexes, constraints, triggers and rules, `jobs` at a time.
+    pub(crate) async fn build(
+        &self,
+        name: &str,
+        left_out: &LeftOut,
+        replica: &ReplicaSide<'_>,
+        jobs: u16,
+    ) -> Result<(), CopyError> {
+        let refuses_settings = self.tools.version.major >= TRANSACTION_TIMEOUT_SINCE
+            && replica.version_num() / 10_000 < TRANSACTION_TIMEOUT_SINCE as i32;
+        if refuses_settings {
+            // Its sessions begin with a setting the replica does not know. One session of ours
+            // leaves that out; slower, since it is one.
+            let version_num = replica.version_num();
+            let script = self.script(name, left_out, POST_DATA, version_num).await?;
+            let client = replica.open().await?;
+            return client
+                .batch_execute(&script)
+                .await
+                .map_err(CopyError::replica("build indexes and constraints"));
+        }
+        let Some(list) = self.list(name, left_out, POST_DATA).await? else {
+            return Ok(());
+        };
+        let mut arguments = vec![
+            // PGDATABASE names the database; given here it would be read as a connection string.
+            "--dbname=".to_owned(),
+            "--no-password".to_owned(),
+            "--exit-on-error".to_owned(),
+            POST_DATA.to_owned(),
+            format!("--jobs={jobs}"),
+            format!("--use-list={}", list.display()),
+        ];
+        arguments.extend(self.ownership.iter().map(|&option| option.to_owned()));
+        arguments.push(self.path(name).display().to_string());
+        let environment = replica.environment();
+        self.tools
+            .restore(
+                Some(&environment),
+                "build indexes and constraints",
+                &arguments,
+            )
+            .await?;
+        Ok(())
+    }
+}
