@@ -11,6 +11,7 @@
 //! [`promote`] ends it.
 
 pub mod backoff;
+pub mod backup;
 pub mod batch;
 pub mod catalog;
 pub mod changes;

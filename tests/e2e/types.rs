@@ -76,7 +76,7 @@ fn a_value_of_any_type_arrives_as_it_was() {
     drop(site);
 }
 
-async fn tables_of_every_type() -> (Site, Database, Vec<Kind>) {
+pub(crate) async fn tables_of_every_type() -> (Site, Database, Vec<Kind>) {
     let site = Site::shared().await;
     let database = site.database("types").await;
     let source = database.source().await;

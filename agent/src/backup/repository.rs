@@ -1,0 +1,267 @@
+//! What the archive has of base backups: which there are, and whether one is whole.
+//!
+//! Only reads.
+//!
+//! # Invariants
+//! - A base without a manifest is not listed. One whose manifest cannot be read is an error, not an absence: nobody
+//!   must think that it was never there.
+
+use std::collections::BTreeMap;
+
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use serde::Serialize;
+
+use super::error::{BackupError, Flaw};
+use super::manifest::{self, Manifest, Object};
+use super::object::{self, Summing};
+use crate::pg::PgLsn;
+use crate::store::{Listed, Store, StoreError};
+
+/// Objects that are read at the same time.
+const READERS: usize = 4;
+
+/// What the names of one base's objects begin with.
+pub(super) fn base(bases: &str, lsn: PgLsn) -> String {
+    format!("{bases}{:016X}/", u64::from(lsn))
+}
+
+/// One base, at a glance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Summary {
+    /// What the names of its objects begin with.
+    pub base: String,
+    /// Its LSN, as `16/B374D848`.
+    #[serde(serialize_with = "text")]
+    pub lsn: PgLsn,
+    /// When the rows were like this, by the source's clock.
+    #[serde(serialize_with = "text")]
+    pub as_of: jiff::Timestamp,
+    /// When it was finished, by the agent's clock.
+    #[serde(serialize_with = "text")]
+    pub finished_at: jiff::Timestamp,
+    /// The source's `server_version_num`.
+    pub server_version: i32,
+    /// Tables.
+    pub tables: usize,
+    /// Rows.
+    pub rows: u64,
+    /// Bytes of rows, before compression.
+    pub raw_bytes: u64,
+    /// Bytes in the archive.
+    pub bytes: u64,
+}
+
+fn text<S: serde::Serializer>(value: &impl ToString, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&value.to_string())
+}
+
+impl Summary {
+    fn new(base: String, manifest: &Manifest) -> Self {
+        let mut tables: Vec<_> = manifest.data().map(|(_, data)| &data.table).collect();
+        tables.sort();
+        tables.dedup();
+        Self {
+            base,
+            lsn: manifest.lsn,
+            as_of: manifest.as_of,
+            finished_at: manifest.finished_at,
+            server_version: manifest.server_version,
+            tables: tables.len(),
+            rows: manifest.data().map(|(_, data)| data.rows).sum(),
+            raw_bytes: manifest.data().map(|(_, data)| data.raw_bytes).sum(),
+            bytes: manifest.objects.iter().map(|object| object.sum.bytes).sum(),
+        }
+    }
+}
+
+/// Everything below a prefix of bases.
+pub(super) struct Found {
+    /// The bases, oldest first.
+    pub(super) bases: Vec<Summary>,
+    /// Objects of each base and leftover, by its LSN.
+    pub(super) objects: BTreeMap<u64, Vec<Listed>>,
+}
+
+/// Looks.
+pub(super) async fn find(store: &Store, bases: &str) -> Result<Found, BackupError> {
+    let mut objects: BTreeMap<u64, Vec<Listed>> = BTreeMap::new();
+    for listed in store.list(bases, None).await? {
+        // What has another name is not ours.
+        if let Some(lsn) = lsn_of(bases, &listed.name) {
+            objects.entry(lsn).or_default().push(listed);
+        }
+    }
+    let mut found = Vec::new();
+    for (&lsn, listed) in &objects {
+        let base = base(bases, PgLsn::from(lsn));
+        let its_manifest = format!("{base}{}", manifest::NAME);
+        if listed.iter().any(|object| object.name == its_manifest) {
+            let manifest = manifest(store, &base).await?;
+            found.push(Summary::new(base, &manifest));
+        }
+    }
+    Ok(Found {
+        bases: found,
+        objects,
+    })
+}
+
+fn lsn_of(bases: &str, name: &str) -> Option<u64> {
+    let (digits, _) = name.strip_prefix(bases)?.split_once('/')?;
+    let lsn = u64::from_str_radix(digits, 16).ok()?;
+    (format!("{lsn:016X}") == digits).then_some(lsn)
+}
+
+/// The bases below a prefix (`<stream>/<system identifier>/base/`), oldest first.
+///
+/// # Errors
+/// [`BackupError::Manifest`] for one that cannot be read; [`BackupError::Store`].
+pub async fn list(store: &Store, bases: &str) -> Result<Vec<Summary>, BackupError> {
+    Ok(find(store, bases).await?.bases)
+}
+
+/// Reads the manifest of the base with this prefix.
+///
+/// # Errors
+/// [`BackupError::NotFound`] where there is none, [`BackupError::Manifest`] where it cannot be used.
+pub async fn manifest(store: &Store, base: &str) -> Result<Manifest, BackupError> {
+    let object = format!("{base}{}", manifest::NAME);
+    let json = match store.get(&object).await {
+        Err(StoreError::NotFound { .. }) => {
+            return Err(BackupError::NotFound {
+                base: base.to_owned(),
+            });
+        }
+        other => other?,
+    };
+    Manifest::from_json(&json).map_err(|reason| BackupError::Manifest { object, reason })
+}
+
+/// Reads everything of a base back and compares it with the manifest, which is returned.
+///
+/// # Errors
+/// [`BackupError::Damaged`] with every object that is missing, too many, or not what it was.
+pub async fn verify(store: &Store, base: &str) -> Result<Manifest, BackupError> {
+    let manifest = manifest(store, base).await?;
+    let listed = store.list(base, None).await?;
+    let mut flaws = flaws(base, &manifest, &listed);
+    let rest = manifest
+        .objects
+        .iter()
+        .filter(|object| !flaws.iter().any(|flaw| flaw.object == object.name));
+    let checks: Vec<_> = rest.map(|object| check(store, base, object)).collect();
+    let mut found: Vec<Flaw> = stream::iter(checks)
+        .buffer_unordered(READERS)
+        .try_filter_map(|flaw| std::future::ready(Ok(flaw)))
+        .try_collect()
+        .await?;
+    flaws.append(&mut found);
+    if flaws.is_empty() {
+        return Ok(manifest);
+    }
+    flaws.sort_by(|one, other| one.object.cmp(&other.object));
+    Err(BackupError::Damaged {
+        base: base.to_owned(),
+        flaws,
+    })
+}
+
+/// What a listing tells: missing objects, surplus ones, and wrong sizes.
+pub(super) fn flaws(base: &str, manifest: &Manifest, listed: &[Listed]) -> Vec<Flaw> {
+    let mut sizes: BTreeMap<&str, u64> = listed
+        .iter()
+        .map(|object| {
+            let name = object.name.strip_prefix(base).unwrap_or(&object.name);
+            (name, object.bytes)
+        })
+        .collect();
+    sizes.remove(manifest::NAME);
+    let mut flaws = Vec::new();
+    let mut flaw = |object: &str, reason: String| {
+        flaws.push(Flaw {
+            object: object.to_owned(),
+            reason,
+        });
+    };
+    for Object { name, sum, .. } in &manifest.objects {
+        match sizes.remove(name.as_str()) {
+            None => flaw(name, "is missing".to_owned()),
+            Some(bytes) if bytes != sum.bytes => {
+                flaw(name, format!("has {bytes} bytes instead of {}", sum.bytes));
+            }
+            Some(_) => {}
+        }
+    }
+    for name in sizes.keys() {
+        flaw(name, "is not in the manifest".to_owned());
+    }
+    flaws
+}
+
+async fn check(store: &Store, base: &str, object: &Object) -> Result<Option<Flaw>, BackupError> {
+    let mut reader = match object::read(store, base, &object.name).await {
+        // Deleted since it was listed.
+        Err(BackupError::Damaged { mut flaws, .. }) => return Ok(flaws.pop()),
+        other => other?,
+    };
+    let mut summing = Summing::default();
+    while let Some(piece) = reader.next().await? {
+        summing.add(&piece);
+    }
+    let flaw = summing.sum().flaw(&object.sum);
+    Ok(flaw.map(|reason| Flaw {
+        object: object.name.clone(),
+        reason,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backup::manifest::tests::example;
+
+    fn listed(name: &str, bytes: u64) -> Listed {
+        Listed {
+            name: name.to_owned(),
+            bytes,
+        }
+    }
+
+    #[test]
+    fn a_listing_shows_what_is_missing_too_many_or_cut_off() {
+        let manifest = example();
+        let whole = [
+            listed("b/data/00001.copy.zst", 3),
+            listed("b/manifest.json", 9),
+        ];
+        assert_eq!(flaws("b/", &manifest, &whole), []);
+        let told = |listing: &[Listed]| -> Vec<String> {
+            let flaws = flaws("b/", &manifest, listing);
+            flaws.iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(told(&whole[1..]), ["data/00001.copy.zst: is missing"]);
+        assert_eq!(
+            told(&[listed("b/data/00001.copy.zst", 2), listed("b/x", 1)]),
+            [
+                "data/00001.copy.zst: has 2 bytes instead of 3",
+                "x: is not in the manifest"
+            ]
+        );
+    }
+
+    #[test]
+    fn only_names_of_ours_are_bases() {
+        let lsn = PgLsn::from(0x16_B374_D848);
+        let name = format!("{}manifest.json", base("s/1/base/", lsn));
+        assert_eq!(name, "s/1/base/00000016B374D848/manifest.json");
+        assert_eq!(lsn_of("s/1/base/", &name), Some(u64::from(lsn)));
+        for other in [
+            "s/1/base/x/y",
+            "s/1/base/16B374D848/m",
+            "s/1/base/00000016b374d848/m",
+            "q",
+        ] {
+            assert_eq!(lsn_of("s/1/base/", other), None);
+        }
+    }
+}

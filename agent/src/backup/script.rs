@@ -1,0 +1,103 @@
+//! ● What `psql` needs beside the schema: a script that fills the tables, and the positions of sequences.
+//!
+//! For the day on which there is no dr-agent: `zstd` and `psql` load a base by themselves. The script
+//! is run in the directory that holds the base's objects.
+
+use super::manifest::DataFile;
+use crate::catalog::{quote_ident, quote_literal};
+use crate::snapshot::finish::Position;
+use crate::snapshot::session::VALUES;
+
+/// Fills the tables from the objects with rows. The tables of schema `dr_agent` are not for people.
+pub(super) fn load_data<'a>(files: impl Iterator<Item = (&'a str, &'a DataFile)>) -> String {
+    let mut script = String::from(
+        "-- Fills the tables of this base backup. Run by psql in the directory that holds it,\n\
+         -- between pre-data.sql and post-data.sql; zstd must be on the PATH.\n\
+         \\set ON_ERROR_STOP on\n\
+         SET client_encoding = 'UTF8';\n",
+    );
+    for (name, value) in VALUES {
+        script.push_str(&format!("SET {name} = '{value}';\n"));
+    }
+    for (name, data) in files.filter(|(_, data)| data.table.schema != "dr_agent") {
+        script.push_str(&fill(name, data));
+    }
+    script
+}
+
+fn fill(name: &str, data: &DataFile) -> String {
+    let columns: Vec<String> = data.columns.iter().map(|name| quote_ident(name)).collect();
+    let columns = if columns.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", columns.join(", "))
+    };
+    let target = format!("{}{columns}", data.table.sql());
+    if target.contains(['\n', '\r']) {
+        // The command ends with its line.
+        return format!(
+            "\\warn '{name} is not loaded: a name in its COPY has a line break; see manifest.json'\n"
+        );
+    }
+    format!("\\copy {target} FROM PROGRAM 'zstd -dcq {name}'\n")
+}
+
+/// Sets the sequences.
+pub(super) fn set_sequences<'a>(positions: impl Iterator<Item = &'a Position>) -> String {
+    positions
+        .map(|at| {
+            format!(
+                "SELECT pg_catalog.setval({}, {}, {});\n",
+                quote_literal(&at.name).trim_start(),
+                at.value,
+                at.called
+            )
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::TableName;
+
+    fn data(table: &str, columns: &[&str]) -> DataFile {
+        let table = TableName {
+            schema: "S".into(),
+            name: table.into(),
+        };
+        DataFile {
+            table: table.clone(),
+            root: table,
+            columns: columns.iter().map(|&name| name.to_owned()).collect(),
+            rows: 1,
+            raw_bytes: 1,
+        }
+    }
+
+    #[test]
+    fn each_object_is_one_command_and_a_name_with_a_line_break_is_said() {
+        assert_eq!(
+            fill("data/00001.copy.zst", &data("t\"1", &["a", "B c"])),
+            "\\copy \"S\".\"t\"\"1\" (\"a\", \"B c\") FROM PROGRAM 'zstd -dcq data/00001.copy.zst'\n"
+        );
+        assert_eq!(
+            fill("d", &data("t", &[])),
+            "\\copy \"S\".\"t\" FROM PROGRAM 'zstd -dcq d'\n"
+        );
+        assert!(fill("d", &data("a\nb", &[])).starts_with("\\warn"));
+    }
+
+    #[test]
+    fn sequences_are_set_as_they_stand() {
+        let position = Position {
+            name: "\"S\".\"it's\"".into(),
+            value: -7,
+            called: false,
+        };
+        assert_eq!(
+            set_sequences([position].iter()),
+            "SELECT pg_catalog.setval('\"S\".\"it''s\"', -7, false);\n"
+        );
+    }
+}

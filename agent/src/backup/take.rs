@@ -1,0 +1,358 @@
+//! Takes a base backup: a temporary slot exports the snapshot, everything is read at it and goes to the store.
+//!
+//! ```text
+//! slot, snapshot ▶ sessions that see it ▶ pg_dump ▶ slot gone ▶ [rows, in parallel] ▶ every object there? ▶ manifest
+//! ```
+//! Replication goes on meanwhile; it has nothing to do with this slot.
+//!
+//! # Invariants
+//! - Every session sees the same snapshot, and its LSN is the slot's consistent point.
+//! - The slot, which holds back WAL and the vacuum of catalogs, is gone before the first row is read: once the sessions
+//!   have imported the snapshot, they need its exporter no more.
+//! - The manifest is written when the store lists every object with its size.
+//!
+//! # What it does not do
+//! It waits for transactions that ran when it began, as every slot does, and holds back vacuum while it reads.
+
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use futures_util::future;
+use jiff::Timestamp;
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+
+use super::error::BackupError;
+use super::manifest::{self, DataFile, Manifest, Object};
+use super::object::{self, Sum};
+use super::{repository, rows, script};
+use crate::catalog::{Table, TableName};
+use crate::config::CopySettings;
+use crate::failpoint;
+use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions, SystemIdentity};
+use crate::pg::{ConnInfo, PgError};
+use crate::setup::{export, locale};
+use crate::snapshot::dump::{Dump, POST_DATA, PRE_DATA};
+use crate::snapshot::layout::{self, Layout};
+use crate::snapshot::session::SourceSide;
+use crate::snapshot::toc::LeftOut;
+use crate::snapshot::tools::Tools;
+use crate::snapshot::work::{Taken, Work};
+use crate::snapshot::{self, CopyObserver, CopyPhase, finish, inventory};
+use crate::store::Store;
+use crate::stream::StreamName;
+
+/// One backup: of what, to where.
+pub struct TakeJob<'a> {
+    /// The source, with the database's name.
+    pub source: &'a ConnInfo,
+    /// Whose backup it is.
+    pub stream: &'a StreamName,
+    /// The tables of the publication.
+    pub tables: &'a [Table],
+    /// The archive.
+    pub store: &'a Store,
+    /// What the names of all bases of this stream and source begin with; ends with `/`.
+    pub bases: &'a str,
+    /// `[copy]`
+    pub settings: &'a CopySettings,
+}
+
+/// Takes a base backup; returns its manifest, which is in the store by then.
+///
+/// # Errors
+/// [`BackupError`]; after a transient one another attempt begins anew. [`BackupError::Cancelled`] soon
+/// after `cancel` was cancelled.
+pub async fn take(
+    job: TakeJob<'_>,
+    observer: &dyn CopyObserver,
+    cancel: &CancellationToken,
+) -> Result<Manifest, BackupError> {
+    // May be dropped at any point: sessions end, tools are killed, objects under way are not there.
+    let all = Box::pin(Taking::run(&job, observer));
+    match cancel.run_until_cancelled(all).await {
+        Some(result) => result,
+        None => Err(BackupError::Cancelled),
+    }
+}
+
+fn source(doing: &'static str) -> impl FnOnce(PgError) -> BackupError {
+    move |source| BackupError::Source { doing, source }
+}
+
+/// One backup on its way.
+struct Taking<'a> {
+    job: &'a TakeJob<'a>,
+    observer: &'a dyn CopyObserver,
+    base: String,
+    objects: Vec<Object>,
+    warnings: Vec<String>,
+}
+
+impl<'a> Taking<'a> {
+    async fn run(
+        job: &'a TakeJob<'a>,
+        observer: &'a dyn CopyObserver,
+    ) -> Result<Manifest, BackupError> {
+        let started_at = Timestamp::now();
+        let (exporter, identity, slot) = export_snapshot(job).await?;
+        let snapshot = slot.snapshot_name.as_deref().ok_or_else(|| {
+            let error = PgError::Protocol("the slot exported no snapshot".to_owned());
+            source("create a temporary slot")(error)
+        })?;
+        let role = job.stream.application_name("backup");
+        let (side, client) = SourceSide::begin(job.source, role, snapshot).await?;
+        let names: Vec<TableName> = job.tables.iter().map(|table| table.name.clone()).collect();
+        layout::lock(&client, &names).await?;
+        let as_of = source_time(&client).await?;
+
+        observer.phase(CopyPhase::PreData);
+        let mut layouts = layout::read(&client, &names).await?;
+        for layout in &mut layouts {
+            layout.binary = false;
+        }
+        let parts = snapshot::parts(&layouts, job.settings.split_bytes);
+        let jobs = usize::from(job.settings.jobs.max(1)).min(parts.len());
+        let sessions = future::try_join_all((0..jobs).map(|_| side.at_snapshot())).await?;
+        let tools = Tools::find(job.settings.pg_bin.as_deref(), side.version_num()).await?;
+        let dump = Dump::new(tools)?;
+        dump.take(&side, "schema", &[]).await?;
+        drop(exporter);
+
+        let mut taking = Self {
+            job,
+            observer,
+            base: repository::base(job.bases, slot.consistent_point),
+            objects: Vec::new(),
+            warnings: Vec::new(),
+        };
+        let foreign_keys = inventory::foreign_keys(&client).await?;
+        let mut left_out = inventory::own_event_triggers(&client).await?;
+        let filled = names.iter().cloned().collect();
+        for key in &foreign_keys {
+            if let Some(what) = key.cannot_hold(&filled) {
+                taking.leave_out(what);
+                left_out.push(key.entry.clone());
+            }
+        }
+        taking.schema(&dump, &left_out).await?;
+        taking.roles(&dump, &side).await?;
+        taking.sequences(&client).await?;
+
+        observer.phase(CopyPhase::Data);
+        let work = Work::new(names.iter().collect(), &parts, names.len(), observer);
+        taking.rows(&sessions, &layouts, &work).await?;
+
+        observer.phase(CopyPhase::PostData);
+        for what in finish::left_behind(&client).await? {
+            taking.leave_out(what);
+        }
+        let files = taking.objects.iter();
+        let files = files.filter_map(|object| Some((object.name.as_str(), object.data.as_ref()?)));
+        let load = script::load_data(files);
+        taking.put("load.sql", load.into()).await?;
+        let read_locale = locale::locale(&client, side.version_num()).await;
+        let manifest = Manifest {
+            format: manifest::FORMAT,
+            dr_agent: crate::VERSION.to_owned(),
+            stream: job.stream.to_string(),
+            database: job.source.dbname().to_owned(),
+            system_identifier: identity.system_identifier,
+            timeline: identity.timeline,
+            server_version: side.version_num(),
+            locale: read_locale.map_err(source("read the locale"))?,
+            lsn: slot.consistent_point,
+            as_of,
+            started_at,
+            finished_at: Timestamp::now(),
+            pg_dump: dump.tools().version.major,
+            extensions: inventory::extensions(&client).await?,
+            roles: inventory::roles(&client).await?,
+            materialized_views: finish::filled_views(&client).await?,
+            left_out,
+            foreign_keys,
+            warnings: taking.warnings,
+            objects: taking.objects,
+        };
+        seal(job.store, &taking.base, &manifest).await?;
+        Ok(manifest)
+    }
+
+    fn leave_out(&mut self, what: String) {
+        snapshot::leave_out(self.observer, &what);
+        self.warnings.push(what);
+    }
+
+    fn add(&mut self, name: &str, sum: Sum, data: Option<DataFile>) {
+        self.objects.push(Object {
+            name: name.to_owned(),
+            sum,
+            data,
+        });
+    }
+
+    async fn put(&mut self, name: &str, body: Bytes) -> Result<(), BackupError> {
+        let sum = object::put(self.job.store, &format!("{}{name}", self.base), body).await?;
+        self.add(name, sum, None);
+        Ok(())
+    }
+
+    async fn put_packed(&mut self, name: &str, body: String) -> Result<(), BackupError> {
+        let object = format!("{}{name}", self.base);
+        let sum = object::put_packed(self.job.store, &object, body).await?;
+        self.add(name, sum, None);
+        Ok(())
+    }
+
+    async fn schema(
+        &mut self,
+        dump: &Dump,
+        entries: &[snapshot::toc::Entry],
+    ) -> Result<(), BackupError> {
+        let path = dump.path("schema");
+        let whole = tokio::fs::read(&path)
+            .await
+            .map_err(BackupError::local("read the schema that pg_dump wrote"))?;
+        self.put("schema.dump", whole.into()).await?;
+        let mut left_out = LeftOut::default();
+        for entry in entries {
+            left_out.entry(entry);
+        }
+        for (name, section) in [
+            ("pre-data.sql.zst", PRE_DATA),
+            ("post-data.sql.zst", POST_DATA),
+        ] {
+            let sql = dump.script("schema", &left_out, section, 0).await?;
+            self.put_packed(name, sql).await?;
+        }
+        Ok(())
+    }
+
+    /// Roles belong to the whole server; not every role may read them, and no row needs them.
+    async fn roles(&mut self, dump: &Dump, side: &SourceSide<'_>) -> Result<(), BackupError> {
+        let database = self.job.source.dbname();
+        match dump.tools().roles(&side.environment(), database).await {
+            Ok(sql) => self.put_packed("roles.sql.zst", sql).await,
+            Err(error) => {
+                self.leave_out(format!("the roles: {error}"));
+                Ok(())
+            }
+        }
+    }
+
+    async fn sequences(&mut self, client: &Client) -> Result<(), BackupError> {
+        let positions = finish::sequences(client, None).await?;
+        let sql = script::set_sequences(positions.iter().flatten());
+        self.put_packed("sequences.sql.zst", sql).await
+    }
+
+    async fn rows(
+        &mut self,
+        sessions: &[Client],
+        layouts: &[Layout],
+        work: &Work<'_>,
+    ) -> Result<(), BackupError> {
+        let roots: Vec<&TableName> = self.job.tables.iter().map(|table| &table.root).collect();
+        let (store, base) = (self.job.store, self.base.as_str());
+        let each = sessions
+            .iter()
+            .map(|session| Box::pin(write_parts(session, store, base, layouts, &roots, work)));
+        let mut written: Vec<Object> = future::try_join_all(each)
+            .await?
+            .into_iter()
+            .flatten()
+            .collect();
+        written.sort_by(|one, other| one.name.cmp(&other.name));
+        self.objects.append(&mut written);
+        Ok(())
+    }
+}
+
+/// One session: writes parts until there are none.
+async fn write_parts(
+    session: &Client,
+    store: &Store,
+    base: &str,
+    layouts: &[Layout],
+    roots: &[&TableName],
+    work: &Work<'_>,
+) -> Result<Vec<Object>, BackupError> {
+    let mut objects = Vec::new();
+    while let Some(Taken { number, part, .. }) = work.take() {
+        let layout = &layouts[part.table];
+        let name = format!("data/{:05}.copy.zst", number + 1);
+        let object = format!("{base}{name}");
+        let written = rows::write(session, store, object, layout, &part, work).await?;
+        failpoint::hit("backup:data-written");
+        objects.push(Object {
+            name,
+            sum: written.sum,
+            data: Some(DataFile {
+                table: layout.name.clone(),
+                root: roots[part.table].clone(),
+                columns: layout
+                    .columns
+                    .iter()
+                    .map(|(name, _)| name.clone())
+                    .collect(),
+                rows: written.rows,
+                raw_bytes: written.raw_bytes,
+            }),
+        });
+        if let Some(table) = work.finish(&part, written.rows, written.raw_bytes) {
+            work.announce(part.table, table.rows);
+        }
+    }
+    Ok(objects)
+}
+
+async fn export_snapshot(
+    job: &TakeJob<'_>,
+) -> Result<(ReplicationConnection, SystemIdentity, CreatedSlot), BackupError> {
+    let mut exporter = export::session(job.source, job.stream.application_name("backup"))
+        .await
+        .map_err(source("open a replication connection"))?;
+    let identity = exporter
+        .identify_system()
+        .await
+        .map_err(source("identify the system"))?;
+    let options = SlotOptions {
+        temporary: true,
+        failover: false,
+        export_snapshot: true,
+    };
+    let slot = exporter
+        .create_slot(&export::temporary_slot(job.stream), options)
+        .await
+        .map_err(source("create a temporary slot"))?;
+    Ok((exporter, identity, slot))
+}
+
+/// The source's clock, which is the one that commits are stamped by.
+async fn source_time(client: &Client) -> Result<Timestamp, BackupError> {
+    let asked = client.query_one("SELECT clock_timestamp()", &[]).await;
+    let row = asked.map_err(|error| source("ask for the time")(error.into()))?;
+    let time: SystemTime = row.get(0);
+    Timestamp::try_from(time).map_err(|_| {
+        let error = PgError::Protocol("a time outside of all calendars".to_owned());
+        source("ask for the time")(error)
+    })
+}
+
+/// Writes the manifest, if everything else is there: somebody may have tidied up under a backup that took days.
+async fn seal(store: &Store, base: &str, manifest: &Manifest) -> Result<(), BackupError> {
+    let listed = store.list(base, None).await?;
+    let flaws = repository::flaws(base, manifest, &listed);
+    if !flaws.is_empty() {
+        return Err(BackupError::Damaged {
+            base: base.to_owned(),
+            flaws,
+        });
+    }
+    failpoint::hit("backup:before-manifest");
+    let json = manifest
+        .to_json()
+        .map_err(|error| BackupError::local("write the manifest")(error.into()))?;
+    object::put(store, &format!("{base}{}", manifest::NAME), json.into()).await?;
+    Ok(())
+}
