@@ -15,6 +15,9 @@ const EXAMPLE: &str = include_str!("../../ops/dr-agent.toml");
 /// argument.
 const PURE: &[&str] = &[
     "backoff.rs",
+    "backup/manifest.rs",
+    "backup/retention.rs",
+    "backup/script.rs",
     "batch.rs",
     "config.rs",
     "error.rs",
@@ -55,6 +58,8 @@ const STRANGERS: &[(&str, &[&str])] = &[
     ("plan.rs", &["sink", "pipeline"]),
     // Sinks know nothing of the source.
     ("sink", &["source", "pipeline", "setup", "snapshot"]),
+    // A base backup and its load have nothing to do with streaming.
+    ("backup", &["pipeline", "sink", "promote", "cmd"]),
     // A promotion shares nothing with a running agent but the replica.
     ("promote", &["pipeline", "source", "sink"]),
 ];
