@@ -14,6 +14,7 @@ pub mod backoff;
 pub mod backup;
 pub mod batch;
 pub mod catalog;
+pub mod changelog;
 pub mod changes;
 pub mod check;
 pub mod cli;
