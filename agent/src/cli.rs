@@ -60,4 +60,8 @@ pub enum Command {
     Status(cmd::status::Args),
     /// Make the replica the primary, and say what was lost and how long it took
     Promote(cmd::promote::Args),
+    /// Take a base backup into the archive; list, verify or prune what it has
+    Backup(cmd::backup::Args),
+    /// Build a database as of any moment out of the archive
+    Restore(cmd::restore::Args),
 }

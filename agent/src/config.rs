@@ -8,6 +8,8 @@
 //! - A setting that this version does not carry out is refused, never silently ignored.
 //! - No password is stored in a printable field.
 
+mod archive;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -18,6 +20,8 @@ use serde::Deserialize;
 use crate::error::{Class, Classify};
 use crate::pg::{ConnInfo, ConnInfoError};
 use crate::stream::StreamName;
+pub use archive::Archive;
+use archive::RawArchive;
 
 /// Where the configuration is looked for when neither `--config` nor `DR_AGENT_CONFIG` names it.
 pub const DEFAULT_PATH: &str = "/etc/dr-agent/dr-agent.toml";
@@ -69,7 +73,7 @@ struct RawConfig {
     replica: RawReplica,
     objectives: RawObjectives,
     route: RawRoute,
-    archive: Option<toml::Table>,
+    archive: Option<RawArchive>,
     http: RawHttp,
     limits: RawLimits,
     copy: RawCopy,
@@ -193,6 +197,8 @@ pub struct Config {
     pub limits: Limits,
     /// The initial copy.
     pub copy: CopySettings,
+    /// Base backups and the change log, if there shall be any.
+    pub archive: Option<Archive>,
     /// Address of `/metrics`, `/status`, `/healthz`, `/readyz`.
     pub http_listen: SocketAddr,
     /// Commands run in order once a promoted replica is open.
@@ -438,6 +444,7 @@ impl RawConfig {
             objectives,
             limits: self.limits.resolve()?,
             copy: self.copy.resolve()?,
+            archive: self.archive.map(RawArchive::resolve).transpose()?,
             http_listen,
             hooks: self
                 .promote
@@ -454,12 +461,6 @@ impl RawConfig {
             return Err(ConfigError::Value {
                 key: "route.kind",
                 message: "this version has the route \"direct\" only".to_owned(),
-            });
-        }
-        if self.archive.is_some() {
-            return Err(ConfigError::Value {
-                key: "archive",
-                message: "this version writes no archive; remove the section".to_owned(),
             });
         }
         Ok(())
@@ -677,7 +678,11 @@ mod tests {
     fn what_this_version_does_not_do_is_refused() {
         for section in [
             "[route]\nkind = \"kinesis\"\n",
-            "[archive]\nurl = \"file:///x\"\n",
+            "[archive]\nrequired = true\n",
+            "[archive]\nurl = \"ftp://x\"\n",
+            "[archive]\nurl = \"file:///x\"\nencryption = \"sse-s3\"\n",
+            "[archive]\nurl = \"s3://b/p\"\nencryption = \"sse-kms\"\n",
+            "[archive]\nurl = \"s3://b/p\"\nkms_key = \"alias/k\"\n",
         ] {
             assert!(parse(&format!("{LEAST}{section}")).is_err(), "{section}");
         }
@@ -714,6 +719,9 @@ mod tests {
         // These have no default; the example says so.
         full.hooks.clear();
         full.copy.pg_bin = None;
+        let least = "[archive]\nurl = \"s3://bucket/prefix\"\nencryption = \"sse-kms\"\nkms_key = \"alias/dr-agent\"\n";
+        let archive = parse(&format!("{LEAST}{least}")).unwrap().archive;
+        assert_eq!(format!("{:?}", full.archive.take()), format!("{archive:?}"));
         full.source.conninfo = short.source.conninfo.clone();
         full.replica.conninfo = short.replica.conninfo.clone();
         assert_eq!(format!("{full:?}"), format!("{short:?}"));
@@ -743,8 +751,7 @@ mod tests {
         let full: toml::Table = example_in_full().parse().unwrap();
         let sections = known_keys("");
         assert!(sections.len() > 5, "{sections:?}");
-        // An archive is refused by this version, so the example does not offer one.
-        for section in sections.iter().filter(|section| *section != "archive") {
+        for section in &sections {
             let shown = full[section].as_table().unwrap();
             for key in known_keys(&format!("[{section}]")) {
                 // Belongs to the route this version refuses.

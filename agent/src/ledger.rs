@@ -53,7 +53,10 @@ struct Shipped {
 #[derive(Debug)]
 pub struct Ledger {
     sinks: usize,
+    /// What all sinks that take batches have.
     flush: FlushLsn,
+    /// What the archive has, if it is required.
+    archived: Option<PgLsn>,
     last: (BatchNumber, PgLsn),
     in_flight: VecDeque<Shipped>,
 }
@@ -68,9 +71,33 @@ impl Ledger {
         Self {
             sinks,
             flush: FlushLsn(end_lsn),
+            archived: None,
             last: (batch, end_lsn),
             in_flight: VecDeque::new(),
         }
+    }
+
+    /// Makes the archive required, which has everything up to `position`. It takes batches by the
+    /// thousand, so it has a position instead of a note on each.
+    #[must_use]
+    pub fn with_archive(self, position: PgLsn) -> Self {
+        Self {
+            archived: Some(position),
+            ..self
+        }
+    }
+
+    /// Notes that the archive has everything up to `position`, the end of a batch; returns the flush LSN when that
+    /// moved it.
+    ///
+    /// # Panics
+    /// If the archive is not required.
+    pub fn archived(&mut self, position: PgLsn) -> Option<FlushLsn> {
+        let before = self.flush_lsn();
+        let archived = self.archived.as_mut().expect("the archive is required");
+        *archived = position.max(*archived);
+        let after = self.flush_lsn();
+        (after > before).then_some(after)
     }
 
     /// Registers a batch that is about to be shipped to every sink.
@@ -108,7 +135,7 @@ impl Ledger {
             "sink {sink} reported {batch:?} twice"
         );
         shipped.durable[sink] = true;
-        let before = self.flush;
+        let before = self.flush_lsn();
         while self
             .in_flight
             .front()
@@ -124,15 +151,17 @@ impl Ledger {
             );
             self.flush = FlushLsn(oldest.end_lsn);
         }
-        (self.flush > before).then_some(self.flush)
+        let after = self.flush_lsn();
+        (after > before).then_some(after)
     }
 
     /// Everything before this is durable in every required sink.
     pub fn flush_lsn(&self) -> FlushLsn {
-        self.flush
+        let archived = self.archived.map(FlushLsn);
+        archived.map_or(self.flush, |archived| archived.min(self.flush))
     }
 
-    /// Batches shipped and not yet durable everywhere.
+    /// Batches shipped and not yet durable in every sink that takes batches.
     pub fn in_flight(&self) -> usize {
         self.in_flight.len()
     }
@@ -162,6 +191,22 @@ mod tests {
             ledger.durable(1, BatchNumber(8)).map(FlushLsn::lsn),
             Some(lsn(200))
         );
+    }
+
+    #[test]
+    fn flush_lsn_waits_for_a_required_archive() {
+        let mut ledger = Ledger::resume(1, BatchNumber(0), lsn(10)).with_archive(lsn(5));
+        assert_eq!(ledger.flush_lsn().lsn(), lsn(5));
+        ledger.ship(BatchNumber(1), lsn(10), lsn(20));
+        ledger.ship(BatchNumber(2), lsn(20), lsn(30));
+        assert_eq!(ledger.durable(0, BatchNumber(1)), None);
+        assert_eq!(ledger.in_flight(), 1);
+        let flush = |moved: Option<FlushLsn>| moved.map(FlushLsn::lsn);
+        assert_eq!(flush(ledger.archived(lsn(10))), Some(lsn(10)));
+        // It is ahead of the replica: batches reach the spool first.
+        assert_eq!(flush(ledger.archived(lsn(30))), Some(lsn(20)));
+        assert_eq!(flush(ledger.archived(lsn(20))), None);
+        assert_eq!(flush(ledger.durable(0, BatchNumber(2))), Some(lsn(30)));
     }
 
     #[test]

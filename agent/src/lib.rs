@@ -10,6 +10,7 @@
 //! what must be right. [`setup`] and [`snapshot`] bring a database to where streaming can start,
 //! [`promote`] ends it.
 
+pub mod archive;
 pub mod backoff;
 pub mod backup;
 pub mod batch;
@@ -34,6 +35,7 @@ pub mod pipeline;
 pub mod plan;
 pub mod prepared;
 pub mod promote;
+pub mod restore;
 pub mod setup;
 pub mod sink;
 pub mod snapshot;

@@ -66,6 +66,8 @@ async fn run(command: Command, config: Config) -> anyhow::Result<ExitCode> {
         Command::Run => cmd::run::run(config).await,
         Command::Status(args) => Ok(cmd::status::run(config, args).await),
         Command::Promote(args) => Ok(cmd::promote::run(config, args).await),
+        Command::Backup(args) => Ok(cmd::backup::run(config, args).await),
+        Command::Restore(args) => Ok(cmd::restore::run(config, args).await),
     }
 }
 

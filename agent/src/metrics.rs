@@ -3,12 +3,15 @@
 //! The names are a contract (ARCHITECTURE.md, README.md): dashboards and alerts outside this
 //! repository depend on them. All but the first three carry the label `database`.
 
+use std::time::SystemTime;
+
 use metrics::{Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge};
 use metrics::{describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::config::Objectives;
 use crate::error::Class;
+use crate::pg::PgLsn;
 use crate::source::Reader;
 use crate::status::State;
 
@@ -155,6 +158,46 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         Kind::Gauge,
         "LSN up to which a sink is durable, as a number",
     ),
+    (
+        "dr_agent_archive_segments_total",
+        Kind::Counter,
+        "Segments of the change log that the archive took",
+    ),
+    (
+        "dr_agent_archive_bytes_total",
+        Kind::Counter,
+        "Bytes of those segments, before compression (raw) and as stored",
+    ),
+    (
+        "dr_agent_archive_retries_total",
+        Kind::Counter,
+        "Attempts to bring a segment into the archive that failed",
+    ),
+    (
+        "dr_agent_archive_gaps_total",
+        Kind::Counter,
+        "Stretches of the change log that neither the spool nor the archive took",
+    ),
+    (
+        "dr_agent_archive_last_base_timestamp_seconds",
+        Kind::Gauge,
+        "What the newest base backup is as of; absent before the first",
+    ),
+    (
+        "dr_agent_archive_failed_bases_total",
+        Kind::Counter,
+        "Base backups that were due and could not be taken",
+    ),
+    (
+        "dr_agent_archive_spool_bytes",
+        Kind::Gauge,
+        "Change log on local disk that the archive does not have yet",
+    ),
+    (
+        "dr_agent_archive_last_segment_timestamp_seconds",
+        Kind::Gauge,
+        "When the archive last took a segment; absent before the first",
+    ),
 ];
 
 /// Upper bounds of `dr_agent_batch_apply_seconds`, in seconds: a batch of one row takes about a
@@ -182,6 +225,77 @@ pub fn install(objectives: &Objectives) -> Result<PrometheusHandle, BuildError> 
     gauge!("dr_agent_objective_rpo_seconds").set(objectives.rpo.as_secs_f64());
     gauge!("dr_agent_objective_rto_seconds").set(objectives.rto.as_secs_f64());
     Ok(handle)
+}
+
+/// The metrics of one database's archive; exported where there is one.
+#[derive(Clone)]
+pub struct ArchiveMetrics {
+    database: String,
+    segments: Counter,
+    raw_bytes: Counter,
+    stored_bytes: Counter,
+    /// `dr_agent_archive_retries_total`
+    pub retries: Counter,
+    /// `dr_agent_archive_gaps_total`
+    pub gaps: Counter,
+    /// `dr_agent_archive_failed_bases_total`
+    pub failed_bases: Counter,
+    spool_bytes: Gauge,
+    flush_lsn: Gauge,
+}
+
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "metrics; exact below 2^52, that is 4 PiB"
+)]
+impl ArchiveMetrics {
+    /// Registers the metrics of `database`.
+    pub fn new(database: &str) -> Self {
+        let label = || database.to_owned();
+        let bytes = |form: &'static str| counter!("dr_agent_archive_bytes_total", "database" => label(), "form" => form);
+        Self {
+            database: label(),
+            segments: counter!("dr_agent_archive_segments_total", "database" => label()),
+            raw_bytes: bytes("raw"),
+            stored_bytes: bytes("stored"),
+            retries: counter!("dr_agent_archive_retries_total", "database" => label()),
+            gaps: counter!("dr_agent_archive_gaps_total", "database" => label()),
+            failed_bases: counter!("dr_agent_archive_failed_bases_total", "database" => label()),
+            spool_bytes: gauge!("dr_agent_archive_spool_bytes", "database" => label()),
+            flush_lsn: gauge!("dr_agent_sink_flush_lsn", "database" => label(), "sink" => "archive"),
+        }
+    }
+
+    /// The archive took a segment that ends there.
+    pub fn segment(&self, raw_bytes: u64, stored_bytes: u64, end: PgLsn, at: SystemTime) {
+        self.segments.increment(1);
+        self.raw_bytes.increment(raw_bytes);
+        self.stored_bytes.increment(stored_bytes);
+        self.flush_lsn.set(u64::from(end) as f64);
+        let at = at
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        gauge!(
+            "dr_agent_archive_last_segment_timestamp_seconds", "database" => self.database.clone()
+        )
+        .set(at.as_secs_f64());
+    }
+
+    /// The newest base backup is of then.
+    pub fn base(&self, as_of: SystemTime) {
+        let as_of = as_of
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        gauge!(
+            "dr_agent_archive_last_base_timestamp_seconds", "database" => self.database.clone()
+        )
+        .set(as_of.as_secs_f64());
+    }
+
+    /// What the spool holds.
+    pub fn spool(&self, bytes: u64) {
+        self.spool_bytes.set(bytes as f64);
+    }
 }
 
 /// The metrics of one database.

@@ -24,6 +24,7 @@ mod behind;
 mod catch_up;
 mod feedback;
 mod intake;
+mod log;
 mod pace;
 mod positions;
 mod subtransactions;
@@ -33,6 +34,8 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
 use self::behind::Behind;
 use self::intake::Intake;
+pub use self::intake::IntakeLimits;
+pub use self::log::LogIntake;
 use crate::error::{Class, Classify};
 use crate::ledger::FlushLsn;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session};
@@ -51,10 +54,8 @@ pub struct SourceSettings {
     pub start: PgLsn,
     /// Whether values may come in binary form.
     pub binary: bool,
-    /// `limits.queue_bytes`
-    pub queue_bytes: u64,
-    /// `limits.transaction_bytes`
-    pub transaction_bytes: u64,
+    /// What may be held at a time.
+    pub limits: IntakeLimits,
     /// `limits.catch_up_bytes`
     pub catch_up_bytes: u64,
 }

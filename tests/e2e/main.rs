@@ -7,6 +7,7 @@
     reason = "these are tests: a panic is how they fail"
 )]
 
+mod archive;
 mod backup;
 mod bad_input;
 mod catch_up;

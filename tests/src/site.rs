@@ -125,6 +125,11 @@ impl Database {
         (agent, running)
     }
 
+    /// The replica's server.
+    pub fn replica_server(&self) -> &PgServer {
+        &self.replica
+    }
+
     /// A session on the source.
     pub async fn source(&self) -> Client {
         self.source.client(&self.name).await

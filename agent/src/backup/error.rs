@@ -6,6 +6,7 @@ use std::io;
 use crate::catalog::TableName;
 use crate::error::{Class, Classify};
 use crate::pg::PgError;
+use crate::setup::SetupError;
 use crate::snapshot::CopyError;
 use crate::store::StoreError;
 
@@ -32,6 +33,15 @@ pub enum BackupError {
         /// Why.
         #[source]
         source: PgError,
+    },
+    /// The tables of the publication could not be looked up.
+    #[error("look up the published tables")]
+    Tables(#[source] Box<SetupError>),
+    /// There is no publication yet.
+    #[error("database \"{database}\" is not replicated yet")]
+    NotReplicated {
+        /// The database.
+        database: String,
     },
     /// The store refused, or is away.
     #[error(transparent)]
@@ -173,13 +183,15 @@ impl Classify for BackupError {
             Self::Copy(error) => error.class(),
             Self::Source { source, .. } | Self::Target { source, .. } => source.class(),
             Self::Store(error) => error.class(),
+            Self::Tables(error) => error.class(),
             // The next attempt has an LSN of its own.
             Self::Exists { .. } | Self::Cancelled => Class::Transient,
             Self::Local { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Class::Transient,
                 _ => Class::Definite,
             },
-            Self::NotFound { .. }
+            Self::NotReplicated { .. }
+            | Self::NotFound { .. }
             | Self::Manifest { .. }
             | Self::Damaged { .. }
             | Self::NotEmpty { .. }
@@ -207,6 +219,10 @@ impl Classify for BackupError {
                 _ => return source.hint(),
             },
             Self::Store(error) => return error.hint(),
+            Self::Tables(error) => return error.hint(),
+            Self::NotReplicated { .. } => {
+                "start `dr-agent run` first: it settles which tables are protected"
+            }
             Self::Local { .. } => {
                 "the temporary directory (TMPDIR) must be writable and have room for the schema"
             }

@@ -21,6 +21,7 @@
 //! objects and tablespaces are left out, and said so. It does not encrypt: the store does.
 
 mod error;
+pub mod keep;
 mod load;
 mod manifest;
 mod object;

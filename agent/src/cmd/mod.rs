@@ -2,8 +2,10 @@
 //! exit code out.
 
 mod agent_status;
+pub mod backup;
 pub mod check;
 pub mod init;
 pub mod promote;
+pub mod restore;
 pub mod run;
 pub mod status;

@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{self, Decision};
+use crate::backup;
 use crate::config::{Config, Databases};
 use crate::error::{Classify as _, chain};
 use crate::http::{self, Shown};
@@ -191,8 +192,17 @@ impl Supervisor {
                 status,
                 self.stop.clone(),
             );
+            let (config, stop) = (Arc::clone(&self.config), self.stop.clone());
             self.pipelines.spawn(async move {
-                let end = Box::pin(pipeline.run()).await;
+                // Base backups are taken for as long as the pipeline runs.
+                let backing_up = stop.child_token();
+                let keeping = backup::keep::keep(&config, &database, &backing_up);
+                let running = async {
+                    let end = Box::pin(pipeline.run()).await;
+                    backing_up.cancel();
+                    end
+                };
+                let ((), end) = tokio::join!(Box::pin(keeping), running);
                 (database, end)
             });
         }

@@ -1,5 +1,6 @@
 //! Why a session ended early, and what is to be done about it.
 
+use crate::archive::SpoolError;
 use crate::error::{Class, Classify};
 use crate::pg::PgError;
 use crate::setup::SetupError;
@@ -21,6 +22,10 @@ pub(super) enum SessionError {
     Monitor(#[source] PgError),
     #[error("open the spill directory")]
     Spill(#[from] SpillError),
+    #[error("keep the change log for the archive")]
+    Spool(#[from] SpoolError),
+    #[error("the source's system identifier is \"{0}\", which is not a number")]
+    SystemIdentifier(String),
     #[error("finish the initial copy")]
     Deferred(#[source] CopyError),
     #[error("a new table is to be copied")]
@@ -37,6 +42,8 @@ impl Classify for SessionError {
             Self::Sink(error) => error.class(),
             Self::Monitor(error) => error.class(),
             Self::Spill(error) => error.class(),
+            Self::Spool(error) => error.class(),
+            Self::SystemIdentifier(_) => Class::Definite,
             Self::Deferred(error) => error.class(),
             Self::NewTable | Self::TaskLost => Class::Transient,
         }
@@ -49,8 +56,9 @@ impl Classify for SessionError {
             Self::Sink(error) => error.hint(),
             Self::Monitor(error) => error.hint(),
             Self::Spill(error) => error.hint(),
+            Self::Spool(error) => error.hint(),
             Self::Deferred(error) => error.hint(),
-            Self::NewTable | Self::TaskLost => None,
+            Self::SystemIdentifier(_) | Self::NewTable | Self::TaskLost => None,
         }
     }
 }

@@ -26,27 +26,30 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
+use crate::archive::{Layout, Log, LogSettings, SpoolLimits};
 use crate::backoff::{self, Decision};
 use crate::batch::Spacing;
-use crate::config::Config;
+use crate::changelog::Author;
+use crate::config::{Archive, Config};
 use crate::error::{Class, Classify, chain};
 use crate::lag::{Lag, Micros, pg_micros};
 use crate::ledger::{BatchNumber, Ledger};
-use crate::metrics::DatabaseMetrics;
+use crate::metrics::{ArchiveMetrics, DatabaseMetrics};
 use crate::monitor;
 use crate::setup::{self, Prepared};
 use crate::sink::replica::{
     IN_FLIGHT_MAX, ReplicaSink, SegmentLimits, SinkError, SinkSettings, Synced,
 };
 use crate::snapshot::{CopyObserver, CopyPhase, ProgressDisplay};
-use crate::source::{self, SourcePosition, SourceSettings};
+use crate::source::{self, IntakeLimits, SourcePosition, SourceSettings};
 use crate::spill::{self, SpillSpace};
 use crate::status::{State, StatusCell};
 use crate::stream::StreamName;
 use apply::{Deferred, apply_batches};
 use error::SessionError;
-use streaming::{Owned, Streaming};
+use streaming::{Archiving, Owned, Streaming};
 
 /// Transactions between the source task and here. Their bytes are bounded by `limits.queue_bytes`; this
 /// only bounds how many tiny ones.
@@ -250,12 +253,44 @@ impl Pipeline {
             term = prepared.term, "streaming"
         );
         let outcome = streaming.run().await;
-        streaming.tasks.shutdown().await;
+        if outcome.is_ok() {
+            streaming.finish_archive().await;
+        }
+        streaming.stop().await;
         let mut lag = streaming.owned.lag;
         // What waited is dropped and will be received again.
         lag.queued(None);
         self.lag = lag;
         outcome
+    }
+
+    /// The change log of one session, with what an earlier one left in the spool.
+    fn log(&self, archive: &Archive, prepared: &Prepared) -> Result<Log, SessionError> {
+        let system_identifier = prepared
+            .system_identifier
+            .parse()
+            .map_err(|_| SessionError::SystemIdentifier(prepared.system_identifier.clone()))?;
+        let settings = LogSettings {
+            author: Author {
+                stream: self.stream.to_string(),
+                system_identifier,
+                term: prepared.term,
+                writer: rand::random(),
+            },
+            url: archive.url.clone(),
+            encryption: archive.encryption.clone(),
+            layout: Layout::new(&self.stream, system_identifier),
+            directory: archive.spool_directory.join(self.stream.as_str()),
+            limits: SpoolLimits {
+                bytes: archive.spool_bytes,
+                segment_bytes: archive.segment_bytes,
+            },
+            // The other half of the time is for the upload.
+            age_max: self.config.objectives.rpo / 2,
+            required: archive.required,
+            retry_max: self.config.limits.retry_max,
+        };
+        Ok(Log::open(settings)?)
     }
 
     /// Opens both sides and starts the tasks of one session.
@@ -284,20 +319,45 @@ impl Pipeline {
             },
         )
         .await?;
-        let ledger = Ledger::resume(1, BatchNumber(prepared.batch), prepared.end_lsn);
+        let mut ledger = Ledger::resume(1, BatchNumber(prepared.batch), prepared.end_lsn);
+        let mut tasks = JoinSet::new();
+        let (batches, archive) = match &self.config.archive {
+            None => (batches, None),
+            Some(archive) => {
+                let log = self.log(archive, prepared)?;
+                let position = log
+                    .waiting_from()
+                    .map_or(prepared.end_lsn, |waiting| waiting.min(prepared.end_lsn));
+                if archive.required {
+                    ledger = ledger.with_archive(position);
+                }
+                let (uploaded, uploaded_seen) = watch::channel(position);
+                let (to_spool, spooled) = mpsc::channel(IN_FLIGHT_MAX);
+                let metrics = ArchiveMetrics::new(&self.database);
+                let (spooling, uploading) = log.tasks(spooled, batches, uploaded, metrics);
+                tasks.spawn(async move { spooling.await.err().map(SessionError::Spool) });
+                let archiving = Archiving {
+                    uploaded: uploaded_seen,
+                    required: archive.required,
+                    upload: AbortOnDropHandle::new(tokio::spawn(uploading)),
+                };
+                (to_spool, Some(archiving))
+            }
+        };
         let (flush, flush_seen) = watch::channel(ledger.flush_lsn());
         let (position, position_seen) = watch::channel(SourcePosition::default());
         let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
         let (outcomes, outcomes_seen) = mpsc::channel(IN_FLIGHT_MAX);
         let (reports, reports_seen) = mpsc::channel(4);
-        let mut tasks = JoinSet::new();
         let settings = SourceSettings {
             conninfo: source.clone(),
             stream: self.stream.clone(),
             start: prepared.end_lsn,
             binary: self.binary && prepared.binary,
-            queue_bytes: limits.queue_bytes,
-            transaction_bytes: limits.transaction_bytes,
+            limits: IntakeLimits {
+                queue_bytes: limits.queue_bytes,
+                transaction_bytes: limits.transaction_bytes,
+            },
             catch_up_bytes: limits.catch_up_bytes,
         };
         tasks.spawn(async move {
@@ -333,8 +393,9 @@ impl Pipeline {
             outcomes: outcomes_seen,
             reports: reports_seen,
             position: position_seen,
-            batches,
+            batches: Some(batches),
             flush,
+            archive,
             owned: Owned::new(&self.config, ledger, spacing, self.lag.clone()),
         })
     }

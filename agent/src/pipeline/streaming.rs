@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::error::SessionError;
 use super::{Pipeline, TICK, as_f64, now_instant, now_micros};
@@ -34,6 +35,8 @@ enum Action {
     Received(Received),
     Outcome(Outcome),
     Report(Report),
+    /// A required archive has everything up to here.
+    Archived(PgLsn),
     Tick,
     /// The next batch has waited long enough.
     Due,
@@ -50,9 +53,21 @@ pub(super) struct Streaming<'p> {
     pub(super) outcomes: mpsc::Receiver<Outcome>,
     pub(super) reports: mpsc::Receiver<Report>,
     pub(super) position: watch::Receiver<SourcePosition>,
-    pub(super) batches: mpsc::Sender<Arc<Batch>>,
+    /// None once drained.
+    pub(super) batches: Option<mpsc::Sender<Arc<Batch>>>,
     pub(super) flush: watch::Sender<FlushLsn>,
+    pub(super) archive: Option<Archiving>,
     pub(super) owned: Owned,
+}
+
+/// The upload of the change log.
+pub(super) struct Archiving {
+    /// How far the archive has it.
+    pub(super) uploaded: watch::Receiver<PgLsn>,
+    /// Whether the slot waits for it.
+    pub(super) required: bool,
+    /// Ends once batches have ended and all of them are in the archive.
+    pub(super) upload: AbortOnDropHandle<()>,
 }
 
 /// The state proper.
@@ -149,7 +164,11 @@ impl Streaming<'_> {
             while let Some(batch) = self.owned.next_batch(now_instant()) {
                 failpoint::hit("pipeline:before-ship");
                 // There is room for as many as may be in flight, or `next_batch` had given none.
-                if self.batches.try_send(Arc::new(batch)).is_err() {
+                let sent = self
+                    .batches
+                    .as_ref()
+                    .map(|batches| batches.try_send(Arc::new(batch)));
+                if !matches!(sent, Some(Ok(()))) {
                     return Err(SessionError::TaskLost);
                 }
             }
@@ -180,6 +199,7 @@ impl Streaming<'_> {
             },
             () = at(self.owned.due) => Action::Due,
             Some(report) = self.reports.recv() => Action::Report(report),
+            position = archived(self.archive.as_mut()) => Action::Archived(position),
             // 5. More work; not while draining.
             Some(received) = self.transactions.recv(), if running => Action::Received(received),
         }
@@ -206,6 +226,13 @@ impl Streaming<'_> {
                 Ok(())
             }
             Action::Report(Report::Coverage(unprotected)) => self.cover(&unprotected),
+            Action::Archived(position) => {
+                if let Some(flush) = owned.ledger.archived(position) {
+                    failpoint::hit("pipeline:before-acknowledge");
+                    self.flush.send_replace(flush);
+                }
+                Ok(())
+            }
             Action::Tick | Action::Due => Ok(()),
             Action::Stop => {
                 let grace = self.pipeline.config.limits.shutdown_grace;
@@ -217,6 +244,35 @@ impl Streaming<'_> {
             // What was not applied is sent again after the next start.
             Action::GraceOver | Action::TaskEnded(None) => Err(SessionError::TaskLost),
             Action::TaskEnded(Some(error)) => Err(error),
+        }
+    }
+
+    /// After draining: what is in the spool goes into the archive, if that does not take too long. What does not,
+    /// stays in the spool.
+    pub(super) async fn finish_archive(&mut self) {
+        self.batches = None;
+        let (Some(archive), Phase::Draining { deadline }) = (self.archive.take(), self.owned.phase)
+        else {
+            return;
+        };
+        let left = deadline.saturating_duration_since(now_instant());
+        let mut upload = archive.upload;
+        if tokio::time::timeout(left, &mut upload).await.is_err() {
+            self.archive = Some(Archiving { upload, ..archive });
+            tracing::warn!(
+                database = %self.pipeline.database,
+                "the archive did not take the end of the change log in time; it stays in the spool"
+            );
+        }
+    }
+
+    /// Ends every task, and waits for it: the next session works with the same files.
+    pub(super) async fn stop(&mut self) {
+        self.tasks.shutdown().await;
+        if let Some(archive) = self.archive.take() {
+            archive.upload.abort();
+            // It was told to end; how it did is of no interest.
+            let _ = archive.upload.await;
         }
     }
 
@@ -327,6 +383,16 @@ impl Streaming<'_> {
             status.source_disk_full_seconds = disk_full;
         });
     }
+}
+
+/// How far a required archive is, once that has changed. Cancel-safe.
+async fn archived(archive: Option<&mut Archiving>) -> PgLsn {
+    if let Some(archive) = archive.filter(|archive| archive.required)
+        && archive.uploaded.changed().await.is_ok()
+    {
+        return *archive.uploaded.borrow_and_update();
+    }
+    std::future::pending().await
 }
 
 /// Ends at that time; without one, never.

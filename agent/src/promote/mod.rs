@@ -27,6 +27,8 @@ mod settle;
 pub mod state;
 mod steps;
 
+pub use steps::set_sequences_ahead;
+
 use crate::error::{Class, Classify};
 use crate::pg::PgError;
 

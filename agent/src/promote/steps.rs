@@ -175,12 +175,31 @@ pub(super) async fn set_sequences(
     client: &Client,
     record: &mut Record,
 ) -> Result<String, PromoteError> {
+    let (set, warnings) = set_sequences_ahead(client)
+        .await
+        .doing("set sequences ahead")?;
+    let more = warnings.len().saturating_sub(NAMED_MAX);
+    for warning in warnings.into_iter().take(NAMED_MAX) {
+        record.warn(format!("sequence {warning}"));
+    }
+    if more > 0 {
+        record.warn(format!("{more} more sequences need a look"));
+    }
+    record.detail.database.sequences_set = set;
+    Ok(format!("{set} sequences set ahead"))
+}
+
+/// Sets every sequence of a database ahead of what the source may have given out; returns how many, and what a
+/// person should look at.
+///
+/// # Errors
+/// When the database refuses.
+pub async fn set_sequences_ahead(client: &Client) -> Result<(u64, Vec<String>), PgError> {
     let mut set = 0_u64;
     let mut warnings = Vec::new();
     client
         .batch_execute(&format!("SET statement_timeout = '{COLUMN_WITHIN}'"))
-        .await
-        .doing("limit the look for the furthest values")?;
+        .await?;
     for mut sequence in all_sequences(client).await? {
         for (table, column) in &sequence.columns {
             match furthest(client, table, column, sequence.facts.increment > 0).await {
@@ -203,24 +222,12 @@ pub(super) async fn set_sequences(
                     "SELECT setval($1::oid::regclass, $2, true)",
                     &[&sequence.oid, &value],
                 )
-                .await
-                .doing("set a sequence ahead")?;
+                .await?;
             set += 1;
         }
     }
-    client
-        .batch_execute("RESET statement_timeout")
-        .await
-        .doing("lift the limit again")?;
-    let more = warnings.len().saturating_sub(NAMED_MAX);
-    for warning in warnings.into_iter().take(NAMED_MAX) {
-        record.warn(format!("sequence {warning}"));
-    }
-    if more > 0 {
-        record.warn(format!("{more} more sequences need a look"));
-    }
-    record.detail.database.sequences_set = set;
-    Ok(format!("{set} sequences set ahead"))
+    client.batch_execute("RESET statement_timeout").await?;
+    Ok((set, warnings))
 }
 
 fn further(facts: &Facts, value: Option<i64>) -> Option<i64> {
@@ -233,7 +240,7 @@ fn further(facts: &Facts, value: Option<i64>) -> Option<i64> {
 
 /// All sequences but temporary and our own, with the columns that own them (serial, identity) or
 /// use them as a default. Partitions are left out where their root is there.
-async fn all_sequences(client: &Client) -> Result<Vec<Sequence>, PromoteError> {
+async fn all_sequences(client: &Client) -> Result<Vec<Sequence>, PgError> {
     const SQL: &str = "
         WITH used AS (
             SELECT d.objid AS seq, d.refobjid AS rel, d.refobjsubid AS att
@@ -269,7 +276,7 @@ async fn all_sequences(client: &Client) -> Result<Vec<Sequence>, PromoteError> {
           ) u ON true
          WHERE c.relpersistence <> 't' AND n.nspname <> 'dr_agent'
          ORDER BY 2, 3";
-    let rows = client.query(SQL, &[]).await.doing("list sequences")?;
+    let rows = client.query(SQL, &[]).await?;
     Ok(rows
         .iter()
         .map(|row| Sequence {

@@ -60,6 +60,11 @@ use identity::{History, Observed, Slot, Verdict};
 use publication::Wanted;
 use replica::Progress;
 
+/// The SQL that creates schema `dr_agent` in a database that changes are applied to. Repeatable.
+pub fn replica_schema() -> &'static str {
+    replica::SCHEMA_SQL
+}
+
 /// A database that streaming can start on.
 #[derive(Debug)]
 pub struct Prepared {
@@ -117,6 +122,24 @@ async fn databases(conninfo: &ConnInfo) -> Result<Vec<String>, SetupError> {
     catalog::databases(&client)
         .await
         .map_err(SetupError::sql(Side::Source, "list databases"))
+}
+
+/// The tables that are published under a stream's name; none before there is a publication.
+///
+/// # Errors
+/// When the source refuses.
+pub async fn published(
+    source: &ConnInfo,
+    stream: &StreamName,
+) -> Result<Option<Vec<Table>>, SetupError> {
+    let client = source::open(source, stream).await?;
+    let found = source::observe(&client, stream).await?;
+    let Some(publication) = found.publication else {
+        return Ok(None);
+    };
+    let mut tables = found.tables;
+    tables.retain(|table| publication.publishes(table) && !table.unlogged);
+    Ok(Some(tables))
 }
 
 /// Brings `database` to where streaming can start. Repeatable, whatever was killed before.

@@ -15,6 +15,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_postgres::Client;
 
 use super::SourceError;
+use super::intake::Meanwhile;
 use crate::failpoint;
 use crate::ledger::FlushLsn;
 use crate::pg::replication::StatusSender;
@@ -78,6 +79,24 @@ pub(super) async fn advance(client: &Client, slot: &str, to: PgLsn) -> Result<()
     Ok(())
 }
 
+impl Meanwhile for Feedback {
+    /// Keeps the source informed for as long as `waiting` takes.
+    async fn during<T: Send>(
+        &mut self,
+        waiting: impl Future<Output = T> + Send,
+    ) -> Result<T, SourceError> {
+        tokio::pin!(waiting);
+        let mut due = ticks();
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut waiting => return Ok(done),
+                _ = due.tick() => self.send().await?,
+            }
+        }
+    }
+}
+
 impl Feedback {
     pub(super) fn new(flush: watch::Receiver<FlushLsn>, listener: Listener) -> Self {
         let told = flush.borrow().lsn();
@@ -109,22 +128,6 @@ impl Feedback {
         self.told = flush;
         self.told_at = Instant::now();
         Ok(())
-    }
-
-    /// Keeps the source informed for as long as `waiting` takes.
-    pub(super) async fn during<T>(
-        &mut self,
-        waiting: impl Future<Output = T> + Send,
-    ) -> Result<T, SourceError> {
-        tokio::pin!(waiting);
-        let mut due = ticks();
-        loop {
-            tokio::select! {
-                biased;
-                done = &mut waiting => return Ok(done),
-                _ = due.tick() => self.send().await?,
-            }
-        }
     }
 
     /// Waits until everything up to `position` is durable and the source knows; false once nobody will say so

@@ -11,7 +11,6 @@ use bytes::Bytes;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Semaphore, mpsc, watch};
 
-use super::feedback::Feedback;
 use super::{Received, SourceError, SourcePosition, SourceSettings, subtransactions};
 use crate::lag::Micros;
 use crate::pg::{ConnInfo, PgLsn, Session};
@@ -32,14 +31,49 @@ pub(super) enum Taken {
     Unwanted,
 }
 
+/// What is done for as long as the intake waits.
+pub(super) trait Meanwhile: Send {
+    /// Waits.
+    fn during<T: Send>(
+        &mut self,
+        waiting: impl Future<Output = T> + Send,
+    ) -> impl Future<Output = Result<T, SourceError>> + Send;
+}
+
+/// Nothing: nobody expects to hear of us.
+pub(super) struct Nothing;
+
+impl Meanwhile for Nothing {
+    async fn during<T: Send>(
+        &mut self,
+        waiting: impl Future<Output = T> + Send,
+    ) -> Result<T, SourceError> {
+        Ok(waiting.await)
+    }
+}
+
+/// What the intake may hold.
+#[derive(Clone, Copy, Debug)]
+pub struct IntakeLimits {
+    /// `limits.queue_bytes`
+    pub queue_bytes: u64,
+    /// `limits.transaction_bytes`
+    pub transaction_bytes: u64,
+}
+
+/// Who answers the questions that a walsender cannot answer while it streams.
+struct Ordinary {
+    conninfo: ConnInfo,
+    session: Session,
+}
+
 /// Puts messages together and hands transactions over.
 pub(super) struct Intake {
     assembler: Assembler,
     spills: Spills,
     transaction_bytes: u64,
-    conninfo: ConnInfo,
-    /// For the questions that a walsender cannot answer while it streams.
-    ordinary: Session,
+    /// None where messages come as if nothing had been streamed: then there is nothing to ask.
+    ordinary: Option<Ordinary>,
     budget: Arc<Semaphore>,
     budget_bytes: u64,
     queue: mpsc::Sender<Received>,
@@ -55,17 +89,34 @@ impl Intake {
         queue: mpsc::Sender<Received>,
         position: watch::Sender<SourcePosition>,
     ) -> Self {
-        let budget = usize::try_from(settings.queue_bytes)
+        let session = Session::new(settings.stream.application_name("subtransactions"))
+            .set("statement_timeout", STATEMENT_TIMEOUT);
+        let ordinary = Ordinary {
+            conninfo: settings.conninfo.clone(),
+            session,
+        };
+        let mut intake = Self::of_log(settings.limits, settings.start, space, queue, position);
+        intake.ordinary = Some(ordinary);
+        intake
+    }
+
+    /// For messages of a change log.
+    pub(super) fn of_log(
+        limits: IntakeLimits,
+        start: PgLsn,
+        space: SpillSpace,
+        queue: mpsc::Sender<Received>,
+        position: watch::Sender<SourcePosition>,
+    ) -> Self {
+        let budget = usize::try_from(limits.queue_bytes)
             .unwrap_or(usize::MAX)
             .min(Semaphore::MAX_PERMITS)
             .min(u32::MAX as usize);
         Self {
-            assembler: Assembler::new(settings.start),
+            assembler: Assembler::new(start),
             spills: Spills::new(space),
-            transaction_bytes: settings.transaction_bytes,
-            ordinary: Session::new(settings.stream.application_name("subtransactions"))
-                .set("statement_timeout", STATEMENT_TIMEOUT),
-            conninfo: settings.conninfo.clone(),
+            transaction_bytes: limits.transaction_bytes,
+            ordinary: None,
             budget: Arc::new(Semaphore::new(budget)),
             budget_bytes: budget as u64,
             queue,
@@ -101,11 +152,11 @@ impl Intake {
         self.position.send_replace(self.here);
     }
 
-    /// Takes one message; waits while the queue is full, keeping the source informed.
+    /// Takes one message; waits while the queue is full.
     pub(super) async fn take(
         &mut self,
         data: Bytes,
-        feedback: &mut Feedback,
+        meanwhile: &mut impl Meanwhile,
     ) -> Result<Taken, SourceError> {
         self.here.bytes += data.len() as u64;
         match self.assembler.push(data)? {
@@ -113,7 +164,7 @@ impl Intake {
                 self.relieve()?;
                 Ok(Taken::Part)
             }
-            Some(Ended::Committed(complete)) => self.hand_over(*complete, feedback).await,
+            Some(Ended::Committed(complete)) => self.hand_over(*complete, meanwhile).await,
             Some(Ended::Aborted { xid }) => {
                 self.spills.discard(xid);
                 Ok(Taken::Part)
@@ -137,19 +188,23 @@ impl Intake {
     async fn settle(
         &mut self,
         complete: &mut Complete,
-        feedback: &mut Feedback,
+        meanwhile: &mut impl Meanwhile,
     ) -> Result<(), SourceError> {
         let subtransactions: Vec<u32> = complete.subtransactions().collect();
-        if subtransactions.is_empty() {
+        let Some(ordinary) = self
+            .ordinary
+            .as_ref()
+            .filter(|_| !subtransactions.is_empty())
+        else {
             return Ok(());
-        }
+        };
         let asking = Box::pin(subtransactions::rolled_back(
-            &self.conninfo,
-            &self.ordinary,
+            &ordinary.conninfo,
+            &ordinary.session,
             &subtransactions,
             complete.end_lsn(),
         ));
-        let rolled_back = feedback.during(asking).await??;
+        let rolled_back = meanwhile.during(asking).await??;
         if !rolled_back.is_empty() {
             tracing::info!(
                 xid = complete.xid(),
@@ -166,9 +221,9 @@ impl Intake {
     async fn hand_over(
         &mut self,
         mut complete: Complete,
-        feedback: &mut Feedback,
+        meanwhile: &mut impl Meanwhile,
     ) -> Result<Taken, SourceError> {
-        self.settle(&mut complete, feedback).await?;
+        self.settle(&mut complete, meanwhile).await?;
         let (mut transaction, aborted) = complete.into_transaction();
         let xid = transaction.xid;
         if self.spills.holds(xid) {
@@ -185,7 +240,7 @@ impl Intake {
             Err(_) => {
                 // We may stand here for long: let it be seen how far we are.
                 self.tell();
-                feedback
+                meanwhile
                     .during(budget.acquire_many_owned(bytes))
                     .await?
                     .expect("the semaphore is never closed")
@@ -200,7 +255,7 @@ impl Intake {
             Err(TrySendError::Closed(_)) => false,
             Err(TrySendError::Full(received)) => {
                 self.tell();
-                feedback.during(self.queue.send(received)).await?.is_ok()
+                meanwhile.during(self.queue.send(received)).await?.is_ok()
             }
         };
         Ok(match wanted {

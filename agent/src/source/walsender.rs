@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::Sleep;
 
 use super::feedback::{Feedback, Listener, ticks};
-use super::intake::{Intake, Taken};
+use super::intake::{Intake, Meanwhile as _, Taken};
 use super::pace::Pace;
 use super::{Behind, Next, Reader, SourceError, SourceSettings, text_form};
 use crate::ledger::FlushLsn;

@@ -1,0 +1,32 @@
+//! The archive: base backups and the change log, on S3 or in a directory, from which any moment can be restored.
+//!
+//! ```text
+//! pipeline ─batch─▶ Spool (local files, fsync) ─batch─▶ replica sink
+//!                     └─ a segment is full or old enough ─▶ upload ─zstd─▶ store   log/<start>-<end>.zst
+//! ```
+//!
+//! # Invariants
+//! - A batch is in the spool before the replica gets it. The slot is told what the replica has, so whatever
+//!   the source has forgotten is in the spool or in the archive, also after `kill -9`.
+//! - A segment leaves the spool once the store has it.
+//! - What the archive lacks is never hidden: segments name where they begin and end, and a reader that finds
+//!   no segment for a position says which range is missing.
+//!
+//! # What it does not do
+//! Segments may overlap, after a restart or with two writers: a reader takes each transaction once, by its LSN.
+
+mod chain;
+mod error;
+mod layout;
+mod log;
+mod segment;
+mod spool;
+#[cfg(test)]
+mod tests;
+
+pub use chain::Chain;
+pub use error::ArchiveError;
+pub use layout::{Layout, Span};
+pub use log::{Log, LogSettings};
+pub use segment::{SegmentReader, verify};
+pub use spool::{Segment, Spool, SpoolError, SpoolLimits};

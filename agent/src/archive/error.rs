@@ -1,0 +1,108 @@
+//! What can go wrong with the archive, beside the store itself.
+
+use super::Span;
+use super::spool::SpoolError;
+use crate::changelog::{FramesError, UnpackError};
+use crate::error::{Class, Classify};
+use crate::pg::PgLsn;
+use crate::store::StoreError;
+
+/// Why the archive cannot be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {
+    /// The store refused, or is away.
+    #[error("use the archive")]
+    Store(#[from] StoreError),
+    /// The spool refused.
+    #[error("use the archive's spool")]
+    Spool(#[from] SpoolError),
+    /// An object does not hold what its name says.
+    #[error("{object}: {reason}")]
+    Damaged {
+        /// Its name.
+        object: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A record in an object cannot be read.
+    #[error("{object}: a record cannot be read")]
+    Record {
+        /// The object's name.
+        object: String,
+        /// Why.
+        #[source]
+        source: UnpackError,
+    },
+    /// An object cannot be taken apart.
+    #[error("{object}: it is not a segment of a change log")]
+    Frames {
+        /// The object's name.
+        object: String,
+        /// Why.
+        #[source]
+        source: FramesError,
+    },
+    /// Another source wrote an object that should be ours.
+    #[error("{object} was written for the source with the system identifier {found}")]
+    Foreign {
+        /// The object's name.
+        object: String,
+        /// The system identifier in it.
+        found: u64,
+    },
+    /// A stretch of the log is not there.
+    #[error("the change log from {from} on is missing{}", goes_on(.next))]
+    Missing {
+        /// Where it breaks off.
+        from: PgLsn,
+        /// Where it goes on.
+        next: Option<PgLsn>,
+    },
+}
+
+fn goes_on(next: &Option<PgLsn>) -> String {
+    next.map_or_else(String::new, |next| format!("; it goes on at {next}"))
+}
+
+impl ArchiveError {
+    /// What a segment of this name lacks.
+    pub(super) fn ends_early(object: &str, span: Span, end: PgLsn) -> Self {
+        Self::Damaged {
+            object: object.to_owned(),
+            reason: format!("it ends at {end} instead of {}", span.end),
+        }
+    }
+}
+
+impl Classify for ArchiveError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Store(error) => error.class(),
+            Self::Spool(error) => error.class(),
+            Self::Damaged { .. }
+            | Self::Record { .. }
+            | Self::Frames { .. }
+            | Self::Foreign { .. }
+            | Self::Missing { .. } => Class::Definite,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Store(error) => error.hint(),
+            Self::Spool(error) => error.hint(),
+            Self::Record { source, .. } => source.hint(),
+            Self::Damaged { .. } | Self::Frames { .. } => Some(
+                "bring back an earlier version of the object, if the bucket keeps versions; otherwise restore to \
+                 a moment before it, or from a base backup behind it"
+                    .to_owned(),
+            ),
+            Self::Foreign { .. } => Some(
+                "every source needs a prefix of its own in archive.url, or a source.slot of its own".to_owned(),
+            ),
+            Self::Missing { .. } => Some(
+                "restore to a moment before it, or from a base backup behind it".to_owned(),
+            ),
+        }
+    }
+}

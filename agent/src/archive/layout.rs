@@ -1,0 +1,100 @@
+//! Where things are in the archive.
+//!
+//! ```text
+//! <prefix>/<stream>/<system identifier>/log/<start>-<end>.zst     a segment of the change log
+//! <prefix>/<stream>/<system identifier>/base/<lsn>/…              a base backup
+//! ```
+//! Pure. LSNs are written with sixteen hexadecimal digits, so that names sort as LSNs do. The system identifier is the
+//! source's (`pg_control_system()`): LSNs of different ones have nothing to do with each other.
+
+use crate::pg::PgLsn;
+use crate::stream::StreamName;
+
+/// A stretch of the source's WAL, from the end of one transaction to the end of a later one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Span {
+    /// The end of the last transaction before it.
+    pub start: PgLsn,
+    /// The end of its last transaction.
+    pub end: PgLsn,
+}
+
+impl Span {
+    /// As in names of files and objects, without their endings.
+    pub fn name(self) -> String {
+        format!("{}-{}", digits(self.start), digits(self.end))
+    }
+
+    /// Reads [`Span::name`].
+    pub fn parse(name: &str) -> Option<Self> {
+        let (start, end) = name.split_once('-')?;
+        let span = Self {
+            start: parse_digits(start)?,
+            end: parse_digits(end)?,
+        };
+        (span.start < span.end).then_some(span)
+    }
+}
+
+/// An LSN as in names.
+pub(super) fn digits(lsn: PgLsn) -> String {
+    format!("{:016X}", u64::from(lsn))
+}
+
+/// Reads [`digits`].
+pub(super) fn parse_digits(text: &str) -> Option<PgLsn> {
+    let fits = text.len() == 16
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'A'..=b'F').contains(&b));
+    let number = fits.then(|| u64::from_str_radix(text, 16).ok())??;
+    Some(PgLsn::from(number))
+}
+
+/// The names of one stream's objects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    root: String,
+    system_identifier: u64,
+}
+
+impl Layout {
+    /// For a stream of this source.
+    pub fn new(stream: &StreamName, system_identifier: u64) -> Self {
+        Self {
+            root: format!("{stream}/{system_identifier}"),
+            system_identifier,
+        }
+    }
+
+    /// The source's.
+    pub fn system_identifier(&self) -> u64 {
+        self.system_identifier
+    }
+
+    /// What the names of all segments begin with.
+    pub fn log(&self) -> String {
+        format!("{}/log/", self.root)
+    }
+
+    /// A segment.
+    pub fn segment(&self, span: Span) -> String {
+        format!("{}{}.zst", self.log(), span.name())
+    }
+
+    /// The segment that has this name.
+    pub fn parse_segment(&self, name: &str) -> Option<Span> {
+        let name = name.strip_prefix(&self.log())?.strip_suffix(".zst")?;
+        Span::parse(name)
+    }
+
+    /// What the names of all base backups begin with.
+    pub fn bases(&self) -> String {
+        format!("{}/base/", self.root)
+    }
+
+    /// What the names of one base backup's objects begin with.
+    pub fn base(&self, lsn: PgLsn) -> String {
+        format!("{}{}/", self.bases(), digits(lsn))
+    }
+}

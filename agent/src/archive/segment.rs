@@ -1,0 +1,232 @@
+//! A segment in the store: written from the spool, read back part by part.
+//!
+//! One zstd frame with a checksum over parts behind one another ([`crate::changelog`]): `zstd -d` unpacks it.
+//!
+//! # Invariants
+//! - An object that is there is never overwritten. One that another agent wrote before us is read: it serves if it
+//!   holds what its name says.
+//! - A segment that ends early, begins elsewhere, has a gap or comes from another source is an error that names it.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+
+use bytes::Bytes;
+
+use super::{ArchiveError, Layout, Segment, Span, SpoolError};
+use crate::changelog::{Frames, Part, Unpacker};
+use crate::pg::PgLsn;
+use crate::store::{ObjectReader, Put, Store};
+
+/// A change log compresses to a fraction already at zstd's default, at a few hundred MiB a second.
+const ZSTD_LEVEL: i32 = 3;
+
+/// Read and compressed at a time.
+const BLOCK_BYTES: usize = 1 << 20;
+
+/// Decompressed at a time: what comes out may be a thousand times as much.
+const COMPRESSED_BYTES: usize = 16 << 10;
+
+/// What an upload did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Uploaded {
+    /// Bytes before compression.
+    pub(super) raw_bytes: u64,
+    /// Bytes in the store; none if the object was there before.
+    pub(super) stored_bytes: u64,
+}
+
+/// Brings a segment into the store.
+///
+/// # Errors
+/// [`ArchiveError`]; the segment is still in the spool.
+pub(super) async fn upload(
+    store: &Store,
+    layout: &Layout,
+    segment: &Segment,
+) -> Result<Uploaded, ArchiveError> {
+    let name = layout.segment(segment.span);
+    let unreadable = |source| SpoolError::Io {
+        doing: "read",
+        path: segment.path().to_owned(),
+        source,
+    };
+    let mut file = File::open(segment.path()).map_err(unreadable)?;
+    let mut writer = store.create(&name).await?;
+    let mut encoder = encoder().map_err(unreadable)?;
+    let mut stored_bytes = 0;
+    loop {
+        let (read, compressed) = tokio::task::block_in_place(|| {
+            let mut block = Vec::with_capacity(BLOCK_BYTES);
+            let limit = BLOCK_BYTES as u64;
+            let read = (&mut file).take(limit).read_to_end(&mut block)?;
+            encoder.write_all(&block)?;
+            Ok((read, std::mem::take(encoder.get_mut())))
+        })
+        .map_err(unreadable)?;
+        stored_bytes += compressed.len() as u64;
+        if !compressed.is_empty() {
+            writer.write(Bytes::from(compressed)).await?;
+        }
+        if read < BLOCK_BYTES {
+            break;
+        }
+    }
+    let rest = encoder.finish().map_err(unreadable)?;
+    stored_bytes += rest.len() as u64;
+    writer.write(Bytes::from(rest)).await?;
+    let (put, _) = writer.finish().await?;
+    if put == Put::Exists {
+        verify(store, layout, segment.span).await?;
+        stored_bytes = 0;
+    }
+    Ok(Uploaded {
+        raw_bytes: segment.bytes(),
+        stored_bytes,
+    })
+}
+
+fn encoder() -> std::io::Result<zstd::stream::write::Encoder<'static, Vec<u8>>> {
+    let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), ZSTD_LEVEL)?;
+    encoder.include_checksum(true)?;
+    Ok(encoder)
+}
+
+/// Reads a segment and checks all of it.
+///
+/// # Errors
+/// [`ArchiveError`]
+pub async fn verify(store: &Store, layout: &Layout, span: Span) -> Result<(), ArchiveError> {
+    let mut reader = SegmentReader::open(store, layout, span).await?;
+    let mut unpacker = Unpacker::default();
+    while let Some(part) = reader.next().await? {
+        unpacker
+            .push(&part, |_| {})
+            .map_err(|source| reader.record(source))?;
+    }
+    Ok(())
+}
+
+/// A segment that is being read.
+pub struct SegmentReader {
+    name: String,
+    span: Span,
+    system_identifier: u64,
+    object: ObjectReader,
+    /// Of the object, not yet decompressed.
+    compressed: Bytes,
+    decoder: zstd::stream::write::Decoder<'static, Vec<u8>>,
+    frames: Frames,
+    /// The end of the last batch that is complete.
+    end: PgLsn,
+    inside_a_batch: bool,
+}
+
+impl SegmentReader {
+    /// Begins to read.
+    ///
+    /// # Errors
+    /// When the store does not give it.
+    pub async fn open(store: &Store, layout: &Layout, span: Span) -> Result<Self, ArchiveError> {
+        let name = layout.segment(span);
+        let decoder = zstd::stream::write::Decoder::new(Vec::new()).map_err(|error| {
+            ArchiveError::Damaged {
+                object: name.clone(),
+                reason: error.to_string(),
+            }
+        })?;
+        Ok(Self {
+            object: store.read(&name).await?,
+            name,
+            span,
+            system_identifier: layout.system_identifier(),
+            compressed: Bytes::new(),
+            decoder,
+            frames: Frames::default(),
+            end: span.start,
+            inside_a_batch: false,
+        })
+    }
+
+    /// The next part, in order; `None` at the end of the segment, which is where its name says.
+    ///
+    /// # Errors
+    /// [`ArchiveError`]
+    pub async fn next(&mut self) -> Result<Option<Part>, ArchiveError> {
+        loop {
+            let part = self.frames.next_part();
+            if let Some(part) = part.map_err(|source| self.frames_error(source))? {
+                self.follow(&part)?;
+                return Ok(Some(part));
+            }
+            if self.compressed.is_empty() {
+                let Some(bytes) = self.object.next().await? else {
+                    return self.finish();
+                };
+                self.compressed = bytes;
+            }
+            let length = self.compressed.len().min(COMPRESSED_BYTES);
+            let bytes = self.compressed.split_to(length);
+            let decoded = self
+                .decoder
+                .write_all(&bytes)
+                .and_then(|()| self.decoder.flush());
+            decoded.map_err(|error| self.damaged(error.to_string()))?;
+            self.frames.push(self.decoder.get_ref());
+            self.decoder.get_mut().clear();
+        }
+    }
+
+    /// What a record of this segment that cannot be read is to be called.
+    pub fn record(&self, source: crate::changelog::UnpackError) -> ArchiveError {
+        ArchiveError::Record {
+            object: self.name.clone(),
+            source,
+        }
+    }
+
+    /// Holds a part against the ones before it.
+    fn follow(&mut self, part: &Part) -> Result<(), ArchiveError> {
+        if part.system_identifier != self.system_identifier {
+            return Err(ArchiveError::Foreign {
+                object: self.name.clone(),
+                found: part.system_identifier,
+            });
+        }
+        let begins = PgLsn::from(part.previous_end_lsn);
+        if begins != self.end {
+            return Err(self.damaged(format!(
+                "a batch begins at {begins} instead of {}",
+                self.end
+            )));
+        }
+        self.inside_a_batch = part.parts == 0;
+        if !self.inside_a_batch {
+            self.end = part.end_lsn.into();
+        }
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<Option<Part>, ArchiveError> {
+        self.frames
+            .finish()
+            .map_err(|source| self.frames_error(source))?;
+        if self.inside_a_batch || self.end != self.span.end {
+            return Err(ArchiveError::ends_early(&self.name, self.span, self.end));
+        }
+        Ok(None)
+    }
+
+    fn damaged(&self, reason: String) -> ArchiveError {
+        ArchiveError::Damaged {
+            object: self.name.clone(),
+            reason,
+        }
+    }
+
+    fn frames_error(&self, source: crate::changelog::FramesError) -> ArchiveError {
+        ArchiveError::Frames {
+            object: self.name.clone(),
+            source,
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Transactions of the change log into the target, through the replica sink.
+//!
+//! A pipeline without a slot, a lag and a clock: what a batch holds and when it is durable is the same.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use super::RestoreError;
+use crate::batch::{Batch, Queue};
+use crate::catalog::TableName;
+use crate::config::Config;
+use crate::lag::Micros;
+use crate::ledger::BatchNumber;
+use crate::pg::{ConnInfo, PgLsn};
+use crate::sink::replica::{
+    IN_FLIGHT_MAX, Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced,
+};
+use crate::source::Received;
+use crate::stream::StreamName;
+
+/// How far the target is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Reached {
+    /// The end of the last transaction that is in it.
+    pub(super) end_lsn: PgLsn,
+    /// When that committed on the source; none if nothing came after the base backup.
+    pub(super) commit_time: Option<Micros>,
+    /// Number of the last batch.
+    pub(super) batch: BatchNumber,
+    /// Transactions replayed by this run.
+    pub(super) transactions: u64,
+}
+
+/// Where the transactions go.
+pub(super) struct Target<'a> {
+    /// The database.
+    pub(super) conninfo: &'a ConnInfo,
+    /// Whose progress row is kept in it.
+    pub(super) stream: &'a StreamName,
+    /// The term of that row.
+    pub(super) term: i64,
+    /// The tables of the base backup, as of its position.
+    pub(super) tables: HashMap<TableName, Option<PgLsn>>,
+    /// The position of the base backup.
+    pub(super) as_of: PgLsn,
+}
+
+/// Applies transactions until there are no more; `progress` is told after every batch.
+///
+/// # Errors
+/// [`RestoreError`]
+pub(super) async fn apply(
+    config: &Config,
+    target: Target<'_>,
+    from: Reached,
+    mut transactions: mpsc::Receiver<Received>,
+    mut progress: impl FnMut(&Reached),
+) -> Result<Reached, RestoreError> {
+    let limits = &config.limits;
+    let settings = SinkSettings {
+        stream: target.stream.clone(),
+        term: target.term,
+        segment: SegmentLimits {
+            bytes: limits.batch_bytes,
+            changes: (limits.batch_changes / 4).max(1),
+        },
+        lanes: config.replica.lanes,
+        spread_changes: limits.spread_changes,
+    };
+    let synced = Synced {
+        tables: target.tables,
+        as_of: target.as_of,
+    };
+    let (mut sink, batches) = ReplicaSink::connect(target.conninfo, settings, synced).await?;
+    let (outcomes, mut outcomes_seen) = mpsc::channel::<Outcome>(IN_FLIGHT_MAX);
+    let sinking = tokio::spawn(async move {
+        while let Some(outcome) = sink.next().await {
+            let failed = outcome.result.is_err();
+            if outcomes.send(outcome).await.is_err() || failed {
+                return;
+            }
+        }
+    });
+    let mut state = State {
+        queue: Queue::new(limits.batch_bytes, limits.batch_changes),
+        permits: VecDeque::new(),
+        last: (from.batch, from.end_lsn),
+        in_flight: 0,
+        ended: false,
+        reached: from,
+    };
+    let mut batches = Some(batches);
+    loop {
+        while let Some(batch) = state.next_batch() {
+            let sent = batches
+                .as_ref()
+                .map(|batches| batches.try_send(Arc::new(batch)));
+            debug_assert!(
+                matches!(sent, Some(Ok(()))),
+                "there is room for a batch in flight"
+            );
+        }
+        if state.is_done() {
+            batches = None;
+        }
+        tokio::select! {
+            biased;
+            outcome = outcomes_seen.recv() => match outcome {
+                Some(outcome) => {
+                    state.durable(outcome)?;
+                    progress(&state.reached);
+                }
+                None if state.is_done() => break,
+                None => return Err(RestoreError::TaskLost),
+            },
+            received = transactions.recv(), if !state.ended => match received {
+                Some(received) => {
+                    state.queue.push(received.transaction);
+                    state.permits.push_back(received.permit);
+                }
+                None => state.ended = true,
+            },
+        }
+    }
+    drop(batches);
+    // It has handed out its last outcome.
+    let _ = sinking.await;
+    Ok(state.reached)
+}
+
+struct State {
+    queue: Queue,
+    /// Shares of `limits.queue_bytes`, one per transaction that waits or is in flight.
+    permits: VecDeque<OwnedSemaphorePermit>,
+    last: (BatchNumber, PgLsn),
+    in_flight: usize,
+    ended: bool,
+    reached: Reached,
+}
+
+impl State {
+    /// The next batch: a full one at once, any other when nothing is in flight.
+    fn next_batch(&mut self) -> Option<Batch> {
+        let now = match self.in_flight {
+            0 => true,
+            n => n < IN_FLIGHT_MAX && self.queue.is_full(),
+        };
+        if !now {
+            return None;
+        }
+        let batch = self.queue.take(self.last.0.next(), self.last.1)?;
+        self.last = (batch.number, batch.end_lsn());
+        self.in_flight += 1;
+        Some(batch)
+    }
+
+    fn is_done(&self) -> bool {
+        self.ended && self.queue.is_empty() && self.in_flight == 0
+    }
+
+    fn durable(&mut self, outcome: Outcome) -> Result<(), RestoreError> {
+        let batch = outcome.batch;
+        outcome.result?;
+        self.in_flight -= 1;
+        self.permits.drain(..batch.transactions.len());
+        self.reached = Reached {
+            end_lsn: batch.end_lsn(),
+            commit_time: Some(batch.commit_time()),
+            batch: batch.number,
+            transactions: self.reached.transactions + batch.transactions.len() as u64,
+        };
+        Ok(())
+    }
+}

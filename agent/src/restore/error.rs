@@ -1,0 +1,168 @@
+//! Why a restore did not come to its end.
+
+use super::moment::Moment;
+use crate::archive::ArchiveError;
+use crate::backup::BackupError;
+use crate::error::{Class, Classify};
+use crate::lag::{Micros, system_time};
+use crate::pg::pgoutput::DecodeError;
+use crate::pg::{ConnInfoError, PgError, PgLsn};
+use crate::sink::replica::SinkError;
+use crate::source::SourceError;
+use crate::spill::SpillError;
+use crate::store::StoreError;
+
+/// Why a restore did not come to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The configuration names no archive.
+    #[error("there is no [archive] in the configuration")]
+    NoArchive,
+    /// The URL of the target cannot be used.
+    #[error("--target")]
+    TargetUrl(#[source] ConnInfoError),
+    /// Which database is not clear.
+    #[error("there may be several databases in the archive{}", named(.0))]
+    WhichDatabase(Vec<String>),
+    /// The archive knows nothing of it.
+    #[error("the archive has no base backup of database \"{0}\"")]
+    NothingOf(String),
+    /// No base backup is old enough.
+    #[error("no base backup leads to {moment}{}", since(.oldest))]
+    NoBase {
+        /// What was asked for.
+        moment: Moment,
+        /// When the oldest base backup was taken.
+        oldest: Option<Micros>,
+    },
+    /// Nothing proves that the log reaches the moment.
+    #[error("the change log ends at {end}, before {moment}")]
+    LogEnds {
+        /// Where it ends.
+        end: PgLsn,
+        /// What was asked for.
+        moment: Moment,
+    },
+    /// An interrupted restore went further than the moment that is asked for now.
+    #[error("the target already is at {at}, behind {moment}")]
+    TooFar {
+        /// How far it is.
+        at: PgLsn,
+        /// What was asked for.
+        moment: Moment,
+    },
+    /// Something is in the target.
+    #[error("the target is not empty: it has {}", .objects.join(", "))]
+    NotEmpty {
+        /// The first few relations in it.
+        objects: Vec<String>,
+    },
+    /// Another restore works on the target.
+    #[error("another dr-agent works on the target")]
+    Busy,
+    /// A table that was asked for is not in the base backup.
+    #[error("the base backup has no table {0}")]
+    NoTable(String),
+    /// The target refused.
+    #[error("{doing} (target)")]
+    Target {
+        /// What was to be done.
+        doing: &'static str,
+        /// Why it was not.
+        #[source]
+        source: PgError,
+    },
+    /// The base backup.
+    #[error("restore the base backup")]
+    Backup(#[from] BackupError),
+    /// The archive.
+    #[error("read the change log")]
+    Archive(#[from] ArchiveError),
+    /// The store.
+    #[error("use the archive")]
+    Store(#[from] StoreError),
+    /// A record makes no sense.
+    #[error("read the change log")]
+    Decode(#[from] DecodeError),
+    /// The messages make no sense, or a large transaction does not fit.
+    #[error("read the change log")]
+    Source(#[from] SourceError),
+    /// No room for large transactions.
+    #[error("open the spill directory")]
+    Spill(#[from] SpillError),
+    /// A change could not be applied.
+    #[error("replay the change log")]
+    Sink(#[from] SinkError),
+    /// A task ended without a word.
+    #[error("a task of the restore ended without saying why")]
+    TaskLost,
+}
+
+fn named(names: &[String]) -> String {
+    match names {
+        [] => String::new(),
+        names => format!(": {}", names.join(", ")),
+    }
+}
+
+fn since(oldest: &Option<Micros>) -> String {
+    oldest.map_or_else(String::new, |time| {
+        let time = humantime::format_rfc3339_micros(system_time(time));
+        format!("; the oldest is of {time}")
+    })
+}
+
+impl RestoreError {
+    /// The target refused to do this.
+    pub(super) fn target(doing: &'static str) -> impl FnOnce(PgError) -> Self {
+        move |source| Self::Target { doing, source }
+    }
+}
+
+impl Classify for RestoreError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Target { source, .. } => source.class(),
+            Self::Backup(error) => error.class(),
+            Self::Archive(error) => error.class(),
+            Self::Store(error) => error.class(),
+            Self::Source(error) => error.class(),
+            Self::Spill(error) => error.class(),
+            Self::Sink(error) => error.class(),
+            _ => Class::Definite,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Self::Target { source, .. } => return source.hint(),
+            Self::Backup(error) => return error.hint(),
+            Self::Archive(error) => return error.hint(),
+            Self::Store(error) => return error.hint(),
+            Self::Source(error) => return error.hint(),
+            Self::Spill(error) => return error.hint(),
+            Self::Sink(SinkError::TableNotCopied { .. }) => {
+                "the table came after this base backup, and its first rows are in no log: restore to a moment \
+                 behind the next base backup, or before the table"
+            }
+            Self::Sink(error) => return error.hint(),
+            Self::NoArchive => "write [archive] with its url",
+            Self::WhichDatabase(_) => "name one with --database",
+            Self::NothingOf(_) => "dr-agent backup --list shows what there is",
+            Self::NoBase { .. } => "dr-agent backup --list shows the base backups",
+            Self::LogEnds { .. } => {
+                "without --to-time and --to-lsn everything is restored that the archive has; if the agent \
+                 still runs, the next segment may be on its way"
+            }
+            Self::TooFar { .. } => "drop the database, create it anew and restore into that",
+            Self::NotEmpty { .. } => {
+                "restore builds an empty database: create one (CREATE DATABASE … TEMPLATE template0). What a restore left \
+                 that was killed within the base backup is to be dropped"
+            }
+            Self::Busy => "wait for it, or end it",
+            Self::NoTable(_) => "write it as schema.table, as dr-agent backup --list shows it",
+            Self::TargetUrl(_) | Self::Decode(_) | Self::TaskLost => return None,
+        };
+        Some(hint.to_owned())
+    }
+}

@@ -1,0 +1,326 @@
+//! Restoring: a base backup and the change log become a database as of one moment.
+//!
+//! ```text
+//! plan     newest base backup before the moment ▶ the segments that lead from it to the moment
+//! target   empty ▶ base backup loaded ▶ progress row          (killed before: drop it; killed behind: goes on)
+//! replay   segments ▶ transactions up to the moment ▶ the replica sink's batches
+//! finish   sequences ahead ▶ schema dr_agent removed ▶ report
+//! ```
+//!
+//! # Invariants
+//! - What is restored is the source's state as of one commit, which the report names.
+//! - Every sum on the way is checked. A damaged or missing object is an error that names it, never a
+//!   shorter history; so is a log whose end is not known to lie behind the moment.
+//!
+//! # What it does not do
+//! It needs no source and asks none. Roles are not created: what the target lacks, is said. Tables that came after the
+//! base backup have their first rows in no log; a change to one is an error that says so.
+
+mod apply;
+mod error;
+mod moment;
+mod plan;
+mod replay;
+mod target;
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+pub use error::RestoreError;
+pub use moment::Moment;
+pub use replay::Beyond;
+
+use crate::archive::{Chain, Layout, Span};
+use crate::backup::{self, LoadJob};
+use crate::catalog::TableName;
+use crate::config::Config;
+use crate::lag::{Micros, pg_micros};
+use crate::ledger::BatchNumber;
+use crate::pg::{ConnInfo, PgLsn};
+use crate::snapshot::CopyObserver;
+use crate::source::{IntakeLimits, LogIntake};
+use crate::spill::{self, SpillSpace};
+use crate::store::Store;
+use crate::stream::StreamName;
+use apply::{Reached, Target};
+use plan::Base;
+use replay::Replay;
+use target::{Found, Position};
+
+/// Transactions between reading and applying; their bytes are bounded by `limits.queue_bytes`.
+const QUEUE_TRANSACTIONS: usize = 16_384;
+
+/// What is to be restored.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The database to build, empty.
+    pub target: ConnInfo,
+    /// The source's database.
+    pub database: String,
+    /// Its state at this moment.
+    pub moment: Moment,
+    /// Only these tables; all if empty.
+    pub tables: Vec<TableName>,
+}
+
+/// What a restore will read.
+#[derive(Debug)]
+pub struct Plan {
+    /// The base backup.
+    pub base: backup::Summary,
+    /// The segments from there on.
+    pub chain: Chain,
+    /// Bytes of those segments in the store.
+    pub log_bytes: u64,
+    layout: Layout,
+}
+
+/// What a restore did.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Position of the base backup.
+    pub base: PgLsn,
+    /// The end of the last transaction in the target.
+    pub end_lsn: PgLsn,
+    /// When it committed on the source; none if nothing came after the base backup.
+    pub commit_time: Option<Micros>,
+    /// The first transaction that was left out.
+    pub beyond: Option<Beyond>,
+    /// Transactions replayed.
+    pub transactions: u64,
+    /// Sequences set ahead.
+    pub sequences: u64,
+    /// What a person should look at.
+    pub warnings: Vec<String>,
+}
+
+/// Told how a restore goes.
+pub trait Observer: Send + Sync {
+    /// The target is at `end_lsn` of the log that ends at `log_end`; `commit_time` is the source's then.
+    fn replayed(&self, end_lsn: PgLsn, log_end: PgLsn, commit_time: Option<Micros>);
+}
+
+/// Finds what would be read.
+///
+/// # Errors
+/// [`RestoreError`]
+pub async fn plan(config: &Config, store: &Store, options: &Options) -> Result<Plan, RestoreError> {
+    let stream = config.stream(&options.database);
+    let system_identifier = newest_source(store, &stream, &options.database).await?;
+    let layout = Layout::new(&stream, system_identifier);
+    let bases = backup::list(store, &layout.bases()).await?;
+    let known: Vec<Base> = bases.iter().map(base_of).collect();
+    let chosen = plan::choose(&known, options.moment)?;
+    let base = bases
+        .into_iter()
+        .find(|base| base_of(base) == chosen)
+        .ok_or_else(|| RestoreError::NothingOf(options.database.clone()))?;
+    let (spans, sizes) = segments(store, &layout).await?;
+    let chain = plan::log(chosen.lsn, &spans, options.moment)?;
+    let log_bytes = chain
+        .spans
+        .iter()
+        .filter_map(|span| spans.iter().position(|other| other == span))
+        .map(|position| sizes[position])
+        .sum();
+    Ok(Plan {
+        base,
+        chain,
+        log_bytes,
+        layout,
+    })
+}
+
+fn base_of(summary: &backup::Summary) -> Base {
+    Base {
+        lsn: summary.lsn,
+        time: micros(summary.as_of),
+    }
+}
+
+/// As PostgreSQL counts.
+fn micros(at: Timestamp) -> Micros {
+    pg_micros(at.into())
+}
+
+/// The segments in the store, and their sizes.
+async fn segments(store: &Store, layout: &Layout) -> Result<(Vec<Span>, Vec<u64>), RestoreError> {
+    let objects = store.list(&layout.log(), None).await?;
+    let segments = objects
+        .iter()
+        .filter_map(|object| Some((layout.parse_segment(&object.name)?, object.bytes)));
+    Ok(segments.unzip())
+}
+
+/// The system identifier under which the newest base backup is. A source that was built anew has another one.
+async fn newest_source(
+    store: &Store,
+    stream: &StreamName,
+    database: &str,
+) -> Result<u64, RestoreError> {
+    let mut newest: Option<(Micros, u64)> = None;
+    for system_identifier in sources(store, stream).await? {
+        let layout = Layout::new(stream, system_identifier);
+        for base in backup::list(store, &layout.bases()).await? {
+            newest = newest.max(Some((micros(base.as_of), system_identifier)));
+        }
+    }
+    newest
+        .map(|(_, system_identifier)| system_identifier)
+        .ok_or_else(|| RestoreError::NothingOf(database.to_owned()))
+}
+
+/// The system identifiers that a stream has had.
+async fn sources(store: &Store, stream: &StreamName) -> Result<Vec<u64>, RestoreError> {
+    let folders = store.folders(&format!("{stream}/")).await?;
+    Ok(folders
+        .iter()
+        .filter_map(|name| name.parse().ok())
+        .collect())
+}
+
+/// Builds the database.
+///
+/// # Errors
+/// [`RestoreError`]; started again, it goes on behind the base backup.
+pub async fn restore(
+    config: &Config,
+    store: &Store,
+    options: &Options,
+    copy: &dyn CopyObserver,
+    observer: &dyn Observer,
+) -> Result<Report, RestoreError> {
+    let stream = own_stream(config, options);
+    let mut plan = plan(config, store, options).await?;
+    let mut client = target::open(&options.target, &stream).await?;
+    let position = match target::find(&client, &stream, plan.layout.system_identifier()).await? {
+        Found::Interrupted(position) => {
+            if !options.moment.is_at_or_after(position.end_lsn, Micros::MIN) {
+                return Err(RestoreError::TooFar {
+                    at: position.end_lsn,
+                    moment: options.moment,
+                });
+            }
+            let (spans, _) = segments(store, &plan.layout).await?;
+            plan.chain = plan::log(position.end_lsn, &spans, options.moment)?;
+            position
+        }
+        Found::Empty => {
+            target::prepare(&client).await?;
+            let base = load(config, store, options, &plan, copy).await?;
+            let id = plan.layout.system_identifier();
+            target::loaded(&mut client, &stream, id, plan.base.lsn, &base).await?
+        }
+    };
+    observer.replayed(position.end_lsn, plan.chain.end, None);
+    let (reached, beyond) = replay(config, store, options, &plan, &position, observer).await?;
+    let sequences = crate::promote::set_sequences_ahead(&client).await;
+    let (sequences, warnings) = sequences.map_err(RestoreError::target("set sequences"))?;
+    target::finish(&client).await?;
+    Ok(Report {
+        base: position.base,
+        end_lsn: reached.end_lsn,
+        commit_time: reached.commit_time,
+        beyond,
+        transactions: reached.transactions,
+        sequences,
+        warnings,
+    })
+}
+
+/// Under which name a restore works: names of prepared transactions hold for a whole server, where an agent, or a restore
+/// into another database, may be at work; and spill files are beside those of an agent.
+fn own_stream(config: &Config, options: &Options) -> StreamName {
+    let stream = config.stream(&options.database);
+    StreamName::new("restore", &format!("{}_{stream}", options.target.dbname()))
+}
+
+/// Loads the base backup; returns the tables that are there then, by every name the log may call them.
+async fn load(
+    config: &Config,
+    store: &Store,
+    options: &Options,
+    plan: &Plan,
+    copy: &dyn CopyObserver,
+) -> Result<Vec<TableName>, RestoreError> {
+    let job = LoadJob {
+        store,
+        base: &plan.base.base,
+        target: &options.target,
+        stream: &own_stream(config, options),
+        settings: &config.copy,
+        only: (!options.tables.is_empty()).then_some(options.tables.as_slice()),
+    };
+    let manifest = backup::load(job, copy, &CancellationToken::new()).await?;
+    let is_wanted = |table: &TableName| options.tables.is_empty() || options.tables.contains(table);
+    let names: BTreeSet<TableName> = manifest
+        .data()
+        .filter(|(_, data)| is_wanted(&data.table))
+        .flat_map(|(_, data)| [data.table.clone(), data.root.clone()])
+        .collect();
+    Ok(names.into_iter().collect())
+}
+
+/// A change of a table that is not in the target is an error from here on; where only some tables were asked for, never.
+fn as_of(position: &Position, options: &Options) -> PgLsn {
+    match options.tables.is_empty() {
+        true => position.base,
+        false => PgLsn::from(u64::MAX),
+    }
+}
+
+/// Replays the log up to the moment.
+async fn replay(
+    config: &Config,
+    store: &Store,
+    options: &Options,
+    plan: &Plan,
+    position: &Position,
+    observer: &dyn Observer,
+) -> Result<(Reached, Option<Beyond>), RestoreError> {
+    let stream = own_stream(config, options);
+    let limits = &config.limits;
+    let directory = spill::directory_of(&limits.spill_directory, &stream);
+    let space = SpillSpace::open(directory, limits.spill_bytes)?;
+    let intake_limits = IntakeLimits {
+        queue_bytes: limits.queue_bytes,
+        transaction_bytes: limits.transaction_bytes,
+    };
+    let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
+    let mut intake = LogIntake::new(intake_limits, position.end_lsn, space, received);
+    let from = Reached {
+        end_lsn: position.end_lsn,
+        commit_time: None,
+        batch: BatchNumber(position.batch),
+        transactions: 0,
+    };
+    let reader = Replay {
+        store,
+        layout: &plan.layout,
+        chain: &plan.chain,
+        moment: options.moment,
+    };
+    let target = Target {
+        conninfo: &options.target,
+        stream: &stream,
+        term: target::TERM,
+        tables: target::synced(position),
+        as_of: as_of(position, options),
+    };
+    let reading = async move {
+        let beyond = reader.run(&mut intake, |_| {}).await;
+        // No more transactions come.
+        drop(intake);
+        beyond
+    };
+    let applying = apply::apply(config, target, from, transactions, |reached| {
+        observer.replayed(reached.end_lsn, plan.chain.end, reached.commit_time);
+    });
+    let (beyond, reached) = tokio::join!(reading, applying);
+    // An apply that failed ends the reading, too, and not the other way round: what was read whole is applied.
+    let reached = reached?;
+    Ok((reached, beyond?))
+}
