@@ -250,7 +250,7 @@ impl Refusal {
             }
             Self::Throttled => "it is tried again; if it lasts, another client uses up the bucket",
             Self::Unavailable => {
-                "it is tried again; if it lasts, check DNS, firewall, proxy and AWS_ENDPOINT_URL"
+                "it is tried again; if it lasts, check DNS, firewall and AWS_ENDPOINT_URL"
             }
             Self::Conflict => "it is tried again",
             Self::Unknown => "the words of S3 above say what it does not accept",

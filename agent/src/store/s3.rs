@@ -5,13 +5,14 @@
 //! SDK and finds the object in its way, and only the number tells our own object from another's.
 //!
 //! # Invariants
-//! - Every upload carries the CRC-32C of its bytes, taken when they came in; S3 refuses others. What is read is compared
-//!   with the one S3 keeps.
+//! - Every upload carries the CRC-32C of its bytes; S3 refuses others. What is read is compared with the one
+//!   S3 keeps.
 //! - Every request has a deadline that grows with what it sends, and at most [`ATTEMPTS`] attempts. One that
 //!   stands still is given up.
 //!
 //! # What it does not do
-//! It creates no bucket and changes none. It does not look for the bucket's region.
+//! It creates no bucket and changes none. It does not look for the bucket's region. It uses no HTTP proxy:
+//! `HTTPS_PROXY` is not read.
 
 mod read;
 mod refused;

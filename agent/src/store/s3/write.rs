@@ -227,7 +227,8 @@ impl Upload {
         self.parts += 1;
         let number = i32::try_from(self.parts).expect("it is not above PARTS_MAX");
         let (store, name) = (self.store.clone(), self.name.clone());
-        let deadline = patience(time_to_send(body.len()));
+        // All of them share one line.
+        let deadline = patience(time_to_send(body.len() * at_once(body.len())));
         let request = store
             .client
             .upload_part()
