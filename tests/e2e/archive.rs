@@ -246,7 +246,7 @@ async fn what_is_killed_while_archiving_leaves_no_gap() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_archive_is_an_error_that_names_the_object() {
     let site = Site::shared().await;
-    let (database, archive, agent, running) = protected(&site, "damaged").await;
+    let (database, archive, agent, running) = protected(&site, "broken").await;
     let source = database.source().await;
     let before = note(&source).await;
     for seed in 0..4 {
@@ -428,9 +428,9 @@ async fn a_restore_goes_on_where_it_was_killed_and_takes_single_tables() {
     agent.configure("limits.batch_changes", "5");
     let admin = database.replica_server().client("postgres").await;
     admin
-        .run("CREATE DATABASE again_1 TEMPLATE template0")
+        .run("CREATE DATABASE resumed_restore TEMPLATE template0")
         .await;
-    let url = database.replica_server().url("again_1");
+    let url = database.replica_server().url("resumed_restore");
     let arguments = ["restore", "--target", &url, "--to-lsn", &last.lsn];
     for (spread, point) in [
         ("10000", "apply:after-commit"),
@@ -449,7 +449,7 @@ async fn a_restore_goes_on_where_it_was_killed_and_takes_single_tables() {
         .await;
     assert!(plan.expect_code(0).json()["log_segments"].as_u64().unwrap() > 0);
     agent.command(&arguments).await.expect_code(0);
-    expect_state(&database, "again_1", last).await;
+    expect_state(&database, "resumed_restore", last).await;
     restore(
         &database,
         &agent,
@@ -461,7 +461,7 @@ async fn a_restore_goes_on_where_it_was_killed_and_takes_single_tables() {
     let one = database.replica_server().client("one").await;
     let accounts = "SELECT md5(string_agg(a::text, ',' ORDER BY id)) FROM account AS a";
     assert_eq!(one.number("SELECT count(*) FROM entry").await, 0);
-    let all = database.replica_server().client("again_1").await;
+    let all = database.replica_server().client("resumed_restore").await;
     assert_eq!(one.value(accounts).await, all.value(accounts).await);
 }
 
