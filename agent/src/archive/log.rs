@@ -183,18 +183,10 @@ impl Spooling {
                 self.in_a_gap = false;
             }
             Ok(()) => {}
+            // The transaction cannot be applied either.
             Err(error @ SpoolError::Spill(_)) => return Err(error),
-            Err(error) if self.settings.required => return Err(error),
             Err(error) => {
-                if !self.in_a_gap {
-                    tracing::error!(
-                        stream = self.settings.author.stream, from = %batch.previous,
-                        error = %chain(&error), hint = error.hint(),
-                        "the change log has a gap: replication goes on, the archive does not"
-                    );
-                    self.metrics.gaps.increment(1);
-                }
-                self.in_a_gap = true;
+                self.leave_out(error)?;
                 return self.complete();
             }
         }
@@ -206,14 +198,35 @@ impl Spooling {
         Ok(())
     }
 
+    /// What the disk did not take is missing from the log; with `archive.required` that ends the session.
+    fn leave_out(&mut self, error: SpoolError) -> Result<(), SpoolError> {
+        if self.settings.required {
+            return Err(error);
+        }
+        if !self.in_a_gap {
+            tracing::error!(
+                stream = self.settings.author.stream, error = %chain(&error), hint = error.hint(),
+                "the change log has a gap: replication goes on, the archive does not"
+            );
+            self.metrics.gaps.increment(1);
+        }
+        self.in_a_gap = true;
+        Ok(())
+    }
+
     /// Hands the segment that is being written to the upload.
     fn complete(&mut self) -> Result<(), SpoolError> {
         self.opened_at = None;
-        if let Some(segment) = self.spool.close()? {
-            // Without an upload it waits in the spool.
-            let _ = self.complete.send(segment);
+        match self.spool.close() {
+            Ok(Some(segment)) => {
+                // Without an upload it waits in the spool.
+                let _ = self.complete.send(segment);
+                Ok(())
+            }
+            Ok(None) => Ok(()),
+            // The next start finds it.
+            Err(error) => self.leave_out(error),
         }
-        Ok(())
     }
 }
 
