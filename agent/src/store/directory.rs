@@ -37,7 +37,7 @@ const LEFT_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// Another agent that deletes the last object of a directory may remove the directory between its
 /// making and its use, but hardly so often.
-const LINK_ATTEMPTS: u32 = 10;
+const LINK_ATTEMPTS: u32 = 50;
 
 /// What is read at once.
 const CHUNK: usize = 1 << 20;
@@ -156,8 +156,11 @@ impl Directory {
         let mut attempts = 0;
         let put = loop {
             attempts += 1;
-            if let Some(parent) = path.parent() {
-                make(parent)?;
+            match path.parent().map_or(Ok(()), make) {
+                Ok(()) => {}
+                // A directory on the way was made by somebody else, or deleted, between two looks.
+                Err(error) if is_a_race(&error) && attempts < LINK_ATTEMPTS => continue,
+                Err(error) => return Err(error),
             }
             let linked = match fs::hard_link(&temporary.path, &path) {
                 Ok(()) => Ok(Put::Created),
@@ -379,6 +382,14 @@ impl DirectoryReader {
             Err(source) => Err(self.directory.failed(Doing::Read, &self.name, source)),
         }
     }
+}
+
+/// What making directories says while others make and delete them. It may be meant, too: then it says so every time.
+fn is_a_race(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound
+    )
 }
 
 /// Makes a directory and those above it, for the owner only; they may be there.
