@@ -60,6 +60,16 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
+/// Classifies an error of a local disk that the agent writes to: a full one heals, a missing right does not.
+pub fn disk_class(error: &std::io::Error) -> Class {
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied
+        | std::io::ErrorKind::ReadOnlyFilesystem
+        | std::io::ErrorKind::NotADirectory => Class::Definite,
+        _ => Class::Transient,
+    }
+}
+
 /// Classifies a SQLSTATE of either server. The list of transient codes is narrow on purpose.
 ///
 /// Source: PostgreSQL documentation, appendix "PostgreSQL Error Codes".

@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use self::reader::SpillReader;
 pub use self::writer::{SpillWriter, Spills};
-use crate::error::{Class, Classify};
+use crate::error::{Class, Classify, disk_class};
 
 /// From version 2 on a record names the (sub)transaction that made the change.
 const FRAME_VERSION: u32 = 2;
@@ -65,13 +65,7 @@ pub enum SpillError {
 impl Classify for SpillError {
     fn class(&self) -> Class {
         match self {
-            // A full disk heals; a missing right does not.
-            Self::Io { source, .. } => match source.kind() {
-                io::ErrorKind::PermissionDenied
-                | io::ErrorKind::ReadOnlyFilesystem
-                | io::ErrorKind::NotADirectory => Class::Definite,
-                _ => Class::Transient,
-            },
+            Self::Io { source, .. } => disk_class(source),
             Self::Full { .. } => Class::Definite,
             Self::Damaged { .. } => Class::Transient,
         }

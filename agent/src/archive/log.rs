@@ -133,10 +133,10 @@ impl Spooling {
         onward: mpsc::Sender<Arc<Batch>>,
     ) -> Result<(), SpoolError> {
         loop {
-            let due = self.opened_at.map(|at| at + self.settings.age_max);
+            let (growing, due) = self.due();
             tokio::select! {
                 biased;
-                () = at(due) => self.complete()?,
+                () = tokio::time::sleep_until(due), if growing => self.complete()?,
                 batch = batches.recv() => {
                     let Some(batch) = batch else {
                         return self.complete();
@@ -152,6 +152,12 @@ impl Spooling {
         }
     }
 
+    /// Whether a segment has begun, and when it is old enough.
+    fn due(&self) -> (bool, Instant) {
+        let opened_at = self.opened_at.unwrap_or_else(Instant::now);
+        (self.opened_at.is_some(), opened_at + self.settings.age_max)
+    }
+
     /// Waits for the replica, while segments grow old all the same.
     async fn send_on(
         &mut self,
@@ -159,13 +165,13 @@ impl Spooling {
         onward: &mpsc::Sender<Arc<Batch>>,
     ) -> Result<bool, SpoolError> {
         loop {
-            let due = self.opened_at.map(|at| at + self.settings.age_max);
+            let (growing, due) = self.due();
             tokio::select! {
                 biased;
                 place = onward.reserve() => {
                     return Ok(place.map(|place| place.send(batch)).is_ok());
                 }
-                () = at(due) => self.complete()?,
+                () = tokio::time::sleep_until(due), if growing => self.complete()?,
             }
         }
     }
@@ -306,12 +312,4 @@ impl Uploading {
 )]
 fn now() -> SystemTime {
     SystemTime::now()
-}
-
-/// Ends at that time; without one, never.
-async fn at(time: Option<Instant>) {
-    match time {
-        Some(time) => tokio::time::sleep_until(time).await,
-        None => std::future::pending().await,
-    }
 }

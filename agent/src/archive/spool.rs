@@ -8,6 +8,8 @@
 //! # Invariants
 //! - When [`Spool::append`] has returned, the batch survives `kill -9` and a loss of power.
 //! - A segment holds whole batches. What a crash left behind the last of them is cut off when the spool is opened.
+//! - What waits in the spool is not written again: a session that received it and died before the replica had it
+//!   receives it once more.
 //! - All files together hold at most [`SpoolLimits::bytes`].
 //!
 //! # What it does not do
@@ -21,10 +23,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::BytesMut;
 
+use super::Chain;
 use super::layout::{Span, digits, parse_digits};
 use crate::batch::Batch;
 use crate::changelog::{Author, Compression, Frames, Packing, Unpacker, put_frame};
-use crate::error::{Class, Classify};
+use crate::error::{Class, Classify, disk_class};
 use crate::pg::PgLsn;
 use crate::spill::SpillError;
 
@@ -79,13 +82,7 @@ pub enum SpoolError {
 impl Classify for SpoolError {
     fn class(&self) -> Class {
         match self {
-            // A full disk heals; a missing right does not.
-            Self::Io { source, .. } => match source.kind() {
-                io::ErrorKind::PermissionDenied
-                | io::ErrorKind::ReadOnlyFilesystem
-                | io::ErrorKind::NotADirectory => Class::Definite,
-                _ => Class::Transient,
-            },
+            Self::Io { source, .. } => disk_class(source),
             Self::Full { .. } => Class::Transient,
             Self::InUse { .. } => Class::Definite,
             Self::Spill(error) => error.class(),
@@ -149,6 +146,8 @@ pub struct Spool {
     limits: SpoolLimits,
     used: Arc<AtomicU64>,
     open: Option<Open>,
+    /// What earlier sessions left.
+    left: Vec<Span>,
     /// Held as long as the spool is open.
     _lock: File,
 }
@@ -203,6 +202,7 @@ impl Spool {
             limits,
             used,
             open: None,
+            left: complete.iter().map(|segment| segment.span).collect(),
             _lock: lock,
         };
         Ok((spool, complete))
@@ -213,11 +213,17 @@ impl Spool {
         self.used.load(Ordering::Relaxed)
     }
 
+    /// How far the spool leads without a gap from where a batch begins.
+    fn held_from(&self, previous: PgLsn) -> PgLsn {
+        Chain::from(previous, &self.left).end
+    }
+
     /// Whether a segment has begun that ends elsewhere than where a batch begins.
     pub fn would_leave_a_gap(&self, previous: PgLsn) -> bool {
+        let begins = self.held_from(previous);
         self.open
             .as_ref()
-            .is_some_and(|open| open.span.end != previous)
+            .is_some_and(|open| open.span.end != begins)
     }
 
     /// Whether the segment that is being written is as large as it may become.
@@ -239,13 +245,18 @@ impl Spool {
             !self.would_leave_a_gap(batch.previous),
             "a segment has no gap inside"
         );
+        self.left.retain(|span| span.end > batch.previous);
+        let held = self.held_from(batch.previous);
+        if batch.end_lsn() <= held {
+            return Ok(());
+        }
         let open = match &mut self.open {
             Some(open) => open,
-            None => self.open.insert(begin(&self.directory, batch.previous)?),
+            None => self.open.insert(begin(&self.directory, held)?),
         };
         let before = self.used.load(Ordering::Relaxed);
         let room = self.limits.bytes.saturating_sub(before);
-        match write(open, author, batch, room) {
+        match write(open, author, batch, held, room) {
             Ok(written) => {
                 self.used.fetch_add(written, Ordering::Relaxed);
                 open.bytes += written;
@@ -339,9 +350,16 @@ impl<E: Into<SpoolError>> From<E> for WriteError {
     }
 }
 
-/// Writes the parts of a batch, waits for the disk, and returns how many bytes that took: at most `room`.
-fn write(open: &mut Open, author: &Author, batch: &Batch, room: u64) -> Result<u64, WriteError> {
-    let mut packing = Packing::new(author, batch, batch.previous, PART_BYTES, Compression::None);
+/// Writes the parts of a batch, without what ends at or before `held`; waits for the disk, and returns how many bytes that
+/// took: at most `room`.
+fn write(
+    open: &mut Open,
+    author: &Author,
+    batch: &Batch,
+    held: PgLsn,
+    room: u64,
+) -> Result<u64, WriteError> {
+    let mut packing = Packing::new(author, batch, held, PART_BYTES, Compression::None);
     let mut written = 0;
     let mut frame = BytesMut::new();
     while let Some(part) = packing.next_part().map_err(SpoolError::from)? {

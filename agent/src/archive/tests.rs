@@ -189,6 +189,35 @@ fn segments_hold_whole_batches_and_wait_for_the_store() {
     assert_eq!(spool.used(), 0);
 }
 
+/// A replica that dies with every batch makes each session receive the same again.
+#[test]
+fn what_waits_is_not_written_again() {
+    let home = tempfile::tempdir().unwrap();
+    let (mut spool, _) = Spool::open(home.path(), LIMITS).unwrap();
+    spool.append(&author(), &batch(10, 20, 1)).unwrap();
+    spool.append(&author(), &batch(20, 30, 1)).unwrap();
+    let used = spool.used();
+    for _ in 0..3 {
+        drop(spool);
+        let waiting;
+        (spool, waiting) = Spool::open(home.path(), LIMITS).unwrap();
+        let spans: Vec<Span> = waiting.iter().map(|segment| segment.span).collect();
+        assert_eq!(spans, [span(10, 30)]);
+        spool.append(&author(), &batch(10, 20, 1)).unwrap();
+        assert!(spool.close().unwrap().is_none());
+        assert_eq!(spool.used(), used);
+    }
+    // Cut otherwise this time: only what is new is added.
+    let mut two = batch(20, 30, 1);
+    two.transactions.extend(batch(30, 40, 1).transactions);
+    assert!(!spool.would_leave_a_gap(lsn(20)));
+    spool.append(&author(), &two).unwrap();
+    assert!(!spool.would_leave_a_gap(lsn(40)));
+    spool.append(&author(), &batch(40, 50, 1)).unwrap();
+    let segment = spool.close().unwrap().unwrap();
+    assert_eq!((segment.span, ends(&segment)), (span(30, 50), vec![40, 50]));
+}
+
 #[test]
 fn wherever_writing_was_cut_off_whole_batches_are_left() {
     let home = tempfile::tempdir().unwrap();
