@@ -419,6 +419,7 @@ async fn a_restore_goes_on_where_it_was_killed_and_takes_single_tables() {
     let site = Site::shared().await;
     let (database, _, mut agent, running) = protected(&site, "again").await;
     let source = database.source().await;
+    let before = note(&source).await;
     let moments = work(&source, 30, 0).await;
     source.run("INSERT INTO bag VALUES ('later')").await;
     database.expect_equal().await;
@@ -444,6 +445,19 @@ async fn a_restore_goes_on_where_it_was_killed_and_takes_single_tables() {
             .await;
         assert_eq!(killed.code, None, "{point}: {}", killed.text());
     }
+    // It cannot go back, and not to other tables.
+    let back = ["restore", "--target", &url, "--to-time", &before.time];
+    agent
+        .command(&back)
+        .await
+        .expect_code(1)
+        .expect_words(&["the target already is at"]);
+    let other = [&arguments[..], &["--table", "public.account"]].concat();
+    agent
+        .command(&other)
+        .await
+        .expect_code(1)
+        .expect_words(&["was of other tables"]);
     let plan = agent
         .command(&[&arguments[..], &["--plan", "--json"]].concat())
         .await;

@@ -96,7 +96,7 @@ async fn restore(config: &Config, args: &Args) -> Result<String, RestoreError> {
     eprintln!("{}", plan_text(&plan, &options));
     let display = ProgressDisplay::new(&options.database, &());
     let replay = ReplayDisplay::new(&options.database);
-    let report = restore::restore(config, &store, &options, &display, &replay).await?;
+    let report = restore::restore(config, &store, &options, plan, &display, &replay).await?;
     replay.end();
     for warning in &report.warnings {
         eprintln!("warning: {warning}");

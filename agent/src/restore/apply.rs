@@ -5,6 +5,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::RestoreError;
@@ -97,10 +98,13 @@ pub(super) async fn apply(
             let sent = batches
                 .as_ref()
                 .map(|batches| batches.try_send(Arc::new(batch)));
-            debug_assert!(
-                matches!(sent, Some(Ok(()))),
-                "there is room for a batch in flight"
-            );
+            match sent {
+                Some(Ok(())) => {}
+                // The sink has failed; its last outcome says why.
+                Some(Err(TrySendError::Closed(_))) => break,
+                // There is room for as many as may be in flight.
+                Some(Err(TrySendError::Full(_))) | None => return Err(RestoreError::TaskLost),
+            }
         }
         if state.is_done() {
             batches = None;

@@ -51,6 +51,9 @@ pub enum RestoreError {
         /// What was asked for.
         moment: Moment,
     },
+    /// An interrupted restore was of other tables.
+    #[error("the restore that was interrupted in the target was of other tables")]
+    OtherTables,
     /// Something is in the target.
     #[error("the target is not empty: it has {}", .objects.join(", "))]
     NotEmpty {
@@ -154,7 +157,9 @@ impl Classify for RestoreError {
                 "without --to-time and --to-lsn everything is restored that the archive has; if the agent \
                  still runs, the next segment may be on its way"
             }
-            Self::TooFar { .. } => "drop the database, create it anew and restore into that",
+            Self::TooFar { .. } | Self::OtherTables => {
+                "drop the database, create it anew and restore into that"
+            }
             Self::NotEmpty { .. } => {
                 "restore builds an empty database: create one (CREATE DATABASE … TEMPLATE template0). What a restore left \
                  that was killed within the base backup is to be dropped"

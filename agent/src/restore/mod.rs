@@ -23,7 +23,7 @@ mod plan;
 mod replay;
 mod target;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use tokio::sync::mpsc;
@@ -75,6 +75,8 @@ pub struct Plan {
     pub chain: Chain,
     /// Bytes of those segments in the store.
     pub log_bytes: u64,
+    /// Every segment there is.
+    spans: Vec<Span>,
     layout: Layout,
 }
 
@@ -109,27 +111,21 @@ pub trait Observer: Send + Sync {
 /// [`RestoreError`]
 pub async fn plan(config: &Config, store: &Store, options: &Options) -> Result<Plan, RestoreError> {
     let stream = config.stream(&options.database);
-    let system_identifier = newest_source(store, &stream, &options.database).await?;
-    let layout = Layout::new(&stream, system_identifier);
-    let bases = backup::list(store, &layout.bases()).await?;
+    let (layout, bases) = newest_source(store, &stream, &options.database).await?;
     let known: Vec<Base> = bases.iter().map(base_of).collect();
     let chosen = plan::choose(&known, options.moment)?;
     let base = bases
         .into_iter()
         .find(|base| base_of(base) == chosen)
         .ok_or_else(|| RestoreError::NothingOf(options.database.clone()))?;
-    let (spans, sizes) = segments(store, &layout).await?;
+    let sizes = segments(store, &layout).await?;
+    let spans: Vec<Span> = sizes.keys().copied().collect();
     let chain = plan::log(chosen.lsn, &spans, options.moment)?;
-    let log_bytes = chain
-        .spans
-        .iter()
-        .filter_map(|span| spans.iter().position(|other| other == span))
-        .map(|position| sizes[position])
-        .sum();
     Ok(Plan {
+        log_bytes: chain.spans.iter().map(|span| sizes[span]).sum(),
         base,
         chain,
-        log_bytes,
+        spans,
         layout,
     })
 }
@@ -147,42 +143,39 @@ fn micros(at: Timestamp) -> Micros {
 }
 
 /// The segments in the store, and their sizes.
-async fn segments(store: &Store, layout: &Layout) -> Result<(Vec<Span>, Vec<u64>), RestoreError> {
+async fn segments(store: &Store, layout: &Layout) -> Result<BTreeMap<Span, u64>, RestoreError> {
     let objects = store.list(&layout.log(), None).await?;
     let segments = objects
         .iter()
         .filter_map(|object| Some((layout.parse_segment(&object.name)?, object.bytes)));
-    Ok(segments.unzip())
+    Ok(segments.collect())
 }
 
-/// The system identifier under which the newest base backup is. A source that was built anew has another one.
+/// Where the newest base backup is, and the others beside it. A source that was built anew has another system identifier.
 async fn newest_source(
     store: &Store,
     stream: &StreamName,
     database: &str,
-) -> Result<u64, RestoreError> {
-    let mut newest: Option<(Micros, u64)> = None;
-    for system_identifier in sources(store, stream).await? {
+) -> Result<(Layout, Vec<backup::Summary>), RestoreError> {
+    let mut newest = None;
+    for folder in store.folders(&format!("{stream}/")).await? {
+        let Ok(system_identifier) = folder.parse() else {
+            continue;
+        };
         let layout = Layout::new(stream, system_identifier);
-        for base in backup::list(store, &layout.bases()).await? {
-            newest = newest.max(Some((micros(base.as_of), system_identifier)));
+        let bases = backup::list(store, &layout.bases()).await?;
+        let as_of = bases.iter().map(|base| base.as_of).max();
+        if newest.as_ref().is_none_or(|(of, _)| *of < as_of) {
+            newest = Some((as_of, (layout, bases)));
         }
     }
-    newest
-        .map(|(_, system_identifier)| system_identifier)
-        .ok_or_else(|| RestoreError::NothingOf(database.to_owned()))
+    match newest {
+        Some((Some(_), found)) => Ok(found),
+        _ => Err(RestoreError::NothingOf(database.to_owned())),
+    }
 }
 
-/// The system identifiers that a stream has had.
-async fn sources(store: &Store, stream: &StreamName) -> Result<Vec<u64>, RestoreError> {
-    let folders = store.folders(&format!("{stream}/")).await?;
-    Ok(folders
-        .iter()
-        .filter_map(|name| name.parse().ok())
-        .collect())
-}
-
-/// Builds the database.
+/// Builds the database as planned.
 ///
 /// # Errors
 /// [`RestoreError`]; started again, it goes on behind the base backup.
@@ -190,29 +183,24 @@ pub async fn restore(
     config: &Config,
     store: &Store,
     options: &Options,
+    mut plan: Plan,
     copy: &dyn CopyObserver,
     observer: &dyn Observer,
 ) -> Result<Report, RestoreError> {
     let stream = own_stream(config, options);
-    let mut plan = plan(config, store, options).await?;
     let mut client = target::open(&options.target, &stream).await?;
     let position = match target::find(&client, &stream, plan.layout.system_identifier()).await? {
         Found::Interrupted(position) => {
-            if !options.moment.is_at_or_after(position.end_lsn, Micros::MIN) {
-                return Err(RestoreError::TooFar {
-                    at: position.end_lsn,
-                    moment: options.moment,
-                });
-            }
-            let (spans, _) = segments(store, &plan.layout).await?;
-            plan.chain = plan::log(position.end_lsn, &spans, options.moment)?;
+            expect_the_same(&position, &plan, options)?;
+            plan.chain = plan::log(position.end_lsn, &plan.spans, options.moment)?;
             position
         }
         Found::Empty => {
             target::prepare(&client).await?;
             let base = load(config, store, options, &plan, copy).await?;
             let id = plan.layout.system_identifier();
-            target::loaded(&mut client, &stream, id, plan.base.lsn, &base).await?
+            let whole = options.tables.is_empty();
+            target::loaded(&mut client, &stream, id, plan.base.lsn, &base, whole).await?
         }
     };
     observer.replayed(position.end_lsn, plan.chain.end, None);
@@ -229,6 +217,29 @@ pub async fn restore(
         sequences,
         warnings,
     })
+}
+
+/// A restore that was interrupted can only go on to where it was going, or further.
+fn expect_the_same(
+    position: &Position,
+    plan: &Plan,
+    options: &Options,
+) -> Result<(), RestoreError> {
+    let time = position.commit_time.unwrap_or(Micros::MIN);
+    // The plan has the newest base backup that leads to the moment.
+    let too_far =
+        position.base > plan.base.lsn || !options.moment.is_at_or_after(position.end_lsn, time);
+    if too_far {
+        return Err(RestoreError::TooFar {
+            at: position.end_lsn,
+            moment: options.moment,
+        });
+    }
+    let has = |table: &TableName| position.tables.contains(table);
+    if position.whole != options.tables.is_empty() || !options.tables.iter().all(has) {
+        return Err(RestoreError::OtherTables);
+    }
+    Ok(())
 }
 
 /// Under which name a restore works: names of prepared transactions hold for a whole server, where an agent, or a restore
@@ -265,8 +276,8 @@ async fn load(
 }
 
 /// A change of a table that is not in the target is an error from here on; where only some tables were asked for, never.
-fn as_of(position: &Position, options: &Options) -> PgLsn {
-    match options.tables.is_empty() {
+fn as_of(position: &Position) -> PgLsn {
+    match position.whole {
         true => position.base,
         false => PgLsn::from(u64::MAX),
     }
@@ -293,7 +304,7 @@ async fn replay(
     let mut intake = LogIntake::new(intake_limits, position.end_lsn, space, received);
     let from = Reached {
         end_lsn: position.end_lsn,
-        commit_time: None,
+        commit_time: position.commit_time,
         batch: BatchNumber(position.batch),
         transactions: 0,
     };
@@ -308,10 +319,10 @@ async fn replay(
         stream: &stream,
         term: target::TERM,
         tables: target::synced(position),
-        as_of: as_of(position, options),
+        as_of: as_of(position),
     };
     let reading = async move {
-        let beyond = reader.run(&mut intake, |_| {}).await;
+        let beyond = reader.run(&mut intake).await;
         // No more transactions come.
         drop(intake);
         beyond

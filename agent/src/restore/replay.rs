@@ -43,25 +43,23 @@ pub(super) struct Replay<'a> {
     pub(super) moment: Moment,
 }
 
-/// What is done with a transaction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum With {
-    Take,
-    /// It has been taken before, from another segment.
-    Skip,
+/// Where the reading stands between two messages.
+struct State<'i> {
+    intake: &'i mut LogIntake,
+    /// The transaction has been taken before, from another segment.
+    skipping: bool,
 }
 
 impl Replay<'_> {
-    /// Hands over every transaction up to the moment. `read` is told of every segment that has been read.
+    /// Hands over every transaction up to the moment; returns the first that lies behind it.
     ///
     /// # Errors
     /// [`RestoreError`]; what was handed over before stays right.
-    pub(super) async fn run(
-        &self,
-        intake: &mut LogIntake,
-        mut read: impl FnMut(u64),
-    ) -> Result<Option<Beyond>, RestoreError> {
-        let mut with = With::Take;
+    pub(super) async fn run(&self, intake: &mut LogIntake) -> Result<Option<Beyond>, RestoreError> {
+        let mut state = State {
+            intake,
+            skipping: false,
+        };
         for span in &self.chain.spans {
             let mut segment = SegmentReader::open(self.store, self.layout, *span).await?;
             let mut unpacker = Unpacker::default();
@@ -71,13 +69,11 @@ impl Replay<'_> {
                     .push(&part, |message| messages.push(message))
                     .map_err(|source| segment.record(source))?;
                 for message in messages {
-                    match self.take(message, intake, &mut with).await? {
-                        ControlFlow::Continue(()) => {}
-                        ControlFlow::Break(beyond) => return Ok(beyond),
+                    if let ControlFlow::Break(beyond) = self.take(message, &mut state).await? {
+                        return Ok(beyond);
                     }
                 }
             }
-            read(u64::from(span.end));
         }
         match (self.moment, self.chain.resumes) {
             (Moment::Lsn(lsn), _) if lsn <= self.chain.end => Ok(None),
@@ -97,38 +93,26 @@ impl Replay<'_> {
     async fn take(
         &self,
         message: Bytes,
-        intake: &mut LogIntake,
-        with: &mut With,
+        state: &mut State<'_>,
     ) -> Result<ControlFlow<Option<Beyond>>, RestoreError> {
-        match pgoutput::kind(&message) {
-            Some(MessageKind::Begin) => {
-                let Message::Begin(begin) = pgoutput::decode(&message, false)? else {
-                    unreachable!("the first byte says what it is");
-                };
-                if !self.moment.includes(&begin) {
-                    return Ok(ControlFlow::Break(Some(Beyond {
-                        commit_lsn: begin.final_lsn,
-                        commit_time: begin.commit_time,
-                    })));
-                }
-                *with = match begin.final_lsn < intake.end_lsn() {
-                    true => With::Skip,
-                    false => With::Take,
-                };
+        let kind = pgoutput::kind(&message);
+        if kind == Some(MessageKind::Begin) {
+            let Message::Begin(begin) = pgoutput::decode(&message, false)? else {
+                unreachable!("the first byte says what it is");
+            };
+            if !self.moment.includes(&begin) {
+                return Ok(ControlFlow::Break(Some(Beyond {
+                    commit_lsn: begin.final_lsn,
+                    commit_time: begin.commit_time,
+                })));
             }
-            // A later transaction of the same batch may need it.
-            Some(MessageKind::Relation) => {}
-            Some(MessageKind::Commit) if *with == With::Skip => {
-                *with = With::Take;
-                return Ok(ControlFlow::Continue(()));
-            }
-            _ => {}
+            state.skipping = begin.final_lsn < state.intake.end_lsn();
         }
-        let is_description = pgoutput::kind(&message) == Some(MessageKind::Relation);
-        if *with == With::Skip && !is_description {
+        // A description is needed by later transactions of the same batch.
+        if state.skipping && kind != Some(MessageKind::Relation) {
             return Ok(ControlFlow::Continue(()));
         }
-        Ok(match intake.take(message).await? {
+        Ok(match state.intake.take(message).await? {
             true => ControlFlow::Continue(()),
             // Nobody wants more: the apply has failed, and says why.
             false => ControlFlow::Break(None),

@@ -10,11 +10,13 @@
 //!   there is nothing to go on from.
 
 use std::collections::HashMap;
+use std::time::SystemTime;
 
 use tokio_postgres::Client;
 
 use super::RestoreError;
 use crate::catalog::TableName;
+use crate::lag::{Micros, pg_micros};
 use crate::pg::{self, ConnInfo, PgError, PgLsn, Session, leftover};
 use crate::prepared;
 use crate::setup::replica_schema;
@@ -36,8 +38,12 @@ pub(super) struct Position {
     pub(super) base: PgLsn,
     /// The end of the last transaction in it.
     pub(super) end_lsn: PgLsn,
+    /// When that committed on the source; none if nothing came after the base backup yet.
+    pub(super) commit_time: Option<Micros>,
     /// Number of the last batch.
     pub(super) batch: i64,
+    /// Whether all tables were asked for.
+    pub(super) whole: bool,
     /// The tables of the base backup that were restored.
     pub(super) tables: Vec<TableName>,
 }
@@ -109,7 +115,9 @@ pub(super) async fn find(
     }
     settle(client, stream).await?;
     const POSITION: &str = "
-        SELECT p.end_lsn, p.batch, r.snapshot_lsn FROM dr_agent.progress p
+        SELECT p.end_lsn, p.batch, r.snapshot_lsn, p.commit_time,
+               EXISTS (SELECT 1 FROM dr_agent.schema_sync y WHERE y.stream = p.stream)
+          FROM dr_agent.progress p
           JOIN dr_agent.stream s USING (stream)
           JOIN LATERAL (SELECT snapshot_lsn FROM dr_agent.table_sync t WHERE t.stream = p.stream LIMIT 1) r ON true
          WHERE p.stream = $1 AND s.system_identifier = $2";
@@ -134,6 +142,8 @@ pub(super) async fn find(
         end_lsn: row.get(0),
         batch: row.get(1),
         base: row.get(2),
+        commit_time: row.get::<_, Option<SystemTime>>(3).map(pg_micros),
+        whole: row.get(4),
         tables: tables
             .iter()
             .map(|row| TableName {
@@ -185,6 +195,7 @@ pub(super) async fn loaded(
     system_identifier: u64,
     base: PgLsn,
     tables: &[TableName],
+    whole: bool,
 ) -> Result<Position, RestoreError> {
     let sql =
         |error: tokio_postgres::Error| RestoreError::target("record the base backup")(error.into());
@@ -215,11 +226,22 @@ pub(super) async fn loaded(
         )
         .await
         .map_err(sql)?;
+    if whole {
+        transaction
+            .execute(
+                "INSERT INTO dr_agent.schema_sync (stream) VALUES ($1)",
+                &[&stream.as_str()],
+            )
+            .await
+            .map_err(sql)?;
+    }
     transaction.commit().await.map_err(sql)?;
     Ok(Position {
         base,
         end_lsn: base,
+        commit_time: None,
         batch: 0,
+        whole,
         tables: tables.to_vec(),
     })
 }
