@@ -14,8 +14,10 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use super::retention::Segment;
-use super::{BackupError, DataFile, Manifest, Pruned, TakeJob, list, manifest, prune, take};
-use crate::archive::Layout;
+use super::{
+    BackupError, DataFile, Manifest, Pruned, Summary, TakeJob, list, manifest, prune, take,
+};
+use crate::archive::{Layout, Span};
 use crate::catalog::{Table, TableName};
 use crate::config::{Archive, Config};
 use crate::error::{Classify as _, chain};
@@ -34,107 +36,133 @@ const LOOK_FIRST: Duration = Duration::from_secs(2);
 /// After a failure.
 const PAUSE: Duration = Duration::from_secs(60);
 
-/// Opens the archive of a configuration.
-///
-/// # Errors
-/// [`BackupError::Store`]
-pub async fn store(archive: &Archive) -> Result<Store, BackupError> {
-    Ok(Store::open(&archive.url, &archive.encryption).await?)
+/// The archive of one database.
+pub struct Bases<'c> {
+    config: &'c Config,
+    archive: &'c Archive,
+    database: &'c str,
+    /// Where its objects are.
+    pub store: Store,
+    /// What they are called.
+    pub layout: Layout,
 }
 
-/// The names of a database's objects, as its source says who it is.
-///
-/// # Errors
-/// [`BackupError::Source`]
-pub async fn layout(config: &Config, database: &str) -> Result<Layout, BackupError> {
-    let stream = config.stream(database);
-    let source = config.source.conninfo.with_dbname(database);
-    let refused = |source: PgError| BackupError::Source {
-        doing: "ask for the system identifier",
-        source,
-    };
-    let session = Session::new(stream.application_name("backup"));
-    let client = pg::connect(&source, &session).await.map_err(refused)?;
-    let row = client
-        .query_one(
-            "SELECT system_identifier FROM pg_catalog.pg_control_system()",
-            &[],
-        )
-        .await
-        .map_err(|error| refused(error.into()))?;
-    let system_identifier: i64 = row.get(0);
-    Ok(Layout::new(&stream, system_identifier.cast_unsigned()))
-}
+impl<'c> Bases<'c> {
+    /// Opens it. The source says who it is.
+    ///
+    /// # Errors
+    /// [`BackupError::Store`], [`BackupError::Source`]
+    pub async fn open(
+        config: &'c Config,
+        archive: &'c Archive,
+        database: &'c str,
+    ) -> Result<Self, BackupError> {
+        let stream = config.stream(database);
+        let source = config.source.conninfo.with_dbname(database);
+        let refused = |source: PgError| BackupError::Source {
+            doing: "ask for the system identifier",
+            source,
+        };
+        let session = Session::new(stream.application_name("backup"));
+        let client = pg::connect(&source, &session).await.map_err(refused)?;
+        let row = client
+            .query_one(
+                "SELECT system_identifier FROM pg_catalog.pg_control_system()",
+                &[],
+            )
+            .await
+            .map_err(|error| refused(error.into()))?;
+        let system_identifier: i64 = row.get(0);
+        Ok(Self {
+            config,
+            archive,
+            database,
+            store: Store::open(&archive.url, &archive.encryption).await?,
+            layout: Layout::new(&stream, system_identifier.cast_unsigned()),
+        })
+    }
 
-/// The tables that are protected.
-async fn published(config: &Config, database: &str) -> Result<Vec<Table>, BackupError> {
-    let source = config.source.conninfo.with_dbname(database);
-    let tables = setup::published(&source, &config.stream(database))
-        .await
-        .map_err(|error| BackupError::Tables(Box::new(error)))?;
-    tables.ok_or_else(|| BackupError::NotReplicated {
-        database: database.to_owned(),
-    })
-}
+    /// The tables that are protected.
+    ///
+    /// # Errors
+    /// [`BackupError::NotReplicated`] before the first `run`.
+    pub async fn published(&self) -> Result<Vec<Table>, BackupError> {
+        let source = self.config.source.conninfo.with_dbname(self.database);
+        let tables = setup::published(&source, &self.config.stream(self.database))
+            .await
+            .map_err(|error| BackupError::Tables(Box::new(error)))?;
+        tables.ok_or_else(|| BackupError::NotReplicated {
+            database: self.database.to_owned(),
+        })
+    }
 
-/// Takes a base backup of one database now.
-///
-/// # Errors
-/// [`BackupError`]; [`BackupError::NotReplicated`] before the first `run`.
-pub async fn now(
-    config: &Config,
-    store: &Store,
-    database: &str,
-    observer: &dyn CopyObserver,
-    cancel: &CancellationToken,
-) -> Result<Manifest, BackupError> {
-    let stream = config.stream(database);
-    let source = config.source.conninfo.with_dbname(database);
-    let layout = layout(config, database).await?;
-    let tables = published(config, database).await?;
-    let job = TakeJob {
-        source: &source,
-        stream: &stream,
-        tables: &tables,
-        store,
-        bases: &layout.bases(),
-        settings: &config.copy,
-    };
-    take(job, observer, cancel).await
-}
+    /// Takes a base backup of these tables now.
+    ///
+    /// # Errors
+    /// [`BackupError`]
+    pub async fn take(
+        &self,
+        tables: &[Table],
+        observer: &dyn CopyObserver,
+        cancel: &CancellationToken,
+    ) -> Result<Manifest, BackupError> {
+        let job = TakeJob {
+            source: &self.config.source.conninfo.with_dbname(self.database),
+            stream: &self.config.stream(self.database),
+            tables,
+            store: &self.store,
+            bases: &self.layout.bases(),
+            settings: &self.config.copy,
+        };
+        take(job, observer, cancel).await
+    }
 
-/// Deletes what the retention lets go, or says what it would.
-///
-/// # Errors
-/// [`BackupError`]
-pub async fn prune_now(
-    archive: &Archive,
-    store: &Store,
-    layout: &Layout,
-    dry_run: bool,
-) -> Result<Pruned, BackupError> {
-    let objects = store.list(&layout.log(), None).await?;
-    let log: Vec<Segment> = objects
-        .into_iter()
-        .filter_map(|object| {
-            let span = layout.parse_segment(&object.name)?;
-            Some(Segment {
-                name: object.name,
+    /// The base backups, oldest first.
+    ///
+    /// # Errors
+    /// [`BackupError`]
+    pub async fn list(&self) -> Result<Vec<Summary>, BackupError> {
+        list(&self.store, &self.layout.bases()).await
+    }
+
+    /// The segments of the change log.
+    ///
+    /// # Errors
+    /// [`BackupError::Store`]
+    pub async fn log(&self) -> Result<Vec<Span>, BackupError> {
+        let objects = self.store.list(&self.layout.log(), None).await?;
+        let spans = objects
+            .iter()
+            .filter_map(|object| self.layout.parse_segment(&object.name));
+        Ok(spans.collect())
+    }
+
+    /// Deletes what the retention lets go, or says what it would.
+    ///
+    /// # Errors
+    /// [`BackupError`]
+    pub async fn prune(&self, dry_run: bool) -> Result<Pruned, BackupError> {
+        let log: Vec<Segment> = self
+            .log()
+            .await?
+            .into_iter()
+            .map(|span| Segment {
+                name: self.layout.segment(span),
                 start: span.start,
                 end: span.end,
             })
-        })
-        .collect();
-    let retention = archive.retention;
-    prune(
-        store,
-        &layout.bases(),
-        &log,
-        Timestamp::now(),
-        retention,
-        dry_run,
-    )
-    .await
+            .collect();
+        let (now, retention) = (Timestamp::now(), self.archive.retention);
+        prune(
+            &self.store,
+            &self.layout.bases(),
+            &log,
+            now,
+            retention,
+            dry_run,
+        )
+        .await
+    }
 }
 
 /// What the newest base backup holds.
@@ -159,11 +187,17 @@ pub async fn keep(config: &Config, database: &str, stop: &CancellationToken) {
         return;
     };
     let metrics = ArchiveMetrics::new(database);
-    let mut newest = None;
+    let (mut bases, mut newest) = (None, None);
     let mut pause = LOOK_FIRST;
     while tokio::time::timeout(pause, stop.cancelled()).await.is_err() {
-        let looking = due(config, archive, database, &mut newest, stop);
-        pause = match Box::pin(looking).await {
+        let looked = async {
+            let bases = match &mut bases {
+                Some(bases) => bases,
+                none => none.insert(Bases::open(config, archive, database).await?),
+            };
+            due(bases, &mut newest, stop).await
+        };
+        pause = match Box::pin(looked).await {
             Ok(()) => LOOK_EVERY,
             // Before the first copy there is nothing to back up.
             Err(BackupError::NotReplicated { .. } | BackupError::Cancelled) => LOOK_FIRST,
@@ -185,20 +219,16 @@ pub async fn keep(config: &Config, database: &str, stop: &CancellationToken) {
 /// Takes one if it is due: by the clock, or because a table is not in the newest one. The first rows of that are in no
 /// log, so nothing behind its first change could be restored.
 async fn due(
-    config: &Config,
-    archive: &Archive,
-    database: &str,
+    bases: &Bases<'_>,
     newest: &mut Option<Newest>,
     stop: &CancellationToken,
 ) -> Result<(), BackupError> {
-    let store = store(archive).await?;
-    let layout = layout(config, database).await?;
     if newest.is_none()
-        && let Some(base) = list(&store, &layout.bases()).await?.pop()
+        && let Some(base) = bases.list().await?.pop()
     {
-        *newest = Some(Newest::of(&manifest(&store, &base.base).await?));
+        *newest = Some(Newest::of(&manifest(&bases.store, &base.base).await?));
     }
-    let tables = published(config, database).await?;
+    let tables = bases.published().await?;
     let reason = match newest {
         None => "it is the first",
         Some(newest)
@@ -210,14 +240,15 @@ async fn due(
         }
         Some(newest) => {
             let age = Timestamp::now().duration_since(newest.as_of);
-            if Duration::try_from(age).is_ok_and(|age| age < archive.base_every) {
+            if Duration::try_from(age).is_ok_and(|age| age < bases.archive.base_every) {
                 return Ok(());
             }
             "archive.base_every has passed"
         }
     };
+    let database = bases.database;
     tracing::info!(database, reason, "taking a base backup");
-    let base = now(config, &store, database, &(), stop).await?;
+    let base = bases.take(&tables, &(), stop).await?;
     let mut taken = Newest::of(&base);
     // A table that has no rows of its own is in no file.
     taken
@@ -225,7 +256,7 @@ async fn due(
         .extend(tables.into_iter().map(|table| table.name));
     *newest = Some(taken);
     tracing::info!(database, lsn = %base.lsn, "base backup taken");
-    let pruned = prune_now(archive, &store, &layout, false).await?;
+    let pruned = bases.prune(false).await?;
     if pruned != Pruned::default() {
         tracing::info!(
             database,

@@ -8,13 +8,14 @@ use std::process::ExitCode;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::archive::{self, Chain, Span};
-use crate::backup::{self, BackupError, Summary, keep};
+use crate::archive::{self, ArchiveError, Chain, Span};
+use crate::backup::keep::Bases;
+use crate::backup::{self, BackupError, Summary};
 use crate::config::{Archive, Config};
 use crate::error::{Classify, chain};
 use crate::setup::{self, SetupError};
 use crate::snapshot::ProgressDisplay;
-use crate::store::Store;
+use crate::store::StoreError;
 
 /// Flags of `backup`.
 #[derive(Clone, Debug, clap::Args)]
@@ -123,18 +124,15 @@ async fn one(
     database: &str,
     args: &Args,
 ) -> Result<Said, BackupError> {
-    let store = keep::store(archive).await?;
-    let layout = keep::layout(config, database).await?;
+    let bases = Bases::open(config, archive, database).await?;
     if args.list {
-        let bases = backup::list(&store, &layout.bases()).await?;
-        let spans = spans(&store, &layout).await?;
-        return Ok(listed(database, &bases, &spans));
+        return Ok(listed(database, &bases.list().await?, &bases.log().await?));
     }
     if args.verify {
-        return verify(&store, &layout, database).await;
+        return verify(&bases, database).await;
     }
     if args.prune {
-        let pruned = keep::prune_now(archive, &store, &layout, args.dry_run).await?;
+        let pruned = bases.prune(args.dry_run).await?;
         let verb = if args.dry_run {
             "would be deleted"
         } else {
@@ -153,10 +151,11 @@ async fn one(
     }
     let display = ProgressDisplay::new(database, &());
     let cancel = CancellationToken::new();
-    let manifest = keep::now(config, &store, database, &display, &cancel).await?;
+    let tables = bases.published().await?;
+    let manifest = bases.take(&tables, &display, &cancel).await?;
     drop(display);
-    let bases = backup::list(&store, &layout.bases()).await?;
-    let taken = bases.iter().find(|base| base.lsn == manifest.lsn);
+    let taken = bases.list().await?;
+    let taken = taken.iter().find(|base| base.lsn == manifest.lsn);
     Ok(Said {
         text: match taken {
             Some(base) => format!("{database}: {}", base_text(base)),
@@ -165,14 +164,6 @@ async fn one(
         json: json!({ "database": database, "base": taken, "warnings": manifest.warnings }),
         sound: true,
     })
-}
-
-async fn spans(store: &Store, layout: &archive::Layout) -> Result<Vec<Span>, BackupError> {
-    let objects = store.list(&layout.log(), None).await?;
-    let spans = objects
-        .iter()
-        .filter_map(|object| layout.parse_segment(&object.name));
-    Ok(spans.collect())
 }
 
 fn base_text(base: &Summary) -> String {
@@ -217,24 +208,25 @@ fn listed(database: &str, bases: &[Summary], spans: &[Span]) -> Said {
 }
 
 /// Everything is read; what is wrong is said and the rest is read all the same.
-async fn verify(
-    store: &Store,
-    layout: &archive::Layout,
-    database: &str,
-) -> Result<Said, BackupError> {
+async fn verify(kept: &Bases<'_>, database: &str) -> Result<Said, BackupError> {
     let mut flaws = Vec::new();
-    let bases = backup::list(store, &layout.bases()).await?;
+    let bases = kept.list().await?;
     for base in &bases {
-        match backup::verify(store, &base.base).await {
+        match backup::verify(&kept.store, &base.base).await {
             Ok(_) => {}
             Err(error @ BackupError::Damaged { .. }) => flaws.push(chain(&error)),
             Err(error) => return Err(error),
         }
     }
-    let spans = spans(store, layout).await?;
+    let spans = kept.log().await?;
     for span in &spans {
-        if let Err(error) = archive::verify(store, layout, *span).await {
-            flaws.push(chain(&error));
+        match archive::verify(&kept.store, &kept.layout, *span).await {
+            Ok(()) => {}
+            // A store that is away says nothing about what is in it.
+            Err(ArchiveError::Store(error)) if !matches!(error, StoreError::NotFound { .. }) => {
+                return Err(error.into());
+            }
+            Err(error) => flaws.push(chain(&error)),
         }
     }
     // From the oldest base on the log must lead to its end.
