@@ -15,7 +15,7 @@ use crate::pg::PgLsn;
 use crate::spill::{SpillError, SpillReader};
 use crate::txn::{Change, SourceRelation, Transaction};
 
-/// zstd's default: TPC-B takes a fifth of its bytes at it, at a few hundred MiB a second.
+/// zstd's default: TPC-B takes a fifth of its bytes at it.
 const ZSTD_LEVEL: i32 = 3;
 
 /// Who writes: the same in every part.
