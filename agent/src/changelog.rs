@@ -14,6 +14,7 @@
 //! - Bytes that somebody else wrote cost no more memory than their own length and [`PART_BYTES_MAX`].
 
 mod frames;
+mod gather;
 mod pack;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,7 @@ mod unpack;
 
 pub use dr_agent_proto::changelog::v1::{Compression, Part};
 pub use frames::{Frames, FramesError, put_frame};
+pub use gather::{FIRST_BATCH, Gap, Gather, Gathered, Worth};
 pub use pack::{Author, Packing};
 pub use unpack::{UnpackError, Unpacker};
 

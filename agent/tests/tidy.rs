@@ -21,6 +21,7 @@ const PURE: &[&str] = &[
     "backup/retention.rs",
     "backup/script.rs",
     "changelog/frames.rs",
+    "changelog/gather.rs",
     "changelog/unpack.rs",
     "restore/moment.rs",
     "restore/plan.rs",
