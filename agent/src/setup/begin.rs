@@ -24,20 +24,21 @@ impl Setup<'_> {
         drop_slot: bool,
     ) -> Result<Progress, SetupError> {
         replica::require_empty(&self.replica, self.database).await?;
-        let refused = self.wanted.refused();
+        let refused = self.source.wanted.refused();
         if !refused.is_empty() {
             return Err(SetupError::Keyless(refused));
         }
-        self.found.require_listing(&self.stream)?;
-        self.publish().await?;
-        let settings = setting::of_source(&self.source, self.database).await?;
-        self.warnings
+        self.source.found.require_listing(&self.source.stream)?;
+        self.source.publish().await?;
+        let settings = setting::of_source(&self.source.client, self.database).await?;
+        self.source
+            .warnings
             .extend(setting::apply(&self.replica, &settings).await?);
         let recorded = self.record(source).await;
         recorded.map_err(SetupError::sql(Side::Replica, "record the stream"))?;
         if drop_slot {
             walsender
-                .drop_slot(self.stream.as_str())
+                .drop_slot(self.source.stream.as_str())
                 .await
                 .map_err(SetupError::sql(
                     Side::Source,
@@ -46,16 +47,19 @@ impl Setup<'_> {
         }
         // Everything committed before this moment is in the copy: until the first batch, the loss at a
         // promotion is counted from here.
-        let asked = self.source.query_one("SELECT clock_timestamp()", &[]).await;
+        let asked = self
+            .source
+            .client
+            .query_one("SELECT clock_timestamp()", &[])
+            .await;
         let copied_at = asked
             .map_err(|error| SetupError::sql(Side::Source, "ask for the time")(error.into()))?
             .get(0);
-        let slot = self
-            .create_slot(walsender, self.stream.as_str(), false)
-            .await?;
+        let name = self.source.stream.to_string();
+        let slot = self.source.create_slot(walsender, &name, false).await?;
         let recorded = self.record_progress(slot.consistent_point, copied_at).await;
         recorded.map_err(SetupError::sql(Side::Replica, "record the progress"))?;
-        self.copy(self.wanted.published.clone(), &slot, true)
+        self.copy(self.source.wanted.published.clone(), &slot, true)
             .await?;
         Ok(Progress {
             term: 1,
@@ -74,7 +78,7 @@ impl Setup<'_> {
             .execute(
                 SQL,
                 &[
-                    &self.stream.as_str(),
+                    &self.source.stream.as_str(),
                     &source.system_identifier,
                     &source.timeline,
                 ],
@@ -92,6 +96,7 @@ impl Setup<'_> {
             INSERT INTO dr_agent.progress (stream, term, batch, end_lsn, commit_time, applied_at)
             VALUES ($1, 1, 0, $2, $3, now())";
         let tables: Vec<TableName> = self
+            .source
             .wanted
             .published
             .iter()
@@ -99,9 +104,12 @@ impl Setup<'_> {
             .collect();
         let transaction = self.replica.transaction().await?;
         transaction
-            .execute(SQL, &[&self.stream.as_str(), &consistent_point, &copied_at])
+            .execute(
+                SQL,
+                &[&self.source.stream.as_str(), &consistent_point, &copied_at],
+            )
             .await?;
-        table_sync::add(&transaction, &self.stream, &tables).await?;
+        table_sync::add(&transaction, &self.source.stream, &tables).await?;
         transaction.commit().await?;
         Ok(())
     }

@@ -127,6 +127,14 @@ pub enum Mismatch {
         /// The replica's progress.
         applied: PgLsn,
     },
+    /// The stream was sent from here, and the slot is gone.
+    #[error("replication slot \"{slot}\" is gone, by which the stream was sent since {since}")]
+    SendingSlotLost {
+        /// The slot.
+        slot: StreamName,
+        /// Where it began.
+        since: PgLsn,
+    },
     /// The slot is there, the WAL it needs is not.
     #[error(
         "replication slot \"{slot}\" was invalidated: the WAL after {applied} was removed \
@@ -179,7 +187,7 @@ pub enum Mismatch {
 pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
     let slot_name = || seen.stream.clone();
     if let Some(slot) = &seen.slot {
-        is_ours(slot, seen)?;
+        is_ours(slot, &seen.stream, &seen.database)?;
     }
     let Some(recorded) = &seen.recorded else {
         return match &seen.slot {
@@ -240,19 +248,20 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
     }
 }
 
-fn is_ours(slot: &Slot, seen: &Observed) -> Result<(), Mismatch> {
+/// Whether a slot of our name can be the stream's.
+pub(super) fn is_ours(slot: &Slot, stream: &StreamName, database: &str) -> Result<(), Mismatch> {
     let foreign = |what: String| {
         Err(Mismatch::SlotForeign {
-            slot: seen.stream.clone(),
+            slot: stream.clone(),
             what,
         })
     };
     match (slot.plugin.as_deref(), slot.database.as_deref()) {
         (None, _) => foreign("it is a physical slot".to_owned()),
-        (Some("pgoutput"), Some(database)) if database == seen.database => Ok(()),
-        (Some("pgoutput"), database) => {
-            let database = database.unwrap_or_default();
-            foreign(format!("it decodes database \"{database}\""))
+        (Some("pgoutput"), Some(decodes)) if decodes == database => Ok(()),
+        (Some("pgoutput"), decodes) => {
+            let decodes = decodes.unwrap_or_default();
+            foreign(format!("it decodes database \"{decodes}\""))
         }
         (Some(plugin), _) => foreign(format!("its output plugin is {plugin}")),
     }
@@ -260,13 +269,38 @@ fn is_ours(slot: &Slot, seen: &Observed) -> Result<(), Mismatch> {
 
 /// `verdict`, unless somebody holds the slot that it would use or drop.
 fn if_free(seen: &Observed, verdict: Verdict) -> Result<Verdict, Mismatch> {
-    match seen.slot.as_ref().and_then(|slot| slot.active_pid) {
+    if let Some(slot) = &seen.slot {
+        is_free(slot, &seen.stream)?;
+    }
+    Ok(verdict)
+}
+
+/// Whether nobody holds the slot.
+pub(super) fn is_free(slot: &Slot, stream: &StreamName) -> Result<(), Mismatch> {
+    match slot.active_pid {
         Some(pid) => Err(Mismatch::SlotActive {
-            slot: seen.stream.clone(),
+            slot: stream.clone(),
             pid,
         }),
-        None => Ok(verdict),
+        None => Ok(()),
     }
+}
+
+/// Whether it is the same source, on the same timeline.
+pub(super) fn same_history(recorded: &History, found: &History) -> Result<(), Mismatch> {
+    if recorded.system_identifier != found.system_identifier {
+        return Err(Mismatch::SystemIdentifier {
+            recorded: recorded.system_identifier.clone(),
+            found: found.system_identifier.clone(),
+        });
+    }
+    if recorded.timeline != found.timeline {
+        return Err(Mismatch::Timeline {
+            recorded: recorded.timeline,
+            found: found.timeline,
+        });
+    }
+    Ok(())
 }
 
 impl Classify for Mismatch {
@@ -278,6 +312,7 @@ impl Classify for Mismatch {
             | Self::Timeline { .. }
             | Self::BackInTime { .. }
             | Self::SlotLost { .. }
+            | Self::SendingSlotLost { .. }
             | Self::SlotInvalidated { .. }
             | Self::SlotRecreated { .. }
             | Self::SlotOccupied { .. }
@@ -310,6 +345,11 @@ impl Classify for Mismatch {
             Self::SlotLost { .. } => {
                 format!("the changes since then cannot be had any more. {START_OVER}, {THEN}")
             }
+            Self::SendingSlotLost { slot, .. } => format!(
+                "the changes since then cannot be had any more. To start over, run DELETE FROM dr_agent.sending \
+                 WHERE stream = '{slot}' on the source and DROP DATABASE for this database on the replica, {THEN} \
+                 here and `dr-agent apply` there"
+            ),
             Self::SlotInvalidated { slot, .. } => format!(
                 "raise max_slot_wal_keep_size on the source. {START_OVER} and {}, {THEN}",
                 drop_slot(slot)

@@ -38,8 +38,10 @@ mod recover;
 mod replica;
 mod resume;
 mod role;
+mod sending;
 mod setting;
 mod source;
+mod source_side;
 mod table_sync;
 
 use tokio_postgres::Client;
@@ -49,16 +51,17 @@ pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
 pub use locale::{Locale, Provider};
 pub use role::Statement;
+pub use sending::prepare_sending;
 
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases};
-use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
-use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect, slot};
+use crate::pg::replication::CreatedSlot;
+use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
 use crate::snapshot::{self, CopyJob, CopyObserver};
 use crate::stream::StreamName;
-use identity::{History, Observed, Slot, Verdict};
-use publication::Wanted;
+use identity::{History, Observed, Verdict};
 use replica::Progress;
+use source_side::SourceSide;
 
 /// The SQL that creates schema `dr_agent` in a database that changes are applied to. Repeatable.
 pub fn replica_schema() -> &'static str {
@@ -94,6 +97,8 @@ pub struct Prepared {
     pub unpublished: Vec<(TableName, Protection)>,
     /// What is not as it should be and does not keep the stream from running.
     pub warnings: Vec<String>,
+    /// The right to work on the stream, where no slot gives it.
+    _lock: Option<Client>,
 }
 
 /// The databases to replicate, by name.
@@ -156,18 +161,11 @@ pub async fn prepare(
 
 /// The sessions and findings that the steps share.
 struct Setup<'a> {
-    config: &'a Config,
     database: &'a str,
-    stream: StreamName,
-    source_info: ConnInfo,
+    source: SourceSide<'a>,
     replica_info: ConnInfo,
-    source: Client,
     replica: Client,
-    found: source::Observed,
-    wanted: Wanted,
-    warnings: Vec<String>,
     observer: &'a dyn CopyObserver,
-    cancel: &'a CancellationToken,
 }
 
 impl<'a> Setup<'a> {
@@ -178,7 +176,6 @@ impl<'a> Setup<'a> {
         cancel: &'a CancellationToken,
     ) -> Result<Prepared, SetupError> {
         let stream = config.stream(database);
-        let source_info = config.source.conninfo.with_dbname(database);
         let replica_info = config.replica.conninfo.with_dbname(database);
 
         // First of all, and without the source, which may be gone for good: was it promoted?
@@ -191,19 +188,16 @@ impl<'a> Setup<'a> {
             opened = Some(client);
         }
 
-        let source = source::open(&source_info, &stream).await?;
-        let found = source::observe(&source, &stream).await?;
-        found.require()?;
-        server.require(&source_info.to_string(), &found.started_at)?;
-        let mut warnings = Vec::new();
-        let roles = role::of_source(&source).await?;
-        warnings.extend(role::ensure(&admin, &roles).await?);
+        let mut source = SourceSide::open(config, database, cancel).await?;
+        server.require(&source.info.to_string(), &source.found.started_at)?;
+        let roles = role::of_source(&source.client).await?;
+        source.warnings.extend(role::ensure(&admin, &roles).await?);
         if !server.has_database {
-            let locale = locale::locale(&source, found.version)
+            let locale = locale::locale(&source.client, source.found.version)
                 .await
                 .map_err(SetupError::sql(Side::Source, "read the locale"))?;
             let created = replica::create_database(&admin, &server, database, &locale).await?;
-            warnings.extend(created);
+            source.warnings.extend(created);
         }
         drop(admin);
 
@@ -213,21 +207,14 @@ impl<'a> Setup<'a> {
         };
         replica::lock(&replica, &stream).await?;
         let known = replica::known(&replica, &stream).await?;
-        let mut walsender = walsender(&source_info, &stream).await?;
-        let identity = walsender
-            .identify_system()
-            .await
-            .map_err(SetupError::sql(Side::Source, "identify the system"))?;
-        let history = History {
-            system_identifier: identity.system_identifier,
-            timeline: identity.timeline,
-        };
+        let mut walsender = source.walsender().await?;
+        let (history, source_lsn) = source_side::identify(&mut walsender).await?;
         let verdict = identity::verdict(&Observed {
             stream: stream.clone(),
             database: database.to_owned(),
             source: history.clone(),
-            source_lsn: identity.xlogpos,
-            slot: observe_slot(&source, &stream).await?,
+            source_lsn,
+            slot: source.slot().await?,
             recorded: known.recorded.clone(),
             applied: known.progress.map(|progress| progress.end_lsn),
         })
@@ -242,20 +229,12 @@ impl<'a> Setup<'a> {
             None => None,
         };
         replica::guard(&mut replica, database).await?;
-        let wanted = found.wanted(config);
         let mut setup = Setup {
-            config,
             database,
-            stream,
-            source_info,
-            replica_info,
             source,
+            replica_info,
             replica,
-            found,
-            wanted,
-            warnings,
             observer,
-            cancel,
         };
         let progress = match (verdict, progress) {
             (Verdict::Begin { drop_slot }, _) => {
@@ -268,22 +247,7 @@ impl<'a> Setup<'a> {
                 progress
             }
         };
-        setup.finish(history, progress, identity.xlogpos).await
-    }
-
-    /// Brings the source's schema and publication to what is wanted.
-    async fn publish(&mut self) -> Result<(), SetupError> {
-        let statements = self.found.statements(&self.stream, &self.wanted)?;
-        source::execute(&self.source, Side::Source, &statements).await?;
-        // The in-band tables may be new; they are copied like any other.
-        self.found = source::observe(&self.source, &self.stream).await?;
-        if let Some(publication) = &self.found.publication {
-            self.wanted.published = self.found.tables.clone();
-            self.wanted
-                .published
-                .retain(|table| publication.publishes(table) && !table.unlogged);
-        }
-        Ok(())
+        setup.finish(history, progress, source_lsn).await
     }
 
     /// Copies tables at the snapshot that `slot` exported; its connection has to stay idle and open.
@@ -298,40 +262,21 @@ impl<'a> Setup<'a> {
             SetupError::sql(Side::Source, "create a slot")(error)
         })?;
         let job = CopyJob {
-            source: &self.source_info,
+            source: &self.source.info,
             replica: &self.replica_info,
-            stream: &self.stream,
+            stream: &self.source.stream,
             tables,
             snapshot,
             snapshot_lsn: slot.consistent_point,
-            settings: &self.config.copy,
+            settings: &self.source.config.copy,
             whole_schema,
         };
-        snapshot::copy(job, self.observer, self.cancel)
+        snapshot::copy(job, self.observer, self.source.cancel)
             .await
             .map_err(|source| SetupError::Copy {
                 database: self.database.to_owned(),
                 source: Box::new(source),
             })
-    }
-
-    /// Creates a slot; waits for the transactions then running, as long as nobody stops the agent.
-    async fn create_slot(
-        &self,
-        walsender: &mut ReplicationConnection,
-        name: &str,
-        temporary: bool,
-    ) -> Result<CreatedSlot, SetupError> {
-        let options = SlotOptions {
-            temporary,
-            failover: !temporary,
-            export_snapshot: true,
-        };
-        self.cancel
-            .run_until_cancelled(walsender.create_slot(name, options))
-            .await
-            .ok_or(SetupError::Stopped)?
-            .map_err(SetupError::sql(Side::Source, "create a replication slot"))
     }
 
     async fn finish(
@@ -340,20 +285,20 @@ impl<'a> Setup<'a> {
         progress: Progress,
         as_of: PgLsn,
     ) -> Result<Prepared, SetupError> {
-        let binary = form::binary_travels(&self.source, &self.stream)
+        let binary = form::binary_travels(&self.source.client, &self.source.stream)
             .await
             .map_err(SetupError::sql(
                 Side::Source,
                 "look up the types of published columns",
             ))?;
-        let rows = table_sync::rows(&self.replica, &self.stream).await?;
+        let rows = table_sync::rows(&self.replica, &self.source.stream).await?;
         Ok(Prepared {
             term: progress.term,
             batch: progress.batch,
             end_lsn: progress.end_lsn,
             timeline: history.timeline,
             system_identifier: history.system_identifier,
-            server_version: self.found.version,
+            server_version: self.source.found.version,
             synced: rows
                 .into_iter()
                 .filter(|row| row.ready)
@@ -361,28 +306,10 @@ impl<'a> Setup<'a> {
                 .collect(),
             as_of,
             binary,
-            unpublished: self.wanted.unpublished,
-            warnings: self.warnings,
-            stream: self.stream,
+            unpublished: self.source.wanted.unpublished,
+            warnings: self.source.warnings,
+            stream: self.source.stream,
+            _lock: None,
         })
     }
-}
-
-async fn walsender(
-    conninfo: &ConnInfo,
-    stream: &StreamName,
-) -> Result<ReplicationConnection, SetupError> {
-    export::session(conninfo, stream.application_name("setup"))
-        .await
-        .map_err(SetupError::sql(
-            Side::Source,
-            "open a replication connection",
-        ))
-}
-
-async fn observe_slot(source: &Client, stream: &StreamName) -> Result<Option<Slot>, SetupError> {
-    let state = slot::slot_state(source, stream.as_str())
-        .await
-        .map_err(SetupError::sql(Side::Source, "look at the slot"))?;
-    Ok(state.map(Slot::from))
 }

@@ -16,8 +16,8 @@ use std::collections::BTreeSet;
 use super::error::{SetupError, Side};
 use super::replica;
 use super::table_sync::Row;
-use super::{Setup, export, publication, source, table_sync};
-use crate::catalog::{Protection, Table, TableName};
+use super::{Setup, export, source_side, table_sync};
+use crate::catalog::{Table, TableName};
 use crate::pg::replication::ReplicationConnection;
 
 impl Setup<'_> {
@@ -25,65 +25,42 @@ impl Setup<'_> {
         &mut self,
         walsender: &mut ReplicationConnection,
     ) -> Result<(), SetupError> {
-        self.found.require_unaltered(&self.stream)?;
-        self.leave_out_what_cannot_be_published();
-        let rows = table_sync::rows(&self.replica, &self.stream).await?;
+        self.source.found.require_unaltered(&self.source.stream)?;
+        self.source.leave_out_what_cannot_be_published();
+        let rows = table_sync::rows(&self.replica, &self.source.stream).await?;
         let that = |is: fn(&Row) -> bool| -> BTreeSet<TableName> {
             let rows = rows.iter().filter(|row| is(row));
             rows.map(|row| row.table.clone()).collect()
         };
         let ready = that(|row| row.ready);
-        let missed = self.found.missed(&self.wanted, &that(|row| row.held));
+        let missed = self
+            .source
+            .found
+            .missed(&self.source.wanted, &that(|row| row.held));
         self.require_tables(&ready, &missed).await?;
         if !missed.is_empty() {
-            self.warnings.push(format!(
+            self.source.warnings.push(format!(
                 "tables that were not in the publication for a while are copied again: {}",
-                names(&missed)
+                source_side::names(&missed)
             ));
-            table_sync::reset(&mut self.replica, &self.stream, &missed).await?;
+            table_sync::reset(&mut self.replica, &self.source.stream, &missed).await?;
         }
-        self.publish().await?;
+        self.source.publish().await?;
         self.forget_unfinished(&rows).await?;
         self.copy_the_rest(walsender, &ready, &missed).await
     }
 
     /// A table that was dropped, or left out, before its copy was finished.
     async fn forget_unfinished(&self, rows: &[Row]) -> Result<(), SetupError> {
-        let published = &self.wanted.published;
+        let published = &self.source.wanted.published;
         let unfinished: Vec<TableName> = rows
             .iter()
             .filter(|row| !row.ready && !published.iter().any(|table| table.name == row.table))
             .map(|row| row.table.clone())
             .collect();
-        table_sync::forget(&self.replica, &self.stream, &unfinished)
+        table_sync::forget(&self.replica, &self.source.stream, &unfinished)
             .await
             .map_err(SetupError::sql(Side::Replica, "forget unfinished tables"))
-    }
-
-    fn leave_out_what_cannot_be_published(&mut self) {
-        let refused: BTreeSet<TableName> = self.wanted.refused().into_iter().collect();
-        if !refused.is_empty() {
-            self.warnings.push(format!(
-                "not protected, because they have no key and source.keyless is \"refuse\": {}",
-                names(&refused)
-            ));
-        }
-        let foreign = self.found.not_ours(&self.wanted);
-        if foreign.is_empty() {
-            return;
-        }
-        let left_out: BTreeSet<TableName> = self.wanted.leave_out(&foreign).into_iter().collect();
-        self.warnings.push(format!(
-            "not protected, because role \"{}\" does not own them and may not publish them; run \
-             `dr-agent init --source-url URL` with a role that may: {}",
-            self.found.role,
-            names(&left_out)
-        ));
-        self.wanted.unpublished.extend(
-            left_out
-                .into_iter()
-                .map(|name| (name, Protection::Excluded)),
-        );
     }
 
     async fn require_tables(
@@ -93,6 +70,7 @@ impl Setup<'_> {
     ) -> Result<(), SetupError> {
         let present = replica::tables(&self.replica).await?;
         let missing: Vec<TableName> = self
+            .source
             .wanted
             .published
             .iter()
@@ -116,6 +94,7 @@ impl Setup<'_> {
         missed: &BTreeSet<TableName>,
     ) -> Result<(), SetupError> {
         let rest: Vec<Table> = self
+            .source
             .wanted
             .published
             .iter()
@@ -126,32 +105,18 @@ impl Setup<'_> {
             return Ok(());
         }
         let names: Vec<TableName> = rest.iter().map(|table| table.name.clone()).collect();
-        table_sync::add(&self.replica, &self.stream, &names)
+        table_sync::add(&self.replica, &self.source.stream, &names)
             .await
             .map_err(SetupError::sql(Side::Replica, "record new tables"))?;
-        if self.found.forgets_publication_changes() {
-            // Every transaction that began before the tables were listed has ended once a slot could
-            // be built; what is decoded after the next alteration looks the publication up anew.
-            let name = export::temporary_slot(&self.stream);
-            self.create_slot(walsender, &name, true).await?;
-            walsender
-                .drop_slot(&name)
-                .await
-                .map_err(SetupError::sql(Side::Source, "drop a temporary slot"))?;
-            let touch = [publication::touch(&self.stream, self.found.version)];
-            source::execute(&self.source, Side::Source, &touch).await?;
-        }
+        self.source.make_the_list_known(walsender).await?;
         let slot = self
-            .create_slot(walsender, &export::temporary_slot(&self.stream), true)
+            .source
+            .create_slot(
+                walsender,
+                &export::temporary_slot(&self.source.stream),
+                true,
+            )
             .await?;
         self.copy(rest, &slot, ready.is_empty()).await
     }
-}
-
-fn names(tables: &BTreeSet<TableName>) -> String {
-    tables
-        .iter()
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(", ")
 }

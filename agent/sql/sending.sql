@@ -1,0 +1,8 @@
+-- Under route kinesis: which streams were sent from here, and since where. Without it a slot that somebody dropped would be
+-- created anew, and what happened in between would be in no stream. Repeatable.
+CREATE TABLE IF NOT EXISTS dr_agent.sending (
+    stream            text PRIMARY KEY,
+    system_identifier text NOT NULL,
+    timeline          integer NOT NULL,
+    since             pg_lsn NOT NULL
+);

@@ -1,0 +1,292 @@
+//! Route `kinesis`, on the source's side: brings one database to where sending can start. The replica is not asked.
+//!
+//! ```text
+//! observe the source ▶ refuse what a person must settle ▶ verdict
+//!     Begin   publication ▶ slot ▶ note in dr_agent.sending
+//!     Resume  publication brought up to date ▶ from where the slot is confirmed
+//! ```
+//!
+//! # Invariants
+//! - A slot that was there and is gone is refused: its successor would leave a gap in the stream that only the
+//!   other side could notice.
+//!
+//! # What it does not do
+//! It copies nothing: rows that are there before the slot reach the replica through [`super::receiving`].
+
+use super::error::{SetupError, Side};
+use super::identity::{self, History, Mismatch, Slot, Verdict};
+use super::source_side::{self, SourceSide};
+use super::{Prepared, source};
+use crate::config::Config;
+use crate::pg::PgLsn;
+use crate::stream::StreamName;
+use tokio_util::sync::CancellationToken;
+
+const SCHEMA_SQL: &str = include_str!("../../sql/sending.sql");
+
+/// A source that was never a replica sends at this term. A promotion raises its replica's.
+const FIRST_TERM: i64 = 1;
+
+/// What `dr_agent.sending` says of a stream.
+#[derive(Clone, Debug)]
+struct Noted {
+    source: History,
+    since: PgLsn,
+}
+
+/// Brings `database` to where sending can start. Repeatable, whatever was killed before.
+///
+/// # Errors
+/// [`SetupError`]
+pub async fn prepare_sending(
+    config: &Config,
+    database: &str,
+    cancel: &CancellationToken,
+) -> Result<Prepared, SetupError> {
+    Box::pin(prepare(config, database, cancel)).await
+}
+
+async fn prepare(
+    config: &Config,
+    database: &str,
+    cancel: &CancellationToken,
+) -> Result<Prepared, SetupError> {
+    let mut source = SourceSide::open(config, database, cancel).await?;
+    let mut walsender = source.walsender().await?;
+    let (history, source_lsn) = source_side::identify(&mut walsender).await?;
+    let slot = source.slot().await?;
+    let noted = noted(&source).await?;
+    let verdict = verdict(
+        &source.stream,
+        database,
+        slot.as_ref(),
+        noted.as_ref(),
+        &history,
+    )
+    .map_err(|source| SetupError::Mismatch {
+        database: database.to_owned(),
+        source,
+    })?;
+    let start = match verdict {
+        Verdict::Begin { drop_slot } => {
+            let refused = source.wanted.refused();
+            if !refused.is_empty() {
+                return Err(SetupError::Keyless(refused));
+            }
+            source.found.require_listing(&source.stream)?;
+            source.publish().await?;
+            let name = source.stream.to_string();
+            if drop_slot {
+                walsender.drop_slot(&name).await.map_err(SetupError::sql(
+                    Side::Source,
+                    "drop the slot of an interrupted set-up",
+                ))?;
+            }
+            let slot = source.create_slot(&mut walsender, &name, false).await?;
+            slot.consistent_point
+        }
+        Verdict::Resume => {
+            source.found.require_unaltered(&source.stream)?;
+            source.leave_out_what_cannot_be_published();
+            let before = source.found.publication.clone();
+            source.publish().await?;
+            if source.found.publication != before {
+                source.make_the_list_known(&mut walsender).await?;
+            }
+            slot.and_then(|slot| slot.confirmed)
+                .expect("the verdict is Resume only where the slot was confirmed")
+        }
+    };
+    note(&source, &history, start).await?;
+    Ok(Prepared {
+        term: term(&source).await?,
+        batch: 0,
+        end_lsn: start,
+        timeline: history.timeline,
+        system_identifier: history.system_identifier,
+        server_version: source.found.version,
+        synced: Vec::new(),
+        as_of: source_lsn,
+        // Whoever reads the stream cannot ask for text once something came that does not travel.
+        binary: false,
+        unpublished: source.wanted.unpublished,
+        warnings: source.warnings,
+        stream: source.stream,
+        _lock: None,
+    })
+}
+
+/// Whether the slot can be gone on with.
+fn verdict(
+    stream: &StreamName,
+    database: &str,
+    slot: Option<&Slot>,
+    noted: Option<&Noted>,
+    source: &History,
+) -> Result<Verdict, Mismatch> {
+    if let Some(Noted { source: noted, .. }) = noted {
+        identity::same_history(noted, source)?;
+    }
+    let Some(slot) = slot else {
+        return match noted {
+            None => Ok(Verdict::Begin { drop_slot: false }),
+            Some(noted) => Err(Mismatch::SendingSlotLost {
+                slot: stream.clone(),
+                since: noted.since,
+            }),
+        };
+    };
+    identity::is_ours(slot, stream, database)?;
+    identity::is_free(slot, stream)?;
+    match slot.confirmed {
+        // Never built to the end.
+        None => Ok(Verdict::Begin { drop_slot: true }),
+        Some(confirmed) if slot.lost => Err(Mismatch::SlotInvalidated {
+            slot: stream.clone(),
+            applied: confirmed,
+        }),
+        Some(_) => Ok(Verdict::Resume),
+    }
+}
+
+async fn noted(source: &SourceSide<'_>) -> Result<Option<Noted>, SetupError> {
+    let sql = |error: tokio_postgres::Error| {
+        SetupError::sql(Side::Source, "read dr_agent.sending")(error.into())
+    };
+    let there: bool = source
+        .client
+        .query_one("SELECT to_regclass('dr_agent.sending') IS NOT NULL", &[])
+        .await
+        .map_err(sql)?
+        .get(0);
+    if !there {
+        return Ok(None);
+    }
+    let row = source
+        .client
+        .query_opt(
+            "SELECT system_identifier, timeline, since FROM dr_agent.sending WHERE stream = $1",
+            &[&source.stream.as_str()],
+        )
+        .await
+        .map_err(sql)?;
+    Ok(row.map(|row| Noted {
+        source: History {
+            system_identifier: row.get(0),
+            timeline: row.get(1),
+        },
+        since: row.get(2),
+    }))
+}
+
+/// Notes that this stream is sent from here; a note that is there stays.
+async fn note(source: &SourceSide<'_>, history: &History, since: PgLsn) -> Result<(), SetupError> {
+    source::execute(&source.client, Side::Source, &[SCHEMA_SQL.to_owned()]).await?;
+    source
+        .client
+        .execute(
+            "INSERT INTO dr_agent.sending (stream, system_identifier, timeline, since) VALUES ($1, $2, $3, $4)
+                 ON CONFLICT (stream) DO NOTHING",
+            &[
+                &source.stream.as_str(),
+                &history.system_identifier,
+                &history.timeline,
+                &since,
+            ],
+        )
+        .await
+        .map_err(|error| SetupError::sql(Side::Source, "write dr_agent.sending")(error.into()))?;
+    Ok(())
+}
+
+/// The term of this database: a source that was a replica once goes on from where its promotions raised it.
+async fn term(source: &SourceSide<'_>) -> Result<i64, SetupError> {
+    let sql =
+        |error: tokio_postgres::Error| SetupError::sql(Side::Source, "read the term")(error.into());
+    let was_replica: bool = source
+        .client
+        .query_one("SELECT to_regclass('dr_agent.progress') IS NOT NULL", &[])
+        .await
+        .map_err(sql)?
+        .get(0);
+    if !was_replica {
+        return Ok(FIRST_TERM);
+    }
+    let row = source
+        .client
+        .query_one("SELECT max(term) FROM dr_agent.progress", &[])
+        .await
+        .map_err(sql)?;
+    Ok(row.get::<_, Option<i64>>(0).unwrap_or(FIRST_TERM))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::lsn;
+
+    fn history(timeline: i32) -> History {
+        History {
+            system_identifier: "7".to_owned(),
+            timeline,
+        }
+    }
+
+    fn slot(confirmed: Option<u64>) -> Slot {
+        Slot {
+            plugin: Some("pgoutput".to_owned()),
+            database: Some("app".to_owned()),
+            active_pid: None,
+            confirmed: confirmed.map(lsn),
+            lost: false,
+        }
+    }
+
+    fn judge(slot: Option<&Slot>, noted: Option<i32>) -> Result<Verdict, Mismatch> {
+        let noted = noted.map(|timeline| Noted {
+            source: history(timeline),
+            since: lsn(100),
+        });
+        let stream = StreamName::new("dr_agent", "app");
+        verdict(&stream, "app", slot, noted.as_ref(), &history(1))
+    }
+
+    #[test]
+    fn a_slot_that_is_gone_is_not_created_anew() {
+        assert_eq!(judge(None, None), Ok(Verdict::Begin { drop_slot: false }));
+        assert!(matches!(
+            judge(None, Some(1)),
+            Err(Mismatch::SendingSlotLost { .. })
+        ));
+    }
+
+    #[test]
+    fn a_slot_of_route_direct_is_gone_on_with_and_half_a_slot_is_not() {
+        assert_eq!(judge(Some(&slot(Some(200))), None), Ok(Verdict::Resume));
+        assert_eq!(judge(Some(&slot(Some(200))), Some(1)), Ok(Verdict::Resume));
+        assert_eq!(
+            judge(Some(&slot(None)), None),
+            Ok(Verdict::Begin { drop_slot: true })
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_gone_on_with_is_refused() {
+        let mut lost = slot(Some(200));
+        lost.lost = true;
+        assert!(matches!(
+            judge(Some(&lost), Some(1)),
+            Err(Mismatch::SlotInvalidated { .. })
+        ));
+        let mut active = slot(Some(200));
+        active.active_pid = Some(7);
+        assert!(matches!(
+            judge(Some(&active), Some(1)),
+            Err(Mismatch::SlotActive { .. })
+        ));
+        assert!(matches!(
+            judge(Some(&slot(Some(200))), Some(2)),
+            Err(Mismatch::Timeline { .. })
+        ));
+    }
+}

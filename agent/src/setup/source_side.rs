@@ -1,0 +1,189 @@
+//! The source's side of a set-up: its sessions, what was found there, and what is done there.
+//!
+//! Under route `direct` one agent sets both sides up ([`super::prepare`]); under route `kinesis` `run` has only this
+//! one.
+//!
+//! # Invariants
+//! - A table that cannot be published, because nobody has settled its key or this role does not own it, stays out and
+//!   is reported; it does not stop the protection of all the others.
+
+use std::collections::BTreeSet;
+
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+
+use super::error::{SetupError, Side};
+use super::identity::{History, Slot};
+use super::publication::{self, Wanted};
+use super::{export, source};
+use crate::catalog::{Protection, TableName};
+use crate::config::Config;
+use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
+use crate::pg::{ConnInfo, PgLsn, slot};
+use crate::stream::StreamName;
+
+/// One database of the source, while it is set up.
+pub(super) struct SourceSide<'a> {
+    pub(super) config: &'a Config,
+    pub(super) stream: StreamName,
+    pub(super) info: ConnInfo,
+    pub(super) client: Client,
+    pub(super) found: source::Observed,
+    pub(super) wanted: Wanted,
+    pub(super) warnings: Vec<String>,
+    pub(super) cancel: &'a CancellationToken,
+}
+
+impl<'a> SourceSide<'a> {
+    /// Looks at the database; refuses a server that cannot be tailed.
+    pub(super) async fn open(
+        config: &'a Config,
+        database: &str,
+        cancel: &'a CancellationToken,
+    ) -> Result<Self, SetupError> {
+        let stream = config.stream(database);
+        let info = config.source.conninfo.with_dbname(database);
+        let client = source::open(&info, &stream).await?;
+        let found = source::observe(&client, &stream).await?;
+        found.require()?;
+        Ok(Self {
+            wanted: found.wanted(config),
+            config,
+            stream,
+            info,
+            client,
+            found,
+            warnings: Vec::new(),
+            cancel,
+        })
+    }
+
+    /// A session that can create slots and export snapshots.
+    pub(super) async fn walsender(&self) -> Result<ReplicationConnection, SetupError> {
+        export::session(&self.info, self.stream.application_name("setup"))
+            .await
+            .map_err(SetupError::sql(
+                Side::Source,
+                "open a replication connection",
+            ))
+    }
+
+    /// The stream's slot, if it is there.
+    pub(super) async fn slot(&self) -> Result<Option<Slot>, SetupError> {
+        observe_slot(&self.client, &self.stream).await
+    }
+
+    /// Brings the source's schema and publication to what is wanted.
+    pub(super) async fn publish(&mut self) -> Result<(), SetupError> {
+        let statements = self.found.statements(&self.stream, &self.wanted)?;
+        source::execute(&self.client, Side::Source, &statements).await?;
+        // The in-band tables may be new; they are copied like any other.
+        self.found = source::observe(&self.client, &self.stream).await?;
+        if let Some(publication) = &self.found.publication {
+            self.wanted.published = self.found.tables.clone();
+            self.wanted
+                .published
+                .retain(|table| publication.publishes(table) && !table.unlogged);
+        }
+        Ok(())
+    }
+
+    /// Makes sure that what is decoded from now on goes by the list of tables as it is.
+    pub(super) async fn make_the_list_known(
+        &self,
+        walsender: &mut ReplicationConnection,
+    ) -> Result<(), SetupError> {
+        if !self.found.forgets_publication_changes() {
+            return Ok(());
+        }
+        // Every transaction that began before the tables were listed has ended once a slot could
+        // be built; what is decoded after the next alteration looks the publication up anew.
+        let name = export::temporary_slot(&self.stream);
+        self.create_slot(walsender, &name, true).await?;
+        walsender
+            .drop_slot(&name)
+            .await
+            .map_err(SetupError::sql(Side::Source, "drop a temporary slot"))?;
+        let touch = [publication::touch(&self.stream, self.found.version)];
+        source::execute(&self.client, Side::Source, &touch).await
+    }
+
+    /// Creates a slot; waits for the transactions then running, as long as nobody stops the agent.
+    pub(super) async fn create_slot(
+        &self,
+        walsender: &mut ReplicationConnection,
+        name: &str,
+        temporary: bool,
+    ) -> Result<CreatedSlot, SetupError> {
+        let options = SlotOptions {
+            temporary,
+            failover: !temporary,
+            export_snapshot: true,
+        };
+        self.cancel
+            .run_until_cancelled(walsender.create_slot(name, options))
+            .await
+            .ok_or(SetupError::Stopped)?
+            .map_err(SetupError::sql(Side::Source, "create a replication slot"))
+    }
+
+    pub(super) fn leave_out_what_cannot_be_published(&mut self) {
+        let refused: BTreeSet<TableName> = self.wanted.refused().into_iter().collect();
+        if !refused.is_empty() {
+            self.warnings.push(format!(
+                "not protected, because they have no key and source.keyless is \"refuse\": {}",
+                names(&refused)
+            ));
+        }
+        let foreign = self.found.not_ours(&self.wanted);
+        if foreign.is_empty() {
+            return;
+        }
+        let left_out: BTreeSet<TableName> = self.wanted.leave_out(&foreign).into_iter().collect();
+        self.warnings.push(format!(
+            "not protected, because role \"{}\" does not own them and may not publish them; run \
+             `dr-agent init --source-url URL` with a role that may: {}",
+            self.found.role,
+            names(&left_out)
+        ));
+        self.wanted.unpublished.extend(
+            left_out
+                .into_iter()
+                .map(|name| (name, Protection::Excluded)),
+        );
+    }
+}
+
+/// A stream's slot, if it is there.
+pub(super) async fn observe_slot(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<Option<Slot>, SetupError> {
+    let state = slot::slot_state(client, stream.as_str())
+        .await
+        .map_err(SetupError::sql(Side::Source, "look at the slot"))?;
+    Ok(state.map(Slot::from))
+}
+
+/// Who the source is, and where its WAL stands.
+pub(super) async fn identify(
+    walsender: &mut ReplicationConnection,
+) -> Result<(History, PgLsn), SetupError> {
+    let identity = walsender
+        .identify_system()
+        .await
+        .map_err(SetupError::sql(Side::Source, "identify the system"))?;
+    let history = History {
+        system_identifier: identity.system_identifier,
+        timeline: identity.timeline,
+    };
+    Ok((history, identity.xlogpos))
+}
+
+pub(super) fn names(tables: &BTreeSet<TableName>) -> String {
+    tables
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
+}
