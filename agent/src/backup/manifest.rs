@@ -7,6 +7,7 @@
 //! - A manifest is read by every later version; keys may be added, and unknown ones are passed over. What an
 //!   older version cannot load has a higher `format`.
 
+use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::str::FromStr;
 
@@ -116,6 +117,13 @@ impl Manifest {
         self.objects
             .iter()
             .filter_map(|object| Some((object, object.data.as_ref()?)))
+    }
+
+    /// The tables whose rows it holds, by every name under which a change may come.
+    pub fn tables(&self) -> Vec<TableName> {
+        let names = self.data().flat_map(|(_, data)| [&data.table, &data.root]);
+        let names: BTreeSet<&TableName> = names.collect();
+        names.into_iter().cloned().collect()
     }
 
     /// As it is stored.

@@ -14,8 +14,10 @@ use serde::Serialize;
 use super::error::{BackupError, Flaw};
 use super::manifest::{self, Manifest, Object};
 use super::object::{self, Summing};
+use crate::archive::Layout;
 use crate::pg::PgLsn;
 use crate::store::{Listed, Store, StoreError};
+use crate::stream::StreamName;
 
 /// Objects that are read at the same time.
 const READERS: usize = 4;
@@ -118,6 +120,30 @@ fn lsn_of(bases: &str, name: &str) -> Option<u64> {
 /// [`BackupError::Manifest`] for one that cannot be read; [`BackupError::Store`].
 pub async fn list(store: &Store, bases: &str) -> Result<Vec<Summary>, BackupError> {
     Ok(find(store, bases).await?.bases)
+}
+
+/// Where the newest base of a stream is, and all that are beside it. A source that was built anew has another system
+/// identifier; none before there is a base.
+///
+/// # Errors
+/// As [`list`].
+pub async fn newest(
+    store: &Store,
+    stream: &StreamName,
+) -> Result<Option<(Layout, Vec<Summary>)>, BackupError> {
+    let mut newest = None;
+    for folder in store.folders(&format!("{stream}/")).await? {
+        let Ok(system_identifier) = folder.parse() else {
+            continue;
+        };
+        let layout = Layout::new(stream, system_identifier);
+        let bases = list(store, &layout.bases()).await?;
+        let as_of = bases.iter().map(|base| base.as_of).max();
+        if as_of.is_some() && newest.as_ref().is_none_or(|(of, _)| *of < as_of) {
+            newest = Some((as_of, (layout, bases)));
+        }
+    }
+    Ok(newest.map(|(_, found)| found))
 }
 
 /// Reads the manifest of the base with this prefix.

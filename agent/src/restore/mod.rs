@@ -111,7 +111,9 @@ pub trait Observer: Send + Sync {
 /// [`RestoreError`]
 pub async fn plan(config: &Config, store: &Store, options: &Options) -> Result<Plan, RestoreError> {
     let stream = config.stream(&options.database);
-    let (layout, bases) = newest_source(store, &stream, &options.database).await?;
+    let (layout, bases) = backup::newest(store, &stream)
+        .await?
+        .ok_or_else(|| RestoreError::NothingOf(options.database.clone()))?;
     let known: Vec<Base> = bases.iter().map(base_of).collect();
     let chosen = plan::choose(&known, options.moment)?;
     let base = bases
@@ -149,30 +151,6 @@ async fn segments(store: &Store, layout: &Layout) -> Result<BTreeMap<Span, u64>,
         .iter()
         .filter_map(|object| Some((layout.parse_segment(&object.name)?, object.bytes)));
     Ok(segments.collect())
-}
-
-/// Where the newest base backup is, and the others beside it. A source that was built anew has another system identifier.
-async fn newest_source(
-    store: &Store,
-    stream: &StreamName,
-    database: &str,
-) -> Result<(Layout, Vec<backup::Summary>), RestoreError> {
-    let mut newest = None;
-    for folder in store.folders(&format!("{stream}/")).await? {
-        let Ok(system_identifier) = folder.parse() else {
-            continue;
-        };
-        let layout = Layout::new(stream, system_identifier);
-        let bases = backup::list(store, &layout.bases()).await?;
-        let as_of = bases.iter().map(|base| base.as_of).max();
-        if newest.as_ref().is_none_or(|(of, _)| *of < as_of) {
-            newest = Some((as_of, (layout, bases)));
-        }
-    }
-    match newest {
-        Some((Some(_), found)) => Ok(found),
-        _ => Err(RestoreError::NothingOf(database.to_owned())),
-    }
 }
 
 /// Builds the database as planned.

@@ -30,12 +30,7 @@ impl Setup<'_> {
         }
         self.source.found.require_listing(&self.source.stream)?;
         self.source.publish().await?;
-        let settings = setting::of_source(&self.source.client, self.database).await?;
-        self.source
-            .warnings
-            .extend(setting::apply(&self.replica, &settings).await?);
-        let recorded = self.record(source).await;
-        recorded.map_err(SetupError::sql(Side::Replica, "record the stream"))?;
+        self.take_over(source).await?;
         if drop_slot {
             walsender
                 .drop_slot(self.source.stream.as_str())
@@ -45,6 +40,26 @@ impl Setup<'_> {
                     "drop the slot of an interrupted set-up",
                 ))?;
         }
+        let name = self.source.stream.to_string();
+        self.first_copy(walsender, &name, false).await
+    }
+
+    /// Takes the database's settings over, and records whose replica this is.
+    pub(super) async fn take_over(&mut self, source: &History) -> Result<(), SetupError> {
+        let settings = setting::of_source(&self.source.client, self.database).await?;
+        let warnings = setting::apply(&self.replica, &settings).await?;
+        self.source.warnings.extend(warnings);
+        let recorded = replica::record(&self.replica, &self.source.stream, source).await;
+        recorded.map_err(SetupError::sql(Side::Replica, "record the stream"))
+    }
+
+    /// Creates a slot of that name, and copies everything at its snapshot.
+    pub(super) async fn first_copy(
+        &mut self,
+        walsender: &mut ReplicationConnection,
+        slot: &str,
+        temporary: bool,
+    ) -> Result<Progress, SetupError> {
         // Everything committed before this moment is in the copy: until the first batch, the loss at a
         // promotion is counted from here.
         let asked = self
@@ -52,11 +67,10 @@ impl Setup<'_> {
             .client
             .query_one("SELECT clock_timestamp()", &[])
             .await;
-        let copied_at = asked
+        let copied_at: SystemTime = asked
             .map_err(|error| SetupError::sql(Side::Source, "ask for the time")(error.into()))?
             .get(0);
-        let name = self.source.stream.to_string();
-        let slot = self.source.create_slot(walsender, &name, false).await?;
+        let slot = self.source.create_slot(walsender, slot, temporary).await?;
         let recorded = self.record_progress(slot.consistent_point, copied_at).await;
         recorded.map_err(SetupError::sql(Side::Replica, "record the progress"))?;
         self.copy(self.source.wanted.published.clone(), &slot, true)
@@ -65,26 +79,8 @@ impl Setup<'_> {
             term: 1,
             batch: 0,
             end_lsn: slot.consistent_point,
+            commit_time: Some(copied_at),
         })
-    }
-
-    async fn record(&self, source: &History) -> Result<(), PgError> {
-        const SQL: &str = "
-            INSERT INTO dr_agent.stream (stream, system_identifier, timeline) VALUES ($1, $2, $3)
-                ON CONFLICT (stream) DO UPDATE
-               SET system_identifier = EXCLUDED.system_identifier, timeline = EXCLUDED.timeline,
-                   created_at = now()";
-        self.replica
-            .execute(
-                SQL,
-                &[
-                    &self.source.stream.as_str(),
-                    &source.system_identifier,
-                    &source.timeline,
-                ],
-            )
-            .await?;
-        Ok(())
     }
 
     async fn record_progress(

@@ -5,6 +5,7 @@
 use std::fmt;
 
 use super::identity::Mismatch;
+use crate::backup::BackupError;
 use crate::catalog::TableName;
 use crate::error::{Class, Classify};
 use crate::pg::PgError;
@@ -134,6 +135,38 @@ pub enum SetupError {
         #[source]
         source: Box<CopyError>,
     },
+    /// The replica's first rows have to come from the source, and nothing is sent from there yet.
+    #[error("source: stream \"{stream}\" is not sent yet")]
+    NotSent {
+        /// The stream.
+        stream: String,
+    },
+    /// Neither the source nor an archive can give the replica its first rows.
+    #[error("nothing to copy database \"{database}\" from: {why}")]
+    NothingToCopyFrom {
+        /// The database.
+        database: String,
+        /// Why the source and the archive cannot.
+        why: String,
+    },
+    /// A table has come that the replica does not have, and its source cannot be asked.
+    #[error("table {table} is new on the source, which cannot be reached from here to copy it")]
+    NewTableElsewhere {
+        /// Which one.
+        table: TableName,
+        /// Why not.
+        #[source]
+        source: Box<SetupError>,
+    },
+    /// The archive could not give the replica its first rows.
+    #[error("copy of database \"{database}\" from the archive")]
+    Base {
+        /// The database.
+        database: String,
+        /// Why.
+        #[source]
+        source: Box<BackupError>,
+    },
     /// The agent was told to stop; the next start goes on from here.
     #[error("stopped while setting up")]
     Stopped,
@@ -156,7 +189,12 @@ impl Classify for SetupError {
             Self::Sql { source, .. } => source.class(),
             Self::Mismatch { source, .. } => source.class(),
             Self::Copy { source, .. } => source.class(),
-            Self::Busy { .. } | Self::Stopped => Class::Transient,
+            Self::Base { source, .. } => source.class(),
+            Self::Busy { .. }
+            | Self::Stopped
+            | Self::NotSent { .. }
+            | Self::NothingToCopyFrom { .. }
+            | Self::NewTableElsewhere { .. } => Class::Transient,
             Self::Promoted { .. } => Class::Fenced,
             Self::Unfit { .. }
             | Self::RightMissing { .. }
@@ -173,7 +211,18 @@ impl Classify for SetupError {
             Self::Sql { source, .. } => return source.hint(),
             Self::Mismatch { source, .. } => return source.hint(),
             Self::Copy { source, .. } => return source.hint(),
+            Self::Base { source, .. } => return source.hint(),
             Self::Stopped => return None,
+            Self::NotSent { .. } => {
+                "start `dr-agent run` with the same configuration on the source's side; it is retried".to_owned()
+            }
+            Self::NothingToCopyFrom { .. } => "let source.url lead to the source from here as well, or give both sides an \
+                [archive] and wait for the first base backup; it is retried"
+                .to_owned(),
+            Self::NewTableElsewhere { .. } => "let source.url lead to the source from here until the table is copied; or DROP \
+                DATABASE on the replica once the archive's newest base backup has the table, and let `dr-agent apply` \
+                begin anew from it; or leave the table out (source.exclude, on both sides)"
+                .to_owned(),
             Self::Unfit { hint, .. } => hint.clone(),
             Self::RightMissing { side, right, .. } => format!(
                 "grant {right}, or run `dr-agent init --{side}-url URL` once with a role that has \

@@ -31,9 +31,11 @@ pub mod identity;
 pub(crate) mod locale;
 pub mod publication;
 
+mod base;
 mod begin;
 mod error;
 mod init;
+mod receiving;
 mod recover;
 mod replica;
 mod resume;
@@ -44,12 +46,15 @@ mod source;
 mod source_side;
 mod table_sync;
 
+use std::time::SystemTime;
+
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
 pub use locale::{Locale, Provider};
+pub use receiving::prepare_receiving;
 pub use role::Statement;
 pub use sending::prepare_sending;
 
@@ -79,6 +84,8 @@ pub struct Prepared {
     pub batch: i64,
     /// Where streaming starts: first byte after the last applied transaction.
     pub end_lsn: PgLsn,
+    /// When the last applied transaction committed on the source.
+    pub commit_time: Option<SystemTime>,
     /// The source's timeline.
     pub timeline: i32,
     /// The source's system identifier.
@@ -247,7 +254,10 @@ impl<'a> Setup<'a> {
                 progress
             }
         };
-        setup.finish(history, progress, source_lsn).await
+        let mut prepared = setup.finish(history, progress, source_lsn).await?;
+        // From here on the slot is what only one agent can have.
+        prepared._lock = None;
+        Ok(prepared)
     }
 
     /// Copies tables at the snapshot that `slot` exported; its connection has to stay idle and open.
@@ -296,20 +306,17 @@ impl<'a> Setup<'a> {
             term: progress.term,
             batch: progress.batch,
             end_lsn: progress.end_lsn,
+            commit_time: progress.commit_time,
             timeline: history.timeline,
             system_identifier: history.system_identifier,
             server_version: self.source.found.version,
-            synced: rows
-                .into_iter()
-                .filter(|row| row.ready)
-                .map(|row| (row.table, row.snapshot_lsn))
-                .collect(),
+            synced: table_sync::synced(rows),
             as_of,
             binary,
             unpublished: self.source.wanted.unpublished,
             warnings: self.source.warnings,
             stream: self.source.stream,
-            _lock: None,
+            _lock: Some(self.replica),
         })
     }
 }

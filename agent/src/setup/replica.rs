@@ -9,7 +9,9 @@
 //! User tables are created and filled by [`crate::snapshot`]; roles are in [`super::role`].
 
 use std::collections::BTreeSet;
+use std::time::{Duration, SystemTime};
 
+use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
@@ -73,13 +75,19 @@ impl Server {
 
     /// Refuses a server that cannot be a replica of a source started at `source_started_at`.
     pub(super) fn require(&self, source: &str, source_started_at: &str) -> Result<(), SetupError> {
-        let unfit = |what: String, hint: &str| {
-            Err(SetupError::Unfit {
-                side: Side::Replica,
-                what,
-                hint: hint.to_owned(),
-            })
-        };
+        self.require_fit()?;
+        // Microseconds of a start-up: the same on both sides means one server under two URLs.
+        if self.started_at == source_started_at {
+            return unfit(
+                format!("it is the same server as the source ({source})"),
+                "source.url and replica.url must lead to two servers",
+            );
+        }
+        Ok(())
+    }
+
+    /// Refuses a server that cannot be a replica of any source.
+    pub(super) fn require_fit(&self) -> Result<(), SetupError> {
         let major = self.version / 10_000;
         if !MAJOR_VERSIONS.contains(&major) {
             return unfit(
@@ -93,15 +101,16 @@ impl Server {
                 "the replica takes the agent's writes; point replica.url at a primary",
             );
         }
-        // Microseconds of a start-up: the same on both sides means one server under two URLs.
-        if self.started_at == source_started_at {
-            return unfit(
-                format!("it is the same server as the source ({source})"),
-                "source.url and replica.url must lead to two servers",
-            );
-        }
         Ok(())
     }
+}
+
+fn unfit(what: String, hint: &str) -> Result<(), SetupError> {
+    Err(SetupError::Unfit {
+        side: Side::Replica,
+        what,
+        hint: hint.to_owned(),
+    })
 }
 
 /// Creates the database; returns a warning where the source's locale is not to be had.
@@ -190,6 +199,8 @@ pub(super) struct Progress {
     pub(super) term: i64,
     pub(super) batch: i64,
     pub(super) end_lsn: PgLsn,
+    /// When its last transaction committed on the source.
+    pub(super) commit_time: Option<SystemTime>,
 }
 
 /// Reads what the replica remembers; refuses a promoted one.
@@ -218,7 +229,7 @@ pub(super) async fn known(client: &Client, stream: &StreamName) -> Result<Known,
         .map_err(sql)?;
     let progress = client
         .query_typed_opt(
-            "SELECT term, batch, end_lsn FROM dr_agent.progress WHERE stream = $1",
+            "SELECT term, batch, end_lsn, commit_time FROM dr_agent.progress WHERE stream = $1",
             &[(&stream.as_str(), Type::TEXT)],
         )
         .await
@@ -232,8 +243,33 @@ pub(super) async fn known(client: &Client, stream: &StreamName) -> Result<Known,
             term: row.get(0),
             batch: row.get(1),
             end_lsn: row.get(2),
+            commit_time: row.get(3),
         }),
     })
+}
+
+/// Records whose replica this is.
+pub(super) async fn record(
+    client: &Client,
+    stream: &StreamName,
+    source: &History,
+) -> Result<(), PgError> {
+    const SQL: &str = "
+        INSERT INTO dr_agent.stream (stream, system_identifier, timeline) VALUES ($1, $2, $3)
+            ON CONFLICT (stream) DO UPDATE
+           SET system_identifier = EXCLUDED.system_identifier, timeline = EXCLUDED.timeline,
+               created_at = now()";
+    client
+        .execute(
+            SQL,
+            &[
+                &stream.as_str(),
+                &source.system_identifier,
+                &source.timeline,
+            ],
+        )
+        .await?;
+    Ok(())
 }
 
 /// Any promotion of this database counts, under whichever stream: it takes writes of its own.
@@ -318,19 +354,27 @@ pub(super) async fn guard(client: &mut Client, database: &str) -> Result<(), Set
     transaction.commit().await.map_err(sql)
 }
 
-/// Holds the right to set up this stream until the session ends.
+/// How long a session that has ended may take to let go of its locks.
+const LOCK_WITHIN: Duration = Duration::from_secs(5);
+
+/// Holds the right to work on this stream until the session ends.
 pub(super) async fn lock(client: &Client, stream: &StreamName) -> Result<(), SetupError> {
     const SQL: &str = "SELECT pg_try_advisory_lock(hashtextextended('dr_agent:' || $1::text, 0))";
-    let row = client
-        .query_typed_one(SQL, &[(&stream.as_str(), Type::TEXT)])
-        .await
-        .map_err(|error| SetupError::sql(Side::Replica, "lock the stream")(error.into()))?;
-    if row.get(0) {
-        Ok(())
-    } else {
-        Err(SetupError::Busy {
-            stream: stream.to_string(),
-        })
+    let deadline = Instant::now() + LOCK_WITHIN;
+    loop {
+        let row = client
+            .query_typed_one(SQL, &[(&stream.as_str(), Type::TEXT)])
+            .await
+            .map_err(|error| SetupError::sql(Side::Replica, "lock the stream")(error.into()))?;
+        if row.get(0) {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(SetupError::Busy {
+                stream: stream.to_string(),
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 

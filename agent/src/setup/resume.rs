@@ -51,7 +51,7 @@ impl Setup<'_> {
     }
 
     /// A table that was dropped, or left out, before its copy was finished.
-    async fn forget_unfinished(&self, rows: &[Row]) -> Result<(), SetupError> {
+    pub(super) async fn forget_unfinished(&self, rows: &[Row]) -> Result<(), SetupError> {
         let published = &self.source.wanted.published;
         let unfinished: Vec<TableName> = rows
             .iter()
@@ -104,11 +104,21 @@ impl Setup<'_> {
         if rest.is_empty() {
             return Ok(());
         }
-        let names: Vec<TableName> = rest.iter().map(|table| table.name.clone()).collect();
+        self.source.make_the_list_known(walsender).await?;
+        self.copy_tables(walsender, rest, ready.is_empty()).await
+    }
+
+    /// Copies tables at the snapshot of a temporary slot.
+    pub(super) async fn copy_tables(
+        &mut self,
+        walsender: &mut ReplicationConnection,
+        tables: Vec<Table>,
+        whole_schema: bool,
+    ) -> Result<(), SetupError> {
+        let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
         table_sync::add(&self.replica, &self.source.stream, &names)
             .await
             .map_err(SetupError::sql(Side::Replica, "record new tables"))?;
-        self.source.make_the_list_known(walsender).await?;
         let slot = self
             .source
             .create_slot(
@@ -117,6 +127,6 @@ impl Setup<'_> {
                 true,
             )
             .await?;
-        self.copy(rest, &slot, ready.is_empty()).await
+        self.copy(tables, &slot, whole_schema).await
     }
 }

@@ -102,6 +102,7 @@ async fn prepare(
         term: term(&source).await?,
         batch: 0,
         end_lsn: start,
+        commit_time: None,
         timeline: history.timeline,
         system_identifier: history.system_identifier,
         server_version: source.found.version,

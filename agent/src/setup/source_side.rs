@@ -79,13 +79,18 @@ impl<'a> SourceSide<'a> {
         source::execute(&self.client, Side::Source, &statements).await?;
         // The in-band tables may be new; they are copied like any other.
         self.found = source::observe(&self.client, &self.stream).await?;
+        self.keep_published();
+        Ok(())
+    }
+
+    /// Goes by what is published, which is what comes in the stream.
+    pub(super) fn keep_published(&mut self) {
         if let Some(publication) = &self.found.publication {
             self.wanted.published = self.found.tables.clone();
             self.wanted
                 .published
                 .retain(|table| publication.publishes(table) && !table.unlogged);
         }
-        Ok(())
     }
 
     /// Makes sure that what is decoded from now on goes by the list of tables as it is.

@@ -55,6 +55,31 @@ pub(super) async fn rows(client: &Client, stream: &StreamName) -> Result<Vec<Row
         .collect())
 }
 
+/// The tables whose changes are applied, and from where on.
+pub(super) fn synced(rows: Vec<Row>) -> Vec<(TableName, Option<PgLsn>)> {
+    rows.into_iter()
+        .filter(|row| row.ready)
+        .map(|row| (row.table, row.snapshot_lsn))
+        .collect()
+}
+
+/// Adds tables that were loaded as of a position.
+pub(super) async fn add_ready(
+    client: &(impl tokio_postgres::GenericClient + Sync),
+    stream: &StreamName,
+    tables: &[TableName],
+    lsn: PgLsn,
+) -> Result<(), PgError> {
+    const SQL: &str = "
+        INSERT INTO dr_agent.table_sync (stream, table_schema, table_name, state, snapshot_lsn)
+        SELECT $1, t.s, t.n, 'ready', $4 FROM unnest($2::text[], $3::text[]) AS t(s, n)";
+    let (schemas, names) = split(tables);
+    client
+        .execute(SQL, &[&stream.as_str(), &schemas, &names, &lsn])
+        .await?;
+    Ok(())
+}
+
 /// Adds tables as `pending`; those that have a row keep it.
 pub(super) async fn add(
     client: &(impl tokio_postgres::GenericClient + Sync),

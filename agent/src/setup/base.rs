@@ -1,0 +1,183 @@
+//! Route `kinesis`, where the sites do not see one another: the replica's first rows come out of the archive's newest base
+//! backup.
+//!
+//! # Invariants
+//! - The stream's row is there before the first object is created, the progress row after the last: a load that was killed in
+//!   between is recognized, and what it left is removed before the next.
+//!
+//! # What it does not do
+//! It creates no roles: `roles.sql.zst` of the base backup is for a person.
+
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+
+use super::error::{SetupError, Side};
+use super::identity::History;
+use super::replica::{self, Progress, Server};
+use super::table_sync;
+use crate::backup::{self, BackupError, LoadJob, Manifest, Summary};
+use crate::config::{Archive, Config};
+use crate::pg::{ConnInfo, PgError, PgLsn};
+use crate::snapshot::CopyObserver;
+use crate::store::Store;
+use crate::stream::StreamName;
+
+/// The newest base backup of a stream.
+pub(super) struct Base {
+    store: Store,
+    summary: Summary,
+    pub(super) manifest: Manifest,
+}
+
+/// Finds it; none before the first was taken.
+pub(super) async fn newest(
+    archive: &Archive,
+    stream: &StreamName,
+    database: &str,
+) -> Result<Option<Base>, SetupError> {
+    find(archive, stream)
+        .await
+        .map_err(|source| SetupError::Base {
+            database: database.to_owned(),
+            source: Box::new(source),
+        })
+}
+
+async fn find(archive: &Archive, stream: &StreamName) -> Result<Option<Base>, BackupError> {
+    let store = Store::open(&archive.url, &archive.encryption).await?;
+    let found = backup::newest(&store, stream).await?;
+    let newest = found.and_then(|(_, bases)| bases.into_iter().max_by_key(|base| base.lsn));
+    let Some(summary) = newest else {
+        return Ok(None);
+    };
+    let manifest = backup::manifest(&store, &summary.base).await?;
+    Ok(Some(Base {
+        store,
+        summary,
+        manifest,
+    }))
+}
+
+impl Base {
+    /// The source it was taken from.
+    pub(super) fn history(&self) -> History {
+        History {
+            system_identifier: self.manifest.system_identifier.clone(),
+            timeline: self.manifest.timeline,
+        }
+    }
+
+    /// Creates the database if it is not there.
+    pub(super) async fn create_database(
+        &self,
+        admin: &Client,
+        server: &Server,
+        database: &str,
+    ) -> Result<Option<String>, SetupError> {
+        if server.has_database {
+            return Ok(None);
+        }
+        replica::create_database(admin, server, database, &self.manifest.locale).await
+    }
+
+    /// Loads it into the replica's database; `interrupted`: an earlier load left something there.
+    pub(super) async fn load(
+        &self,
+        config: &Config,
+        stream: &StreamName,
+        target: &ConnInfo,
+        client: &mut Client,
+        interrupted: bool,
+        (observer, cancel): (&dyn CopyObserver, &CancellationToken),
+    ) -> Result<Progress, SetupError> {
+        let database = target.dbname();
+        if interrupted {
+            tracing::info!(database, "an earlier load was interrupted: begins anew");
+            wipe(client).await.map_err(SetupError::sql(
+                Side::Replica,
+                "remove what an interrupted load left",
+            ))?;
+        }
+        replica::require_empty(client, database).await?;
+        replica::record(client, stream, &self.history())
+            .await
+            .map_err(SetupError::sql(Side::Replica, "record the stream"))?;
+        let job = LoadJob {
+            store: &self.store,
+            base: &self.summary.base,
+            target,
+            stream,
+            settings: &config.copy,
+            only: None,
+        };
+        backup::load(job, observer, cancel)
+            .await
+            .map_err(|source| SetupError::Base {
+                database: database.to_owned(),
+                source: Box::new(source),
+            })?;
+        let progress = Progress {
+            term: 1,
+            batch: 0,
+            end_lsn: self.manifest.lsn,
+            commit_time: Some(self.manifest.as_of.into()),
+        };
+        self.loaded(client, stream, &progress)
+            .await
+            .map_err(SetupError::sql(Side::Replica, "record the base backup"))?;
+        Ok(progress)
+    }
+
+    async fn loaded(
+        &self,
+        client: &mut Client,
+        stream: &StreamName,
+        progress: &Progress,
+    ) -> Result<(), PgError> {
+        let lsn: PgLsn = self.manifest.lsn;
+        let transaction = client.transaction().await?;
+        table_sync::add_ready(&transaction, stream, &self.manifest.tables(), lsn).await?;
+        transaction
+            .execute(
+                "INSERT INTO dr_agent.schema_sync (stream) VALUES ($1) ON CONFLICT DO NOTHING",
+                &[&stream.as_str()],
+            )
+            .await?;
+        transaction
+            .execute(
+                "INSERT INTO dr_agent.progress (stream, term, batch, end_lsn, commit_time, applied_at)
+                 VALUES ($1, $2, 0, $3, $4, now())",
+                &[
+                    &stream.as_str(),
+                    &progress.term,
+                    &lsn,
+                    &progress.commit_time,
+                ],
+            )
+            .await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+}
+
+/// Removes every object of the users' from a database that held none before an interrupted load.
+async fn wipe(client: &Client) -> Result<(), PgError> {
+    const STATEMENTS: &str = "
+        SELECT format('DROP EXTENSION %I CASCADE', extname)
+          FROM pg_extension WHERE extname <> 'plpgsql'
+        UNION ALL
+        SELECT format('DROP SCHEMA %I CASCADE', nspname)
+          FROM pg_namespace
+         WHERE nspname NOT LIKE 'pg\\_%' AND nspname NOT IN ('information_schema', 'dr_agent')
+        UNION ALL
+        SELECT 'CREATE SCHEMA public'
+        UNION ALL
+        SELECT CASE WHEN current_setting('server_version_num')::int >= 150000
+                    THEN 'ALTER SCHEMA public OWNER TO pg_database_owner; GRANT USAGE ON SCHEMA public TO PUBLIC'
+                    ELSE 'GRANT ALL ON SCHEMA public TO PUBLIC' END";
+    let rows = client.query(STATEMENTS, &[]).await?;
+    for row in rows {
+        client.batch_execute(row.get(0)).await?;
+    }
+    Ok(())
+}

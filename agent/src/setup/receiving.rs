@@ -1,0 +1,289 @@
+//! Route `kinesis`, beside the replica: brings its database to where the stream can be applied.
+//!
+//! ```text
+//! observe the replica ▶ promoted? ▶ lock
+//!     no progress row    first copy: straight from the source where it can be reached, else the archive's newest base backup
+//!     tables unfinished  copied at a new snapshot of the source
+//!     otherwise          settle what a killed agent left ▶ goes on; the source is not asked
+//! ```
+//!
+//! # Invariants
+//! - The source only has to be reachable while something is copied from it.
+//! - A first copy begins behind the slot: what commits after it is in the stream.
+//! - One agent at a time: an advisory lock is held for as long as what is returned.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+
+use super::base::{self, Base};
+use super::error::{SetupError, Side};
+use super::identity::{self, History};
+use super::replica::{self, Known, Progress, Server};
+use super::source_side::{self, SourceSide};
+use super::{Prepared, Setup, export, locale, recover, role, table_sync};
+use crate::catalog::TableName;
+use crate::config::Config;
+use crate::error::{Class, Classify as _, chain};
+use crate::pg::{ConnInfo, PgLsn};
+use crate::snapshot::CopyObserver;
+use crate::stream::StreamName;
+
+/// How long a source may take to answer that may be out of reach for good.
+const SOURCE_WITHIN: Duration = Duration::from_secs(10);
+
+/// Brings `database` to where the stream can be applied. Repeatable, whatever was killed before.
+///
+/// `new_table` is one that the stream has and the replica has not.
+///
+/// # Errors
+/// [`SetupError`]
+pub async fn prepare_receiving(
+    config: &Config,
+    database: &str,
+    new_table: Option<&TableName>,
+    observer: &dyn CopyObserver,
+    cancel: &CancellationToken,
+) -> Result<Prepared, SetupError> {
+    let receiving = Receiving {
+        config,
+        database,
+        stream: config.stream(database),
+        replica_info: config.replica.conninfo.with_dbname(database),
+        observer,
+        cancel,
+    };
+    Box::pin(receiving.prepare(new_table)).await
+}
+
+struct Receiving<'a> {
+    config: &'a Config,
+    database: &'a str,
+    stream: StreamName,
+    replica_info: ConnInfo,
+    observer: &'a dyn CopyObserver,
+    cancel: &'a CancellationToken,
+}
+
+impl<'a> Receiving<'a> {
+    async fn prepare(self, new_table: Option<&TableName>) -> Result<Prepared, SetupError> {
+        let admin = replica::open(&self.config.replica.conninfo, &self.stream).await?;
+        let server = Server::observe(&admin, self.database).await?;
+        server.require_fit()?;
+        if !server.has_database {
+            return self.first(&admin, &server).await;
+        }
+        let (mut client, known) = self.open().await?;
+        if known.progress.is_none() {
+            drop(client);
+            return self.first(&admin, &server).await;
+        }
+        replica::ensure_schema(&client, &server).await?;
+        let progress = recover::settle(&client, &self.stream)
+            .await?
+            .expect("nobody else works on the stream, and it has progress");
+        replica::guard(&mut client, self.database).await?;
+        let rows = table_sync::rows(&client, &self.stream).await?;
+        let history = known.recorded.ok_or_else(|| SetupError::NotSent {
+            stream: self.stream.to_string(),
+        })?;
+        let unfinished = rows.iter().find(|row| !row.ready).map(|row| &row.table);
+        match new_table.or(unfinished) {
+            // Whatever is not on the list and changes from here on is new.
+            None => {
+                self.prepared(client, history, progress, progress.end_lsn)
+                    .await
+            }
+            Some(table) => match self.reach_source().await {
+                Ok(source) => self.more(source, client, history, progress).await,
+                Err(error) => Err(SetupError::NewTableElsewhere {
+                    table: table.clone(),
+                    source: Box::new(error),
+                }),
+            },
+        }
+    }
+
+    /// The replica's database, locked.
+    async fn open(&self) -> Result<(Client, Known), SetupError> {
+        let client = replica::open(&self.replica_info, &self.stream).await?;
+        replica::lock(&client, &self.stream).await?;
+        let known = replica::known(&client, &self.stream).await?;
+        Ok((client, known))
+    }
+
+    /// The source, if it can be reached from here and is sent from.
+    async fn reach_source(&self) -> Result<SourceSide<'a>, SetupError> {
+        let opening = SourceSide::open(self.config, self.database, self.cancel);
+        let source = tokio::time::timeout(SOURCE_WITHIN, Box::pin(opening))
+            .await
+            .unwrap_or_else(|_| {
+                Err(SetupError::NotSent {
+                    stream: self.stream.to_string(),
+                })
+            })?;
+        match source.slot().await?.and_then(|slot| slot.confirmed) {
+            Some(_) => Ok(source),
+            None => Err(SetupError::NotSent {
+                stream: self.stream.to_string(),
+            }),
+        }
+    }
+
+    /// The first copy.
+    async fn first(self, admin: &Client, server: &Server) -> Result<Prepared, SetupError> {
+        let unreachable = match self.reach_source().await {
+            Ok(source) => return self.first_from_source(source, admin, server).await,
+            Err(error) if error.class() == Class::Transient => error,
+            Err(error) => return Err(error),
+        };
+        let why = chain(&unreachable);
+        let Some(archive) = &self.config.archive else {
+            return Err(SetupError::NothingToCopyFrom {
+                database: self.database.to_owned(),
+                why: format!("{why}; and no [archive] is configured"),
+            });
+        };
+        match base::newest(archive, &self.stream, self.database).await? {
+            Some(base) => {
+                tracing::info!(database = self.database, base = %base.manifest.lsn, source = why, "the source cannot be reached from here: the first copy comes out of the archive");
+                self.first_from_base(&base, admin, server).await
+            }
+            None => Err(SetupError::NothingToCopyFrom {
+                database: self.database.to_owned(),
+                why: format!("{why}; and the archive has no base backup yet"),
+            }),
+        }
+    }
+
+    async fn first_from_source(
+        self,
+        mut source: SourceSide<'a>,
+        admin: &Client,
+        server: &Server,
+    ) -> Result<Prepared, SetupError> {
+        server.require(&source.info.to_string(), &source.found.started_at)?;
+        let roles = role::of_source(&source.client).await?;
+        source.warnings.extend(role::ensure(admin, &roles).await?);
+        if !server.has_database {
+            let locale = locale::locale(&source.client, source.found.version)
+                .await
+                .map_err(SetupError::sql(Side::Source, "read the locale"))?;
+            let created = replica::create_database(admin, server, self.database, &locale).await?;
+            source.warnings.extend(created);
+        }
+        let (mut client, _) = self.open().await?;
+        replica::ensure_schema(&client, server).await?;
+        replica::guard(&mut client, self.database).await?;
+        replica::require_empty(&client, self.database).await?;
+        let mut walsender = source.walsender().await?;
+        let (history, source_lsn) = source_side::identify(&mut walsender).await?;
+        source.keep_published();
+        let slot = export::temporary_slot(&self.stream);
+        let mut setup = self.setup(source, client);
+        setup.take_over(&history).await?;
+        let progress = setup.first_copy(&mut walsender, &slot, true).await?;
+        setup.finish(history, progress, source_lsn).await
+    }
+
+    async fn first_from_base(
+        self,
+        base: &Base,
+        admin: &Client,
+        server: &Server,
+    ) -> Result<Prepared, SetupError> {
+        let created = base.create_database(admin, server, self.database).await?;
+        let (mut client, known) = self.open().await?;
+        replica::ensure_schema(&client, server).await?;
+        replica::guard(&mut client, self.database).await?;
+        let interrupted = known.recorded.is_some();
+        let progress = base
+            .load(
+                self.config,
+                &self.stream,
+                &self.replica_info,
+                &mut client,
+                interrupted,
+                (self.observer, self.cancel),
+            )
+            .await?;
+        let mut prepared = self
+            .prepared(client, base.history(), progress, progress.end_lsn)
+            .await?;
+        prepared.warnings.extend(created);
+        prepared.warnings.extend(base.manifest.warnings.clone());
+        Ok(prepared)
+    }
+
+    /// Copies what the source publishes and the replica has not.
+    async fn more(
+        self,
+        mut source: SourceSide<'a>,
+        client: Client,
+        recorded: History,
+        progress: Progress,
+    ) -> Result<Prepared, SetupError> {
+        let mut walsender = source.walsender().await?;
+        let (history, source_lsn) = source_side::identify(&mut walsender).await?;
+        identity::same_history(&recorded, &history).map_err(|source| SetupError::Mismatch {
+            database: self.database.to_owned(),
+            source,
+        })?;
+        source.keep_published();
+        let rows = table_sync::rows(&client, &self.stream).await?;
+        let mut setup = self.setup(source, client);
+        setup.forget_unfinished(&rows).await?;
+        let ready: BTreeSet<&TableName> = rows
+            .iter()
+            .filter(|row| row.ready)
+            .map(|row| &row.table)
+            .collect();
+        let mut rest = setup.source.wanted.published.clone();
+        rest.retain(|table| !ready.contains(&table.name));
+        if !rest.is_empty() {
+            setup
+                .copy_tables(&mut walsender, rest, ready.is_empty())
+                .await?;
+        }
+        setup.finish(history, progress, source_lsn).await
+    }
+
+    fn setup(&self, source: SourceSide<'a>, replica: Client) -> Setup<'a> {
+        Setup {
+            database: self.database,
+            source,
+            replica_info: self.replica_info.clone(),
+            replica,
+            observer: self.observer,
+        }
+    }
+
+    /// What can go on without the source.
+    async fn prepared(
+        self,
+        client: Client,
+        history: History,
+        progress: Progress,
+        as_of: PgLsn,
+    ) -> Result<Prepared, SetupError> {
+        let rows = table_sync::rows(&client, &self.stream).await?;
+        Ok(Prepared {
+            term: progress.term,
+            batch: progress.batch,
+            end_lsn: progress.end_lsn,
+            commit_time: progress.commit_time,
+            timeline: history.timeline,
+            system_identifier: history.system_identifier,
+            server_version: 0,
+            synced: table_sync::synced(rows),
+            as_of,
+            binary: false,
+            unpublished: Vec::new(),
+            warnings: Vec::new(),
+            stream: self.stream,
+            _lock: Some(client),
+        })
+    }
+}
