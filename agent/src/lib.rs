@@ -11,6 +11,7 @@
 //! [`promote`] ends it.
 
 pub mod archive;
+pub mod aws;
 pub mod backoff;
 pub mod backup;
 pub mod batch;
@@ -25,6 +26,7 @@ pub mod coverage;
 pub mod error;
 pub mod failpoint;
 pub mod http;
+pub mod kinesis;
 pub mod lag;
 pub mod ledger;
 pub mod metrics;

@@ -5,11 +5,12 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use dr_agent::aws;
 use dr_agent::cli::{Cli, Command, Shared};
 use dr_agent::cmd;
 use dr_agent::config::{Config, ConfigError};
 use dr_agent::error::{Classify, chain};
-use dr_agent::store;
+
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -88,7 +89,7 @@ fn start_logging(shared: &Shared) {
         .with_target(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
-    let without_secrets = filter_fn(store::may_be_logged);
+    let without_secrets = filter_fn(aws::may_be_logged);
     if shared.log_json {
         builder.json().finish().with(without_secrets).init();
     } else {

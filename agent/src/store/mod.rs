@@ -30,15 +30,9 @@ use bytes::{Bytes, BytesMut};
 
 use self::directory::{Directory, DirectoryReader, DirectoryWriter};
 pub use self::error::{Doing, Refusal, StoreError};
-pub use self::s3::S3Settings;
 use self::s3::{S3, S3Reader, S3Writer};
 pub use self::url::{StoreUrl, StoreUrlError};
-
-/// Whether a line may be logged at all. At level trace the AWS SDK writes out its requests, with the session token
-/// of temporary credentials; whatever `RUST_LOG` says, that is left out.
-pub fn may_be_logged(line: &tracing::Metadata<'_>) -> bool {
-    *line.level() < tracing::Level::TRACE || !line.target().starts_with("aws_")
-}
+pub use crate::aws::AwsSettings as S3Settings;
 
 /// Server-side encryption of what is written to S3. A directory is encrypted by its disk, or not at all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -11,8 +11,8 @@
 //!   stands still is given up.
 //!
 //! # What it does not do
-//! It creates no bucket and changes none. It does not look for the bucket's region. It uses no HTTP proxy:
-//! `HTTPS_PROXY` is not read.
+//! It creates no bucket and changes none. It does not look for the bucket's region. How a client finds its settings
+//! is in [`crate::aws`].
 
 mod read;
 mod refused;
@@ -23,19 +23,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aws_sdk_s3::Client;
-use aws_sdk_s3::config::retry::RetryConfig;
-use aws_sdk_s3::config::timeout::TimeoutConfig;
-use aws_sdk_s3::config::{
-    self, BehaviorVersion, Credentials, Region, SharedHttpClient, StalledStreamProtectionConfig,
-};
-use aws_smithy_http_client::tls::{self, rustls_provider::CryptoMode};
-use aws_types::service_config::ServiceConfigKey;
+use aws_sdk_s3::config;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 
 pub(super) use self::read::S3Reader;
 pub(super) use self::write::S3Writer;
 use super::{Doing, Encryption, Listed, Refusal, StoreError, StoreUrl, name};
+use crate::aws::{self, AwsSettings, time_to_send, within};
 
 /// Metadata of an object: the number its writer drew.
 const WRITER: &str = "dr-agent-writer";
@@ -43,33 +38,8 @@ const WRITER: &str = "dr-agent-writer";
 /// Attempts at one request, with growing pauses between them; so many take up to half a minute.
 const ATTEMPTS: u32 = 5;
 
-const CONNECT_WITHIN: Duration = Duration::from_secs(5);
-
-/// For one attempt at a request that sends or waits for little.
-const ANSWER_WITHIN: Duration = Duration::from_secs(30);
-
 /// S3 may take minutes to put the parts of an object together.
 const COMPLETE_WITHIN: Duration = Duration::from_secs(600);
-
-/// A link slower than this is no way to an archive: half a megabit.
-const SLOWEST_BYTES_PER_SECOND: u64 = 64 * 1024;
-
-/// A stream that has not moved for so long is given up.
-const STANDSTILL: Duration = Duration::from_secs(20);
-
-/// What goes before the AWS environment, where it is set. For an S3 that is not the environment's, a
-/// test's for instance. Holds secrets, so it has no representation for a log.
-#[derive(Clone, Default)]
-pub struct S3Settings {
-    /// `http://127.0.0.1:9000`
-    pub endpoint: Option<String>,
-    /// `eu-central-1`
-    pub region: Option<String>,
-    /// Access key and secret key.
-    pub credentials: Option<(String, String)>,
-    /// What makes temporary credentials valid.
-    pub session_token: Option<String>,
-}
 
 /// A bucket and a prefix in it.
 #[derive(Clone)]
@@ -97,49 +67,24 @@ impl S3 {
         bucket: &str,
         prefix: &str,
         encryption: &Encryption,
-        settings: &S3Settings,
+        settings: &AwsSettings,
     ) -> Result<Self, StoreError> {
-        let mut environment = aws_config::defaults(BehaviorVersion::v2026_01_12())
-            .http_client(http_client())
-            .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS))
-            .timeout_config(within(ANSWER_WITHIN))
-            .stalled_stream_protection(
-                StalledStreamProtectionConfig::enabled()
-                    .grace_period(STANDSTILL)
-                    .build(),
-            );
-        if let Some(endpoint) = &settings.endpoint {
-            environment = environment.endpoint_url(endpoint);
-        }
-        if let Some(region) = &settings.region {
-            environment = environment.region(Region::new(region.clone()));
-        }
-        if let Some((access, secret)) = &settings.credentials {
-            let token = settings.session_token.clone();
-            let credentials = Credentials::new(access, secret, token, None, "settings");
-            environment = environment.credentials_provider(credentials);
-        }
-        let environment = environment.load().await;
-        let elsewhere = settings.endpoint.is_some() || has_endpoint(&environment);
-        let mut client = config::Builder::from(&environment);
+        let environment = aws::environment(settings, "S3", ATTEMPTS).await;
+        let Some(region) = environment.region else {
+            return Err(StoreError::S3 {
+                doing: Doing::Open,
+                object: StoreUrl::S3 {
+                    bucket: bucket.to_owned(),
+                    prefix: prefix.to_owned(),
+                }
+                .to_string(),
+                refusal: Refusal::Region,
+                said: "the environment names no region".to_owned(),
+            });
+        };
+        let mut client = config::Builder::from(&environment.config).region(region);
         // Whoever serves S3 under a name of their own seldom has a name for every bucket too.
-        client.set_force_path_style(elsewhere.then_some(true));
-        if environment.region().is_none() {
-            if !elsewhere {
-                return Err(StoreError::S3 {
-                    doing: Doing::Open,
-                    object: StoreUrl::S3 {
-                        bucket: bucket.to_owned(),
-                        prefix: prefix.to_owned(),
-                    }
-                    .to_string(),
-                    refusal: Refusal::Region,
-                    said: "the environment names no region".to_owned(),
-                });
-            }
-            // It is part of the signature; most others expect this one or do not look.
-            client.set_region(Some(Region::from_static("us-east-1")));
-        }
+        client.set_force_path_style(environment.elsewhere.then_some(true));
         Ok(Self {
             client: Client::from_conf(client.build()),
             place: Arc::new(Place {
@@ -229,43 +174,9 @@ impl S3 {
     }
 }
 
-/// TLS by rustls on ring with the machine's own roots, as everywhere in this program.
-fn http_client() -> SharedHttpClient {
-    aws_smithy_http_client::Builder::new()
-        .tls_provider(tls::Provider::Rustls(CryptoMode::Ring))
-        .build_https()
-}
-
-/// Whether `AWS_ENDPOINT_URL`, `AWS_ENDPOINT_URL_S3` or the profile send S3 elsewhere.
-fn has_endpoint(environment: &aws_config::SdkConfig) -> bool {
-    let of_s3 = ServiceConfigKey::builder()
-        .service_id("S3")
-        .env("AWS_ENDPOINT_URL")
-        .profile("endpoint_url")
-        .build();
-    environment.endpoint_url().is_some()
-        || of_s3.is_ok_and(|key| {
-            let services = environment.service_config();
-            services.is_some_and(|services| services.load_config(key).is_some())
-        })
-}
-
-/// The deadline of one attempt.
-fn within(attempt: Duration) -> TimeoutConfig {
-    TimeoutConfig::builder()
-        .connect_timeout(CONNECT_WITHIN)
-        .operation_attempt_timeout(attempt)
-        .build()
-}
-
-/// The same, for one request. With a deadline for all, a slow link could never send a large part.
+/// The deadline of each attempt at one request. With a deadline for all, a slow link could never send a large part.
 fn patience(attempt: Duration) -> config::Builder {
     config::Builder::new().timeout_config(within(attempt))
-}
-
-/// How long one attempt to send so much may take.
-fn time_to_send(bytes: usize) -> Duration {
-    ANSWER_WITHIN + Duration::from_secs(bytes as u64 / SLOWEST_BYTES_PER_SECOND)
 }
 
 /// A size as S3 says it.
@@ -314,7 +225,7 @@ mod tests {
             .with_max_level(tracing::Level::TRACE)
             .with_writer(Mutex::new(log.reopen().unwrap()))
             .finish()
-            .with(filter_fn(crate::store::may_be_logged));
+            .with(filter_fn(aws::may_be_logged));
         let _guard = tracing::subscriber::set_default(subscriber);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -324,7 +235,7 @@ mod tests {
             let answer = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n";
             client.write_all(answer).await.unwrap();
         });
-        let settings = S3Settings {
+        let settings = AwsSettings {
             endpoint: Some(format!("http://127.0.0.1:{port}")),
             region: Some("eu-central-1".to_owned()),
             credentials: Some(("an-access-key".to_owned(), "the-secret".to_owned())),
@@ -336,11 +247,5 @@ mod tests {
         let text = std::fs::read_to_string(log.path()).unwrap();
         assert!(text.contains("DEBUG"), "nothing was logged: {text}");
         assert!(!text.contains("the-secret"), "{text}");
-    }
-
-    #[test]
-    fn a_large_part_has_time_on_a_slow_link() {
-        assert_eq!(time_to_send(0), ANSWER_WITHIN);
-        assert_eq!(time_to_send(8 << 20), Duration::from_secs(30 + 128));
     }
 }

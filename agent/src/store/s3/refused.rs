@@ -3,16 +3,12 @@
 //! Source: the list of error codes in the Amazon S3 API reference. The list of what goes away by itself is
 //! narrow on purpose; what is not known needs a person.
 
-use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
-use aws_sdk_s3::operation::RequestId as _;
 
 use super::S3;
-use crate::error::chain;
+pub(super) use crate::aws::said;
+use crate::aws::{NoCredentials, status, without_credentials};
 use crate::store::{Doing, Refusal, StoreError};
-
-/// An answer is a page of HTML at worst; so much of it is enough for a person.
-const SAID_MAX: usize = 500;
 
 impl S3 {
     /// The error of a request.
@@ -68,10 +64,6 @@ pub(super) fn is_missing<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
 /// There is no such upload: it has been completed or aborted.
 pub(super) fn is_gone<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
     error.code() == Some("NoSuchUpload")
-}
-
-fn status<E>(error: &SdkError<E>) -> Option<u16> {
-    error.raw_response().map(|answer| answer.status().as_u16())
 }
 
 fn sort<E>(error: &SdkError<E>) -> Refusal
@@ -136,40 +128,10 @@ fn by_answer(code: &str, message: &str, status: u16) -> Refusal {
 
 /// Why there are no credentials, if that is the reason.
 fn by_credentials(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<CredentialsError>() {
-            return Some(match error {
-                CredentialsError::CredentialsNotLoaded(_)
-                | CredentialsError::InvalidConfiguration(_) => Refusal::Credentials,
-                _ => Refusal::StaleCredentials,
-            });
-        }
-        cause = error.source();
-    }
-    None
-}
-
-/// On one line. Code, message and request id are what S3's own support asks for.
-pub(super) fn said<E>(error: &SdkError<E>) -> String
-where
-    E: ProvideErrorMetadata + std::error::Error + 'static,
-{
-    let text = match (error, error.code()) {
-        (SdkError::ServiceError(answer), Some(code)) => {
-            let message = error.message().unwrap_or("no message");
-            match answer.err().meta().request_id() {
-                Some(id) => format!("{code}: {message} (request {id})"),
-                None => format!("{code}: {message}"),
-            }
-        }
-        (SdkError::ServiceError(answer), None) => {
-            format!("status {}", answer.raw().status().as_u16())
-        }
-        _ => chain(error),
-    };
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    line.chars().take(SAID_MAX).collect()
+    without_credentials(error).map(|lacking| match lacking {
+        NoCredentials::Missing => Refusal::Credentials,
+        NoCredentials::Stale => Refusal::StaleCredentials,
+    })
 }
 
 #[cfg(test)]

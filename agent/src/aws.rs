@@ -1,0 +1,214 @@
+//! What every client of AWS has in common: where it looks for its settings, its TLS, its deadlines, and how the words
+//! of a failed request are put on one line.
+//!
+//! Below `store/s3` and `kinesis`; knows neither. Each of them sorts the error codes of its own service.
+//!
+//! # Invariants
+//! - No secret is in anything this module returns as text.
+//! - Every request has a deadline that grows with what it sends. A body that stands still is given up.
+//!
+//! # What it does not do
+//! It uses no HTTP proxy: `HTTPS_PROXY` is not read. It decides nothing about retries.
+
+use std::error::Error;
+use std::time::Duration;
+
+use aws_config::{BehaviorVersion, Region, SdkConfig};
+use aws_credential_types::Credentials;
+use aws_credential_types::provider::error::CredentialsError;
+use aws_sdk_kinesis::config::retry::RetryConfig;
+use aws_sdk_kinesis::config::timeout::TimeoutConfig;
+use aws_sdk_kinesis::config::{SharedHttpClient, StalledStreamProtectionConfig};
+use aws_sdk_kinesis::error::{ProvideErrorMetadata, SdkError};
+use aws_smithy_http_client::tls::{self, rustls_provider::CryptoMode};
+use aws_types::request_id::RequestId as _;
+use aws_types::service_config::ServiceConfigKey;
+
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+
+/// For one attempt at a request that sends or waits for little.
+pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// A link slower than this is no way to AWS: half a megabit.
+const SLOWEST_BYTES_PER_SECOND: u64 = 64 * 1024;
+
+/// A stream that has not moved for so long is given up.
+const STANDSTILL: Duration = Duration::from_secs(20);
+
+/// An answer is a page of HTML at worst; so much of it is enough for a person.
+const SAID_MAX: usize = 500;
+
+/// What goes before the AWS environment, where it is set. For a service that is not the environment's, a
+/// test's for instance. Holds secrets, so it has no representation for a log.
+#[derive(Clone, Default)]
+pub struct AwsSettings {
+    /// `http://127.0.0.1:9000`
+    pub endpoint: Option<String>,
+    /// `eu-central-1`
+    pub region: Option<String>,
+    /// Access key and secret key.
+    pub credentials: Option<(String, String)>,
+    /// What makes temporary credentials valid.
+    pub session_token: Option<String>,
+}
+
+/// What a client is made of.
+pub(crate) struct Environment {
+    pub(crate) config: SdkConfig,
+    /// `None` where nothing says one and none may be assumed.
+    pub(crate) region: Option<Region>,
+    /// The service is not AWS's own: an endpoint is given.
+    pub(crate) elsewhere: bool,
+}
+
+/// The AWS environment with what `settings` say before it. `service` is the service's id in the SDK: it reads
+/// `AWS_ENDPOINT_URL_<SERVICE>` by itself. At most `attempts` of a request are made by the SDK.
+pub(crate) async fn environment(
+    settings: &AwsSettings,
+    service: &'static str,
+    attempts: u32,
+) -> Environment {
+    let mut environment = aws_config::defaults(BehaviorVersion::v2026_01_12())
+        .http_client(http_client())
+        .retry_config(RetryConfig::standard().with_max_attempts(attempts))
+        .timeout_config(within(ANSWER_WITHIN))
+        .stalled_stream_protection(
+            StalledStreamProtectionConfig::enabled()
+                .grace_period(STANDSTILL)
+                .build(),
+        );
+    if let Some(endpoint) = &settings.endpoint {
+        environment = environment.endpoint_url(endpoint);
+    }
+    if let Some(region) = &settings.region {
+        environment = environment.region(Region::new(region.clone()));
+    }
+    if let Some((access, secret)) = &settings.credentials {
+        let token = settings.session_token.clone();
+        let credentials = Credentials::new(access, secret, token, None, "settings");
+        environment = environment.credentials_provider(credentials);
+    }
+    let config = environment.load().await;
+    let elsewhere = has_endpoint(&config, service);
+    // It is part of the signature; most who are not AWS expect this one or do not look.
+    let assumed = elsewhere.then(|| Region::from_static("us-east-1"));
+    Environment {
+        region: config.region().cloned().or(assumed),
+        config,
+        elsewhere,
+    }
+}
+
+/// TLS by rustls on ring with the machine's own roots, as everywhere in this program.
+fn http_client() -> SharedHttpClient {
+    aws_smithy_http_client::Builder::new()
+        .tls_provider(tls::Provider::Rustls(CryptoMode::Ring))
+        .build_https()
+}
+
+/// Whether settings, `AWS_ENDPOINT_URL`, `AWS_ENDPOINT_URL_<SERVICE>` or the profile send the service elsewhere.
+fn has_endpoint(config: &SdkConfig, service: &'static str) -> bool {
+    let of_service = ServiceConfigKey::builder()
+        .service_id(service)
+        .env("AWS_ENDPOINT_URL")
+        .profile("endpoint_url")
+        .build();
+    config.endpoint_url().is_some()
+        || of_service.is_ok_and(|key| {
+            let services = config.service_config();
+            services.is_some_and(|services| services.load_config(key).is_some())
+        })
+}
+
+/// The deadline of one attempt.
+pub(crate) fn within(attempt: Duration) -> TimeoutConfig {
+    TimeoutConfig::builder()
+        .connect_timeout(CONNECT_WITHIN)
+        .operation_attempt_timeout(attempt)
+        .build()
+}
+
+/// How long one attempt to send so much may take.
+pub(crate) fn time_to_send(bytes: usize) -> Duration {
+    ANSWER_WITHIN + Duration::from_secs(bytes as u64 / SLOWEST_BYTES_PER_SECOND)
+}
+
+/// What is wrong with the credentials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NoCredentials {
+    /// Nobody gives any, or what says who does is wrong.
+    Missing,
+    /// Whoever gives them did not, or gave old ones.
+    Stale,
+}
+
+/// Why there are no credentials, if that is the reason of an error.
+pub(crate) fn without_credentials(error: &(dyn Error + 'static)) -> Option<NoCredentials> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<CredentialsError>() {
+            return Some(match error {
+                CredentialsError::CredentialsNotLoaded(_)
+                | CredentialsError::InvalidConfiguration(_) => NoCredentials::Missing,
+                _ => NoCredentials::Stale,
+            });
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// The status of an answer, where there is one.
+pub(crate) fn status<E>(error: &SdkError<E>) -> Option<u16> {
+    error.raw_response().map(|answer| answer.status().as_u16())
+}
+
+/// On one line. Code, message and request id are what AWS's own support asks for.
+pub(crate) fn said<E>(error: &SdkError<E>) -> String
+where
+    E: ProvideErrorMetadata + Error + 'static,
+{
+    let text = match (error, error.code()) {
+        (SdkError::ServiceError(answer), Some(code)) => {
+            let message = error.message().unwrap_or("no message");
+            match answer.err().meta().request_id() {
+                Some(id) => format!("{code}: {message} (request {id})"),
+                None => format!("{code}: {message}"),
+            }
+        }
+        (SdkError::ServiceError(answer), None) => {
+            format!("status {}", answer.raw().status().as_u16())
+        }
+        _ => crate::error::chain(error),
+    };
+    one_line(&text)
+}
+
+/// Not too long, and without line breaks.
+pub(crate) fn one_line(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.chars().take(SAID_MAX).collect()
+}
+
+/// Whether a line may be logged at all. At level trace the AWS SDK writes out its requests, with the session token
+/// of temporary credentials; whatever `RUST_LOG` says, that is left out.
+pub fn may_be_logged(line: &tracing::Metadata<'_>) -> bool {
+    *line.level() < tracing::Level::TRACE || !line.target().starts_with("aws_")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_part_has_time_on_a_slow_link() {
+        assert_eq!(time_to_send(0), ANSWER_WITHIN);
+        assert_eq!(time_to_send(8 << 20), Duration::from_secs(30 + 128));
+    }
+
+    #[test]
+    fn an_answer_is_one_line_of_a_bounded_length() {
+        assert_eq!(one_line("<html>\n  <p>\tno"), "<html> <p> no");
+        assert_eq!(one_line(&"é".repeat(9999)).chars().count(), SAID_MAX);
+    }
+}
