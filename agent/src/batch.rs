@@ -120,6 +120,10 @@ impl Queue {
     }
 }
 
+/// Batches between the pipeline and the last acknowledgement at most. Their bytes are bounded by
+/// `limits.queue_bytes` as well; this many cover a round trip without a pause.
+pub const IN_FLIGHT_MAX: usize = 4;
+
 /// When the next batch may be shipped, given what is on its way.
 ///
 /// Natural batching alone ships one batch, waits for its answer, and ships what has gathered: right on a

@@ -54,8 +54,10 @@ pub enum Command {
     Check(cmd::check::Args),
     /// Do the one-time set-up that needs more rights than running: schema, publication, replica database
     Init(cmd::init::InitArgs),
-    /// Replicate until stopped, after doing whatever is missing
+    /// Replicate until stopped, after doing whatever is missing; under route kinesis, into the stream
     Run,
+    /// Under route kinesis, beside the replica: apply what the stream has, until stopped
+    Apply,
     /// Show at a glance whether the RPO is met
     Status(cmd::status::Args),
     /// Make the replica the primary, and say what was lost and how long it took

@@ -65,6 +65,7 @@ async fn run(command: Command, config: Config) -> anyhow::Result<ExitCode> {
             Err(error) => failed(&error),
         }),
         Command::Run => cmd::run::run(config).await,
+        Command::Apply => cmd::run::apply(config).await,
         Command::Status(args) => Ok(cmd::status::run(config, args).await),
         Command::Promote(args) => Ok(cmd::promote::run(config, args).await),
         Command::Backup(args) => Ok(cmd::backup::run(config, args).await),

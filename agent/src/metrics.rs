@@ -11,6 +11,7 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 
 use crate::config::Objectives;
 use crate::error::Class;
+use crate::kinesis::{PutStats, ReadStats};
 use crate::pg::PgLsn;
 use crate::source::Reader;
 use crate::status::State;
@@ -159,6 +160,41 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         "LSN up to which a sink is durable, as a number",
     ),
     (
+        "dr_agent_stream_records_total",
+        Kind::Counter,
+        "Records that the Kinesis stream took (put) or gave (read)",
+    ),
+    (
+        "dr_agent_stream_bytes_total",
+        Kind::Counter,
+        "Bytes of the records put, before compression (raw) and as records (stored); of the records read, as records",
+    ),
+    (
+        "dr_agent_stream_retried_records_total",
+        Kind::Counter,
+        "Records put once more because the Kinesis stream had not taken them",
+    ),
+    (
+        "dr_agent_stream_throttled_total",
+        Kind::Counter,
+        "Records and calls refused because a shard's throughput was exceeded",
+    ),
+    (
+        "dr_agent_stream_iterator_age_seconds",
+        Kind::Gauge,
+        "How far the shard that is furthest behind trails the tip of the Kinesis stream",
+    ),
+    (
+        "dr_agent_stream_ignored_records_total",
+        Kind::Counter,
+        "Records read and not needed: known (duplicates), of another stream, of another source, of an older term, unreadable",
+    ),
+    (
+        "dr_agent_stream_waiting_bytes",
+        Kind::Gauge,
+        "Records read that wait for others of their batch, or for the batch before it",
+    ),
+    (
         "dr_agent_archive_segments_total",
         Kind::Counter,
         "Segments of the change log that the archive took",
@@ -295,6 +331,79 @@ impl ArchiveMetrics {
     /// What the spool holds.
     pub fn spool(&self, bytes: u64) {
         self.spool_bytes.set(bytes as f64);
+    }
+}
+
+/// The metrics of one database's Kinesis stream; exported under route `kinesis`.
+#[derive(Clone)]
+pub struct StreamMetrics {
+    database: String,
+    records_put: Counter,
+    raw_bytes: Counter,
+    stored_bytes: Counter,
+    retried: Counter,
+    throttled: Counter,
+}
+
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "metrics; exact below 2^52, that is 4 PiB"
+)]
+impl StreamMetrics {
+    /// Registers the metrics of `database`.
+    pub fn new(database: &str) -> Self {
+        let label = || database.to_owned();
+        let bytes = |form: &'static str| counter!("dr_agent_stream_bytes_total", "database" => label(), "form" => form);
+        Self {
+            database: label(),
+            records_put: counter!("dr_agent_stream_records_total", "database" => label(), "direction" => "put"),
+            raw_bytes: bytes("raw"),
+            stored_bytes: bytes("stored"),
+            retried: counter!("dr_agent_stream_retried_records_total", "database" => label()),
+            throttled: counter!("dr_agent_stream_throttled_total", "database" => label()),
+        }
+    }
+
+    /// The stream took a record.
+    pub fn put(&self, raw_bytes: u64, stored_bytes: u64) {
+        self.records_put.increment(1);
+        self.raw_bytes.increment(raw_bytes);
+        self.stored_bytes.increment(stored_bytes);
+    }
+
+    /// What happened on the way there.
+    pub fn putting(&self, stats: PutStats) {
+        self.retried.increment(stats.retried);
+        self.throttled.increment(stats.throttled);
+    }
+
+    /// What happened while reading.
+    pub fn reading(&self, stats: ReadStats) {
+        counter!("dr_agent_stream_records_total", "database" => self.database.clone(), "direction" => "read")
+            .increment(stats.records);
+        counter!("dr_agent_stream_bytes_total", "database" => self.database.clone(), "form" => "stored")
+            .increment(stats.bytes);
+        self.throttled.increment(stats.throttled);
+        gauge!("dr_agent_stream_iterator_age_seconds", "database" => self.database.clone())
+            .set(stats.behind.as_secs_f64());
+    }
+
+    /// A record that was read is not needed.
+    pub fn ignored(&self, reason: &'static str) {
+        counter!("dr_agent_stream_ignored_records_total", "database" => self.database.clone(), "reason" => reason)
+            .increment(1);
+    }
+
+    /// Bytes of records that wait for others.
+    pub fn waiting(&self, bytes: u64) {
+        gauge!("dr_agent_stream_waiting_bytes", "database" => self.database.clone())
+            .set(bytes as f64);
+    }
+
+    /// The stream has everything up to there.
+    pub fn flushed(&self, lsn: PgLsn) {
+        gauge!("dr_agent_sink_flush_lsn", "database" => self.database.clone(), "sink" => "kinesis")
+            .set(u64::from(lsn) as f64);
     }
 }
 

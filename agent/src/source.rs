@@ -24,9 +24,11 @@ mod behind;
 mod catch_up;
 mod feedback;
 mod intake;
+mod kinesis;
 mod log;
 mod pace;
 mod positions;
+mod shelf;
 mod subtransactions;
 mod walsender;
 
@@ -35,9 +37,14 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use self::behind::Behind;
 use self::intake::Intake;
 pub use self::intake::IntakeLimits;
+pub use self::kinesis::{StreamSettings, Until, receive};
 pub use self::log::LogIntake;
+use crate::archive::ArchiveError;
+use crate::changelog::{Gap, UnpackError};
 use crate::error::{Class, Classify};
+use crate::kinesis::KinesisError;
 use crate::ledger::FlushLsn;
+use crate::pg::pgoutput::DecodeError;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session};
 use crate::spill::{SpillError, SpillSpace};
 use crate::stream::StreamName;
@@ -84,6 +91,44 @@ pub enum SourceError {
         /// Where the transaction's commit ends.
         end_lsn: String,
     },
+    /// A message of a change log makes no sense.
+    #[error("read the change log")]
+    Decode(#[from] DecodeError),
+    /// The Kinesis stream does not give its records.
+    #[error(transparent)]
+    Kinesis(#[from] KinesisError),
+    /// A record of the Kinesis stream is not what an agent wrote.
+    #[error("read a record of the Kinesis stream")]
+    Record(#[from] UnpackError),
+    /// A record of the Kinesis stream contradicts others.
+    #[error("batch {batch} of the Kinesis stream: {reason}")]
+    Contradiction {
+        /// Its number.
+        batch: i64,
+        /// In which way.
+        reason: String,
+    },
+    /// Too many records wait for one that is missing.
+    #[error(
+        "records that wait for an earlier one need more than the {limit} bytes of limits.spill_bytes"
+    )]
+    TooMuchWaits {
+        /// The limit, in bytes.
+        limit: u64,
+    },
+    /// A stretch of the source's history is in neither the Kinesis stream nor the archive.
+    #[error("the changes from {} to {} are not in the Kinesis stream {stream}, and {archive}", gap.from, gap.to)]
+    Gap {
+        /// Which stretch.
+        gap: Gap,
+        /// The Kinesis stream.
+        stream: String,
+        /// What the archive has of it.
+        archive: String,
+    },
+    /// The archive, which was to fill a gap of the Kinesis stream.
+    #[error("fill a gap of the Kinesis stream from the archive")]
+    Archive(#[from] ArchiveError),
     /// The server ended the stream; it does so when it shuts down.
     #[error("the source ended the stream")]
     Ended,
@@ -95,7 +140,14 @@ impl Classify for SourceError {
             Self::Pg(error) => error.class(),
             Self::Assemble(error) => error.class(),
             Self::Spill(error) => error.class(),
-            Self::UnknownFate { .. } => Class::Definite,
+            Self::Kinesis(error) => error.class(),
+            Self::Record(error) => error.class(),
+            Self::Archive(error) => error.class(),
+            Self::UnknownFate { .. }
+            | Self::Decode(_)
+            | Self::Contradiction { .. }
+            | Self::TooMuchWaits { .. }
+            | Self::Gap { .. } => Class::Definite,
             Self::Behind { .. } | Self::Ended => Class::Transient,
         }
     }
@@ -112,6 +164,21 @@ impl Classify for SourceError {
             ),
             Self::Behind { .. } => Some(
                 "source.url must lead every session to the same server".to_owned(),
+            ),
+            Self::Kinesis(error) => error.hint(),
+            Self::Record(error) => error.hint(),
+            Self::Archive(error) => error.hint(),
+            Self::TooMuchWaits { .. } => Some(
+                "raise limits.spill_bytes (and give the disk that room), then start `dr-agent apply` again".to_owned(),
+            ),
+            Self::Gap { .. } => Some(
+                "if the archive gets it later (its spool may still be uploading), start `dr-agent apply` again. Otherwise \
+                 DROP DATABASE on the replica and let `dr-agent apply` begin anew, from the source or from a base \
+                 backup taken since; or `dr-agent promote --skip-drain`, if this is the bad day"
+                    .to_owned(),
+            ),
+            Self::Decode(_) | Self::Contradiction { .. } => Some(
+                "the record is not what dr-agent wrote; report it with the versions of both agents".to_owned(),
             ),
             Self::Ended => None,
         }

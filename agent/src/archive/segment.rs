@@ -97,12 +97,7 @@ fn encoder() -> std::io::Result<zstd::stream::write::Encoder<'static, Vec<u8>>> 
 /// [`ArchiveError`]
 pub async fn verify(store: &Store, layout: &Layout, span: Span) -> Result<(), ArchiveError> {
     let mut reader = SegmentReader::open(store, layout, span).await?;
-    let mut unpacker = Unpacker::default();
-    while let Some(part) = reader.next().await? {
-        unpacker
-            .push(&part, |_| {})
-            .map_err(|source| reader.record(source))?;
-    }
+    while reader.next_messages().await?.is_some() {}
     Ok(())
 }
 
@@ -116,6 +111,7 @@ pub struct SegmentReader {
     compressed: Bytes,
     decoder: zstd::stream::write::Decoder<'static, Vec<u8>>,
     frames: Frames,
+    unpacker: Unpacker,
     /// The end of the last batch that is complete.
     end: PgLsn,
     inside_a_batch: bool,
@@ -142,16 +138,31 @@ impl SegmentReader {
             compressed: Bytes::new(),
             decoder,
             frames: Frames::default(),
+            unpacker: Unpacker::default(),
             end: span.start,
             inside_a_batch: false,
         })
     }
 
-    /// The next part, in order; `None` at the end of the segment, which is where its name says.
+    /// The next messages, in order, checked; `None` at the end of the segment, which is where its name says.
     ///
     /// # Errors
     /// [`ArchiveError`]
-    pub async fn next(&mut self) -> Result<Option<Part>, ArchiveError> {
+    pub async fn next_messages(&mut self) -> Result<Option<Vec<Bytes>>, ArchiveError> {
+        let Some(part) = self.next_part().await? else {
+            return Ok(None);
+        };
+        let mut messages = Vec::new();
+        self.unpacker
+            .push(&part, |message| messages.push(message))
+            .map_err(|source| ArchiveError::Record {
+                object: self.name.clone(),
+                source,
+            })?;
+        Ok(Some(messages))
+    }
+
+    async fn next_part(&mut self) -> Result<Option<Part>, ArchiveError> {
         loop {
             let part = self.frames.next_part();
             if let Some(part) = part.map_err(|source| self.frames_error(source))? {
@@ -173,14 +184,6 @@ impl SegmentReader {
             decoded.map_err(|error| self.damaged(error.to_string()))?;
             self.frames.push(self.decoder.get_ref());
             self.decoder.get_mut().clear();
-        }
-    }
-
-    /// What a record of this segment that cannot be read is to be called.
-    pub fn record(&self, source: crate::changelog::UnpackError) -> ArchiveError {
-        ArchiveError::Record {
-            object: self.name.clone(),
-            source,
         }
     }
 

@@ -1,4 +1,4 @@
-//! `dr-agent run`: a pipeline for every database, until told to stop.
+//! `dr-agent run` and `dr-agent apply`: a pipeline for every database, until told to stop.
 //!
 //! Pipelines share the HTTP listener and the configuration and nothing else. One that stops with a
 //! definite error leaves the others running and shows its error; when none runs any more the process
@@ -16,11 +16,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{self, Decision};
 use crate::backup;
-use crate::config::{Config, Databases};
+use crate::config::{Config, Databases, Route};
 use crate::error::{Classify as _, chain};
 use crate::http::{self, Shown};
 use crate::metrics;
-use crate::pipeline::{End, Pipeline};
+use crate::pipeline::{End, Leg, Pipeline};
 use crate::setup;
 use crate::status::{Registry, StatusCell};
 
@@ -30,8 +30,32 @@ const DISCOVER_EVERY: Duration = Duration::from_secs(30);
 /// Exit code of a fenced agent.
 const FENCED: u8 = 3;
 
-/// Runs until stopped: 0 after SIGTERM or SIGINT, 3 once fenced, 1 once every pipeline has failed.
+/// Exit code of a command that the configuration does not allow.
+const USAGE: u8 = 2;
+
+/// `dr-agent run`.
 pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
+    let leg = match config.route {
+        Route::Direct => Leg::Whole,
+        Route::Kinesis { .. } => Leg::Send,
+    };
+    serve(config, leg).await
+}
+
+/// `dr-agent apply`.
+pub async fn apply(config: Config) -> anyhow::Result<ExitCode> {
+    if config.route == Route::Direct {
+        eprintln!(
+            "dr-agent: route.kind is \"direct\": `dr-agent run` applies to the replica itself"
+        );
+        eprintln!("  hint: apply belongs to route.kind = \"kinesis\"");
+        return Ok(ExitCode::from(USAGE));
+    }
+    serve(config, Leg::Apply).await
+}
+
+/// Runs until stopped: 0 after SIGTERM or SIGINT, 3 once fenced, 1 once every pipeline has failed.
+async fn serve(config: Config, leg: Leg) -> anyhow::Result<ExitCode> {
     let config = Arc::new(config);
     let prometheus =
         metrics::install(&config.objectives).context("install the metrics recorder")?;
@@ -42,7 +66,7 @@ pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
         )
     })?;
     tracing::info!(
-        version = crate::VERSION, source = %config.source.conninfo,
+        version = crate::VERSION, ?leg, source = %config.source.conninfo,
         replica = %config.replica.conninfo, http = %config.http_listen, "dr-agent starts"
     );
     let stop = CancellationToken::new();
@@ -56,6 +80,7 @@ pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
     let http = tokio::spawn(http::serve(listener, shown, served.clone()));
     let mut supervisor = Supervisor {
         config,
+        leg,
         registry,
         stop: stop.clone(),
         started: BTreeSet::new(),
@@ -96,6 +121,7 @@ async fn stop_on_signal(stop: CancellationToken) {
 
 struct Supervisor {
     config: Arc<Config>,
+    leg: Leg,
     registry: Registry,
     stop: CancellationToken,
     started: BTreeSet<String>,
@@ -188,15 +214,21 @@ impl Supervisor {
             self.registry.add(status.clone());
             let pipeline = Pipeline::new(
                 Arc::clone(&self.config),
+                self.leg,
                 &database,
                 status,
                 self.stop.clone(),
             );
-            let (config, stop) = (Arc::clone(&self.config), self.stop.clone());
+            let (config, leg, stop) = (Arc::clone(&self.config), self.leg, self.stop.clone());
             self.pipelines.spawn(async move {
                 // Base backups are taken for as long as the pipeline runs.
                 let backing_up = stop.child_token();
-                let keeping = backup::keep::keep(&config, &database, &backing_up);
+                let keeping = async {
+                    // Whoever tails the source keeps the archive.
+                    if leg != Leg::Apply {
+                        backup::keep::keep(&config, &database, &backing_up).await;
+                    }
+                };
                 let running = async {
                     let end = Box::pin(pipeline.run()).await;
                     backing_up.cancel();

@@ -17,6 +17,7 @@
 use aws_sdk_kinesis::error::BuildError;
 use aws_sdk_kinesis::primitives::Blob;
 use aws_sdk_kinesis::types::{PutRecordsRequestEntry, PutRecordsResultEntry};
+use futures_util::future::BoxFuture;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::calls::{Record, pack};
@@ -67,9 +68,12 @@ impl Kinesis {
             stream: self.stream().to_owned(),
             reason,
         })?;
-        let calls = calls.into_iter().map(|call| self.put_call(call, on));
-        // Each is boxed: a request is large.
-        stream::iter(calls.map(Box::pin))
+        // Each is boxed: a request is large. The type is said, so that the whole can be sent to another thread.
+        let calls: Vec<BoxFuture<'_, Result<(), KinesisError>>> = calls
+            .into_iter()
+            .map(|call| -> BoxFuture<'_, _> { Box::pin(self.put_call(call, on)) })
+            .collect();
+        stream::iter(calls)
             .buffer_unordered(CALLS_MAX)
             .try_collect()
             .await

@@ -2,8 +2,10 @@
 
 use crate::archive::SpoolError;
 use crate::error::{Class, Classify};
+use crate::kinesis::KinesisError;
 use crate::pg::PgError;
 use crate::setup::SetupError;
+use crate::sink::kinesis::KinesisSinkError;
 use crate::sink::replica::SinkError;
 use crate::snapshot::CopyError;
 use crate::source::SourceError;
@@ -18,6 +20,12 @@ pub(super) enum SessionError {
     Source(#[from] SourceError),
     #[error("apply")]
     Sink(#[from] SinkError),
+    #[error("send")]
+    KinesisSink(#[from] KinesisSinkError),
+    #[error("open the Kinesis stream")]
+    Kinesis(#[from] KinesisError),
+    #[error("route.kind is not \"kinesis\"")]
+    NoKinesisStream,
     #[error("watch the source")]
     Monitor(#[source] PgError),
     #[error("open the spill directory")]
@@ -40,10 +48,12 @@ impl Classify for SessionError {
             Self::Setup(error) => error.class(),
             Self::Source(error) => error.class(),
             Self::Sink(error) => error.class(),
+            Self::KinesisSink(error) => error.class(),
+            Self::Kinesis(error) => error.class(),
             Self::Monitor(error) => error.class(),
             Self::Spill(error) => error.class(),
             Self::Spool(error) => error.class(),
-            Self::SystemIdentifier(_) => Class::Definite,
+            Self::SystemIdentifier(_) | Self::NoKinesisStream => Class::Definite,
             Self::Deferred(error) => error.class(),
             Self::NewTable | Self::TaskLost => Class::Transient,
         }
@@ -54,11 +64,15 @@ impl Classify for SessionError {
             Self::Setup(error) => error.hint(),
             Self::Source(error) => error.hint(),
             Self::Sink(error) => error.hint(),
+            Self::KinesisSink(error) => error.hint(),
+            Self::Kinesis(error) => error.hint(),
             Self::Monitor(error) => error.hint(),
             Self::Spill(error) => error.hint(),
             Self::Spool(error) => error.hint(),
             Self::Deferred(error) => error.hint(),
-            Self::SystemIdentifier(_) | Self::NewTable | Self::TaskLost => None,
+            Self::SystemIdentifier(_) | Self::NoKinesisStream | Self::NewTable | Self::TaskLost => {
+                None
+            }
         }
     }
 }

@@ -8,6 +8,9 @@
 //! `select` awaits, `apply` does not (`streaming.rs`): only one thing happens at a time, and no two things
 //! can interleave. The price is that multi-step work is written as state.
 //!
+//! Under route `direct` one process carries changes all the way; under route `kinesis` one puts them into the stream and
+//! another, beside the replica, applies them. [`Leg`] says which part of the way this process is; the loop is the same.
+//!
 //! A *session* is one run from `setup::prepare` to the first error. There is no repair inside a session:
 //! whatever fails, the next one starts from the progress row, exactly as after `kill -9`. So there is one
 //! recovery path and it runs all the time.
@@ -18,38 +21,26 @@
 
 mod apply;
 mod error;
+mod start;
 mod streaming;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 
-use crate::archive::{Layout, Log, LogSettings, SpoolLimits};
 use crate::backoff::{self, Decision};
-use crate::batch::Spacing;
-use crate::changelog::Author;
-use crate::config::{Archive, Config};
+use crate::catalog::TableName;
+use crate::config::Config;
 use crate::error::{Class, Classify, chain};
 use crate::lag::{Lag, Micros, pg_micros};
-use crate::ledger::{BatchNumber, Ledger};
-use crate::metrics::{ArchiveMetrics, DatabaseMetrics};
-use crate::monitor;
-use crate::setup::{self, Prepared};
-use crate::sink::replica::{
-    IN_FLIGHT_MAX, ReplicaSink, SegmentLimits, SinkError, SinkSettings, Synced,
-};
+use crate::metrics::DatabaseMetrics;
+use crate::setup::{self, Prepared, SetupError};
+use crate::sink::replica::SinkError;
 use crate::snapshot::{CopyObserver, CopyPhase, ProgressDisplay};
-use crate::source::{self, IntakeLimits, SourcePosition, SourceSettings};
-use crate::spill::{self, SpillSpace};
 use crate::status::{State, StatusCell};
 use crate::stream::StreamName;
-use apply::{Deferred, apply_batches};
 use error::SessionError;
-use streaming::{Archiving, Owned, Streaming};
 
 /// Transactions between the source task and here. Their bytes are bounded by `limits.queue_bytes`; this
 /// only bounds how many tiny ones.
@@ -60,6 +51,17 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// A session that lasted this long was no failed attempt; the next error starts at the shortest pause.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
+
+/// The part of the way from source to replica that a process carries changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leg {
+    /// From the source to the replica: `run` under route `direct`.
+    Whole,
+    /// From the source into the Kinesis stream: `run` under route `kinesis`.
+    Send,
+    /// From the Kinesis stream to the replica: `apply`.
+    Apply,
+}
 
 /// How a pipeline ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +77,7 @@ pub enum End {
 /// One database's pipeline.
 pub struct Pipeline {
     config: Arc<Config>,
+    leg: Leg,
     database: String,
     stream: StreamName,
     metrics: DatabaseMetrics,
@@ -82,6 +85,8 @@ pub struct Pipeline {
     stop: CancellationToken,
     /// Values may come in binary form until one came that does not travel.
     binary: bool,
+    /// A table that the Kinesis stream has and the replica has not.
+    new_table: Option<TableName>,
     /// Outlives sessions: while one is being restored, the lag goes on growing from where it was.
     lag: Lag,
 }
@@ -90,6 +95,7 @@ impl Pipeline {
     /// A pipeline that has not started.
     pub fn new(
         config: Arc<Config>,
+        leg: Leg,
         database: &str,
         status: StatusCell,
         stop: CancellationToken,
@@ -100,12 +106,14 @@ impl Pipeline {
         let database = database.to_owned();
         Self {
             config,
+            leg,
             database,
             stream,
             metrics,
             status,
             stop,
             binary: true,
+            new_table: None,
             lag,
         }
     }
@@ -127,8 +135,12 @@ impl Pipeline {
                 self.enter(State::Stopped);
                 return End::Stopped;
             }
-            if matches!(error, SessionError::Sink(SinkError::BinaryForm { .. })) {
-                self.binary = false;
+            match &error {
+                SessionError::Sink(SinkError::BinaryForm { .. }) => self.binary = false,
+                SessionError::Sink(SinkError::TableNotCopied { table }) => {
+                    self.new_table = Some(table.clone());
+                }
+                _ => {}
             }
             if error.is_expected() {
                 tracing::info!(database = %self.database, reason = %chain(&error), "starting again");
@@ -230,13 +242,14 @@ impl Pipeline {
             status: &self.status,
         };
         let display = ProgressDisplay::new(&self.database, &observer);
-        let preparing = setup::prepare(&self.config, &self.database, &display, &self.stop);
+        let preparing = self.prepare(&display);
         let stopped_or_prepared = self.stop.run_until_cancelled(preparing);
         let Some(prepared) = self.watching(stopped_or_prepared).await else {
             return Ok(());
         };
         let prepared = prepared?;
         drop(display);
+        self.new_table = None;
         for warning in &prepared.warnings {
             tracing::warn!(database = %self.database, "{warning}");
         }
@@ -250,7 +263,7 @@ impl Pipeline {
         self.enter(State::Streaming);
         tracing::info!(
             database = %self.database, stream = %self.stream, from = %prepared.end_lsn,
-            term = prepared.term, "streaming"
+            term = prepared.term, leg = ?self.leg, "streaming"
         );
         let outcome = streaming.run().await;
         if outcome.is_ok() {
@@ -264,140 +277,16 @@ impl Pipeline {
         outcome
     }
 
-    /// The change log of one session, with what an earlier one left in the spool.
-    fn log(&self, archive: &Archive, prepared: &Prepared) -> Result<Log, SessionError> {
-        let system_identifier = prepared
-            .system_identifier
-            .parse()
-            .map_err(|_| SessionError::SystemIdentifier(prepared.system_identifier.clone()))?;
-        let settings = LogSettings {
-            author: Author {
-                stream: self.stream.to_string(),
-                system_identifier,
-                term: prepared.term,
-                writer: rand::random(),
-            },
-            url: archive.url.clone(),
-            encryption: archive.encryption.clone(),
-            layout: Layout::new(&self.stream, system_identifier),
-            directory: archive.spool_directory.join(self.stream.as_str()),
-            limits: SpoolLimits {
-                bytes: archive.spool_bytes,
-                segment_bytes: archive.segment_bytes,
-            },
-            // The other half of the time is for the upload.
-            age_max: self.config.objectives.rpo / 2,
-            required: archive.required,
-            retry_max: self.config.limits.retry_max,
-        };
-        Ok(Log::open(settings)?)
-    }
-
-    /// Opens both sides and starts the tasks of one session.
-    async fn start(&self, prepared: &Prepared) -> Result<Streaming<'_>, SessionError> {
-        let limits = &self.config.limits;
-        let directory = spill::directory_of(&limits.spill_directory, &self.stream);
-        let space = SpillSpace::open(directory, limits.spill_bytes)?;
-        let source = self.config.source.conninfo.with_dbname(&self.database);
-        let replica = self.config.replica.conninfo.with_dbname(&self.database);
-        let (sink, batches) = ReplicaSink::connect(
-            &replica,
-            SinkSettings {
-                stream: self.stream.clone(),
-                term: prepared.term,
-                // Several are in memory at a time (read, folded, on their way), as rows, not as messages.
-                segment: SegmentLimits {
-                    bytes: limits.batch_bytes,
-                    changes: (limits.batch_changes / 4).max(1),
-                },
-                lanes: self.config.replica.lanes,
-                spread_changes: limits.spread_changes,
-            },
-            Synced {
-                tables: prepared.synced.iter().cloned().collect(),
-                as_of: prepared.as_of,
-            },
-        )
-        .await?;
-        let mut ledger = Ledger::resume(1, BatchNumber(prepared.batch), prepared.end_lsn);
-        let mut tasks = JoinSet::new();
-        let (batches, archive) = match &self.config.archive {
-            None => (batches, None),
-            Some(archive) => {
-                let log = self.log(archive, prepared)?;
-                let position = log
-                    .waiting_from()
-                    .map_or(prepared.end_lsn, |waiting| waiting.min(prepared.end_lsn));
-                if archive.required {
-                    ledger = ledger.with_archive(position);
-                }
-                let (uploaded, uploaded_seen) = watch::channel(position);
-                let (to_spool, spooled) = mpsc::channel(IN_FLIGHT_MAX);
-                let metrics = ArchiveMetrics::new(&self.database);
-                let (spooling, uploading) = log.tasks(spooled, batches, uploaded, metrics);
-                tasks.spawn(async move { spooling.await.err().map(SessionError::Spool) });
-                let archiving = Archiving {
-                    uploaded: uploaded_seen,
-                    required: archive.required,
-                    upload: AbortOnDropHandle::new(tokio::spawn(uploading)),
-                };
-                (to_spool, Some(archiving))
+    async fn prepare(&self, observer: &dyn CopyObserver) -> Result<Prepared, SetupError> {
+        let (config, database, stop) = (&self.config, &self.database, &self.stop);
+        match self.leg {
+            Leg::Whole => setup::prepare(config, database, observer, stop).await,
+            Leg::Send => setup::prepare_sending(config, database, stop).await,
+            Leg::Apply => {
+                let new_table = self.new_table.as_ref();
+                setup::prepare_receiving(config, database, new_table, observer, stop).await
             }
-        };
-        let (flush, flush_seen) = watch::channel(ledger.flush_lsn());
-        let (position, position_seen) = watch::channel(SourcePosition::default());
-        let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
-        let (outcomes, outcomes_seen) = mpsc::channel(IN_FLIGHT_MAX);
-        let (reports, reports_seen) = mpsc::channel(4);
-        let settings = SourceSettings {
-            conninfo: source.clone(),
-            stream: self.stream.clone(),
-            start: prepared.end_lsn,
-            binary: self.binary && prepared.binary,
-            limits: IntakeLimits {
-                queue_bytes: limits.queue_bytes,
-                transaction_bytes: limits.transaction_bytes,
-            },
-            catch_up_bytes: limits.catch_up_bytes,
-        };
-        tasks.spawn(async move {
-            source::run(settings, space, received, flush_seen, position)
-                .await
-                .err()
-                .map(SessionError::Source)
-        });
-        let newest_snapshot = prepared
-            .synced
-            .iter()
-            .filter_map(|(_, snapshot)| *snapshot)
-            .max();
-        let mut deferred = Deferred {
-            replica,
-            stream: self.stream.clone(),
-            after: newest_snapshot,
-        };
-        deferred.passed(prepared.end_lsn).await?;
-        let spacing = Spacing::new(sink.round_trip(), IN_FLIGHT_MAX);
-        tasks.spawn(apply_batches(sink, outcomes, deferred));
-        let (config, stream) = (Arc::clone(&self.config), self.stream.clone());
-        tasks.spawn(async move {
-            monitor::run(&config, &source, &stream, reports)
-                .await
-                .err()
-                .map(SessionError::Monitor)
-        });
-        Ok(Streaming {
-            pipeline: self,
-            tasks,
-            transactions,
-            outcomes: outcomes_seen,
-            reports: reports_seen,
-            position: position_seen,
-            batches: Some(batches),
-            flush,
-            archive,
-            owned: Owned::new(&self.config, ledger, spacing, self.lag.clone()),
-        })
+        }
     }
 }
 

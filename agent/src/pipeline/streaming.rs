@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::error::SessionError;
-use super::{Pipeline, TICK, as_f64, now_instant, now_micros};
+use super::{Leg, Pipeline, TICK, as_f64, now_instant, now_micros};
 use crate::batch::{Batch, Queue, Ship, Spacing};
 use crate::changes::{ChangeCounts, KINDS};
 use crate::config::Config;
@@ -26,8 +26,8 @@ use crate::pg::PgLsn;
 use crate::sink::replica::Outcome;
 use crate::source::{Reader, Received, SourcePosition};
 
-/// The only sink of this version.
-const REPLICA: usize = 0;
+/// The sink that takes batches: the replica, or the Kinesis stream.
+const SINK: usize = 0;
 
 /// What can happen to a pipeline that streams.
 #[derive(Debug)]
@@ -284,7 +284,7 @@ impl Streaming<'_> {
         } = outcome;
         let applied = result?;
         let owned = &mut self.owned;
-        if let Some(flush) = owned.ledger.durable(REPLICA, batch.number) {
+        if let Some(flush) = owned.ledger.durable(SINK, batch.number) {
             failpoint::hit("pipeline:before-acknowledge");
             self.flush.send_replace(flush);
         }
@@ -363,7 +363,9 @@ impl Streaming<'_> {
             metrics.reader(position.reader);
         }
         let flush = owned.ledger.flush_lsn().lsn();
-        metrics.replica_flush_lsn.set(lsn_number(flush));
+        if self.pipeline.leg != Leg::Send {
+            metrics.replica_flush_lsn.set(lsn_number(flush));
+        }
         let written = owned.wal.map(|wal| wal.written).max(position.wal_end);
         let behind = written.map(|written| u64::from(written).saturating_sub(u64::from(flush)));
         if let Some(behind) = behind {

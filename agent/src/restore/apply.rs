@@ -9,15 +9,13 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::RestoreError;
-use crate::batch::{Batch, Queue};
+use crate::batch::{Batch, IN_FLIGHT_MAX, Queue};
 use crate::catalog::TableName;
 use crate::config::Config;
 use crate::lag::Micros;
 use crate::ledger::BatchNumber;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::sink::replica::{
-    IN_FLIGHT_MAX, Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced,
-};
+use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
 use crate::source::Received;
 use crate::stream::StreamName;
 

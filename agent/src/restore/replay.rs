@@ -16,7 +16,6 @@ use bytes::Bytes;
 use super::RestoreError;
 use super::moment::Moment;
 use crate::archive::{ArchiveError, Chain, Layout, SegmentReader};
-use crate::changelog::Unpacker;
 use crate::pg::PgLsn;
 use crate::pg::pgoutput::{self, Message, MessageKind};
 use crate::source::LogIntake;
@@ -43,33 +42,17 @@ pub(super) struct Replay<'a> {
     pub(super) moment: Moment,
 }
 
-/// Where the reading stands between two messages.
-struct State<'i> {
-    intake: &'i mut LogIntake,
-    /// The transaction has been taken before, from another segment.
-    skipping: bool,
-}
-
 impl Replay<'_> {
     /// Hands over every transaction up to the moment; returns the first that lies behind it.
     ///
     /// # Errors
     /// [`RestoreError`]; what was handed over before stays right.
     pub(super) async fn run(&self, intake: &mut LogIntake) -> Result<Option<Beyond>, RestoreError> {
-        let mut state = State {
-            intake,
-            skipping: false,
-        };
         for span in &self.chain.spans {
             let mut segment = SegmentReader::open(self.store, self.layout, *span).await?;
-            let mut unpacker = Unpacker::default();
-            while let Some(part) = segment.next().await? {
-                let mut messages = Vec::new();
-                unpacker
-                    .push(&part, |message| messages.push(message))
-                    .map_err(|source| segment.record(source))?;
+            while let Some(messages) = segment.next_messages().await? {
                 for message in messages {
-                    if let ControlFlow::Break(beyond) = self.take(message, &mut state).await? {
+                    if let ControlFlow::Break(beyond) = self.take(message, intake).await? {
                         return Ok(beyond);
                     }
                 }
@@ -93,10 +76,9 @@ impl Replay<'_> {
     async fn take(
         &self,
         message: Bytes,
-        state: &mut State<'_>,
+        intake: &mut LogIntake,
     ) -> Result<ControlFlow<Option<Beyond>>, RestoreError> {
-        let kind = pgoutput::kind(&message);
-        if kind == Some(MessageKind::Begin) {
+        if pgoutput::kind(&message) == Some(MessageKind::Begin) {
             let Message::Begin(begin) = pgoutput::decode(&message, false)? else {
                 unreachable!("the first byte says what it is");
             };
@@ -106,13 +88,8 @@ impl Replay<'_> {
                     commit_time: begin.commit_time,
                 })));
             }
-            state.skipping = begin.final_lsn < state.intake.end_lsn();
         }
-        // A description is needed by later transactions of the same batch.
-        if state.skipping && kind != Some(MessageKind::Relation) {
-            return Ok(ControlFlow::Continue(()));
-        }
-        Ok(match state.intake.take(message).await? {
+        Ok(match intake.take(message).await? {
             true => ControlFlow::Continue(()),
             // Nobody wants more: the apply has failed, and says why.
             false => ControlFlow::Break(None),

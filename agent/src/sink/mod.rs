@@ -1,8 +1,10 @@
-//! Sinks: places where a batch becomes durable. In this version there is one, the replica.
+//! Sinks: places where a batch becomes durable. The replica under route `direct`, a Kinesis stream under route
+//! `kinesis`; the archive takes batches beside either ([`crate::archive`]).
 //!
 //! # What a sink promises
-//! `apply` is called with batches in order, each once per session. `Ok` means the batch is durable:
+//! It is given batches in order, each once per session. An outcome that is `Ok` means the batch is durable:
 //! the ledger may let the slot forget it. After an error the session is over; the pipeline starts
-//! again from the progress row, which says whether the batch was committed after all.
+//! again from the progress row, or from where the slot was confirmed.
 
+pub mod kinesis;
 pub mod replica;

@@ -8,10 +8,15 @@ use tokio::sync::{mpsc, watch};
 use super::intake::{Intake, Nothing, Taken};
 use super::{IntakeLimits, Received, SourceError, SourcePosition};
 use crate::pg::PgLsn;
+use crate::pg::pgoutput::{self, Message, MessageKind};
 use crate::spill::SpillSpace;
 
-/// Takes the messages of a change log.
-pub struct LogIntake(Intake);
+/// Takes the messages of a change log, in which a transaction may come more than once.
+pub struct LogIntake {
+    intake: Intake,
+    /// The transaction has been handed over before.
+    skipping: bool,
+}
 
 impl LogIntake {
     /// Begins behind the transaction that ends at `start`.
@@ -22,12 +27,32 @@ impl LogIntake {
         queue: mpsc::Sender<Received>,
     ) -> Self {
         let (position, _) = watch::channel(SourcePosition::default());
-        Self(Intake::of_log(limits, start, space, queue, position))
+        Self::telling(limits, start, space, queue, position)
+    }
+
+    /// The same; tells of its position.
+    pub(super) fn telling(
+        limits: IntakeLimits,
+        start: PgLsn,
+        space: SpillSpace,
+        queue: mpsc::Sender<Received>,
+        position: watch::Sender<SourcePosition>,
+    ) -> Self {
+        Self {
+            intake: Intake::of_log(limits, start, space, queue, position),
+            skipping: false,
+        }
     }
 
     /// The end of the last transaction that was handed over.
     pub fn end_lsn(&self) -> PgLsn {
-        self.0.end_lsn()
+        self.intake.end_lsn()
+    }
+
+    /// Notes how far the log is known to reach.
+    pub(super) fn known_up_to(&mut self, lsn: PgLsn) {
+        self.intake.at(lsn);
+        self.intake.tell();
     }
 
     /// Takes one message; waits while the queue is full. False once nobody wants transactions any more.
@@ -35,6 +60,21 @@ impl LogIntake {
     /// # Errors
     /// [`SourceError`]
     pub async fn take(&mut self, message: Bytes) -> Result<bool, SourceError> {
-        Ok(self.0.take(message, &mut Nothing).await? != Taken::Unwanted)
+        match pgoutput::kind(&message) {
+            Some(MessageKind::Begin) => {
+                if let Message::Begin(begin) = pgoutput::decode(&message, false)? {
+                    self.skipping = begin.final_lsn < self.intake.end_lsn();
+                }
+            }
+            // A description is needed by later transactions of the same batch.
+            Some(MessageKind::Relation) => {
+                return Ok(self.intake.take(message, &mut Nothing).await? != Taken::Unwanted);
+            }
+            _ => {}
+        }
+        if self.skipping {
+            return Ok(true);
+        }
+        Ok(self.intake.take(message, &mut Nothing).await? != Taken::Unwanted)
     }
 }

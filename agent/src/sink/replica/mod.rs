@@ -44,7 +44,7 @@ use futures_util::future::try_join_all;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::batch::{Batch, Spacing};
+use crate::batch::{Batch, IN_FLIGHT_MAX, Spacing};
 use crate::changes::TRUNCATE;
 use crate::failpoint;
 use crate::pg::{self, ConnInfo, Session};
@@ -58,10 +58,6 @@ use relations::Relations;
 pub use error::SinkError;
 pub use relations::Synced;
 pub use segment::SegmentLimits;
-
-/// Batches between the pipeline and the last acknowledgement at most. Their bytes are bounded by
-/// `limits.queue_bytes` as well; this many cover a round trip without a pause.
-pub const IN_FLIGHT_MAX: usize = 4;
 
 /// What a replica needs for one net change, in microseconds: between ten and thirty where it was
 /// measured. Only used to weigh it against a round trip.

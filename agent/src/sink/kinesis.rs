@@ -1,0 +1,230 @@
+//! The Kinesis sink: batches into the records of a Kinesis stream.
+//!
+//! ```text
+//! batch ─▶ Packing ─Part, Part, …─▶ Record, Record, … ─▶ PutRecords over all shards ─▶ outcome
+//! ```
+//! A batch is durable once the stream has accepted every part of it; readers put parts back in order
+//! ([`crate::changelog::Gather`]), so neither shards nor retries have to keep one.
+//!
+//! # Invariants
+//! - An outcome is given once every record of its batch was accepted, in the order of batches.
+//! - At most [`IN_FLIGHT_MAX`] batches are on their way: a reader concludes from it what must be in the stream.
+//! - Of a batch [`CHUNKS`] times [`CHUNK_BYTES`] are in memory as records, however large it is.
+//!
+//! # What it does not do
+//! What is transient is retried in [`crate::kinesis`], for ever; a definite refusal ends the session.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::stream::{FuturesOrdered, FuturesUnordered};
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use prost::Message as _;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::replica::{Applied, Outcome};
+use crate::batch::{Batch, IN_FLIGHT_MAX};
+use crate::changelog::{Author, Compression, Packing, Part};
+use crate::error::{Class, Classify};
+use crate::failpoint;
+use crate::kinesis::{Kinesis, KinesisError, Record};
+use crate::metrics::StreamMetrics;
+use crate::spill::SpillError;
+
+/// Bytes of a part before compression. What does not compress at all still fits into a record of 1 MiB, with what
+/// zstd and the part's other fields add.
+const PART_BYTES: usize = 1_000_000;
+
+/// Records are put when so many bytes of them are there.
+const CHUNK_BYTES: usize = 4 << 20;
+
+/// Chunks of one batch on their way.
+const CHUNKS: usize = 2;
+
+/// Why batches could not be put.
+#[derive(Debug, thiserror::Error)]
+pub enum KinesisSinkError {
+    /// The stream does not take them.
+    #[error(transparent)]
+    Kinesis(#[from] KinesisError),
+    /// A large transaction could not be read back from disk.
+    #[error("read a large transaction back")]
+    Spill(#[from] SpillError),
+}
+
+impl Classify for KinesisSinkError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Kinesis(error) => error.class(),
+            Self::Spill(error) => error.class(),
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Kinesis(error) => error.hint(),
+            Self::Spill(error) => error.hint(),
+        }
+    }
+}
+
+/// Puts batches into a stream.
+pub struct KinesisSink {
+    kinesis: Kinesis,
+    author: Author,
+    metrics: StreamMetrics,
+}
+
+impl KinesisSink {
+    /// Writes as `author`.
+    pub fn new(kinesis: Kinesis, author: Author, metrics: StreamMetrics) -> Self {
+        Self {
+            kinesis,
+            author,
+            metrics,
+        }
+    }
+
+    /// Puts batches until there are no more; an outcome for each.
+    ///
+    /// # Errors
+    /// [`KinesisSinkError`]
+    pub async fn run(
+        self,
+        mut batches: mpsc::Receiver<Arc<Batch>>,
+        outcomes: mpsc::Sender<Outcome>,
+    ) -> Result<(), KinesisSinkError> {
+        let sink = Arc::new(self);
+        let mut in_flight: FuturesOrdered<BoxFuture<'static, Result<Outcome, KinesisSinkError>>> =
+            FuturesOrdered::new();
+        loop {
+            tokio::select! {
+                biased;
+                Some(put) = in_flight.next() => {
+                    let outcome = put?;
+                    sink.metrics.flushed(outcome.batch.end_lsn());
+                    if outcomes.send(outcome).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                batch = batches.recv(), if in_flight.len() < IN_FLIGHT_MAX => match batch {
+                    Some(batch) => in_flight.push_back(Box::pin(Arc::clone(&sink).put(batch))),
+                    None => break,
+                },
+            }
+        }
+        while let Some(outcome) = in_flight.try_next().await? {
+            sink.metrics.flushed(outcome.batch.end_lsn());
+            if outcomes.send(outcome).await.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    async fn put(self: Arc<Self>, batch: Arc<Batch>) -> Result<Outcome, KinesisSinkError> {
+        let started = Instant::now();
+        failpoint::hit("kinesis:before-put");
+        let mut packing = Packing::new(
+            &self.author,
+            &batch,
+            batch.previous,
+            PART_BYTES,
+            Compression::Zstd,
+        );
+        let mut putting: FuturesUnordered<BoxFuture<'static, Result<(), KinesisError>>> =
+            FuturesUnordered::new();
+        loop {
+            let chunk = tokio::task::block_in_place(|| chunk(&mut packing))?;
+            if chunk.is_empty() {
+                break;
+            }
+            if putting.len() >= CHUNKS {
+                putting.try_next().await?;
+            }
+            putting.push(Box::pin(Arc::clone(&self).put_chunk(chunk)));
+            failpoint::hit("kinesis:part-put");
+        }
+        while putting.try_next().await?.is_some() {}
+        drop(putting);
+        failpoint::hit("kinesis:put");
+        Ok(Outcome {
+            result: Ok(Applied::default()),
+            took: started.elapsed(),
+            batch,
+        })
+    }
+
+    async fn put_chunk(self: Arc<Self>, chunk: Vec<(u64, Record)>) -> Result<(), KinesisError> {
+        let sizes: Vec<(u64, u64)> = chunk
+            .iter()
+            .map(|(raw, record)| (*raw, record.data.len() as u64))
+            .collect();
+        let records = chunk.into_iter().map(|(_, record)| record).collect();
+        self.kinesis
+            .put(records, &|stats| self.metrics.putting(stats))
+            .await?;
+        for (raw, stored) in sizes {
+            self.metrics.put(raw, stored);
+        }
+        Ok(())
+    }
+}
+
+/// The next records of a batch, each with its bytes before compression.
+fn chunk(packing: &mut Packing<'_>) -> Result<Vec<(u64, Record)>, SpillError> {
+    let mut chunk = Vec::new();
+    let mut bytes = 0;
+    while bytes < CHUNK_BYTES
+        && let Some(part) = packing.next_part()?
+    {
+        let record = record(&part);
+        bytes += record.data.len();
+        chunk.push((part.raw_bytes, record));
+    }
+    Ok(chunk)
+}
+
+/// Keys that differ spread over all shards.
+fn record(part: &Part) -> Record {
+    Record {
+        partition_key: format!("{:016x}.{}.{}", part.writer, part.batch, part.part),
+        data: Bytes::from(part.encode_to_vec()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kinesis::RECORD_BYTES_MAX;
+
+    #[test]
+    fn what_does_not_compress_still_fits_into_a_record() {
+        let raw: Vec<u8> = std::iter::repeat_with(rand::random)
+            .take(PART_BYTES)
+            .collect();
+        let messages = zstd::bulk::compress(&raw, 3).unwrap();
+        assert!(messages.len() >= raw.len());
+        let part = Part {
+            version: u32::MAX,
+            stream: "x".repeat(63),
+            system_identifier: u64::MAX,
+            term: i64::MAX,
+            writer: u64::MAX,
+            batch: i64::MAX,
+            previous_end_lsn: u64::MAX,
+            end_lsn: u64::MAX,
+            commit_time: i64::MAX,
+            part: u32::MAX,
+            parts: u32::MAX,
+            compression: 2,
+            raw_bytes: u64::MAX,
+            crc32c: u32::MAX,
+            messages: messages.into(),
+        };
+        let record = record(&part);
+        assert!(record.data.len() + record.partition_key.len() <= RECORD_BYTES_MAX);
+    }
+}
