@@ -116,6 +116,12 @@ pub enum SourceError {
         /// The limit, in bytes.
         limit: u64,
     },
+    /// The Kinesis stream gives no sign of life.
+    #[error("the Kinesis stream {stream} cannot be read")]
+    Silent {
+        /// Its name.
+        stream: String,
+    },
     /// A stretch of the source's history is in neither the Kinesis stream nor the archive.
     #[error("the changes from {} to {} are not in the Kinesis stream {stream}, and {archive}", gap.from, gap.to)]
     Gap {
@@ -148,7 +154,7 @@ impl Classify for SourceError {
             | Self::Contradiction { .. }
             | Self::TooMuchWaits { .. }
             | Self::Gap { .. } => Class::Definite,
-            Self::Behind { .. } | Self::Ended => Class::Transient,
+            Self::Behind { .. } | Self::Ended | Self::Silent { .. } => Class::Transient,
         }
     }
 
@@ -179,6 +185,9 @@ impl Classify for SourceError {
             ),
             Self::Decode(_) | Self::Contradiction { .. } => Some(
                 "the record is not what dr-agent wrote; report it with the versions of both agents".to_owned(),
+            ),
+            Self::Silent { .. } => Some(
+                "look at the warnings above: the network, the endpoint and the credentials".to_owned(),
             ),
             Self::Ended => None,
         }

@@ -104,7 +104,10 @@ const STRANGERS: &[(&str, &[&str])] = &[
     // A base backup and its load have nothing to do with streaming.
     ("backup", &["pipeline", "sink", "promote", "cmd"]),
     // A promotion shares nothing with a running agent but the replica.
-    ("promote", &["pipeline", "source", "sink"]),
+    (
+        "promote",
+        &["pipeline", "source", "sink", "kinesis", "drain"],
+    ),
 ];
 
 fn files(below: &str) -> Vec<PathBuf> {

@@ -25,6 +25,7 @@ mod observe;
 mod oracle;
 mod prefix;
 mod promote;
+mod route_kinesis;
 mod schema;
 mod status;
 mod store;

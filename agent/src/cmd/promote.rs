@@ -9,10 +9,11 @@ use std::process::ExitCode;
 use jiff::Timestamp;
 use serde_json::json;
 
-use crate::config::Config;
+use crate::config::{Config, Route};
+use crate::drain::StreamDrain;
 use crate::error::{Classify as _, chain};
 use crate::promote::report::{Outcome, Report};
-use crate::promote::{Options, execute};
+use crate::promote::{Drain, Options, execute};
 
 /// Flags of `promote`.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -32,6 +33,9 @@ pub struct Args {
     /// Promote although the initial copy is not complete; recorded in the report.
     #[arg(long)]
     pub accept_incomplete: bool,
+    /// Under route kinesis: open without what the stream still holds; recorded in the report.
+    #[arg(long)]
+    pub skip_drain: bool,
     /// Print the report as JSON.
     #[arg(long)]
     pub json: bool,
@@ -44,8 +48,14 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
     let options = Options {
         plan: args.plan,
         accept_incomplete: args.accept_incomplete,
+        skip_drain: args.skip_drain,
     };
-    match Box::pin(execute::promote(&config, options, started_at)).await {
+    let stream = StreamDrain { config: &config };
+    let route: Option<&dyn Drain> = match config.route {
+        Route::Direct => None,
+        Route::Kinesis { .. } => Some(&stream),
+    };
+    match Box::pin(execute::promote(&config, options, started_at, route)).await {
         Ok(report) => {
             let text = if args.json {
                 pretty(&report)

@@ -22,7 +22,7 @@ use super::plan::{Refusal, plan};
 use super::report::{DatabaseReport, Outcome, Report};
 use super::state::{self, Action, Edge, State};
 use super::steps::{Detail, Record};
-use super::{Doing, Options, PromoteError, fence, hooks, loss, steps};
+use super::{Doing, Drain, Options, PromoteError, fence, hooks, loss, steps};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
 use crate::failpoint;
@@ -33,11 +33,12 @@ use crate::prepared;
 const LOCK_WITHIN: Duration = Duration::from_secs(10);
 
 /// Promotes, or says what it would do. `started_at` is when the command was started: RTO counts
-/// from there.
+/// from there. `route` is what may still hold something for the replica.
 pub async fn promote(
     config: &Config,
     options: Options,
     started_at: Timestamp,
+    route: Option<&dyn Drain>,
 ) -> Result<Report, PromoteError> {
     let observed = observe::observe(config, "promote").await?;
     if observed.databases.is_empty() {
@@ -58,6 +59,8 @@ pub async fn promote(
         config,
         started_at: started_at.to_string(),
         accepted,
+        route,
+        skip_drain: options.skip_drain,
     };
     let walks = observed
         .databases
@@ -79,6 +82,8 @@ struct Begun<'a> {
     config: &'a Config,
     started_at: String,
     accepted: Vec<String>,
+    route: Option<&'a dyn Drain>,
+    skip_drain: bool,
 }
 
 /// The report of a promotion that has ended before.
@@ -186,6 +191,7 @@ async fn walk_edge(
                 settled.committed, settled.rolled_back
             )
         }
+        Action::Drain => drain(begun, client, record).await?,
         Action::StateLoss => state_loss(begun.config, client, record).await?,
         Action::SetSequences => {
             steps::add_deferred(client, record).await?;
@@ -243,6 +249,37 @@ async fn lock(client: &Client, record: &Record) -> Result<(), PromoteError> {
         }
         sleep(Duration::from_millis(100)).await;
     }
+}
+
+/// Applies what is still on its way, and takes over how far the replica is then.
+async fn drain(
+    begun: &Begun<'_>,
+    client: &Client,
+    record: &mut Record,
+) -> Result<String, PromoteError> {
+    let Some(route) = begun.route else {
+        return Ok("route direct: there is nothing between the two sides".to_owned());
+    };
+    if begun.skip_drain {
+        let said = "what the Kinesis stream still held was left out (--skip-drain)".to_owned();
+        record
+            .detail
+            .accepted
+            .push(format!("{}: {said}", record.name));
+        return Ok(said);
+    }
+    let drained = route
+        .drain(&record.name)
+        .await
+        .map_err(PromoteError::Drain)?;
+    for warning in drained.warnings {
+        record.warn(warning);
+    }
+    steps::read_progress(client, record).await?;
+    Ok(format!(
+        "{} transactions of the Kinesis stream were applied",
+        drained.transactions
+    ))
 }
 
 async fn state_loss(

@@ -29,8 +29,38 @@ mod steps;
 
 pub use steps::set_sequences_ahead;
 
+use futures_util::future::BoxFuture;
+
 use crate::error::{Class, Classify};
 use crate::pg::PgError;
+
+/// What is between the source and the replica under route `kinesis`, as far as a promotion knows it.
+pub trait Drain: Sync {
+    /// Applies to this database everything that was there when it was called. The term is raised already; nobody else
+    /// applies.
+    fn drain<'a>(&'a self, database: &'a str) -> BoxFuture<'a, Result<Drained, DrainError>>;
+}
+
+/// What draining did.
+#[derive(Clone, Debug, Default)]
+pub struct Drained {
+    /// Transactions applied.
+    pub transactions: u64,
+    /// What could not be applied, in words.
+    pub warnings: Vec<String>,
+}
+
+/// Why it could not be drained.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct DrainError {
+    /// What happened.
+    pub message: String,
+    /// Whether it may go away.
+    pub class: Class,
+    /// What to do.
+    pub hint: Option<String>,
+}
 
 /// What the operator asked for.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,6 +69,8 @@ pub struct Options {
     pub plan: bool,
     /// Promote although the initial copy is not complete.
     pub accept_incomplete: bool,
+    /// Open without what the Kinesis stream still holds.
+    pub skip_drain: bool,
 }
 
 /// Why a promotion did not get further. The state reached stays stored: the command is repeated.
@@ -86,6 +118,9 @@ pub enum PromoteError {
         /// What is wrong with it.
         reason: String,
     },
+    /// What is still on its way cannot be applied.
+    #[error("apply what the Kinesis stream still holds")]
+    Drain(#[source] DrainError),
     /// Something keeps the progress row locked and cannot be ended.
     #[error("the progress row of stream {stream} stays locked by {by}")]
     FenceBlocked {
@@ -121,6 +156,7 @@ impl Classify for PromoteError {
     fn class(&self) -> Class {
         match self {
             Self::Replica { source, .. } => source.class(),
+            Self::Drain(error) => error.class,
             Self::Busy { .. } | Self::FenceBlocked { .. } | Self::SessionsRemain { .. } => {
                 Class::Transient
             }
@@ -139,6 +175,13 @@ impl Classify for PromoteError {
                 Some(hint) => return Some(hint),
                 None => "run the same command again: it goes on where it stopped",
             },
+            Self::Drain(error) => {
+                let what = error.hint.as_deref().unwrap_or("run the same command again: it goes on where it stopped");
+                return Some(format!(
+                    "{what}. If there is no time for that: the same command with --skip-drain opens the replica without it, and \
+                     the report says so"
+                ));
+            }
             Self::NothingToPromote { .. } => {
                 "check replica.url, source.slot and source.databases: is this the replica, and has `dr-agent run` ever started?"
             }

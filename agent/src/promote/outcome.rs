@@ -161,6 +161,10 @@ fn now_there(action: Action, database: &Database, config: &Config) -> String {
         Action::SettlePrepared => format!(" ({} now)", database.prepared),
         Action::SetSequences => format!(" ({} sequences)", database.sequences),
         Action::RunHooks => format!(" ({} hooks)", config.hooks.len()),
+        Action::Drain => match config.route.kinesis_stream(&database.name) {
+            Some(stream) => format!(" (Kinesis stream {stream})"),
+            None => " (route direct: nothing)".to_owned(),
+        },
         Action::StateLoss | Action::Open | Action::StoreReport => String::new(),
     }
 }

@@ -262,6 +262,7 @@ mod tests {
     const ACCEPT: Options = Options {
         plan: false,
         accept_incomplete: true,
+        skip_drain: false,
     };
 
     #[test]

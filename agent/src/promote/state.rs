@@ -5,7 +5,7 @@
 //! tried, so a promotion that is killed anywhere goes on from the last stored state.
 //!
 //! ```text
-//! standby ─raise term─▶ fenced ─end sessions─▶ quiet ─settle prepared─▶ settled ─state loss─▶ loss_stated
+//! standby ─raise term─▶ fenced ─end sessions─▶ quiet ─settle prepared─▶ settled ─drain─▶ drained ─state loss─▶ loss_stated
 //!     ─set sequences─▶ finished ─lift guard, write probe─▶ opened ─run hooks─▶ hooks_run ─store report─▶ done
 //! ```
 //!
@@ -17,8 +17,8 @@
 //!   still stands.
 //!
 //! # What it does not do
-//! No step waits for the source. Route `direct` has no store between source and replica, so a
-//! failover has nothing to drain: what was not applied when the term rose is the loss.
+//! No step waits for the source. Route `direct` has no store between source and replica, so there is nothing to drain: what
+//! was not applied when the term rose is the loss.
 
 use std::fmt;
 
@@ -33,6 +33,8 @@ pub enum State {
     Quiet,
     /// No prepared transaction of an older agent is left.
     Settled,
+    /// What was on its way to the replica is applied.
+    Drained,
     /// The loss is measured and stored.
     LossStated,
     /// Sequences are ahead of every value that may have been given out.
@@ -47,11 +49,12 @@ pub enum State {
 
 impl State {
     /// All states, in order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Standby,
         Self::Fenced,
         Self::Quiet,
         Self::Settled,
+        Self::Drained,
         Self::LossStated,
         Self::Finished,
         Self::Opened,
@@ -66,6 +69,7 @@ impl State {
             Self::Fenced => "fenced",
             Self::Quiet => "quiet",
             Self::Settled => "settled",
+            Self::Drained => "drained",
             Self::LossStated => "loss_stated",
             Self::Finished => "finished",
             Self::Opened => "opened",
@@ -105,6 +109,8 @@ pub enum Action {
     EndSessions,
     /// Commits or rolls back what older agents prepared.
     SettlePrepared,
+    /// Applies what the Kinesis stream holds.
+    Drain,
     /// Measures what the replica does not have.
     StateLoss,
     /// Sets sequences ahead.
@@ -131,7 +137,7 @@ pub struct Edge {
 }
 
 /// The table.
-pub const EDGES: [Edge; 8] = [
+pub const EDGES: [Edge; 9] = [
     Edge {
         from: State::Standby,
         to: State::Fenced,
@@ -152,6 +158,12 @@ pub const EDGES: [Edge; 8] = [
     },
     Edge {
         from: State::Settled,
+        to: State::Drained,
+        action: Action::Drain,
+        reason: "apply what is still on its way, so that it is not lost",
+    },
+    Edge {
+        from: State::Drained,
         to: State::LossStated,
         action: Action::StateLoss,
         reason: "state what the replica does not have, while the source may still be asked",

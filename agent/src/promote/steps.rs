@@ -17,7 +17,7 @@ use super::{Doing, PromoteError};
 use crate::catalog::{TableName, quote_ident};
 use crate::config::Config;
 use crate::error::chain;
-use crate::pg::{self, PgError, Session};
+use crate::pg::{self, PgError, PgLsn, Session};
 use crate::snapshot;
 use crate::stream::{APPLICATION_PREFIX, StreamName};
 
@@ -48,6 +48,36 @@ pub(super) struct Record {
     pub(super) stream: StreamName,
     pub(super) state: State,
     pub(super) detail: Detail,
+}
+
+/// Takes over how far the replica is; the loss counts up to when the term was raised.
+pub(super) async fn read_progress(
+    client: &Client,
+    record: &mut Record,
+) -> Result<(), PromoteError> {
+    let row = client
+        .query_opt(
+            "SELECT batch, end_lsn,
+                    to_char(commit_time AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
+                    extract(epoch FROM $2::text::timestamptz - commit_time)::float8
+               FROM dr_agent.progress WHERE stream = $1",
+            &[&record.stream.as_str(), &record.detail.database.fenced_at],
+        )
+        .await
+        .doing("read dr_agent.progress")?;
+    let Some(row) = row else {
+        return Err(PromoteError::RowGone {
+            table: "dr_agent.progress",
+            stream: record.stream.to_string(),
+            term: record.detail.database.term,
+        });
+    };
+    let report = &mut record.detail.database;
+    report.batch = row.get(0);
+    report.end_lsn = row.get::<_, PgLsn>(1).to_string();
+    report.commit_time = row.get(2);
+    report.rpo_seconds = row.get::<_, Option<f64>>(3).map(super::loss::seconds_lost);
+    Ok(())
 }
 
 impl Record {

@@ -7,6 +7,7 @@ use crate::error::{Class, Classify};
 use crate::lag::{Micros, system_time};
 use crate::pg::pgoutput::DecodeError;
 use crate::pg::{ConnInfoError, PgError, PgLsn};
+use crate::replay::ReplayError;
 use crate::sink::replica::SinkError;
 use crate::source::SourceError;
 use crate::spill::SpillError;
@@ -93,12 +94,9 @@ pub enum RestoreError {
     /// No room for large transactions.
     #[error("open the spill directory")]
     Spill(#[from] SpillError),
-    /// A change could not be applied.
-    #[error("replay the change log")]
-    Sink(#[from] SinkError),
-    /// A task ended without a word.
-    #[error("a task of the restore ended without saying why")]
-    TaskLost,
+    /// The target could not take the log.
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
 }
 
 fn named(names: &[String]) -> String {
@@ -131,7 +129,7 @@ impl Classify for RestoreError {
             Self::Store(error) => error.class(),
             Self::Source(error) => error.class(),
             Self::Spill(error) => error.class(),
-            Self::Sink(error) => error.class(),
+            Self::Replay(error) => error.class(),
             _ => Class::Definite,
         }
     }
@@ -144,11 +142,11 @@ impl Classify for RestoreError {
             Self::Store(error) => return error.hint(),
             Self::Source(error) => return error.hint(),
             Self::Spill(error) => return error.hint(),
-            Self::Sink(SinkError::TableNotCopied { .. }) => {
+            Self::Replay(ReplayError::Sink(SinkError::TableNotCopied { .. })) => {
                 "the table came after this base backup, and its first rows are in no log: restore to a moment \
                  behind the next base backup, or before the table"
             }
-            Self::Sink(error) => return error.hint(),
+            Self::Replay(error) => return error.hint(),
             Self::NoArchive => "write [archive] with its url",
             Self::WhichDatabase(_) => "name one with --database",
             Self::NothingOf(_) => "dr-agent backup --list shows what there is",
@@ -166,7 +164,7 @@ impl Classify for RestoreError {
             }
             Self::Busy => "wait for it, or end it",
             Self::NoTable(_) => "write it as schema.table, as dr-agent backup --list shows it",
-            Self::TargetUrl(_) | Self::Decode(_) | Self::TaskLost => return None,
+            Self::TargetUrl(_) | Self::Decode(_) => return None,
         };
         Some(hint.to_owned())
     }

@@ -16,11 +16,10 @@
 //! It needs no source and asks none. Roles are not created: what the target lacks, is said. Tables that came after the
 //! base backup have their first rows in no log; a change to one is an error that says so.
 
-mod apply;
 mod error;
+mod log;
 mod moment;
 mod plan;
-mod replay;
 mod target;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -30,8 +29,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 pub use error::RestoreError;
+pub use log::Beyond;
 pub use moment::Moment;
-pub use replay::Beyond;
 
 use crate::archive::{Chain, Layout, Span};
 use crate::backup::{self, LoadJob};
@@ -40,14 +39,14 @@ use crate::config::Config;
 use crate::lag::{Micros, pg_micros};
 use crate::ledger::BatchNumber;
 use crate::pg::{ConnInfo, PgLsn};
+use crate::replay::{self, Reached, Target};
 use crate::snapshot::CopyObserver;
 use crate::source::{IntakeLimits, LogIntake};
 use crate::spill::{self, SpillSpace};
 use crate::store::Store;
 use crate::stream::StreamName;
-use apply::{Reached, Target};
+use log::Replay;
 use plan::Base;
-use replay::Replay;
 use target::{Found, Position};
 
 /// Transactions between reading and applying; their bytes are bounded by `limits.queue_bytes`.
@@ -305,7 +304,7 @@ async fn replay(
         drop(intake);
         beyond
     };
-    let applying = apply::apply(config, target, from, transactions, |reached| {
+    let applying = replay::apply(config, target, from, transactions, |reached| {
         observer.replayed(reached.end_lsn, plan.chain.end, reached.commit_time);
     });
     let (beyond, reached) = tokio::join!(reading, applying);

@@ -58,6 +58,32 @@ pub async fn prepare_receiving(
     Box::pin(receiving.prepare(new_table)).await
 }
 
+/// What a promotion goes on from once it has raised the term: nobody else applies, and nothing is copied any more.
+///
+/// # Errors
+/// [`SetupError`]
+pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepared, SetupError> {
+    let stream = config.stream(database);
+    let client = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
+    let known = replica::remembered(&client, &stream).await?;
+    let (Some(history), Some(progress)) = (known.recorded, known.progress) else {
+        return Err(SetupError::NotSent {
+            stream: stream.to_string(),
+        });
+    };
+    let receiving = Receiving {
+        config,
+        database,
+        stream,
+        replica_info: config.replica.conninfo.with_dbname(database),
+        observer: &(),
+        cancel: &CancellationToken::new(),
+    };
+    receiving
+        .prepared(client, history, progress, progress.end_lsn)
+        .await
+}
+
 struct Receiving<'a> {
     config: &'a Config,
     database: &'a str,

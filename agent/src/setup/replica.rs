@@ -220,6 +220,14 @@ pub(super) async fn known(client: &Client, stream: &StreamName) -> Result<Known,
         return Ok(Known::default());
     }
     refuse_promoted(client).await?;
+    remembered(client, stream).await
+}
+
+/// Reads what a replica with schema `dr_agent` remembers, promoted or not.
+pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<Known, SetupError> {
+    let sql = |error: tokio_postgres::Error| {
+        SetupError::sql(Side::Replica, "read schema dr_agent")(error.into())
+    };
     let recorded = client
         .query_typed_opt(
             "SELECT system_identifier, timeline FROM dr_agent.stream WHERE stream = $1",

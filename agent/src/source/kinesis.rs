@@ -41,7 +41,10 @@ use crate::stream::StreamName;
 const EVENTS: usize = 4;
 
 /// How much earlier than the last applied commit the stream is read: clocks differ, and records wait to be put.
-const EARLIER: Duration = Duration::from_secs(600);
+const EARLIER: Duration = Duration::from_secs(60);
+
+/// A stream that gives no sign of life for so long cannot be drained now.
+const STANDSTILL: Duration = Duration::from_secs(30);
 
 /// Between two looks whether the archive has what is missing.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -184,10 +187,16 @@ impl Receiving {
         }));
         let queue = self.queue.clone();
         loop {
+            let draining = self.until != Until::Stopped;
             let event = tokio::select! {
                 biased;
                 () = queue.closed() => return Ok(Next::End(None)),
                 event = events_seen.recv() => event,
+                () = tokio::time::sleep(STANDSTILL), if draining => {
+                    return Err(SourceError::Silent {
+                        stream: self.settings.kinesis_stream.clone(),
+                    });
+                }
             };
             let next = match event {
                 Some(Event::Records(records)) => self.records(records).await?,
@@ -307,6 +316,17 @@ impl Receiving {
             && at >= tip
         {
             return match gap {
+                None => Ok(Some(Next::End(None))),
+                Some(gap) if gap.accepted => {
+                    let since = tip;
+                    let stalled = Stalled {
+                        from: gap.from,
+                        since,
+                        looked: None,
+                    };
+                    self.missing(gap, stalled).await
+                }
+                // The writer died with something on its way; the archive may have got it.
                 Some(gap) if self.fill(gap).await? => self.records(Vec::new()).await,
                 gap => Ok(Some(Next::End(gap))),
             };

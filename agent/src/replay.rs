@@ -1,6 +1,7 @@
-//! Transactions of the change log into the target, through the replica sink.
+//! Transactions of a change log into a database, through the replica sink, until there are no more.
 //!
-//! A pipeline without a slot, a lag and a clock: what a batch holds and when it is durable is the same.
+//! A pipeline without a slot, a lag and a clock: what a batch holds and when it is durable is the same. `restore` builds a
+//! database with it, and a promotion empties the Kinesis stream with it.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -8,55 +9,82 @@ use std::sync::Arc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
-use super::RestoreError;
 use crate::batch::{Batch, IN_FLIGHT_MAX, Queue};
 use crate::catalog::TableName;
 use crate::config::Config;
+use crate::error::{Class, Classify};
 use crate::lag::Micros;
 use crate::ledger::BatchNumber;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
+use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkError, SinkSettings, Synced};
 use crate::source::Received;
 use crate::stream::StreamName;
 
+/// Why transactions could not be applied.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// The database does not take them.
+    #[error("apply the change log")]
+    Sink(#[from] SinkError),
+    /// A bug.
+    #[error("a task of the replay ended without saying why")]
+    TaskLost,
+}
+
+impl Classify for ReplayError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Sink(error) => error.class(),
+            Self::TaskLost => Class::Transient,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Sink(error) => error.hint(),
+            Self::TaskLost => None,
+        }
+    }
+}
+
 /// How far the target is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Reached {
+pub struct Reached {
     /// The end of the last transaction that is in it.
-    pub(super) end_lsn: PgLsn,
-    /// When that committed on the source; none if nothing came after the base backup.
-    pub(super) commit_time: Option<Micros>,
+    pub end_lsn: PgLsn,
+    /// When that committed on the source; none where that is not known.
+    pub commit_time: Option<Micros>,
     /// Number of the last batch.
-    pub(super) batch: BatchNumber,
+    pub batch: BatchNumber,
     /// Transactions replayed by this run.
-    pub(super) transactions: u64,
+    pub transactions: u64,
 }
 
 /// Where the transactions go.
-pub(super) struct Target<'a> {
+pub struct Target<'a> {
     /// The database.
-    pub(super) conninfo: &'a ConnInfo,
+    pub conninfo: &'a ConnInfo,
     /// Whose progress row is kept in it.
-    pub(super) stream: &'a StreamName,
+    pub stream: &'a StreamName,
     /// The term of that row.
-    pub(super) term: i64,
-    /// The tables of the base backup, as of its position.
-    pub(super) tables: HashMap<TableName, Option<PgLsn>>,
-    /// The position of the base backup.
-    pub(super) as_of: PgLsn,
+    pub term: i64,
+    /// The tables it has, and from where on changes are not in them yet.
+    pub tables: HashMap<TableName, Option<PgLsn>>,
+    /// A change of another table before this position is ignored; one behind it is an error.
+    pub as_of: PgLsn,
 }
 
 /// Applies transactions until there are no more; `progress` is told after every batch.
 ///
 /// # Errors
-/// [`RestoreError`]
-pub(super) async fn apply(
+/// [`ReplayError`]
+pub async fn apply(
     config: &Config,
     target: Target<'_>,
     from: Reached,
     mut transactions: mpsc::Receiver<Received>,
     mut progress: impl FnMut(&Reached),
-) -> Result<Reached, RestoreError> {
+) -> Result<Reached, ReplayError> {
     let limits = &config.limits;
     let settings = SinkSettings {
         stream: target.stream.clone(),
@@ -101,7 +129,7 @@ pub(super) async fn apply(
                 // The sink has failed; its last outcome says why.
                 Some(Err(TrySendError::Closed(_))) => break,
                 // There is room for as many as may be in flight.
-                Some(Err(TrySendError::Full(_))) | None => return Err(RestoreError::TaskLost),
+                Some(Err(TrySendError::Full(_))) | None => return Err(ReplayError::TaskLost),
             }
         }
         if state.is_done() {
@@ -115,7 +143,7 @@ pub(super) async fn apply(
                     progress(&state.reached);
                 }
                 None if state.is_done() => break,
-                None => return Err(RestoreError::TaskLost),
+                None => return Err(ReplayError::TaskLost),
             },
             received = transactions.recv(), if !state.ended => match received {
                 Some(received) => {
@@ -162,7 +190,7 @@ impl State {
         self.ended && self.queue.is_empty() && self.in_flight == 0
     }
 
-    fn durable(&mut self, outcome: Outcome) -> Result<(), RestoreError> {
+    fn durable(&mut self, outcome: Outcome) -> Result<(), ReplayError> {
         let batch = outcome.batch;
         outcome.result?;
         self.in_flight -= 1;
