@@ -10,7 +10,6 @@ use dr_agent::cli::{Cli, Command, Shared};
 use dr_agent::cmd;
 use dr_agent::config::{Config, ConfigError};
 use dr_agent::error::{Classify, chain};
-
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;

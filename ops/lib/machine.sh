@@ -7,8 +7,9 @@
 RUST_MINOR_MIN=88
 # PostgreSQL's first supported major version.
 PG_MAJOR_MIN=14
-# The stand-in for AWS that the tests were written against.
+# The stand-ins for AWS that the tests were written against.
 MOTO_VERSION=5.2.5
+KINESALITE_VERSION=3.3.3
 
 if [[ -t 1 && -z ${NO_COLOR:-} && ${TERM:-dumb} != dumb ]]; then
     BOLD=$'\e[1m' DIM=$'\e[2m' RED=$'\e[31m' GREEN=$'\e[32m' PLAIN=$'\e[0m'
@@ -107,10 +108,17 @@ provide_packages() {
     PG_VERSION=$version
 }
 
-# Puts moto_server, which stands in for S3 in the tests, into a virtual environment of its own:
-# target/aws-stand-ins. Its last step names the version, so an interrupted or older one is made anew.
+# Puts what stands in for AWS in the tests into a directory of its own, target/aws-stand-ins: moto_server (S3 and
+# Kinesis) into a virtual environment there, and kinesalite (Kinesis) below. The last step of each names the version,
+# so an interrupted or older one is made anew.
 provide_aws_stand_ins() {
-    local dir=target/aws-stand-ins
+    # moto first: it clears the directory.
+    provide_moto target/aws-stand-ins
+    provide_kinesalite target/aws-stand-ins
+}
+
+provide_moto() {
+    local dir=$1
     [[ -e $dir/moto-$MOTO_VERSION ]] && return
     if ! python3 -c 'import ensurepip' 2>/dev/null; then
         as_root apt-get -o DPkg::Lock::Timeout=300 -qq update </dev/null
@@ -121,6 +129,21 @@ provide_aws_stand_ins() {
     # Not moto[server]: that is all of AWS, and half a minute. Without crc32c moto returns other checksums.
     "$dir/bin/python" -m pip install --quiet --disable-pip-version-check "moto[s3crc32c]==$MOTO_VERSION" flask flask-cors
     touch "$dir/moto-$MOTO_VERSION"
+}
+
+provide_kinesalite() {
+    local dir=$1
+    [[ -e $dir/kinesalite-$KINESALITE_VERSION ]] && return
+    if ! command -v node >/dev/null || ! command -v npm >/dev/null; then
+        as_root apt-get -o DPkg::Lock::Timeout=300 -qq update </dev/null
+        apt_install nodejs npm
+    fi
+    rm -rf "$dir/kinesalite"
+    mkdir -p "$dir/kinesalite"
+    # Without optional packages: they would keep streams on a disk, and need a compiler.
+    npm install --prefix "$dir/kinesalite" --silent --no-audit --no-fund --omit=optional \
+        "kinesalite@$KINESALITE_VERSION" </dev/null
+    touch "$dir/kinesalite-$KINESALITE_VERSION"
 }
 
 # Finds cargo, also where rustup put it but the shell does not look.

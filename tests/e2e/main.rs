@@ -19,6 +19,7 @@ mod disturbances;
 mod fencing;
 mod harness;
 mod init;
+mod kinesis;
 mod lanes;
 mod large;
 mod observe;

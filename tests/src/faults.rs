@@ -9,7 +9,7 @@
 //!
 //! # What it does not do
 //! No TLS, no chunked requests, and nothing streams: requests and answers are held in memory. The server must
-//! end its connection after an answer, as moto does.
+//! end its connection after an answer when it is asked to.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -153,7 +153,9 @@ async fn carry(
 }
 
 /// The head as text, and all of the request; `None` when the client has nothing to ask.
-async fn read_request(client: &mut TcpStream) -> std::io::Result<Option<(String, Vec<u8>)>> {
+pub(crate) async fn read_request(
+    client: &mut TcpStream,
+) -> std::io::Result<Option<(String, Vec<u8>)>> {
     let mut request = Vec::new();
     let body = loop {
         if client.read_buf(&mut request).await? == 0 {
@@ -178,16 +180,20 @@ async fn read_request(client: &mut TcpStream) -> std::io::Result<Option<(String,
     Ok(Some((head, request)))
 }
 
-async fn forward(target: SocketAddr, request: &[u8]) -> std::io::Result<Vec<u8>> {
+/// The whole answer of the server, which is asked to end its connection behind it.
+pub(crate) async fn forward(target: SocketAddr, request: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut server = TcpStream::connect(target).await?;
-    server.write_all(request).await?;
+    let line = request.windows(2).position(|bytes| bytes == b"\r\n");
+    let (line, rest) = request.split_at(line.map_or(0, |end| end + 2));
+    let request = [line, b"Connection: close\r\n", rest].concat();
+    server.write_all(&request).await?;
     let mut answer = Vec::new();
     server.read_to_end(&mut answer).await?;
     Ok(answer)
 }
 
 /// Where the body begins.
-fn body_of(message: &[u8]) -> usize {
+pub(crate) fn body_of(message: &[u8]) -> usize {
     let end = message.windows(4).position(|bytes| bytes == b"\r\n\r\n");
     end.map_or(message.len(), |end| end + 4)
 }

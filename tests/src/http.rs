@@ -1,4 +1,4 @@
-//! A request without a body, and the Prometheus text format: just enough to look at what the agent serves.
+//! A small request, and the Prometheus text format: just enough to look at what the agent and stand-ins serve.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -24,7 +24,28 @@ pub async fn get(port: u16, path: &str) -> Result<Answer, String> {
 
 /// The same with another method.
 pub async fn ask(port: u16, method: &str, path: &str) -> Result<Answer, String> {
-    let asked = tokio::time::timeout(Duration::from_secs(5), exchange(port, method, path)).await;
+    send(port, method, path, &[], "").await
+}
+
+/// The same with headers and a body.
+pub async fn send(
+    port: u16,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) -> Result<Answer, String> {
+    // Version 1.0: the answer ends with the connection and is not cut into chunks.
+    let mut request = format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\n");
+    for (name, value) in headers {
+        request += &format!("{name}: {value}\r\n");
+    }
+    if !body.is_empty() {
+        request += &format!("Content-Length: {}\r\n", body.len());
+    }
+    request += "\r\n";
+    request += body;
+    let asked = tokio::time::timeout(Duration::from_secs(5), exchange(port, &request)).await;
     let bytes = match asked {
         Ok(answer) => answer.map_err(|error| error.to_string())?,
         Err(_) => return Err(format!("no answer to {method} {path} within 5 s")),
@@ -45,10 +66,8 @@ pub async fn ask(port: u16, method: &str, path: &str) -> Result<Answer, String> 
     })
 }
 
-async fn exchange(port: u16, method: &str, path: &str) -> std::io::Result<Vec<u8>> {
+async fn exchange(port: u16, request: &str) -> std::io::Result<Vec<u8>> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).await?;
-    // Version 1.0: the answer ends with the connection and is not cut into chunks.
-    let request = format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await?;

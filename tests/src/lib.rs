@@ -5,7 +5,8 @@
 //!      └─ PgServer (replica) ◀─ Client        workload: random concurrent transactions
 //! Proxy: the network between them             wait: the only way time passes
 //! Agent ── Running: commands, run, signals, /metrics, /status
-//! Moto: a stand-in for S3                     faults: spoils chosen requests on the way there
+//! Moto: a stand-in for S3 and Kinesis         faults: spoils chosen requests on the way to S3
+//! Kinesalite: another for Kinesis             kinesis_faults: the same on the way to Kinesis
 //! ```
 //!
 //! # Invariants
@@ -24,10 +25,13 @@ pub mod client;
 pub mod compare;
 pub mod faults;
 pub mod http;
+pub mod kinesalite;
+pub mod kinesis_faults;
 pub mod moto;
 pub mod proxy;
 pub mod rundir;
 pub mod server;
 pub mod site;
+pub mod streams;
 pub mod wait;
 pub mod workload;

@@ -1,7 +1,8 @@
-//! A stand-in for S3: `moto_server`, a Python program that keeps buckets in memory.
+//! A stand-in for S3 and Kinesis: `moto_server`, a Python program that keeps buckets and streams in memory.
 //!
 //! `ops/test` puts it into a virtual environment, `target/aws-stand-ins`; `DR_AGENT_AWS_STAND_INS` names
-//! another. Each value of [`Moto`] is a server of its own on a free port of 127.0.0.1, without any bucket.
+//! another. Each value of [`Moto`] is a server of its own on a free port of 127.0.0.1, without any bucket or stream.
+//! Streams are made with [`crate::streams`].
 //!
 //! # Invariants
 //! - `Drop` ends the server, also when a test panics; [`crate::rundir`] does it for a test process that dies.
@@ -10,6 +11,10 @@
 //! # What it does not do
 //! moto checks no signature, no permission and no checksum, and its answers come at once. How a store takes
 //! what the real S3 refuses is tested with [`crate::faults`].
+//!
+//! Its Kinesis never ends a shard: one that was split or merged gives an iterator for ever, and takes records still
+//! (what was in it is also in its children). MillisBehindLatest is the time from the last record of the answer to the
+//! last of the shard, not to now. It counts the shards of a stream as they were when it was made.
 
 use std::env;
 use std::fs::File;
@@ -17,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use dr_agent::store::S3Settings;
+use dr_agent::aws::AwsSettings;
 
 use crate::http;
 use crate::rundir::{directory_for, tail};
@@ -27,8 +32,28 @@ use crate::server::free_port;
 const START_MAX: Duration = Duration::from_secs(60);
 
 /// The last argument is for [`crate::rundir`], which ends what names its directory.
-const SCRIPT: &str =
-    "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])";
+///
+/// moto answers several requests at the same time, and its Kinesis is not made for that: two calls of PutRecords may
+/// give two records one number, and the first is lost. So it gets a lock.
+const SCRIPT: &str = "
+import functools, sys, threading
+from moto.kinesis.models import KinesisBackend
+from moto.server import main
+
+lock = threading.RLock()
+
+def alone(method):
+    @functools.wraps(method)
+    def locked(*args, **kwargs):
+        with lock:
+            return method(*args, **kwargs)
+    return locked
+
+for name in ['put_record', 'put_records', 'get_records', 'split_shard', 'merge_shards']:
+    setattr(KinesisBackend, name, alone(getattr(KinesisBackend, name)))
+
+main(['-H', '127.0.0.1', '-p', sys.argv[1]])
+";
 
 /// The keys of a listing that come on one page. S3 has 1000; fewer show as well that pages are followed.
 pub const PAGE: usize = 7;
@@ -102,8 +127,8 @@ impl Moto {
         self.port
     }
 
-    /// What leads a store here.
-    pub fn settings(&self) -> S3Settings {
+    /// What leads a store or a stream here.
+    pub fn settings(&self) -> AwsSettings {
         settings(self.port)
     }
 
@@ -133,9 +158,9 @@ impl Drop for Moto {
     }
 }
 
-/// What leads a store to a port of this machine.
-pub fn settings(port: u16) -> S3Settings {
-    S3Settings {
+/// What leads a store or a stream to a port of this machine.
+pub fn settings(port: u16) -> AwsSettings {
+    AwsSettings {
         endpoint: Some(format!("http://127.0.0.1:{port}")),
         region: Some("eu-central-1".to_owned()),
         credentials: Some(("test".to_owned(), SECRET.to_owned())),
@@ -143,10 +168,14 @@ pub fn settings(port: u16) -> S3Settings {
     }
 }
 
-fn python() -> PathBuf {
-    let directory = match env::var_os("DR_AGENT_AWS_STAND_INS") {
+/// Where the stand-ins for AWS are.
+pub(crate) fn stand_ins() -> PathBuf {
+    match env::var_os("DR_AGENT_AWS_STAND_INS") {
         Some(directory) => PathBuf::from(directory),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/aws-stand-ins"),
-    };
-    directory.join("bin/python")
+    }
+}
+
+fn python() -> PathBuf {
+    stand_ins().join("bin/python")
 }

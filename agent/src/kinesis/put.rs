@@ -17,8 +17,8 @@
 use aws_sdk_kinesis::error::BuildError;
 use aws_sdk_kinesis::primitives::Blob;
 use aws_sdk_kinesis::types::{PutRecordsRequestEntry, PutRecordsResultEntry};
-use futures_util::future::BoxFuture;
-use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 
 use super::calls::{Record, pack};
 use super::streak::Streak;
@@ -68,15 +68,22 @@ impl Kinesis {
             stream: self.stream().to_owned(),
             reason,
         })?;
-        // Each is boxed: a request is large. The type is said, so that the whole can be sent to another thread.
-        let calls: Vec<BoxFuture<'_, Result<(), KinesisError>>> = calls
-            .into_iter()
-            .map(|call| -> BoxFuture<'_, _> { Box::pin(self.put_call(call, on)) })
-            .collect();
-        stream::iter(calls)
-            .buffer_unordered(CALLS_MAX)
-            .try_collect()
-            .await
+        let mut calls = calls.into_iter();
+        let mut putting = FuturesUnordered::new();
+        loop {
+            let room = CALLS_MAX - putting.len();
+            // Each is boxed: a request is large.
+            putting.extend(
+                calls
+                    .by_ref()
+                    .take(room)
+                    .map(|call| Box::pin(self.put_call(call, on))),
+            );
+            match putting.next().await {
+                Some(put) => put?,
+                None => return Ok(()),
+            }
+        }
     }
 
     async fn put_call(
