@@ -143,6 +143,16 @@ pub fn settings(port: u16) -> S3Settings {
     }
 }
 
+/// The same as the environment of a program.
+pub fn environment(endpoint: &str) -> [(&'static str, &str); 4] {
+    [
+        ("AWS_ENDPOINT_URL", endpoint),
+        ("AWS_REGION", "eu-central-1"),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", SECRET),
+    ]
+}
+
 fn python() -> PathBuf {
     let directory = match env::var_os("DR_AGENT_AWS_STAND_INS") {
         Some(directory) => PathBuf::from(directory),

@@ -224,6 +224,7 @@ mod tests {
         Listed {
             name: name.to_owned(),
             bytes,
+            written_at: None,
         }
     }
 
