@@ -6,6 +6,7 @@
 //! Proxy: the network between them             wait: the only way time passes
 //! Agent ── Running: commands, run, signals, /metrics, /status
 //! Moto: a stand-in for S3                     faults: spoils chosen requests on the way there
+//! archive: a past that is remembered, and restores that are compared with it
 //! ```
 //!
 //! # Invariants
@@ -18,6 +19,7 @@
 //! test has its servers busy, and more than about one test per core only adds waiting.
 
 pub mod agent;
+pub mod archive;
 pub mod backup;
 pub mod binaries;
 pub mod client;

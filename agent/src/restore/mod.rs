@@ -152,7 +152,10 @@ async fn segments(store: &Store, layout: &Layout) -> Result<BTreeMap<Span, u64>,
 }
 
 /// Where the newest base backup is, and the others beside it. A source that was built anew has another system identifier.
-async fn newest_source(
+///
+/// # Errors
+/// [`RestoreError::NothingOf`] before the first base backup.
+pub async fn newest_source(
     store: &Store,
     stream: &StreamName,
     database: &str,
