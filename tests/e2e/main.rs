@@ -8,6 +8,7 @@
 )]
 
 mod archive;
+mod archive_writers;
 mod backup;
 mod bad_input;
 mod catch_up;
