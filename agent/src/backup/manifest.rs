@@ -118,8 +118,11 @@ impl Manifest {
             .filter_map(|object| Some((object, object.data.as_ref()?)))
     }
 
-    /// As it is stored.
-    pub(super) fn to_json(&self) -> Result<String, serde_json::Error> {
+    /// As it is stored, under its checksum.
+    ///
+    /// # Errors
+    /// None that can be expected: it is plain data.
+    pub fn to_json(&self) -> Result<String, serde_json::Error> {
         let json = serde_json::to_string_pretty(self)?;
         let above = json.strip_suffix("\n}").unwrap_or(&json);
         Ok(format!("{above}{SEAL}{}\"\n}}\n", sha256(above.as_bytes())))

@@ -37,6 +37,7 @@ use crate::archive::{Chain, Layout, Span};
 use crate::backup::{self, LoadJob};
 use crate::catalog::TableName;
 use crate::config::Config;
+use crate::failpoint;
 use crate::lag::{Micros, pg_micros};
 use crate::ledger::BatchNumber;
 use crate::pg::{ConnInfo, PgLsn};
@@ -111,7 +112,7 @@ pub trait Observer: Send + Sync {
 /// [`RestoreError`]
 pub async fn plan(config: &Config, store: &Store, options: &Options) -> Result<Plan, RestoreError> {
     let stream = config.stream(&options.database);
-    let (layout, bases) = newest_source(store, &stream, &options.database).await?;
+    let (layout, bases) = source_at(store, &stream, &options.database, options.moment).await?;
     let known: Vec<Base> = bases.iter().map(base_of).collect();
     let chosen = plan::choose(&known, options.moment)?;
     let base = bases
@@ -151,7 +152,27 @@ async fn segments(store: &Store, layout: &Layout) -> Result<BTreeMap<Span, u64>,
     Ok(segments.collect())
 }
 
-/// Where the newest base backup is, and the others beside it. A source that was built anew has another system identifier.
+/// Every source that has written under this name, with its base backups. One that was built anew, by `pg_upgrade` for
+/// instance, has another system identifier.
+async fn sources(
+    store: &Store,
+    stream: &StreamName,
+) -> Result<Vec<(Layout, Vec<backup::Summary>)>, RestoreError> {
+    let mut found = Vec::new();
+    for folder in store.folders(&format!("{stream}/")).await? {
+        let Ok(system_identifier) = folder.parse() else {
+            continue;
+        };
+        let layout = Layout::new(stream, system_identifier);
+        let bases = backup::list(store, &layout.bases()).await?;
+        if !bases.is_empty() {
+            found.push((layout, bases));
+        }
+    }
+    Ok(found)
+}
+
+/// The source with the newest base backup, and all of its base backups, oldest first.
 ///
 /// # Errors
 /// [`RestoreError::NothingOf`] before the first base backup.
@@ -160,22 +181,29 @@ pub async fn newest_source(
     stream: &StreamName,
     database: &str,
 ) -> Result<(Layout, Vec<backup::Summary>), RestoreError> {
-    let mut newest = None;
-    for folder in store.folders(&format!("{stream}/")).await? {
-        let Ok(system_identifier) = folder.parse() else {
-            continue;
-        };
-        let layout = Layout::new(stream, system_identifier);
-        let bases = backup::list(store, &layout.bases()).await?;
-        let as_of = bases.iter().map(|base| base.as_of).max();
-        if newest.as_ref().is_none_or(|(of, _)| *of < as_of) {
-            newest = Some((as_of, (layout, bases)));
-        }
-    }
-    match newest {
-        Some((Some(_), found)) => Ok(found),
-        _ => Err(RestoreError::NothingOf(database.to_owned())),
-    }
+    source_at(store, stream, database, Moment::End).await
+}
+
+/// The source that was the newest at that time. A position means nothing without its source: that is the newest there is.
+async fn source_at(
+    store: &Store,
+    stream: &StreamName,
+    database: &str,
+    moment: Moment,
+) -> Result<(Layout, Vec<backup::Summary>), RestoreError> {
+    let newest = |bases: &[backup::Summary]| {
+        let times = bases.iter().map(|base| (base.lsn, micros(base.as_of)));
+        let usable = times.filter(|(lsn, time)| match moment {
+            Moment::Time(_) => moment.is_at_or_after(*lsn, *time),
+            Moment::End | Moment::Lsn(_) => true,
+        });
+        usable.map(|(_, time)| time).max()
+    };
+    let sources = sources(store, stream).await?;
+    sources
+        .into_iter()
+        .max_by_key(|(_, bases)| newest(bases))
+        .ok_or_else(|| RestoreError::NothingOf(database.to_owned()))
 }
 
 /// Builds the database as planned.
@@ -192,7 +220,14 @@ pub async fn restore(
 ) -> Result<Report, RestoreError> {
     let stream = own_stream(config, options);
     let mut client = target::open(&options.target, &stream).await?;
-    let position = match target::find(&client, &stream, plan.layout.system_identifier()).await? {
+    let position = match target::find(
+        &client,
+        options.target.dbname(),
+        &stream,
+        plan.layout.system_identifier(),
+    )
+    .await?
+    {
         Found::Interrupted(position) => {
             expect_the_same(&position, &plan, options)?;
             plan.chain = plan::log(position.end_lsn, &plan.spans, options.moment)?;
@@ -203,11 +238,13 @@ pub async fn restore(
             let base = load(config, store, options, &plan, copy).await?;
             let id = plan.layout.system_identifier();
             let whole = options.tables.is_empty();
+            failpoint::hit("restore:base-loaded");
             target::loaded(&mut client, &stream, id, plan.base.lsn, &base, whole).await?
         }
     };
     observer.replayed(position.end_lsn, plan.chain.end, None);
     let (reached, beyond) = replay(config, store, options, &plan, &position, observer).await?;
+    failpoint::hit("restore:replayed");
     let sequences = crate::promote::set_sequences_ahead(&client).await;
     let (sequences, warnings) = sequences.map_err(RestoreError::target("set sequences"))?;
     target::finish(&client).await?;
