@@ -114,7 +114,7 @@ async fn two_databases_share_an_archive_and_not_their_histories() {
     verified.expect_code(1).expect_words(&words);
 }
 
-fn span(path: &PathBuf) -> Span {
+fn span(path: &Path) -> Span {
     Span::parse(path.file_stem().unwrap().to_str().unwrap()).unwrap()
 }
 
