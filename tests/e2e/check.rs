@@ -1,9 +1,15 @@
 //! Goal: `check` names everything that stands in the way at once, each with what to do, and touches nothing.
-//! Method: a source with many faults, then none; findings are compared by their stable codes.
+//! Method: a source with many faults, then none; an archive that lacks one thing after the other; findings are compared by
+//! their stable codes.
 
 use std::collections::BTreeSet;
+use std::fs;
 
-use dr_agent_tests::agent::Outcome;
+use dr_agent::store::{Encryption, Store};
+use dr_agent_tests::agent::{Agent, Outcome};
+use dr_agent_tests::faults::{Fault, FaultyProxy};
+use dr_agent_tests::moto::{self, Moto};
+use dr_agent_tests::rundir::directory_for;
 use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::Site;
 
@@ -142,4 +148,207 @@ async fn missing_rights_are_named() {
     let errors = codes(&outcome, "error");
     assert!(errors.contains("role_replication"), "{errors:?}");
     source.run(&format!("DROP ROLE {role}")).await;
+}
+
+/// The findings about the archive: severity, code, message and hint.
+fn of_the_archive(outcome: &Outcome) -> Vec<[String; 4]> {
+    let codes = [
+        "archive_store",
+        "spool_directory",
+        "spool_room",
+        "segment_bytes",
+        "segment_age",
+    ];
+    let report = outcome.json();
+    let findings = report["findings"].as_array().unwrap().iter();
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    findings
+        .filter(|finding| codes.contains(&finding["code"].as_str().unwrap()))
+        .map(|finding| ["severity", "code", "message", "hint"].map(|key| text(&finding[key])))
+        .collect()
+}
+
+/// The finding of this severity and code whose message and hint together have all these words.
+#[track_caller]
+fn expect_finding(outcome: &Outcome, severity: &str, code: &str, words: &[&str]) {
+    let found = of_the_archive(outcome);
+    let fits = |finding: &&[String; 4]| {
+        let text = format!("{} {}", finding[2], finding[3]);
+        finding[0] == severity && finding[1] == code && words.iter().all(|word| text.contains(word))
+    };
+    assert!(
+        found.iter().any(|finding| fits(&finding)),
+        "no {severity} {code} with {words:?} in {found:#?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_archive_in_a_directory_is_tried_and_left_as_it_was() {
+    let site = Site::shared().await;
+    let database = site.database("checked").await;
+    let directory = directory_for("archive");
+    let (archive, spool) = (directory.join("objects"), directory.join("spool"));
+    let mut agent = Agent::new(
+        database
+            .config()
+            .set_text("archive.url", &format!("file://{}", archive.display()))
+            .set_text("archive.spool_directory", &spool.display().to_string())
+            .set_text("archive.spool_bytes", "128MiB"),
+    );
+    let outcome = agent.command(&["check", "--json"]).await;
+    outcome.expect_code(0);
+    expect_finding(
+        &outcome,
+        "note",
+        "archive_store",
+        &["will be created", "not mounted"],
+    );
+    expect_finding(&outcome, "ok", "spool_directory", &["will be created"]);
+    assert!(
+        !archive.exists() && !spool.exists(),
+        "check has made something"
+    );
+
+    fs::create_dir(&archive).unwrap();
+    fs::create_dir(&spool).unwrap();
+    let outcome = agent.command(&["check", "--json"]).await;
+    outcome.expect_code(0);
+    expect_finding(
+        &outcome,
+        "ok",
+        "archive_store",
+        &["written, read, listed and deleted"],
+    );
+    expect_finding(&outcome, "ok", "spool_directory", &["is writable"]);
+    assert_eq!(of_the_archive(&outcome).len(), 2, "{}", outcome.stdout);
+    assert_eq!(fs::read_dir(&archive).unwrap().count(), 0);
+    agent
+        .command(&["check"])
+        .await
+        .expect_code(0)
+        .expect_words(&["ok", "archive_store", &archive.display().to_string()]);
+
+    // Larger than any disk, and smaller than two segments.
+    agent.configure("archive.spool_bytes", "\"900PiB\"");
+    let outcome = agent.command(&["check", "--json"]).await;
+    outcome.expect_code(0);
+    expect_finding(
+        &outcome,
+        "warning",
+        "spool_room",
+        &["900.0 PiB for 1 database", "has a gap"],
+    );
+    agent.configure("archive.spool_bytes", "\"100MiB\"");
+    let outcome = agent.command(&["check", "--json"]).await;
+    expect_finding(
+        &outcome,
+        "warning",
+        "segment_bytes",
+        &["100.0 MiB", "64.0 MiB"],
+    );
+
+    // Files where directories must be: neither can be written to, not even by root.
+    for path in [&archive, &spool] {
+        fs::remove_dir(path).unwrap();
+        fs::write(path, "").unwrap();
+    }
+    let outcome = agent.command(&["check", "--json"]).await;
+    outcome.expect_code(1);
+    expect_finding(&outcome, "error", "archive_store", &["write", "directory"]);
+    expect_finding(
+        &outcome,
+        "error",
+        "spool_directory",
+        &["not writable", "archive.spool_directory"],
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_right_that_the_bucket_lacks_is_named_at_once() {
+    let site = Site::shared().await;
+    let database = site.database("checked").await;
+    let moto = Moto::start().await;
+    let proxy = FaultyProxy::start(moto.port()).await;
+    let spool = directory_for("spool").display().to_string();
+    let agent = Agent::new(
+        database
+            .config()
+            .set_text("archive.url", "s3://archive/prod")
+            .set_text("archive.encryption", "sse-kms")
+            .set_text("archive.kms_key", "alias/archive")
+            .set_text("archive.spool_directory", &spool)
+            .set_text("archive.spool_bytes", "128MiB"),
+    );
+    let endpoint = format!("http://127.0.0.1:{}", proxy.port());
+    let environment = moto::environment(&endpoint);
+    let check = async || agent.command_with(&["check", "--json"], &environment).await;
+
+    let outcome = check().await;
+    outcome.expect_code(1);
+    expect_finding(
+        &outcome,
+        "error",
+        "archive_store",
+        &["no such bucket", "create the bucket"],
+    );
+    assert_eq!(of_the_archive(&outcome).len(), 2, "{}", outcome.stdout);
+
+    moto.create_bucket("archive").await;
+    let outcome = check().await;
+    outcome.expect_code(0);
+    expect_finding(
+        &outcome,
+        "ok",
+        "archive_store",
+        &["SSE-KMS", "alias/archive"],
+    );
+    let lines = [
+        "PUT /archive/prod/check/",
+        "GET /archive/prod/check/",
+        "GET /archive/?",
+        "DELETE /archive/prod/check/",
+    ];
+    for line in lines {
+        proxy.spoil(line, Fault::Answer(403, "AccessDenied"));
+    }
+    let outcome = check().await;
+    outcome.expect_code(1);
+    for right in [
+        "s3:PutObject",
+        "s3:GetObject",
+        "s3:ListBucket",
+        "s3:DeleteObject",
+    ] {
+        expect_finding(
+            &outcome,
+            "error",
+            "archive_store",
+            &["access denied", right],
+        );
+    }
+    proxy.spoil(lines[0], Fault::Answer(400, "KMS.DisabledException"));
+    let outcome = check().await;
+    outcome.expect_code(1);
+    expect_finding(
+        &outcome,
+        "error",
+        "archive_store",
+        &["KMS key", "kms:GenerateDataKey"],
+    );
+    assert_eq!(proxy.unused(), 0);
+    let url = "s3://archive".parse().unwrap();
+    let store = Store::open_with(&url, &Encryption::Default, &moto.settings()).await;
+    assert_eq!(store.unwrap().list("", None).await.unwrap(), []);
+
+    let text = outcome.text();
+    assert!(!text.contains(moto::SECRET), "{text}");
+    drop(moto);
+    let outcome = check().await;
+    outcome.expect_code(1);
+    expect_finding(
+        &outcome,
+        "error",
+        "archive_store",
+        &["cannot be reached", "AWS_ENDPOINT_URL"],
+    );
 }

@@ -8,6 +8,9 @@
 )]
 
 mod archive;
+mod archive_history;
+mod archive_tidy;
+mod archive_writers;
 mod backup;
 mod bad_input;
 mod catch_up;

@@ -178,8 +178,9 @@ async fn a_directory_keeps_the_contract() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bucket_keeps_the_contract_and_prefixes_keep_stores_apart() {
-    let moto = moto().await;
-    let store = on_s3(moto.port(), "app/a").await;
+    // Behind the proxy, which lets moto be as atomic as S3 is.
+    let (moto, proxy, _) = spoilt().await;
+    let store = on_s3(proxy.port(), "app/a").await;
     keeps_the_contract(&store).await;
     // Neither a longer prefix nor none shows up in the other's listing.
     let neighbour = on_s3(moto.port(), "app/ab").await;

@@ -89,6 +89,42 @@ pub async fn differences(source: &Client, replica: &Client, without: &[&str]) ->
     text
 }
 
+/// Begins a transaction that reads one snapshot and renders values alike on all servers; the caller ends it.
+pub async fn begin(client: &Client) {
+    client.run(SAME_RENDERING).await;
+}
+
+/// Rows and a digest of each user table, within [`begin`].
+pub async fn digests(client: &Client) -> BTreeMap<String, String> {
+    let mut found = BTreeMap::new();
+    for (name, columns) in tables(client, &[]).await {
+        let digest = client.rows(&digest(&rows(&name, &columns))).await;
+        let digest: Vec<String> = digest.into_iter().flatten().flatten().collect();
+        found.insert(format!("{}.{}", name.0, name.1), digest.join(" "));
+    }
+    found
+}
+
+/// The rows of a table as text, for a FROM.
+fn rows((schema, table): &(String, String), columns: &[String]) -> String {
+    let columns: Vec<String> = columns.iter().map(|name| quote_ident(name)).collect();
+    // ONLY: a partition or child is a table of its own.
+    format!(
+        "(SELECT ROW({})::text AS t FROM ONLY {}.{}) AS rows",
+        columns.join(", "),
+        quote_ident(schema),
+        quote_ident(table)
+    )
+}
+
+fn digest(rows: &str) -> String {
+    format!(
+        "SELECT count(*), sum(('x' || left(h, 16))::bit(64)::bigint::numeric),
+                sum(('x' || right(h, 16))::bit(64)::bigint::numeric)
+         FROM (SELECT md5(t) AS h FROM {rows}) AS hashes"
+    )
+}
+
 async fn tables(client: &Client, without: &[&str]) -> Tables {
     let rows = client.rows(TABLES).await;
     rows.into_iter()
@@ -108,22 +144,12 @@ async fn tables(client: &Client, without: &[&str]) -> Tables {
 async fn difference(
     source: &Client,
     replica: &Client,
-    (schema, table): &(String, String),
+    name: &(String, String),
     columns: &[String],
 ) -> String {
-    let columns: Vec<String> = columns.iter().map(|name| quote_ident(name)).collect();
-    // ONLY: a partition or child is a table of its own.
-    let rows = format!(
-        "(SELECT ROW({})::text AS t FROM ONLY {}.{}) AS rows",
-        columns.join(", "),
-        quote_ident(schema),
-        quote_ident(table)
-    );
-    let digest = format!(
-        "SELECT count(*), sum(('x' || left(h, 16))::bit(64)::bigint::numeric),
-                sum(('x' || right(h, 16))::bit(64)::bigint::numeric)
-         FROM (SELECT md5(t) AS h FROM {rows}) AS hashes"
-    );
+    let (schema, table) = name;
+    let rows = rows(name, columns);
+    let digest = digest(&rows);
     let (on_source, on_replica) = tokio::join!(source.rows(&digest), replica.rows(&digest));
     if on_source == on_replica {
         return String::new();

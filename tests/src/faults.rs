@@ -6,6 +6,8 @@
 //! # Invariants
 //! - Every connection carries one request: what is planned for a request happens to that one alone.
 //! - A fault is used once, by the first request that matches it.
+//! - The server does one request at a time: moto looks whether an object is there and writes it in two steps, where S3 does
+//!   it in one.
 //!
 //! # What it does not do
 //! No TLS, no chunked requests, and nothing streams: requests and answers are held in memory. The server must
@@ -33,6 +35,13 @@ pub enum Fault {
     Damage,
 }
 
+/// Where requests go.
+struct Server {
+    address: SocketAddr,
+    /// Held while it does a request.
+    turn: tokio::sync::Mutex<()>,
+}
+
 #[derive(Default)]
 struct Plan {
     /// A fault, and what the first line of its request contains.
@@ -55,15 +64,18 @@ impl FaultyProxy {
             .await
             .expect("the loopback interface is up");
         let own_port = listener.local_addr().expect("it is bound").port();
-        let target = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let server = Arc::new(Server {
+            address: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+            turn: tokio::sync::Mutex::new(()),
+        });
         let plan = Arc::new(Mutex::new(Plan::default()));
         let shared = Arc::clone(&plan);
         let accepting = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let plan = Arc::clone(&shared);
+                let (plan, server) = (Arc::clone(&shared), Arc::clone(&server));
                 // A connection that breaks is none of our business: the client notices.
                 tokio::spawn(async move {
-                    let _ = carry(client, target, &plan).await;
+                    let _ = carry(client, &server, &plan).await;
                 });
             }
         });
@@ -105,11 +117,7 @@ fn lock(plan: &Mutex<Plan>) -> MutexGuard<'_, Plan> {
     plan.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn carry(
-    mut client: TcpStream,
-    target: SocketAddr,
-    plan: &Mutex<Plan>,
-) -> std::io::Result<()> {
+async fn carry(mut client: TcpStream, server: &Server, plan: &Mutex<Plan>) -> std::io::Result<()> {
     let Some((head, request)) = read_request(&mut client).await? else {
         return Ok(());
     };
@@ -121,10 +129,10 @@ async fn carry(
         found.map(|at| plan.faults.remove(at).1)
     };
     match fault {
-        None => client.write_all(&forward(target, &request).await?).await?,
+        None => client.write_all(&ask(server, &request).await?).await?,
         Some(Fault::Cut) => return client.set_zero_linger(),
         Some(Fault::LoseAnswer) => {
-            forward(target, &request).await?;
+            ask(server, &request).await?;
             return client.set_zero_linger();
         }
         Some(Fault::Answer(status, code)) => {
@@ -137,13 +145,13 @@ async fn carry(
             client.write_all((head + &body).as_bytes()).await?;
         }
         Some(Fault::BreakAfter(bytes)) => {
-            let answer = forward(target, &request).await?;
+            let answer = ask(server, &request).await?;
             let kept = (body_of(&answer) + bytes).min(answer.len());
             // No reset: it would overtake what has not been read yet.
             client.write_all(&answer[..kept]).await?;
         }
         Some(Fault::Damage) => {
-            let mut answer = forward(target, &request).await?;
+            let mut answer = ask(server, &request).await?;
             let body = body_of(&answer);
             answer[body] ^= 1;
             client.write_all(&answer).await?;
@@ -178,6 +186,12 @@ pub(crate) async fn read_request(
         }
     }
     Ok(Some((head, request)))
+}
+
+/// The same, one request at a time where that is wanted.
+async fn ask(server: &Server, request: &[u8]) -> std::io::Result<Vec<u8>> {
+    let _turn = server.turn.lock().await;
+    forward(server.address, request).await
 }
 
 /// The whole answer of the server, which is asked to end its connection behind it.

@@ -7,6 +7,7 @@
 //! Agent ── Running: commands, run, signals, /metrics, /status
 //! Moto: a stand-in for S3 and Kinesis         faults: spoils chosen requests on the way to S3
 //! Kinesalite: another for Kinesis             kinesis_faults: the same on the way to Kinesis
+//! archive: a past that is remembered, and restores that are compared with it
 //! ```
 //!
 //! # Invariants
@@ -19,6 +20,7 @@
 //! test has its servers busy, and more than about one test per core only adds waiting.
 
 pub mod agent;
+pub mod archive;
 pub mod backup;
 pub mod binaries;
 pub mod client;

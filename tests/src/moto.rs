@@ -168,6 +168,16 @@ pub fn settings(port: u16) -> AwsSettings {
     }
 }
 
+/// The same as the environment of a program.
+pub fn environment(endpoint: &str) -> [(&'static str, &str); 4] {
+    [
+        ("AWS_ENDPOINT_URL", endpoint),
+        ("AWS_REGION", "eu-central-1"),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", SECRET),
+    ]
+}
+
 /// Where the stand-ins for AWS are.
 pub(crate) fn stand_ins() -> PathBuf {
     match env::var_os("DR_AGENT_AWS_STAND_INS") {

@@ -78,6 +78,17 @@ impl Site {
             name,
         }
     }
+
+    /// Creates a database that is called here what another one is called elsewhere, and is replicated under the same name.
+    pub async fn twin_of(&self, other: &Database) -> Database {
+        self.source.create_database(&other.name).await;
+        Database {
+            source: Arc::clone(&self.source),
+            replica: Arc::clone(&self.replica),
+            slot: other.slot.clone(),
+            name: other.name.clone(),
+        }
+    }
 }
 
 impl Drop for Site {

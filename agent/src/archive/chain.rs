@@ -43,4 +43,19 @@ impl Chain {
             resumes: waiting.next().map(|span| span.start),
         }
     }
+
+    /// The stretches from `start` on that are in no segment although some go on behind them, in order; and where the last
+    /// segment ends.
+    pub fn gaps(start: PgLsn, all: &[Span]) -> (Vec<Span>, PgLsn) {
+        let mut gaps = Vec::new();
+        let mut chain = Self::from(start, all);
+        while let Some(next) = chain.resumes {
+            gaps.push(Span {
+                start: chain.end,
+                end: next,
+            });
+            chain = Self::from(next, all);
+        }
+        (gaps, chain.end)
+    }
 }

@@ -42,11 +42,15 @@ pub enum ArchiveError {
         #[source]
         source: FramesError,
     },
-    /// Another source wrote an object that should be ours.
-    #[error("{object} was written for the source with the system identifier {found}")]
+    /// An object that should be ours is of another stream or source.
+    #[error(
+        "{object} was written for stream {stream} of the source with the system identifier {found}"
+    )]
     Foreign {
         /// The object's name.
         object: String,
+        /// The stream in it.
+        stream: String,
         /// The system identifier in it.
         found: u64,
     },
@@ -98,7 +102,9 @@ impl Classify for ArchiveError {
                     .to_owned(),
             ),
             Self::Foreign { .. } => Some(
-                "every source needs a prefix of its own in archive.url, or a source.slot of its own".to_owned(),
+                "somebody copied it there, or two sources share a prefix of archive.url: move it away; every agent \
+                 needs a prefix or a source.slot of its own"
+                    .to_owned(),
             ),
             Self::Missing { .. } => Some(
                 "restore to a moment before it, or from a base backup behind it".to_owned(),

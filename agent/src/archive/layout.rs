@@ -54,7 +54,7 @@ pub(super) fn parse_digits(text: &str) -> Option<PgLsn> {
 /// The names of one stream's objects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    root: String,
+    stream: StreamName,
     system_identifier: u64,
 }
 
@@ -62,9 +62,18 @@ impl Layout {
     /// For a stream of this source.
     pub fn new(stream: &StreamName, system_identifier: u64) -> Self {
         Self {
-            root: format!("{stream}/{system_identifier}"),
+            stream: stream.clone(),
             system_identifier,
         }
+    }
+
+    /// Whose objects these are.
+    pub fn stream(&self) -> &StreamName {
+        &self.stream
+    }
+
+    fn root(&self) -> String {
+        format!("{}/{}", self.stream, self.system_identifier)
     }
 
     /// The source's.
@@ -74,7 +83,7 @@ impl Layout {
 
     /// What the names of all segments begin with.
     pub fn log(&self) -> String {
-        format!("{}/log/", self.root)
+        format!("{}/log/", self.root())
     }
 
     /// A segment.
@@ -90,7 +99,7 @@ impl Layout {
 
     /// What the names of all base backups begin with.
     pub fn bases(&self) -> String {
-        format!("{}/base/", self.root)
+        format!("{}/base/", self.root())
     }
 
     /// What the names of one base backup's objects begin with.

@@ -5,7 +5,7 @@
 //! # Invariants
 //! - An object that is there is never overwritten. One that another agent wrote before us is read: it serves if it
 //!   holds what its name says.
-//! - A segment that ends early, begins elsewhere, has a gap or comes from another source is an error that names it.
+//! - A segment that ends early, begins elsewhere, has a gap or comes from another source or stream is an error that names it.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -16,6 +16,7 @@ use super::{ArchiveError, Layout, Segment, Span, SpoolError};
 use crate::changelog::{Frames, Part, Unpacker};
 use crate::pg::PgLsn;
 use crate::store::{ObjectReader, Put, Store};
+use crate::stream::StreamName;
 
 /// zstd's default: TPC-B takes a fifth of its bytes at it.
 const ZSTD_LEVEL: i32 = 3;
@@ -105,6 +106,7 @@ pub async fn verify(store: &Store, layout: &Layout, span: Span) -> Result<(), Ar
 pub struct SegmentReader {
     name: String,
     span: Span,
+    stream: StreamName,
     system_identifier: u64,
     object: ObjectReader,
     /// Of the object, not yet decompressed.
@@ -134,6 +136,7 @@ impl SegmentReader {
             object: store.read(&name).await?,
             name,
             span,
+            stream: layout.stream().clone(),
             system_identifier: layout.system_identifier(),
             compressed: Bytes::new(),
             decoder,
@@ -189,9 +192,11 @@ impl SegmentReader {
 
     /// Holds a part against the ones before it.
     fn follow(&mut self, part: &Part) -> Result<(), ArchiveError> {
-        if part.system_identifier != self.system_identifier {
+        // Databases of one source share its LSNs, and often the names of their tables.
+        if part.system_identifier != self.system_identifier || part.stream != self.stream.as_str() {
             return Err(ArchiveError::Foreign {
                 object: self.name.clone(),
+                stream: part.stream.clone(),
                 found: part.system_identifier,
             });
         }

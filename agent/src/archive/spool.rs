@@ -208,6 +208,21 @@ impl Spool {
         Ok((spool, complete))
     }
 
+    /// Bytes that wait in this directory for the store, without touching it: whoever writes there goes on. None where there
+    /// is no spool, on a machine that is not the agent's for instance.
+    pub fn waiting(directory: &Path) -> Option<u64> {
+        let mut bytes = 0;
+        for entry in fs::read_dir(directory).ok()? {
+            let path = entry.ok()?.path();
+            let extension = path.extension().and_then(|extension| extension.to_str());
+            if matches!(extension, Some(OPEN | COMPLETE)) {
+                // One that has just gone waits no more.
+                bytes += fs::metadata(&path).map_or(0, |status| status.len());
+            }
+        }
+        Some(bytes)
+    }
+
     /// Bytes on disk, of all segments.
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)

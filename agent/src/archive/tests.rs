@@ -137,6 +137,9 @@ fn a_chain_takes_the_longest_way_and_stops_at_a_gap() {
     );
     let chain = Chain::from(lsn(60), &all);
     assert_eq!((chain.end, chain.resumes), (lsn(70), None));
+    assert_eq!(Chain::gaps(lsn(10), &all), (vec![span(50, 60)], lsn(70)));
+    assert_eq!(Chain::gaps(lsn(60), &all), (vec![], lsn(70)));
+    assert_eq!(Chain::gaps(lsn(80), &all), (vec![], lsn(80)));
 }
 
 proptest! {

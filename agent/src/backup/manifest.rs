@@ -126,8 +126,11 @@ impl Manifest {
         names.into_iter().cloned().collect()
     }
 
-    /// As it is stored.
-    pub(super) fn to_json(&self) -> Result<String, serde_json::Error> {
+    /// As it is stored, under its checksum.
+    ///
+    /// # Errors
+    /// None that can be expected: it is plain data.
+    pub fn to_json(&self) -> Result<String, serde_json::Error> {
         let json = serde_json::to_string_pretty(self)?;
         let above = json.strip_suffix("\n}").unwrap_or(&json);
         Ok(format!("{above}{SEAL}{}\"\n}}\n", sha256(above.as_bytes())))

@@ -37,5 +37,5 @@ pub use load::{LoadJob, load};
 pub use manifest::{DataFile, Manifest, Object};
 pub use object::Sum;
 pub use prune::{Pruned, prune};
-pub use repository::{Summary, list, manifest, newest, verify};
+pub use repository::{Summary, list, manifest, newest, sources, verify};
 pub use take::{TakeJob, take};

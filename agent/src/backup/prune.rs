@@ -80,6 +80,7 @@ pub async fn prune(
     for segment in &expired.log {
         if !dry_run {
             store.delete(segment).await?;
+            failpoint::hit("prune:segment-deleted");
         }
     }
     Ok(pruned)
@@ -101,6 +102,7 @@ async fn delete(
         failpoint::hit("prune:manifest-deleted");
         for object in objects {
             store.delete(&object.name).await?;
+            failpoint::hit("prune:object-deleted");
         }
         tracing::info!(base, objects = objects.len(), "deleted");
     }

@@ -122,28 +122,37 @@ pub async fn list(store: &Store, bases: &str) -> Result<Vec<Summary>, BackupErro
     Ok(find(store, bases).await?.bases)
 }
 
-/// Where the newest base of a stream is, and all that are beside it. A source that was built anew has another system
-/// identifier; none before there is a base.
+/// Every source that has written under this name, with its base backups. One that was built anew, by `pg_upgrade` for
+/// instance, has another system identifier.
 ///
 /// # Errors
 /// As [`list`].
-pub async fn newest(
+pub async fn sources(
     store: &Store,
     stream: &StreamName,
-) -> Result<Option<(Layout, Vec<Summary>)>, BackupError> {
-    let mut newest = None;
+) -> Result<Vec<(Layout, Vec<Summary>)>, BackupError> {
+    let mut found = Vec::new();
     for folder in store.folders(&format!("{stream}/")).await? {
         let Ok(system_identifier) = folder.parse() else {
             continue;
         };
         let layout = Layout::new(stream, system_identifier);
         let bases = list(store, &layout.bases()).await?;
-        let as_of = bases.iter().map(|base| base.as_of).max();
-        if as_of.is_some() && newest.as_ref().is_none_or(|(of, _)| *of < as_of) {
-            newest = Some((as_of, (layout, bases)));
+        if !bases.is_empty() {
+            found.push((layout, bases));
         }
     }
-    Ok(newest.map(|(_, found)| found))
+    Ok(found)
+}
+
+/// The newest base of a stream; none before the first was taken.
+///
+/// # Errors
+/// As [`list`].
+pub async fn newest(store: &Store, stream: &StreamName) -> Result<Option<Summary>, BackupError> {
+    let sources = sources(store, stream).await?;
+    let bases = sources.into_iter().flat_map(|(_, bases)| bases);
+    Ok(bases.max_by_key(|base| base.as_of))
 }
 
 /// Reads the manifest of the base with this prefix.
@@ -250,6 +259,7 @@ mod tests {
         Listed {
             name: name.to_owned(),
             bytes,
+            written_at: None,
         }
     }
 

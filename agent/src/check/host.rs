@@ -42,14 +42,21 @@ async fn tools(at: &Place, config: &Config, source_version_num: Option<i32>) -> 
 }
 
 fn spill(at: &Place, directory: &Path) -> Finding {
-    // What is not there yet is created below the first directory that is.
-    let existing = directory
-        .ancestors()
-        .find(|directory| directory.exists())
-        .unwrap_or(Path::new("/"));
+    writable(
+        at,
+        "spill_directory",
+        directory,
+        "create it and give it to the user dr-agent runs as, or set limits.spill_directory; \
+         transactions above limits.transaction_bytes are kept there",
+    )
+}
+
+/// Whether files can be made in a directory, or in the one below which it will be created.
+pub(super) fn writable(at: &Place, code: &'static str, directory: &Path, hint: &str) -> Finding {
+    let existing = existing(directory);
     let finding = match tempfile::tempfile_in(existing) {
-        Ok(_) if existing == directory => at.ok("spill_directory", "is writable"),
-        Ok(_) => at.ok("spill_directory", "will be created"),
+        Ok(_) if existing == directory => at.ok(code, "is writable"),
+        Ok(_) => at.ok(code, "will be created"),
         Err(error) => {
             let what = if existing == directory {
                 format!("is not writable: {}", plain(&error))
@@ -60,13 +67,18 @@ fn spill(at: &Place, directory: &Path) -> Finding {
                     plain(&error)
                 )
             };
-            at.error("spill_directory", what).hint(
-                "create it and give it to the user dr-agent runs as, or set limits.spill_directory; \
-                 transactions above limits.transaction_bytes are kept there",
-            )
+            at.error(code, what).hint(hint)
         }
     };
     finding.on(directory.display())
+}
+
+/// What is not there yet is created below the first directory that is.
+pub(super) fn existing(directory: &Path) -> &Path {
+    directory
+        .ancestors()
+        .find(|directory| directory.exists())
+        .unwrap_or(Path::new("/"))
 }
 
 /// `tempfile` adds the path it tried to the message; the kind is what matters here.

@@ -1,7 +1,7 @@
 //! `dr-agent check`: every finding on both sides, before `run` meets it, each with what to do.
 //!
 //! ```text
-//! host ───────────────┐
+//! host, archive ──────┐
 //! source ─▶ server, shape ─▶ settings ●, publication ●, coverage ─┐
 //! replica ─▶ server, shape ─▶ settings ● ─────────────────────────┼─▶ Report ─▶ text ● | JSON
 //!                  └──────────▶ pair ●: slot ●, compare ● ────────┘
@@ -12,12 +12,14 @@
 //!
 //! # Invariants
 //! - It stops at nothing: what cannot be reached or read is a finding, and the rest is still checked.
-//! - It changes nothing: its sessions are read-only, and no user table is opened.
-//! - Nothing can hold it up: connections, statements and locks have limits.
+//! - It changes nothing: its sessions are read-only, and no user table is opened. In the archive it writes one small
+//!   object and deletes it again.
+//! - Nothing can hold it up: connections, statements, locks and the archive have limits.
 //!
 //! # What it does not do
-//! It does not look at rows, at free disk space, or at what only `run` can find out by doing it.
+//! It does not look at rows, at free disk space but the spool's, or at what only `run` can find out by doing it.
 
+mod archive;
 mod compare;
 mod finding;
 mod host;
@@ -48,7 +50,11 @@ pub async fn check(config: &Config) -> Report {
     if let (Some(source), Some(replica)) = (&source, &replica) {
         findings.extend(pair::servers(config, source, replica));
     }
-    for name in databases(config, source.as_ref(), replica.as_ref()) {
+    let names = databases(config, source.as_ref(), replica.as_ref());
+    if let Some(archive) = &config.archive {
+        findings.extend(Box::pin(archive::look(config, archive, names.len())).await);
+    }
+    for name in names {
         // The replica first: while it replicates, what it has applied must be compared with where the
         // source's WAL ends afterwards.
         let there = match &replica {

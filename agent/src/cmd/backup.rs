@@ -138,13 +138,20 @@ async fn one(
         } else {
             "deleted"
         };
+        let mut text = format!(
+            "{database}: {} base backups, {} leftovers and {} segments of the log {verb}",
+            pruned.bases.len(),
+            pruned.leftovers.len(),
+            pruned.log.len()
+        );
+        // What cannot be undone is shown by name beforehand.
+        let names = [&pruned.bases, &pruned.leftovers, &pruned.log];
+        for name in names.into_iter().flatten().filter(|_| args.dry_run) {
+            text.push_str("\n  ");
+            text.push_str(name);
+        }
         return Ok(Said {
-            text: format!(
-                "{database}: {} base backups, {} leftovers and {} segments of the log {verb}",
-                pruned.bases.len(),
-                pruned.leftovers.len(),
-                pruned.log.len()
-            ),
+            text,
             json: json!({ "database": database, "dry_run": args.dry_run, "deleted": pruned }),
             sound: true,
         });

@@ -2,6 +2,7 @@
 //! exit code out.
 
 mod agent_status;
+mod archive_status;
 pub mod backup;
 pub mod check;
 pub mod init;

@@ -2,7 +2,8 @@
 //!
 //! Three witnesses, each of which may be dead: the replica knows what is applied, the running agent
 //! knows the lag as it measures it, and the source is asked for the bytes only where the agent
-//! does not answer. `judge` makes one verdict per database out of them, purely.
+//! does not answer. `judge` makes one verdict per database out of them, purely. Where there is an archive its store
+//! is asked, too; that is shown and has no part in the verdict.
 //!
 //! # Invariants
 //! - Silence is not health: what is not known to be within the RPO does not exit with 0.
@@ -16,6 +17,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use super::agent_status::{self, AgentDatabase};
+use super::archive_status::{self, ArchiveStatus};
 use crate::config::Config;
 use crate::error::chain;
 use crate::promote::loss::{self, Answer};
@@ -24,7 +26,8 @@ use crate::promote::observe::{self, Database};
 /// Flags of `status`.
 #[derive(Clone, Copy, Debug, clap::Args)]
 #[command(
-    after_help = "Exit codes: 0 every database is within the RPO; 1 one is not, or it is not known."
+    after_help = "With [archive] it also says how far the archive leads, its gaps, and what waits in the spool.\n\
+    Exit codes: 0 every database is within the RPO; 1 one is not, or it is not known. The archive has no part in that."
 )]
 pub struct Args {
     /// Print the status as JSON.
@@ -109,6 +112,8 @@ pub struct DatabaseStatus {
     pub error: Option<String>,
     /// What to do about it.
     pub hint: Option<String>,
+    /// The archive, where one is configured.
+    pub archive: Option<ArchiveStatus>,
 }
 
 /// Asks everybody and prints.
@@ -181,6 +186,16 @@ async fn gather(config: &Config) -> Status {
         status.database.clone_from(name);
         status.stream = stream;
         databases.push(status);
+    }
+    if let Some(archive) = &config.archive {
+        let names: Vec<String> = databases
+            .iter()
+            .map(|status| status.database.clone())
+            .collect();
+        let archives = Box::pin(archive_status::ask(config, archive, &names)).await;
+        for (status, archive) in databases.iter_mut().zip(archives) {
+            status.archive = Some(archive);
+        }
     }
     let within = !databases.is_empty() && databases.iter().all(|status| status.rpo == Verdict::Met);
     Status {
@@ -289,6 +304,7 @@ fn judge(facts: &Facts<'_>) -> DatabaseStatus {
             .and_then(|report| report.error.clone())
             .or_else(|| facts.answer.and_then(|answer| answer.unknown.clone())),
         hint: report.and_then(|report| report.hint.clone()),
+        archive: None,
     }
 }
 
@@ -359,6 +375,9 @@ impl DatabaseStatus {
             if let Some(text) = text {
                 let _ = writeln!(out, "  {label}{text}");
             }
+        }
+        if let Some(archive) = &self.archive {
+            archive.write_text(out, jiff::Timestamp::now());
         }
     }
 }

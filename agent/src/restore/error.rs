@@ -3,6 +3,7 @@
 use super::moment::Moment;
 use crate::archive::ArchiveError;
 use crate::backup::BackupError;
+use crate::catalog::quote_ident;
 use crate::error::{Class, Classify};
 use crate::lag::{Micros, system_time};
 use crate::pg::pgoutput::DecodeError;
@@ -60,6 +61,12 @@ pub enum RestoreError {
     NotEmpty {
         /// The first few relations in it.
         objects: Vec<String>,
+    },
+    /// A restore was interrupted within the base backup.
+    #[error("the target holds what a restore left that was interrupted within the base backup")]
+    HalfLoaded {
+        /// The database.
+        database: String,
     },
     /// Another restore works on the target.
     #[error("another dr-agent works on the target")]
@@ -159,8 +166,13 @@ impl Classify for RestoreError {
                 "drop the database, create it anew and restore into that"
             }
             Self::NotEmpty { .. } => {
-                "restore builds an empty database: create one (CREATE DATABASE … TEMPLATE template0). What a restore left \
-                 that was killed within the base backup is to be dropped"
+                "restore builds an empty database: create one (CREATE DATABASE … TEMPLATE template0)"
+            }
+            Self::HalfLoaded { database } => {
+                let name = quote_ident(database);
+                return Some(format!(
+                    "DROP DATABASE {name}; CREATE DATABASE {name} TEMPLATE template0; then the same command again"
+                ));
             }
             Self::Busy => "wait for it, or end it",
             Self::NoTable(_) => "write it as schema.table, as dr-agent backup --list shows it",

@@ -36,6 +36,7 @@ use crate::archive::{Chain, Layout, Span};
 use crate::backup::{self, LoadJob};
 use crate::catalog::TableName;
 use crate::config::Config;
+use crate::failpoint;
 use crate::lag::{Micros, pg_micros};
 use crate::ledger::BatchNumber;
 use crate::pg::{ConnInfo, PgLsn};
@@ -110,9 +111,7 @@ pub trait Observer: Send + Sync {
 /// [`RestoreError`]
 pub async fn plan(config: &Config, store: &Store, options: &Options) -> Result<Plan, RestoreError> {
     let stream = config.stream(&options.database);
-    let (layout, bases) = backup::newest(store, &stream)
-        .await?
-        .ok_or_else(|| RestoreError::NothingOf(options.database.clone()))?;
+    let (layout, bases) = source_at(store, &stream, &options.database, options.moment).await?;
     let known: Vec<Base> = bases.iter().map(base_of).collect();
     let chosen = plan::choose(&known, options.moment)?;
     let base = bases
@@ -152,6 +151,40 @@ async fn segments(store: &Store, layout: &Layout) -> Result<BTreeMap<Span, u64>,
     Ok(segments.collect())
 }
 
+/// The source with the newest base backup, and all of its base backups, oldest first.
+///
+/// # Errors
+/// [`RestoreError::NothingOf`] before the first base backup.
+pub async fn newest_source(
+    store: &Store,
+    stream: &StreamName,
+    database: &str,
+) -> Result<(Layout, Vec<backup::Summary>), RestoreError> {
+    source_at(store, stream, database, Moment::End).await
+}
+
+/// The source that was the newest at that time. A position means nothing without its source: that is the newest there is.
+async fn source_at(
+    store: &Store,
+    stream: &StreamName,
+    database: &str,
+    moment: Moment,
+) -> Result<(Layout, Vec<backup::Summary>), RestoreError> {
+    let newest = |bases: &[backup::Summary]| {
+        let times = bases.iter().map(|base| (base.lsn, micros(base.as_of)));
+        let usable = times.filter(|(lsn, time)| match moment {
+            Moment::Time(_) => moment.is_at_or_after(*lsn, *time),
+            Moment::End | Moment::Lsn(_) => true,
+        });
+        usable.map(|(_, time)| time).max()
+    };
+    let sources = backup::sources(store, stream).await?;
+    sources
+        .into_iter()
+        .max_by_key(|(_, bases)| newest(bases))
+        .ok_or_else(|| RestoreError::NothingOf(database.to_owned()))
+}
+
 /// Builds the database as planned.
 ///
 /// # Errors
@@ -166,7 +199,14 @@ pub async fn restore(
 ) -> Result<Report, RestoreError> {
     let stream = own_stream(config, options);
     let mut client = target::open(&options.target, &stream).await?;
-    let position = match target::find(&client, &stream, plan.layout.system_identifier()).await? {
+    let position = match target::find(
+        &client,
+        options.target.dbname(),
+        &stream,
+        plan.layout.system_identifier(),
+    )
+    .await?
+    {
         Found::Interrupted(position) => {
             expect_the_same(&position, &plan, options)?;
             plan.chain = plan::log(position.end_lsn, &plan.spans, options.moment)?;
@@ -177,11 +217,13 @@ pub async fn restore(
             let base = load(config, store, options, &plan, copy).await?;
             let id = plan.layout.system_identifier();
             let whole = options.tables.is_empty();
+            failpoint::hit("restore:base-loaded");
             target::loaded(&mut client, &stream, id, plan.base.lsn, &base, whole).await?
         }
     };
     observer.replayed(position.end_lsn, plan.chain.end, None);
     let (reached, beyond) = replay(config, store, options, &plan, &position, observer).await?;
+    failpoint::hit("restore:replayed");
     let sequences = crate::promote::set_sequences_ahead(&client).await;
     let (sequences, warnings) = sequences.map_err(RestoreError::target("set sequences"))?;
     target::finish(&client).await?;

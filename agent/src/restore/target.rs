@@ -68,9 +68,10 @@ pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Cli
 /// Looks what is there; refuses what this stream's restore has not made.
 ///
 /// # Errors
-/// [`RestoreError::NotEmpty`], [`RestoreError::Busy`]
+/// [`RestoreError::NotEmpty`], [`RestoreError::HalfLoaded`], [`RestoreError::Busy`]
 pub(super) async fn find(
     client: &Client,
+    database: &str,
     stream: &StreamName,
     system_identifier: u64,
 ) -> Result<Found, RestoreError> {
@@ -129,7 +130,16 @@ pub(super) async fn find(
         .await
         .map_err(sql)?;
     let Some(row) = row else {
-        return Err(RestoreError::NotEmpty { objects });
+        // A replica names its stream before its first table is copied; here the base backup comes first.
+        const NOBODYS: &str = "SELECT NOT EXISTS (SELECT 1 FROM dr_agent.stream)
+                                  AND NOT EXISTS (SELECT 1 FROM dr_agent.table_sync)";
+        let nobodys: bool = client.query_one(NOBODYS, &[]).await.map_err(sql)?.get(0);
+        return Err(match nobodys {
+            true => RestoreError::HalfLoaded {
+                database: database.to_owned(),
+            },
+            false => RestoreError::NotEmpty { objects },
+        });
     };
     let tables = client
         .query(

@@ -45,9 +45,7 @@ pub(super) async fn newest(
 
 async fn find(archive: &Archive, stream: &StreamName) -> Result<Option<Base>, BackupError> {
     let store = Store::open(&archive.url, &archive.encryption).await?;
-    let found = backup::newest(&store, stream).await?;
-    let newest = found.and_then(|(_, bases)| bases.into_iter().max_by_key(|base| base.lsn));
-    let Some(summary) = newest else {
+    let Some(summary) = backup::newest(&store, stream).await? else {
         return Ok(None);
     };
     let manifest = backup::manifest(&store, &summary.base).await?;

@@ -49,9 +49,14 @@ pub(super) struct Directory {
 }
 
 impl Directory {
+    /// The directory as it is: nothing is made, nothing removed.
+    pub(super) fn as_it_is(root: &Path) -> Self {
+        Self { root: root.into() }
+    }
+
     /// Makes the directory if it is not there, and removes what killed writers left.
     pub(super) async fn open(root: &Path) -> Result<Self, StoreError> {
-        let directory = Self { root: root.into() };
+        let directory = Self::as_it_is(root);
         let opened = directory.clone();
         blocking(move || {
             make_durably(&opened.root)
@@ -218,6 +223,7 @@ impl Directory {
                     found.push(Listed {
                         name,
                         bytes: status.len(),
+                        written_at: status.modified().ok(),
                     });
                 }
             }
@@ -273,7 +279,10 @@ impl Directory {
 
     /// Without its root a store is not empty but gone: its file system is not mounted, say.
     fn must_be_there(&self) -> io::Result<()> {
-        fs::metadata(&self.root).map(drop)
+        match fs::metadata(&self.root)?.is_dir() {
+            true => Ok(()),
+            false => Err(io::Error::from(io::ErrorKind::NotADirectory)),
+        }
     }
 
     fn url(&self, name: &str) -> String {

@@ -26,6 +26,8 @@ mod s3;
 mod tests;
 mod url;
 
+use std::time::SystemTime;
+
 use bytes::{Bytes, BytesMut};
 
 use self::directory::{Directory, DirectoryReader, DirectoryWriter};
@@ -75,6 +77,8 @@ pub struct Listed {
     pub name: String,
     /// Its size.
     pub bytes: u64,
+    /// When it was written, by the store's clock.
+    pub written_at: Option<SystemTime>,
 }
 
 /// A place for objects. Cheap to clone.
@@ -109,6 +113,15 @@ impl Store {
             }
             StoreUrl::Directory(path) => Kind::Directory(Directory::open(path).await?),
         }))
+    }
+
+    /// The same for those who only look: a directory is neither made nor tidied up. One that is not there shows at the
+    /// first request.
+    pub async fn as_it_is(url: &StoreUrl, encryption: &Encryption) -> Result<Self, StoreError> {
+        match url {
+            StoreUrl::S3 { .. } => Self::open(url, encryption).await,
+            StoreUrl::Directory(path) => Ok(Self(Kind::Directory(Directory::as_it_is(path)))),
+        }
     }
 
     /// Writes an object that does not exist yet; one that exists is left as it is.

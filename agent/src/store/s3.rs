@@ -126,6 +126,7 @@ impl S3 {
                 found.push(Listed {
                     name: name.to_owned(),
                     bytes: length(object.size()),
+                    written_at: object.last_modified().and_then(|at| (*at).try_into().ok()),
                 });
             }
         }

@@ -171,14 +171,37 @@ async fn a_store_that_is_gone_is_not_empty() {
     let store = open(&root).await;
     assert_eq!(names(&store, "", None).await, Vec::<String>::new());
     fs::remove_dir(&root).unwrap();
-    let errors = [
-        store.list("base/", None).await.unwrap_err(),
-        store.get("a").await.unwrap_err(),
-        store.put_new("a", Bytes::new()).await.unwrap_err(),
-    ];
-    for error in errors {
-        assert!(matches!(error, StoreError::Io { .. }), "{error}");
+    // Gone, and then with something else in its place.
+    for _ in 0..2 {
+        let errors = [
+            store.list("base/", None).await.unwrap_err(),
+            store.get("a").await.unwrap_err(),
+            store.put_new("a", Bytes::new()).await.unwrap_err(),
+        ];
+        for error in errors {
+            assert!(matches!(error, StoreError::Io { .. }), "{error}");
+        }
+        fs::write(&root, "").unwrap();
     }
+}
+
+#[tokio::test]
+async fn who_only_looks_makes_nothing_and_tidies_nothing_up() {
+    let home = tempfile::tempdir().unwrap();
+    let root = home.path().join("store");
+    let url = StoreUrl::Directory(root.clone());
+    let store = Store::as_it_is(&url, &Encryption::Default).await.unwrap();
+    let error = store.list("", None).await.unwrap_err();
+    assert!(matches!(error, StoreError::Io { .. }), "{error}");
+    assert!(!root.exists());
+    assert_eq!(put(&open(&root).await, "a").await, Put::Created);
+    let left = root.join(format!("{}left", name::TEMPORARY));
+    let file = File::create(&left).unwrap();
+    file.set_modified(SystemTime::now() - Duration::from_secs(48 * 3600))
+        .unwrap();
+    let store = Store::as_it_is(&url, &Encryption::Default).await.unwrap();
+    assert_eq!(names(&store, "", None).await, ["a"]);
+    assert!(left.exists());
 }
 
 #[tokio::test]

@@ -1,0 +1,302 @@
+//! The archive: whether the store does what writing, restoring and tidying up will ask of it, and whether the spool has
+//! room for a time without it.
+//!
+//! # Invariants
+//! - What it writes is one small object below [`PROBES`], where neither a base backup nor a segment of the log can be;
+//!   it is deleted again.
+//! - One right that is missing does not hide another: each is tried.
+//!
+//! # What it does not do
+//! It makes no directory. `s3:AbortMultipartUpload` is not tried: that needs an object of many megabytes. It does not look
+//! whether what is in the archive is whole (`dr-agent backup --verify`) or fresh (`dr-agent status`).
+
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::Bytes;
+use bytesize::ByteSize;
+
+use super::finding::{Finding, Place, Severity, Side, counted};
+use super::host;
+use crate::config::{Archive, Config};
+use crate::error::{Classify as _, chain};
+use crate::store::{Encryption, Put, Refusal, Store, StoreError, StoreUrl};
+
+/// What names of the objects written here begin with. A stream's objects are below its name, which has an underscore.
+const PROBES: &str = "check/";
+
+/// What is written: with a name of its own nobody else's is read back.
+const PROBE_BYTES: Bytes = Bytes::from_static(b"dr-agent check\n");
+
+/// For all that is asked of the store. The SDK alone would try longer.
+const STORE_WITHIN: Duration = Duration::from_secs(30);
+
+/// Listing more than so many segments takes minutes.
+const SEGMENTS_MAX: f64 = 1e6;
+
+/// Looks at store, spool and settings; `databases` are archived.
+pub(super) async fn look(config: &Config, archive: &Archive, databases: usize) -> Vec<Finding> {
+    let at = Place::server(Side::Agent);
+    let mut findings = store(&at, archive).await;
+    findings.extend(spool(&at, archive, databases.max(1)));
+    findings.extend(segments(&at, config, archive));
+    findings
+}
+
+async fn store(at: &Place, archive: &Archive) -> Vec<Finding> {
+    if let StoreUrl::Directory(path) = &archive.url
+        && !path.exists()
+    {
+        return vec![not_there(at, path)];
+    }
+    let asked = tokio::time::timeout(STORE_WITHIN, Box::pin(probe(archive))).await;
+    let errors = asked.unwrap_or_else(|_| vec![Flaw::Silent]);
+    let found = |flaw: &Flaw| flaw.finding(at).on(&archive.url);
+    match errors.as_slice() {
+        [] => {
+            let how = match &archive.encryption {
+                Encryption::Default => String::new(),
+                Encryption::S3 => ", under SSE-S3".to_owned(),
+                Encryption::Kms { key } => format!(", under SSE-KMS with {key}"),
+            };
+            let done = format!("a small object could be written, read, listed and deleted{how}");
+            vec![at.ok("archive_store", done).on(&archive.url)]
+        }
+        flaws => flaws.iter().map(found).collect(),
+    }
+}
+
+/// `run` and `backup` make it; but where a file system is not mounted that is the wrong one.
+fn not_there(at: &Place, path: &Path) -> Finding {
+    let hint = "create it and give it to the user dr-agent runs as, or mend archive.url";
+    let mut finding = host::writable(at, "archive_store", path, hint);
+    if finding.severity == Severity::Ok {
+        finding.severity = Severity::Note;
+        finding.hint = Some("if it should be there, its file system is not mounted".to_owned());
+    }
+    finding
+}
+
+/// What is wrong with the store.
+enum Flaw {
+    Store(StoreError),
+    /// Another client's object could be in the way of the probe, which has a name of its own.
+    Exists,
+    /// It gave back something else, or did not list what is there.
+    Forgets(&'static str),
+    /// No answer in time.
+    Silent,
+}
+
+impl Flaw {
+    fn finding(&self, at: &Place) -> Finding {
+        let (message, hint) = match self {
+            Self::Store(error) => (chain(error), error.hint()),
+            Self::Exists => (
+                "an object that was never written is there already".to_owned(),
+                Some("this is no store that keeps If-None-Match: use another".to_owned()),
+            ),
+            Self::Forgets(what) => (
+                format!("an object that was just written {what}"),
+                Some("the archive needs a store that shows at once what it took".to_owned()),
+            ),
+            Self::Silent => (
+                format!("no answer within {STORE_WITHIN:?}"),
+                Some("check DNS, firewall and AWS_ENDPOINT_URL".to_owned()),
+            ),
+        };
+        let finding = at.error("archive_store", message);
+        match hint {
+            Some(hint) => finding.hint(hint),
+            None => finding,
+        }
+    }
+}
+
+/// Writes, reads, lists and deletes.
+async fn probe(archive: &Archive) -> Vec<Flaw> {
+    let store = match Store::as_it_is(&archive.url, &archive.encryption).await {
+        Ok(store) => store,
+        Err(error) => return vec![Flaw::Store(error)],
+    };
+    let name = format!("{PROBES}{:016x}", rand::random::<u64>());
+    let mut flaws = Vec::new();
+    let written = match store.put_new(&name, PROBE_BYTES).await {
+        Ok(Put::Created) => true,
+        Ok(Put::Exists) => return vec![Flaw::Exists],
+        Err(error) => {
+            let rest_may_work = is_a_right(&error);
+            flaws.push(Flaw::Store(error));
+            if !rest_may_work {
+                return flaws;
+            }
+            false
+        }
+    };
+    // What is not there may be asked for as well: the answer tells whether that is allowed.
+    match store.get(&name).await {
+        Ok(body) if written && body != PROBE_BYTES => flaws.push(Flaw::Forgets("is another")),
+        Err(StoreError::NotFound { .. }) if written => flaws.push(Flaw::Forgets("is not there")),
+        Ok(_) | Err(StoreError::NotFound { .. }) => {}
+        Err(error) => flaws.push(Flaw::Store(error)),
+    }
+    match store.list(PROBES, None).await {
+        Ok(listed) if written && !listed.iter().any(|object| object.name == name) => {
+            flaws.push(Flaw::Forgets("is not listed"));
+        }
+        Ok(_) => {}
+        Err(error) => flaws.push(Flaw::Store(error)),
+    }
+    if let Err(error) = store.delete(&name).await {
+        flaws.push(Flaw::Store(error));
+    }
+    flaws
+}
+
+/// Whether only what was asked is refused, and another request may succeed.
+fn is_a_right(error: &StoreError) -> bool {
+    matches!(
+        error,
+        StoreError::S3 {
+            refusal: Refusal::Denied | Refusal::Kms,
+            ..
+        }
+    )
+}
+
+/// The directory, and whether its file system holds what may wait in it.
+fn spool(at: &Place, archive: &Archive, databases: usize) -> Vec<Finding> {
+    let directory = &archive.spool_directory;
+    let hint = "create it and give it to the user dr-agent runs as, or set archive.spool_directory; \
+                the change log waits there for the store";
+    let mut findings = vec![host::writable(at, "spool_directory", directory, hint)];
+    if findings[0].severity == Severity::Ok
+        && let Some(free) = free_bytes(host::existing(directory))
+    {
+        findings.extend(room(at, archive, databases, free));
+    }
+    findings
+}
+
+/// What other users of the file system need, and what waits in the spool already, is left out of account.
+fn room(at: &Place, archive: &Archive, databases: usize, free: u64) -> Option<Finding> {
+    let needed = archive.spool_bytes.saturating_mul(databases as u64);
+    (free < needed).then(|| {
+        let consequence = match archive.required {
+            true => "replication waits for the store",
+            false => "the change log has a gap",
+        };
+        at.warning(
+            "spool_room",
+            format!(
+                "its file system has {} free, and archive.spool_bytes is {} for {}",
+                size(free),
+                size(archive.spool_bytes),
+                counted(databases, "database")
+            ),
+        )
+        .on(archive.spool_directory.display())
+        .hint(format!(
+            "free space, lower archive.spool_bytes, or set archive.spool_directory; when the store is away and \
+             the disk is full, {consequence}"
+        ))
+    })
+}
+
+fn free_bytes(path: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(path).ok()?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// How large segments become, and how many.
+fn segments(at: &Place, config: &Config, archive: &Archive) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    // One is being uploaded while the next is written.
+    if archive.spool_bytes / 2 < archive.segment_bytes {
+        findings.push(
+            at.warning(
+                "segment_bytes",
+                format!(
+                    "the spool ({}) does not hold two segments ({} each)",
+                    size(archive.spool_bytes),
+                    size(archive.segment_bytes)
+                ),
+            )
+            .hint("raise archive.spool_bytes, or lower archive.segment_bytes"),
+        );
+    }
+    // The heartbeat sees to it that there is something to write.
+    let age = (config.objectives.rpo / 2).max(config.source.heartbeat_every);
+    let kept = archive.retention.as_secs_f64() / age.as_secs_f64().max(1e-3);
+    if kept > SEGMENTS_MAX {
+        findings.push(
+            at.warning(
+                "segment_age",
+                format!(
+                    "a segment every {age:?} makes about {:.1} million objects for each database within the \
+                     retention",
+                    kept / 1e6
+                ),
+            )
+            .hint(
+                "a restore lists all of them first, and S3 charges for each: raise objectives.rpo, or lower \
+                 archive.retention",
+            ),
+        );
+    }
+    findings
+}
+
+fn size(bytes: u64) -> String {
+    ByteSize(bytes).display().iec().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(archive: &str) -> Config {
+        let text = format!(
+            "[source]\nurl = \"postgres://a@localhost/x\"\n[replica]\nurl = \"postgres://b@localhost/y\"\n\
+             {archive}\n[archive]\nurl = \"file:///nowhere/at/all\"\n"
+        );
+        Config::parse("f", &text, []).unwrap()
+    }
+
+    fn at() -> Place {
+        Place::server(Side::Agent)
+    }
+
+    #[test]
+    fn a_disk_smaller_than_what_may_wait_is_a_warning_with_numbers() {
+        let mut archive = config("").archive.unwrap();
+        archive.spool_bytes = 10 << 30;
+        assert_eq!(room(&at(), &archive, 2, 20 << 30), None);
+        let finding = room(&at(), &archive, 3, 20 << 30).unwrap();
+        assert_eq!(finding.severity, Severity::Warning);
+        for part in ["20.0 GiB free", "10.0 GiB", "3 databases"] {
+            assert!(finding.message.contains(part), "{}", finding.message);
+        }
+        assert!(finding.hint.unwrap().contains("gap"));
+        archive.required = true;
+        let finding = room(&at(), &archive, 3, 0).unwrap();
+        assert!(finding.hint.unwrap().contains("replication waits"));
+    }
+
+    #[test]
+    fn segments_must_fit_the_spool_and_not_be_countless() {
+        let found = |text: &str, change: fn(&mut Archive)| -> Vec<&'static str> {
+            let config = config(text);
+            let mut archive = config.archive.clone().unwrap();
+            change(&mut archive);
+            let findings = segments(&at(), &config, &archive);
+            findings.iter().map(|finding| finding.code).collect()
+        };
+        assert_eq!(found("", |_| {}), Vec::<&str>::new());
+        assert_eq!(
+            found("", |archive| archive.spool_bytes = 100 << 20),
+            ["segment_bytes"]
+        );
+        assert_eq!(found("[objectives]\nrpo = \"1s\"", |_| {}), ["segment_age"]);
+    }
+}

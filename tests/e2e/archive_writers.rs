@@ -1,0 +1,274 @@
+//! Goal: several writers in one archive never disturb each other's history, whatever they have in common; and objects that
+//! were copied to where they do not belong are an error that names them, or do no harm.
+//! Method: agents of two databases, of two clusters, and of one source on two machines write into one directory; every object is
+//! held against what it was; segments are copied under other names, and restores compared with what the source remembers.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dr_agent::archive::Span;
+use dr_agent::pg::PgLsn;
+use dr_agent_tests::agent::Agent;
+use dr_agent_tests::archive::{
+    Moment, TABLES, agent_at, archive, expect_state, protected, restore, segments, work,
+};
+use dr_agent_tests::server::ServerOptions;
+use dr_agent_tests::site::{Database, Site};
+use dr_agent_tests::wait::{PATIENCE, wait_until};
+
+/// Every file below a directory, and what it holds.
+fn contents(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut waiting = vec![directory.to_owned()];
+    while let Some(directory) = waiting.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                waiting.push(path);
+            } else {
+                found.insert(path.clone(), fs::read(&path).unwrap());
+            }
+        }
+    }
+    found
+}
+
+/// What was there before is there now, and the same.
+#[track_caller]
+fn expect_kept(before: &BTreeMap<PathBuf, Vec<u8>>, archive: &Path) {
+    let now = contents(archive);
+    for (path, bytes) in before {
+        assert!(
+            now.get(path) == Some(bytes),
+            "{} is another",
+            path.display()
+        );
+    }
+}
+
+/// Restores to some of the moments and to the end, and compares.
+async fn expect_history(database: &Database, agent: &Agent, name: &str, moments: &[Moment]) {
+    for (i, moment) in moments.iter().enumerate().step_by(4) {
+        let target = format!("{name}_{i}");
+        restore(database, agent, &target, &["--to-lsn", &moment.lsn])
+            .await
+            .expect_code(0);
+        expect_state(database, &target, moment).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_databases_share_an_archive_and_not_their_histories() {
+    let site = Site::shared().await;
+    let (one, archive, first, running) = protected(&site, "shared").await;
+    let other = site.database("shared").await;
+    other.source().await.run(TABLES).await;
+    let url = format!("file://{}", archive.display());
+    let second = agent_at(&other, &url, &archive.with_file_name("spool"));
+    let also_running = second.start();
+    also_running.wait_for_streaming(&other.name).await;
+    second.command(&["backup"]).await.expect_code(0);
+    let (here, there) = (one.source().await, other.source().await);
+    let (ours, theirs) = tokio::join!(work(&here, 12, 0), work(&there, 12, 500));
+    for (database, source) in [(&one, &here), (&other, &there)] {
+        source.run("INSERT INTO bag VALUES ('later')").await;
+        database.expect_equal().await;
+    }
+    running.stop().await;
+    also_running.stop().await;
+    expect_history(&one, &first, "of_one", &ours).await;
+    expect_history(&other, &second, "of_other", &theirs).await;
+    for agent in [&first, &second] {
+        agent
+            .command(&["backup", "--verify"])
+            .await
+            .expect_code(0)
+            .expect_words(&["sound"]);
+    }
+
+    // A segment of the other database that seems to lead further. The tables have the same names.
+    let of = |database: &Database| -> Vec<PathBuf> {
+        let below = archive.join(database.stream().as_str());
+        segments(&below)
+    };
+    let end = span(of(&one).last().unwrap()).end;
+    let also_running = second.start();
+    also_running.wait_for_streaming(&other.name).await;
+    there.run("UPDATE account SET balance = 0").await;
+    other.expect_equal().await;
+    also_running.stop().await;
+    let crossing = of(&other)
+        .into_iter()
+        .find(|path| span(path).start <= end && span(path).end > end)
+        .unwrap();
+    let name = crossing.file_name().unwrap();
+    fs::copy(&crossing, of(&one)[0].with_file_name(name)).unwrap();
+    let stream = other.stream();
+    let words = [name.to_str().unwrap(), stream.as_str()];
+    restore(&one, &first, "with_a_stranger", &[])
+        .await
+        .expect_code(1)
+        .expect_words(&words);
+    let verified = first.command(&["backup", "--verify"]).await;
+    verified.expect_code(1).expect_words(&words);
+}
+
+fn span(path: &Path) -> Span {
+    Span::parse(path.file_stem().unwrap().to_str().unwrap()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_clusters_with_the_same_names_share_an_archive_and_not_their_histories() {
+    let here = Site::own().await;
+    let there = Site::with(
+        ServerOptions::source().of_another_cluster(),
+        ServerOptions::replica(),
+    )
+    .await;
+    let one = here.database("twin").await;
+    let other = there.twin_of(&one).await;
+    assert_eq!(one.stream(), other.stream());
+    let archive = archive();
+    let url = format!("file://{}", archive.display());
+    let first = agent_at(&one, &url, &archive.with_file_name("spool"));
+    let second = agent_at(&other, &url, &archive.with_file_name("elsewhere"));
+    // The first is down when the second comes, as after `pg_upgrade`; in between it comes back.
+    let mut histories = Vec::new();
+    for (round, (database, agent)) in [(&one, &first), (&other, &second), (&one, &first)]
+        .into_iter()
+        .enumerate()
+    {
+        let source = database.source().await;
+        if round < 2 {
+            source.run(TABLES).await;
+        }
+        let running = agent.start();
+        running.wait_for_streaming(&database.name).await;
+        agent.command(&["backup"]).await.expect_code(0);
+        histories.push(work(&source, 8, 300 * round as u32).await);
+        source.run("INSERT INTO bag VALUES ('later')").await;
+        database.expect_equal().await;
+        running.expect_quiet_log();
+        running.stop().await;
+        agent
+            .command(&["backup", "--verify"])
+            .await
+            .expect_code(0)
+            .expect_words(&["sound"]);
+    }
+    // By time it is the history of the source that was the newest then, whoever asks; by position that of the newest.
+    for (round, moments) in histories.iter().enumerate() {
+        for (i, moment) in moments.iter().enumerate().step_by(3) {
+            let target = format!("twin_{round}_{i}");
+            restore(&one, &first, &target, &["--to-time", &moment.time])
+                .await
+                .expect_code(0);
+            expect_state(&one, &target, moment).await;
+        }
+    }
+    expect_history(&other, &second, "by_position", &histories[2]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_moved_without_its_spool_overwrites_nothing() {
+    let site = Site::shared().await;
+    let (database, archive, here, running) = protected(&site, "moved").await;
+    let url = format!("file://{}", archive.display());
+    let there = agent_at(&database, &url, &archive.with_file_name("elsewhere"));
+    running.stop().await;
+    let source = database.source().await;
+    let mut moments = Vec::new();
+    let mut kept = BTreeMap::new();
+    // Each dies with something in its spool that the store has already, or nobody has.
+    for (round, agent) in [&here, &there, &here, &there].into_iter().enumerate() {
+        for point in ["archive:uploaded", "archive:spooled"] {
+            let mut armed = agent.start_with(&[("DR_AGENT_FAILPOINT", point)]);
+            moments.extend(work(&source, 3, 50 * round as u32).await);
+            armed.wait_for_exit(PATIENCE).await;
+            expect_kept(&kept, &archive);
+            kept = contents(&archive);
+        }
+    }
+    for agent in [&here, &there] {
+        let running = agent.start();
+        running.wait_for_streaming(&database.name).await;
+        moments.extend(work(&source, 6, 7).await);
+        source.run("INSERT INTO bag VALUES ('later')").await;
+        database.expect_equal().await;
+        running.expect_quiet_log();
+        running.stop().await;
+        expect_kept(&kept, &archive);
+        kept = contents(&archive);
+    }
+    // Now that both spools have been emptied, nothing is missing.
+    here.command(&["backup", "--verify"])
+        .await
+        .expect_code(0)
+        .expect_words(&["sound"]);
+    expect_history(&database, &here, "moved", &moments).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_segment_under_another_name_is_named_or_does_no_harm() {
+    let site = Site::shared().await;
+    let (database, archive, agent, running) = protected(&site, "copied").await;
+    let source = database.source().await;
+    let mut last = None;
+    for seed in 0..4 {
+        let known = segments(&archive).len();
+        last = work(&source, 6, seed * 10).await.pop();
+        wait_until("another segment", PATIENCE, || async {
+            segments(&archive).len() > known
+        })
+        .await;
+    }
+    source.run("INSERT INTO bag VALUES ('later')").await;
+    database.expect_equal().await;
+    running.stop().await;
+    let last = last.unwrap();
+    let all = segments(&archive);
+    let middle = all.len() / 2;
+    let (one, two, three) = (
+        span(&all[middle - 1]),
+        span(&all[middle]),
+        span(&all[middle + 1]),
+    );
+    let (first, second) = (
+        fs::read(&all[middle - 1]).unwrap(),
+        fs::read(&all[middle]).unwrap(),
+    );
+    let between = PgLsn::from(u64::from(two.start) + 1);
+    let before = PgLsn::from(u64::from(one.start) - 1);
+    let of = |start: PgLsn, end: PgLsn| Span { start, end };
+    let (mut right, mut named) = (0, 0);
+    for (i, (span, bytes)) in [
+        // Too long at its beginning, at its end, at both, and as the two it stands for.
+        (of(one.start, two.end), second.clone()),
+        (of(two.start, three.end), second.clone()),
+        (of(one.start, three.end), second.clone()),
+        (of(one.start, two.end), [&first[..], &second[..]].concat()),
+        // Twice: with a beginning between two transactions, with an end there.
+        (of(before, one.end), first.clone()),
+        (of(between, two.end), second.clone()),
+        (of(two.start, between), second.clone()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let path = all[middle].with_file_name(format!("{}.zst", span.name()));
+        fs::write(&path, bytes).unwrap();
+        let target = format!("under_{i}");
+        let outcome = restore(&database, &agent, &target, &["--to-lsn", &last.lsn]).await;
+        if outcome.code == Some(0) {
+            expect_state(&database, &target, &last).await;
+            right += 1;
+        } else {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            outcome.expect_code(1).expect_words(&[name]);
+            named += 1;
+        }
+        fs::remove_file(&path).unwrap();
+    }
+    assert!(right > 0 && named > 0, "{right} right, {named} named");
+}
