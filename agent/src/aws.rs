@@ -130,7 +130,12 @@ pub(crate) fn within(attempt: Duration) -> TimeoutConfig {
 
 /// How long one attempt to send so much may take.
 pub(crate) fn time_to_send(bytes: usize) -> Duration {
-    ANSWER_WITHIN + Duration::from_secs(bytes as u64 / SLOWEST_BYTES_PER_SECOND)
+    ANSWER_WITHIN + time_on_the_line(bytes)
+}
+
+/// How long so much is on its way at most, without the answer.
+pub(crate) fn time_on_the_line(bytes: usize) -> Duration {
+    Duration::from_secs(bytes as u64 / SLOWEST_BYTES_PER_SECOND)
 }
 
 /// What is wrong with the credentials.

@@ -11,7 +11,8 @@
 //! # What it does not do
 //! It checks no signature and no permission, and throttles nobody. It ends a closed shard as Kinesis does, some pages
 //! behind its last record. MillisBehindLatest is 0 whatever is left, also in a page of 10 000 records before others.
-//! ListShards is one page. An iterator AT_TIMESTAMP behind the last record it would never answer; [`SCRIPT`] mends that.
+//! ListShards is one page. An iterator AT_TIMESTAMP behind the last record it would never answer; what
+//! starts it here mends that.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -14,6 +14,8 @@
 //! # What it does not do
 //! It keeps no order, neither over calls nor over records of one call: Kinesis keeps none either.
 
+use std::time::Duration;
+
 use aws_sdk_kinesis::error::BuildError;
 use aws_sdk_kinesis::primitives::Blob;
 use aws_sdk_kinesis::types::{PutRecordsRequestEntry, PutRecordsResultEntry};
@@ -23,11 +25,15 @@ use futures_util::stream::FuturesUnordered;
 use super::calls::{Record, pack};
 use super::streak::Streak;
 use super::{Kinesis, KinesisError, Operation, PUTTING_MAX, Refusal};
-use crate::aws::{time_to_send, within};
+use crate::aws::{time_on_the_line, within};
 use crate::error::{Class, Classify as _};
 
 /// Calls under way at the same time for one `put`.
 const CALLS_MAX: usize = 4;
+
+/// Kinesis answers within milliseconds. A connection that has died shows only by its silence, and records wait for
+/// that; the same records twice are the smaller evil.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// What happened since the last report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -128,9 +134,10 @@ impl Kinesis {
             }
         };
         let bytes: usize = records.iter().map(Record::bytes).sum();
-        // All calls share one line.
-        let deadline = aws_sdk_kinesis::config::Builder::new()
-            .timeout_config(within(time_to_send(bytes * PUTTING_MAX)));
+        // All calls may share one line.
+        let deadline = aws_sdk_kinesis::config::Builder::new().timeout_config(within(
+            ANSWER_WITHIN + time_on_the_line(bytes * PUTTING_MAX),
+        ));
         let _permit = self.putting.acquire().await.expect("it is never closed");
         let request = self
             .client
