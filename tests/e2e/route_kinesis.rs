@@ -4,15 +4,22 @@
 //! the stream does not have any more comes out of the archive.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
-use dr_agent_tests::agent::{Agent, Running};
+use bytes::Bytes;
+use dr_agent::kinesis::{Event, Kinesis, Record, StartAt};
+use dr_agent_tests::agent::{Agent, Running, line_with};
+use dr_agent_tests::compare::differences;
 use dr_agent_tests::kinesalite::Kinesalite;
+use dr_agent_tests::kinesis_faults::{Fault, KinesisProxy};
 use dr_agent_tests::moto::{Moto, SECRET};
 use dr_agent_tests::rundir::directory_for;
 use dr_agent_tests::site::{Database, Site};
 use dr_agent_tests::streams;
 use dr_agent_tests::wait::{PATIENCE, wait_until};
 use dr_agent_tests::workload::{Workload, seed};
+use rand::seq::SliceRandom as _;
+use tokio::sync::mpsc;
 
 const STREAM: &str = "dr-agent";
 
@@ -96,6 +103,43 @@ async fn write(database: &Database, n: u32) {
     database.source().await.run(&sql).await;
 }
 
+/// A stream of its own on a stand-in of its own, and a route through it.
+async fn through_kinesalite(database: Database, archive: Option<PathBuf>) -> (Kinesalite, Route) {
+    let kinesalite = Kinesalite::start().await;
+    streams::create(kinesalite.port(), STREAM, 3).await;
+    let route = Route::new(database, kinesalite.port(), archive);
+    (kinesalite, route)
+}
+
+async fn replicated(site: &Site, purpose: &str) -> (Kinesalite, Route, Running, Running) {
+    let database = site.database(purpose).await;
+    database.source().await.run(TABLE).await;
+    let (kinesalite, route) = through_kinesalite(database, None).await;
+    let (running, applying) = route.start().await;
+    (kinesalite, route, running, applying)
+}
+
+fn archive() -> PathBuf {
+    directory_for("archive").join("objects")
+}
+
+/// Where nobody listens.
+const NOWHERE: &str = "\"postgres://nobody@127.0.0.1:1/postgres\"";
+
+/// Waits until the slot is confirmed up to where the source is now.
+async fn wait_sent(database: &Database) {
+    let source = database.source().await;
+    let here = source.value("SELECT pg_current_wal_lsn()").await.unwrap();
+    let stream = database.stream();
+    wait_until("the slot to be confirmed", PATIENCE, || async {
+        let sql = format!(
+            "SELECT confirmed_flush_lsn >= '{here}' FROM pg_replication_slots WHERE slot_name = '{stream}'"
+        );
+        source.value(&sql).await.as_deref() == Some("t")
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_random_workload_arrives_through_either_stand_in() {
     let site = Site::shared().await;
@@ -123,4 +167,491 @@ async fn a_random_workload_arrives_through_either_stand_in() {
         running.stop().await;
         applying.stop().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn both_sides_are_killed_at_every_edge_of_durability() {
+    let site = Site::shared().await;
+    let (_kinesalite, route, running, applying) = replicated(&site, "edges").await;
+    running.stop().await;
+    applying.stop().await;
+    let database = &route.database;
+    for (n, point) in [
+        "pipeline:before-ship",
+        "kinesis:before-put",
+        "kinesis:part-put",
+        "kinesis:put",
+        "pipeline:before-acknowledge",
+        "source:acknowledged",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut armed = route.run(&[("DR_AGENT_FAILPOINT", point)]);
+        write(database, n as u32).await;
+        armed.wait_for_exit(PATIENCE).await;
+    }
+    let running = route.run(&[]);
+    for (n, point) in [
+        "apply:handed-over",
+        "apply:before-commit",
+        "apply:after-commit",
+        "pipeline:before-ship",
+        "pipeline:before-acknowledge",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut armed = route.apply(&[("DR_AGENT_FAILPOINT", point)]);
+        write(database, n as u32 + 50).await;
+        armed.wait_for_exit(PATIENCE).await;
+    }
+    let applying = route.apply(&[]);
+    write(database, 99).await;
+    database.expect_equal().await;
+    // What was sent twice was recognized.
+    let labels = [("database", database.name.as_str()), ("reason", "known")];
+    let known = applying
+        .metrics()
+        .await
+        .value("dr_agent_stream_ignored_records_total", &labels);
+    assert!(known > Some(0.0), "{known:?}");
+    running.stop().await;
+    applying.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_split_and_merge_under_load() {
+    let site = Site::shared().await;
+    let database = site.database("reshard").await;
+    Workload::create_tables(&database.source().await).await;
+    let (kinesalite, route) = through_kinesalite(database, None).await;
+    let (running, applying) = route.start().await;
+    let database = &route.database;
+    let workload = Workload::start(&database.source_url(), seed(), 3);
+    let port = kinesalite.port();
+    for round in 0..2 {
+        let open = streams::open_shards(port, STREAM).await;
+        streams::split(port, STREAM, &open[round]).await;
+        let open = streams::open_shards(port, STREAM).await;
+        streams::merge(port, STREAM, &open[1], &open[2]).await;
+        let so_far = workload.committed();
+        wait_until("more transactions", PATIENCE, || async {
+            workload.committed() > so_far + 100
+        })
+        .await;
+    }
+    workload.stop().await;
+    database.expect_equal().await;
+    applying.expect_quiet_log();
+    running.stop().await;
+    applying.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_that_fail_in_part_or_whole_or_twice_cost_nothing() {
+    let site = Site::shared().await;
+    let database = site.database("faults").await;
+    database.source().await.run(TABLE).await;
+    let kinesalite = Kinesalite::start().await;
+    streams::create(kinesalite.port(), STREAM, 2).await;
+    let proxy = KinesisProxy::start(kinesalite.port()).await;
+    let route = Route::new(database, proxy.port(), None);
+    let (running, applying) = route.start().await;
+    let database = &route.database;
+    let source = database.source().await;
+    const THROTTLED: &str = "ProvisionedThroughputExceededException";
+    for (n, (operation, fault)) in [
+        (
+            "PutRecords",
+            Fault::RefuseRecords(|n| n % 2 == 0, THROTTLED),
+        ),
+        ("PutRecords", Fault::Refuse(400, THROTTLED)),
+        ("PutRecords", Fault::Refuse(500, "InternalFailure")),
+        ("PutRecords", Fault::Cut),
+        ("PutRecords", Fault::LoseAnswer),
+        ("GetRecords", Fault::Refuse(400, THROTTLED)),
+        ("GetRecords", Fault::Refuse(400, "ExpiredIteratorException")),
+        ("GetRecords", Fault::LoseAnswer),
+        ("GetRecords", Fault::Cut),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        proxy.spoil(operation, fault);
+        // Several records, so that a part of a call can fail.
+        let sql = format!(
+            "INSERT INTO t SELECT {n} * 100000 + g, md5(random()::text) || md5(random()::text) || md5(random()::text) || md5(random()::text)
+               FROM generate_series(1000, 21000) AS g"
+        );
+        source.run(&sql).await;
+        wait_until("the fault to be met", PATIENCE, || async {
+            proxy.unused() == 0
+        })
+        .await;
+    }
+    database.expect_equal().await;
+    let name = database.name.as_str();
+    let metrics = running.metrics().await;
+    for counter in [
+        "dr_agent_stream_retried_records_total",
+        "dr_agent_stream_throttled_total",
+    ] {
+        assert!(
+            metrics.value(counter, &[("database", name)]) > Some(0.0),
+            "{counter}"
+        );
+    }
+    let ignored = [("database", name), ("reason", "known")];
+    let known = applying
+        .metrics()
+        .await
+        .value("dr_agent_stream_ignored_records_total", &ignored);
+    assert!(known > Some(0.0), "{known:?}");
+    running.stop().await;
+    applying.stop().await;
+}
+
+/// Reads everything that a stream has.
+async fn everything(kinesis: &Kinesis) -> Vec<Bytes> {
+    let (events, mut seen) = mpsc::channel(8);
+    let now = Instant::now();
+    let reading = kinesis.clone();
+    let reading =
+        tokio::spawn(async move { reading.read(StartAt::TrimHorizon, events, &|_| {}).await });
+    let mut records = Vec::new();
+    while let Some(event) = seen.recv().await {
+        match event {
+            Event::Records(more) => records.extend(more),
+            Event::ReadUpTo(at) if at >= now => break,
+            Event::ReadUpTo(_) => {}
+        }
+    }
+    drop(seen);
+    reading.abort();
+    records
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_may_come_in_any_order_and_twice() {
+    const SHUFFLED: &str = "shuffled";
+    let site = Site::shared().await;
+    let database = site.database("shuffled").await;
+    Workload::create_tables(&database.source().await).await;
+    let (kinesalite, mut route) = through_kinesalite(database, None).await;
+    let port = kinesalite.port();
+    streams::create(port, SHUFFLED, 2).await;
+    let (running, applying) = route.start().await;
+    applying.stop().await;
+    let workload = Workload::start(&route.database.source_url(), seed(), 3);
+    wait_until("enough transactions", PATIENCE, || async {
+        workload.committed() > 200
+    })
+    .await;
+    workload.stop().await;
+    wait_sent(&route.database).await;
+    running.stop().await;
+
+    let settings = kinesalite.settings();
+    let from = Kinesis::open_with(STREAM, &settings).await.unwrap();
+    let to = Kinesis::open_with(SHUFFLED, &settings).await.unwrap();
+    let mut records = everything(&from).await;
+    assert!(records.len() > 20, "{}", records.len());
+    let again = records.len() / 3;
+    records.extend_from_within(..again);
+    records.shuffle(&mut rand::rng());
+    let records = records.into_iter().enumerate().map(|(n, data)| Record {
+        partition_key: n.to_string(),
+        data,
+    });
+    // One call after the other: what comes early comes much too early.
+    for chunk in records.collect::<Vec<_>>().chunks(10) {
+        to.put(chunk.to_vec(), &|_| {}).await.unwrap();
+    }
+    route
+        .applier
+        .configure("route.stream", &format!("\"{SHUFFLED}\""));
+    let applying = route.apply(&[]);
+    let (source, replica) = (
+        route.database.source().await,
+        route.database.replica().await,
+    );
+    wait_until("both sides to be equal", PATIENCE, || async {
+        differences(&source, &replica, &[]).await.is_empty()
+    })
+    .await;
+    applying.expect_quiet_log();
+    applying.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_replica_is_away_the_source_keeps_nothing_for_it() {
+    let site = Site::own().await;
+    let (_kinesalite, route, running, applying) = replicated(&site, "away").await;
+    let database = &route.database;
+    let source = database.source().await;
+    site.replica.stop_immediately().await;
+    // As much as two quiet hours would bring.
+    for n in 1..=8 {
+        source
+            .run(&format!(
+                "INSERT INTO t SELECT {n} * 100000 + g, repeat(md5(g::text), 10) FROM generate_series(1, 20000) AS g;
+                 UPDATE t SET v = v || '{n}' WHERE id % 3 = 0"
+            ))
+            .await;
+    }
+    wait_sent(database).await;
+    let stream = database.stream();
+    wait_until("the source to let go of its WAL", PATIENCE, || async {
+        // Writes down which transactions run, without which a slot does not move.
+        source.run("CHECKPOINT").await;
+        let sql = format!(
+            "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) < 16 * 1024 * 1024
+               FROM pg_replication_slots WHERE slot_name = '{stream}'"
+        );
+        source.value(&sql).await.as_deref() == Some("t")
+    })
+    .await;
+    site.replica.start_again().await;
+    applying.wait_for_streaming(&database.name).await;
+    database.expect_equal().await;
+    // What has not been read waits in the stream, not in memory.
+    assert!(applying.peak_resident_bytes() < 512 << 20);
+    running.stop().await;
+    applying.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_transaction_goes_through_in_bounded_memory() {
+    let site = Site::own().await;
+    let (_kinesalite, route, running, applying) = replicated(&site, "large").await;
+    let database = &route.database;
+    // 100 MiB of changes that do not compress below 50.
+    database
+        .source()
+        .await
+        .run("INSERT INTO t SELECT g, (SELECT string_agg(md5(random()::text || g || i), '') FROM generate_series(1, 32) AS i) FROM generate_series(1000, 101000) AS g")
+        .await;
+    database.expect_equal().await;
+    for process in [&running, &applying] {
+        let peak = process.peak_resident_bytes();
+        assert!(peak < 512 << 20, "{} MiB", peak >> 20);
+    }
+    running.stop().await;
+    applying.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sites_that_do_not_see_one_another_copy_out_of_the_archive() {
+    let site = Site::shared().await;
+    let database = site.database("apart").await;
+    let source = database.source().await;
+    source.run(TABLE).await;
+    let (_kinesalite, mut route) = through_kinesalite(database, Some(archive())).await;
+    route.applier.configure("source.url", NOWHERE);
+    // Nothing to copy from yet.
+    let mut applying = route.apply(&[]);
+    applying
+        .wait_for_log(&["nothing to copy", "no base backup yet"])
+        .await;
+    applying.kill();
+    let running = route.run(&[]);
+    running.wait_for_log(&["base backup", "taken"]).await;
+    write(&route.database, 1).await;
+    // A load that is killed is begun anew.
+    let mut armed = route.apply(&[("DR_AGENT_FAILPOINT", "restore:data-loaded")]);
+    armed.wait_for_exit(PATIENCE).await;
+    write(&route.database, 2).await;
+    let applying = route.apply(&[]);
+    applying.wait_for_log(&["interrupted", "begins anew"]).await;
+    applying.wait_for_streaming(&route.database.name).await;
+    write(&route.database, 3).await;
+    route.database.expect_equal().await;
+    // Its first rows are only on the source.
+    source
+        .run("CREATE TABLE later (id int PRIMARY KEY); INSERT INTO later VALUES (1)")
+        .await;
+    wait_until("the new table to be sent", PATIENCE, || async {
+        source
+            .run("INSERT INTO later SELECT coalesce(max(id), 0) + 1 FROM later")
+            .await;
+        applying.log().contains("later is new on the source")
+    })
+    .await;
+    applying.stop().await;
+    // Where the source can be reached, it is copied.
+    route.applier.configure(
+        "source.url",
+        &format!("\"{}\"", site.source.url("postgres")),
+    );
+    let applying = route.apply(&[]);
+    route.database.expect_equal().await;
+    running.stop().await;
+    applying.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_stream_has_not_any_more_comes_out_of_the_archive_or_is_named() {
+    let site = Site::shared().await;
+    let database = site.database("gone").await;
+    database.source().await.run(TABLE).await;
+    let (kinesalite, route) = through_kinesalite(database, Some(archive())).await;
+    let (running, applying) = route.start().await;
+    applying.stop().await;
+    for n in 1..=3 {
+        write(&route.database, n).await;
+    }
+    wait_sent(&route.database).await;
+    running.stop().await;
+    // Retention has passed: the stream is empty.
+    let port = kinesalite.port();
+    streams::delete(port, STREAM).await;
+    streams::create(port, STREAM, 2).await;
+    let running = route.run(&[]);
+    write(&route.database, 4).await;
+    let applying = route.apply(&[]);
+    applying.wait_for_log(&["filled from the archive"]).await;
+    route.database.expect_equal().await;
+    applying.stop().await;
+    // Without an archive that has it, the stretch is named.
+    write(&route.database, 5).await;
+    wait_sent(&route.database).await;
+    running.stop().await;
+    streams::delete(port, STREAM).await;
+    streams::create(port, STREAM, 2).await;
+    let poor = Route::new(route.database.clone(), port, None);
+    let running = poor.run(&[]);
+    write(&poor.database, 6).await;
+    let mut applying = poor.apply(&[]);
+    applying.expect_exit(1).await;
+    let position = poor
+        .database
+        .replica()
+        .await
+        .value("SELECT end_lsn FROM dr_agent.progress")
+        .await
+        .unwrap();
+    let log = applying.log();
+    let words = ["not in the Kinesis stream", position.as_str(), "no archive"];
+    assert!(line_with(&log, &words).is_some(), "{words:?}\n{log}");
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promotion_drains_the_stream_first() {
+    let site = Site::own().await;
+    let (_kinesalite, route, mut running, applying) = replicated(&site, "drained").await;
+    let database = &route.database;
+    applying.pause();
+    for n in 1..=5 {
+        write(database, n).await;
+    }
+    wait_sent(database).await;
+    let rows = database
+        .source()
+        .await
+        .value("SELECT md5(string_agg(t::text, ',' ORDER BY id)) FROM t")
+        .await;
+    site.source.kill();
+    running.kill();
+    // Killed in the middle of it, it drains again.
+    let arguments = ["promote", "--failover", "--json"];
+    let armed = route.with(&[("DR_AGENT_FAILPOINT", "promote:drained")]);
+    let killed = route.applier.command_with(&arguments, &armed).await;
+    assert_eq!(killed.code, None, "{}", killed.text());
+    let promoted = route
+        .applier
+        .command_with(&arguments, &route.with(&[]))
+        .await;
+    promoted.expect_code(0);
+    let report = promoted.json();
+    let steps = report["databases"][0]["steps"].to_string();
+    assert!(
+        steps.contains("of the Kinesis stream were applied"),
+        "{steps}"
+    );
+    let replica = database.replica().await;
+    let there = replica
+        .value("SELECT md5(string_agg(t::text, ',' ORDER BY id)) FROM t")
+        .await;
+    assert_eq!(there, rows);
+    // Who applied before is fenced.
+    let mut applying = applying;
+    applying.resume();
+    applying.expect_exit(3).await;
+    let mut again = route.apply(&[]);
+    again.expect_exit(3).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promotion_whose_stream_is_away_says_how_to_go_on_without_it() {
+    let site = Site::own().await;
+    let (kinesalite, route, running, applying) = replicated(&site, "undrained").await;
+    write(&route.database, 1).await;
+    route.database.wait_caught_up().await;
+    applying.stop().await;
+    running.stop().await;
+    drop(kinesalite);
+    let refused = route
+        .applier
+        .command_with(&["promote", "--failover"], &route.with(&[]))
+        .await;
+    refused.expect_code(1).expect_words(&["--skip-drain"]);
+    let opened = route
+        .applier
+        .command_with(
+            &["promote", "--failover", "--skip-drain", "--json"],
+            &route.with(&[]),
+        )
+        .await;
+    opened.expect_code(0);
+    let accepted = opened.json()["accepted"].to_string();
+    assert!(accepted.contains("left out (--skip-drain)"), "{accepted}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_is_lost_is_not_created_anew_in_silence() {
+    let site = Site::shared().await;
+    let (_kinesalite, route, running, applying) = replicated(&site, "slotless").await;
+    running.stop().await;
+    applying.stop().await;
+    let stream = route.database.stream();
+    let source = route.database.source().await;
+    source
+        .run(&format!("SELECT pg_drop_replication_slot('{stream}')"))
+        .await;
+    let mut running = route.run(&[]);
+    running.expect_exit(1).await;
+    running
+        .wait_for_log(&["is gone, by which the stream was sent since"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn databases_share_a_stream_and_apply_refuses_route_direct() {
+    let site = Site::shared().await;
+    let kinesalite = Kinesalite::start().await;
+    streams::create(kinesalite.port(), STREAM, 2).await;
+    let mut both = Vec::new();
+    for purpose in ["first", "second"] {
+        let database = site.database(purpose).await;
+        database.source().await.run(TABLE).await;
+        let route = Route::new(database, kinesalite.port(), None);
+        let started = route.start().await;
+        both.push((route, started));
+    }
+    for (n, (route, _)) in both.iter().enumerate() {
+        write(&route.database, n as u32).await;
+    }
+    for (route, (running, applying)) in both {
+        route.database.expect_equal().await;
+        applying.expect_quiet_log();
+        running.stop().await;
+        applying.stop().await;
+    }
+    let direct = site.database("direct").await.agent();
+    let refused = direct.command(&["apply"]).await;
+    refused
+        .expect_code(2)
+        .expect_words(&["route.kind", "direct"]);
 }

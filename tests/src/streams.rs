@@ -10,7 +10,7 @@
 use serde_json::{Value, json};
 
 use crate::http;
-use crate::wait::{PATIENCE, wait_for};
+use crate::wait::{PATIENCE, wait_for, wait_until};
 
 /// A shard of a stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +34,18 @@ pub async fn create(port: u16, stream: &str, shards: u32) {
     )
     .await;
     active(port, stream).await;
+}
+
+/// Deletes a stream, with all of its records.
+pub async fn delete(port: u16, stream: &str) {
+    ask(port, "DeleteStream", &json!({"StreamName": stream})).await;
+    wait_until("the stream to be gone", PATIENCE, || async {
+        let answer = ask(port, "ListStreams", &json!({})).await;
+        !answer["StreamNames"]
+            .to_string()
+            .contains(&format!("\"{stream}\""))
+    })
+    .await;
 }
 
 /// All shards, in the order of their making.
