@@ -8,6 +8,7 @@
 )]
 
 mod archive;
+mod archive_alone;
 mod archive_history;
 mod archive_tidy;
 mod archive_writers;

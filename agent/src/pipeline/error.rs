@@ -4,7 +4,7 @@ use crate::archive::SpoolError;
 use crate::error::{Class, Classify};
 use crate::kinesis::KinesisError;
 use crate::pg::PgError;
-use crate::setup::SetupError;
+use crate::setup::{SetupError, Side};
 use crate::sink::kinesis::KinesisSinkError;
 use crate::sink::replica::SinkError;
 use crate::snapshot::CopyError;
@@ -78,6 +78,15 @@ impl Classify for SessionError {
 }
 
 impl SessionError {
+    /// Whether the replica, and nothing else, could not be used.
+    pub(super) fn is_the_replicas(&self) -> bool {
+        match self {
+            Self::Setup(SetupError::Sql { side, .. }) => *side == Side::Replica,
+            Self::Sink(SinkError::Pg(_)) => true,
+            _ => false,
+        }
+    }
+
     /// Not a failure: starting again is how the pipeline takes in what is new.
     pub(super) fn is_expected(&self) -> bool {
         matches!(

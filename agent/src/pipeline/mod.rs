@@ -31,10 +31,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{self, Decision};
 use crate::catalog::TableName;
-use crate::config::Config;
+use crate::config::{Archive, Config};
 use crate::error::{Class, Classify, chain};
 use crate::lag::{Lag, Micros, pg_micros};
 use crate::metrics::DatabaseMetrics;
+use crate::pg::{self, Session};
 use crate::setup::{self, Prepared, SetupError};
 use crate::sink::replica::SinkError;
 use crate::snapshot::{CopyObserver, CopyPhase, ProgressDisplay};
@@ -49,6 +50,9 @@ const QUEUE_TRANSACTIONS: usize = 16_384;
 /// How often lag is judged without news.
 const TICK: Duration = Duration::from_millis(250);
 
+/// How often a replica that is away is tried again while the change log goes on.
+const LOOK_FOR_REPLICA_EVERY: Duration = Duration::from_secs(5);
+
 /// A session that lasted this long was no failed attempt; the next error starts at the shortest pause.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 
@@ -61,6 +65,8 @@ pub enum Leg {
     Send,
     /// From the Kinesis stream to the replica: `apply`.
     Apply,
+    /// From the source into the archive alone, while the replica is away: `run` under route `direct`.
+    Log,
 }
 
 /// How a pipeline ended.
@@ -174,8 +180,16 @@ impl Pipeline {
                 tracing::warn!(
                     database = %self.database, attempt, ?pause, error = %text, hint, "will retry"
                 );
-                let stopped = tokio::time::timeout(pause, self.stop.cancelled());
-                if self.watching(stopped).await.is_ok() {
+                let stopped = match self.archive_meanwhile(error) {
+                    Some(archive) => {
+                        Box::pin(self.log_until_the_replica_is_back(archive, pause)).await
+                    }
+                    None => {
+                        let stopped = tokio::time::timeout(pause, self.stop.cancelled());
+                        self.watching(stopped).await.is_ok()
+                    }
+                };
+                if stopped {
                     self.enter(State::Stopped);
                     return Some(End::Stopped);
                 }
@@ -192,6 +206,56 @@ impl Pipeline {
                 Some(End::Failed)
             }
         }
+    }
+
+    /// The archive, if this error only keeps changes from the replica.
+    fn archive_meanwhile(&self, error: &SessionError) -> Option<&Archive> {
+        let archive = self.config.archive.as_ref()?;
+        (self.leg == Leg::Whole && error.is_the_replicas()).then_some(archive)
+    }
+
+    /// The change log goes on while the replica is away: were the site lost now, it would be all there is. Returns whether
+    /// the agent was told to stop.
+    async fn log_until_the_replica_is_back(&self, archive: &Archive, pause: Duration) -> bool {
+        let logging = async {
+            if let Err(error) = Box::pin(self.log_session(archive)).await {
+                tracing::warn!(
+                    database = %self.database, error = %chain(&error), hint = error.hint(),
+                    "the change log stands still as well"
+                );
+            }
+            // The replica may be back before the source is.
+            std::future::pending::<()>().await;
+        };
+        let replica = self.config.replica.conninfo.with_dbname(&self.database);
+        let session = Session::new(self.stream.application_name("setup"));
+        let back = async {
+            let pause = pause.max(LOOK_FOR_REPLICA_EVERY.min(self.config.limits.retry_max));
+            loop {
+                tokio::time::sleep(pause).await;
+                if pg::connect(&replica, &session).await.is_ok() {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = self.stop.cancelled() => true,
+            () = self.watching(back) => false,
+            () = logging => unreachable!("it waits for the others"),
+        }
+    }
+
+    /// Reads the source into the archive until an error. Nothing is acknowledged.
+    async fn log_session(&self, archive: &Archive) -> Result<(), SessionError> {
+        let prepared = setup::prepare_logging(&self.config, &self.database, &self.stop).await?;
+        let mut streaming = self.start_logging(archive, &prepared)?;
+        tracing::info!(
+            database = %self.database, from = %prepared.end_lsn,
+            "the replica is away: the change log goes on into the archive"
+        );
+        let outcome = streaming.run().await;
+        streaming.stop().await;
+        outcome
     }
 
     fn enter(&self, state: State) {
@@ -281,7 +345,7 @@ impl Pipeline {
         let (config, database, stop) = (&self.config, &self.database, &self.stop);
         match self.leg {
             Leg::Whole => setup::prepare(config, database, observer, stop).await,
-            Leg::Send => setup::prepare_sending(config, database, stop).await,
+            Leg::Send | Leg::Log => setup::prepare_sending(config, database, stop).await,
             Leg::Apply => {
                 let new_table = self.new_table.as_ref();
                 setup::prepare_receiving(config, database, new_table, observer, stop).await

@@ -5,6 +5,7 @@
 //! Whole    walsender ▶ … ▶ [spool] ▶ replica       monitor, archive
 //! Send     walsender ▶ … ▶ [spool] ▶ Kinesis       monitor, archive
 //! Apply    Kinesis   ▶ … ▶ replica
+//! Log      walsender ▶ … ▶ [spool] ▶ nowhere       monitor, archive
 //! ```
 
 use std::sync::Arc;
@@ -29,7 +30,7 @@ use crate::monitor::{self, Report};
 use crate::pg::ConnInfo;
 use crate::setup::Prepared;
 use crate::sink::kinesis::KinesisSink;
-use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
+use crate::sink::replica::{Applied, Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
 use crate::source::{
     self, IntakeLimits, Received, SourcePosition, SourceSettings, StreamSettings, Until,
 };
@@ -45,6 +46,36 @@ const PATIENCE_MIN: Duration = Duration::from_secs(30);
 type Tasks = JoinSet<Option<SessionError>>;
 type Batches = mpsc::Sender<Arc<Batch>>;
 
+/// A sink and what is around it, before transactions come.
+struct Ends {
+    leg: Leg,
+    space: SpillSpace,
+    tasks: Tasks,
+    batches: Batches,
+    outcomes: mpsc::Receiver<Outcome>,
+    archive: Option<Archiving>,
+    ledger: Ledger,
+    spacing: Spacing,
+}
+
+/// A sink that lets go of every batch: it is in the spool.
+async fn let_go(
+    mut batches: mpsc::Receiver<Arc<Batch>>,
+    outcomes: mpsc::Sender<Outcome>,
+) -> Option<SessionError> {
+    while let Some(batch) = batches.recv().await {
+        let outcome = Outcome {
+            batch,
+            result: Ok(Applied::default()),
+            took: Duration::ZERO,
+        };
+        if outcomes.send(outcome).await.is_err() {
+            break;
+        }
+    }
+    None
+}
+
 impl Pipeline {
     /// Opens both ends and starts the tasks of one session.
     pub(super) async fn start(&self, prepared: &Prepared) -> Result<Streaming<'_>, SessionError> {
@@ -54,22 +85,84 @@ impl Pipeline {
         let mut tasks = JoinSet::new();
         let (outcomes, outcomes_seen) = mpsc::channel(IN_FLIGHT_MAX);
         let (sink, spacing) = match self.leg {
-            Leg::Whole | Leg::Apply => self.replica(prepared, outcomes, &mut tasks).await?,
             Leg::Send => self.kinesis(prepared, outcomes, &mut tasks).await?,
-        };
-        let ledger = Ledger::resume(1, BatchNumber(prepared.batch), prepared.end_lsn);
-        let (batches, archive, ledger) = match &self.config.archive {
-            Some(archive) if self.leg != Leg::Apply => {
-                self.archive(archive, prepared, sink, ledger, &mut tasks)?
+            Leg::Whole | Leg::Apply | Leg::Log => {
+                self.replica(prepared, outcomes, &mut tasks).await?
             }
-            _ => (sink, None, ledger),
         };
+        let mut ledger = Ledger::resume(1, BatchNumber(prepared.batch), prepared.end_lsn);
+        let (batches, archive) = match &self.config.archive {
+            Some(archive) if self.leg != Leg::Apply => {
+                let (to_spool, archiving) = self.archive(archive, prepared, sink, &mut tasks)?;
+                if archive.required {
+                    ledger = ledger.with_archive(*archiving.uploaded.borrow());
+                }
+                (to_spool, Some(archiving))
+            }
+            _ => (sink, None),
+        };
+        let ends = Ends {
+            leg: self.leg,
+            space,
+            tasks,
+            batches,
+            outcomes: outcomes_seen,
+            archive,
+            ledger,
+            spacing,
+        };
+        self.stream(prepared, ends)
+    }
+
+    /// Starts the tasks of a session that only writes the change log: nothing is ever acknowledged.
+    pub(super) fn start_logging(
+        &self,
+        archive: &Archive,
+        prepared: &Prepared,
+    ) -> Result<Streaming<'_>, SessionError> {
+        let limits = &self.config.limits;
+        let directory = spill::directory_of(&limits.spill_directory, &self.stream);
+        let mut tasks = JoinSet::new();
+        let (outcomes, outcomes_seen) = mpsc::channel(IN_FLIGHT_MAX);
+        let (sink, spooled) = mpsc::channel(IN_FLIGHT_MAX);
+        tasks.spawn(let_go(spooled, outcomes));
+        let (batches, archiving) = self.archive(archive, prepared, sink, &mut tasks)?;
+        let ends = Ends {
+            leg: Leg::Log,
+            space: SpillSpace::open(directory, limits.spill_bytes)?,
+            tasks,
+            batches,
+            outcomes: outcomes_seen,
+            archive: Some(Archiving {
+                required: false,
+                ..archiving
+            }),
+            // A required sink that is told of nothing.
+            ledger: Ledger::resume(1, BatchNumber(prepared.batch), prepared.end_lsn)
+                .with_archive(prepared.end_lsn),
+            spacing: Spacing::new(Duration::ZERO, IN_FLIGHT_MAX),
+        };
+        self.stream(prepared, ends)
+    }
+
+    /// Starts what brings transactions.
+    fn stream(&self, prepared: &Prepared, ends: Ends) -> Result<Streaming<'_>, SessionError> {
+        let Ends {
+            leg,
+            space,
+            mut tasks,
+            batches,
+            outcomes,
+            archive,
+            ledger,
+            spacing,
+        } = ends;
         let (flush, flush_seen) = watch::channel(ledger.flush_lsn());
         let (position, position_seen) = watch::channel(SourcePosition::default());
         let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
         let (reports, reports_seen) = mpsc::channel(4);
-        match self.leg {
-            Leg::Whole | Leg::Send => {
+        match leg {
+            Leg::Whole | Leg::Send | Leg::Log => {
                 self.tail(prepared, space, received, flush_seen, position, &mut tasks);
                 self.monitor(reports, &mut tasks);
             }
@@ -77,9 +170,10 @@ impl Pipeline {
         }
         Ok(Streaming {
             pipeline: self,
+            leg,
             tasks,
             transactions,
-            outcomes: outcomes_seen,
+            outcomes,
             reports: reports_seen,
             position: position_seen,
             batches: Some(batches),
@@ -183,16 +277,12 @@ impl Pipeline {
         archive: &Archive,
         prepared: &Prepared,
         sink: Batches,
-        mut ledger: Ledger,
         tasks: &mut Tasks,
-    ) -> Result<(Batches, Option<Archiving>, Ledger), SessionError> {
+    ) -> Result<(Batches, Archiving), SessionError> {
         let log = self.log(archive, prepared)?;
         let position = log
             .waiting_from()
             .map_or(prepared.end_lsn, |waiting| waiting.min(prepared.end_lsn));
-        if archive.required {
-            ledger = ledger.with_archive(position);
-        }
         let (uploaded, uploaded_seen) = watch::channel(position);
         let (to_spool, spooled) = mpsc::channel(IN_FLIGHT_MAX);
         let metrics = ArchiveMetrics::new(&self.database);
@@ -203,7 +293,7 @@ impl Pipeline {
             required: archive.required,
             upload: AbortOnDropHandle::new(tokio::spawn(uploading)),
         };
-        Ok((to_spool, Some(archiving), ledger))
+        Ok((to_spool, archiving))
     }
 
     /// The change log of one session, with what an earlier one left in the spool.

@@ -48,6 +48,7 @@ enum Action {
 /// Channels and tasks of one session, around the state that is owned here.
 pub(super) struct Streaming<'p> {
     pub(super) pipeline: &'p Pipeline,
+    pub(super) leg: Leg,
     pub(super) tasks: JoinSet<Option<SessionError>>,
     pub(super) transactions: mpsc::Receiver<Received>,
     pub(super) outcomes: mpsc::Receiver<Outcome>,
@@ -290,6 +291,10 @@ impl Streaming<'_> {
         }
         owned.shipped_oldest.pop_front();
         owned.permits.drain(..batch.transactions.len());
+        if self.leg == Leg::Log {
+            // The replica does not have it.
+            return Ok(());
+        }
         owned.lag.applied(batch.commit_time(), now_micros());
         let metrics = &self.pipeline.metrics;
         metrics.batches.increment(1);
@@ -363,7 +368,7 @@ impl Streaming<'_> {
             metrics.reader(position.reader);
         }
         let flush = owned.ledger.flush_lsn().lsn();
-        if self.pipeline.leg != Leg::Send {
+        if self.leg != Leg::Send {
             metrics.replica_flush_lsn.set(lsn_number(flush));
         }
         let written = owned.wal.map(|wal| wal.written).max(position.wal_end);

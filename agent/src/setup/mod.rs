@@ -56,7 +56,7 @@ pub use init::{Plan, Privileged, plan};
 pub use locale::{Locale, Provider};
 pub use receiving::{prepare_draining, prepare_receiving};
 pub use role::Statement;
-pub use sending::prepare_sending;
+pub use sending::{prepare_logging, prepare_sending};
 
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases};

@@ -98,8 +98,48 @@ async fn prepare(
         }
     };
     note(&source, &history, start).await?;
-    Ok(Prepared {
-        term: term(&source).await?,
+    let term = term(&source).await?;
+    Ok(sent_from(source, history, source_lsn, start, term))
+}
+
+/// Where a slot stands whose stream is only to be read, because the replica is away. Nothing is changed.
+///
+/// # Errors
+/// [`SetupError`]
+pub async fn prepare_logging(
+    config: &Config,
+    database: &str,
+    cancel: &CancellationToken,
+) -> Result<Prepared, SetupError> {
+    let source = Box::pin(SourceSide::open(config, database, cancel)).await?;
+    source.found.require_unaltered(&source.stream)?;
+    let mut walsender = source.walsender().await?;
+    let (history, source_lsn) = source_side::identify(&mut walsender).await?;
+    let slot = source.slot().await?;
+    let mismatch = |source: Mismatch| SetupError::Mismatch {
+        database: database.to_owned(),
+        source,
+    };
+    let verdict = verdict(&source.stream, database, slot.as_ref(), None, &history);
+    let confirmed = match verdict.map_err(mismatch)? {
+        Verdict::Resume => slot.and_then(|slot| slot.confirmed),
+        Verdict::Begin { .. } => None,
+    };
+    let start = confirmed.ok_or_else(|| SetupError::NotSent {
+        stream: source.stream.to_string(),
+    })?;
+    Ok(sent_from(source, history, source_lsn, start, FIRST_TERM))
+}
+
+fn sent_from(
+    source: SourceSide<'_>,
+    history: History,
+    as_of: PgLsn,
+    start: PgLsn,
+    term: i64,
+) -> Prepared {
+    Prepared {
+        term,
         batch: 0,
         end_lsn: start,
         commit_time: None,
@@ -107,14 +147,14 @@ async fn prepare(
         system_identifier: history.system_identifier,
         server_version: source.found.version,
         synced: Vec::new(),
-        as_of: source_lsn,
-        // Whoever reads the stream cannot ask for text once something came that does not travel.
+        as_of,
+        // Whoever reads it cannot ask for text once something came that does not travel.
         binary: false,
         unpublished: source.wanted.unpublished,
         warnings: source.warnings,
         stream: source.stream,
         _lock: None,
-    })
+    }
 }
 
 /// Whether the slot can be gone on with.

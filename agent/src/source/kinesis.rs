@@ -46,6 +46,9 @@ const EARLIER: Duration = Duration::from_secs(60);
 /// A stream that gives no sign of life for so long cannot be drained now.
 const STANDSTILL: Duration = Duration::from_secs(30);
 
+/// How long a batch may be on its way while later ones are there, before the archive is asked for it.
+const ON_ITS_WAY: Duration = Duration::from_secs(30);
+
 /// Between two looks whether the archive has what is missing.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
@@ -346,10 +349,30 @@ impl Receiving {
         let looked_lately = stalled
             .looked
             .is_some_and(|looked| looked.elapsed() < LOOK_EVERY);
-        if at < stalled.since || !gap.accepted || looked_lately {
+        if at < stalled.since || looked_lately {
             return Ok(None);
         }
-        self.missing(gap, stalled).await
+        if gap.accepted {
+            return self.missing(gap, stalled).await;
+        }
+        if stalled.since.elapsed() < ON_ITS_WAY {
+            return Ok(None);
+        }
+        // Its writer died, or has been refused for a while. What it has not finished somebody sends again.
+        if self.fill(gap).await? {
+            return self.records(Vec::new()).await;
+        }
+        if stalled.looked.is_none() {
+            tracing::warn!(
+                stream = %self.settings.stream, from = %gap.from, to = %gap.to,
+                "waits for a stretch that its writer has not finished"
+            );
+        }
+        self.stalled = Some(Stalled {
+            looked: Some(clock()),
+            ..stalled
+        });
+        Ok(None)
     }
 
     /// A stretch is not in what was read of the stream.

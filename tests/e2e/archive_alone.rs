@@ -1,0 +1,50 @@
+//! Goal: while the replica is away the change log goes on; were the site lost then, what committed more than an RPO ago is in the
+//! archive.
+//! Method: the replica is stopped under an agent that streams; what is written meanwhile has to reach the archive, and the replica
+//! once it is back.
+
+use dr_agent::archive::Span;
+use dr_agent::pg::PgLsn;
+use dr_agent_tests::archive::{expect_state, protected, restore, segments, work};
+use dr_agent_tests::site::Site;
+use dr_agent_tests::wait::{PATIENCE, wait_until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_goes_on_while_the_replica_is_away() {
+    let site = Site::own().await;
+    let (database, archive, agent, running) = protected(&site, "alone").await;
+    let source = database.source().await;
+    work(&source, 3, 0).await;
+    for round in 0..2 {
+        site.replica.stop_immediately().await;
+        running.wait_for_log(&["the change log goes on"]).await;
+        let moments = work(&source, 12, 10 + round).await;
+        let last = moments.last().unwrap();
+        let lsn: PgLsn = last.lsn.parse().unwrap();
+        wait_until("the archive to have it", PATIENCE, || async {
+            let ends = segments(&archive).into_iter().filter_map(|path| {
+                let name = path.file_stem()?.to_str()?.to_owned();
+                Span::parse(&name).map(|span| span.end)
+            });
+            ends.max() >= Some(lsn)
+        })
+        .await;
+        // The lag is the replica's, whatever the archive has.
+        let database_label = [("database", database.name.as_str())];
+        let breached = running
+            .metrics()
+            .await
+            .value("dr_agent_rpo_breached", &database_label);
+        assert_eq!(breached, Some(1.0));
+        site.replica.start_again().await;
+        running.wait_for_streaming(&database.name).await;
+        // Nothing was acknowledged for the replica.
+        database.expect_equal().await;
+        let name = format!("logged_alone_{round}");
+        restore(&database, &agent, &name, &["--to-lsn", &last.lsn])
+            .await
+            .expect_code(0);
+        expect_state(&database, &name, last).await;
+    }
+    running.stop().await;
+}
