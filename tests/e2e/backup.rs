@@ -20,7 +20,7 @@ use dr_agent_tests::backup::Backup;
 use dr_agent_tests::binaries::Binaries;
 use dr_agent_tests::client::Client;
 use dr_agent_tests::compare::expect_same_content;
-use dr_agent_tests::rundir::directory_for;
+use dr_agent_tests::rundir::{directory_for, signal};
 use dr_agent_tests::server::{PgServer, ServerOptions};
 use dr_agent_tests::site::Site;
 use dr_agent_tests::wait::{PATIENCE, wait_until};
@@ -533,4 +533,53 @@ async fn a_killed_backup_is_not_listed_and_is_tidied_up_a_day_later() {
     expect(backup::verify(&archive.store, &listed[1]).await);
     let last = prune(24 * 365, false).await.unwrap();
     assert_eq!((last.bases.len(), last.log.len()), (0, 2), "{last:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_truncate_that_waits_for_a_backup_does_not_stop_the_application() {
+    let site = Site::shared().await;
+    let database = site.database("queue").await;
+    let source = database.source().await;
+    const TABLES: usize = 8;
+    for n in 0..TABLES {
+        source
+            .run(&format!(
+                "CREATE TABLE t{n} (id int PRIMARY KEY); INSERT INTO t{n} SELECT generate_series(1, 1000)"
+            ))
+            .await;
+    }
+    let archive = Archive::new().await;
+    let mut child = start_backup(&database.source_url(), &archive, "backup:data-written=stop");
+    wait_until("the backup to stand still", PATIENCE, || {
+        let stopped = is_stopped(&child);
+        async move { stopped }
+    })
+    .await;
+    // Each waits for a lock that the backup holds, and whoever wants the table after that waits, too: the backup's own
+    // sessions and the application.
+    let mut truncating = tokio::task::JoinSet::new();
+    for n in 0..TABLES {
+        let client = database.source().await;
+        truncating.spawn(async move { client.run(&format!("TRUNCATE t{n}")).await });
+    }
+    let waiting = format!(
+        "SELECT count(*) = {TABLES} FROM pg_stat_activity
+          WHERE datname = '{}' AND wait_event_type = 'Lock' AND query LIKE 'TRUNCATE%'",
+        database.name
+    );
+    wait_until("every TRUNCATE to wait", PATIENCE, || {
+        source.holds(&waiting)
+    })
+    .await;
+    signal("CONT", &[child.id()]);
+    source.run("SET statement_timeout = '20s'").await;
+    for n in 0..TABLES {
+        assert_eq!(
+            source.number(&format!("SELECT count(*) FROM t{n}")).await,
+            0
+        );
+    }
+    truncating.join_all().await;
+    child.wait().unwrap();
+    assert!(archive.list().await.is_empty());
 }

@@ -10,7 +10,7 @@
 use std::path::PathBuf;
 
 use super::error::CopyError;
-use super::session::{ReplicaSide, SourceSide};
+use super::session::{ReplicaSide, SOURCE_LOCK_TIMEOUT, SourceSide};
 use super::toc::{LeftOut, server_script, table_pattern};
 use super::tools::Tools;
 use crate::catalog::TableName;
@@ -76,11 +76,11 @@ impl Dump {
             "--no-subscriptions",
             "--no-tablespaces",
             "--encoding=UTF8",
-            "--lock-wait-timeout=60s",
             "--exclude-schema=dr_agent",
         ]
         .map(str::to_owned)
         .into();
+        arguments.push(format!("--lock-wait-timeout={SOURCE_LOCK_TIMEOUT}"));
         arguments.push(format!("--snapshot={}", source.snapshot()));
         arguments.push(format!("--file={}", self.path(name).display()));
         if !tables.is_empty() {

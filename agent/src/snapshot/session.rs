@@ -43,9 +43,10 @@ const WRITING: [(&str, &str); 3] = [
     ("check_function_bodies", "off"),
 ];
 
-/// How long we wait for a table of the source that somebody holds exclusively. Waiting longer in
-/// silence helps nobody; the next attempt comes with a new snapshot.
-const SOURCE_LOCK_TIMEOUT: &str = "60s";
+/// How long we wait for a table of the source. Whoever wants it exclusively may be waiting for a lock that another of our
+/// sessions holds, and nobody sees that deadlock: the application queues up behind both until we give in. The next
+/// attempt comes with a new snapshot.
+pub(super) const SOURCE_LOCK_TIMEOUT: &str = "5s";
 
 /// Opens sessions on the source that see one exported snapshot.
 pub(crate) struct SourceSide<'a> {
