@@ -7,8 +7,8 @@ use std::fs;
 use std::time::Duration;
 
 use dr_agent_tests::archive::{
-    TABLES, agent, agent_at, archive, expect_state, note, protected, restore, restore_again,
-    segments, work,
+    TABLES, agent, agent_at, archive, expect_state, first_base, note, protected, restore,
+    restore_again, segments, work,
 };
 use dr_agent_tests::moto::{self, Moto, SECRET};
 use dr_agent_tests::site::Site;
@@ -186,7 +186,7 @@ async fn the_slot_waits_for_a_required_archive_and_for_no_other() {
         database.source().await.run(TABLES).await;
         let running = agent.start();
         running.wait_for_streaming(&database.name).await;
-        agent.command(&["backup"]).await.expect_code(0);
+        first_base(&running, &database).await;
         // Away: a file stands where the directory was.
         let away = archive.with_file_name("away");
         fs::rename(&archive, &away).unwrap();
@@ -358,6 +358,7 @@ async fn an_archive_on_s3_gives_the_same() {
     source.run(TABLES).await;
     let running = agent.start_with(&environment);
     running.wait_for_streaming(&database.name).await;
+    first_base(&running, &database).await;
     agent
         .command_with(&["backup"], &environment)
         .await
@@ -400,7 +401,12 @@ async fn a_new_table_brings_a_base_backup_and_verify_names_what_is_damaged() {
             "tables that the newest one does not have",
         ])
         .await;
-    running.wait_for_log(&["base backup taken"]).await;
+    wait_until("a base backup behind that line", PATIENCE, || async {
+        let log = running.log();
+        let since = log.split("tables that the newest one does not have").nth(1);
+        since.is_some_and(|since| since.contains("base backup taken"))
+    })
+    .await;
     source.run("INSERT INTO added VALUES (11)").await;
     let moment = note(&source).await;
     source.run("INSERT INTO bag VALUES ('later')").await;

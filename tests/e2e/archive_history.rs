@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 
 use dr_agent_tests::agent::{Agent, Outcome};
-use dr_agent_tests::archive::{agent, archive, restore, segments};
+use dr_agent_tests::archive::{agent, archive, first_base, restore, segments};
 use dr_agent_tests::client::Client;
 use dr_agent_tests::compare::{begin, digests, expect_same_content};
 use dr_agent_tests::rundir::signal;
@@ -73,7 +73,7 @@ async fn twenty_random_moments_of_a_random_workload_can_be_restored() {
     let agent = agent(&database, &archive);
     let mut running = agent.start();
     running.wait_for_streaming(&database.name).await;
-    back_up(&agent).await;
+    first_base(&running, &database).await;
     let seed = seed();
     let mut random = StdRng::seed_from_u64(seed);
     let workload = Workload::start(&database.source_url(), seed, 3);
@@ -138,7 +138,7 @@ async fn a_transaction_larger_than_the_queue_is_restored_in_bounded_memory() {
     let mut agent = agent(&database, &archive);
     let running = agent.start();
     running.wait_for_streaming(&database.name).await;
-    agent.command(&["backup"]).await.expect_code(0);
+    first_base(&running, &database).await;
     // 50 MiB of rows, and half of them once more.
     source
         .run(

@@ -11,7 +11,7 @@ use dr_agent::archive::Span;
 use dr_agent::pg::PgLsn;
 use dr_agent_tests::agent::Agent;
 use dr_agent_tests::archive::{
-    Moment, TABLES, agent_at, archive, expect_state, protected, restore, segments, work,
+    Moment, TABLES, agent_at, archive, expect_state, first_base, protected, restore, segments, work,
 };
 use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::{Database, Site};
@@ -68,7 +68,7 @@ async fn two_databases_share_an_archive_and_not_their_histories() {
     let second = agent_at(&other, &url, &archive.with_file_name("spool"));
     let also_running = second.start();
     also_running.wait_for_streaming(&other.name).await;
-    second.command(&["backup"]).await.expect_code(0);
+    first_base(&also_running, &other).await;
     let (here, there) = (one.source().await, other.source().await);
     let (ours, theirs) = tokio::join!(work(&here, 12, 0), work(&there, 12, 500));
     for (database, source) in [(&one, &here), (&other, &there)] {
@@ -145,6 +145,7 @@ async fn two_clusters_with_the_same_names_share_an_archive_and_not_their_histori
         }
         let running = agent.start();
         running.wait_for_streaming(&database.name).await;
+        first_base(&running, database).await;
         agent.command(&["backup"]).await.expect_code(0);
         histories.push(work(&source, 8, 300 * round as u32).await);
         source.run("INSERT INTO bag VALUES ('later')").await;
