@@ -153,6 +153,11 @@ impl Classify for RestoreError {
                 "the table came after this base backup, and its first rows are in no log: restore to a moment \
                  behind the next base backup, or before the table"
             }
+            // What the sink would say is of a replica.
+            Self::Replay(ReplayError::Sink(SinkError::Diverged(_))) => {
+                "the change log does not fit this base backup: read both with dr-agent backup --verify, restore a moment \
+                 that another base backup leads to, and report it"
+            }
             Self::Replay(error) => return error.hint(),
             Self::NoArchive => "write [archive] with its url",
             Self::WhichDatabase(_) => "name one with --database",
