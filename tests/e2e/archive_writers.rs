@@ -181,9 +181,9 @@ async fn an_agent_that_moved_without_its_spool_overwrites_nothing() {
     let source = database.source().await;
     let mut moments = Vec::new();
     let mut kept = BTreeMap::new();
-    // Each dies with something in its spool that the store has already, or nobody has.
+    // Each dies with something in its spool that the store has already, or nobody has, or the replica has and the store not.
     for (round, agent) in [&here, &there, &here, &there].into_iter().enumerate() {
-        for point in ["archive:uploaded", "archive:spooled"] {
+        for point in ["archive:uploaded", "archive:spooled", "apply:after-commit"] {
             let mut armed = agent.start_with(&[("DR_AGENT_FAILPOINT", point)]);
             moments.extend(work(&source, 3, 50 * round as u32).await);
             armed.wait_for_exit(PATIENCE).await;
