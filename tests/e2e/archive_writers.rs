@@ -207,7 +207,7 @@ async fn an_agent_that_moved_without_its_spool_overwrites_nothing() {
         .await
         .expect_code(0)
         .expect_words(&["sound"]);
-    expect_history(&database, &here, "moved", &moments).await;
+    expect_history(&database, &here, "after_the_move", &moments).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
