@@ -184,9 +184,23 @@ async fn an_agent_that_moved_without_its_spool_overwrites_nothing() {
     // Each dies with something in its spool that the store has already, or nobody has, or the replica has and the store not.
     for (round, agent) in [&here, &there, &here, &there].into_iter().enumerate() {
         for point in ["archive:uploaded", "archive:spooled", "apply:after-commit"] {
+            // The store must not have what the replica has: not from before either, and then a file stands where it was.
+            let away = archive.with_file_name("away");
+            if point == "apply:after-commit" {
+                let mut running = agent.start();
+                running.wait_for_streaming(&database.name).await;
+                database.expect_equal().await;
+                running.kill();
+                fs::rename(&archive, &away).unwrap();
+                fs::write(&archive, "").unwrap();
+            }
             let mut armed = agent.start_with(&[("DR_AGENT_FAILPOINT", point)]);
             moments.extend(work(&source, 3, 50 * round as u32).await);
             armed.wait_for_exit(PATIENCE).await;
+            if away.exists() {
+                fs::remove_file(&archive).unwrap();
+                fs::rename(&away, &archive).unwrap();
+            }
             expect_kept(&kept, &archive);
             kept = contents(&archive);
         }
