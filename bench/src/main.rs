@@ -5,6 +5,7 @@
 //! report      tables, plots and a verdict of what compare has measured
 //! sustained   how many transactions per second it follows with a lag under a second
 //! large       how much memory a transaction of two million rows takes
+//! durable     what the archive and a Kinesis stream cost: throughput beside the initial copy, bytes, lag
 //! promote     how long it takes from `promote` to writable
 //! ```
 //!
@@ -21,6 +22,7 @@
 //! It does not judge: there is no threshold that would make it fail for being slow.
 
 mod compare;
+mod durable;
 mod large;
 mod load;
 mod machine;
@@ -62,6 +64,8 @@ enum Measurement {
     Sustained(sustained::Options),
     /// Peak memory while one transaction of many rows passes through.
     Large(large::Options),
+    /// Throughput of base backup and restore beside the initial copy; bytes and lag through a Kinesis stream.
+    Durable(durable::Options),
     /// Seconds from the start of `promote` to the first write of an ordinary session.
     Promote(promote::Options),
 }
@@ -77,6 +81,7 @@ async fn main() -> Result<()> {
             ("sustained", sustained::measure(&options, fsync).await?)
         }
         Measurement::Large(options) => ("large", large::measure(&options, fsync).await?),
+        Measurement::Durable(options) => ("durable", durable::measure(&options, fsync).await?),
         Measurement::Promote(options) => ("promote", promote::measure(&options, fsync).await?),
     };
     let report = json!({

@@ -171,7 +171,7 @@ pub(crate) async fn measure(options: &Options, fsync: bool) -> Result<Value> {
     }))
 }
 
-const PROBE_TABLE: &str =
+pub(crate) const PROBE_TABLE: &str =
     "CREATE TABLE bench_probe (id int PRIMARY KEY, written_at timestamptz NOT NULL);
     INSERT INTO bench_probe VALUES (1, clock_timestamp())";
 
@@ -227,7 +227,7 @@ async fn applied(agent: &Running) -> f64 {
         .sum("dr_agent_transactions_total", &[])
 }
 
-async fn sample_reported(agent: &Running, database: &str, end: Instant) -> Samples {
+pub(crate) async fn sample_reported(agent: &Running, database: &str, end: Instant) -> Samples {
     let mut samples = Samples::default();
     let mut ticks = interval(SAMPLE_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -245,7 +245,7 @@ async fn sample_reported(agent: &Running, database: &str, end: Instant) -> Sampl
     samples
 }
 
-async fn write_probe(database: Database, end: Instant) {
+pub(crate) async fn write_probe(database: Database, end: Instant) {
     let source = database.source().await;
     let mut ticks = interval(SAMPLE_EVERY);
     while Instant::now() < end {
@@ -258,7 +258,7 @@ async fn write_probe(database: Database, end: Instant) {
 
 /// The age of the probe on the replica. Up to one writing interval of it is not lag, so what is
 /// reported is an upper bound.
-async fn sample_probe(database: &Database, end: Instant) -> Samples {
+pub(crate) async fn sample_probe(database: &Database, end: Instant) -> Samples {
     const AGE: &str =
         "SELECT extract(epoch FROM clock_timestamp() - written_at)::float8 FROM bench_probe";
     let replica = database.replica().await;

@@ -8,11 +8,12 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use dr_agent::kinesis::{Event, Kinesis, Record, StartAt};
-use dr_agent_tests::agent::{Agent, Running, line_with};
+use dr_agent_tests::agent::{Running, line_with};
 use dr_agent_tests::compare::differences;
 use dr_agent_tests::kinesalite::Kinesalite;
 use dr_agent_tests::kinesis_faults::{Fault, KinesisProxy};
 use dr_agent_tests::moto::{Moto, SECRET};
+use dr_agent_tests::route::{Route, STREAM};
 use dr_agent_tests::rundir::directory_for;
 use dr_agent_tests::site::{Database, Site};
 use dr_agent_tests::streams;
@@ -21,81 +22,7 @@ use dr_agent_tests::workload::{Workload, seed};
 use rand::seq::SliceRandom as _;
 use tokio::sync::mpsc;
 
-const STREAM: &str = "dr-agent";
-
 const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT g, 'copied' FROM generate_series(1, 100) AS g";
-
-/// What leads an agent to a stand-in.
-fn environment(port: u16) -> Vec<(&'static str, String)> {
-    vec![
-        ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}")),
-        ("AWS_REGION", "eu-central-1".to_owned()),
-        ("AWS_ACCESS_KEY_ID", "test".to_owned()),
-        ("AWS_SECRET_ACCESS_KEY", SECRET.to_owned()),
-    ]
-}
-
-/// Both sides of the route.
-struct Route {
-    database: Database,
-    sender: Agent,
-    applier: Agent,
-    environment: Vec<(&'static str, String)>,
-}
-
-impl Route {
-    /// With a stream behind that port. `archive`: both sides know it.
-    fn new(database: Database, port: u16, archive: Option<PathBuf>) -> Self {
-        let config = || {
-            let config = database
-                .config()
-                .databases(&[&database.name])
-                .set_text("route.kind", "kinesis")
-                .set_text("route.stream", STREAM);
-            match &archive {
-                None => config,
-                Some(archive) => config
-                    .set_text("objectives.rpo", "1s")
-                    .set_text("archive.url", &format!("file://{}", archive.display()))
-                    .set_text(
-                        "archive.spool_directory",
-                        &archive.with_file_name("spool").display().to_string(),
-                    ),
-            }
-        };
-        Self {
-            sender: Agent::new(config()),
-            applier: Agent::new(config()),
-            environment: environment(port),
-            database,
-        }
-    }
-
-    fn run(&self, more: &[(&str, &str)]) -> Running {
-        self.sender.start_with(&self.with(more))
-    }
-
-    fn apply(&self, more: &[(&str, &str)]) -> Running {
-        self.applier.spawn(&["apply"], &self.with(more))
-    }
-
-    fn with<'a>(&'a self, more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
-        let environment = self.environment.iter();
-        environment
-            .map(|(name, value)| (*name, value.as_str()))
-            .chain(more.iter().copied())
-            .collect()
-    }
-
-    /// Starts both sides and waits for them.
-    async fn start(&self) -> (Running, Running) {
-        let running = self.run(&[]);
-        running.wait_for_streaming(&self.database.name).await;
-        let applying = self.apply(&[]);
-        applying.wait_for_streaming(&self.database.name).await;
-        (running, applying)
-    }
-}
 
 async fn write(database: &Database, n: u32) {
     let sql =

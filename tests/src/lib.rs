@@ -7,6 +7,7 @@
 //! Agent ── Running: commands, run, signals, /metrics, /status
 //! Moto: a stand-in for S3 and Kinesis         faults: spoils chosen requests on the way to S3
 //! Kinesalite: another for Kinesis             kinesis_faults: the same on the way to Kinesis
+//! Route: both sides of route `kinesis`         streams: as an operator makes and changes them
 //! archive: a past that is remembered, and restores that are compared with it
 //! ```
 //!
@@ -31,6 +32,7 @@ pub mod kinesalite;
 pub mod kinesis_faults;
 pub mod moto;
 pub mod proxy;
+pub mod route;
 pub mod rundir;
 pub mod server;
 pub mod site;
