@@ -27,7 +27,7 @@ use super::{Prepared, Setup, export, locale, recover, role, table_sync};
 use crate::catalog::TableName;
 use crate::config::Config;
 use crate::error::{Class, Classify as _, chain};
-use crate::pg::{ConnInfo, PgLsn};
+use crate::pg::{ConnInfo, PgError, PgLsn};
 use crate::snapshot::CopyObserver;
 use crate::stream::StreamName;
 
@@ -146,9 +146,11 @@ impl<'a> Receiving<'a> {
         let source = tokio::time::timeout(SOURCE_WITHIN, Box::pin(opening))
             .await
             .unwrap_or_else(|_| {
-                Err(SetupError::NotSent {
-                    stream: self.stream.to_string(),
-                })
+                let silent = PgError::Timeout {
+                    doing: "reach the source",
+                    after: SOURCE_WITHIN,
+                };
+                Err(SetupError::sql(Side::Source, "look at it")(silent))
             })?;
         match source.slot().await?.and_then(|slot| slot.confirmed) {
             Some(_) => Ok(source),
@@ -162,7 +164,7 @@ impl<'a> Receiving<'a> {
     async fn first(self, admin: &Client, server: &Server) -> Result<Prepared, SetupError> {
         let unreachable = match self.reach_source().await {
             Ok(source) => return self.first_from_source(source, admin, server).await,
-            Err(error) if error.class() == Class::Transient => error,
+            Err(error) if is_out_of_reach(&error) => error,
             Err(error) => return Err(error),
         };
         let why = chain(&unreachable);
@@ -311,5 +313,17 @@ impl<'a> Receiving<'a> {
             stream: self.stream,
             _lock: Some(client),
         })
+    }
+}
+
+/// Whether nothing is known of the source, rather than something that is in the way there.
+fn is_out_of_reach(error: &SetupError) -> bool {
+    match error {
+        SetupError::Sql { side, source, .. } => {
+            *side == Side::Source
+                && source.sqlstate().is_none()
+                && source.class() == Class::Transient
+        }
+        _ => false,
     }
 }
