@@ -135,6 +135,8 @@ pub struct Spacing {
     in_flight_max: usize,
     /// Between batches that are not full; `None` where the replica is near.
     between: Option<Duration>,
+    /// Between batches that are not full, whether or not there is an answer.
+    least: Duration,
 }
 
 /// What [`Spacing::judge`] says.
@@ -159,12 +161,24 @@ impl Spacing {
         Self {
             in_flight_max,
             between: (round_trip >= Self::FAR).then(|| round_trip / share),
+            least: Duration::ZERO,
+        }
+    }
+
+    /// For a sink where each batch has its price, however small: those that are not full follow one another at this
+    /// distance.
+    pub fn every(least: Duration, in_flight_max: usize) -> Self {
+        Self {
+            in_flight_max,
+            between: Some(least),
+            least,
         }
     }
 
     /// Judges, `since` after the last one was shipped.
     pub fn judge(&self, in_flight: usize, full: bool, since: Duration) -> Ship {
         match self.between {
+            _ if !full && since < self.least => Ship::In(self.least - since),
             _ if in_flight == 0 => Ship::Now,
             _ if in_flight >= self.in_flight_max => Ship::AfterAnAnswer,
             _ if full => Ship::Now,
@@ -246,6 +260,17 @@ mod tests {
         assert_eq!(far.judge(1, false, ms(5)), Ship::In(ms(15)));
         assert_eq!(far.judge(3, false, ms(20)), Ship::Now);
         assert_eq!(far.judge(4, false, ms(900)), Ship::AfterAnAnswer);
+    }
+
+    #[test]
+    fn where_a_batch_has_its_price_one_that_is_not_full_waits_for_company() {
+        let ms = Duration::from_millis;
+        let spacing = Spacing::every(ms(100), 4);
+        assert_eq!(spacing.judge(0, false, ms(100)), Ship::Now);
+        assert_eq!(spacing.judge(0, false, ms(30)), Ship::In(ms(70)));
+        assert_eq!(spacing.judge(3, false, ms(100)), Ship::Now);
+        assert_eq!(spacing.judge(4, false, ms(100)), Ship::AfterAnAnswer);
+        assert_eq!(spacing.judge(1, true, ms(0)), Ship::Now);
     }
 
     #[test]

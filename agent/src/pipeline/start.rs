@@ -36,9 +36,9 @@ use crate::source::{
 };
 use crate::spill::{self, SpillSpace};
 
-/// PutRecords is taken for this far away: batches that are not full follow one another at a quarter of it. A record costs its
-/// price, and small batches compress badly.
-const PUT_ROUND_TRIP: Duration = Duration::from_millis(200);
+/// Between two batches that are not full: a record has its price, and small batches compress badly. A transaction that comes
+/// alone does not wait.
+const PUT_EVERY: Duration = Duration::from_millis(100);
 
 /// How long the archive may at least take until it has a segment.
 const PATIENCE_MIN: Duration = Duration::from_secs(30);
@@ -253,7 +253,7 @@ impl Pipeline {
             let ended = Box::pin(sink.run(batches_seen, outcomes)).await;
             ended.err().map(SessionError::KinesisSink)
         });
-        Ok((batches, Spacing::new(PUT_ROUND_TRIP, IN_FLIGHT_MAX)))
+        Ok((batches, Spacing::every(PUT_EVERY, IN_FLIGHT_MAX)))
     }
 
     fn kinesis_stream(&self) -> Result<String, SessionError> {
