@@ -99,12 +99,18 @@ async fn a_random_workload_arrives_through_either_stand_in() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn both_sides_are_killed_at_every_edge_of_durability() {
     let site = Site::shared().await;
-    let (_kinesalite, route, running, applying) = replicated(&site, "edges").await;
+    let database = site.database("edges").await;
+    database.source().await.run(TABLE).await;
+    let (_kinesalite, mut route) = through_kinesalite(database, Some(archive())).await;
+    route.sender.configure("archive.required", "true");
+    let (running, applying) = route.start().await;
     running.stop().await;
     applying.stop().await;
     let database = &route.database;
     for (n, point) in [
         "pipeline:before-ship",
+        "archive:spooled",
+        "archive:uploaded",
         "kinesis:before-put",
         "kinesis:part-put",
         "kinesis:put",

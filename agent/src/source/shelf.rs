@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -153,13 +153,13 @@ impl Kept {
     }
 }
 
-fn create(directory: &PathBuf) -> io::Result<File> {
+fn create(directory: &Path) -> io::Result<File> {
     fs::create_dir_all(directory)?;
     tempfile::tempfile_in(directory)
 }
 
-fn failed(doing: &'static str, directory: &PathBuf) -> impl FnOnce(io::Error) -> SpillError {
-    let path = directory.clone();
+fn failed(doing: &'static str, directory: &Path) -> impl FnOnce(io::Error) -> SpillError {
+    let path = directory.to_owned();
     move |source| SpillError::Io {
         doing,
         path,
