@@ -9,7 +9,7 @@
 //! # Invariants
 //! - An outcome is given once every record of its batch was accepted, in the order of batches.
 //! - At most [`IN_FLIGHT_MAX`] batches are on their way: a reader concludes from it what must be in the stream.
-//! - Of a batch 8 MiB are in memory as records, however large it is.
+//! - Of a batch at most 12 MiB are in memory as records, however large it is.
 //!
 //! # What it does not do
 //! What is transient is retried in [`crate::kinesis`], for ever; a definite refusal ends the session.
