@@ -13,7 +13,7 @@ use super::shape::Shapes;
 use super::slot::{self, Kept};
 use super::source::{Source, SourceDatabase};
 use crate::catalog::TableName;
-use crate::config::Config;
+use crate::config::{Config, Route};
 
 /// Compares the servers.
 pub(super) fn servers(config: &Config, source: &Source, replica: &Replica) -> Vec<Finding> {
@@ -70,8 +70,15 @@ pub(super) fn database(
         .slots
         .iter()
         .find(|slot| slot.name == stream.as_str());
-    let mut findings = slot::judge(&at, stream.as_str(), name, slot, kept);
-    findings.extend(publication(&at, stream.as_str(), here, kept));
+    let mut findings = Vec::new();
+    if config.route == Route::Direct {
+        findings.extend(slot::judge(&at, stream.as_str(), name, slot, kept));
+        let begun = kept.progress.is_some();
+        findings.extend(publication(&at, stream.as_str(), here, begun));
+    } else {
+        let noted = here.noted.is_some();
+        findings.extend(slot::apart(&at, stream.as_str(), slot, noted, kept));
+    }
     findings.extend(slot::origin(&at, kept, &source.server, here.wal_end));
     let installed = there.map_or(&[][..], |there| &there.extensions);
     findings.extend(extensions(
@@ -96,12 +103,17 @@ pub(super) fn database(
     findings
 }
 
-/// A publication that is not there: right before the first start, a gap afterwards.
-fn publication(at: &Place, name: &str, here: &SourceDatabase, kept: &Kept) -> Option<Finding> {
+/// A publication that is not there: right before the first start, a gap once it has `begun`.
+pub(super) fn publication(
+    at: &Place,
+    name: &str,
+    here: &SourceDatabase,
+    begun: bool,
+) -> Option<Finding> {
     if here.has_publication {
         return None;
     }
-    if kept.progress.is_none() {
+    if !begun {
         let text = format!(
             "is not there yet; dr-agent run creates it with {}",
             counted(here.wanted.published.len(), "table")
@@ -445,9 +457,9 @@ mod tests {
 
     #[test]
     fn a_dropped_publication_is_an_error_once_the_replica_counts_on_it() {
-        let code = |kept: &Kept| publication(&at(), "p", &here(&[]), kept).unwrap().code;
-        assert_eq!(code(&Kept::default()), "publication");
-        assert_eq!(code(&there(&[], &[], &[]).kept), "publication_missing");
+        let code = |begun| publication(&at(), "p", &here(&[]), begun).unwrap().code;
+        assert_eq!(code(false), "publication");
+        assert_eq!(code(true), "publication_missing");
     }
 
     #[test]
