@@ -53,6 +53,7 @@ pub async fn check(config: &Config) -> Report {
     reach::excuse(config, reach, &mut findings);
     let version = source.as_ref().map(|source| source.server.version_num);
     findings.extend(host::look(config, version).await);
+    reach::excuse_tools(config, reach, &mut findings);
     if let (Some(source), Some(replica)) = (&source, &replica) {
         findings.extend(pair::servers(config, source, replica));
     }

@@ -79,7 +79,14 @@ pub(super) fn database(
         let noted = here.noted.is_some();
         findings.extend(slot::apart(&at, stream.as_str(), slot, noted, kept));
     }
-    findings.extend(slot::origin(&at, kept, &source.server, here.wal_end));
+    let applier = config.route.applier();
+    findings.extend(slot::origin(
+        &at,
+        kept,
+        &source.server,
+        here.wal_end,
+        applier,
+    ));
     let installed = there.map_or(&[][..], |there| &there.extensions);
     findings.extend(extensions(
         &at,
@@ -98,7 +105,7 @@ pub(super) fn database(
     }
     findings.extend(firing(&at, here, there));
     if let Some(there) = there {
-        findings.extend(tables(&at, here, there));
+        findings.extend(tables(&at, here, there, applier));
     }
     findings
 }
@@ -239,7 +246,12 @@ fn firing(at: &Place, here: &SourceDatabase, there: Option<&ReplicaDatabase>) ->
 }
 
 /// Every table that is or will be published, against the table of its name on the replica.
-fn tables(at: &Place, here: &SourceDatabase, there: &ReplicaDatabase) -> Vec<Finding> {
+fn tables(
+    at: &Place,
+    here: &SourceDatabase,
+    there: &ReplicaDatabase,
+    applier: &str,
+) -> Vec<Finding> {
     let kept = &there.kept;
     let mut findings = Vec::new();
     let mut same = 0;
@@ -256,12 +268,12 @@ fn tables(at: &Place, here: &SourceDatabase, there: &ReplicaDatabase) -> Vec<Fin
                 same += usize::from(found.is_empty());
                 findings.extend(found);
             }
-            None => findings.extend(missing(at, name, kept)),
+            None => findings.extend(missing(at, name, kept, applier)),
         }
     }
-    findings.extend(copy_state(at, kept));
+    findings.extend(copy_state(at, kept, applier));
     if kept.progress.is_none() {
-        findings.extend(strangers(at, &there.shapes));
+        findings.extend(strangers(at, &there.shapes, applier));
     }
     if findings.iter().all(|f| f.severity > Severity::Warning) && same > 0 {
         findings.push(at.ok(
@@ -273,7 +285,7 @@ fn tables(at: &Place, here: &SourceDatabase, there: &ReplicaDatabase) -> Vec<Fin
 }
 
 /// The first copy goes into an empty database.
-fn strangers(at: &Place, shapes: &Shapes) -> Option<Finding> {
+fn strangers(at: &Place, shapes: &Shapes, applier: &str) -> Option<Finding> {
     let strangers: Vec<&TableName> = shapes
         .iter()
         .filter(|(name, shape)| name.schema != "dr_agent" && !shape.of_extension)
@@ -291,32 +303,32 @@ fn strangers(at: &Place, shapes: &Shapes) -> Option<Finding> {
             some_of(&strangers)
         ),
     );
-    Some(
-        finding.hint("if nobody needs them, DROP DATABASE on the replica; dr-agent run creates it"),
-    )
+    Some(finding.hint(format!(
+        "if nobody needs them, DROP DATABASE on the replica; {applier} creates it"
+    )))
 }
 
 /// A table that the replica lacks: before its copy that is as it should be.
-fn missing(at: &Place, name: &TableName, kept: &Kept) -> Option<Finding> {
+fn missing(at: &Place, name: &TableName, kept: &Kept, applier: &str) -> Option<Finding> {
     if kept.progress.is_none() || kept.copying.contains(name) {
         return None;
     }
     let finding = if kept.copied.contains(name) {
         at.error("table_missing", "was copied once and is gone from the replica")
-            .hint(
-                "create it again on the replica and fill it, or drop the database there and let dr-agent run copy all",
-            )
+            .hint(format!(
+                "create it again on the replica and fill it, or drop the database there and let {applier} copy all"
+            ))
     } else {
         at.warning(
             "table_new",
             "is not on the replica yet: it is not protected",
         )
-        .hint("restart dr-agent run: it publishes and copies tables that are new")
+        .hint("restart dr-agent run: it publishes tables that are new, and they are copied")
     };
     Some(finding.on(name))
 }
 
-fn copy_state(at: &Place, kept: &Kept) -> Option<Finding> {
+fn copy_state(at: &Place, kept: &Kept, applier: &str) -> Option<Finding> {
     let waiting: BTreeSet<&TableName> = kept.copying.iter().collect();
     if waiting.is_empty() {
         return None;
@@ -329,7 +341,9 @@ fn copy_state(at: &Place, kept: &Kept) -> Option<Finding> {
             kept.copied.len()
         ),
     );
-    Some(finding.hint("dr-agent run goes on where it was; dr-agent status shows the progress"))
+    Some(finding.hint(format!(
+        "{applier} goes on where it was; dr-agent status shows the progress"
+    )))
 }
 
 #[cfg(test)]
@@ -413,7 +427,7 @@ mod tests {
     }
 
     fn found(here: &SourceDatabase, there: &ReplicaDatabase) -> Vec<(Severity, &'static str)> {
-        tables(&at(), here, there)
+        tables(&at(), here, there, "dr-agent run")
             .iter()
             .map(|f| (f.severity, f.code))
             .collect()

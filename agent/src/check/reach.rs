@@ -99,6 +99,19 @@ pub(super) fn excuse(config: &Config, reach: Reach, findings: &mut Vec<Finding>)
     }
 }
 
+/// Beside the source nothing is dumped but for the archive.
+pub(super) fn excuse_tools(config: &Config, reach: Reach, findings: &mut [Finding]) {
+    if config.route == Route::Direct || reach.replica || !reach.source || config.archive.is_some() {
+        return;
+    }
+    for finding in findings {
+        if finding.code == "pg_tools" && finding.severity == Severity::Error {
+            finding.severity = Severity::Note;
+            finding.hint = Some("dr-agent apply needs them, beside the replica".to_owned());
+        }
+    }
+}
+
 /// Where the first copy of a database that has none yet will come from. Beside the replica, the source out of reach.
 pub(super) fn first_copy(config: &Config, database: &str) -> Finding {
     let at = Place::database(Side::Replica, database);
@@ -133,6 +146,21 @@ mod tests {
         let reach = Reach::of(&findings);
         excuse(config, reach, &mut findings);
         findings.iter().map(|f| (f.severity, f.code)).collect()
+    }
+
+    #[test]
+    fn tools_are_needed_where_something_is_copied() {
+        let severity = |route: &str, source, replica| {
+            let mut found = [Place::server(Side::Agent).error("pg_tools", "not found")];
+            excuse_tools(&config(route), Reach { source, replica }, &mut found);
+            found[0].severity
+        };
+        assert_eq!(severity(KINESIS, true, false), Severity::Note);
+        assert_eq!(severity(KINESIS, false, true), Severity::Error);
+        assert_eq!(severity(KINESIS, true, true), Severity::Error);
+        assert_eq!(severity("", true, false), Severity::Error);
+        let archive = format!("{KINESIS}[archive]\nurl = \"file:///nowhere/at/all\"\n");
+        assert_eq!(severity(&archive, true, false), Severity::Error);
     }
 
     #[test]

@@ -181,8 +181,8 @@ pub(super) async fn database(
     let extensions = note_failure(&at, "list the extensions", findings, installed(&client))
         .await
         .unwrap_or_default();
-    findings.extend(super::slot::promotion(&at, &kept));
     let applier = config.route.applier();
+    findings.extend(super::slot::promotion(&at, &kept, applier));
     findings.extend(guard(&at, entry, &kept, &role.name, applier));
     findings.extend(rights(&at, &shapes, &role.name));
     findings.extend(firing(&at, &shapes));

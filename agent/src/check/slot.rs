@@ -345,6 +345,7 @@ pub(super) fn origin(
     kept: &Kept,
     source: &Server,
     wal_end: Option<PgLsn>,
+    applier: &str,
 ) -> Option<Finding> {
     let (kept_identifier, kept_timeline) = kept.origin.as_ref()?;
     let here = source.system_identifier.as_ref()?;
@@ -353,10 +354,10 @@ pub(super) fn origin(
             "source_changed",
             format!("the replica was copied from system {kept_identifier}, the source is {here}"),
         );
-        return Some(finding.hint(
+        return Some(finding.hint(format!(
             "correct source.url; if the source was rebuilt on purpose, drop the database on the \
-             replica and let dr-agent run copy it again",
-        ));
+             replica and let {applier} copy it again"
+        )));
     }
     if let (Some(lsn), Some(progress)) = (wal_end, &kept.progress)
         && lsn < progress.end_lsn
@@ -369,10 +370,10 @@ pub(super) fn origin(
                 progress.end_lsn
             ),
         );
-        return Some(finding.hint(
+        return Some(finding.hint(format!(
             "the replica may hold the only copy of what came after: dr-agent promote keeps it; \
-             otherwise drop the slot and the database on the replica and let dr-agent run copy again",
-        ));
+             otherwise drop the slot and the database on the replica and let {applier} copy again"
+        )));
     }
     match source.timeline {
         Some(timeline) if timeline != *kept_timeline => Some(
@@ -383,26 +384,26 @@ pub(super) fn origin(
                      the source was restored or promoted in between"
                 ),
             )
-            .hint(
+            .hint(format!(
                 "the two may hold different transactions: drop slot and replica database and let \
-                 dr-agent run copy again",
-            ),
+                 {applier} copy again"
+            )),
         ),
         _ => Some(at.ok("source_identity", format!("is the source of this replica ({here})"))),
     }
 }
 
 /// A promotion that was begun or finished.
-pub(super) fn promotion(at: &Place, kept: &Kept) -> Option<Finding> {
+pub(super) fn promotion(at: &Place, kept: &Kept, applier: &str) -> Option<Finding> {
     let (mode, state, started_at) = kept.promotion.as_ref()?;
     let finding = at.error(
         "promoted",
         format!("a promotion ({mode}) was started at {started_at}, its state is \"{state}\""),
     );
-    Some(finding.hint(
-        "dr-agent run will not write here; to replicate into it again, drop this database and let \
-         run copy it",
-    ))
+    Some(finding.hint(format!(
+        "{applier} will not write here; to replicate into it again, drop this database and let \
+         {applier} copy it"
+    )))
 }
 
 #[cfg(test)]
@@ -508,10 +509,11 @@ mod tests {
             found(Some(&slot()), Some(&noted("7", 2))),
             (Severity::Error, "timeline_changed")
         );
-        let code = |slot, noted, kept: &Kept| {
+        let code = |slot: Option<&Slot>, noted, kept: &Kept| {
             apart(&at(), "dr_agent_app", slot, noted, kept).map(|finding| finding.code)
         };
-        assert_eq!(code(Some(&slot()), true, &kept(5)), None);
+        let there = slot();
+        assert_eq!(code(Some(&there), true, &kept(5)), None);
         assert_eq!(code(None, true, &kept(5)), None, "the source says it");
         assert_eq!(code(None, false, &kept(5)), Some("slot_missing"));
         assert_eq!(code(None, false, &Kept::default()), None);
@@ -583,7 +585,14 @@ mod tests {
                 timeline: Some(timeline),
                 ..Server::default()
             };
-            origin(&at(), &kept(100), &source, Some(PgLsn::from(lsn))).map(|f| f.code)
+            origin(
+                &at(),
+                &kept(100),
+                &source,
+                Some(PgLsn::from(lsn)),
+                "dr-agent run",
+            )
+            .map(|f| f.code)
         };
         assert_eq!(code(Some("7"), 1, 100), Some("source_identity"));
         assert_eq!(code(Some("8"), 1, 100), Some("source_changed"));

@@ -93,9 +93,10 @@ impl KinesisStatus {
         {
             let _ = writeln!(
                 out,
-                "  kinesis: stream {} {}, {shards} open shards, keeps records for {hours} h",
+                "  kinesis: stream {} {}, {shards} open {}, keeps records for {hours} h",
                 self.stream,
-                if active { "is active" } else { "is NOT ACTIVE" }
+                if active { "is active" } else { "is NOT ACTIVE" },
+                if shards == 1 { "shard" } else { "shards" }
             );
         }
         if let Some(error) = &self.error {
