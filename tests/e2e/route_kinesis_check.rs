@@ -15,6 +15,7 @@ use dr_agent_tests::rundir::directory_for;
 use dr_agent_tests::site::{Database, Site};
 use dr_agent_tests::streams;
 use dr_agent_tests::wait::{PATIENCE, wait_for};
+use serde_json::json;
 use tokio::sync::mpsc;
 
 const STREAM: &str = "dr-agent";
@@ -224,6 +225,31 @@ async fn each_finding_about_the_stream_appears_and_disappears() {
         &["apply and promote", "kms:Decrypt"],
     );
     assert_eq!(proxy.unused(), 0);
+
+    // What is no Kinesis may answer for each record, or take what it must not.
+    for (said, severity, words) in [
+        (
+            json!({"ErrorCode": "InvalidArgumentException", "ErrorMessage": "x"}),
+            "ok",
+            "let in",
+        ),
+        (
+            json!({"ErrorCode": "AccessDeniedException", "ErrorMessage": "x"}),
+            "warning",
+            "kinesis:PutRecords",
+        ),
+        (
+            json!({"SequenceNumber": "1", "ShardId": "shardId-000000000000"}),
+            "warning",
+            "was taken",
+        ),
+    ] {
+        let answer = json!({"FailedRecordCount": 0, "Records": [said]});
+        proxy.spoil("PutRecords", Fault::Answer(answer));
+        let outcome = check(&agent).await;
+        outcome.expect_code(0);
+        expect(&outcome, severity, "agent", "kinesis_write", &[words]);
+    }
 
     // Beside the source nothing reads, and beside the replica nothing puts.
     for (url, put, get) in [

@@ -187,6 +187,10 @@ fn rights(reach: Reach, written: Option<&KinesisError>, read: &[KinesisError]) -
             "kinesis_write",
             "PutRecords is let in: a record that no shard can take was refused for that alone",
         )),
+        // It was put.
+        Some(error) if error.refusal().is_none() => {
+            findings.push(failed("kinesis_write", Severity::Warning, error));
+        }
         Some(error) => {
             let severity = severity(error, reach.source, reach.replica && reads);
             findings.push(of(

@@ -1,9 +1,8 @@
-//! Whether a stream lets itself be read and written, found out without reading anything that is kept and without
-//! writing anything.
+//! Whether a stream lets itself be read and written, found out by reading one record and writing none.
 //!
 //! # Invariants
 //! - Nothing is put: [`Kinesis::try_putting`] sends a record with a hash key beyond the last one, which belongs to no
-//!   shard of any stream.
+//!   shard of any stream. Where something else than Kinesis takes it all the same, that is said.
 //! - Of each question one attempt is made.
 //!
 //! # What it does not do
@@ -19,6 +18,9 @@ use super::{Kinesis, KinesisError, Operation, Refusal};
 
 /// 2^128: hash keys end one before it. As many digits as the last, so that it has the form of one.
 const NO_HASH_KEY: &str = "340282366920938463463374607431768211456";
+
+/// What is said of a record that cannot be.
+const BAD_RECORD: &str = "InvalidArgumentException";
 
 /// The first shard of a stream, asked for where shards may not be listed.
 const FIRST_SHARD: &str = "shardId-000000000000";
@@ -73,12 +75,28 @@ impl Kinesis {
             .build()
             .expect("it has data and a key");
         let request = self.client.put_records().stream_name(self.stream());
-        match Box::pin(request.records(record).send()).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.code() == Some("InvalidArgumentException") => Ok(()),
+        let answer = match Box::pin(request.records(record).send()).await {
+            Ok(answer) => answer,
+            Err(error) if error.code() == Some(BAD_RECORD) => return Ok(()),
             Err(error) => {
-                is_in_the_way(self.refused(Operation::PutRecords, &error)).map_or(Ok(()), Err)
+                let error = self.refused(Operation::PutRecords, &error);
+                return is_in_the_way(error).map_or(Ok(()), Err);
             }
+        };
+        let said = answer.records.first();
+        match said.and_then(|said| said.error_code()) {
+            Some(BAD_RECORD) => Ok(()),
+            Some(code) => {
+                let message = said.and_then(|said| said.error_message());
+                let error = self.refused_record(code, message.unwrap_or_default());
+                is_in_the_way(error).map_or(Ok(()), Err)
+            }
+            None => Err(KinesisError::Record {
+                stream: self.stream().to_owned(),
+                reason: "a record with a hash key that no shard has was taken: this is not Kinesis; readers ignore the \
+                         record"
+                    .to_owned(),
+            }),
         }
     }
 }
