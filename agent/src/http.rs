@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Objectives;
-use crate::status::{DatabaseStatus, Registry, State};
+use crate::status::{DatabaseStatus, Leg, Registry, State};
 
 /// What the handlers read.
 #[derive(Clone)]
@@ -155,13 +155,25 @@ fn render(objectives: &Objectives, databases: &[DatabaseStatus]) -> String {
     format!(
         "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=2>\
          <meta name=viewport content=\"width=device-width\"><title>dr-agent</title><style>{STYLE}</style>\
-         <h1>dr-agent {}</h1><p>RPO {} · RTO {} · <a href=/status>status</a> · <a href=/metrics>metrics</a></p>\
+         <h1>dr-agent {}</h1>{}<p>RPO {} · RTO {} · <a href=/status>status</a> · <a href=/metrics>metrics</a></p>\
          <table><thead><tr><th>Database<th>RPO<th>State<th>Lag<th>Lag, bytes<th>WAL kept on source<th>Applied up to</thead>\
          <tbody>{rows}</tbody></table>",
         crate::VERSION,
+        what_it_does(databases),
         humantime::format_duration(objectives.rpo),
         humantime::format_duration(objectives.rto),
     )
+}
+
+/// All pipelines of a process go the same part of the way.
+fn what_it_does(databases: &[DatabaseStatus]) -> &'static str {
+    match databases.first().map(|database| database.leg) {
+        None | Some(Leg::Direct) => "",
+        Some(Leg::Send) => {
+            "<p>Sends into the Kinesis stream: lag and position are those of the stream, not of the replica.</p>"
+        }
+        Some(Leg::Apply) => "<p>Applies the Kinesis stream to the replica.</p>",
+    }
 }
 
 fn verdict(database: &DatabaseStatus) -> (&'static str, &'static str) {
@@ -206,5 +218,24 @@ mod tests {
         assert!(page.contains("&lt;b&gt;") && !page.contains("<b>"));
         assert!(page.contains("BREACHED") && page.contains("it broke") && page.contains("mend it"));
         assert!(page.contains("31.0 s") && page.contains("RPO 30s"));
+        assert!(!page.contains("Kinesis"));
+    }
+
+    #[test]
+    fn the_page_says_which_part_of_the_way_is_gone_here() {
+        let objectives = Objectives {
+            rpo: Duration::from_secs(30),
+            rto: Duration::from_secs(300),
+        };
+        for (leg, words) in [
+            (Leg::Send, "Sends into the Kinesis stream"),
+            (Leg::Apply, "Applies the Kinesis stream"),
+        ] {
+            let database = DatabaseStatus {
+                leg,
+                ..DatabaseStatus::default()
+            };
+            assert!(render(&objectives, &[database]).contains(words));
+        }
     }
 }

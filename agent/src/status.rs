@@ -54,6 +54,19 @@ impl State {
     }
 }
 
+/// The part of the way from source to replica that a pipeline carries changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Leg {
+    /// All of it: `run` under route `direct`.
+    #[default]
+    Direct,
+    /// Into the Kinesis stream: `run` under route `kinesis`. Lag and position are those of the stream, not of the replica.
+    Send,
+    /// From the Kinesis stream to the replica: `apply`.
+    Apply,
+}
+
 /// One database, as `/status` shows it.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct DatabaseStatus {
@@ -61,6 +74,8 @@ pub struct DatabaseStatus {
     pub database: String,
     /// Slot, publication, progress row.
     pub stream: String,
+    /// Which part of the way it goes.
+    pub leg: Leg,
     /// What the pipeline is doing.
     pub state: State,
     /// Fencing token.
@@ -95,10 +110,11 @@ pub struct StatusCell(Arc<Mutex<DatabaseStatus>>);
 
 impl StatusCell {
     /// A new pipeline.
-    pub fn new(database: &str, stream: &str) -> Self {
+    pub fn new(database: &str, stream: &str, leg: Leg) -> Self {
         Self(Arc::new(Mutex::new(DatabaseStatus {
             database: database.to_owned(),
             stream: stream.to_owned(),
+            leg,
             rpo_breached: true,
             ..DatabaseStatus::default()
         })))

@@ -31,6 +31,7 @@ mod oracle;
 mod prefix;
 mod promote;
 mod route_kinesis;
+mod route_kinesis_check;
 mod schema;
 mod status;
 mod store;

@@ -89,6 +89,20 @@ pub async fn merge(port: u16, stream: &str, lower: &Shard, upper: &Shard) {
     active(port, stream).await;
 }
 
+/// Keeps records for so many hours, more than before.
+pub async fn keep(port: u16, stream: &str, hours: u32) {
+    let request = json!({"StreamName": stream, "RetentionPeriodHours": hours});
+    ask(port, "IncreaseStreamRetentionPeriod", &request).await;
+    active(port, stream).await;
+}
+
+/// Encrypts what comes from now on. Only moto knows that.
+pub async fn encrypt(port: u16, stream: &str, key: &str) {
+    let request = json!({"StreamName": stream, "EncryptionType": "KMS", "KeyId": key});
+    ask(port, "StartStreamEncryption", &request).await;
+    active(port, stream).await;
+}
+
 /// The open shards, by their hash keys: neighbours stand together.
 pub async fn open_shards(port: u16, stream: &str) -> Vec<Shard> {
     let mut open = shards(port, stream).await;

@@ -34,25 +34,47 @@ const STORE_WITHIN: Duration = Duration::from_secs(30);
 /// Listing more than so many segments takes minutes.
 const SEGMENTS_MAX: f64 = 1e6;
 
-/// Looks at store, spool and settings; `databases` are archived.
-pub(super) async fn look(config: &Config, archive: &Archive, databases: usize) -> Vec<Finding> {
+/// Looks at store, spool and settings; `databases` are archived. Beside the replica under route `kinesis` nobody
+/// `writes`.
+pub(super) async fn look(
+    config: &Config,
+    archive: &Archive,
+    databases: usize,
+    writes: bool,
+) -> Vec<Finding> {
     let at = Place::server(Side::Agent);
-    let mut findings = store(&at, archive).await;
+    let mut findings = store(&at, archive, writes).await;
+    if !writes {
+        return findings;
+    }
     findings.extend(spool(&at, archive, databases.max(1)));
     findings.extend(segments(&at, config, archive));
     findings
 }
 
-async fn store(at: &Place, archive: &Archive) -> Vec<Finding> {
+async fn store(at: &Place, archive: &Archive, writes: bool) -> Vec<Finding> {
     if let StoreUrl::Directory(path) = &archive.url
         && !path.exists()
     {
-        return vec![not_there(at, path)];
+        if writes {
+            return vec![not_there(at, path)];
+        }
+        let finding = at.warning("archive_store", "is not there");
+        return vec![
+            finding
+                .on(path.display())
+                .hint("dr-agent run makes it, on the other side; is its file system mounted here?"),
+        ];
     }
-    let asked = tokio::time::timeout(STORE_WITHIN, Box::pin(probe(archive))).await;
+    let asked = tokio::time::timeout(STORE_WITHIN, Box::pin(probe(archive, writes))).await;
     let errors = asked.unwrap_or_else(|_| vec![Flaw::Silent]);
     let found = |flaw: &Flaw| flaw.finding(at).on(&archive.url);
     match errors.as_slice() {
+        [] if !writes => {
+            let done =
+                "can be read and listed; nobody writes to it from here, and that was not tried";
+            vec![at.ok("archive_store", done).on(&archive.url)]
+        }
         [] => {
             let how = match &archive.encryption {
                 Encryption::Default => String::new(),
@@ -113,32 +135,40 @@ impl Flaw {
     }
 }
 
-/// Writes, reads, lists and deletes.
-async fn probe(archive: &Archive) -> Vec<Flaw> {
+/// Writes, reads, lists and deletes; or only reads and lists.
+async fn probe(archive: &Archive, writes: bool) -> Vec<Flaw> {
     let store = match Store::as_it_is(&archive.url, &archive.encryption).await {
         Ok(store) => store,
         Err(error) => return vec![Flaw::Store(error)],
     };
     let name = format!("{PROBES}{:016x}", rand::random::<u64>());
     let mut flaws = Vec::new();
-    let written = match store.put_new(&name, PROBE_BYTES).await {
-        Ok(Put::Created) => true,
-        Ok(Put::Exists) => return vec![Flaw::Exists],
-        Err(error) => {
-            let rest_may_work = is_a_right(&error);
-            flaws.push(Flaw::Store(error));
-            if !rest_may_work {
-                return flaws;
+    let mut written = false;
+    if writes {
+        match store.put_new(&name, PROBE_BYTES).await {
+            Ok(Put::Created) => written = true,
+            Ok(Put::Exists) => return vec![Flaw::Exists],
+            Err(error) => {
+                let rest_may_work = is_a_right(&error);
+                flaws.push(Flaw::Store(error));
+                if !rest_may_work {
+                    return flaws;
+                }
             }
-            false
         }
-    };
+    }
     // What is not there may be asked for as well: the answer tells whether that is allowed.
     match store.get(&name).await {
         Ok(body) if written && body != PROBE_BYTES => flaws.push(Flaw::Forgets("is another")),
         Err(StoreError::NotFound { .. }) if written => flaws.push(Flaw::Forgets("is not there")),
         Ok(_) | Err(StoreError::NotFound { .. }) => {}
-        Err(error) => flaws.push(Flaw::Store(error)),
+        Err(error) => {
+            let rest_may_work = is_a_right(&error);
+            flaws.push(Flaw::Store(error));
+            if !rest_may_work && !writes {
+                return flaws;
+            }
+        }
     }
     match store.list(PROBES, None).await {
         Ok(listed) if written && !listed.iter().any(|object| object.name == name) => {
@@ -147,7 +177,7 @@ async fn probe(archive: &Archive) -> Vec<Flaw> {
         Ok(_) => {}
         Err(error) => flaws.push(Flaw::Store(error)),
     }
-    if let Err(error) = store.delete(&name).await {
+    if writes && let Err(error) = store.delete(&name).await {
         flaws.push(Flaw::Store(error));
     }
     flaws

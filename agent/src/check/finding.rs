@@ -4,8 +4,8 @@
 //! lays them out for people and serde for programs.
 //!
 //! # Invariants
-//! - An *error* means that `run` will not work or that a promise is broken; only errors change the
-//!   exit code.
+//! - An *error* means that `run` (under route `kinesis`: what this machine is for, `run` or `apply`) will not work or that a
+//!   promise is broken; only errors change the exit code.
 //! - `code` is stable: programs compare it, messages may be reworded.
 //! - No message carries a row value or a password.
 //!

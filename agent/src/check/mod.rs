@@ -8,12 +8,13 @@
 //! ```
 //!
 //! Asking and judging are apart: `server`, `shape`, `source` and `replica` ask; what is marked ● is pure
-//! and judges.
+//! and judges. Under route `kinesis` there are also the streams (`kinesis`), the source's slot is judged without the replica,
+//! and `reach` ● excuses one side that cannot be reached from here.
 //!
 //! # Invariants
 //! - It stops at nothing: what cannot be reached or read is a finding, and the rest is still checked.
 //! - It changes nothing: its sessions are read-only, and no user table is opened. In the archive it writes one small
-//!   object and deletes it again.
+//!   object and deletes it again. Nothing is put into a Kinesis stream.
 //! - Nothing can hold it up: connections, statements, locks and the archive have limits.
 //!
 //! # What it does not do
@@ -23,9 +24,11 @@ mod archive;
 mod compare;
 mod finding;
 mod host;
+mod kinesis;
 mod open;
 mod pair;
 mod publication;
+mod reach;
 mod replica;
 mod server;
 mod settings;
@@ -34,8 +37,9 @@ mod slot;
 mod source;
 mod text;
 
-use crate::config::{Config, Databases};
+use crate::config::{Config, Databases, Route};
 use crate::pg::PgError;
+use reach::Reach;
 
 pub use finding::{Finding, Place, Report, Severity, Side};
 pub use text::{Style, render};
@@ -45,15 +49,20 @@ pub async fn check(config: &Config) -> Report {
     let mut findings = Vec::new();
     let source = Box::pin(source::server(config, &mut findings)).await;
     let replica = Box::pin(replica::server(config, &mut findings)).await;
+    let reach = Reach::of(&findings);
+    reach::excuse(config, reach, &mut findings);
     let version = source.as_ref().map(|source| source.server.version_num);
     findings.extend(host::look(config, version).await);
+    reach::excuse_tools(config, reach, &mut findings);
     if let (Some(source), Some(replica)) = (&source, &replica) {
         findings.extend(pair::servers(config, source, replica));
     }
     let names = databases(config, source.as_ref(), replica.as_ref());
     if let Some(archive) = &config.archive {
-        findings.extend(Box::pin(archive::look(config, archive, names.len())).await);
+        let writes = reach.tails(&config.route);
+        findings.extend(Box::pin(archive::look(config, archive, names.len(), writes)).await);
     }
+    findings.extend(Box::pin(kinesis::look(config, reach, &names)).await);
     for name in names {
         // The replica first: while it replicates, what it has applied must be compared with where the
         // source's WAL ends afterwards.
@@ -63,6 +72,15 @@ pub async fn check(config: &Config) -> Report {
             }
             None => None,
         };
+        if config.route != Route::Direct && !reach.source {
+            // A database that is there and could not be read may have its copy.
+            let to_come = match (&replica, &there) {
+                (Some(replica), None) => !replica.databases.iter().any(|one| one.name == name),
+                (_, Some(there)) => there.kept.progress.is_none(),
+                (None, None) => false,
+            };
+            findings.extend(to_come.then(|| reach::first_copy(config, &name)));
+        }
         let here = match &source {
             Some(source) => Box::pin(source::database(config, source, &name, &mut findings)).await,
             None => None,

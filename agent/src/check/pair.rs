@@ -13,7 +13,7 @@ use super::shape::Shapes;
 use super::slot::{self, Kept};
 use super::source::{Source, SourceDatabase};
 use crate::catalog::TableName;
-use crate::config::Config;
+use crate::config::{Config, Route};
 
 /// Compares the servers.
 pub(super) fn servers(config: &Config, source: &Source, replica: &Replica) -> Vec<Finding> {
@@ -70,9 +70,23 @@ pub(super) fn database(
         .slots
         .iter()
         .find(|slot| slot.name == stream.as_str());
-    let mut findings = slot::judge(&at, stream.as_str(), name, slot, kept);
-    findings.extend(publication(&at, stream.as_str(), here, kept));
-    findings.extend(slot::origin(&at, kept, &source.server, here.wal_end));
+    let mut findings = Vec::new();
+    if config.route == Route::Direct {
+        findings.extend(slot::judge(&at, stream.as_str(), name, slot, kept));
+        let begun = kept.progress.is_some();
+        findings.extend(publication(&at, stream.as_str(), here, begun));
+    } else {
+        let noted = here.noted.is_some();
+        findings.extend(slot::apart(&at, stream.as_str(), slot, noted, kept));
+    }
+    let applier = config.route.applier();
+    findings.extend(slot::origin(
+        &at,
+        kept,
+        &source.server,
+        here.wal_end,
+        applier,
+    ));
     let installed = there.map_or(&[][..], |there| &there.extensions);
     findings.extend(extensions(
         &at,
@@ -91,17 +105,22 @@ pub(super) fn database(
     }
     findings.extend(firing(&at, here, there));
     if let Some(there) = there {
-        findings.extend(tables(&at, here, there));
+        findings.extend(tables(&at, here, there, applier));
     }
     findings
 }
 
-/// A publication that is not there: right before the first start, a gap afterwards.
-fn publication(at: &Place, name: &str, here: &SourceDatabase, kept: &Kept) -> Option<Finding> {
+/// A publication that is not there: right before the first start, a gap once it has `begun`.
+pub(super) fn publication(
+    at: &Place,
+    name: &str,
+    here: &SourceDatabase,
+    begun: bool,
+) -> Option<Finding> {
     if here.has_publication {
         return None;
     }
-    if kept.progress.is_none() {
+    if !begun {
         let text = format!(
             "is not there yet; dr-agent run creates it with {}",
             counted(here.wanted.published.len(), "table")
@@ -227,7 +246,12 @@ fn firing(at: &Place, here: &SourceDatabase, there: Option<&ReplicaDatabase>) ->
 }
 
 /// Every table that is or will be published, against the table of its name on the replica.
-fn tables(at: &Place, here: &SourceDatabase, there: &ReplicaDatabase) -> Vec<Finding> {
+fn tables(
+    at: &Place,
+    here: &SourceDatabase,
+    there: &ReplicaDatabase,
+    applier: &str,
+) -> Vec<Finding> {
     let kept = &there.kept;
     let mut findings = Vec::new();
     let mut same = 0;
@@ -244,12 +268,12 @@ fn tables(at: &Place, here: &SourceDatabase, there: &ReplicaDatabase) -> Vec<Fin
                 same += usize::from(found.is_empty());
                 findings.extend(found);
             }
-            None => findings.extend(missing(at, name, kept)),
+            None => findings.extend(missing(at, name, kept, applier)),
         }
     }
-    findings.extend(copy_state(at, kept));
+    findings.extend(copy_state(at, kept, applier));
     if kept.progress.is_none() {
-        findings.extend(strangers(at, &there.shapes));
+        findings.extend(strangers(at, &there.shapes, applier));
     }
     if findings.iter().all(|f| f.severity > Severity::Warning) && same > 0 {
         findings.push(at.ok(
@@ -261,7 +285,7 @@ fn tables(at: &Place, here: &SourceDatabase, there: &ReplicaDatabase) -> Vec<Fin
 }
 
 /// The first copy goes into an empty database.
-fn strangers(at: &Place, shapes: &Shapes) -> Option<Finding> {
+fn strangers(at: &Place, shapes: &Shapes, applier: &str) -> Option<Finding> {
     let strangers: Vec<&TableName> = shapes
         .iter()
         .filter(|(name, shape)| name.schema != "dr_agent" && !shape.of_extension)
@@ -279,32 +303,32 @@ fn strangers(at: &Place, shapes: &Shapes) -> Option<Finding> {
             some_of(&strangers)
         ),
     );
-    Some(
-        finding.hint("if nobody needs them, DROP DATABASE on the replica; dr-agent run creates it"),
-    )
+    Some(finding.hint(format!(
+        "if nobody needs them, DROP DATABASE on the replica; {applier} creates it"
+    )))
 }
 
 /// A table that the replica lacks: before its copy that is as it should be.
-fn missing(at: &Place, name: &TableName, kept: &Kept) -> Option<Finding> {
+fn missing(at: &Place, name: &TableName, kept: &Kept, applier: &str) -> Option<Finding> {
     if kept.progress.is_none() || kept.copying.contains(name) {
         return None;
     }
     let finding = if kept.copied.contains(name) {
         at.error("table_missing", "was copied once and is gone from the replica")
-            .hint(
-                "create it again on the replica and fill it, or drop the database there and let dr-agent run copy all",
-            )
+            .hint(format!(
+                "create it again on the replica and fill it, or drop the database there and let {applier} copy all"
+            ))
     } else {
         at.warning(
             "table_new",
             "is not on the replica yet: it is not protected",
         )
-        .hint("restart dr-agent run: it publishes and copies tables that are new")
+        .hint("restart dr-agent run: it publishes tables that are new, and they are copied")
     };
     Some(finding.on(name))
 }
 
-fn copy_state(at: &Place, kept: &Kept) -> Option<Finding> {
+fn copy_state(at: &Place, kept: &Kept, applier: &str) -> Option<Finding> {
     let waiting: BTreeSet<&TableName> = kept.copying.iter().collect();
     if waiting.is_empty() {
         return None;
@@ -317,7 +341,9 @@ fn copy_state(at: &Place, kept: &Kept) -> Option<Finding> {
             kept.copied.len()
         ),
     );
-    Some(finding.hint("dr-agent run goes on where it was; dr-agent status shows the progress"))
+    Some(finding.hint(format!(
+        "{applier} goes on where it was; dr-agent status shows the progress"
+    )))
 }
 
 #[cfg(test)]
@@ -401,7 +427,7 @@ mod tests {
     }
 
     fn found(here: &SourceDatabase, there: &ReplicaDatabase) -> Vec<(Severity, &'static str)> {
-        tables(&at(), here, there)
+        tables(&at(), here, there, "dr-agent run")
             .iter()
             .map(|f| (f.severity, f.code))
             .collect()
@@ -445,9 +471,9 @@ mod tests {
 
     #[test]
     fn a_dropped_publication_is_an_error_once_the_replica_counts_on_it() {
-        let code = |kept: &Kept| publication(&at(), "p", &here(&[]), kept).unwrap().code;
-        assert_eq!(code(&Kept::default()), "publication");
-        assert_eq!(code(&there(&[], &[], &[]).kept), "publication_missing");
+        let code = |begun| publication(&at(), "p", &here(&[]), begun).unwrap().code;
+        assert_eq!(code(false), "publication");
+        assert_eq!(code(true), "publication_missing");
     }
 
     #[test]

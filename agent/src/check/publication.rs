@@ -93,7 +93,7 @@ pub(super) fn judge(
                     some_of(&missing)
                 ),
             )
-            .hint("restart dr-agent run: it publishes and copies tables that are new"),
+            .hint("restart dr-agent run: it publishes tables that are new, and they are copied"),
         );
     }
     let extra: Vec<&TableName> = publication.tables.difference(wanted).collect();

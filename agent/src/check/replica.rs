@@ -149,7 +149,8 @@ pub(super) async fn database(
     let role = &replica.server.role;
     let Some(entry) = replica.databases.iter().find(|one| one.name == name) else {
         findings.push(if role.superuser || role.createdb {
-            at.ok("database", "is not there yet; dr-agent run creates it")
+            let text = format!("is not there yet; {} creates it", config.route.applier());
+            at.ok("database", text)
         } else {
             at.error(
                 "database",
@@ -180,8 +181,9 @@ pub(super) async fn database(
     let extensions = note_failure(&at, "list the extensions", findings, installed(&client))
         .await
         .unwrap_or_default();
-    findings.extend(super::slot::promotion(&at, &kept));
-    findings.extend(guard(&at, entry, &kept, &role.name));
+    let applier = config.route.applier();
+    findings.extend(super::slot::promotion(&at, &kept, applier));
+    findings.extend(guard(&at, entry, &kept, &role.name, applier));
     findings.extend(rights(&at, &shapes, &role.name));
     findings.extend(firing(&at, &shapes));
     Some(ReplicaDatabase {
@@ -192,7 +194,7 @@ pub(super) async fn database(
 }
 
 /// Whether other sessions are kept from writing, and whether we may see to that.
-fn guard(at: &Place, entry: &Database, kept: &Kept, role: &str) -> Option<Finding> {
+fn guard(at: &Place, entry: &Database, kept: &Kept, role: &str, applier: &str) -> Option<Finding> {
     let guarded = matches!(
         entry.read_only.as_deref(),
         Some("on" | "true" | "yes" | "1")
@@ -219,7 +221,7 @@ fn guard(at: &Place, entry: &Database, kept: &Kept, role: &str) -> Option<Findin
             "guard",
             "default_transaction_read_only is not on: other sessions may write here by mistake",
         )
-        .hint("restart dr-agent run; it sets the guard")
+        .hint(format!("restart {applier}; it sets the guard"))
     })
 }
 

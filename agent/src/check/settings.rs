@@ -83,14 +83,17 @@ pub(super) fn version(at: &Place, server: &Server) -> Vec<Finding> {
 }
 
 /// Settings of the source that replication stands on. `wanted` is the names of our slots, one per
-/// database; `walsenders` counts everybody's.
+/// database; `walsenders` counts everybody's. `apart`: another process than the one that tails the slots copies.
 pub(super) fn source_limits(
     at: &Place,
     server: &Server,
     slots: &[Slot],
     walsenders: i64,
     wanted: &[String],
+    apart: bool,
 ) -> Vec<Finding> {
+    // It copies each database through a slot and a walsender of its own, for as long as that takes.
+    let copies = if apart { count(wanted.len()) } else { 0 };
     let mut findings = Vec::new();
     let level = server.setting("wal_level");
     findings.push(if level == "logical" {
@@ -109,7 +112,7 @@ pub(super) fn source_limits(
         "max_replication_slots",
         limit,
         free,
-        count(missing),
+        (count(missing), copies),
     ));
 
     let streaming = ours.filter(|slot| slot.active).count();
@@ -119,14 +122,26 @@ pub(super) fn source_limits(
         "max_wal_senders",
         limit,
         limit - walsenders,
-        count(wanted.len() - streaming),
+        (count(wanted.len() - streaming), copies),
     ));
     findings
 }
 
-fn capacity(at: &Place, code: &'static str, limit: i64, free: i64, needed: i64) -> Finding {
+/// `needed` for good, and `copies` for a while.
+fn capacity(
+    at: &Place,
+    code: &'static str,
+    limit: i64,
+    free: i64,
+    (needed, copies): (i64, i64),
+) -> Finding {
     let free = free.max(0);
-    let text = format!("{free} of {limit} free, {needed} more needed");
+    let text = match copies {
+        0 => format!("{free} of {limit} free, {needed} more needed"),
+        _ => format!(
+            "{free} of {limit} free, {needed} more needed, and {copies} while dr-agent apply copies from here"
+        ),
+    };
     if needed > free {
         let enough = limit + (needed - free);
         at.error(code, text).hint(format!(
@@ -134,6 +149,17 @@ fn capacity(at: &Place, code: &'static str, limit: i64, free: i64, needed: i64) 
              then restart the source",
             enough + 1
         ))
+    } else if copies > free - needed {
+        let enough = limit + (needed + copies - free);
+        let hint = format!(
+            "dr-agent apply copies each database through a temporary slot, the first time and when tables are added; \
+             what gets none waits. ALTER SYSTEM SET {code} = {enough} or more; then restart the source"
+        );
+        match free - needed {
+            0 => at.warning(code, format!("{text}: nothing can be copied from here")),
+            _ => at.note(code, format!("{text}: not all at the same time")),
+        }
+        .hint(hint)
     } else if needed > 0 && needed == free {
         at.note(code, format!("{text}: none to spare"))
             .hint("tables added later are copied through a temporary slot; keep one free")
@@ -410,7 +436,7 @@ mod tests {
             ..Slot::default()
         };
         let both = [slot("dr_a", true), slot("dr_b", false)];
-        let findings = source_limits(&at(), &server(&settings), &both, 1, &wanted);
+        let findings = source_limits(&at(), &server(&settings), &both, 1, &wanted, false);
         assert_eq!(
             codes(&findings),
             [
@@ -420,12 +446,34 @@ mod tests {
             ]
         );
         let foreign = [slot("other", true), slot("dr_a", false)];
-        let findings = source_limits(&at(), &server(&settings), &foreign, 0, &wanted);
+        let findings = source_limits(&at(), &server(&settings), &foreign, 0, &wanted, false);
         assert_eq!(findings[1].severity, Severity::Error);
         assert!(
             findings[1].hint.as_ref().unwrap().contains("= 4"),
             "{findings:?}"
         );
+    }
+
+    #[test]
+    fn whoever_copies_apart_needs_slots_for_a_while() {
+        let severity = |limit: &str| {
+            let settings = [
+                ("wal_level", "logical"),
+                ("max_replication_slots", limit),
+                ("max_wal_senders", "20"),
+            ];
+            let wanted = ["dr_a".to_owned(), "dr_b".to_owned()];
+            let slot = Slot {
+                name: "dr_a".to_owned(),
+                ..Slot::default()
+            };
+            let found = source_limits(&at(), &server(&settings), &[slot], 0, &wanted, true);
+            found[1].severity
+        };
+        assert_eq!(severity("1"), Severity::Error);
+        assert_eq!(severity("2"), Severity::Warning);
+        assert_eq!(severity("3"), Severity::Note);
+        assert_eq!(severity("4"), Severity::Ok);
     }
 
     #[test]

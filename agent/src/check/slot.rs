@@ -3,6 +3,9 @@
 //! Pure. The slot holds what the replica has not acknowledged; the progress row says what it has
 //! applied. If the slot is ahead, changes are gone for good (promise 3 of the design), and that must be
 //! said before anything is started.
+//!
+//! Under route `kinesis` the slot holds what is not in the stream yet, and is ahead of the replica as a rule: there the source
+//! alone says whether it can be gone on with.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +13,7 @@ use bytesize::ByteSize;
 
 use super::finding::{Finding, Place};
 use super::server::{Server, Slot};
-use crate::catalog::TableName;
+use crate::catalog::{TableName, quote_literal};
 use crate::pg::PgLsn;
 
 /// What the replica keeps about one stream in schema `dr_agent`.
@@ -72,46 +75,183 @@ pub(super) fn judge(
                 ),
         }];
     };
-    if slot.plugin != "pgoutput" || slot.database != database {
-        return vec![
-            at.error(
-                "slot_foreign",
-                format!(
-                    "belongs to somebody else (plugin \"{}\", database \"{}\")",
-                    slot.plugin, slot.database
-                ),
+    if let Some(finding) = unusable(at, name, database, slot, COPY_AGAIN) {
+        return vec![finding];
+    }
+    let mut findings: Vec<Finding> = two_phase(at, name, slot).into_iter().collect();
+    findings.extend(position(at, name, slot, kept));
+    findings.push(retained(at, name, slot));
+    findings
+}
+
+/// What `dr_agent.sending` on the source says of a stream under route `kinesis`.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Noted {
+    /// The source it was sent from: system identifier and timeline.
+    pub(super) origin: (String, i32),
+    /// Since where.
+    pub(super) since: PgLsn,
+}
+
+/// Judges the slot `name` of database `database` under route `kinesis`, where what was put into the stream is
+/// acknowledged and the replica has no part in it.
+pub(super) fn sending(
+    at: &Place,
+    name: &str,
+    database: &str,
+    slot: Option<&Slot>,
+    noted: Option<&Noted>,
+    source: &Server,
+) -> Vec<Finding> {
+    let mut findings: Vec<Finding> = noted
+        .and_then(|noted| elsewhere(at, name, noted, source))
+        .into_iter()
+        .collect();
+    let Some(slot) = slot else {
+        findings.push(match noted {
+            None => at
+                .ok("slot", "is not there yet; dr-agent run creates it")
+                .on(name),
+            Some(noted) => at
+                .error(
+                    "slot_missing",
+                    format!(
+                        "is gone, although changes were sent through it since {}",
+                        noted.since
+                    ),
+                )
+                .on(name)
+                .hint(send_again(name)),
+        });
+        return findings;
+    };
+    if let Some(finding) = unusable(at, name, database, slot, &send_again(name)) {
+        findings.push(finding);
+        return findings;
+    }
+    findings.extend(two_phase(at, name, slot));
+    findings.push(match slot.confirmed_flush {
+        None => at
+            .note(
+                "slot_unfinished",
+                "is left over from a set-up that was interrupted",
             )
             .on(name)
-            .hint("set source.slot to a name that is free"),
-        ];
+            .hint("dr-agent run drops it and begins again"),
+        Some(confirmed) if slot.active => at
+            .ok(
+                "slot",
+                format!("is being sent from; up to {confirmed} is in the stream"),
+            )
+            .on(name),
+        Some(confirmed) => at
+            .note(
+                "slot_inactive",
+                format!("no agent is sending; up to {confirmed} is in the stream"),
+            )
+            .on(name)
+            .hint("start dr-agent run"),
+    });
+    findings.push(retained(at, name, slot));
+    findings
+}
+
+/// Under route `kinesis`: what the replica counts on and the source, which was judged by [`sending`], knows nothing of.
+pub(super) fn apart(
+    at: &Place,
+    name: &str,
+    slot: Option<&Slot>,
+    noted: bool,
+    kept: &Kept,
+) -> Option<Finding> {
+    let progress = kept.progress.as_ref()?;
+    if slot.is_some() || noted {
+        return None;
     }
-    let mut findings = Vec::new();
+    let finding = at.error(
+        "slot_missing",
+        format!(
+            "is not there, although the replica was replicated up to {} through it",
+            progress.end_lsn
+        ),
+    );
+    Some(finding.on(name).hint(
+        "changes are missing on the replica for good: drop the database on the replica, then start dr-agent run, \
+         and dr-agent apply, which copies it again",
+    ))
+}
+
+/// What must be dropped before everything can be sent again.
+fn send_again(name: &str) -> String {
+    format!(
+        "changes since then cannot be had any more: drop the slot on the source if it is there (SELECT \
+         pg_drop_replication_slot(slot_name)), DELETE FROM dr_agent.sending WHERE stream = {} there, and the database on \
+         the replica; then start dr-agent run, and dr-agent apply, which copies it again",
+        quote_literal(name)
+    )
+}
+
+fn elsewhere(at: &Place, name: &str, noted: &Noted, source: &Server) -> Option<Finding> {
+    let (identifier, timeline) = &noted.origin;
+    let here = source.system_identifier.as_ref()?;
+    if here != identifier {
+        let text = format!("was sent from system {identifier}, the source is {here}");
+        return Some(at.error("source_changed", text).on(name).hint(format!(
+            "correct source.url; if the source was rebuilt on purpose: {}",
+            send_again(name)
+        )));
+    }
+    let now = source.timeline.filter(|now| now != timeline)?;
+    let text = format!(
+        "was sent from timeline {timeline}, the source is on timeline {now}: it was restored or promoted in between"
+    );
+    let finding = at.error("timeline_changed", text).on(name);
+    Some(finding.hint(send_again(name)))
+}
+
+/// A slot that is not ours, or that has lost what it held.
+fn unusable(
+    at: &Place,
+    name: &str,
+    database: &str,
+    slot: &Slot,
+    begin_again: &str,
+) -> Option<Finding> {
+    if slot.plugin != "pgoutput" || slot.database != database {
+        let finding = at.error(
+            "slot_foreign",
+            format!(
+                "belongs to somebody else (plugin \"{}\", database \"{}\")",
+                slot.plugin, slot.database
+            ),
+        );
+        return Some(
+            finding
+                .on(name)
+                .hint("set source.slot to a name that is free"),
+        );
+    }
     if slot.wal_status == "lost" || slot.invalidation.is_some() {
         let why = slot
             .invalidation
             .as_ref()
             .map(|reason| format!(" ({reason})"))
             .unwrap_or_default();
-        findings.push(
-            at.error("slot_lost", format!("was given up by the source{why}"))
-                .on(name)
-                .hint(COPY_AGAIN),
-        );
-        return findings;
+        let finding = at.error("slot_lost", format!("was given up by the source{why}"));
+        return Some(finding.on(name).hint(begin_again));
     }
-    if slot.two_phase {
-        findings.push(
-            at.error(
-                "slot_two_phase",
-                "was created with two_phase, which dr-agent does not read",
-            )
-            .on(name)
-            .hint("drop the slot; dr-agent run creates its own"),
-        );
-    }
-    findings.extend(position(at, name, slot, kept));
-    findings.push(retained(at, name, slot));
-    findings
+    None
+}
+
+fn two_phase(at: &Place, name: &str, slot: &Slot) -> Option<Finding> {
+    slot.two_phase.then(|| {
+        at.error(
+            "slot_two_phase",
+            "was created with two_phase, which dr-agent does not read",
+        )
+        .on(name)
+        .hint("drop the slot; dr-agent run creates its own")
+    })
 }
 
 fn position(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Option<Finding> {
@@ -205,6 +345,7 @@ pub(super) fn origin(
     kept: &Kept,
     source: &Server,
     wal_end: Option<PgLsn>,
+    applier: &str,
 ) -> Option<Finding> {
     let (kept_identifier, kept_timeline) = kept.origin.as_ref()?;
     let here = source.system_identifier.as_ref()?;
@@ -213,10 +354,10 @@ pub(super) fn origin(
             "source_changed",
             format!("the replica was copied from system {kept_identifier}, the source is {here}"),
         );
-        return Some(finding.hint(
+        return Some(finding.hint(format!(
             "correct source.url; if the source was rebuilt on purpose, drop the database on the \
-             replica and let dr-agent run copy it again",
-        ));
+             replica and let {applier} copy it again"
+        )));
     }
     if let (Some(lsn), Some(progress)) = (wal_end, &kept.progress)
         && lsn < progress.end_lsn
@@ -229,10 +370,10 @@ pub(super) fn origin(
                 progress.end_lsn
             ),
         );
-        return Some(finding.hint(
+        return Some(finding.hint(format!(
             "the replica may hold the only copy of what came after: dr-agent promote keeps it; \
-             otherwise drop the slot and the database on the replica and let dr-agent run copy again",
-        ));
+             otherwise drop the slot and the database on the replica and let {applier} copy again"
+        )));
     }
     match source.timeline {
         Some(timeline) if timeline != *kept_timeline => Some(
@@ -243,26 +384,26 @@ pub(super) fn origin(
                      the source was restored or promoted in between"
                 ),
             )
-            .hint(
+            .hint(format!(
                 "the two may hold different transactions: drop slot and replica database and let \
-                 dr-agent run copy again",
-            ),
+                 {applier} copy again"
+            )),
         ),
         _ => Some(at.ok("source_identity", format!("is the source of this replica ({here})"))),
     }
 }
 
 /// A promotion that was begun or finished.
-pub(super) fn promotion(at: &Place, kept: &Kept) -> Option<Finding> {
+pub(super) fn promotion(at: &Place, kept: &Kept, applier: &str) -> Option<Finding> {
     let (mode, state, started_at) = kept.promotion.as_ref()?;
     let finding = at.error(
         "promoted",
         format!("a promotion ({mode}) was started at {started_at}, its state is \"{state}\""),
     );
-    Some(finding.hint(
-        "dr-agent run will not write here; to replicate into it again, drop this database and let \
-         run copy it",
-    ))
+    Some(finding.hint(format!(
+        "{applier} will not write here; to replicate into it again, drop this database and let \
+         {applier} copy it"
+    )))
 }
 
 #[cfg(test)]
@@ -332,6 +473,53 @@ mod tests {
     }
 
     #[test]
+    fn under_route_kinesis_the_source_alone_says_whether_its_slot_is_right() {
+        let source = Server {
+            system_identifier: Some("7".to_owned()),
+            timeline: Some(1),
+            ..Server::default()
+        };
+        let noted = |identifier: &str, timeline| Noted {
+            origin: (identifier.to_owned(), timeline),
+            since: PgLsn::from(50),
+        };
+        let found = |slot: Option<&Slot>, noted: Option<&Noted>| {
+            let found = sending(&at(), "dr_agent_app", "app", slot, noted, &source);
+            (found[0].severity, found[0].code)
+        };
+        let (here, lost) = (
+            noted("7", 1),
+            Slot {
+                wal_status: "lost".to_owned(),
+                ..slot()
+            },
+        );
+        assert_eq!(found(None, None), (Severity::Ok, "slot"));
+        assert_eq!(found(None, Some(&here)), (Severity::Error, "slot_missing"));
+        assert_eq!(
+            found(Some(&slot()), Some(&here)),
+            (Severity::Note, "slot_inactive")
+        );
+        assert_eq!(found(Some(&lost), None), (Severity::Error, "slot_lost"));
+        assert_eq!(
+            found(Some(&slot()), Some(&noted("8", 1))),
+            (Severity::Error, "source_changed")
+        );
+        assert_eq!(
+            found(Some(&slot()), Some(&noted("7", 2))),
+            (Severity::Error, "timeline_changed")
+        );
+        let code = |slot: Option<&Slot>, noted, kept: &Kept| {
+            apart(&at(), "dr_agent_app", slot, noted, kept).map(|finding| finding.code)
+        };
+        let there = slot();
+        assert_eq!(code(Some(&there), true, &kept(5)), None);
+        assert_eq!(code(None, true, &kept(5)), None, "the source says it");
+        assert_eq!(code(None, false, &kept(5)), Some("slot_missing"));
+        assert_eq!(code(None, false, &Kept::default()), None);
+    }
+
+    #[test]
     fn a_lost_slot_is_lost_whatever_else_it_says() {
         let lost = Slot {
             wal_status: "lost".to_owned(),
@@ -397,7 +585,14 @@ mod tests {
                 timeline: Some(timeline),
                 ..Server::default()
             };
-            origin(&at(), &kept(100), &source, Some(PgLsn::from(lsn))).map(|f| f.code)
+            origin(
+                &at(),
+                &kept(100),
+                &source,
+                Some(PgLsn::from(lsn)),
+                "dr-agent run",
+            )
+            .map(|f| f.code)
         };
         assert_eq!(code(Some("7"), 1, 100), Some("source_identity"));
         assert_eq!(code(Some("8"), 1, 100), Some("source_changed"));

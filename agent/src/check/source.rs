@@ -12,9 +12,10 @@ use super::publication::{self, Publication};
 use super::server::{self, Database, Server, Slot};
 use super::settings;
 use super::shape::{self, Shapes};
-use super::{note_failure, open};
+use super::slot::{self, Noted};
+use super::{note_failure, open, pair};
 use crate::catalog::{self, Protection, Table, TableName};
-use crate::config::{Config, Databases};
+use crate::config::{Config, Databases, Route};
 use crate::coverage;
 use crate::error::{Classify as _, chain};
 use crate::pg::PgLsn;
@@ -53,6 +54,8 @@ pub(super) struct SourceDatabase {
     pub(super) has_publication: bool,
     /// Where the server's WAL ended when this was read.
     pub(super) wal_end: Option<PgLsn>,
+    /// Under route `kinesis`: since when it has been sent.
+    pub(super) noted: Option<Noted>,
 }
 
 /// Looks at the server. `None` when it cannot be reached; the findings say why.
@@ -114,7 +117,12 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
             .map(|database| config.stream(database).to_string())
             .collect();
         findings.extend(settings::source_limits(
-            &at, &server, &slots, walsenders, &streams,
+            &at,
+            &server,
+            &slots,
+            walsenders,
+            &streams,
+            config.route != Route::Direct,
         ));
     }
     findings.extend(settings::source_risks(&at, &server));
@@ -124,7 +132,15 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
             "ddl",
             "DDL is not replicated in this version: what CREATE, ALTER and DROP change after the copy stays here",
         )
-        .hint("make each change on the replica first, then here; dr-agent run takes in new tables by itself, within half a minute"),
+        .hint(match config.route {
+            Route::Direct => {
+                "make each change on the replica first, then here; dr-agent run takes in new tables by itself, within half a minute"
+            }
+            Route::Kinesis { .. } => {
+                "make each change on the replica first, then here; dr-agent run publishes new tables by itself, within half a \
+                 minute, and dr-agent apply copies them, for which it must reach the source"
+            }
+        }),
     );
     if let Some(skew) = note_failure(&at, "read the clock", findings, server::skew(&client)).await {
         findings.push(settings::clock(&at, skew));
@@ -185,6 +201,12 @@ pub(super) async fn database(
             publication::judge(&at, stream.as_str(), publication, &found.wanted.units)
         }));
         findings.extend(rights(&at, source, entry, &found, publication.as_ref()));
+        if config.route != Route::Direct {
+            let asking = noted(&client, stream.as_str());
+            let noted = note_failure(&at, "read dr_agent.sending", findings, asking).await;
+            found.noted = noted.flatten();
+            findings.extend(sending(&at, source, name, &stream, &found));
+        }
     }
     if !source.slots.iter().any(|slot| slot.name == stream.as_str()) {
         let oldest = oldest_transaction(&client);
@@ -217,7 +239,40 @@ async fn read(
         extensions,
         has_publication: false,
         wal_end: None,
+        noted: None,
     })
+}
+
+/// Under route `kinesis` the source alone says whether sending can go on.
+fn sending(
+    at: &Place,
+    source: &Source,
+    name: &str,
+    stream: &StreamName,
+    found: &SourceDatabase,
+) -> Vec<Finding> {
+    let stream = stream.as_str();
+    let slot = source.slots.iter().find(|slot| slot.name == stream);
+    let noted = found.noted.as_ref();
+    let mut findings = slot::sending(at, stream, name, slot, noted, &source.server);
+    let begun = slot.is_some() || noted.is_some();
+    findings.extend(pair::publication(at, stream, found, begun));
+    findings
+}
+
+/// What this source has noted about a stream that is sent from it.
+async fn noted(client: &Client, stream: &str) -> Result<Option<Noted>, PgError> {
+    const THERE: &str = "SELECT to_regclass('dr_agent.sending') IS NOT NULL";
+    if !client.query_one(THERE, &[]).await?.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    const SQL: &str =
+        "SELECT system_identifier, timeline, since FROM dr_agent.sending WHERE stream = $1";
+    let row = client.query_opt(SQL, &[&stream]).await?;
+    Ok(row.map(|row| Noted {
+        origin: (row.get(0), row.get(1)),
+        since: row.get(2),
+    }))
 }
 
 fn connect_right(at: &Place, source: &Source, entry: &Database) -> Finding {

@@ -14,6 +14,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::status::SEND;
+
 /// How long the agent may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// Larger than the status of ten thousand databases.
@@ -34,6 +36,8 @@ pub(super) struct AgentStatus {
 pub(super) struct AgentDatabase {
     pub(super) database: String,
     pub(super) stream: String,
+    /// `None`: of a version that knows only route `direct`.
+    pub(super) leg: Option<String>,
     pub(super) state: String,
     pub(super) lag_seconds: Option<f64>,
     pub(super) lag_bytes: Option<u64>,
@@ -41,6 +45,13 @@ pub(super) struct AgentDatabase {
     pub(super) slot_retained_bytes: Option<u64>,
     pub(super) error: Option<String>,
     pub(super) hint: Option<String>,
+}
+
+impl AgentDatabase {
+    /// What it says of lag and position is the Kinesis stream's and not the replica's.
+    pub(super) fn sends(&self) -> bool {
+        self.leg.as_deref() == Some(SEND)
+    }
 }
 
 /// Asks; an error is a sentence for the operator.

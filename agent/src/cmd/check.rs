@@ -12,7 +12,11 @@ use crate::config::Config;
 
 /// Flags of `check`.
 #[derive(Clone, Copy, Debug, clap::Args)]
-#[command(after_help = "Exit codes: 0 no errors (warnings are fine); 1 at least one error.")]
+#[command(
+    after_help = "Under route kinesis it may run on either side: a source or replica that cannot be reached from here is a \
+    note that says which command needs it, and an error only where neither can be reached.\n\
+    Exit codes: 0 no errors (warnings are fine); 1 at least one error."
+)]
 pub struct Args {
     /// Print the findings as JSON
     #[arg(long)]

@@ -6,6 +6,7 @@ mod archive_status;
 pub mod backup;
 pub mod check;
 pub mod init;
+mod kinesis_status;
 pub mod promote;
 pub mod restore;
 pub mod run;

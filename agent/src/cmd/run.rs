@@ -22,7 +22,7 @@ use crate::http::{self, Shown};
 use crate::metrics;
 use crate::pipeline::{End, Leg, Pipeline};
 use crate::setup;
-use crate::status::{Registry, StatusCell};
+use crate::status::{self, Registry, StatusCell};
 
 /// How often the source is asked for new databases under `databases = ["*"]`.
 const DISCOVER_EVERY: Duration = Duration::from_secs(30);
@@ -119,6 +119,15 @@ async fn stop_on_signal(stop: CancellationToken) {
     std::process::abort();
 }
 
+/// As `/status` says it.
+fn shown(leg: Leg) -> status::Leg {
+    match leg {
+        Leg::Whole => status::Leg::Direct,
+        Leg::Send => status::Leg::Send,
+        Leg::Apply => status::Leg::Apply,
+    }
+}
+
 struct Supervisor {
     config: Arc<Config>,
     leg: Leg,
@@ -210,7 +219,7 @@ impl Supervisor {
                 continue;
             }
             let stream = self.config.stream(&database);
-            let status = StatusCell::new(&database, stream.as_str());
+            let status = StatusCell::new(&database, stream.as_str(), shown(self.leg));
             self.registry.add(status.clone());
             let pipeline = Pipeline::new(
                 Arc::clone(&self.config),

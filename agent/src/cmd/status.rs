@@ -3,31 +3,48 @@
 //! Three witnesses, each of which may be dead: the replica knows what is applied, the running agent
 //! knows the lag as it measures it, and the source is asked for the bytes only where the agent
 //! does not answer. `judge` makes one verdict per database out of them, purely. Where there is an archive its store
-//! is asked, too; that is shown and has no part in the verdict.
+//! is asked, too, and under route `kinesis` the stream; that is shown and has no part in the verdict.
+//!
+//! Under route `kinesis` the sites need not see one another. Beside the replica the verdict is the same as ever. Beside the
+//! source, where the replica cannot be reached, it is about the way into the stream, and says so: what becomes of it
+//! then is known on the other side.
 //!
 //! # Invariants
-//! - Silence is not health: what is not known to be within the RPO does not exit with 0.
+//! - Silence is not health: what is not known to be within the RPO does not exit with 0. Only a sending agent that answers
+//!   makes up for a replica that does not.
 //! - Touches nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde::Serialize;
+use tokio::time::timeout;
 
 use super::agent_status::{self, AgentDatabase};
 use super::archive_status::{self, ArchiveStatus};
-use crate::config::Config;
+use super::kinesis_status::{self, KinesisStatus};
+use crate::config::{Config, Databases, Route};
 use crate::error::chain;
 use crate::promote::loss::{self, Answer};
-use crate::promote::observe::{self, Database};
+use crate::promote::observe::{self, Database, Observed};
+
+/// For all databases together, under route `kinesis`.
+const REPLICA_WITHIN: Duration = Duration::from_secs(15);
+
+/// The leg of an agent that puts changes into a Kinesis stream.
+pub(super) const SEND: &str = "send";
 
 /// Flags of `status`.
 #[derive(Clone, Copy, Debug, clap::Args)]
 #[command(
     after_help = "With [archive] it also says how far the archive leads, its gaps, and what waits in the spool.\n\
-    Exit codes: 0 every database is within the RPO; 1 one is not, or it is not known. The archive has no part in that."
+    Under route kinesis it also shows the stream. Where an agent sends and the replica cannot be reached, the verdict is \
+    about the way into the stream: ask beside the replica about the rest.\n\
+    Exit codes: 0 every database is within the RPO; 1 one is not, or it is not known. Archive and stream have no part \
+    in that."
 )]
 pub struct Args {
     /// Print the status as JSON.
@@ -42,7 +59,8 @@ pub struct Status {
     pub version: String,
     /// `objectives.rpo`.
     pub rpo_objective_seconds: f64,
-    /// Whether every database is known to be within it.
+    /// Whether every database is known to be within it: on the replica, or, where that is out of reach and an agent sends
+    /// from here, in the stream.
     pub within_rpo: bool,
     /// The replica.
     pub replica: Witness,
@@ -84,6 +102,8 @@ pub struct DatabaseStatus {
     pub database: String,
     /// Its stream.
     pub stream: String,
+    /// What part of the way the agent goes that answers for it: `direct`, `send` or `apply`.
+    pub leg: Option<String>,
     /// The agent's state of it, `promoted`, `missing`, or `no_agent` where no agent answers for it.
     pub state: String,
     /// Whether it is within the RPO.
@@ -114,6 +134,8 @@ pub struct DatabaseStatus {
     pub hint: Option<String>,
     /// The archive, where one is configured.
     pub archive: Option<ArchiveStatus>,
+    /// Its Kinesis stream, under route `kinesis`.
+    pub kinesis: Option<KinesisStatus>,
 }
 
 /// Asks everybody and prints.
@@ -134,7 +156,7 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
 
 async fn gather(config: &Config) -> Status {
     let (replica, agent) = tokio::join!(
-        Box::pin(observe::observe(config, "status")),
+        observe_replica(config),
         agent_status::ask(config.http_listen)
     );
     let witness = |address: String, error: Option<String>| Witness {
@@ -144,7 +166,7 @@ async fn gather(config: &Config) -> Status {
     };
     let replica_witness = witness(
         config.replica.conninfo.to_string(),
-        replica.as_ref().err().map(|error| chain(error)),
+        replica.as_ref().err().cloned(),
     );
     let agent_witness = witness(
         config.http_listen.to_string(),
@@ -158,12 +180,18 @@ async fn gather(config: &Config) -> Status {
         .map(|report| (report.database.clone(), report))
         .collect();
 
+    // Where nobody who knows a database can be asked it is still to be protected.
+    let listed = match (&config.route, &config.source.databases) {
+        (Route::Kinesis { .. }, Databases::List(names)) => names.as_slice(),
+        _ => &[],
+    };
     let names: BTreeSet<&String> = observed
         .databases
         .iter()
         .map(|database| &database.name)
         .chain(&observed.missing)
         .chain(reports.keys())
+        .chain(listed)
         .collect();
     let mut databases = Vec::new();
     for name in names {
@@ -197,27 +225,48 @@ async fn gather(config: &Config) -> Status {
             status.archive = Some(archive);
         }
     }
+    Box::pin(kinesis_status::add(config, &mut databases)).await;
+    let sends = !databases.is_empty() && databases.iter().all(DatabaseStatus::is_sent);
     let within = !databases.is_empty() && databases.iter().all(|status| status.rpo == Verdict::Met);
     Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         rpo_objective_seconds: config.objectives.rpo.as_secs_f64(),
-        within_rpo: within && replica_witness.answers,
+        within_rpo: within && (replica_witness.answers || sends),
         replica: replica_witness,
         agent: agent_witness,
         databases,
     }
 }
 
+/// Looks at the replica; an error is a sentence for the operator.
+async fn observe_replica(config: &Config) -> Result<Observed, String> {
+    let looking = Box::pin(observe::observe(config, "status"));
+    let looked = match config.route {
+        Route::Direct => looking.await,
+        // Another site's firewall may say nothing at all.
+        Route::Kinesis { .. } => match timeout(REPLICA_WITHIN, looking).await {
+            Ok(looked) => looked,
+            Err(_) => return Err(format!("no answer within {REPLICA_WITHIN:?}")),
+        },
+    };
+    looked.map_err(|error| chain(&error))
+}
+
 async fn ask_source(config: &Config, database: &Database) -> Answer {
     let conninfo = config.source.conninfo.with_dbname(&database.name);
-    loss::ask(&loss::Question {
+    let mut answer = loss::ask(&loss::Question {
         conninfo: &conninfo,
         stream: &database.stream,
         end_lsn: database.progress.end_lsn,
         system_identifier: None,
         count: false,
     })
-    .await
+    .await;
+    if config.route != Route::Direct && !answer.alive {
+        // Beside the replica that is how it is.
+        answer.unknown = None;
+    }
+    answer
 }
 
 /// What the witnesses say of one database.
@@ -232,11 +281,15 @@ struct Facts<'a> {
 fn judge(facts: &Facts<'_>) -> DatabaseStatus {
     let Facts { here, report, .. } = *facts;
     let promotion = here.and_then(|here| here.promotion.as_ref());
-    let lag_seconds = match report {
-        Some(report) => report.lag_seconds,
-        None => here
-            .and_then(|here| here.progress.commit_age_seconds)
-            .map(loss::seconds_lost),
+    let age = |here: &Database| here.progress.commit_age_seconds.map(loss::seconds_lost);
+    let lag_seconds = match (report, here) {
+        // It knows how far the stream is, and the replica how far it is itself.
+        (Some(report), Some(here)) if report.sends() => report
+            .lag_seconds
+            .zip(age(here))
+            .map(|(sent, applied)| sent.max(applied)),
+        (Some(report), _) => report.lag_seconds,
+        (None, here) => here.and_then(age),
     };
     let not_ready = here.map(|here| here.table_sync.not_ready);
     let behind_snapshot = here.is_some_and(|here| {
@@ -285,6 +338,7 @@ fn judge(facts: &Facts<'_>) -> DatabaseStatus {
     DatabaseStatus {
         database: String::new(),
         stream: String::new(),
+        leg: report.and_then(|report| report.leg.clone()),
         state: state.to_owned(),
         rpo,
         reason,
@@ -305,6 +359,7 @@ fn judge(facts: &Facts<'_>) -> DatabaseStatus {
             .or_else(|| facts.answer.and_then(|answer| answer.unknown.clone())),
         hint: report.and_then(|report| report.hint.clone()),
         archive: None,
+        kinesis: None,
     }
 }
 
@@ -312,15 +367,21 @@ impl Status {
     /// The status for people.
     pub fn text(&self) -> String {
         let mut out = String::new();
-        let word = if self.within_rpo {
-            "met"
-        } else {
-            "NOT met, or not known to be"
+        let sent = !self.replica.answers && self.databases.iter().any(DatabaseStatus::is_sent);
+        let word = match (self.within_rpo, sent) {
+            (true, false) => "met",
+            (true, true) => {
+                "met as far as the Kinesis stream; ask beside the replica about the rest"
+            }
+            (false, _) => "NOT met, or not known to be",
         };
         let _ = writeln!(out, "RPO of {} s: {word}", self.rpo_objective_seconds);
         for (name, witness) in [("replica", &self.replica), ("agent", &self.agent)] {
             let answer = match &witness.error {
                 None => "answers".to_owned(),
+                Some(error) if sent && name == "replica" => {
+                    format!("out of reach from here: {error}")
+                }
                 Some(error) => format!("DOES NOT ANSWER: {error}"),
             };
             let _ = writeln!(out, "{name:<8} {}: {answer}", witness.address);
@@ -336,6 +397,11 @@ impl Status {
 }
 
 impl DatabaseStatus {
+    /// The agent that answers for it puts it into a Kinesis stream.
+    fn is_sent(&self) -> bool {
+        self.leg.as_deref() == Some(SEND)
+    }
+
     fn write_text(&self, out: &mut String) {
         let verdict = match self.rpo {
             Verdict::Met => "RPO met",
@@ -349,9 +415,13 @@ impl DatabaseStatus {
         let bytes = self
             .lag_bytes
             .map_or(String::new(), |bytes| format!(", {bytes} bytes"));
+        let way = match self.is_sent() && self.end_lsn.is_none() {
+            true => "   (into the stream)",
+            false => "",
+        };
         let _ = writeln!(
             out,
-            "\n{:<20} {verdict}   {}   lag {lag}{bytes}",
+            "\n{:<20} {verdict}   {}   lag {lag}{bytes}{way}",
             self.database, self.state
         );
         if let (Some(end_lsn), Some(term), Some(batch)) = (&self.end_lsn, self.term, self.batch) {
@@ -375,6 +445,9 @@ impl DatabaseStatus {
             if let Some(text) = text {
                 let _ = writeln!(out, "  {label}{text}");
             }
+        }
+        if let Some(kinesis) = &self.kinesis {
+            kinesis.write_text(out);
         }
         if let Some(archive) = &self.archive {
             archive.write_text(out, jiff::Timestamp::now());
@@ -448,6 +521,25 @@ mod tests {
         assert_eq!(
             judged(Some(&applied(Some(1.0))), None),
             ("no_agent".into(), Verdict::Met)
+        );
+    }
+
+    #[test]
+    fn what_is_in_the_stream_is_not_on_the_replica_where_that_can_be_seen() {
+        let mut sending = streaming(Some(0.1));
+        sending.leg = Some(SEND.to_owned());
+        assert_eq!(judged(None, Some(&sending)).1, Verdict::Met);
+        assert_eq!(
+            judged(Some(&applied(Some(1.0))), Some(&sending)).1,
+            Verdict::Met
+        );
+        assert_eq!(
+            judged(Some(&applied(Some(300.0))), Some(&sending)).1,
+            Verdict::Breached
+        );
+        assert_eq!(
+            judged(Some(&applied(None)), Some(&sending)).1,
+            Verdict::Unknown
         );
     }
 

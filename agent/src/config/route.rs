@@ -47,6 +47,14 @@ impl Route {
             Self::Kinesis { stream } => Some(stream.replace(DATABASE, database)),
         }
     }
+
+    /// The command that writes to the replica, for messages.
+    pub fn applier(&self) -> &'static str {
+        match self {
+            Self::Direct => "dr-agent run",
+            Self::Kinesis { .. } => "dr-agent apply",
+        }
+    }
 }
 
 impl RawRoute {

@@ -1,7 +1,7 @@
 //! One stream of Amazon Kinesis Data Streams: puts records, reads all shards.
 //!
 //! Used by whoever sends changes through Kinesis; knows neither what is in a record nor who reads it. `calls` packs
-//! records and `progress` keeps count of shards, both pure; `put`, `read`, `list` and `shard` talk to Kinesis.
+//! records and `progress` keeps count of shards, both pure; `put`, `read`, `list`, `shard` and `probe` talk to Kinesis.
 //!
 //! ```text
 //! put:   records ▶ calls ▶ several PutRecords at once ▶ what was refused once more
@@ -24,6 +24,7 @@
 mod calls;
 mod error;
 mod list;
+mod probe;
 mod progress;
 mod put;
 mod read;
