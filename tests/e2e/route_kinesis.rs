@@ -272,6 +272,8 @@ async fn records_may_come_in_any_order_and_twice() {
     let database = site.database("shuffled").await;
     Workload::create_tables(&database.source().await).await;
     let (kinesalite, mut route) = through_kinesalite(database, None).await;
+    // Many records.
+    route.sender.configure("limits.batch_changes", "10");
     let port = kinesalite.port();
     streams::create(port, SHUFFLED, 2).await;
     let (running, applying) = route.start().await;

@@ -10,7 +10,8 @@
 //!
 //! # Invariants
 //! - Every moment within the retention that could be restored still can be.
-//! - The last base is never deleted, nor a piece of the log that ends after the oldest base that stays.
+//! - The last base is never deleted, nor a piece of the log that ends after the oldest base that stays, nor one that is
+//!   younger than the retention: who reads a Kinesis stream needs it without a base.
 //! - Without a base nothing is deleted.
 //!
 //! # What it does not do
@@ -77,13 +78,13 @@ pub fn expired(holdings: Holdings<'_>, now: Timestamp, retention: Duration) -> E
         .iter()
         .rposition(|base| is_older(base.as_of, now, retention));
     let going = newest_old.unwrap_or(0);
-    let Some(oldest_kept) = bases.get(going) else {
-        return Expired::default();
-    };
+    // What lies before a base that is older than the retention is older, too. Before younger bases there may be log that no
+    // base needs and a reader of a Kinesis stream does: it stays as long as any other.
+    let old = newest_old.map(|newest_old| bases[newest_old].lsn);
     let mut log: Vec<&Segment> = holdings
         .log
         .iter()
-        .filter(|segment| segment.end <= oldest_kept.lsn)
+        .filter(|segment| old.is_some_and(|old| segment.end <= old))
         .collect();
     log.sort_by_key(|segment| (segment.start, segment.end));
     let abandoned = bases
@@ -155,6 +156,13 @@ mod tests {
         let none_old = expired(holdings, at(30), Duration::from_secs(3600));
         assert_eq!(none_old.bases, []);
         assert_eq!(none_old.log, Vec::<String>::new());
+        // The log that was there before the first base, too.
+        let young = Holdings {
+            bases: &bases[2..],
+            ..holdings
+        };
+        let gone = expired(young, at(30), Duration::from_secs(3600));
+        assert_eq!(gone, Expired::default());
         let without = Holdings {
             bases: &[],
             ..holdings

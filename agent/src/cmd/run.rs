@@ -122,7 +122,7 @@ async fn stop_on_signal(stop: CancellationToken) {
 /// As `/status` says it.
 fn shown(leg: Leg) -> status::Leg {
     match leg {
-        Leg::Whole => status::Leg::Direct,
+        Leg::Whole | Leg::Log => status::Leg::Direct,
         Leg::Send => status::Leg::Send,
         Leg::Apply => status::Leg::Apply,
     }
