@@ -129,7 +129,8 @@ async fn one(
         say(&if plan.is_empty() {
             format!("{database}: everything was there already")
         } else {
-            format!("{database}: set up; `dr-agent run` copies it and replicates")
+            let applier = config.route.applier();
+            format!("{database}: set up; `{applier}` copies it and replicates")
         })?;
     }
     Ok(())

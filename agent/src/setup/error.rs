@@ -173,6 +173,16 @@ pub enum SetupError {
 }
 
 impl SetupError {
+    /// Whether nothing is known of that server, rather than something that is in the way there.
+    pub(super) fn is_out_of_reach(&self, of: Side) -> bool {
+        match self {
+            Self::Sql { side, source, .. } => {
+                *side == of && source.sqlstate().is_none() && source.class() == Class::Transient
+            }
+            _ => false,
+        }
+    }
+
     /// Gives an error of `side` the context of what was being done.
     pub(super) fn sql(side: Side, doing: &str) -> impl FnOnce(PgError) -> Self + '_ {
         move |source| Self::Sql {

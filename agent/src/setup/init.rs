@@ -14,6 +14,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::time::Duration;
 
 use tokio_postgres::Client;
 
@@ -25,9 +26,12 @@ use super::role::{self, Statement};
 use super::source_side::observe_slot;
 use super::{replica, source, table_sync};
 use crate::catalog::{TableName, quote_ident, quote_literal};
-use crate::config::Config;
+use crate::config::{Config, Route};
 use crate::pg::{ConnInfo, PgError};
 use crate::stream::StreamName;
+
+/// How long a replica may take to answer that may be out of reach for good.
+const REPLICA_WITHIN: Duration = Duration::from_secs(10);
 
 /// Whom `init` connects as: roles with more rights than the agent will run with.
 #[derive(Clone, Debug)]
@@ -45,6 +49,8 @@ pub struct Plan {
     stream: StreamName,
     /// In the source's database.
     source: Vec<Statement>,
+    /// Whether the replica was looked at.
+    with_replica: bool,
     /// On the replica's server, outside the database.
     replica_server: Vec<Statement>,
     /// In the replica's database.
@@ -55,35 +61,80 @@ pub struct Plan {
     warnings: Vec<String>,
 }
 
-/// Reads both sides of one database and plans what is missing.
+/// The replica, as far as a plan looks at it.
+struct Seen {
+    admin: Client,
+    server: replica::Server,
+    inside: Option<Client>,
+    known: replica::Known,
+}
+
+async fn see(
+    privileged: &Privileged,
+    database: &str,
+    stream: &StreamName,
+) -> Result<Seen, SetupError> {
+    let admin = replica::open(&privileged.replica, stream).await?;
+    let server = replica::Server::observe(&admin, database).await?;
+    let inside = if server.has_database {
+        Some(replica::open(&privileged.replica.with_dbname(database), stream).await?)
+    } else {
+        None
+    };
+    let known = match &inside {
+        Some(client) => replica::known(client, stream).await?,
+        None => replica::Known::default(),
+    };
+    Ok(Seen {
+        admin,
+        server,
+        inside,
+        known,
+    })
+}
+
+/// The same; none where the sites do not see one another, as they need not under route `kinesis`.
+async fn see_if_in_reach(
+    config: &Config,
+    privileged: &Privileged,
+    database: &str,
+    stream: &StreamName,
+) -> Result<Option<Seen>, SetupError> {
+    let seeing = see(privileged, database, stream);
+    if config.route == Route::Direct {
+        return seeing.await.map(Some);
+    }
+    match tokio::time::timeout(REPLICA_WITHIN, seeing).await {
+        Ok(Ok(seen)) => Ok(Some(seen)),
+        Ok(Err(error)) if error.is_out_of_reach(Side::Replica) => Ok(None),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
+/// Reads both sides of one database and plans what is missing. Under route `kinesis` the replica may be out of reach.
 pub async fn plan(
     config: &Config,
     privileged: &Privileged,
     database: &str,
 ) -> Result<Plan, SetupError> {
     let stream = config.stream(database);
-    let admin = replica::open(&privileged.replica, &stream).await?;
-    let server = replica::Server::observe(&admin, database).await?;
-    let inside = if server.has_database {
-        Some(replica::open(&privileged.replica.with_dbname(database), &stream).await?)
-    } else {
-        None
-    };
-    let known = match &inside {
-        Some(client) => replica::known(client, &stream).await?,
-        None => replica::Known::default(),
-    };
+    let seen = Box::pin(see_if_in_reach(config, privileged, database, &stream)).await?;
 
     let client = source::open(&privileged.source.with_dbname(database), &stream).await?;
     let found = source::observe(&client, &stream).await?;
     found.require()?;
-    server.require(&privileged.source.to_string(), &found.started_at)?;
+    if let Some(seen) = &seen {
+        let source = privileged.source.to_string();
+        seen.server.require(&source, &found.started_at)?;
+    }
 
     let mut wanted = found.wanted(config);
     let mut plan = Plan {
         database: database.to_owned(),
         stream: stream.clone(),
         source: Vec::new(),
+        with_replica: seen.is_some(),
         replica_server: Vec::new(),
         replica: Vec::new(),
         missed: BTreeSet::new(),
@@ -91,8 +142,9 @@ pub async fn plan(
         warnings: Vec::new(),
     };
     let refused = wanted.refused();
-    match (&inside, known.progress) {
-        (Some(inside), Some(_)) => {
+    let begun = seen.as_ref().filter(|seen| seen.known.progress.is_some());
+    match begun.and_then(|seen| seen.inside.as_ref()) {
+        Some(inside) => {
             found.require_unaltered(&stream)?;
             let rows = table_sync::rows(inside, &stream).await?;
             let held = rows.into_iter().filter(|row| row.held);
@@ -100,19 +152,17 @@ pub async fn plan(
             let missed = found.missed(&wanted, &held);
             plan.list_again(&client, &mut wanted, missed).await?;
         }
-        _ if !refused.is_empty() => return Err(SetupError::Keyless(refused)),
-        _ => found.require_listing(&stream)?,
+        None if !refused.is_empty() => return Err(SetupError::Keyless(refused)),
+        None => found.require_listing(&stream)?,
     }
     plan.source = source_statements(config, &client, &found, &wanted, &stream).await?;
-    plan.plan_replica(
-        config,
-        &admin,
-        inside.as_ref(),
-        &server,
-        &client,
-        found.version,
-    )
-    .await?;
+    match seen {
+        Some(seen) => plan.plan_replica(config, &seen, &client, found.version).await?,
+        None => plan.warnings.push(
+            "the replica cannot be reached from here, and its half was left out: `dr-agent apply` beside it does what its role may"
+                .to_owned(),
+        ),
+    }
     Ok(plan)
 }
 
@@ -148,12 +198,11 @@ impl Plan {
     async fn plan_replica(
         &mut self,
         config: &Config,
-        admin: &Client,
-        inside: Option<&Client>,
-        server: &replica::Server,
+        seen: &Seen,
         source: &Client,
         source_version: i32,
     ) -> Result<(), SetupError> {
+        let (admin, server, inside) = (&seen.admin, &seen.server, seen.inside.as_ref());
         let doing = "look at the agent's role";
         let agent = config.replica.conninfo.user();
         let agent_sql = quote_ident(agent);
@@ -255,6 +304,19 @@ impl Plan {
     /// Runs what was planned. Returns what the operator should know.
     pub async fn execute(&self, privileged: &Privileged) -> Result<Vec<String>, SetupError> {
         let mut warnings = self.warnings.clone();
+        if self.with_replica {
+            warnings.extend(self.execute_on_replica(privileged).await?);
+        }
+        let source =
+            source::open(&privileged.source.with_dbname(&self.database), &self.stream).await?;
+        for statement in &self.source {
+            execute(&source, Side::Source, statement).await?;
+        }
+        Ok(warnings)
+    }
+
+    async fn execute_on_replica(&self, privileged: &Privileged) -> Result<Vec<String>, SetupError> {
+        let mut warnings = Vec::new();
         let admin = replica::open(&privileged.replica, &self.stream).await?;
         let server = replica::Server::observe(&admin, &self.database).await?;
         for statement in &self.replica_server {
@@ -279,11 +341,6 @@ impl Plan {
             execute(&inside, Side::Replica, statement).await?;
         }
         table_sync::reset(&mut inside, &self.stream, &self.missed).await?;
-        let source =
-            source::open(&privileged.source.with_dbname(&self.database), &self.stream).await?;
-        for statement in &self.source {
-            execute(&source, Side::Source, statement).await?;
-        }
         Ok(warnings)
     }
 
@@ -304,6 +361,9 @@ impl fmt::Display for Plan {
         let database = quote_ident(&self.database);
         writeln!(f, "-- On the source, in database {database}:")?;
         show(f, &self.source)?;
+        if !self.with_replica {
+            return Ok(());
+        }
         writeln!(f, "\n-- On the replica's server:")?;
         show(f, &self.replica_server)?;
         writeln!(f, "\n-- On the replica, in database {database}:")?;

@@ -26,7 +26,7 @@ use super::source_side::{self, SourceSide};
 use super::{Prepared, Setup, export, locale, recover, role, table_sync};
 use crate::catalog::TableName;
 use crate::config::Config;
-use crate::error::{Class, Classify as _, chain};
+use crate::error::chain;
 use crate::pg::{ConnInfo, PgError, PgLsn};
 use crate::snapshot::CopyObserver;
 use crate::stream::StreamName;
@@ -164,7 +164,7 @@ impl<'a> Receiving<'a> {
     async fn first(self, admin: &Client, server: &Server) -> Result<Prepared, SetupError> {
         let unreachable = match self.reach_source().await {
             Ok(source) => return self.first_from_source(source, admin, server).await,
-            Err(error) if is_out_of_reach(&error) => error,
+            Err(error) if error.is_out_of_reach(Side::Source) => error,
             Err(error) => return Err(error),
         };
         let why = chain(&unreachable);
@@ -313,17 +313,5 @@ impl<'a> Receiving<'a> {
             stream: self.stream,
             _lock: Some(client),
         })
-    }
-}
-
-/// Whether nothing is known of the source, rather than something that is in the way there.
-fn is_out_of_reach(error: &SetupError) -> bool {
-    match error {
-        SetupError::Sql { side, source, .. } => {
-            *side == Side::Source
-                && source.sqlstate().is_none()
-                && source.class() == Class::Transient
-        }
-        _ => false,
     }
 }
