@@ -602,3 +602,43 @@ async fn databases_share_a_stream_and_apply_refuses_route_direct() {
         .expect_code(2)
         .expect_words(&["route.kind", "direct"]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_route_can_be_changed_and_changed_back() {
+    let site = Site::shared().await;
+    let database = site.database("changed").await;
+    database.source().await.run(TABLE).await;
+    let (direct, running) = database.replicate().await;
+    write(&database, 1).await;
+    running.stop().await;
+    let (_kinesalite, route) = through_kinesalite(database.clone(), None).await;
+    let (running, applying) = route.start().await;
+    write(&database, 2).await;
+    database.expect_equal().await;
+    applying.stop().await;
+    write(&database, 3).await;
+    wait_sent(&database).await;
+    running.stop().await;
+    // Not while the stream has what the replica has not.
+    let mut early = direct.start();
+    early.expect_exit(1).await;
+    let applying = route.apply(&[]);
+    let sql = format!(
+        "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{}'",
+        database.stream()
+    );
+    let confirmed = database.source().await.value(&sql).await.unwrap();
+    let replica = database.replica().await;
+    wait_until("everything to be applied", PATIENCE, || async {
+        let sql = format!("SELECT end_lsn >= '{confirmed}' FROM dr_agent.progress");
+        replica.value(&sql).await.as_deref() == Some("t")
+    })
+    .await;
+    applying.stop().await;
+    let running = direct.start();
+    running.wait_for_streaming(&database.name).await;
+    write(&database, 4).await;
+    database.expect_equal().await;
+    running.expect_quiet_log();
+    running.stop().await;
+}
