@@ -147,8 +147,41 @@ pub(crate) enum NoCredentials {
     Stale,
 }
 
+/// What a failed request comes to, before a service's own codes are looked at.
+pub(crate) enum Failure<'e> {
+    /// The service answered.
+    Answer {
+        code: &'e str,
+        message: &'e str,
+        status: u16,
+    },
+    /// There were no credentials to sign it with.
+    Credentials(NoCredentials),
+    /// It could not be made: an endpoint that is no URL, for instance.
+    Request,
+    /// It got no answer.
+    Silence,
+}
+
+/// Looks what a failed request comes to.
+pub(crate) fn failure<E>(error: &SdkError<E>) -> Failure<'_>
+where
+    E: ProvideErrorMetadata + Error + 'static,
+{
+    match (error, without_credentials(error)) {
+        (SdkError::ServiceError(_), _) => Failure::Answer {
+            code: error.code().unwrap_or_default(),
+            message: error.message().unwrap_or_default(),
+            status: status(error).unwrap_or_default(),
+        },
+        (_, Some(lacking)) => Failure::Credentials(lacking),
+        (SdkError::ConstructionFailure(_), None) => Failure::Request,
+        (_, None) => Failure::Silence,
+    }
+}
+
 /// Why there are no credentials, if that is the reason of an error.
-pub(crate) fn without_credentials(error: &(dyn Error + 'static)) -> Option<NoCredentials> {
+fn without_credentials(error: &(dyn Error + 'static)) -> Option<NoCredentials> {
     let mut cause = Some(error);
     while let Some(error) = cause {
         if let Some(error) = error.downcast_ref::<CredentialsError>() {

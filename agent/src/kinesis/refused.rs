@@ -12,7 +12,7 @@
 use aws_sdk_kinesis::error::{ProvideErrorMetadata, SdkError};
 
 use super::{Kinesis, KinesisError, Operation, Refusal};
-use crate::aws::{NoCredentials, one_line, said, status, without_credentials};
+use crate::aws::{Failure, NoCredentials, failure, one_line, said};
 
 impl Kinesis {
     /// The error of a request.
@@ -49,15 +49,16 @@ fn sort<E>(error: &SdkError<E>) -> Refusal
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
 {
-    match error {
-        SdkError::ServiceError(_) => by_answer(
-            error.code().unwrap_or_default(),
-            error.message().unwrap_or_default(),
-            status(error).unwrap_or_default(),
-        ),
-        // The request could not be made: an endpoint that is no URL, for instance.
-        SdkError::ConstructionFailure(_) => by_credentials(error).unwrap_or(Refusal::Unknown),
-        _ => by_credentials(error).unwrap_or(Refusal::Unavailable),
+    match failure(error) {
+        Failure::Answer {
+            code,
+            message,
+            status,
+        } => by_answer(code, message, status),
+        Failure::Credentials(NoCredentials::Missing) => Refusal::Credentials,
+        Failure::Credentials(NoCredentials::Stale) => Refusal::StaleCredentials,
+        Failure::Request => Refusal::Unknown,
+        Failure::Silence => Refusal::Unavailable,
     }
 }
 
@@ -110,13 +111,6 @@ fn by_answer(code: &str, message: &str, status: u16) -> Refusal {
             _ => Refusal::Unknown,
         },
     }
-}
-
-fn by_credentials(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
-    without_credentials(error).map(|lacking| match lacking {
-        NoCredentials::Missing => Refusal::Credentials,
-        NoCredentials::Stale => Refusal::StaleCredentials,
-    })
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 
 use super::S3;
 pub(super) use crate::aws::said;
-use crate::aws::{NoCredentials, status, without_credentials};
+use crate::aws::{Failure, NoCredentials, failure, status};
 use crate::store::{Doing, Refusal, StoreError};
 
 impl S3 {
@@ -70,15 +70,16 @@ fn sort<E>(error: &SdkError<E>) -> Refusal
 where
     E: ProvideErrorMetadata + std::error::Error + 'static,
 {
-    match error {
-        SdkError::ServiceError(_) => by_answer(
-            error.code().unwrap_or_default(),
-            error.message().unwrap_or_default(),
-            status(error).unwrap_or_default(),
-        ),
-        // The request could not be made: an endpoint that is no URL, for instance.
-        SdkError::ConstructionFailure(_) => by_credentials(error).unwrap_or(Refusal::Unknown),
-        _ => by_credentials(error).unwrap_or(Refusal::Unavailable),
+    match failure(error) {
+        Failure::Answer {
+            code,
+            message,
+            status,
+        } => by_answer(code, message, status),
+        Failure::Credentials(NoCredentials::Missing) => Refusal::Credentials,
+        Failure::Credentials(NoCredentials::Stale) => Refusal::StaleCredentials,
+        Failure::Request => Refusal::Unknown,
+        Failure::Silence => Refusal::Unavailable,
     }
 }
 
@@ -127,13 +128,6 @@ fn by_answer(code: &str, message: &str, status: u16) -> Refusal {
 }
 
 /// Why there are no credentials, if that is the reason.
-fn by_credentials(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
-    without_credentials(error).map(|lacking| match lacking {
-        NoCredentials::Missing => Refusal::Credentials,
-        NoCredentials::Stale => Refusal::StaleCredentials,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
