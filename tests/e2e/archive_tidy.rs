@@ -12,7 +12,9 @@ use std::time::Duration;
 use dr_agent::backup;
 use dr_agent::store::{Encryption, Store, StoreUrl};
 use dr_agent_tests::agent::Agent;
-use dr_agent_tests::archive::{Moment, expect_state, protected, restore, restore_again, work};
+use dr_agent_tests::archive::{
+    Moment, expect_state, files_below, protected, restore, restore_again, work,
+};
 use dr_agent_tests::site::{Database, Site};
 
 /// Days since each base backup.
@@ -98,26 +100,8 @@ impl Month {
 
 /// The names of all objects of an archive in a directory.
 fn files(archive: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut waiting = vec![archive.to_owned()];
-    while let Some(directory) = waiting.pop() {
-        for entry in fs::read_dir(directory).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                waiting.push(path);
-            } else {
-                found.push(
-                    path.strip_prefix(archive)
-                        .unwrap()
-                        .to_str()
-                        .unwrap()
-                        .to_owned(),
-                );
-            }
-        }
-    }
-    found.sort();
-    found
+    let name = |path: PathBuf| path.strip_prefix(archive).unwrap().display().to_string();
+    files_below(archive).into_iter().map(name).collect()
 }
 
 /// What a prune deletes or would delete, as objects of the archive.

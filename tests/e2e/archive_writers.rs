@@ -11,7 +11,8 @@ use dr_agent::archive::Span;
 use dr_agent::pg::PgLsn;
 use dr_agent_tests::agent::Agent;
 use dr_agent_tests::archive::{
-    Moment, TABLES, agent_at, archive, expect_state, first_base, protected, restore, segments, work,
+    Moment, TABLES, agent_at, archive, expect_state, files_below, first_base, protected, restore,
+    segments, work,
 };
 use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::{Database, Site};
@@ -19,19 +20,11 @@ use dr_agent_tests::wait::{PATIENCE, wait_until};
 
 /// Every file below a directory, and what it holds.
 fn contents(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut waiting = vec![directory.to_owned()];
-    while let Some(directory) = waiting.pop() {
-        for entry in fs::read_dir(directory).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                waiting.push(path);
-            } else {
-                found.insert(path.clone(), fs::read(&path).unwrap());
-            }
-        }
-    }
-    found
+    let read = |path: PathBuf| {
+        let bytes = fs::read(&path).unwrap();
+        (path, bytes)
+    };
+    files_below(directory).into_iter().map(read).collect()
 }
 
 /// What was there before is there now, and the same.

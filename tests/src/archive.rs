@@ -62,21 +62,27 @@ pub fn archive() -> PathBuf {
     directory_for("archive").join("objects")
 }
 
-/// Every file of the change log, in order.
-pub fn segments(archive: &Path) -> Vec<PathBuf> {
+/// Every file below a directory, in order.
+pub fn files_below(directory: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    let mut waiting = vec![archive.to_owned()];
+    let mut waiting = vec![directory.to_owned()];
     while let Some(directory) = waiting.pop() {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let path = entry.path();
-            if path.is_dir() {
-                waiting.push(path);
-            } else if path.parent().is_some_and(|above| above.ends_with("log")) {
-                found.push(path);
+            match path.is_dir() {
+                true => waiting.push(path),
+                false => found.push(path),
             }
         }
     }
     found.sort();
+    found
+}
+
+/// Every file of the change log, in order.
+pub fn segments(archive: &Path) -> Vec<PathBuf> {
+    let mut found = files_below(archive);
+    found.retain(|path| path.parent().is_some_and(|above| above.ends_with("log")));
     found
 }
 
