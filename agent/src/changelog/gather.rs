@@ -36,6 +36,8 @@ pub enum Worth {
 /// A batch that is complete.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Gathered<K> {
+    /// Its number, of its writer's.
+    pub number: i64,
     /// The end of its last transaction.
     pub end_lsn: PgLsn,
     /// What was kept for its parts, in order.
@@ -183,6 +185,7 @@ impl<K> Gather<K> {
         let batch = self.open.remove(&id)?;
         self.advance(batch.end_lsn);
         Some(Gathered {
+            number: id.1,
             end_lsn: batch.end_lsn,
             parts: batch.parts.into_values().collect(),
         })

@@ -26,7 +26,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::shelf::{Kept, Shelf};
 use super::{IntakeLimits, LogIntake, Received, SourceError, SourcePosition};
-use crate::archive::{Chain, Layout, SegmentReader, Span};
+use crate::archive::{ArchiveError, Chain, Layout, SegmentReader, Span};
 use crate::batch::IN_FLIGHT_MAX;
 use crate::changelog::{Gap, Gather, Gathered, Part, UnpackError, Unpacker, VERSION, Worth};
 use crate::failpoint;
@@ -259,17 +259,12 @@ impl Receiving {
             return Err(UnpackError::Version { version }.into());
         }
         self.intake.known_up_to(part.end_lsn.into());
-        let batch = part.batch;
-        let header = Part {
-            messages: Bytes::new(),
-            ..part.clone()
-        };
         let shelf = &mut self.shelf;
-        let kept = tokio::task::block_in_place(|| shelf.put(part)).map_err(too_much)?;
+        let kept = tokio::task::block_in_place(|| shelf.put(&part)).map_err(too_much)?;
         self.gather
-            .keep(&header, kept)
+            .keep(&part, kept)
             .map_err(|reason| SourceError::Contradiction {
-                batch,
+                batch: part.batch,
                 reason: reason.to_owned(),
             })
     }
@@ -301,7 +296,7 @@ impl Receiving {
         failpoint::hit("apply:handed-over");
         if self.intake.end_lsn() != batch.end_lsn {
             return Err(SourceError::Contradiction {
-                batch: 0,
+                batch: batch.number,
                 reason: format!(
                     "it ends at {} instead of {}",
                     self.intake.end_lsn(),
@@ -424,14 +419,14 @@ impl Receiving {
             None => {
                 let store = Store::open(&url, &encryption)
                     .await
-                    .map_err(crate::archive::ArchiveError::from)?;
+                    .map_err(ArchiveError::from)?;
                 self.store.insert(store).clone()
             }
         };
         let objects = store
             .list(&self.layout.log(), None)
             .await
-            .map_err(crate::archive::ArchiveError::from)?;
+            .map_err(ArchiveError::from)?;
         let spans: Vec<Span> = objects
             .iter()
             .filter_map(|object| self.layout.parse_segment(&object.name))

@@ -86,12 +86,13 @@ impl Shelf {
     ///
     /// # Errors
     /// [`SpillError`]
-    pub(super) fn put(&mut self, part: Part) -> Result<Kept, SpillError> {
+    pub(super) fn put(&mut self, part: &Part) -> Result<Kept, SpillError> {
         let bytes = part.messages.len() as u64;
         if self.memory.load(Ordering::Relaxed) + bytes <= self.memory_max {
             self.memory.fetch_add(bytes, Ordering::Relaxed);
             let memory = Arc::clone(&self.memory);
             let _share = Share { memory, bytes };
+            let part = part.clone();
             return Ok(Kept::Memory { part, _share });
         }
         let encoded = part.encode_to_vec();
@@ -184,11 +185,11 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let mut shelf = Shelf::new(home.path().join("spill"), 250, 400);
         for round in 0..3 {
-            let kept: Vec<Kept> = (0..5).map(|n| shelf.put(part(n)).unwrap()).collect();
+            let kept: Vec<Kept> = (0..5).map(|n| shelf.put(&part(n)).unwrap()).collect();
             assert!(matches!(kept[1], Kept::Memory { .. }), "{round}");
             assert!(matches!(kept[2], Kept::Disk { .. }), "{round}");
             assert!(shelf.bytes() > 500);
-            assert!(matches!(shelf.put(part(9)), Err(SpillError::Full { .. })));
+            assert!(matches!(shelf.put(&part(9)), Err(SpillError::Full { .. })));
             for (n, kept) in kept.into_iter().enumerate() {
                 assert_eq!(kept.take().unwrap(), part(n as u32));
             }
