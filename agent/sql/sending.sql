@@ -4,5 +4,7 @@ CREATE TABLE IF NOT EXISTS dr_agent.sending (
     stream            text PRIMARY KEY,
     system_identifier text NOT NULL,
     timeline          integer NOT NULL,
-    since             pg_lsn NOT NULL
+    since             pg_lsn NOT NULL,
+    -- The publication was altered, and whether decoding goes by it already is not known.
+    listing           boolean NOT NULL DEFAULT false
 );

@@ -642,3 +642,22 @@ async fn the_route_can_be_changed_and_changed_back() {
     running.expect_quiet_log();
     running.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_comes_later_and_never_changes_is_copied_all_the_same() {
+    let site = Site::shared().await;
+    let (_kinesalite, route, running, applying) = replicated(&site, "still").await;
+    let source = route.database.source().await;
+    // All of it is there before it is published: none of it is in the stream.
+    source
+        .run("CREATE TABLE still (id int PRIMARY KEY); INSERT INTO still SELECT generate_series(1, 100)")
+        .await;
+    applying
+        .wait_for_log(&["still", "published on the source and not copied yet"])
+        .await;
+    applying.wait_for_streaming(&route.database.name).await;
+    route.database.expect_equal().await;
+    applying.expect_quiet_log();
+    running.stop().await;
+    applying.stop().await;
+}

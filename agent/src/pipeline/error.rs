@@ -1,6 +1,7 @@
 //! Why a session ended early, and what is to be done about it.
 
 use crate::archive::SpoolError;
+use crate::catalog::TableName;
 use crate::error::{Class, Classify};
 use crate::kinesis::KinesisError;
 use crate::pg::PgError;
@@ -38,6 +39,8 @@ pub(super) enum SessionError {
     Deferred(#[source] CopyError),
     #[error("a new table is to be copied")]
     NewTable,
+    #[error("table {table} is published on the source and not copied yet")]
+    NotCopied { table: TableName },
     #[error("a task of the pipeline ended without saying why")]
     TaskLost,
 }
@@ -55,7 +58,7 @@ impl Classify for SessionError {
             Self::Spool(error) => error.class(),
             Self::SystemIdentifier(_) | Self::NoKinesisStream => Class::Definite,
             Self::Deferred(error) => error.class(),
-            Self::NewTable | Self::TaskLost => Class::Transient,
+            Self::NewTable | Self::NotCopied { .. } | Self::TaskLost => Class::Transient,
         }
     }
 
@@ -70,9 +73,11 @@ impl Classify for SessionError {
             Self::Spill(error) => error.hint(),
             Self::Spool(error) => error.hint(),
             Self::Deferred(error) => error.hint(),
-            Self::SystemIdentifier(_) | Self::NoKinesisStream | Self::NewTable | Self::TaskLost => {
-                None
-            }
+            Self::SystemIdentifier(_)
+            | Self::NoKinesisStream
+            | Self::NewTable
+            | Self::NotCopied { .. }
+            | Self::TaskLost => None,
         }
     }
 }
@@ -92,6 +97,7 @@ impl SessionError {
         matches!(
             self,
             Self::NewTable
+                | Self::NotCopied { .. }
                 | Self::Sink(SinkError::TableNotCopied { .. } | SinkError::BinaryForm { .. })
         )
     }

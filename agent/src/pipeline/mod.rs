@@ -24,6 +24,7 @@ mod error;
 mod start;
 mod streaming;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -143,9 +144,8 @@ impl Pipeline {
             }
             match &error {
                 SessionError::Sink(SinkError::BinaryForm { .. }) => self.binary = false,
-                SessionError::Sink(SinkError::TableNotCopied { table }) => {
-                    self.new_table = Some(table.clone());
-                }
+                SessionError::Sink(SinkError::TableNotCopied { table })
+                | SessionError::NotCopied { table } => self.new_table = Some(table.clone()),
                 _ => {}
             }
             if error.is_expected() {
@@ -217,43 +217,59 @@ impl Pipeline {
     /// The change log goes on while the replica is away: were the site lost now, it would be all there is. Returns whether
     /// the agent was told to stop.
     async fn log_until_the_replica_is_back(&self, archive: &Archive, pause: Duration) -> bool {
-        let logging = async {
-            if let Err(error) = Box::pin(self.log_session(archive)).await {
+        let stopped_or_back = async {
+            tokio::select! {
+                () = self.stop.cancelled() => true,
+                () = self.watching(self.replica_is_back(pause)) => false,
+            }
+        };
+        tokio::pin!(stopped_or_back);
+        match Box::pin(self.log_session(archive, stopped_or_back.as_mut())).await {
+            Ok(stopped) => stopped,
+            Err(error) => {
                 tracing::warn!(
                     database = %self.database, error = %chain(&error), hint = error.hint(),
                     "the change log stands still as well"
                 );
+                stopped_or_back.await
             }
-            // The replica may be back before the source is.
-            std::future::pending::<()>().await;
-        };
-        let replica = self.config.replica.conninfo.with_dbname(&self.database);
-        let session = Session::new(self.stream.application_name("setup"));
-        let back = async {
-            let pause = pause.max(LOOK_FOR_REPLICA_EVERY.min(self.config.limits.retry_max));
-            loop {
-                tokio::time::sleep(pause).await;
-                if pg::connect(&replica, &session).await.is_ok() {
-                    return;
-                }
-            }
-        };
-        tokio::select! {
-            () = self.stop.cancelled() => true,
-            () = self.watching(back) => false,
-            () = logging => unreachable!("it waits for the others"),
         }
     }
 
-    /// Reads the source into the archive until an error. Nothing is acknowledged.
-    async fn log_session(&self, archive: &Archive) -> Result<(), SessionError> {
-        let prepared = setup::prepare_logging(&self.config, &self.database, &self.stop).await?;
+    async fn replica_is_back(&self, pause: Duration) {
+        let replica = self.config.replica.conninfo.with_dbname(&self.database);
+        let session = Session::new(self.stream.application_name("setup"));
+        let pause = pause.max(LOOK_FOR_REPLICA_EVERY.min(self.config.limits.retry_max));
+        loop {
+            tokio::time::sleep(pause).await;
+            if pg::connect(&replica, &session).await.is_ok() {
+                return;
+            }
+        }
+    }
+
+    /// Reads the source into the archive until `end`, whose answer is returned, or an error. Nothing is acknowledged.
+    async fn log_session(
+        &self,
+        archive: &Archive,
+        mut end: Pin<&mut impl Future<Output = bool>>,
+    ) -> Result<bool, SessionError> {
+        let preparing = setup::prepare_logging(&self.config, &self.database, &self.stop);
+        let prepared = tokio::select! {
+            prepared = preparing => prepared?,
+            stopped = &mut end => return Ok(stopped),
+        };
         let mut streaming = self.start_logging(archive, &prepared)?;
         tracing::info!(
             database = %self.database, from = %prepared.end_lsn,
             "the replica is away: the change log goes on into the archive"
         );
-        let outcome = streaming.run().await;
+        let outcome = tokio::select! {
+            biased;
+            stopped = &mut end => Ok(stopped),
+            ended = streaming.run() => ended.map(|()| true),
+        };
+        // The next session works with the same spool.
         streaming.stop().await;
         outcome
     }

@@ -23,12 +23,13 @@ use crate::archive::{Layout, Log, LogSettings, SpoolLimits};
 use crate::batch::{Batch, IN_FLIGHT_MAX, Spacing};
 use crate::changelog::Author;
 use crate::config::Archive;
+use crate::error::chain;
 use crate::kinesis::Kinesis;
 use crate::ledger::{BatchNumber, FlushLsn, Ledger};
 use crate::metrics::{ArchiveMetrics, StreamMetrics};
 use crate::monitor::{self, Report};
 use crate::pg::ConnInfo;
-use crate::setup::Prepared;
+use crate::setup::{self, Prepared};
 use crate::sink::kinesis::KinesisSink;
 use crate::sink::replica::{Applied, Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
 use crate::source::{
@@ -39,6 +40,12 @@ use crate::spill::{self, SpillSpace};
 /// Between two batches that are not full: a record has its price, and small batches compress badly. A transaction that comes
 /// alone does not wait.
 const PUT_EVERY: Duration = Duration::from_millis(100);
+
+/// How often it is looked whether the source publishes what the replica does not have.
+const LOOK_FOR_TABLES_EVERY: Duration = Duration::from_secs(10);
+
+/// Tables that are published and not on the replica, in `dr_agent_unprotected_objects`.
+const NOT_COPIED: &str = "table_not_copied";
 
 /// How long the archive may at least take until it has a segment.
 const PATIENCE_MIN: Duration = Duration::from_secs(30);
@@ -166,7 +173,10 @@ impl Pipeline {
                 self.tail(prepared, space, received, flush_seen, position, &mut tasks);
                 self.monitor(reports, &mut tasks);
             }
-            Leg::Apply => self.receive(prepared, space, received, position, &mut tasks)?,
+            Leg::Apply => {
+                self.receive(prepared, space, received, position, &mut tasks)?;
+                self.look_for_tables(&mut tasks);
+            }
         }
         Ok(Streaming {
             pipeline: self,
@@ -350,6 +360,40 @@ impl Pipeline {
                 .await
                 .err()
                 .map(SessionError::Monitor)
+        });
+    }
+
+    /// A table that never changes after it was published is in no record of the stream.
+    fn look_for_tables(&self, tasks: &mut Tasks) {
+        let (config, database) = (Arc::clone(&self.config), self.database.clone());
+        let metrics = self.metrics.clone();
+        tasks.spawn(async move {
+            let mut said = None;
+            loop {
+                tokio::time::sleep(LOOK_FOR_TABLES_EVERY).await;
+                let uncopied = match setup::uncopied(&config, &database).await {
+                    Ok(uncopied) => uncopied,
+                    // Neither the source nor the archive need be in reach all the time.
+                    Err(error) => {
+                        tracing::debug!(database, error = %chain(&error), "no look for new tables");
+                        continue;
+                    }
+                };
+                metrics.unprotected(NOT_COPIED, uncopied.tables.len() as u64);
+                let Some(table) = uncopied.tables.into_iter().next() else {
+                    continue;
+                };
+                if uncopied.source_in_reach {
+                    return Some(SessionError::NotCopied { table });
+                }
+                if said.as_ref() != Some(&table) {
+                    tracing::error!(
+                        database, %table,
+                        "a table is new on the source and not on the replica; it is copied once source.url can be reached from here"
+                    );
+                    said = Some(table);
+                }
+            }
         });
     }
 

@@ -54,7 +54,7 @@ use tokio_util::sync::CancellationToken;
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
 pub use locale::{Locale, Provider};
-pub use receiving::{prepare_draining, prepare_receiving};
+pub use receiving::{Uncopied, prepare_draining, prepare_receiving, uncopied};
 pub use role::Statement;
 pub use sending::{prepare_logging, prepare_sending};
 

@@ -58,6 +58,66 @@ pub async fn prepare_receiving(
     Box::pin(receiving.prepare(new_table)).await
 }
 
+/// Tables that the source publishes and the replica does not have.
+#[derive(Debug)]
+pub struct Uncopied {
+    /// In name order.
+    pub tables: Vec<TableName>,
+    /// Whether they can be copied from here.
+    pub source_in_reach: bool,
+}
+
+/// Looks for tables that a replica beside a Kinesis stream lacks: at the source, or where it is out of reach in the
+/// newest base backup.
+///
+/// # Errors
+/// [`SetupError`]
+pub async fn uncopied(config: &Config, database: &str) -> Result<Uncopied, SetupError> {
+    let stream = config.stream(database);
+    let source = config.source.conninfo.with_dbname(database);
+    let (published, source_in_reach): (BTreeSet<TableName>, bool) =
+        match within_reach(super::published(&source, &stream)).await {
+            Ok(tables) => {
+                let names = tables
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(|table| table.name);
+                (names.collect(), true)
+            }
+            Err(error) if error.is_out_of_reach(Side::Source) => match &config.archive {
+                None => return Err(error),
+                Some(archive) => {
+                    let base = base::newest(archive, &stream, database).await?;
+                    let tables = base.map(|base| base.manifest.tables());
+                    (tables.into_iter().flatten().collect(), false)
+                }
+            },
+            Err(error) => return Err(error),
+        };
+    let client = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
+    let known = table_sync::rows(&client, &stream).await?;
+    let known: BTreeSet<TableName> = known.into_iter().map(|row| row.table).collect();
+    Ok(Uncopied {
+        tables: published.difference(&known).cloned().collect(),
+        source_in_reach,
+    })
+}
+
+/// A source that does not answer may be out of reach for good.
+async fn within_reach<T>(
+    asking: impl Future<Output = Result<T, SetupError>>,
+) -> Result<T, SetupError> {
+    tokio::time::timeout(SOURCE_WITHIN, asking)
+        .await
+        .unwrap_or_else(|_| {
+            let silent = PgError::Timeout {
+                doing: "reach the source",
+                after: SOURCE_WITHIN,
+            };
+            Err(SetupError::sql(Side::Source, "look at it")(silent))
+        })
+}
+
 /// What a promotion goes on from once it has raised the term: nobody else applies, and nothing is copied any more.
 ///
 /// # Errors
@@ -143,15 +203,7 @@ impl<'a> Receiving<'a> {
     /// The source, if it can be reached from here and is sent from.
     async fn reach_source(&self) -> Result<SourceSide<'a>, SetupError> {
         let opening = SourceSide::open(self.config, self.database, self.cancel);
-        let source = tokio::time::timeout(SOURCE_WITHIN, Box::pin(opening))
-            .await
-            .unwrap_or_else(|_| {
-                let silent = PgError::Timeout {
-                    doing: "reach the source",
-                    after: SOURCE_WITHIN,
-                };
-                Err(SetupError::sql(Side::Source, "look at it")(silent))
-            })?;
+        let source = within_reach(Box::pin(opening)).await?;
         match source.slot().await?.and_then(|slot| slot.confirmed) {
             Some(_) => Ok(source),
             None => Err(SetupError::NotSent {
@@ -208,7 +260,7 @@ impl<'a> Receiving<'a> {
         replica::require_empty(&client, self.database).await?;
         let mut walsender = source.walsender().await?;
         let (history, source_lsn) = source_side::identify(&mut walsender).await?;
-        source.keep_published();
+        source.look_again().await?;
         let slot = export::temporary_slot(&self.stream);
         let mut setup = self.setup(source, client);
         setup.take_over(&history).await?;
@@ -259,7 +311,7 @@ impl<'a> Receiving<'a> {
             database: self.database.to_owned(),
             source,
         })?;
-        source.keep_published();
+        source.look_again().await?;
         let rows = table_sync::rows(&client, &self.stream).await?;
         let mut setup = self.setup(source, client);
         setup.forget_unfinished(&rows).await?;

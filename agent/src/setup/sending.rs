@@ -19,6 +19,7 @@ use super::source_side::{self, SourceSide};
 use super::{Prepared, source};
 use crate::config::Config;
 use crate::pg::PgLsn;
+use crate::pg::replication::ReplicationConnection;
 use crate::stream::StreamName;
 use tokio_util::sync::CancellationToken;
 
@@ -88,11 +89,7 @@ async fn prepare(
         Verdict::Resume => {
             source.found.require_unaltered(&source.stream)?;
             source.leave_out_what_cannot_be_published();
-            let before = source.found.publication.clone();
-            source.publish().await?;
-            if source.found.publication != before {
-                source.make_the_list_known(&mut walsender).await?;
-            }
+            bring_up_to_date(&mut source, &mut walsender).await?;
             slot.and_then(|slot| slot.confirmed)
                 .expect("the verdict is Resume only where the slot was confirmed")
         }
@@ -100,6 +97,55 @@ async fn prepare(
     note(&source, &history, start).await?;
     let term = term(&source).await?;
     Ok(sent_from(source, history, source_lsn, start, term))
+}
+
+/// Publishes what is new, and makes decoding go by it: also what was published by a start that died before.
+async fn bring_up_to_date(
+    source: &mut SourceSide<'_>,
+    walsender: &mut ReplicationConnection,
+) -> Result<(), SetupError> {
+    if !source.found.forgets_publication_changes() {
+        return source.publish().await;
+    }
+    source::execute(&source.client, Side::Source, &[SCHEMA_SQL.to_owned()]).await?;
+    let before = source.found.publication.clone();
+    if !source
+        .found
+        .statements(&source.stream, &source.wanted)?
+        .is_empty()
+    {
+        listing(source, true).await?;
+    }
+    source.publish().await?;
+    if source.found.publication != before || is_listing(source).await? {
+        source.make_the_list_known(walsender).await?;
+        listing(source, false).await?;
+    }
+    Ok(())
+}
+
+async fn is_listing(source: &SourceSide<'_>) -> Result<bool, SetupError> {
+    let row = source
+        .client
+        .query_opt(
+            "SELECT listing FROM dr_agent.sending WHERE stream = $1",
+            &[&source.stream.as_str()],
+        )
+        .await
+        .map_err(|error| SetupError::sql(Side::Source, "read dr_agent.sending")(error.into()))?;
+    Ok(row.is_some_and(|row| row.get(0)))
+}
+
+async fn listing(source: &SourceSide<'_>, is_listing: bool) -> Result<(), SetupError> {
+    source
+        .client
+        .execute(
+            "UPDATE dr_agent.sending SET listing = $2 WHERE stream = $1",
+            &[&source.stream.as_str(), &is_listing],
+        )
+        .await
+        .map_err(|error| SetupError::sql(Side::Source, "write dr_agent.sending")(error.into()))?;
+    Ok(())
 }
 
 /// Where a slot stands whose stream is only to be read, because the replica is away. Nothing is changed.

@@ -78,19 +78,20 @@ impl<'a> SourceSide<'a> {
         let statements = self.found.statements(&self.stream, &self.wanted)?;
         source::execute(&self.client, Side::Source, &statements).await?;
         // The in-band tables may be new; they are copied like any other.
-        self.found = source::observe(&self.client, &self.stream).await?;
-        self.keep_published();
-        Ok(())
+        self.look_again().await
     }
 
-    /// Goes by what is published, which is what comes in the stream.
-    pub(super) fn keep_published(&mut self) {
+    /// Reads what is there anew, and goes by what is published, which is what comes in the stream. A position that is to be
+    /// older than the list of tables is asked for before.
+    pub(super) async fn look_again(&mut self) -> Result<(), SetupError> {
+        self.found = source::observe(&self.client, &self.stream).await?;
         if let Some(publication) = &self.found.publication {
             self.wanted.published = self.found.tables.clone();
             self.wanted
                 .published
                 .retain(|table| publication.publishes(table) && !table.unlogged);
         }
+        Ok(())
     }
 
     /// Makes sure that what is decoded from now on goes by the list of tables as it is.
