@@ -4,7 +4,8 @@ CREATE TABLE IF NOT EXISTS dr_agent.sending (
     stream            text PRIMARY KEY,
     system_identifier text NOT NULL,
     timeline          integer NOT NULL,
-    since             pg_lsn NOT NULL,
+    -- NULL while the slot is being created: what is there of one then may not be gone on with.
+    since             pg_lsn,
     -- The publication was altered, and whether decoding goes by it already is not known.
     listing           boolean NOT NULL DEFAULT false
 );

@@ -108,6 +108,38 @@ async fn changes_during_the_copy_of_a_split_table_are_neither_lost_nor_doubled()
     running.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_killed_while_it_creates_the_database_leaves_nothing_in_the_way() {
+    let site = Site::own().await;
+    let database = site.database("database").await;
+    let table = "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)";
+    database.source().await.run(table).await;
+    let agent = database.agent();
+    // Whoever creates a database waits for this, and has looked already whether there is one of that name.
+    let holder = site.replica.client("postgres").await;
+    holder
+        .run("BEGIN; LOCK TABLE pg_database IN SHARE MODE")
+        .await;
+    let creating = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'CREATE DATABASE%'";
+    let watcher = site.replica.client("postgres").await;
+    let mut first = agent.start();
+    wait_until("the first to create it", PATIENCE, || async {
+        watcher.number(creating).await == 1
+    })
+    .await;
+    first.kill();
+    let second = agent.start();
+    wait_until("the second to create it as well", PATIENCE, || async {
+        watcher.number(creating).await == 2
+    })
+    .await;
+    holder.run("COMMIT").await;
+    second.wait_for_streaming(&database.name).await;
+    database.expect_equal().await;
+    second.expect_quiet_log();
+    second.stop().await;
+}
+
 async fn write_until(over: Arc<AtomicBool>, database: Database) -> u32 {
     let source = database.source().await;
     let mut done = 0;

@@ -161,7 +161,8 @@ async fn a_second_agent_waits_until_the_first_is_gone() {
 
 #[tokio::test]
 async fn no_free_slot_is_said_and_awaited() {
-    let options = ServerOptions::source().set("max_replication_slots", "1");
+    // One is for good, and one for the snapshot at which it begins.
+    let options = ServerOptions::source().set("max_replication_slots", "2");
     let site = Site::with(options, ServerOptions::replica()).await;
     let database = site.database("slots").await;
     let source = database.source().await;

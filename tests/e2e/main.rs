@@ -33,6 +33,7 @@ mod promote;
 mod route_kinesis;
 mod route_kinesis_check;
 mod schema;
+mod slot;
 mod status;
 mod store;
 mod streaming;

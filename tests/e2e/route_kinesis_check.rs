@@ -343,7 +343,7 @@ async fn either_side_is_checked_where_it_does_not_see_the_other() {
         "ok",
         "source",
         "max_replication_slots",
-        &["dr-agent apply copies"],
+        &["while databases are copied from here"],
     );
     let outcome = check(&beside).await;
     outcome.expect_code(1);

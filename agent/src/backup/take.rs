@@ -29,7 +29,7 @@ use super::{repository, rows, script};
 use crate::catalog::{Table, TableName};
 use crate::config::CopySettings;
 use crate::failpoint;
-use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions, SystemIdentity};
+use crate::pg::replication::{CreatedSlot, ReplicationConnection, SystemIdentity};
 use crate::pg::{ConnInfo, PgError};
 use crate::setup::{export, locale};
 use crate::snapshot::dump::{Dump, POST_DATA, PRE_DATA};
@@ -316,13 +316,7 @@ async fn export_snapshot(
         .identify_system()
         .await
         .map_err(source("identify the system"))?;
-    let options = SlotOptions {
-        temporary: true,
-        failover: false,
-        export_snapshot: true,
-    };
-    let slot = exporter
-        .create_slot(&export::temporary_slot(job.stream), options)
+    let slot = export::snapshot(&mut exporter, job.stream)
         .await
         .map_err(source("create a temporary slot"))?;
     Ok((exporter, identity, slot))

@@ -92,8 +92,6 @@ pub(super) fn source_limits(
     wanted: &[String],
     apart: bool,
 ) -> Vec<Finding> {
-    // It copies each database through a slot and a walsender of its own, for as long as that takes.
-    let copies = if apart { count(wanted.len()) } else { 0 };
     let mut findings = Vec::new();
     let level = server.setting("wal_level");
     findings.push(if level == "logical" {
@@ -107,16 +105,20 @@ pub(super) fn source_limits(
     let missing = wanted.len() - ours.clone().count();
     let limit = server.number("max_replication_slots").unwrap_or(0);
     let free = limit - count(slots.len());
+    // Each database is copied through a temporary slot, for as long as that takes; and a new slot begins where one was.
+    let copies = if apart { wanted.len() } else { missing };
     findings.push(capacity(
         at,
         "max_replication_slots",
         limit,
         free,
-        (count(missing), copies),
+        (count(missing), count(copies)),
     ));
 
     let streaming = ours.filter(|slot| slot.active).count();
     let limit = server.number("max_wal_senders").unwrap_or(0);
+    // Whoever copies beside a process that streams has a walsender of its own.
+    let copies = if apart { count(wanted.len()) } else { 0 };
     findings.push(capacity(
         at,
         "max_wal_senders",
@@ -139,7 +141,7 @@ fn capacity(
     let text = match copies {
         0 => format!("{free} of {limit} free, {needed} more needed"),
         _ => format!(
-            "{free} of {limit} free, {needed} more needed, and {copies} while dr-agent apply copies from here"
+            "{free} of {limit} free, {needed} more needed, and {copies} while databases are copied from here"
         ),
     };
     if needed > free {
@@ -152,10 +154,11 @@ fn capacity(
     } else if copies > free - needed {
         let enough = limit + (needed + copies - free);
         let hint = format!(
-            "dr-agent apply copies each database through a temporary slot, the first time and when tables are added; \
-             what gets none waits. ALTER SYSTEM SET {code} = {enough} or more; then restart the source"
+            "each database is copied through a temporary slot, the first time and when tables are added; what gets none \
+             waits. ALTER SYSTEM SET {code} = {enough} or more; then restart the source"
         );
         match free - needed {
+            0 if needed > 0 => at.error(code, format!("{text}: nothing can begin")),
             0 => at.warning(code, format!("{text}: nothing can be copied from here")),
             _ => at.note(code, format!("{text}: not all at the same time")),
         }
@@ -455,8 +458,8 @@ mod tests {
     }
 
     #[test]
-    fn whoever_copies_apart_needs_slots_for_a_while() {
-        let severity = |limit: &str| {
+    fn whoever_copies_needs_slots_for_a_while() {
+        let severity = |limit: &str, apart: bool| {
             let settings = [
                 ("wal_level", "logical"),
                 ("max_replication_slots", limit),
@@ -467,13 +470,19 @@ mod tests {
                 name: "dr_a".to_owned(),
                 ..Slot::default()
             };
-            let found = source_limits(&at(), &server(&settings), &[slot], 0, &wanted, true);
+            let found = source_limits(&at(), &server(&settings), &[slot], 0, &wanted, apart);
             found[1].severity
         };
-        assert_eq!(severity("1"), Severity::Error);
-        assert_eq!(severity("2"), Severity::Warning);
-        assert_eq!(severity("3"), Severity::Note);
-        assert_eq!(severity("4"), Severity::Ok);
+        // One for good, which cannot begin without another; apply copies both anew at worst.
+        for (limit, direct, apart) in [
+            ("1", Severity::Error, Severity::Error),
+            ("2", Severity::Error, Severity::Error),
+            ("3", Severity::Ok, Severity::Note),
+            ("4", Severity::Ok, Severity::Ok),
+        ] {
+            assert_eq!(severity(limit, false), direct, "{limit}");
+            assert_eq!(severity(limit, true), apart, "{limit}");
+        }
     }
 
     #[test]

@@ -266,8 +266,10 @@ async fn noted(client: &Client, stream: &str) -> Result<Option<Noted>, PgError> 
     if !client.query_one(THERE, &[]).await?.get::<_, bool>(0) {
         return Ok(None);
     }
-    const SQL: &str =
-        "SELECT system_identifier, timeline, since FROM dr_agent.sending WHERE stream = $1";
+    // Without since, the slot was not created to the end and nothing was sent.
+    const SQL: &str = "
+        SELECT system_identifier, timeline, since
+          FROM dr_agent.sending WHERE stream = $1 AND since IS NOT NULL";
     let row = client.query_opt(SQL, &[&stream]).await?;
     Ok(row.map(|row| Noted {
         origin: (row.get(0), row.get(1)),

@@ -1,7 +1,8 @@
-//! What the source says of a slot: is it in use, how far is it confirmed, does its WAL still exist.
+//! Slots through SQL: is one in use, how far is it confirmed, does its WAL still exist; and moving one that nobody
+//! streams from.
 //!
 //! # What it does not do
-//! It changes nothing. Slots are created and dropped by [`super::replication`].
+//! Slots are created and dropped by [`super::replication`].
 
 use tokio_postgres::Client;
 
@@ -66,6 +67,17 @@ pub async fn slot_state(client: &Client, name: &str) -> Result<Option<SlotState>
         safe_wal_size: row.try_get(7)?,
         invalidation_reason: row.try_get(8)?,
     }))
+}
+
+/// Moves a slot forward. The source reads the WAL in between, without decoding it.
+pub async fn advance(client: &Client, slot: &str, to: PgLsn) -> Result<(), PgError> {
+    client
+        .execute(
+            "SELECT pg_catalog.pg_replication_slot_advance($1::text::name, $2::pg_lsn)",
+            &[&slot, &to],
+        )
+        .await?;
+    Ok(())
 }
 
 /// Bytes of WAL the source keeps because of a slot; `None` without the slot, or once it is lost.

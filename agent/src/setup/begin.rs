@@ -11,9 +11,9 @@ use std::time::SystemTime;
 use super::error::{SetupError, Side};
 use super::identity::History;
 use super::replica::{self, Progress};
-use super::{Setup, setting, table_sync};
+use super::{Setup, setting, slot, table_sync};
 use crate::catalog::TableName;
-use crate::pg::replication::ReplicationConnection;
+use crate::pg::replication::{CreatedSlot, ReplicationConnection};
 use crate::pg::{PgError, PgLsn};
 
 impl Setup<'_> {
@@ -32,16 +32,12 @@ impl Setup<'_> {
         self.source.publish().await?;
         self.take_over(source).await?;
         if drop_slot {
-            walsender
-                .drop_slot(self.source.stream.as_str())
-                .await
-                .map_err(SetupError::sql(
-                    Side::Source,
-                    "drop the slot of an interrupted set-up",
-                ))?;
+            let name = self.source.stream.as_str();
+            slot::drop(walsender, name, "drop the slot of an interrupted set-up").await?;
         }
-        let name = self.source.stream.to_string();
-        self.first_copy(walsender, &name, false).await
+        let copied_at = self.source_time().await?;
+        let snapshot = slot::create(&self.source, walsender).await?;
+        self.first_copy(&snapshot, copied_at).await
     }
 
     /// Takes the database's settings over, and records whose replica this is.
@@ -53,32 +49,33 @@ impl Setup<'_> {
         recorded.map_err(SetupError::sql(Side::Replica, "record the stream"))
     }
 
-    /// Creates a slot of that name, and copies everything at its snapshot.
-    pub(super) async fn first_copy(
-        &mut self,
-        walsender: &mut ReplicationConnection,
-        slot: &str,
-        temporary: bool,
-    ) -> Result<Progress, SetupError> {
-        // Everything committed before this moment is in the copy: until the first batch, the loss at a
-        // promotion is counted from here.
+    /// What the source's clock says. Everything committed by then is in the snapshot of a slot that is created afterwards.
+    pub(super) async fn source_time(&self) -> Result<SystemTime, SetupError> {
         let asked = self
             .source
             .client
             .query_one("SELECT clock_timestamp()", &[])
             .await;
-        let copied_at: SystemTime = asked
-            .map_err(|error| SetupError::sql(Side::Source, "ask for the time")(error.into()))?
-            .get(0);
-        let slot = self.source.create_slot(walsender, slot, temporary).await?;
-        let recorded = self.record_progress(slot.consistent_point, copied_at).await;
+        asked
+            .map(|row| row.get(0))
+            .map_err(|error| SetupError::sql(Side::Source, "ask for the time")(error.into()))
+    }
+
+    /// Copies everything at a snapshot. Until the first batch, the loss at a promotion is counted from `copied_at`.
+    pub(super) async fn first_copy(
+        &mut self,
+        snapshot: &CreatedSlot,
+        copied_at: SystemTime,
+    ) -> Result<Progress, SetupError> {
+        let consistent_point = snapshot.consistent_point;
+        let recorded = self.record_progress(consistent_point, copied_at).await;
         recorded.map_err(SetupError::sql(Side::Replica, "record the progress"))?;
-        self.copy(self.source.wanted.published.clone(), &slot, true)
+        self.copy(self.source.wanted.published.clone(), snapshot, true)
             .await?;
         Ok(Progress {
             term: 1,
             batch: 0,
-            end_lsn: slot.consistent_point,
+            end_lsn: consistent_point,
             commit_time: Some(copied_at),
         })
     }

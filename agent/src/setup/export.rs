@@ -1,8 +1,8 @@
-//! The session that exports a snapshot: a walsender that creates a slot and then stays idle.
+//! The session that exports a snapshot: a walsender that creates a temporary slot and then stays idle.
 //!
-//! Used by the set-up, whose slot stays, and by base backups, whose slot goes with the session.
+//! Used by the set-up and by base backups. The slot goes with the session.
 
-use crate::pg::replication::ReplicationConnection;
+use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
 use crate::pg::{ConnInfo, PgError, Session};
 use crate::stream::StreamName;
 
@@ -18,8 +18,21 @@ pub(crate) async fn session(
     ReplicationConnection::connect(conninfo, &session).await
 }
 
+/// Creates a temporary slot and exports its snapshot; waits for the transactions then running.
+pub(crate) async fn snapshot(
+    exporter: &mut ReplicationConnection,
+    stream: &StreamName,
+) -> Result<CreatedSlot, PgError> {
+    let options = SlotOptions {
+        temporary: true,
+        failover: false,
+        export_snapshot: true,
+    };
+    exporter.create_slot(&temporary_slot(stream), options).await
+}
+
 /// A name nobody has used: a session that died may still hold its temporary slot for a while.
-pub(crate) fn temporary_slot(stream: &StreamName) -> String {
+fn temporary_slot(stream: &StreamName) -> String {
     const STREAM_BYTES_MAX: usize = 63 - 9;
     let stream = stream.as_str();
     let stream = &stream[..stream.len().min(STREAM_BYTES_MAX)];

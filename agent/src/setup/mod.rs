@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! observe both sides ▶ refuse what a person must settle ▶ identity::verdict
-//!     Begin   empty replica? ▶ publication ▶ stream row ▶ slot (exports a snapshot)
+//!     Begin   empty replica? ▶ publication ▶ stream row ▶ slot, and a snapshot where it begins
 //!                            ▶ progress row ▶ copy everything at that snapshot
 //!     Resume  settle what a killed agent left ▶ missed tables back to pending ▶ publication ▶ copy what is not ready at the
 //!             snapshot of a temporary slot
@@ -42,6 +42,7 @@ mod resume;
 mod role;
 mod sending;
 mod setting;
+mod slot;
 mod source;
 mod source_side;
 mod table_sync;
@@ -260,14 +261,14 @@ impl<'a> Setup<'a> {
         Ok(prepared)
     }
 
-    /// Copies tables at the snapshot that `slot` exported; its connection has to stay idle and open.
+    /// Copies tables at the snapshot that was exported; its connection has to stay idle and open.
     async fn copy(
         &self,
         tables: Vec<Table>,
-        slot: &CreatedSlot,
+        exported: &CreatedSlot,
         whole_schema: bool,
     ) -> Result<(), SetupError> {
-        let snapshot = slot.snapshot_name.as_deref().ok_or_else(|| {
+        let snapshot = exported.snapshot_name.as_deref().ok_or_else(|| {
             let error = PgError::Protocol("the slot exported no snapshot".to_owned());
             SetupError::sql(Side::Source, "create a slot")(error)
         })?;
@@ -277,7 +278,7 @@ impl<'a> Setup<'a> {
             stream: &self.source.stream,
             tables,
             snapshot,
-            snapshot_lsn: slot.consistent_point,
+            snapshot_lsn: exported.consistent_point,
             settings: &self.source.config.copy,
             whole_schema,
         };

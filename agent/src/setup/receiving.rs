@@ -23,7 +23,7 @@ use super::error::{SetupError, Side};
 use super::identity::{self, History};
 use super::replica::{self, Known, Progress, Server};
 use super::source_side::{self, SourceSide};
-use super::{Prepared, Setup, export, locale, recover, role, table_sync};
+use super::{Prepared, Setup, locale, recover, role, sending, slot, table_sync};
 use crate::catalog::TableName;
 use crate::config::Config;
 use crate::error::chain;
@@ -204,11 +204,12 @@ impl<'a> Receiving<'a> {
     async fn reach_source(&self) -> Result<SourceSide<'a>, SetupError> {
         let opening = SourceSide::open(self.config, self.database, self.cancel);
         let source = within_reach(Box::pin(opening)).await?;
-        match source.slot().await?.and_then(|slot| slot.confirmed) {
-            Some(_) => Ok(source),
-            None => Err(SetupError::NotSent {
+        if sending::is_sent(&source).await? {
+            Ok(source)
+        } else {
+            Err(SetupError::NotSent {
                 stream: self.stream.to_string(),
-            }),
+            })
         }
     }
 
@@ -261,10 +262,11 @@ impl<'a> Receiving<'a> {
         let mut walsender = source.walsender().await?;
         let (history, source_lsn) = source_side::identify(&mut walsender).await?;
         source.look_again().await?;
-        let slot = export::temporary_slot(&self.stream);
         let mut setup = self.setup(source, client);
         setup.take_over(&history).await?;
-        let progress = setup.first_copy(&mut walsender, &slot, true).await?;
+        let copied_at = setup.source_time().await?;
+        let snapshot = slot::snapshot(&setup.source, &mut walsender).await?;
+        let progress = setup.first_copy(&snapshot, copied_at).await?;
         setup.finish(history, progress, source_lsn).await
     }
 

@@ -151,8 +151,9 @@ pub(super) async fn create_database(
             Err(error) => PgError::from(error),
         };
         match error.sqlstate() {
-            // duplicate_database: created by another start meanwhile.
-            Some("42P04") => return Ok(None),
+            // duplicate_database, and where two are at it at the same time unique_violation: another start, or the session
+            // of one that was killed, has created it meanwhile.
+            Some("42P04" | "23505") => return Ok(None),
             // wrong_object_type and invalid_parameter_value: "invalid locale name".
             Some("42809" | "22023") => refused = error,
             _ => return Err(SetupError::sql(Side::Replica, &doing)(error)),

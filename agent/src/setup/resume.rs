@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use super::error::{SetupError, Side};
 use super::replica;
 use super::table_sync::Row;
-use super::{Setup, export, source_side, table_sync};
+use super::{Setup, slot, source_side, table_sync};
 use crate::catalog::{Table, TableName};
 use crate::pg::replication::ReplicationConnection;
 
@@ -104,7 +104,7 @@ impl Setup<'_> {
         if rest.is_empty() {
             return Ok(());
         }
-        self.source.make_the_list_known(walsender).await?;
+        slot::make_the_list_known(&self.source, walsender).await?;
         self.copy_tables(walsender, rest, ready.is_empty()).await
     }
 
@@ -119,14 +119,7 @@ impl Setup<'_> {
         table_sync::add(&self.replica, &self.source.stream, &names)
             .await
             .map_err(SetupError::sql(Side::Replica, "record new tables"))?;
-        let slot = self
-            .source
-            .create_slot(
-                walsender,
-                &export::temporary_slot(&self.source.stream),
-                true,
-            )
-            .await?;
-        self.copy(tables, &slot, whole_schema).await
+        let snapshot = slot::snapshot(&self.source, walsender).await?;
+        self.copy(tables, &snapshot, whole_schema).await
     }
 }

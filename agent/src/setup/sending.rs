@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! observe the source ▶ refuse what a person must settle ▶ verdict
-//!     Begin   publication ▶ slot ▶ note in dr_agent.sending
+//!     Begin   publication ▶ note in dr_agent.sending that it begins ▶ slot ▶ note since where
 //!     Resume  publication brought up to date ▶ from where the slot is confirmed
 //! ```
 //!
@@ -16,7 +16,7 @@
 use super::error::{SetupError, Side};
 use super::identity::{self, History, Mismatch, Slot, Verdict};
 use super::source_side::{self, SourceSide};
-use super::{Prepared, source};
+use super::{Prepared, slot, source};
 use crate::config::Config;
 use crate::pg::PgLsn;
 use crate::pg::replication::ReplicationConnection;
@@ -32,7 +32,8 @@ const FIRST_TERM: i64 = 1;
 #[derive(Clone, Debug)]
 struct Noted {
     source: History,
-    since: PgLsn,
+    /// None while the slot is being created.
+    since: Option<PgLsn>,
 }
 
 /// Brings `database` to where sending can start. Repeatable, whatever was killed before.
@@ -76,15 +77,15 @@ async fn prepare(
             }
             source.found.require_listing(&source.stream)?;
             source.publish().await?;
-            let name = source.stream.to_string();
+            note(&source, &history, None).await?;
             if drop_slot {
-                walsender.drop_slot(&name).await.map_err(SetupError::sql(
-                    Side::Source,
-                    "drop the slot of an interrupted set-up",
-                ))?;
+                let name = source.stream.as_str();
+                let doing = "drop the slot of an interrupted set-up";
+                slot::drop(&mut walsender, name, doing).await?;
             }
-            let slot = source.create_slot(&mut walsender, &name, false).await?;
-            slot.consistent_point
+            slot::create(&source, &mut walsender)
+                .await?
+                .consistent_point
         }
         Verdict::Resume => {
             source.found.require_unaltered(&source.stream)?;
@@ -94,7 +95,7 @@ async fn prepare(
                 .expect("the verdict is Resume only where the slot was confirmed")
         }
     };
-    note(&source, &history, start).await?;
+    note(&source, &history, Some(start)).await?;
     let term = term(&source).await?;
     Ok(sent_from(source, history, source_lsn, start, term))
 }
@@ -118,7 +119,7 @@ async fn bring_up_to_date(
     }
     source.publish().await?;
     if source.found.publication != before || is_listing(source).await? {
-        source.make_the_list_known(walsender).await?;
+        slot::make_the_list_known(source, walsender).await?;
         listing(source, false).await?;
     }
     Ok(())
@@ -211,23 +212,26 @@ fn verdict(
     noted: Option<&Noted>,
     source: &History,
 ) -> Result<Verdict, Mismatch> {
-    if let Some(Noted { source: noted, .. }) = noted {
-        identity::same_history(noted, source)?;
+    let since = noted.and_then(|noted| noted.since);
+    if let Some(noted) = noted.filter(|_| since.is_some()) {
+        identity::same_history(&noted.source, source)?;
     }
     let Some(slot) = slot else {
-        return match noted {
+        return match since {
             None => Ok(Verdict::Begin { drop_slot: false }),
-            Some(noted) => Err(Mismatch::SendingSlotLost {
+            Some(since) => Err(Mismatch::SendingSlotLost {
                 slot: stream.clone(),
-                since: noted.since,
+                since,
             }),
         };
     };
     identity::is_ours(slot, stream, database)?;
     identity::is_free(slot, stream)?;
+    let interrupted = noted.is_some() && since.is_none();
     match slot.confirmed {
         // Never built to the end.
         None => Ok(Verdict::Begin { drop_slot: true }),
+        Some(_) if interrupted => Ok(Verdict::Begin { drop_slot: true }),
         Some(confirmed) if slot.lost => Err(Mismatch::SlotInvalidated {
             slot: stream.clone(),
             applied: confirmed,
@@ -266,14 +270,28 @@ async fn noted(source: &SourceSide<'_>) -> Result<Option<Noted>, SetupError> {
     }))
 }
 
-/// Notes that this stream is sent from here; a note that is there stays.
-async fn note(source: &SourceSide<'_>, history: &History, since: PgLsn) -> Result<(), SetupError> {
+/// Whether this stream is sent from here: its slot was created to the end.
+pub(super) async fn is_sent(source: &SourceSide<'_>) -> Result<bool, SetupError> {
+    let confirmed = source.slot().await?.and_then(|slot| slot.confirmed);
+    let since = noted(source).await?.and_then(|noted| noted.since);
+    Ok(confirmed.is_some() && since.is_some())
+}
+
+/// Notes that this stream is sent from here, or is going to be; since where stays once it was said.
+async fn note(
+    source: &SourceSide<'_>,
+    history: &History,
+    since: Option<PgLsn>,
+) -> Result<(), SetupError> {
     source::execute(&source.client, Side::Source, &[SCHEMA_SQL.to_owned()]).await?;
     source
         .client
         .execute(
             "INSERT INTO dr_agent.sending (stream, system_identifier, timeline, since) VALUES ($1, $2, $3, $4)
-                 ON CONFLICT (stream) DO NOTHING",
+                 ON CONFLICT (stream) DO UPDATE
+                SET system_identifier = EXCLUDED.system_identifier, timeline = EXCLUDED.timeline,
+                    since = EXCLUDED.since
+              WHERE sending.since IS NULL",
             &[
                 &source.stream.as_str(),
                 &history.system_identifier,
@@ -332,10 +350,14 @@ mod tests {
     fn judge(slot: Option<&Slot>, noted: Option<i32>) -> Result<Verdict, Mismatch> {
         let noted = noted.map(|timeline| Noted {
             source: history(timeline),
-            since: lsn(100),
+            since: Some(lsn(100)),
         });
+        judged(slot, noted.as_ref())
+    }
+
+    fn judged(slot: Option<&Slot>, noted: Option<&Noted>) -> Result<Verdict, Mismatch> {
         let stream = StreamName::new("dr_agent", "app");
-        verdict(&stream, "app", slot, noted.as_ref(), &history(1))
+        verdict(&stream, "app", slot, noted, &history(1))
     }
 
     #[test]
@@ -345,6 +367,19 @@ mod tests {
             judge(None, Some(1)),
             Err(Mismatch::SendingSlotLost { .. })
         ));
+    }
+
+    #[test]
+    fn a_slot_whose_creation_was_interrupted_is_created_anew() {
+        // Whoever the source was then.
+        let noted = Noted {
+            source: history(2),
+            since: None,
+        };
+        let begin = |drop_slot| Ok(Verdict::Begin { drop_slot });
+        assert_eq!(judged(None, Some(&noted)), begin(false));
+        assert_eq!(judged(Some(&slot(None)), Some(&noted)), begin(true));
+        assert_eq!(judged(Some(&slot(Some(200))), Some(&noted)), begin(true));
     }
 
     #[test]

@@ -50,7 +50,7 @@ pub(super) struct Observed {
     pub(super) keyed_roots: BTreeSet<TableName>,
     not_owned: BTreeSet<TableName>,
     pub(super) publication: Option<Publication>,
-    owns_publication: bool,
+    pub(super) owns_publication: bool,
 }
 
 /// Opens a set-up session on one database of the source.
@@ -328,10 +328,7 @@ impl Observed {
             return lacks("create the publication", create_right());
         }
         if !alter.is_empty() && !self.owns_publication {
-            return lacks(
-                "alter the publication",
-                format!("ownership of publication {stream}"),
-            );
+            return Err(self.publication_is_not_ours(stream));
         }
         let mut statements = Vec::new();
         if !self.has_schema {
@@ -339,6 +336,16 @@ impl Observed {
         }
         statements.extend(alter);
         Ok(statements)
+    }
+
+    /// Only its owner may alter a publication.
+    pub(super) fn publication_is_not_ours(&self, stream: &StreamName) -> SetupError {
+        SetupError::RightMissing {
+            side: Side::Source,
+            role: self.role.clone(),
+            what: "alter the publication".to_owned(),
+            right: format!("ownership of publication {stream}"),
+        }
     }
 
     /// Whether decoders of this version may go on with what they knew of a publication before it was

@@ -14,11 +14,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::{SetupError, Side};
 use super::identity::{History, Slot};
-use super::publication::{self, Wanted};
+use super::publication::Wanted;
 use super::{export, source};
 use crate::catalog::{Protection, TableName};
 use crate::config::Config;
-use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
+use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgLsn, slot};
 use crate::stream::StreamName;
 
@@ -92,45 +92,6 @@ impl<'a> SourceSide<'a> {
                 .retain(|table| publication.publishes(table) && !table.unlogged);
         }
         Ok(())
-    }
-
-    /// Makes sure that what is decoded from now on goes by the list of tables as it is.
-    pub(super) async fn make_the_list_known(
-        &self,
-        walsender: &mut ReplicationConnection,
-    ) -> Result<(), SetupError> {
-        if !self.found.forgets_publication_changes() {
-            return Ok(());
-        }
-        // Every transaction that began before the tables were listed has ended once a slot could
-        // be built; what is decoded after the next alteration looks the publication up anew.
-        let name = export::temporary_slot(&self.stream);
-        self.create_slot(walsender, &name, true).await?;
-        walsender
-            .drop_slot(&name)
-            .await
-            .map_err(SetupError::sql(Side::Source, "drop a temporary slot"))?;
-        let touch = [publication::touch(&self.stream, self.found.version)];
-        source::execute(&self.client, Side::Source, &touch).await
-    }
-
-    /// Creates a slot; waits for the transactions then running, as long as nobody stops the agent.
-    pub(super) async fn create_slot(
-        &self,
-        walsender: &mut ReplicationConnection,
-        name: &str,
-        temporary: bool,
-    ) -> Result<CreatedSlot, SetupError> {
-        let options = SlotOptions {
-            temporary,
-            failover: !temporary,
-            export_snapshot: true,
-        };
-        self.cancel
-            .run_until_cancelled(walsender.create_slot(name, options))
-            .await
-            .ok_or(SetupError::Stopped)?
-            .map_err(SetupError::sql(Side::Source, "create a replication slot"))
     }
 
     pub(super) fn leave_out_what_cannot_be_published(&mut self) {

@@ -33,13 +33,13 @@ use tokio_postgres::binary_copy::BinaryCopyOutStream;
 use tokio_postgres::types::Type;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::feedback::{Feedback, Listener, Slot, advance, ticks};
+use super::feedback::{Feedback, Listener, Slot, ticks};
 use super::intake::{Intake, Taken};
 use super::positions::{Positions, first_size};
 use super::{Next, Reader, SourceError, SourceSettings, text_form};
 use crate::failpoint;
 use crate::ledger::FlushLsn;
-use crate::pg::{self, PgError, PgLsn, Session};
+use crate::pg::{self, PgError, PgLsn, Session, slot};
 
 /// Once only this part of `limits.catch_up_bytes` is left, one in so many, the walsender goes on.
 const NEARLY: u64 = 8;
@@ -224,9 +224,9 @@ impl Backlog {
             SELECT slot_name::text, lsn FROM pg_catalog.pg_copy_logical_replication_slot(
                 $1::text::name, pg_catalog.format('dr_agent_backlog_%s', pg_catalog.pg_backend_pid())::name, true)";
         let row = client.query_one(COPY, &[&settings.stream.as_str()]).await?;
-        let (slot, confirmed): (String, PgLsn) = (row.get(0), row.get(1));
+        let (name, confirmed): (String, PgLsn) = (row.get(0), row.get(1));
         if confirmed < start {
-            advance(&client, &slot, start).await?;
+            slot::advance(&client, &name, start).await?;
         }
         let binary = if settings.binary {
             ", 'binary', 'true'"
@@ -235,7 +235,7 @@ impl Backlog {
         };
         Ok(Self {
             client: Arc::new(client),
-            slot,
+            slot: name,
             options: format!(
                 "'proto_version', '1', 'publication_names', '\"{}\"'{binary}",
                 settings.stream

@@ -19,7 +19,7 @@ use super::intake::Meanwhile;
 use crate::failpoint;
 use crate::ledger::FlushLsn;
 use crate::pg::replication::StatusSender;
-use crate::pg::{PgError, PgLsn};
+use crate::pg::{PgError, PgLsn, slot};
 use crate::stream::StreamName;
 
 /// Well below the smallest sensible `wal_sender_timeout` (its default is 60 s).
@@ -61,22 +61,11 @@ impl Slot {
 
     async fn advance(&mut self, flush: PgLsn) -> Result<(), PgError> {
         if flush > self.at {
-            advance(&self.client, self.name.as_str(), flush).await?;
+            slot::advance(&self.client, self.name.as_str(), flush).await?;
             self.at = flush;
         }
         Ok(())
     }
-}
-
-/// Moves a slot forward. The source reads the WAL in between, without decoding it.
-pub(super) async fn advance(client: &Client, slot: &str, to: PgLsn) -> Result<(), PgError> {
-    client
-        .execute(
-            "SELECT pg_catalog.pg_replication_slot_advance($1::text::name, $2::pg_lsn)",
-            &[&slot, &to],
-        )
-        .await?;
-    Ok(())
 }
 
 impl Meanwhile for Feedback {

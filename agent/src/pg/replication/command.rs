@@ -79,7 +79,8 @@ pub(super) fn system_identity(row: &Row) -> Result<SystemIdentity, PgError> {
 /// `slot_name, consistent_point, snapshot_name, output_plugin`.
 pub(super) fn created_slot(row: &Row) -> Result<CreatedSlot, PgError> {
     match row {
-        [Some(_), Some(consistent_point), snapshot_name, ..] => Ok(CreatedSlot {
+        [Some(name), Some(consistent_point), snapshot_name, ..] => Ok(CreatedSlot {
+            name: name.clone(),
             consistent_point: lsn("CREATE_REPLICATION_SLOT", consistent_point)?,
             snapshot_name: snapshot_name.clone(),
         }),

@@ -64,6 +64,8 @@ pub struct SlotOptions {
 /// A new slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreatedSlot {
+    /// Its name.
+    pub name: String,
     /// Transactions that commit from here on are streamed; what committed before is in the snapshot.
     pub consistent_point: PgLsn,
     /// For `SET TRANSACTION SNAPSHOT`, where one was exported.
