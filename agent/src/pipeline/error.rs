@@ -98,7 +98,7 @@ impl SessionError {
             self,
             Self::NewTable
                 | Self::NotCopied { .. }
-                | Self::Sink(SinkError::TableNotCopied { .. } | SinkError::BinaryForm { .. })
+                | Self::Sink(SinkError::TableNotCopied { .. })
         )
     }
 }

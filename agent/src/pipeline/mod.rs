@@ -143,7 +143,14 @@ impl Pipeline {
                 return End::Stopped;
             }
             match &error {
-                SessionError::Sink(SinkError::BinaryForm { .. }) => self.binary = false,
+                // The source can be asked for text. What a change log holds stays as it was written.
+                SessionError::Sink(SinkError::BinaryForm { .. })
+                    if self.binary && self.leg == Leg::Whole =>
+                {
+                    self.binary = false;
+                    tracing::info!(database = %self.database, reason = %chain(&error), "starting again, as text");
+                    continue;
+                }
                 SessionError::Sink(SinkError::TableNotCopied { table })
                 | SessionError::NotCopied { table } => self.new_table = Some(table.clone()),
                 _ => {}

@@ -153,6 +153,10 @@ impl Classify for RestoreError {
                 "the table came after this base backup, and its first rows are in no log: restore to a moment \
                  behind the next base backup, or before the table"
             }
+            Self::Replay(ReplayError::Sink(SinkError::BinaryForm { .. })) => {
+                "the column's type was changed after this base backup, and DDL is in no log: restore to a moment before \
+                 that, or behind the next base backup"
+            }
             // What the sink would say is of a replica.
             Self::Replay(ReplayError::Sink(SinkError::Diverged(_))) => {
                 "the change log does not fit this base backup: read both with dr-agent backup --verify, restore a moment \
