@@ -88,7 +88,11 @@ impl Source {
                 row.2 = large.unwrap_or(row.2);
                 let row = *row;
                 let sent = self.sent(row);
-                self.say(encode::update(1, None, &self.values(&sent, large.is_some())));
+                self.say(encode::update(
+                    1,
+                    None,
+                    &self.values(&sent, large.is_some()),
+                ));
             }
             Operation::ChangeKey {
                 key,

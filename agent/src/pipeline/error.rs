@@ -96,9 +96,7 @@ impl SessionError {
     pub(super) fn is_expected(&self) -> bool {
         matches!(
             self,
-            Self::NewTable
-                | Self::NotCopied { .. }
-                | Self::Sink(SinkError::TableNotCopied { .. })
+            Self::NewTable | Self::NotCopied { .. } | Self::Sink(SinkError::TableNotCopied { .. })
         )
     }
 }

@@ -238,7 +238,9 @@ impl Pipeline {
                     database = %self.database, error = %chain(&error), hint = error.hint(),
                     "the change log stands still as well"
                 );
-                stopped_or_back.await
+                // The slot may still be held by the session that has just ended: then both are asked again.
+                let waited = tokio::time::timeout(pause, stopped_or_back).await;
+                waited.unwrap_or(false)
             }
         }
     }

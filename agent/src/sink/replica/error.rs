@@ -204,9 +204,7 @@ impl Classify for SinkError {
             }
             Self::Pg(error) => return error.hint(),
             Self::Spill(error) => return error.hint(),
-            Self::TableNotCopied { .. }
-            | Self::Unplannable(_)
-            | Self::Interrupted => return None,
+            Self::TableNotCopied { .. } | Self::Unplannable(_) | Self::Interrupted => return None,
         };
         Some(text.to_owned())
     }
