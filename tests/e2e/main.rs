@@ -39,6 +39,7 @@ mod status;
 mod store;
 mod streaming;
 mod tls;
+mod truncate;
 mod types;
 mod values;
 mod walsender;
