@@ -26,7 +26,7 @@ use super::error::BackupError;
 use super::manifest::{self, DataFile, Manifest, Object};
 use super::object::{self, Sum};
 use super::{repository, rows, script};
-use crate::catalog::{Table, TableName};
+use crate::catalog::{self, Identity, Table, TableName};
 use crate::config::CopySettings;
 use crate::failpoint;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SystemIdentity};
@@ -144,6 +144,9 @@ impl<'a> Taking<'a> {
         taking.rows(&sessions, &layouts, &work).await?;
 
         observer.phase(CopyPhase::PostData);
+        for what in unpublished(&client, &names).await? {
+            taking.leave_out(what);
+        }
         for what in finish::left_behind(&client).await? {
             taking.leave_out(what);
         }
@@ -320,6 +323,25 @@ async fn export_snapshot(
         .await
         .map_err(source("create a temporary slot"))?;
     Ok((exporter, identity, slot))
+}
+
+/// The tables that are not in the publication: their rows are in no base and no log.
+async fn unpublished(client: &Client, published: &[TableName]) -> Result<Vec<String>, BackupError> {
+    let tables = catalog::tables_without_sizes(client)
+        .await
+        .map_err(source("list the tables"))?;
+    let rest = tables
+        .iter()
+        .filter(|table| !published.contains(&table.name));
+    let words = rest.map(|table| {
+        let reason = match (table.unlogged, table.identity) {
+            (true, _) => "it is unlogged",
+            (false, Identity::Missing) => "it has no key, and is not published",
+            (false, _) => "it is not published: source.exclude names it, or it is new",
+        };
+        format!("the rows of table {}: {reason}", table.name)
+    });
+    Ok(words.collect())
 }
 
 /// The source's clock, which is the one that commits are stamped by.
