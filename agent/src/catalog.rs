@@ -26,6 +26,39 @@ impl TableName {
     pub fn sql(&self) -> String {
         format!("{}.{}", quote_ident(&self.schema), quote_ident(&self.name))
     }
+
+    /// Reads what a person writes: `schema.table` as in SQL, in double quotes where SQL needs them.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (schema, rest) = identifier(text)?;
+        let (name, rest) = identifier(rest.strip_prefix('.')?)?;
+        rest.is_empty().then_some(Self { schema, name })
+    }
+}
+
+/// Takes an SQL identifier off the front of a text: its name, and what follows. Without quotes it is in lower case.
+pub fn identifier(text: &str) -> Option<(String, &str)> {
+    let Some(quoted) = text.strip_prefix('"') else {
+        let is_first = |c: char| c.is_ascii_alphabetic() || c == '_' || !c.is_ascii();
+        let goes_on = |c: char| is_first(c) || c.is_ascii_digit() || c == '$';
+        let end = text.find(|c| !goes_on(c)).unwrap_or(text.len());
+        let (name, rest) = text.split_at(end);
+        return name
+            .starts_with(is_first)
+            .then(|| (name.to_ascii_lowercase(), rest));
+    };
+    let mut name = String::new();
+    let mut rest = quoted;
+    loop {
+        let (part, behind) = rest.split_once('"')?;
+        name.push_str(part);
+        match behind.strip_prefix('"') {
+            Some(behind) => {
+                name.push('"');
+                rest = behind;
+            }
+            None => return (!name.is_empty()).then_some((name, behind)),
+        }
+    }
 }
 
 impl fmt::Display for TableName {
@@ -226,4 +259,29 @@ pub async fn server_version(client: &Client) -> Result<i32, PgError> {
         .query_one("SELECT current_setting('server_version_num')::int", &[])
         .await?;
     Ok(row.get(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_named_as_in_sql() {
+        let parsed = |text| TableName::parse(text).map(|table| (table.schema, table.name));
+        let named = |schema: &str, name: &str| Some((schema.to_owned(), name.to_owned()));
+        assert_eq!(parsed("public.Account"), named("public", "account"));
+        assert_eq!(parsed("\"S p\".\"T \"\"1\"\"\""), named("S p", "T \"1\""));
+        assert_eq!(parsed("a.\"b.c\""), named("a", "b.c"));
+        assert_eq!(parsed("größe._x$1"), named("größe", "_x$1"));
+        for wrong in [
+            "a", "a.", ".b", "a.b.c", "a.1", "a.\"b", "a b.c", "a.\"\"", "",
+        ] {
+            assert_eq!(parsed(wrong), None, "{wrong}");
+        }
+        let odd = TableName {
+            schema: "S".to_owned(),
+            name: "a\"b.c".to_owned(),
+        };
+        assert_eq!(TableName::parse(&odd.sql()), Some(odd));
+    }
 }

@@ -119,6 +119,23 @@ impl Manifest {
             .filter_map(|object| Some((object, object.data.as_ref()?)))
     }
 
+    /// The tables of its own, in name order, that a person means by these names: a partitioned table stands for all of its
+    /// partitions. The first name that means none is the error.
+    ///
+    /// # Errors
+    /// That name.
+    pub fn meant(&self, names: &[TableName]) -> Result<Vec<TableName>, TableName> {
+        let mut meant = BTreeSet::new();
+        for name in names {
+            let is_meant = |data: &&DataFile| data.table == *name || data.root == *name;
+            let mut tables = self.data().map(|(_, data)| data).filter(is_meant);
+            let first = tables.next().ok_or_else(|| name.clone())?;
+            meant.insert(first.table.clone());
+            meant.extend(tables.map(|data| data.table.clone()));
+        }
+        Ok(meant.into_iter().collect())
+    }
+
     /// The tables whose rows it holds, by every name under which a change may come.
     pub fn tables(&self) -> Vec<TableName> {
         let names = self.data().flat_map(|(_, data)| [&data.table, &data.root]);

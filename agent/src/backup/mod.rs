@@ -21,6 +21,7 @@
 //! objects and tablespaces are left out, and said so. It does not encrypt: the store does.
 
 mod error;
+mod examine;
 pub mod keep;
 mod load;
 mod manifest;
@@ -31,11 +32,14 @@ pub mod retention;
 mod rows;
 mod script;
 mod take;
+mod wipe;
 
 pub use error::{BackupError, Flaw};
-pub use load::{LoadJob, load};
+pub use examine::{Examined, examine};
+pub use load::{LoadJob, Ownership, found_in, load, refresh_views};
 pub use manifest::{DataFile, Manifest, Object};
 pub use object::Sum;
 pub use prune::{Pruned, prune};
 pub use repository::{Summary, list, manifest, newest, sources, verify};
 pub use take::{TakeJob, take};
+pub use wipe::wipe;

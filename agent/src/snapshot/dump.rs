@@ -10,8 +10,9 @@
 use std::path::PathBuf;
 
 use super::error::CopyError;
+use super::roles::LackingRoles;
 use super::session::{ReplicaSide, SOURCE_LOCK_TIMEOUT, SourceSide};
-use super::toc::{LeftOut, server_script, table_pattern};
+use super::toc::{self, LeftOut, server_script, table_pattern};
 use super::tools::Tools;
 use crate::catalog::TableName;
 
@@ -29,7 +30,9 @@ pub(crate) struct Dump {
     tools: Tools,
     directory: tempfile::TempDir,
     /// Options of every restore.
-    ownership: &'static [&'static str],
+    ownership: Vec<&'static str>,
+    /// What cannot be without a role that is lacking.
+    roleless: LeftOut,
 }
 
 impl Dump {
@@ -42,13 +45,68 @@ impl Dump {
         Ok(Self {
             tools,
             directory,
-            ownership: &[],
+            ownership: Vec::new(),
+            roleless: LeftOut::default(),
         })
     }
 
-    /// Leaves owners and privileges out of what is restored.
-    pub(crate) fn leave_out_ownership(&mut self) {
-        self.ownership = &["--no-owner", "--no-privileges"];
+    /// Leaves owners out of what is restored, or privileges, or both.
+    pub(crate) fn leave_out_ownership(&mut self, owners: bool, privileges: bool) {
+        self.ownership.clear();
+        self.ownership.extend(owners.then_some("--no-owner"));
+        self.ownership
+            .extend(privileges.then_some("--no-privileges"));
+    }
+
+    /// Those of the roles that what is restored of this file needs.
+    pub(crate) async fn roles_needed(
+        &self,
+        name: &str,
+        left_out: &LeftOut,
+        lacking: &LackingRoles,
+    ) -> Result<LackingRoles, CopyError> {
+        if lacking.is_empty() {
+            return Ok(LackingRoles::default());
+        }
+        let mut sql = self.script(name, left_out, PRE_DATA, 0).await?;
+        sql.push_str(&self.script(name, left_out, POST_DATA, 0).await?);
+        Ok(lacking.needed_by(&sql))
+    }
+
+    /// Leaves out of what is restored what needs one of the lacking roles: owners and privileges altogether, and each policy
+    /// or user mapping that names one. Says what that is.
+    pub(crate) async fn leave_out_roles(
+        &mut self,
+        name: &str,
+        left_out: &LeftOut,
+        lacking: &LackingRoles,
+    ) -> Result<Vec<String>, CopyError> {
+        let needed = self.roles_needed(name, left_out, lacking).await?;
+        if needed.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.leave_out_ownership(true, true);
+        let mut said = vec![format!("owners and privileges: {}", needed.problem())];
+        let needed = self.roles_needed(name, left_out, lacking).await?;
+        if needed.is_empty() {
+            return Ok(said);
+        }
+        for object in self.objects_with_roles(name).await? {
+            let mut only = LeftOut::default();
+            only.all_but(&object);
+            let named = self.roles_needed(name, &only, lacking).await?;
+            if !named.is_empty() {
+                said.push(format!("{}: {}", object.trim_end(), named.problem()));
+                self.roleless.object(&object);
+            }
+        }
+        Ok(said)
+    }
+
+    /// The objects of the file that name roles and are neither owners nor privileges.
+    async fn objects_with_roles(&self, name: &str) -> Result<Vec<String>, CopyError> {
+        let listing = self.listing(name, None).await?;
+        Ok(toc::objects_of(&listing, &["POLICY", "USER MAPPING"]))
     }
 
     /// The programs.
@@ -129,16 +187,9 @@ impl Dump {
         left_out: &LeftOut,
         section: &str,
     ) -> Result<Option<PathBuf>, CopyError> {
-        let arguments = [
-            "--list".to_owned(),
-            section.to_owned(),
-            self.path(name).display().to_string(),
-        ];
-        let listing = self
-            .tools
-            .restore(None, "list the schema", &arguments)
-            .await?;
-        let (list, remains) = left_out.filter(&listing);
+        let listing = self.listing(name, Some(section)).await?;
+        let (list, _) = self.roleless.filter(&listing);
+        let (list, remains) = left_out.filter(&list);
         if !remains {
             return Ok(None);
         }
@@ -150,6 +201,15 @@ impl Dump {
                 source,
             })?;
         Ok(Some(path))
+    }
+
+    async fn listing(&self, name: &str, section: Option<&str>) -> Result<String, CopyError> {
+        let mut arguments = vec!["--list".to_owned()];
+        arguments.extend(section.map(str::to_owned));
+        arguments.push(self.path(name).display().to_string());
+        self.tools
+            .restore(None, "list the schema", &arguments)
+            .await
     }
 
     /// Builds indexes, constraints, triggers and rules, `jobs` at a time.

@@ -31,6 +31,7 @@ pub(crate) mod layout;
 pub(crate) mod plan;
 mod progress;
 pub(crate) mod quiet;
+pub(crate) mod roles;
 mod schema;
 pub(crate) mod session;
 pub(crate) mod table;

@@ -43,6 +43,8 @@ impl Entry {
 pub(crate) struct LeftOut {
     lines: HashSet<String>,
     kinds: Vec<&'static str>,
+    /// Everything but this.
+    only: Option<String>,
 }
 
 impl LeftOut {
@@ -51,18 +53,25 @@ impl LeftOut {
         self.lines.insert(entry.line());
     }
 
+    /// Leaves one object out, as the listing has it.
+    pub(super) fn object(&mut self, object: &str) {
+        self.lines.insert(object.trim_end().to_owned());
+    }
+
+    /// Leaves everything out but one object, as the listing has it.
+    pub(super) fn all_but(&mut self, object: &str) {
+        self.only = Some(object.to_owned());
+    }
+
     /// Leaves every object of a kind out.
     pub(super) fn kind(&mut self, kind: &'static str) {
         self.kinds.push(kind);
     }
 
     fn holds(&self, object: &str) -> bool {
-        self.lines.contains(object.trim_end())
-            || self.kinds.iter().any(|kind| {
-                object
-                    .strip_prefix(kind)
-                    .is_some_and(|rest| rest.starts_with(' '))
-            })
+        self.only.as_ref().is_some_and(|only| only != object)
+            || self.lines.contains(object.trim_end())
+            || self.kinds.iter().any(|kind| is_of(object, kind))
     }
 
     /// The listing without what is left out, and whether anything but comments remains.
@@ -80,6 +89,20 @@ impl LeftOut {
         }
         (kept, remains)
     }
+}
+
+/// Whether an object is of this kind.
+fn is_of(object: &str, kind: &str) -> bool {
+    object
+        .strip_prefix(kind)
+        .is_some_and(|rest| rest.starts_with(' '))
+}
+
+/// The objects of these kinds in a listing.
+pub(super) fn objects_of(listing: &str, kinds: &[&str]) -> Vec<String> {
+    let objects = listing.lines().filter_map(object_of);
+    let wanted = objects.filter(|object| kinds.iter().any(|kind| is_of(object, kind)));
+    wanted.map(str::to_owned).collect()
 }
 
 /// What follows `id; catalog-oid object-oid ` in a line of the listing; `None` for comments.
