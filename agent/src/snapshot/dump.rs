@@ -25,6 +25,13 @@ pub(crate) const PRE_DATA: &str = "--section=pre-data";
 /// What needs rows: indexes, constraints, triggers.
 pub(crate) const POST_DATA: &str = "--section=post-data";
 
+/// Attaches the index of a partition.
+const ATTACH: &str = "INDEX ATTACH";
+
+/// What comes behind all indexes: what locks a partitioned table with all of its partitions, and what would see the rest
+/// being built, or speaks of it.
+const BEHIND_INDEXES: [&str; 4] = ["FK CONSTRAINT", "TRIGGER", "EVENT TRIGGER", "COMMENT"];
+
 /// A directory for `pg_dump` files and the lists made of them.
 pub(crate) struct Dump {
     tools: Tools,
@@ -163,7 +170,7 @@ impl Dump {
         section: &str,
         version_num: i32,
     ) -> Result<String, CopyError> {
-        let Some(list) = self.list(name, left_out, section).await? else {
+        let Some(list) = self.list(name, &[left_out], section).await? else {
             return Ok(String::new());
         };
         let mut arguments = vec![
@@ -184,12 +191,14 @@ impl Dump {
     async fn list(
         &self,
         name: &str,
-        left_out: &LeftOut,
+        left_out: &[&LeftOut],
         section: &str,
     ) -> Result<Option<PathBuf>, CopyError> {
         let listing = self.listing(name, Some(section)).await?;
-        let (list, _) = self.roleless.filter(&listing);
-        let (list, remains) = left_out.filter(&list);
+        let (mut list, mut remains) = self.roleless.filter(&listing);
+        for left_out in left_out {
+            (list, remains) = left_out.filter(&list);
+        }
         if !remains {
             return Ok(None);
         }
@@ -233,6 +242,29 @@ impl Dump {
                 .await
                 .map_err(CopyError::replica("build indexes and constraints"));
         }
+        // Two of its sessions may lock one another out for good where one attaches an index and the other adds a foreign key
+        // or a trigger to a partitioned table. Attaching takes no time: one session does it, in between.
+        let mut indexes = LeftOut::kinds(&BEHIND_INDEXES);
+        indexes.kind(ATTACH);
+        let steps = [
+            (indexes, jobs),
+            (LeftOut::all_but_kinds(&[ATTACH]), 1),
+            (LeftOut::all_but_kinds(&BEHIND_INDEXES), jobs),
+        ];
+        for (others, jobs) in steps {
+            self.build_some(name, &[left_out, &others], replica, jobs)
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn build_some(
+        &self,
+        name: &str,
+        left_out: &[&LeftOut],
+        replica: &ReplicaSide<'_>,
+        jobs: u16,
+    ) -> Result<(), CopyError> {
         let Some(list) = self.list(name, left_out, POST_DATA).await? else {
             return Ok(());
         };

@@ -43,6 +43,8 @@ impl Entry {
 pub(crate) struct LeftOut {
     lines: HashSet<String>,
     kinds: Vec<&'static str>,
+    /// Everything but objects of these kinds, if there are any.
+    only_kinds: Vec<&'static str>,
     /// Everything but this.
     only: Option<String>,
 }
@@ -68,10 +70,28 @@ impl LeftOut {
         self.kinds.push(kind);
     }
 
+    /// Leaves everything out but these kinds.
+    pub(super) fn all_but_kinds(kinds: &[&'static str]) -> Self {
+        Self {
+            only_kinds: kinds.to_vec(),
+            ..Self::default()
+        }
+    }
+
+    /// Leaves these kinds out.
+    pub(super) fn kinds(kinds: &[&'static str]) -> Self {
+        Self {
+            kinds: kinds.to_vec(),
+            ..Self::default()
+        }
+    }
+
     fn holds(&self, object: &str) -> bool {
+        let is_one_of = |kinds: &[&'static str]| kinds.iter().any(|kind| is_of(object, kind));
         self.only.as_ref().is_some_and(|only| only != object)
+            || (!self.only_kinds.is_empty() && !is_one_of(&self.only_kinds))
+            || is_one_of(&self.kinds)
             || self.lines.contains(object.trim_end())
-            || self.kinds.iter().any(|kind| is_of(object, kind))
     }
 
     /// The listing without what is left out, and whether anything but comments remains.
@@ -193,6 +213,20 @@ mod tests {
             ..entry("INDEX ATTACH", "leaf_idx")
         });
         assert!(!left_out.filter(LISTING).0.contains("leaf_idx"));
+    }
+
+    #[test]
+    fn some_kinds_and_all_others_are_the_whole() {
+        let kinds = ["FK CONSTRAINT", "INDEX ATTACH"];
+        let without = LeftOut::kinds(&kinds).filter(LISTING).0;
+        let only = LeftOut::all_but_kinds(&kinds).filter(LISTING).0;
+        let objects = |listing: &str| {
+            let lines = listing.lines().filter_map(object_of).map(str::to_owned);
+            lines.collect::<HashSet<String>>()
+        };
+        assert_eq!(objects(&without).len(), 3);
+        assert_eq!(objects(&only).len(), 2);
+        assert_eq!(&objects(&without) | &objects(&only), objects(LISTING));
     }
 
     #[test]
