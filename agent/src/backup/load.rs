@@ -15,7 +15,7 @@
 //! # What it does not do
 //! It creates neither the database nor roles nor schema `dr_agent`: where the caller has made that schema, its
 //! in-band tables are filled, otherwise their rows are passed over. Killed, it leaves a database that is not
-//! empty; the caller removes that ([`super::wipe`]) and begins again.
+//! empty; the caller removes that ([`super::wipe()`]) and begins again.
 
 use futures_util::future;
 use tokio_postgres::{Client, GenericClient};
