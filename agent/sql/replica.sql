@@ -17,6 +17,7 @@ CREATE TABLE IF NOT EXISTS dr_agent.stream (
     stream            text PRIMARY KEY,
     system_identifier text NOT NULL,
     timeline          integer NOT NULL,
+    began             timestamptz NOT NULL,  -- when the slot was created: LSNs of another one mean something else
     created_at        timestamptz NOT NULL DEFAULT now()
 );
 

@@ -20,3 +20,14 @@ CREATE TABLE IF NOT EXISTS dr_agent.sequence_state (
     is_called     boolean NOT NULL,
     PRIMARY KEY (schema_name, sequence_name)
 );
+
+-- The slots that are read here, by stream. Not published: it says which history the source is in, and a source that was
+-- restored says so by it.
+CREATE TABLE IF NOT EXISTS dr_agent.sending (
+    stream            text PRIMARY KEY,
+    system_identifier text NOT NULL,
+    timeline          integer NOT NULL,
+    began             timestamptz NOT NULL,         -- when the slot was created
+    since             pg_lsn,                       -- where it begins; NULL while it is being created
+    listing           boolean NOT NULL DEFAULT false -- the publication was altered: does decoding go by it already?
+);

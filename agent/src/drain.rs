@@ -137,10 +137,7 @@ impl StreamDrain<'_> {
         let settings = StreamSettings {
             kinesis_stream,
             stream: prepared.stream.clone(),
-            system_identifier: prepared
-                .system_identifier
-                .parse()
-                .map_err(|_| Failed::Records("the system identifier is no number"))?,
+            history: prepared.history,
             // The promotion raised it by one; what the agents wrote before is what is wanted.
             term: prepared.term - 1,
             start: prepared.end_lsn,

@@ -26,6 +26,7 @@ pub mod coverage;
 pub mod drain;
 pub mod error;
 pub mod failpoint;
+pub mod history;
 pub mod http;
 pub mod kinesis;
 pub mod lag;

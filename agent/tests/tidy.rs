@@ -34,6 +34,7 @@ const PURE: &[&str] = &[
     "batch.rs",
     "config.rs",
     "error.rs",
+    "history.rs",
     "lag.rs",
     "ledger.rs",
     "net.rs",

@@ -3,11 +3,8 @@
 //! Method: the replica is stopped under an agent that streams; what is written meanwhile has to reach the archive, and the replica
 //! once it is back.
 
-use dr_agent::archive::Span;
-use dr_agent::pg::PgLsn;
-use dr_agent_tests::archive::{expect_state, protected, restore, segments, work};
+use dr_agent_tests::archive::{expect_state, protected, restore, wait_archived, work};
 use dr_agent_tests::site::Site;
-use dr_agent_tests::wait::{PATIENCE, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_log_goes_on_while_the_replica_is_away() {
@@ -18,18 +15,9 @@ async fn the_log_goes_on_while_the_replica_is_away() {
     // Each time one session's spool is the next one's.
     for round in 0..3 {
         site.replica.stop_immediately().await;
-        running.wait_for_log(&["the change log goes on"]).await;
         let moments = work(&source, 12, 10 + round).await;
         let last = moments.last().unwrap();
-        let lsn: PgLsn = last.lsn.parse().unwrap();
-        wait_until("the archive to have it", PATIENCE, || async {
-            let ends = segments(&archive).into_iter().filter_map(|path| {
-                let name = path.file_stem()?.to_str()?.to_owned();
-                Span::parse(&name).map(|span| span.end)
-            });
-            ends.max() >= Some(lsn)
-        })
-        .await;
+        wait_archived(&database, &archive).await;
         // The lag is the replica's, whatever the archive has.
         let database_label = [("database", database.name.as_str())];
         running

@@ -16,6 +16,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::object::{Sum, sha256};
 use crate::catalog::TableName;
+use crate::history::History;
+use crate::lag::pg_micros;
 use crate::pg::PgLsn;
 use crate::setup::locale::Locale;
 use crate::snapshot::inventory::ForeignKey;
@@ -41,7 +43,11 @@ pub struct Manifest {
     /// The source's database.
     pub database: String,
     /// The source's system identifier.
-    pub system_identifier: String,
+    #[serde(with = "text")]
+    pub system_identifier: u64,
+    /// When the history began that its LSN is of: when the slot was created, by the source's clock.
+    #[serde(with = "text")]
+    pub began: Timestamp,
     /// The source's timeline.
     pub timeline: i32,
     /// The source's `server_version_num`.
@@ -107,6 +113,14 @@ pub struct DataFile {
 }
 
 impl Manifest {
+    /// What its LSN is of.
+    pub fn history(&self) -> History {
+        History {
+            system_identifier: self.system_identifier,
+            began: pg_micros(self.began.into()),
+        }
+    }
+
     /// An object of this name.
     pub(super) fn object(&self, name: &str) -> Option<&Object> {
         self.objects.iter().find(|object| object.name == name)
@@ -196,7 +210,8 @@ pub(super) mod tests {
             dr_agent: "0.1.0".into(),
             stream: "dr_agent_app".into(),
             database: "app".into(),
-            system_identifier: "7312".into(),
+            system_identifier: 7312,
+            began: at("2025-12-31T00:00:00Z"),
             timeline: 1,
             server_version: 150_018,
             locale: Locale {

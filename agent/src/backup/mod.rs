@@ -20,6 +20,7 @@
 //! It replicates nothing and reads no log; it does not create databases or roles; it retries nothing. Large
 //! objects and tablespaces are left out, and said so. It does not encrypt: the store does.
 
+mod bases;
 mod error;
 pub mod keep;
 mod load;
@@ -32,10 +33,11 @@ mod rows;
 mod script;
 mod take;
 
+pub use bases::{Bases, Verified};
 pub use error::{BackupError, Flaw};
 pub use load::{LoadJob, load};
 pub use manifest::{DataFile, Manifest, Object};
 pub use object::Sum;
 pub use prune::{Pruned, prune};
-pub use repository::{Summary, list, manifest, newest, sources, verify};
+pub use repository::{Found, Summary, Unusable, find, histories, manifest, newest, verify};
 pub use take::{TakeJob, take};

@@ -29,6 +29,8 @@ use super::{repository, rows, script};
 use crate::catalog::{Table, TableName};
 use crate::config::CopySettings;
 use crate::failpoint;
+use crate::history::History;
+use crate::lag::system_time;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SystemIdentity};
 use crate::pg::{ConnInfo, PgError};
 use crate::setup::{export, locale};
@@ -48,6 +50,8 @@ pub struct TakeJob<'a> {
     pub source: &'a ConnInfo,
     /// Whose backup it is.
     pub stream: &'a StreamName,
+    /// What the source's LSNs are of.
+    pub history: History,
     /// The tables of the publication.
     pub tables: &'a [Table],
     /// The archive.
@@ -96,6 +100,18 @@ impl<'a> Taking<'a> {
     ) -> Result<Manifest, BackupError> {
         let started_at = Timestamp::now();
         let (exporter, identity, slot) = export_snapshot(job).await?;
+        let History {
+            system_identifier,
+            began,
+        } = job.history;
+        if identity.system_identifier != system_identifier {
+            let error = PgError::Protocol(format!(
+                "its system identifier was {system_identifier} a moment ago and is {}",
+                identity.system_identifier
+            ));
+            return Err(source("identify the system")(error));
+        }
+        let began = timestamp(system_time(began)).map_err(source("read when its history began"))?;
         let snapshot = slot.snapshot_name.as_deref().ok_or_else(|| {
             let error = PgError::Protocol("the slot exported no snapshot".to_owned());
             source("create a temporary slot")(error)
@@ -157,7 +173,8 @@ impl<'a> Taking<'a> {
             dr_agent: crate::VERSION.to_owned(),
             stream: job.stream.to_string(),
             database: job.source.dbname().to_owned(),
-            system_identifier: identity.system_identifier,
+            system_identifier,
+            began,
             timeline: identity.timeline,
             server_version: side.version_num(),
             locale: read_locale.map_err(source("read the locale"))?,
@@ -326,11 +343,12 @@ async fn export_snapshot(
 async fn source_time(client: &Client) -> Result<Timestamp, BackupError> {
     let asked = client.query_one("SELECT clock_timestamp()", &[]).await;
     let row = asked.map_err(|error| source("ask for the time")(error.into()))?;
-    let time: SystemTime = row.get(0);
-    Timestamp::try_from(time).map_err(|_| {
-        let error = PgError::Protocol("a time outside of all calendars".to_owned());
-        source("ask for the time")(error)
-    })
+    timestamp(row.get(0)).map_err(source("ask for the time"))
+}
+
+fn timestamp(time: SystemTime) -> Result<Timestamp, PgError> {
+    Timestamp::try_from(time)
+        .map_err(|_| PgError::Protocol("a time outside of all calendars".to_owned()))
 }
 
 /// Writes the manifest, if everything else is there: somebody may have tidied up under a backup that took days.

@@ -14,6 +14,7 @@ use serde_json::json;
 use crate::catalog::TableName;
 use crate::config::{Config, Databases};
 use crate::error::{Classify as _, chain};
+use crate::history::History;
 use crate::lag::{Micros, pg_micros, system_time};
 use crate::pg::{ConnInfo, PgLsn};
 use crate::restore::{self, Moment, Observer, Options, Plan, Report, RestoreError};
@@ -42,6 +43,9 @@ pub struct Args {
     /// Restore the state at this position of the source's WAL
     #[arg(long, value_name = "LSN", value_parser = lsn)]
     to_lsn: Option<PgLsn>,
+    /// Restore this history, where the archive has several of the database: a system identifier and when its slot was created
+    #[arg(long, value_name = "HISTORY", value_parser = history)]
+    history: Option<History>,
     /// Restore only these tables
     #[arg(long = "table", value_name = "SCHEMA.TABLE")]
     tables: Vec<String>,
@@ -51,6 +55,12 @@ pub struct Args {
     /// Print the plan or the report as JSON
     #[arg(long)]
     json: bool,
+}
+
+fn history(text: &str) -> Result<History, String> {
+    text.parse().map_err(|_| {
+        "is not a history such as 7312345678901234567-20261126T143000.123456Z".to_owned()
+    })
 }
 
 fn lsn(text: &str) -> Result<PgLsn, String> {
@@ -128,6 +138,7 @@ fn options(config: &Config, args: &Args) -> Result<Options, RestoreError> {
     Ok(Options {
         target,
         database,
+        history: args.history,
         moment,
         tables,
     })

@@ -5,6 +5,7 @@ use crate::archive::ArchiveError;
 use crate::backup::BackupError;
 use crate::catalog::quote_ident;
 use crate::error::{Class, Classify};
+use crate::history::History;
 use crate::lag::{Micros, system_time};
 use crate::pg::pgoutput::DecodeError;
 use crate::pg::{ConnInfoError, PgError, PgLsn};
@@ -29,6 +30,22 @@ pub enum RestoreError {
     /// The archive knows nothing of it.
     #[error("the archive has no base backup of database \"{0}\"")]
     NothingOf(String),
+    /// The archive has no such history.
+    #[error("the archive has no base backup of history {asked}; it has{}", listed(.known))]
+    NoHistory {
+        /// What was asked for.
+        asked: History,
+        /// What there is.
+        known: Vec<History>,
+    },
+    /// More than one history may be meant.
+    #[error("several histories of the database lead to {moment}:{}", listed(.histories))]
+    WhichHistory {
+        /// What was asked for.
+        moment: Moment,
+        /// Those that do, in the order in which they began.
+        histories: Vec<History>,
+    },
     /// No base backup is old enough.
     #[error("no base backup leads to {moment}{}", since(.oldest))]
     NoBase {
@@ -113,6 +130,11 @@ fn named(names: &[String]) -> String {
     }
 }
 
+fn listed(histories: &[History]) -> String {
+    let each = histories.iter().map(|history| format!(" {history}"));
+    each.collect::<Vec<_>>().join(",")
+}
+
 fn since(oldest: &Option<Micros>) -> String {
     oldest.map_or_else(String::new, |time| {
         let time = humantime::format_rfc3339_micros(system_time(time));
@@ -161,6 +183,11 @@ impl Classify for RestoreError {
             Self::Replay(error) => return error.hint(),
             Self::NoArchive => "write [archive] with its url",
             Self::WhichDatabase(_) => "name one with --database",
+            Self::NoHistory { .. } => "dr-agent backup --list shows the histories there are",
+            Self::WhichHistory { .. } => {
+                "name one with --history; its name ends with when its slot was created. dr-agent backup --list shows the base \
+                 backups of each"
+            }
             Self::NothingOf(_) => "dr-agent backup --list shows what there is",
             Self::NoBase { .. } => "dr-agent backup --list shows the base backups",
             Self::LogEnds { .. } => {

@@ -17,6 +17,7 @@
 //! base backup have their first rows in no log; a change to one is an error that says so.
 
 mod error;
+mod history;
 mod log;
 mod moment;
 mod plan;
@@ -37,6 +38,7 @@ use crate::backup::{self, LoadJob};
 use crate::catalog::TableName;
 use crate::config::Config;
 use crate::failpoint;
+use crate::history::History;
 use crate::lag::{Micros, pg_micros};
 use crate::ledger::BatchNumber;
 use crate::pg::{ConnInfo, PgLsn};
@@ -60,6 +62,8 @@ pub struct Options {
     pub target: ConnInfo,
     /// The source's database.
     pub database: String,
+    /// Of this history; by default of the one that was alive at the moment.
+    pub history: Option<History>,
     /// Its state at this moment.
     pub moment: Moment,
     /// Only these tables; all if empty.
@@ -111,7 +115,8 @@ pub trait Observer: Send + Sync {
 /// [`RestoreError`]
 pub async fn plan(config: &Config, store: &Store, options: &Options) -> Result<Plan, RestoreError> {
     let stream = config.stream(&options.database);
-    let (layout, bases) = source_at(store, &stream, &options.database, options.moment).await?;
+    let (database, moment) = (&options.database, options.moment);
+    let (layout, bases) = history::find(store, &stream, database, moment, options.history).await?;
     let known: Vec<Base> = bases.iter().map(base_of).collect();
     let chosen = plan::choose(&known, options.moment)?;
     let base = bases
@@ -151,40 +156,6 @@ async fn segments(store: &Store, layout: &Layout) -> Result<BTreeMap<Span, u64>,
     Ok(segments.collect())
 }
 
-/// The source with the newest base backup, and all of its base backups, oldest first.
-///
-/// # Errors
-/// [`RestoreError::NothingOf`] before the first base backup.
-pub async fn newest_source(
-    store: &Store,
-    stream: &StreamName,
-    database: &str,
-) -> Result<(Layout, Vec<backup::Summary>), RestoreError> {
-    source_at(store, stream, database, Moment::End).await
-}
-
-/// The source that was the newest at that time. A position means nothing without its source: that is the newest there is.
-async fn source_at(
-    store: &Store,
-    stream: &StreamName,
-    database: &str,
-    moment: Moment,
-) -> Result<(Layout, Vec<backup::Summary>), RestoreError> {
-    let newest = |bases: &[backup::Summary]| {
-        let times = bases.iter().map(|base| (base.lsn, micros(base.as_of)));
-        let usable = times.filter(|(lsn, time)| match moment {
-            Moment::Time(_) => moment.is_at_or_after(*lsn, *time),
-            Moment::End | Moment::Lsn(_) => true,
-        });
-        usable.map(|(_, time)| time).max()
-    };
-    let sources = backup::sources(store, stream).await?;
-    sources
-        .into_iter()
-        .max_by_key(|(_, bases)| newest(bases))
-        .ok_or_else(|| RestoreError::NothingOf(database.to_owned()))
-}
-
 /// Builds the database as planned.
 ///
 /// # Errors
@@ -203,7 +174,7 @@ pub async fn restore(
         &client,
         options.target.dbname(),
         &stream,
-        plan.layout.system_identifier(),
+        plan.layout.history(),
     )
     .await?
     {
@@ -215,7 +186,7 @@ pub async fn restore(
         Found::Empty => {
             target::prepare(&client).await?;
             let base = load(config, store, options, &plan, copy).await?;
-            let id = plan.layout.system_identifier();
+            let id = plan.layout.history();
             let whole = options.tables.is_empty();
             failpoint::hit("restore:base-loaded");
             target::loaded(&mut client, &stream, id, plan.base.lsn, &base, whole).await?

@@ -16,7 +16,8 @@ use tokio_postgres::Client;
 
 use super::RestoreError;
 use crate::catalog::TableName;
-use crate::lag::{Micros, pg_micros};
+use crate::history::History;
+use crate::lag::{Micros, pg_micros, system_time};
 use crate::pg::{self, ConnInfo, PgError, PgLsn, Session, leftover};
 use crate::prepared;
 use crate::setup::replica_schema;
@@ -73,7 +74,7 @@ pub(super) async fn find(
     client: &Client,
     database: &str,
     stream: &StreamName,
-    system_identifier: u64,
+    history: History,
 ) -> Result<Found, RestoreError> {
     let sql =
         |error: tokio_postgres::Error| RestoreError::target("look at the target")(error.into());
@@ -121,11 +122,15 @@ pub(super) async fn find(
           FROM dr_agent.progress p
           JOIN dr_agent.stream s USING (stream)
           JOIN LATERAL (SELECT snapshot_lsn FROM dr_agent.table_sync t WHERE t.stream = p.stream LIMIT 1) r ON true
-         WHERE p.stream = $1 AND s.system_identifier = $2";
+         WHERE p.stream = $1 AND s.system_identifier = $2 AND s.began = $3";
     let row = client
         .query_opt(
             POSITION,
-            &[&stream.as_str(), &system_identifier.to_string()],
+            &[
+                &stream.as_str(),
+                &history.system_identifier.to_string(),
+                &system_time(history.began),
+            ],
         )
         .await
         .map_err(sql)?;
@@ -202,7 +207,7 @@ pub(super) async fn prepare(client: &Client) -> Result<(), RestoreError> {
 pub(super) async fn loaded(
     client: &mut Client,
     stream: &StreamName,
-    system_identifier: u64,
+    history: History,
     base: PgLsn,
     tables: &[TableName],
     whole: bool,
@@ -216,8 +221,12 @@ pub(super) async fn loaded(
     let transaction = client.transaction().await.map_err(sql)?;
     transaction
         .execute(
-            "INSERT INTO dr_agent.stream (stream, system_identifier, timeline) VALUES ($1, $2, 0)",
-            &[&stream.as_str(), &system_identifier.to_string()],
+            "INSERT INTO dr_agent.stream (stream, system_identifier, timeline, began) VALUES ($1, $2, 0, $3)",
+            &[
+                &stream.as_str(),
+                &history.system_identifier.to_string(),
+                &system_time(history.began),
+            ],
         )
         .await
         .map_err(sql)?;

@@ -35,6 +35,7 @@ mod base;
 mod begin;
 mod error;
 mod init;
+pub(crate) mod note;
 mod receiving;
 mod recover;
 mod replica;
@@ -57,15 +58,16 @@ pub use init::{Plan, Privileged, plan};
 pub use locale::{Locale, Provider};
 pub use receiving::{Uncopied, prepare_draining, prepare_receiving, uncopied};
 pub use role::Statement;
-pub use sending::{prepare_logging, prepare_sending};
+pub use sending::{Logged, logged, prepare_sending};
 
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases};
+use crate::history::History;
 use crate::pg::replication::CreatedSlot;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
 use crate::snapshot::{self, CopyJob, CopyObserver};
 use crate::stream::StreamName;
-use identity::{History, Observed, Verdict};
+use identity::{Cluster, Observed, Recorded, Verdict};
 use replica::Progress;
 use source_side::SourceSide;
 
@@ -89,8 +91,8 @@ pub struct Prepared {
     pub commit_time: Option<SystemTime>,
     /// The source's timeline.
     pub timeline: i32,
-    /// The source's system identifier.
-    pub system_identifier: String,
+    /// What the LSNs here are of.
+    pub history: History,
     /// The source's `server_version_num`.
     pub server_version: i32,
     /// Every table whose changes are applied, each with the position of its copy: changes committed
@@ -137,22 +139,26 @@ async fn databases(conninfo: &ConnInfo) -> Result<Vec<String>, SetupError> {
         .map_err(SetupError::sql(Side::Source, "list databases"))
 }
 
-/// The tables that are published under a stream's name; none before there is a publication.
+/// The tables that are published under a stream's name, and what its slot's LSNs are of; none before the slot is there.
 ///
 /// # Errors
 /// When the source refuses.
 pub async fn published(
     source: &ConnInfo,
     stream: &StreamName,
-) -> Result<Option<Vec<Table>>, SetupError> {
+) -> Result<Option<(History, Vec<Table>)>, SetupError> {
     let client = source::open(source, stream).await?;
+    let noted = note::read(&client, stream).await?;
+    let Some(noted) = noted.filter(|noted| noted.since.is_some()) else {
+        return Ok(None);
+    };
     let found = source::observe(&client, stream).await?;
     let Some(publication) = found.publication else {
         return Ok(None);
     };
     let mut tables = found.tables;
     tables.retain(|table| publication.publishes(table) && !table.unlogged);
-    Ok(Some(tables))
+    Ok(Some((noted.history(), tables)))
 }
 
 /// Brings `database` to where streaming can start. Repeatable, whatever was killed before.
@@ -216,14 +222,15 @@ impl<'a> Setup<'a> {
         replica::lock(&replica, &stream).await?;
         let known = replica::known(&replica, &stream).await?;
         let mut walsender = source.walsender().await?;
-        let (history, source_lsn) = source_side::identify(&mut walsender).await?;
+        let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
         let verdict = identity::verdict(&Observed {
             stream: stream.clone(),
             database: database.to_owned(),
-            source: history.clone(),
+            source: cluster,
             source_lsn,
             slot: source.slot().await?,
-            recorded: known.recorded.clone(),
+            noted: source.note().await?.map(|noted| noted.began),
+            recorded: known.recorded,
             applied: known.progress.map(|progress| progress.end_lsn),
         })
         .map_err(|source| SetupError::Mismatch {
@@ -244,18 +251,19 @@ impl<'a> Setup<'a> {
             replica,
             observer,
         };
-        let progress = match (verdict, progress) {
-            (Verdict::Begin { drop_slot }, _) => {
-                setup.begin(&mut walsender, &history, drop_slot).await?
+        let (progress, history) = match verdict {
+            Verdict::Begin { drop_slot } => {
+                setup.begin(&mut walsender, &cluster, drop_slot).await?
             }
-            (Verdict::Resume, progress) => {
-                let progress =
-                    progress.expect("the verdict is Resume only where there is progress");
+            Verdict::Resume => {
+                let recorded = known.recorded.map(Recorded::history);
+                let both = progress.zip(recorded);
                 setup.resume(&mut walsender).await?;
-                progress
+                both.expect("the verdict is Resume only where there is progress")
             }
         };
-        let mut prepared = setup.finish(history, progress, source_lsn).await?;
+        let from = (cluster, history);
+        let mut prepared = setup.finish(from, progress, source_lsn).await?;
         // From here on the slot is what only one agent can have.
         prepared._lock = None;
         Ok(prepared)
@@ -292,7 +300,7 @@ impl<'a> Setup<'a> {
 
     async fn finish(
         self,
-        history: History,
+        (cluster, history): (Cluster, History),
         progress: Progress,
         as_of: PgLsn,
     ) -> Result<Prepared, SetupError> {
@@ -308,8 +316,8 @@ impl<'a> Setup<'a> {
             batch: progress.batch,
             end_lsn: progress.end_lsn,
             commit_time: progress.commit_time,
-            timeline: history.timeline,
-            system_identifier: history.system_identifier,
+            timeline: cluster.timeline,
+            history,
             server_version: self.source.found.version,
             synced: table_sync::synced(rows),
             as_of,

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::base::{self, Base};
 use super::error::{SetupError, Side};
-use super::identity::{self, History};
+use super::identity::{self, Recorded};
 use super::replica::{self, Known, Progress, Server};
 use super::source_side::{self, SourceSide};
 use super::{Prepared, Setup, locale, recover, role, sending, slot, table_sync};
@@ -78,10 +78,8 @@ pub async fn uncopied(config: &Config, database: &str) -> Result<Uncopied, Setup
     let (published, source_in_reach): (BTreeSet<TableName>, bool) =
         match within_reach(super::published(&source, &stream)).await {
             Ok(tables) => {
-                let names = tables
-                    .unwrap_or_default()
-                    .into_iter()
-                    .map(|table| table.name);
+                let tables = tables.map(|(_, tables)| tables).unwrap_or_default();
+                let names = tables.into_iter().map(|table| table.name);
                 (names.collect(), true)
             }
             Err(error) if error.is_out_of_reach(Side::Source) => match &config.archive {
@@ -126,7 +124,7 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
     let stream = config.stream(database);
     let client = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
     let known = replica::remembered(&client, &stream).await?;
-    let (Some(history), Some(progress)) = (known.recorded, known.progress) else {
+    let (Some(recorded), Some(progress)) = (known.recorded, known.progress) else {
         return Err(SetupError::NotSent {
             stream: stream.to_string(),
         });
@@ -140,7 +138,7 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
         cancel: &CancellationToken::new(),
     };
     receiving
-        .prepared(client, history, progress, progress.end_lsn)
+        .prepared(client, recorded, progress, progress.end_lsn)
         .await
 }
 
@@ -172,18 +170,21 @@ impl<'a> Receiving<'a> {
             .expect("nobody else works on the stream, and it has progress");
         replica::guard(&mut client, self.database).await?;
         let rows = table_sync::rows(&client, &self.stream).await?;
-        let history = known.recorded.ok_or_else(|| SetupError::NotSent {
+        let recorded = known.recorded.ok_or_else(|| SetupError::NotSent {
             stream: self.stream.to_string(),
         })?;
         let unfinished = rows.iter().find(|row| !row.ready).map(|row| &row.table);
         match new_table.or(unfinished) {
             // Whatever is not on the list and changes from here on is new.
             None => {
-                self.prepared(client, history, progress, progress.end_lsn)
+                self.prepared(client, recorded, progress, progress.end_lsn)
                     .await
             }
             Some(table) => match self.reach_source().await {
-                Ok(source) => self.more(source, client, history, progress).await,
+                Ok((source, note)) => {
+                    let both = (&recorded, &note);
+                    self.more(source, client, both, progress).await
+                }
                 Err(error) => Err(SetupError::NewTableElsewhere {
                     table: table.clone(),
                     source: Box::new(error),
@@ -201,22 +202,23 @@ impl<'a> Receiving<'a> {
     }
 
     /// The source, if it can be reached from here and is sent from.
-    async fn reach_source(&self) -> Result<SourceSide<'a>, SetupError> {
+    async fn reach_source(&self) -> Result<(SourceSide<'a>, Recorded), SetupError> {
         let opening = SourceSide::open(self.config, self.database, self.cancel);
         let source = within_reach(Box::pin(opening)).await?;
-        if sending::is_sent(&source).await? {
-            Ok(source)
-        } else {
-            Err(SetupError::NotSent {
+        match sending::sent(&source).await? {
+            Some(history) => Ok((source, history)),
+            None => Err(SetupError::NotSent {
                 stream: self.stream.to_string(),
-            })
+            }),
         }
     }
 
     /// The first copy.
     async fn first(self, admin: &Client, server: &Server) -> Result<Prepared, SetupError> {
         let unreachable = match self.reach_source().await {
-            Ok(source) => return self.first_from_source(source, admin, server).await,
+            Ok((source, history)) => {
+                return self.first_from_source(source, history, admin, server).await;
+            }
             Err(error) if error.is_out_of_reach(Side::Source) => error,
             Err(error) => return Err(error),
         };
@@ -242,6 +244,7 @@ impl<'a> Receiving<'a> {
     async fn first_from_source(
         self,
         mut source: SourceSide<'a>,
+        recorded: Recorded,
         admin: &Client,
         server: &Server,
     ) -> Result<Prepared, SetupError> {
@@ -260,14 +263,15 @@ impl<'a> Receiving<'a> {
         replica::guard(&mut client, self.database).await?;
         replica::require_empty(&client, self.database).await?;
         let mut walsender = source.walsender().await?;
-        let (history, source_lsn) = source_side::identify(&mut walsender).await?;
+        let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
         source.look_again().await?;
         let mut setup = self.setup(source, client);
-        setup.take_over(&history).await?;
+        let history = recorded.history();
+        setup.take_over(&cluster, &history).await?;
         let copied_at = setup.source_time().await?;
         let snapshot = slot::snapshot(&setup.source, &mut walsender).await?;
         let progress = setup.first_copy(&snapshot, copied_at).await?;
-        setup.finish(history, progress, source_lsn).await
+        setup.finish((cluster, history), progress, source_lsn).await
     }
 
     async fn first_from_base(
@@ -292,7 +296,7 @@ impl<'a> Receiving<'a> {
             )
             .await?;
         let mut prepared = self
-            .prepared(client, base.history(), progress, progress.end_lsn)
+            .prepared(client, base.recorded(), progress, progress.end_lsn)
             .await?;
         prepared.warnings.extend(created);
         prepared.warnings.extend(base.manifest.warnings.clone());
@@ -304,14 +308,16 @@ impl<'a> Receiving<'a> {
         self,
         mut source: SourceSide<'a>,
         client: Client,
-        recorded: History,
+        (recorded, noted): (&Recorded, &Recorded),
         progress: Progress,
     ) -> Result<Prepared, SetupError> {
         let mut walsender = source.walsender().await?;
-        let (history, source_lsn) = source_side::identify(&mut walsender).await?;
-        identity::same_history(&recorded, &history).map_err(|source| SetupError::Mismatch {
-            database: self.database.to_owned(),
-            source,
+        let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
+        identity::same_history(&self.stream, recorded, noted, &cluster).map_err(|source| {
+            SetupError::Mismatch {
+                database: self.database.to_owned(),
+                source,
+            }
         })?;
         source.look_again().await?;
         let rows = table_sync::rows(&client, &self.stream).await?;
@@ -329,7 +335,8 @@ impl<'a> Receiving<'a> {
                 .copy_tables(&mut walsender, rest, ready.is_empty())
                 .await?;
         }
-        setup.finish(history, progress, source_lsn).await
+        let from = (cluster, recorded.history());
+        setup.finish(from, progress, source_lsn).await
     }
 
     fn setup(&self, source: SourceSide<'a>, replica: Client) -> Setup<'a> {
@@ -346,7 +353,7 @@ impl<'a> Receiving<'a> {
     async fn prepared(
         self,
         client: Client,
-        history: History,
+        recorded: Recorded,
         progress: Progress,
         as_of: PgLsn,
     ) -> Result<Prepared, SetupError> {
@@ -356,8 +363,8 @@ impl<'a> Receiving<'a> {
             batch: progress.batch,
             end_lsn: progress.end_lsn,
             commit_time: progress.commit_time,
-            timeline: history.timeline,
-            system_identifier: history.system_identifier,
+            timeline: recorded.cluster.timeline,
+            history: recorded.history(),
             server_version: 0,
             synced: table_sync::synced(rows),
             as_of,

@@ -13,7 +13,8 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::error::{SetupError, Side};
-use super::identity::{History, Slot};
+use super::identity::{Cluster, Slot};
+use super::note::{self, Note};
 use super::publication::Wanted;
 use super::{export, source};
 use crate::catalog::{Protection, TableName};
@@ -71,6 +72,11 @@ impl<'a> SourceSide<'a> {
     /// The stream's slot, if it is there.
     pub(super) async fn slot(&self) -> Result<Option<Slot>, SetupError> {
         observe_slot(&self.client, &self.stream).await
+    }
+
+    /// What the source remembers of the stream's slot.
+    pub(super) async fn note(&self) -> Result<Option<Note>, SetupError> {
+        note::read(&self.client, &self.stream).await
     }
 
     /// Brings the source's schema and publication to what is wanted.
@@ -135,16 +141,16 @@ pub(super) async fn observe_slot(
 /// Who the source is, and where its WAL stands.
 pub(super) async fn identify(
     walsender: &mut ReplicationConnection,
-) -> Result<(History, PgLsn), SetupError> {
+) -> Result<(Cluster, PgLsn), SetupError> {
     let identity = walsender
         .identify_system()
         .await
         .map_err(SetupError::sql(Side::Source, "identify the system"))?;
-    let history = History {
+    let cluster = Cluster {
         system_identifier: identity.system_identifier,
         timeline: identity.timeline,
     };
-    Ok((history, identity.xlogpos))
+    Ok((cluster, identity.xlogpos))
 }
 
 pub(super) fn names(tables: &BTreeSet<TableName>) -> String {

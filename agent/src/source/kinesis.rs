@@ -20,7 +20,6 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use prost::Message as _;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -28,8 +27,9 @@ use super::shelf::{Kept, Shelf};
 use super::{IntakeLimits, LogIntake, Received, SourceError, SourcePosition};
 use crate::archive::{ArchiveError, Chain, Layout, SegmentReader, Span};
 use crate::batch::IN_FLIGHT_MAX;
-use crate::changelog::{Gap, Gather, Gathered, Part, UnpackError, Unpacker, VERSION, Worth};
+use crate::changelog::{self, Gap, Gather, Gathered, UnpackError, Unpacker, VERSION, Worth};
 use crate::failpoint;
+use crate::history::History;
 use crate::kinesis::{Event, Kinesis, KinesisError, StartAt};
 use crate::metrics::StreamMetrics;
 use crate::pg::PgLsn;
@@ -59,8 +59,8 @@ pub struct StreamSettings {
     pub kinesis_stream: String,
     /// The stream in it.
     pub stream: StreamName,
-    /// The source's.
-    pub system_identifier: u64,
+    /// What its LSNs are of.
+    pub history: History,
     /// What was written at a lower term is ignored.
     pub term: i64,
     /// Where to begin: the end of the last applied transaction.
@@ -114,7 +114,7 @@ pub async fn receive(
     let mut receiving = Receiving {
         gather: Gather::new(
             settings.stream.as_str(),
-            settings.system_identifier,
+            settings.history,
             settings.term,
             settings.start,
             IN_FLIGHT_MAX,
@@ -126,7 +126,7 @@ pub async fn receive(
         ),
         intake: LogIntake::telling(limits, settings.start, space, queue.clone(), position),
         queue,
-        layout: Layout::new(&settings.stream, settings.system_identifier),
+        layout: Layout::new(&settings.stream, settings.history),
         settings,
         until,
         metrics,
@@ -227,7 +227,7 @@ impl Receiving {
     }
 
     fn record(&mut self, record: Bytes) -> Result<(), SourceError> {
-        let Ok(part) = Part::decode(record) else {
+        let Ok(part) = changelog::decode(record) else {
             // If it was one of ours, the gap it leaves is noticed.
             self.ignore("unreadable", "is no change-log record");
             return Ok(());
@@ -242,10 +242,10 @@ impl Receiving {
                 self.metrics.ignored("other_stream");
                 return Ok(());
             }
-            Worth::OtherSource => {
+            Worth::OtherHistory => {
                 self.ignore(
-                    "other_source",
-                    "comes from another source under the same stream name",
+                    "other_history",
+                    "comes from another source under the same stream name, or from a slot before this one",
                 );
                 return Ok(());
             }
