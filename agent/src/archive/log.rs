@@ -100,10 +100,10 @@ pub struct Reach {
 }
 
 impl Reach {
-    /// Whether the pipeline has been at the front for a while, so that nobody else need read for the log.
-    pub fn pipeline_leads(&self, now: Instant, lead: Duration) -> bool {
+    /// Whether the pipeline has been at the front for a while since `began`, so that nobody else need read for the log.
+    pub fn pipeline_leads(&self, began: Instant, now: Instant, lead: Duration) -> bool {
         self.front
-            .is_some_and(|(since, last)| now - last < lead && now - since >= lead)
+            .is_some_and(|(since, last)| now - last < lead && now - since.max(began) >= lead)
     }
 
     /// The pipeline has offered what is new.

@@ -106,7 +106,7 @@ impl Apart<'_> {
             database = self.database, from = %start,
             "the change log goes on by itself: nothing has come to it for a while"
         );
-        let limits = &self.config.limits;
+        let (began, limits) = (Instant::now(), &self.config.limits);
         let mut ledger = Ledger::resume(1, BatchNumber(0), start);
         let (flush, flush_seen) = watch::channel(ledger.flush_lsn());
         let (received, mut transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
@@ -150,7 +150,7 @@ impl Apart<'_> {
                     return Err(ApartError::Ended);
                 }
                 _ = look.tick() => {
-                    if self.log.reach().pipeline_leads(Instant::now(), self.lead) {
+                    if self.log.reach().pipeline_leads(began, Instant::now(), self.lead) {
                         return Ok(());
                     }
                     continue;

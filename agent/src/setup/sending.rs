@@ -18,7 +18,7 @@ use super::identity::{self, Cluster, Mismatch, Recorded, Slot, Verdict};
 use super::note::{self, Note};
 use super::source_side::{self, SourceSide};
 use super::{Prepared, form, slot};
-use crate::config::Config;
+use crate::config::{Config, Route};
 use crate::history::History;
 use crate::pg::PgLsn;
 use crate::pg::replication::ReplicationConnection;
@@ -127,7 +127,7 @@ pub struct Logged {
     pub confirmed: PgLsn,
     /// The term at which the source sends.
     pub term: i64,
-    /// Whether values may travel in binary form.
+    /// Whether values travel in binary form, as they do in the pipeline.
     pub binary: bool,
 }
 
@@ -161,15 +161,16 @@ pub async fn logged(
             applied: confirmed,
         }));
     }
-    let binary = form::binary_travels(&source.client, &source.stream).await;
+    let travels = form::binary_travels(&source.client, &source.stream).await;
+    let travels = travels.map_err(SetupError::sql(
+        Side::Source,
+        "look up the types of published columns",
+    ))?;
     Ok(Logged {
         history: noted.history(),
         confirmed,
         term: term(&source).await?,
-        binary: binary.map_err(SetupError::sql(
-            Side::Source,
-            "look up the types of published columns",
-        ))?,
+        binary: travels && config.route == Route::Direct,
     })
 }
 
