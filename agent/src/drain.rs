@@ -29,7 +29,7 @@ use crate::promote::{Drain, DrainError, Drained};
 use crate::replay::{self, Reached, ReplayError, Target};
 use crate::setup::{self, Prepared, SetupError};
 use crate::sink::replica::SinkError;
-use crate::source::{self, IntakeLimits, SourceError, SourcePosition, StreamSettings, Until};
+use crate::source::{self, IntakeLimits, SourceError, SourcePosition, StreamSettings, Tip, Until};
 use crate::spill::{self, SpillError, SpillSpace};
 
 /// Transactions between reading and applying; their bytes are bounded by `limits.queue_bytes`.
@@ -93,10 +93,10 @@ impl StreamDrain<'_> {
     async fn database(&self, database: &str) -> Result<Drained, Failed> {
         let mut drained = Drained::default();
         let mut prepared = setup::prepare_draining(self.config, database).await?;
-        let gap = loop {
+        let tip = loop {
             let applied = &mut drained.transactions;
             match self.up_to_the_tip(database, &prepared, applied).await {
-                Ok(gap) => break gap,
+                Ok(tip) => break tip,
                 // Its first rows are on the source alone.
                 Err(Failed::Replay(ReplayError::Sink(SinkError::TableNotCopied { table }))) => {
                     drained.warnings.push(format!(
@@ -109,22 +109,35 @@ impl StreamDrain<'_> {
                 Err(error) => return Err(error),
             }
         };
-        if let Some(Gap { from, to, .. }) = gap {
+        if let Some(Gap { from, to, .. }) = tip.gap {
             drained.warnings.push(format!(
                 "the Kinesis stream has transactions behind {to} whose predecessors, from {from} on, had not arrived when the \
                  source was lost: they were not applied"
+            ));
+        } else if tip.unfinished {
+            drained.warnings.push(format!(
+                "the Kinesis stream has a part of what the source committed behind {}, whose other parts had not arrived: it was \
+                 not applied",
+                tip.position
+            ));
+        }
+        if !tip.joined {
+            drained.warnings.push(format!(
+                "nothing in the Kinesis stream leads on from {}: its records were too old and are gone, or it is not the \
+                 stream of this database (route.stream, AWS_REGION)",
+                prepared.end_lsn
             ));
         }
         Ok(drained)
     }
 
-    /// Applies what is in the stream now, and counts the transactions; returns the gap behind which there is more.
+    /// Applies what is in the stream now, and counts the transactions.
     async fn up_to_the_tip(
         &self,
         database: &str,
         prepared: &Prepared,
         applied: &mut u64,
-    ) -> Result<Option<Gap>, Failed> {
+    ) -> Result<Tip, Failed> {
         let config = self.config;
         let limits = &config.limits;
         let kinesis_stream = config
@@ -178,10 +191,10 @@ impl StreamDrain<'_> {
         let before = *applied;
         let count = |reached: &Reached| *applied = before + reached.transactions;
         let applying = Box::pin(replay::apply(config, target, from, transactions, count));
-        let (gap, reached) = tokio::join!(reading, applying);
+        let (tip, reached) = tokio::join!(reading, applying);
         // An apply that failed ends the reading, too.
         reached?;
-        Ok(gap?)
+        Ok(tip?)
     }
 }
 
