@@ -12,21 +12,21 @@
 //! # What it does not do
 //! It does not wait for the source: what is in the stream when it begins is all it takes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 
+use crate::catalog::TableName;
 use crate::changelog::Gap;
 use crate::config::Config;
 use crate::error::{Class, Classify, chain};
 use crate::lag::pg_micros;
 use crate::ledger::BatchNumber;
 use crate::metrics::StreamMetrics;
-use crate::pg::PgLsn;
 use crate::promote::{Drain, DrainError, Drained};
-use crate::replay::{self, Reached, ReplayError, Target};
+use crate::replay::{self, Reached, ReplayError, Sessions, Target};
 use crate::setup::{self, Prepared, SetupError};
 use crate::sink::replica::SinkError;
 use crate::source::{self, IntakeLimits, SourceError, SourcePosition, StreamSettings, Tip, Until};
@@ -34,6 +34,14 @@ use crate::spill::{self, SpillError, SpillSpace};
 
 /// Transactions between reading and applying; their bytes are bounded by `limits.queue_bytes`.
 const QUEUE_TRANSACTIONS: usize = 16_384;
+
+/// Settings of the sessions that apply.
+const SESSION: &[(&str, &str)] = &[
+    // As long as lanes wait for one another. Nobody may be waited for without an end: the users wait, too.
+    ("lock_timeout", "10s"),
+    // Durable here; a standby of the replica that is away must not hold up the promotion.
+    ("synchronous_commit", "local"),
+];
 
 /// The stream of a configuration.
 pub struct StreamDrain<'c> {
@@ -92,10 +100,14 @@ impl Drain for StreamDrain<'_> {
 impl StreamDrain<'_> {
     async fn database(&self, database: &str) -> Result<Drained, Failed> {
         let mut drained = Drained::default();
+        let mut left_out = HashSet::new();
         let mut prepared = setup::prepare_draining(self.config, database).await?;
         let tip = loop {
             let applied = &mut drained.transactions;
-            match self.up_to_the_tip(database, &prepared, applied).await {
+            match self
+                .up_to_the_tip(database, &prepared, &left_out, applied)
+                .await
+            {
                 Ok(tip) => break tip,
                 // Its first rows are on the source alone.
                 Err(Failed::Replay(ReplayError::Sink(SinkError::TableNotCopied { table }))) => {
@@ -104,7 +116,7 @@ impl StreamDrain<'_> {
                     ));
                     prepared = setup::prepare_draining(self.config, database).await?;
                     tracing::warn!(database, %table, "a table was never copied: its changes are left out");
-                    prepared.as_of = PgLsn::from(u64::MAX);
+                    left_out.insert(table);
                 }
                 Err(error) => return Err(error),
             }
@@ -136,6 +148,7 @@ impl StreamDrain<'_> {
         &self,
         database: &str,
         prepared: &Prepared,
+        left_out: &HashSet<TableName>,
         applied: &mut u64,
     ) -> Result<Tip, Failed> {
         let config = self.config;
@@ -174,6 +187,8 @@ impl StreamDrain<'_> {
             term: prepared.term,
             tables: prepared.synced.iter().cloned().collect::<HashMap<_, _>>(),
             as_of: prepared.as_of,
+            left_out: left_out.clone(),
+            session: SESSION,
         };
         let from = Reached {
             end_lsn: prepared.end_lsn,
@@ -181,6 +196,7 @@ impl StreamDrain<'_> {
             batch: BatchNumber(prepared.batch),
             transactions: 0,
         };
+        let lanes = Sessions::connect(config, target).await?;
         let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
         let (position, _) = watch::channel(SourcePosition::default());
         let metrics = StreamMetrics::new(database);
@@ -190,7 +206,7 @@ impl StreamDrain<'_> {
         ));
         let before = *applied;
         let count = |reached: &Reached| *applied = before + reached.transactions;
-        let applying = Box::pin(replay::apply(config, target, from, transactions, count));
+        let applying = Box::pin(replay::apply(config, lanes, from, transactions, count));
         let (tip, reached) = tokio::join!(reading, applying);
         // An apply that failed ends the reading, too.
         reached?;

@@ -8,6 +8,7 @@
 //! Log      walsender ▶ … ▶ [spool] ▶ nowhere       monitor, archive
 //! ```
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -225,10 +226,12 @@ impl Pipeline {
                 },
                 lanes: self.config.replica.lanes,
                 spread_changes: limits.spread_changes,
+                session: &[],
             },
             Synced {
                 tables: prepared.synced.iter().cloned().collect(),
                 as_of: prepared.as_of,
+                left_out: HashSet::new(),
             },
         )
         .await?;
