@@ -37,7 +37,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use self::behind::Behind;
 use self::intake::Intake;
 pub use self::intake::IntakeLimits;
-pub use self::kinesis::{StreamSettings, Until, receive};
+pub use self::kinesis::{StreamSettings, Tip, Until, receive};
 pub use self::log::LogIntake;
 use crate::archive::ArchiveError;
 use crate::changelog::{Gap, UnpackError};

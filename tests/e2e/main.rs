@@ -30,6 +30,7 @@ mod observe;
 mod oracle;
 mod prefix;
 mod promote;
+mod promote_kinesis;
 mod route_kinesis;
 mod route_kinesis_check;
 mod schema;

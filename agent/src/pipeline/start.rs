@@ -7,6 +7,7 @@
 //! Apply    Kinesis   ▶ … ▶ replica
 //! ```
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -171,10 +172,12 @@ impl Pipeline {
                 },
                 lanes: self.config.replica.lanes,
                 spread_changes: limits.spread_changes,
+                session: &[],
             },
             Synced {
                 tables: prepared.synced.iter().cloned().collect(),
                 as_of: prepared.as_of,
+                left_out: HashSet::new(),
             },
         )
         .await?;

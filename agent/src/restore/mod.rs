@@ -23,7 +23,7 @@ mod moment;
 mod plan;
 mod target;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use jiff::Timestamp;
 use tokio::sync::mpsc;
@@ -42,7 +42,7 @@ use crate::history::History;
 use crate::lag::{Micros, pg_micros};
 use crate::ledger::BatchNumber;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::replay::{self, Reached, Target};
+use crate::replay::{self, Reached, Sessions, Target};
 use crate::snapshot::CopyObserver;
 use crate::source::{IntakeLimits, LogIntake};
 use crate::spill::{self, SpillSpace};
@@ -310,14 +310,17 @@ async fn replay(
         term: target::TERM,
         tables: target::synced(position),
         as_of: as_of(position),
+        left_out: HashSet::new(),
+        session: &[],
     };
+    let sessions = Sessions::connect(config, target).await?;
     let reading = async move {
         let beyond = reader.run(&mut intake).await;
         // No more transactions come.
         drop(intake);
         beyond
     };
-    let applying = replay::apply(config, target, from, transactions, |reached| {
+    let applying = replay::apply(config, sessions, from, transactions, |reached| {
         observer.replayed(reached.end_lsn, plan.chain.end, reached.commit_time);
     });
     let (beyond, reached) = tokio::join!(reading, applying);

@@ -34,6 +34,9 @@ use crate::stream::StreamName;
 /// How long a source may take to answer that may be out of reach for good.
 const SOURCE_WITHIN: Duration = Duration::from_secs(10);
 
+/// How long a question to the replica may take while a promotion waits for it: a table of ours may be locked by somebody.
+const DRAINING_WITHIN: &str = "10s";
+
 /// Brings `database` to where the stream can be applied. Repeatable, whatever was killed before.
 ///
 /// `new_table` is one that the stream has and the replica has not.
@@ -116,13 +119,18 @@ async fn within_reach<T>(
         })
 }
 
-/// What a promotion goes on from once it has raised the term: nobody else applies, and nothing is copied any more.
+/// What a promotion goes on from once it has raised the term and settled what was left prepared: nobody else applies, and
+/// nothing is copied any more. Only reads.
 ///
 /// # Errors
 /// [`SetupError`]
 pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepared, SetupError> {
     let stream = config.stream(database);
     let client = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
+    client
+        .batch_execute(&format!("SET statement_timeout = '{DRAINING_WITHIN}'"))
+        .await
+        .map_err(|error| SetupError::sql(Side::Replica, "look at it")(error.into()))?;
     let known = replica::remembered(&client, &stream).await?;
     let (Some(recorded), Some(progress)) = (known.recorded, known.progress) else {
         return Err(SetupError::NotSent {

@@ -2,9 +2,13 @@
 //!
 //! A table's changes committed before its copy's snapshot are in the copy already; applying them again
 //! would double them.
+//!
+//! # Invariants
+//! - A table that is not on the list is named by an error before a change of it that may count is left out. Only who names it
+//!   to be left out gets on without it.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio_postgres::Client;
@@ -22,6 +26,8 @@ pub struct Synced {
     pub tables: HashMap<TableName, Option<PgLsn>>,
     /// Where the source's WAL stood when this list was made.
     pub as_of: PgLsn,
+    /// Tables that are not on the list, and whose changes are left out all the same.
+    pub left_out: HashSet<TableName>,
 }
 
 /// What is known of one description of a relation.
@@ -31,6 +37,8 @@ enum Standing {
     Copied(Option<PgLsn>),
     /// Not on the list.
     Unknown(TableName),
+    /// Not on the list, and to be left out.
+    LeftOut,
 }
 
 /// The relations of one session.
@@ -129,6 +137,7 @@ impl Relations {
             };
             let standing = match self.synced.tables.get(&table) {
                 Some(snapshot_lsn) => Standing::Copied(*snapshot_lsn),
+                None if self.synced.left_out.contains(&table) => Standing::LeftOut,
                 None => Standing::Unknown(table),
             };
             (Arc::clone(relation), standing)
@@ -137,6 +146,7 @@ impl Relations {
             Standing::Copied(snapshot_lsn) => {
                 Ok(snapshot_lsn.is_none_or(|snapshot| commit_lsn >= snapshot))
             }
+            Standing::LeftOut => Ok(false),
             Standing::Unknown(_) if commit_lsn < self.synced.as_of => Ok(false),
             Standing::Unknown(table) => Err(SinkError::TableNotCopied {
                 table: table.clone(),
@@ -160,8 +170,9 @@ mod tests {
         let mut relations = Relations::new(Synced {
             tables,
             as_of: lsn(100),
+            left_out: HashSet::from([name("left_out")]),
         });
-        let [old, new, gone] = [(1, "old"), (2, "new"), (3, "gone")]
+        let [old, new, gone, left_out] = [(1, "old"), (2, "new"), (3, "gone"), (4, "left_out")]
             .map(|(id, name)| relation(table(id, name, &["a"])));
         assert!(relations.applies(&old, lsn(1)).unwrap());
         assert!(!relations.applies(&new, lsn(49)).unwrap());
@@ -171,5 +182,8 @@ mod tests {
             relations.applies(&gone, lsn(100)),
             Err(SinkError::TableNotCopied { .. })
         ));
+        // One that is to be left out says nothing about another.
+        assert!(!relations.applies(&left_out, lsn(100)).unwrap());
+        assert!(relations.applies(&gone, lsn(101)).is_err());
     }
 }
