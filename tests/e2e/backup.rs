@@ -14,6 +14,7 @@ use dr_agent::catalog::{self, TableName};
 use dr_agent::config::CopySettings;
 use dr_agent::error::{Class, Classify as _, chain};
 use dr_agent::history::History;
+use dr_agent::listed::Listed;
 use dr_agent::pg::ConnInfo;
 use dr_agent::store::{Encryption, Store, StoreUrl};
 use dr_agent::stream::StreamName;
@@ -67,6 +68,7 @@ impl Archive {
             source: &conninfo(url),
             stream: &stream(),
             history: history(&client).await,
+            listed: &Listed::new(),
             tables: &tables,
             store: &self.store,
             bases: BASES,

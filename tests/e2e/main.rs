@@ -26,6 +26,7 @@ mod init;
 mod kinesis;
 mod lanes;
 mod large;
+mod listed;
 mod observe;
 mod oracle;
 mod prefix;

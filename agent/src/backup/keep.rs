@@ -8,22 +8,22 @@
 //! - What the retention lets go is deleted now and then, whether base backups succeed or not: otherwise a full disk would
 //!   stay full.
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{BackupError, Bases, DataFile, Manifest, Pruned, TakeJob, histories, manifest, take};
+use super::{BackupError, Bases, Manifest, Pruned, TakeJob, histories, manifest, take};
 use crate::archive::{Chain, Layout, Span};
-use crate::catalog::{Table, TableName};
+use crate::catalog::TableName;
 use crate::config::{Archive, Config};
 use crate::error::{Classify as _, chain};
 use crate::history::History;
+use crate::listed::{Listed, ListedAs};
 use crate::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
-use crate::setup;
+use crate::setup::{self, Published};
 use crate::snapshot::CopyObserver;
 use crate::store::Store;
 
@@ -65,33 +65,33 @@ impl<'c> Keeper<'c> {
         })
     }
 
-    /// What the archive has of the history that the source is in, and the tables that are protected.
+    /// What the archive has of the history that the source is in, and what is published.
     ///
     /// # Errors
     /// [`BackupError::NotReplicated`] before the stream's slot is there.
-    pub async fn look(&self) -> Result<(Bases, Vec<Table>), BackupError> {
+    pub async fn look(&self) -> Result<(Bases, Published), BackupError> {
         let source = self.config.source.conninfo.with_dbname(self.database);
         let stream = self.config.stream(self.database);
         let published = setup::published(&source, &stream).await;
         let published = published.map_err(|error| BackupError::Tables(Box::new(error)))?;
-        let (history, tables) = published.ok_or_else(|| BackupError::NotReplicated {
+        let published = published.ok_or_else(|| BackupError::NotReplicated {
             database: self.database.to_owned(),
         })?;
         let bases = Bases {
             store: self.store.clone(),
-            layout: Layout::new(&stream, history),
+            layout: Layout::new(&stream, published.history),
         };
-        Ok((bases, tables))
+        Ok((bases, published))
     }
 
-    /// Takes a base backup of these tables now.
+    /// Takes a base backup of what is published now.
     ///
     /// # Errors
     /// [`BackupError`]
     pub async fn take(
         &self,
         bases: &Bases,
-        tables: &[Table],
+        published: &Published,
         observer: &dyn CopyObserver,
         cancel: &CancellationToken,
     ) -> Result<Manifest, BackupError> {
@@ -99,7 +99,8 @@ impl<'c> Keeper<'c> {
             source: &self.config.source.conninfo.with_dbname(self.database),
             stream: bases.layout.stream(),
             history: bases.layout.history(),
-            tables,
+            tables: &published.tables,
+            listed: &published.listed,
             store: &self.store,
             bases: &bases.layout.bases(),
             settings: &self.config.copy,
@@ -141,20 +142,19 @@ struct Newest {
     as_of: Timestamp,
     /// By the agent's clock.
     finished_at: Timestamp,
-    tables: BTreeSet<TableName>,
+    listed: Listed,
     /// The log behind it has a gap.
     leads_nowhere: bool,
 }
 
 impl Newest {
     fn of(manifest: &Manifest) -> Self {
-        let names = |data: &DataFile| [data.table.clone(), data.root.clone()];
         Self {
             history: manifest.history(),
             lsn: manifest.lsn,
             as_of: manifest.as_of,
             finished_at: manifest.finished_at,
-            tables: manifest.data().flat_map(|(_, data)| names(data)).collect(),
+            listed: manifest.listed(),
             leads_nowhere: false,
         }
     }
@@ -176,13 +176,18 @@ impl Newest {
     }
 
     /// Why another one is due.
-    fn due(&self, tables: &[Table], now: Timestamp, base_every: Duration) -> Option<&'static str> {
-        // The first rows of a new table are in no log: nothing behind its first change could be restored.
-        let has = |table: &Table| self.tables.contains(&table.name);
+    fn due(&self, listed: &Listed, now: Timestamp, base_every: Duration) -> Option<&'static str> {
+        // The first rows of a new table are in no log, nor are the changes of one that was not listed for a while: nothing behind
+        // them could be restored.
+        let has = |(table, listed_as): (&TableName, &ListedAs)| {
+            self.listed.get(table).is_some_and(|was| was == listed_as)
+        };
         // Also of a clock that was wrong, and set right.
         let age = now.duration_since(self.finished_at).unsigned_abs();
-        if !tables.iter().all(has) {
-            Some("there are tables that the newest one does not have")
+        if !listed.iter().all(has) {
+            Some(
+                "there are tables that the newest one does not have, or that were listed anew since",
+            )
         } else if self.leads_nowhere {
             Some("the change log has a gap behind the newest one")
         } else if age >= base_every {
@@ -245,8 +250,8 @@ async fn one_look(
     pruned_at: &mut Option<Instant>,
     stop: &CancellationToken,
 ) -> Result<(), BackupError> {
-    let (bases, tables) = keeper.look().await?;
-    let taken = Box::pin(take_if_due(keeper, &bases, &tables, newest, stop)).await;
+    let (bases, published) = keeper.look().await?;
+    let taken = Box::pin(take_if_due(keeper, &bases, &published, newest, stop)).await;
     let overdue = pruned_at.is_none_or(|at| elapsed(at) >= PRUNE_EVERY);
     if overdue || matches!(taken, Ok(true)) {
         keeper.prune(&bases).await?;
@@ -258,7 +263,7 @@ async fn one_look(
 async fn take_if_due(
     keeper: &Keeper<'_>,
     bases: &Bases,
-    tables: &[Table],
+    published: &Published,
     newest: &mut Option<Newest>,
     stop: &CancellationToken,
 ) -> Result<bool, BackupError> {
@@ -273,7 +278,7 @@ async fn take_if_due(
         None => "it is the first",
         Some(newest) => {
             let (now, base_every) = (Timestamp::now(), keeper.archive.base_every);
-            match newest.due(tables, now, base_every) {
+            match newest.due(&published.listed, now, base_every) {
                 Some(reason) => reason,
                 None => return Ok(false),
             }
@@ -281,12 +286,8 @@ async fn take_if_due(
     };
     let database = keeper.database;
     tracing::info!(database, reason, "taking a base backup");
-    let base = keeper.take(bases, tables, &(), stop).await?;
-    let mut taken = Newest::of(&base);
-    // A table that has no rows of its own is in no file.
-    let names = tables.iter().map(|table| table.name.clone());
-    taken.tables.extend(names);
-    *newest = Some(taken);
+    let base = keeper.take(bases, published, &(), stop).await?;
+    *newest = Some(Newest::of(&base));
     tracing::info!(database, lsn = %base.lsn, "base backup taken");
     Ok(true)
 }

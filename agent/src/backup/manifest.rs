@@ -18,6 +18,7 @@ use super::object::{Sum, sha256};
 use crate::catalog::TableName;
 use crate::history::History;
 use crate::lag::pg_micros;
+use crate::listed::{Listed, ListedAs};
 use crate::pg::PgLsn;
 use crate::setup::locale::Locale;
 use crate::snapshot::inventory::ForeignKey;
@@ -74,6 +75,9 @@ pub struct Manifest {
     pub extensions: Vec<String>,
     /// Roles that own something or have rights.
     pub roles: Vec<String>,
+    /// What every table was listed as: a marker in the change log that says otherwise ends what can be restored from here.
+    #[serde(default)]
+    pub(super) listed: Vec<ListedTable>,
     /// Materialized views that were filled.
     pub materialized_views: Vec<TableName>,
     /// What is in `schema.dump` and is not to be restored.
@@ -95,6 +99,14 @@ pub struct Object {
     /// What it holds, where these are rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DataFile>,
+}
+
+/// A published table.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct ListedTable {
+    #[serde(flatten)]
+    pub(super) table: TableName,
+    pub(super) listed_as: ListedAs,
 }
 
 /// Rows of one table, or of a range of its pages, as COPY writes them in text format.
@@ -138,6 +150,13 @@ impl Manifest {
         let names = self.data().flat_map(|(_, data)| [&data.table, &data.root]);
         let names: BTreeSet<&TableName> = names.collect();
         names.into_iter().cloned().collect()
+    }
+
+    /// What every table was listed as.
+    pub fn listed(&self) -> Listed {
+        let listed = self.listed.iter();
+        let pairs = listed.map(|one| (one.table.clone(), one.listed_as.clone()));
+        pairs.collect()
     }
 
     /// As it is stored, under its checksum.
@@ -229,6 +248,7 @@ pub(super) mod tests {
             warnings: vec![],
             extensions: vec!["plpgsql".into()],
             roles: vec!["app".into()],
+            listed: vec![],
             materialized_views: vec![],
             left_out: vec![],
             foreign_keys: vec![],

@@ -23,7 +23,7 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::error::BackupError;
-use super::manifest::{self, DataFile, Manifest, Object};
+use super::manifest::{self, DataFile, ListedTable, Manifest, Object};
 use super::object::{self, Sum};
 use super::{repository, rows, script};
 use crate::catalog::{Table, TableName};
@@ -31,6 +31,7 @@ use crate::config::CopySettings;
 use crate::failpoint;
 use crate::history::History;
 use crate::lag::system_time;
+use crate::listed::{Listed, ListedAs};
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SystemIdentity};
 use crate::pg::{ConnInfo, PgError};
 use crate::setup::{export, locale};
@@ -54,6 +55,8 @@ pub struct TakeJob<'a> {
     pub history: History,
     /// The tables of the publication.
     pub tables: &'a [Table],
+    /// What they are listed as, read before.
+    pub listed: &'a Listed,
     /// The archive.
     pub store: &'a Store,
     /// What the names of all bases of this stream and source begin with; ends with `/`.
@@ -185,6 +188,7 @@ impl<'a> Taking<'a> {
             pg_dump: dump.tools().version.major,
             extensions: inventory::extensions(&client).await?,
             roles: inventory::roles(&client).await?,
+            listed: job.listed.iter().map(listed_table).collect(),
             materialized_views: finish::filled_views(&client).await?,
             left_out,
             foreign_keys,
@@ -282,6 +286,13 @@ impl<'a> Taking<'a> {
         written.sort_by(|one, other| one.name.cmp(&other.name));
         self.objects.append(&mut written);
         Ok(())
+    }
+}
+
+fn listed_table((table, listed_as): (&TableName, &ListedAs)) -> ListedTable {
+    ListedTable {
+        table: table.clone(),
+        listed_as: listed_as.clone(),
     }
 }
 

@@ -153,10 +153,10 @@ async fn take(config: &Config, archive: &Archive, args: &Args) -> Result<Vec<Sai
 
 async fn take_one(config: &Config, archive: &Archive, database: &str) -> Result<Said, BackupError> {
     let keeper = Keeper::open(config, archive, database).await?;
-    let (bases, tables) = keeper.look().await?;
+    let (bases, published) = keeper.look().await?;
     let display = ProgressDisplay::new(database, &());
     let cancel = CancellationToken::new();
-    let manifest = keeper.take(&bases, &tables, &display, &cancel).await?;
+    let manifest = keeper.take(&bases, &published, &display, &cancel).await?;
     drop(display);
     let taken = bases.find().await?.bases;
     let taken = taken.iter().find(|base| base.lsn == manifest.lsn);

@@ -172,8 +172,9 @@ impl Classify for RestoreError {
             Self::Source(error) => return error.hint(),
             Self::Spill(error) => return error.hint(),
             Self::Replay(ReplayError::Sink(SinkError::TableNotCopied { .. })) => {
-                "the table came after this base backup, and its first rows are in no log: restore to a moment \
-                 behind the next base backup, or before the table"
+                "the table came after this base backup, or took the place of another one or was not published for a while behind \
+                 it, and what is missing of it is in no log: restore to a moment behind the next base backup (dr-agent backup \
+                 --list), or before that; or all other tables, with --table"
             }
             // What the sink would say is of a replica.
             Self::Replay(ReplayError::Sink(SinkError::Diverged(_))) => {

@@ -23,7 +23,7 @@ mod moment;
 mod plan;
 mod target;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use jiff::Timestamp;
 use tokio::sync::mpsc;
@@ -50,7 +50,7 @@ use crate::store::Store;
 use crate::stream::StreamName;
 use log::Replay;
 use plan::Base;
-use target::{Found, Position};
+use target::{Found, Position, Tables};
 
 /// Transactions between reading and applying; their bytes are bounded by `limits.queue_bytes`.
 const QUEUE_TRANSACTIONS: usize = 16_384;
@@ -189,7 +189,7 @@ pub async fn restore(
             let id = plan.layout.history();
             let whole = options.tables.is_empty();
             failpoint::hit("restore:base-loaded");
-            target::loaded(&mut client, &stream, id, plan.base.lsn, &base, whole).await?
+            target::loaded(&mut client, &stream, id, plan.base.lsn, base, whole).await?
         }
     };
     observer.replayed(position.end_lsn, plan.chain.end, None);
@@ -225,7 +225,7 @@ fn expect_the_same(
             moment: options.moment,
         });
     }
-    let has = |table: &TableName| position.tables.contains(table);
+    let has = |table: &TableName| position.tables.contains_key(table);
     if position.whole != options.tables.is_empty() || !options.tables.iter().all(has) {
         return Err(RestoreError::OtherTables);
     }
@@ -246,7 +246,7 @@ async fn load(
     options: &Options,
     plan: &Plan,
     copy: &dyn CopyObserver,
-) -> Result<Vec<TableName>, RestoreError> {
+) -> Result<Tables, RestoreError> {
     let job = LoadJob {
         store,
         base: &plan.base.base,
@@ -257,12 +257,16 @@ async fn load(
     };
     let manifest = backup::load(job, copy, &CancellationToken::new()).await?;
     let is_wanted = |table: &TableName| options.tables.is_empty() || options.tables.contains(table);
-    let names: BTreeSet<TableName> = manifest
+    let listed = manifest.listed();
+    let names = manifest
         .data()
         .filter(|(_, data)| is_wanted(&data.table))
-        .flat_map(|(_, data)| [data.table.clone(), data.root.clone()])
-        .collect();
-    Ok(names.into_iter().collect())
+        .flat_map(|(_, data)| [data.table.clone(), data.root.clone()]);
+    let tables = names.map(|table| {
+        let listed_as = listed.get(&table).cloned();
+        (table, listed_as)
+    });
+    Ok(tables.collect())
 }
 
 /// A change of a table that is not in the target is an error from here on; where only some tables were asked for, never.
@@ -309,6 +313,7 @@ async fn replay(
         stream: &stream,
         term: target::TERM,
         tables: target::synced(position),
+        listed_by: &config.stream(&options.database),
         as_of: as_of(position),
         left_out: HashSet::new(),
         session: &[],

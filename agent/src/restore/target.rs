@@ -9,7 +9,7 @@
 //! - The progress row comes after all of the base backup, in the transaction that records its tables. Without it
 //!   there is nothing to go on from.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
 
 use tokio_postgres::Client;
@@ -18,6 +18,7 @@ use super::RestoreError;
 use crate::catalog::TableName;
 use crate::history::History;
 use crate::lag::{Micros, pg_micros, system_time};
+use crate::listed::{Copied, ListedAs};
 use crate::pg::{self, ConnInfo, PgError, PgLsn, Session, leftover};
 use crate::prepared;
 use crate::setup::replica_schema;
@@ -32,6 +33,9 @@ pub(super) enum Found {
     Interrupted(Position),
 }
 
+/// Tables, and what they were listed as where that is known.
+pub(super) type Tables = BTreeMap<TableName, Option<ListedAs>>;
+
 /// How far a target is.
 #[derive(Clone, Debug)]
 pub(super) struct Position {
@@ -45,8 +49,8 @@ pub(super) struct Position {
     pub(super) batch: i64,
     /// Whether all tables were asked for.
     pub(super) whole: bool,
-    /// The tables of the base backup that were restored.
-    pub(super) tables: Vec<TableName>,
+    /// The tables of the base backup that were restored, and what they were listed as.
+    pub(super) tables: Tables,
 }
 
 /// The term of a restore's progress row: there is nobody to fence.
@@ -148,7 +152,7 @@ pub(super) async fn find(
     };
     let tables = client
         .query(
-            "SELECT table_schema, table_name FROM dr_agent.table_sync WHERE stream = $1 ORDER BY 1, 2",
+            "SELECT table_schema, table_name, listed_as FROM dr_agent.table_sync WHERE stream = $1",
             &[&stream.as_str()],
         )
         .await
@@ -161,9 +165,12 @@ pub(super) async fn find(
         whole: row.get(4),
         tables: tables
             .iter()
-            .map(|row| TableName {
-                schema: row.get(0),
-                name: row.get(1),
+            .map(|row| {
+                let table = TableName {
+                    schema: row.get(0),
+                    name: row.get(1),
+                };
+                (table, row.get::<_, Option<String>>(2).map(ListedAs::new))
             })
             .collect(),
     }))
@@ -209,15 +216,19 @@ pub(super) async fn loaded(
     stream: &StreamName,
     history: History,
     base: PgLsn,
-    tables: &[TableName],
+    tables: Tables,
     whole: bool,
 ) -> Result<Position, RestoreError> {
     let sql =
         |error: tokio_postgres::Error| RestoreError::target("record the base backup")(error.into());
     let (schemas, names): (Vec<&str>, Vec<&str>) = tables
-        .iter()
+        .keys()
         .map(|table| (table.schema.as_str(), table.name.as_str()))
         .unzip();
+    let listed_as: Vec<Option<&str>> = tables
+        .values()
+        .map(|listed_as| listed_as.as_ref().map(ListedAs::as_str))
+        .collect();
     let transaction = client.transaction().await.map_err(sql)?;
     transaction
         .execute(
@@ -232,9 +243,9 @@ pub(super) async fn loaded(
         .map_err(sql)?;
     transaction
         .execute(
-            "INSERT INTO dr_agent.table_sync (stream, table_schema, table_name, state, snapshot_lsn)
-             SELECT $1, t.s, t.n, 'ready', $4 FROM unnest($2::text[], $3::text[]) AS t(s, n)",
-            &[&stream.as_str(), &schemas, &names, &base],
+            "INSERT INTO dr_agent.table_sync (stream, table_schema, table_name, state, snapshot_lsn, listed_as)
+             SELECT $1, t.s, t.n, 'ready', $5, t.l FROM unnest($2::text[], $3::text[], $4::text[]) AS t(s, n, l)",
+            &[&stream.as_str(), &schemas, &names, &listed_as, &base],
         )
         .await
         .map_err(sql)?;
@@ -261,7 +272,7 @@ pub(super) async fn loaded(
         commit_time: None,
         batch: 0,
         whole,
-        tables: tables.to_vec(),
+        tables,
     })
 }
 
@@ -279,7 +290,15 @@ pub(super) async fn finish(client: &Client) -> Result<(), RestoreError> {
 }
 
 /// The tables as the replica sink wants them: changes before the base backup are in it.
-pub(super) fn synced(position: &Position) -> HashMap<TableName, Option<PgLsn>> {
-    let tables = position.tables.iter().cloned();
-    tables.map(|table| (table, Some(position.base))).collect()
+pub(super) fn synced(position: &Position) -> HashMap<TableName, Copied> {
+    let snapshot_lsn = Some(position.base);
+    let tables = position.tables.clone().into_iter();
+    let copied = tables.map(|(table, listed_as)| {
+        let copied = Copied {
+            snapshot_lsn,
+            listed_as,
+        };
+        (table, copied)
+    });
+    copied.collect()
 }

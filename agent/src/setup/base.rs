@@ -137,7 +137,14 @@ impl Base {
     ) -> Result<(), PgError> {
         let lsn: PgLsn = self.manifest.lsn;
         let transaction = client.transaction().await?;
-        table_sync::add_ready(&transaction, stream, &self.manifest.tables(), lsn).await?;
+        table_sync::add_ready(
+            &transaction,
+            stream,
+            &self.manifest.tables(),
+            &self.manifest.listed(),
+            lsn,
+        )
+        .await?;
         transaction
             .execute(
                 "INSERT INTO dr_agent.schema_sync (stream) VALUES ($1) ON CONFLICT DO NOTHING",
