@@ -17,6 +17,7 @@ CREATE TABLE IF NOT EXISTS dr_agent.stream (
     stream            text PRIMARY KEY,
     system_identifier text NOT NULL,
     timeline          integer NOT NULL,
+    began             timestamptz NOT NULL,  -- when the slot was created: LSNs of another one mean something else
     created_at        timestamptz NOT NULL DEFAULT now()
 );
 
@@ -28,6 +29,7 @@ CREATE TABLE IF NOT EXISTS dr_agent.table_sync (
     table_name   text NOT NULL,
     state        text NOT NULL CHECK (state IN ('pending', 'copying', 'copied', 'ready')),
     snapshot_lsn pg_lsn,
+    listed_as    text,                  -- what was copied: as what the source had listed it then
     rows         bigint NOT NULL DEFAULT 0,
     bytes        bigint NOT NULL DEFAULT 0,
     updated_at   timestamptz NOT NULL DEFAULT now(),
@@ -74,6 +76,14 @@ CREATE TABLE IF NOT EXISTS dr_agent.sequence_state (
     last_value    bigint NOT NULL,
     is_called     boolean NOT NULL,
     PRIMARY KEY (schema_name, sequence_name)
+);
+
+CREATE TABLE IF NOT EXISTS dr_agent.listed (
+    stream      text NOT NULL,
+    schema_name text NOT NULL,
+    table_name  text NOT NULL,
+    listed_as   text NOT NULL,
+    PRIMARY KEY (stream, schema_name, table_name)
 );
 
 -- The compare-and-set that begins every apply transaction: ordering, exactly-once and fencing in

@@ -1,12 +1,12 @@
 //! The archive: base backups and the change log, on S3 or in a directory, from which any moment can be restored.
 //!
 //! ```text
-//! pipeline ─batch─▶ Spool (local files, fsync) ─batch─▶ replica sink
+//! batches ─▶ Log ─▶ Spool (local files, fsync)
 //!                     └─ a segment is full or old enough ─▶ upload ─zstd─▶ store   log/<start>-<end>.zst
 //! ```
 //!
 //! # Invariants
-//! - A batch is in the spool before the replica gets it. The slot is told what the replica has, so whatever
+//! - The pipeline offers a batch before its sink gets it. The slot is told what the sink has, so whatever
 //!   the source has forgotten is in the spool or in the archive, also after `kill -9`.
 //! - A segment leaves the spool once the store has it.
 //! - What the archive lacks is never hidden: segments name where they begin and end, and a reader that finds
@@ -27,6 +27,6 @@ mod tests;
 pub use chain::Chain;
 pub use error::ArchiveError;
 pub use layout::{Layout, Span};
-pub use log::{Log, LogSettings};
+pub use log::{Closed, Log, LogHandle, LogSettings, Origin, Reach, Taken, upload_leftover};
 pub use segment::{SegmentReader, verify};
 pub use spool::{Segment, Spool, SpoolError, SpoolLimits};

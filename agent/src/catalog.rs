@@ -99,6 +99,8 @@ pub enum Identity {
 pub struct Table {
     /// Its name.
     pub name: TableName,
+    /// Its oid, by which it is told from another one of that name.
+    pub oid: u32,
     /// The topmost partitioned table above it; itself where it is no partition.
     pub root: TableName,
     /// How its old rows are identified.
@@ -184,7 +186,7 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                EXISTS (SELECT 1 FROM pg_depend d
                         WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
                           AND d.deptype = 'e'),
-               v.virtual
+               v.virtual, c.oid
           FROM pg_class c
           JOIN pg_namespace n ON n.oid = c.relnamespace
           JOIN pg_class r ON r.oid = coalesce(pg_partition_root(c.oid), c.oid)
@@ -194,7 +196,7 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                                WHERE a.attrelid = c.oid AND a.attgenerated = 'v') AS virtual) v
          WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
-           AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state'))
+           AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state', 'listed'))
          ORDER BY 1, 2"
     );
     let rows = client.query_typed(&sql, &[]).await?;
@@ -214,6 +216,7 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                 "key" => Identity::Key,
                 _ => Identity::Missing,
             },
+            oid: row.get(9),
             unlogged: row.get(5),
             bytes: row.get(6),
             of_extension: row.get(7),

@@ -1,39 +1,63 @@
 //! Empties the Kinesis stream into a replica that is being promoted.
 //!
 //! ```text
-//! promote ─term raised─▶ StreamDrain: stream up to its tip ▶ LogIntake ▶ replay ▶ the replica's progress row
+//! promote ─settled─▶ StreamDrain: lanes ▶ the lock is held still? ▶ stream up to its tip ▶ LogIntake ▶ replay ▶ progress row
 //! ```
 //!
 //! # Invariants
-//! - The term is raised before: no `apply` moves the progress row meanwhile, and a promotion that is killed here drains again
-//!   from that row.
+//! - The term is raised before, and what a killed drain left is settled: nobody moves the progress row meanwhile, and a
+//!   promotion that is killed here drains again from that row.
+//! - Nothing is applied by a promotion that has lost its lock, however long it slept: the lanes are there before the lock is
+//!   looked at, and who takes it over ends their sessions first.
 //! - What cannot be applied is said: a gap before it, or a table that was never copied.
+//! - Nothing is waited for without an end: neither a stream that stands still nor somebody else's lock.
 //!
 //! # What it does not do
-//! It does not wait for the source: what is in the stream when it begins is all it takes.
+//! It does not wait for the source: what is in the stream when it begins is all it takes. It leaves no table out by itself.
+
+mod error;
+mod scratch;
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 
-use crate::changelog::Gap;
+use self::error::Failed;
+use crate::backoff::{self, Decision};
 use crate::config::Config;
 use crate::error::{Class, Classify, chain};
+use crate::failpoint;
+use crate::kinesis::Kinesis;
 use crate::lag::pg_micros;
 use crate::ledger::BatchNumber;
 use crate::metrics::StreamMetrics;
-use crate::pg::PgLsn;
-use crate::promote::{Drain, DrainError, Drained};
-use crate::replay::{self, Reached, ReplayError, Target};
-use crate::setup::{self, Prepared, SetupError};
-use crate::sink::replica::SinkError;
-use crate::source::{self, IntakeLimits, SourceError, SourcePosition, StreamSettings, Until};
-use crate::spill::{self, SpillError, SpillSpace};
+use crate::pg;
+use crate::promote::{Asked, Drain, DrainError, Drained, End};
+use crate::replay::{self, Reached, ReplayError, Sessions, Target};
+use crate::setup::{self, Prepared};
+use crate::sink::replica::{SinkError, session};
+use crate::source::{self, IntakeLimits, SourceError, SourcePosition, StreamSettings, Tip, Until};
+use crate::spill::SpillSpace;
 
 /// Transactions between reading and applying; their bytes are bounded by `limits.queue_bytes`.
 const QUEUE_TRANSACTIONS: usize = 16_384;
+
+/// Settings of the sessions that apply.
+const SESSION: &[(&str, &str)] = &[
+    // As long as lanes wait for one another. Nobody may be waited for without an end: the users wait, too.
+    ("lock_timeout", "10s"),
+    // Durable here; a standby of the replica that is away must not hold up the promotion.
+    ("synchronous_commit", "local"),
+];
+
+/// How long a stream may take to let itself be read before anybody is fenced: two connections that are given up.
+const READABLE_WITHIN: Duration = Duration::from_secs(10);
+
+/// The longest pause between two attempts at that.
+const RETRY_MAX: Duration = Duration::from_secs(1);
 
 /// The stream of a configuration.
 pub struct StreamDrain<'c> {
@@ -41,106 +65,112 @@ pub struct StreamDrain<'c> {
     pub config: &'c Config,
 }
 
-#[derive(Debug, thiserror::Error)]
-enum Failed {
-    #[error("look at the replica")]
-    Setup(#[from] SetupError),
-    #[error("open the spill directory")]
-    Spill(#[from] SpillError),
-    #[error("read the stream")]
-    Source(#[from] SourceError),
-    #[error(transparent)]
-    Replay(#[from] ReplayError),
-    #[error("the replica's records of the stream make no sense: {0}")]
-    Records(&'static str),
-}
-
-impl Classify for Failed {
-    fn class(&self) -> Class {
-        match self {
-            Self::Setup(error) => error.class(),
-            Self::Spill(error) => error.class(),
-            Self::Source(error) => error.class(),
-            Self::Replay(error) => error.class(),
-            Self::Records(_) => Class::Definite,
-        }
-    }
-
-    fn hint(&self) -> Option<String> {
-        match self {
-            Self::Setup(error) => error.hint(),
-            Self::Spill(error) => error.hint(),
-            Self::Source(error) => error.hint(),
-            Self::Replay(error) => error.hint(),
-            Self::Records(_) => None,
-        }
-    }
-}
-
 impl Drain for StreamDrain<'_> {
-    fn drain<'a>(&'a self, database: &'a str) -> BoxFuture<'a, Result<Drained, DrainError>> {
+    fn look<'a>(&'a self, database: &'a str) -> BoxFuture<'a, Result<String, DrainError>> {
         Box::pin(async move {
-            self.database(database).await.map_err(|error| DrainError {
-                message: chain(&error),
-                class: error.class(),
-                hint: error.hint(),
-            })
+            let directory = Box::pin(self.look_at(database))
+                .await
+                .map_err(drain_error)?;
+            Ok(directory.display().to_string())
         })
+    }
+
+    fn drain<'a>(&'a self, asked: Asked<'a>) -> BoxFuture<'a, Result<Drained, DrainError>> {
+        Box::pin(async move { self.database(asked).await.map_err(drain_error) })
+    }
+}
+
+fn drain_error(error: Failed) -> DrainError {
+    DrainError {
+        message: chain(&error),
+        class: error.class(),
+        hint: error.hint(),
     }
 }
 
 impl StreamDrain<'_> {
-    async fn database(&self, database: &str) -> Result<Drained, Failed> {
-        let mut drained = Drained::default();
-        let mut prepared = setup::prepare_draining(self.config, database).await?;
-        let gap = loop {
-            let applied = &mut drained.transactions;
-            match self.up_to_the_tip(database, &prepared, applied).await {
-                Ok(gap) => break gap,
-                // Its first rows are on the source alone.
-                Err(Failed::Replay(ReplayError::Sink(SinkError::TableNotCopied { table }))) => {
-                    drained.warnings.push(format!(
-                        "table {table} was new on the source and never copied: neither it nor its changes are here"
-                    ));
-                    prepared = setup::prepare_draining(self.config, database).await?;
-                    tracing::warn!(database, %table, "a table was never copied: its changes are left out");
-                    prepared.as_of = PgLsn::from(u64::MAX);
-                }
-                Err(error) => return Err(error),
-            }
-        };
-        if let Some(Gap { from, to, .. }) = gap {
-            drained.warnings.push(format!(
-                "the Kinesis stream has transactions behind {to} whose predecessors, from {from} on, had not arrived when the \
-                 source was lost: they were not applied"
-            ));
-        }
-        Ok(drained)
+    /// Tries what a drain needs; returns where its large transactions would go.
+    async fn look_at(&self, database: &str) -> Result<PathBuf, Failed> {
+        let prepared = setup::prepare_draining(self.config, database).await?;
+        let replica = self.config.replica.conninfo.with_dbname(database);
+        pg::connect(&replica, &session(&prepared.stream)).await?;
+        let scratch = scratch::make(&self.config.limits, &prepared.stream)?;
+        let directory = scratch.path().parent().map(PathBuf::from);
+        readable(&self.kinesis_stream(database)?).await?;
+        Ok(directory.unwrap_or_default())
     }
 
-    /// Applies what is in the stream now, and counts the transactions; returns the gap behind which there is more.
+    async fn database(&self, asked: Asked<'_>) -> Result<Drained, Failed> {
+        let prepared = setup::prepare_draining(self.config, asked.database).await?;
+        let mut transactions = 0;
+        let end = match self
+            .up_to_the_tip(&asked, &prepared, &mut transactions)
+            .await
+        {
+            Ok(tip) => End::Tip {
+                warnings: self.warnings(&asked, &prepared, tip)?,
+            },
+            // Its first rows are on the source alone.
+            Err(Failed::Replay(ReplayError::Sink(SinkError::TableNotCopied { table }))) => {
+                End::Uncopied(table)
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(Drained { transactions, end })
+    }
+
+    fn warnings(
+        &self,
+        asked: &Asked<'_>,
+        prepared: &Prepared,
+        tip: Tip,
+    ) -> Result<Vec<String>, Failed> {
+        let mut warnings = Vec::new();
+        if let Some(gap) = tip.gap {
+            warnings.push(format!(
+                "the Kinesis stream has transactions behind {} whose predecessors, from {} on, had not arrived when the \
+                 source was lost: they were not applied",
+                gap.to, gap.from
+            ));
+        } else if tip.unfinished {
+            warnings.push(format!(
+                "the Kinesis stream has a part of what the source committed behind {}, whose other parts had not arrived: it was \
+                 not applied",
+                tip.position
+            ));
+        }
+        if !tip.joined {
+            warnings.push(format!(
+                "nothing in the Kinesis stream {} leads on from {}: its records were too old and are gone, or it is not the \
+                 stream of this database (route.stream, AWS_REGION)",
+                self.kinesis_stream(asked.database)?,
+                prepared.end_lsn
+            ));
+        }
+        Ok(warnings)
+    }
+
+    /// Applies what is in the stream now, and counts the transactions.
     async fn up_to_the_tip(
         &self,
-        database: &str,
+        asked: &Asked<'_>,
         prepared: &Prepared,
         applied: &mut u64,
-    ) -> Result<Option<Gap>, Failed> {
+    ) -> Result<Tip, Failed> {
         let config = self.config;
         let limits = &config.limits;
-        let kinesis_stream = config
-            .route
-            .kinesis_stream(database)
-            .ok_or(Failed::Records("route.kind is not kinesis"))?;
-        let spill_directory = spill::directory_of(&limits.spill_directory, &prepared.stream);
-        let space = SpillSpace::open(spill_directory.clone(), limits.spill_bytes)?;
+        scratch::remove_old(limits, &prepared.stream);
+        let scratch = scratch::make(limits, &prepared.stream)?;
+        tracing::info!(
+            database = asked.database, directory = %scratch.path().display(),
+            "large transactions of the Kinesis stream wait here"
+        );
+        let space = SpillSpace::open(scratch.path().join("transactions"), limits.spill_bytes)?;
         let archive = config.archive.as_ref();
         let settings = StreamSettings {
-            kinesis_stream,
+            kinesis_stream: self.kinesis_stream(asked.database)?,
             stream: prepared.stream.clone(),
-            system_identifier: prepared
-                .system_identifier
-                .parse()
-                .map_err(|_| Failed::Records("the system identifier is no number"))?,
+            history: prepared.history,
             // The promotion raised it by one; what the agents wrote before is what is wanted.
             term: prepared.term - 1,
             start: prepared.end_lsn,
@@ -149,18 +179,21 @@ impl StreamDrain<'_> {
                 queue_bytes: limits.queue_bytes,
                 transaction_bytes: limits.transaction_bytes,
             },
-            spill_directory,
+            spill_directory: scratch.path().join("records"),
             spill_bytes: limits.spill_bytes,
             archive: archive.map(|archive| (archive.url.clone(), archive.encryption.clone())),
             // Nobody writes it any more.
             patience: Duration::ZERO,
         };
         let target = Target {
-            conninfo: &config.replica.conninfo.with_dbname(database),
+            conninfo: &config.replica.conninfo.with_dbname(asked.database),
             stream: &prepared.stream,
             term: prepared.term,
             tables: prepared.synced.iter().cloned().collect::<HashMap<_, _>>(),
+            listed_by: &prepared.stream,
             as_of: prepared.as_of,
+            left_out: asked.left_out.iter().cloned().collect(),
+            session: SESSION,
         };
         let from = Reached {
             end_lsn: prepared.end_lsn,
@@ -168,21 +201,60 @@ impl StreamDrain<'_> {
             batch: BatchNumber(prepared.batch),
             transactions: 0,
         };
+        failpoint::hit("drain:settled");
+        let lanes = Sessions::connect(config, target).await?;
+        let lock = asked.lock.check_connection().await;
+        lock.map_err(|error| Failed::LockLost(error.into()))?;
         let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
         let (position, _) = watch::channel(SourcePosition::default());
-        let metrics = StreamMetrics::new(database);
+        let metrics = StreamMetrics::new(asked.database);
         let until = Until::Tip(clock());
         let reading = Box::pin(source::receive(
             settings, until, space, received, position, metrics,
         ));
-        let before = *applied;
-        let count = |reached: &Reached| *applied = before + reached.transactions;
-        let applying = Box::pin(replay::apply(config, target, from, transactions, count));
-        let (gap, reached) = tokio::join!(reading, applying);
+        let count = |reached: &Reached| *applied = reached.transactions;
+        let applying = Box::pin(replay::apply(config, lanes, from, transactions, count));
+        let (tip, reached) = tokio::join!(reading, applying);
         // An apply that failed ends the reading, too.
         reached?;
-        Ok(gap?)
+        Ok(tip?)
     }
+
+    fn kinesis_stream(&self, database: &str) -> Result<String, Failed> {
+        let stream = self.config.route.kinesis_stream(database);
+        stream.ok_or(Failed::Records("route.kind is not kinesis"))
+    }
+}
+
+/// Reads a record, as a drain does. What goes away by itself may do so for a while: once the term is raised there is no way back.
+async fn readable(stream: &str) -> Result<(), Failed> {
+    let deadline = tokio::time::Instant::now() + READABLE_WITHIN;
+    let reading = async {
+        let kinesis = Kinesis::open(stream).await?;
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let refused = kinesis.try_reading().await;
+            // What needs a person goes first.
+            let worst = refused
+                .into_iter()
+                .min_by_key(|error| error.class() == Class::Transient);
+            let Some(error) = worst else {
+                return Ok(());
+            };
+            match backoff::decide(error.class(), attempt, RETRY_MAX, rand::random()) {
+                Decision::Retry(pause) if tokio::time::Instant::now() + pause < deadline => {
+                    tokio::time::sleep(pause).await;
+                }
+                Decision::Retry(_) | Decision::Stop => return Err(error.into()),
+            }
+        }
+    };
+    let silent = || SourceError::Silent {
+        stream: stream.to_owned(),
+    };
+    let read = tokio::time::timeout_at(deadline, Box::pin(reading)).await;
+    read.unwrap_or_else(|_| Err(silent().into()))
 }
 
 #[allow(

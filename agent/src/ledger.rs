@@ -7,7 +7,7 @@
 //! - Only this file constructs a [`FlushLsn`]; only a [`FlushLsn`] is ever sent to the walsender. Losing
 //!   data by acknowledging too early needs a bug here.
 //! - A flush LSN is the end of a batch that every required sink has made durable, with every batch
-//!   before it. It never moves backwards.
+//!   before it, or what the change log of the archive has before that. It never moves backwards.
 //!
 //! # What it does not do
 //! It does not ship, retry or look at a clock.
@@ -55,8 +55,10 @@ pub struct Ledger {
     sinks: usize,
     /// What all sinks that take batches have.
     flush: FlushLsn,
-    /// What the archive has, if it is required.
-    archived: Option<PgLsn>,
+    /// How far the change log lets the slot move, if it does not let it go.
+    hold: Option<PgLsn>,
+    /// What the slot was told.
+    told: FlushLsn,
     last: (BatchNumber, PgLsn),
     in_flight: VecDeque<Shipped>,
 }
@@ -71,33 +73,27 @@ impl Ledger {
         Self {
             sinks,
             flush: FlushLsn(end_lsn),
-            archived: None,
+            hold: None,
+            told: FlushLsn(end_lsn),
             last: (batch, end_lsn),
             in_flight: VecDeque::new(),
         }
     }
 
-    /// Makes the archive required, which has everything up to `position`. It takes batches by the
-    /// thousand, so it has a position instead of a note on each.
+    /// From the beginning the change log lets the slot move up to `position` only.
     #[must_use]
-    pub fn with_archive(self, position: PgLsn) -> Self {
+    pub fn held(self, position: PgLsn) -> Self {
         Self {
-            archived: Some(position),
+            hold: Some(position),
+            told: self.flush.min(FlushLsn(position)),
             ..self
         }
     }
 
-    /// Notes that the archive has everything up to `position`, the end of a batch; returns the flush LSN when that
-    /// moved it.
-    ///
-    /// # Panics
-    /// If the archive is not required.
-    pub fn archived(&mut self, position: PgLsn) -> Option<FlushLsn> {
-        let before = self.flush_lsn();
-        let archived = self.archived.as_mut().expect("the archive is required");
-        *archived = position.max(*archived);
-        let after = self.flush_lsn();
-        (after > before).then_some(after)
+    /// The change log lets the slot move up to there, or wherever the sinks are; returns the flush LSN if that moved.
+    pub fn hold(&mut self, position: Option<PgLsn>) -> Option<FlushLsn> {
+        self.hold = position;
+        self.tell()
     }
 
     /// Registers a batch that is about to be shipped to every sink.
@@ -135,7 +131,6 @@ impl Ledger {
             "sink {sink} reported {batch:?} twice"
         );
         shipped.durable[sink] = true;
-        let before = self.flush_lsn();
         while self
             .in_flight
             .front()
@@ -151,14 +146,27 @@ impl Ledger {
             );
             self.flush = FlushLsn(oldest.end_lsn);
         }
-        let after = self.flush_lsn();
-        (after > before).then_some(after)
+        self.tell()
     }
 
-    /// Everything before this is durable in every required sink.
+    fn tell(&mut self) -> Option<FlushLsn> {
+        let now = self
+            .hold
+            .map_or(self.flush, |hold| FlushLsn(hold).min(self.flush));
+        // A log that is held up later on does not take back what the slot was told.
+        let moved = now > self.told;
+        self.told = self.told.max(now);
+        moved.then_some(now)
+    }
+
+    /// Everything before this is durable in every required sink, and the change log has let it go.
     pub fn flush_lsn(&self) -> FlushLsn {
-        let archived = self.archived.map(FlushLsn);
-        archived.map_or(self.flush, |archived| archived.min(self.flush))
+        self.told
+    }
+
+    /// Everything before this is durable in the sinks that take batches, whatever the change log says.
+    pub fn sunk(&self) -> PgLsn {
+        self.flush.0
     }
 
     /// Batches shipped and not yet durable in every sink that takes batches.
@@ -194,19 +202,23 @@ mod tests {
     }
 
     #[test]
-    fn flush_lsn_waits_for_a_required_archive() {
-        let mut ledger = Ledger::resume(1, BatchNumber(0), lsn(10)).with_archive(lsn(5));
+    fn flush_lsn_waits_for_the_change_log_and_never_goes_back_with_it() {
+        let mut ledger = Ledger::resume(1, BatchNumber(0), lsn(10)).held(lsn(5));
         assert_eq!(ledger.flush_lsn().lsn(), lsn(5));
         ledger.ship(BatchNumber(1), lsn(10), lsn(20));
         ledger.ship(BatchNumber(2), lsn(20), lsn(30));
         assert_eq!(ledger.durable(0, BatchNumber(1)), None);
-        assert_eq!(ledger.in_flight(), 1);
+        assert_eq!((ledger.in_flight(), ledger.sunk()), (1, lsn(20)));
         let flush = |moved: Option<FlushLsn>| moved.map(FlushLsn::lsn);
-        assert_eq!(flush(ledger.archived(lsn(10))), Some(lsn(10)));
+        assert_eq!(flush(ledger.hold(Some(lsn(10)))), Some(lsn(10)));
         // It is ahead of the replica: batches reach the spool first.
-        assert_eq!(flush(ledger.archived(lsn(30))), Some(lsn(20)));
-        assert_eq!(flush(ledger.archived(lsn(20))), None);
-        assert_eq!(flush(ledger.durable(0, BatchNumber(2))), Some(lsn(30)));
+        assert_eq!(flush(ledger.hold(Some(lsn(30)))), Some(lsn(20)));
+        assert_eq!(flush(ledger.hold(Some(lsn(20)))), None);
+        assert_eq!(flush(ledger.durable(0, BatchNumber(2))), None);
+        // A spool that takes nothing lets go, and what was told then stays told.
+        assert_eq!(flush(ledger.hold(None)), Some(lsn(30)));
+        assert_eq!(flush(ledger.hold(Some(lsn(20)))), None);
+        assert_eq!(ledger.flush_lsn().lsn(), lsn(30));
     }
 
     #[test]

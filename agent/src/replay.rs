@@ -3,7 +3,7 @@
 //! A pipeline without a slot, a lag and a clock: what a batch holds and when it is durable is the same. `restore` builds a
 //! database with it, and a promotion empties the Kinesis stream with it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use tokio::sync::mpsc::error::TrySendError;
@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::error::{Class, Classify};
 use crate::lag::Micros;
 use crate::ledger::BatchNumber;
+use crate::listed::Copied;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkError, SinkSettings, Synced};
 use crate::source::Received;
@@ -68,10 +69,51 @@ pub struct Target<'a> {
     pub stream: &'a StreamName,
     /// The term of that row.
     pub term: i64,
-    /// The tables it has, and from where on changes are not in them yet.
-    pub tables: HashMap<TableName, Option<PgLsn>>,
+    /// The tables it has, and what is there of them already.
+    pub tables: HashMap<TableName, Copied>,
+    /// The stream that the transactions are of.
+    pub listed_by: &'a StreamName,
     /// A change of another table before this position is ignored; one behind it is an error.
     pub as_of: PgLsn,
+    /// Other tables whose changes are ignored wherever they are.
+    pub left_out: HashSet<TableName>,
+    /// Settings of the sessions, see [`SinkSettings::session`].
+    pub session: &'static [(&'static str, &'static str)],
+}
+
+/// The sessions by which transactions go into the target.
+pub struct Sessions {
+    sink: ReplicaSink,
+    batches: mpsc::Sender<Arc<Batch>>,
+}
+
+impl Sessions {
+    /// Opens them.
+    ///
+    /// # Errors
+    /// [`ReplayError`]
+    pub async fn connect(config: &Config, target: Target<'_>) -> Result<Self, ReplayError> {
+        let limits = &config.limits;
+        let settings = SinkSettings {
+            stream: target.stream.clone(),
+            term: target.term,
+            segment: SegmentLimits {
+                bytes: limits.batch_bytes,
+                changes: (limits.batch_changes / 4).max(1),
+            },
+            lanes: config.replica.lanes,
+            spread_changes: limits.spread_changes,
+            session: target.session,
+        };
+        let synced = Synced {
+            tables: target.tables,
+            listed_by: target.listed_by.clone(),
+            as_of: target.as_of,
+            left_out: target.left_out,
+        };
+        let (sink, batches) = ReplicaSink::connect(target.conninfo, settings, synced).await?;
+        Ok(Self { sink, batches })
+    }
 }
 
 /// Applies transactions until there are no more; `progress` is told after every batch.
@@ -80,27 +122,13 @@ pub struct Target<'a> {
 /// [`ReplayError`]
 pub async fn apply(
     config: &Config,
-    target: Target<'_>,
+    sessions: Sessions,
     from: Reached,
     mut transactions: mpsc::Receiver<Received>,
     mut progress: impl FnMut(&Reached),
 ) -> Result<Reached, ReplayError> {
     let limits = &config.limits;
-    let settings = SinkSettings {
-        stream: target.stream.clone(),
-        term: target.term,
-        segment: SegmentLimits {
-            bytes: limits.batch_bytes,
-            changes: (limits.batch_changes / 4).max(1),
-        },
-        lanes: config.replica.lanes,
-        spread_changes: limits.spread_changes,
-    };
-    let synced = Synced {
-        tables: target.tables,
-        as_of: target.as_of,
-    };
-    let (mut sink, batches) = ReplicaSink::connect(target.conninfo, settings, synced).await?;
+    let Sessions { mut sink, batches } = sessions;
     let (outcomes, mut outcomes_seen) = mpsc::channel::<Outcome>(IN_FLIGHT_MAX);
     let sinking = tokio::spawn(async move {
         while let Some(outcome) = sink.next().await {

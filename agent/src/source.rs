@@ -37,7 +37,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use self::behind::Behind;
 use self::intake::Intake;
 pub use self::intake::IntakeLimits;
-pub use self::kinesis::{StreamSettings, Until, receive};
+pub use self::kinesis::{StreamSettings, Tip, Until, receive};
 pub use self::log::LogIntake;
 use crate::archive::ArchiveError;
 use crate::changelog::{Gap, UnpackError};
@@ -50,6 +50,15 @@ use crate::spill::{SpillError, SpillSpace};
 use crate::stream::StreamName;
 use crate::txn::{AssembleError, Transaction};
 
+/// Which slot is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotUse {
+    /// The stream's own, which is told how far everything is durable.
+    Own,
+    /// A copy of it that goes with the session: somebody else may be reading the stream's own.
+    Copy,
+}
+
 /// What the source task needs to know.
 #[derive(Clone, Debug)]
 pub struct SourceSettings {
@@ -57,6 +66,8 @@ pub struct SourceSettings {
     pub conninfo: ConnInfo,
     /// Slot and publication.
     pub stream: StreamName,
+    /// Whether the slot itself is read.
+    pub slot: SlotUse,
     /// Where to begin: the end of the last applied transaction.
     pub start: PgLsn,
     /// Whether values may come in binary form.
@@ -263,7 +274,10 @@ pub async fn run(
 ) -> Result<(), SourceError> {
     let mut intake = Intake::new(&settings, space, queue, position);
     let mut behind = Behind::new(&settings);
-    let mut next = Next::CatchUp;
+    let mut next = match settings.slot {
+        SlotUse::Own => Next::CatchUp,
+        SlotUse::Copy => Next::OnlyWalsender,
+    };
     loop {
         // Whoever reads begins behind the last whole transaction.
         intake.restart();

@@ -36,6 +36,12 @@ impl StreamName {
         ))
     }
 
+    /// The stream of that name, if it is one under the configured slot name. Its database cannot be told from it.
+    pub fn called(slot: &str, name: &str) -> Option<Self> {
+        let rest = name.strip_prefix(slot)?.strip_prefix('_')?;
+        (!rest.is_empty() && name.len() <= Self::BYTES_MAX).then(|| Self(name.to_owned()))
+    }
+
     /// The slot's, publication's and progress row's name.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -35,6 +35,7 @@ const PURE: &[&str] = &[
     "batch.rs",
     "config.rs",
     "error.rs",
+    "history.rs",
     "lag.rs",
     "ledger.rs",
     "net.rs",

@@ -8,11 +8,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use dr_agent::archive::Span;
+use dr_agent::history::History;
 use dr_agent::pg::PgLsn;
 use dr_agent_tests::agent::Agent;
 use dr_agent_tests::archive::{
     Moment, TABLES, agent_at, archive, expect_state, files_below, first_base, protected, restore,
-    segments, work,
+    restore_again, segments, wait_archived, work,
 };
 use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::{Database, Site};
@@ -151,17 +152,46 @@ async fn two_clusters_with_the_same_names_share_an_archive_and_not_their_histori
             .expect_code(0)
             .expect_words(&["sound"]);
     }
-    // By time it is the history of the source that was the newest then, whoever asks; by position that of the newest.
-    for (round, moments) in histories.iter().enumerate() {
-        for (i, moment) in moments.iter().enumerate().step_by(3) {
-            let target = format!("twin_{round}_{i}");
-            restore(&one, &first, &target, &["--to-time", &moment.time])
-                .await
-                .expect_code(0);
+    let [earlier, later] = <[_; 2]>::try_from(histories_below(&archive)).unwrap();
+    // Before the second one came, the first is meant, whoever asks.
+    for (i, moment) in histories[0].iter().enumerate().step_by(3) {
+        let target = format!("twin_0_{i}");
+        restore(&other, &second, &target, &["--to-time", &moment.time])
+            .await
+            .expect_code(0);
+        expect_state(&other, &target, moment).await;
+    }
+    // From then on both go on, and nobody guesses: neither by time nor by position.
+    for (round, named) in [(1, &later), (2, &earlier)] {
+        let moment = histories[round].last().unwrap();
+        for (by, value) in [("--to-time", &moment.time), ("--to-lsn", &moment.lsn)] {
+            let target = format!("twin_{round}{}", by.replace('-', "_"));
+            let outcome = restore(&one, &first, &target, &[by, value]).await;
+            // The second has not come as far as the first.
+            if round == 1 || outcome.code != Some(0) {
+                outcome.expect_code(1).expect_words(&["--history"]);
+                outcome.expect_words(&[&earlier, &later]);
+                let asked = [by, value, "--history", named];
+                restore_again(&one, &first, &target, &asked)
+                    .await
+                    .expect_code(0);
+            }
             expect_state(&one, &target, moment).await;
         }
     }
-    expect_history(&other, &second, "by_position", &histories[2]).await;
+    let outcome = restore(&one, &first, "twin_end", &[]).await;
+    outcome.expect_code(1).expect_words(&["--history"]);
+}
+
+/// The histories of the one stream in an archive, in the order in which they began.
+fn histories_below(archive: &Path) -> Vec<String> {
+    let folders = fs::read_dir(archive).unwrap().flatten();
+    let below = folders.flat_map(|folder| fs::read_dir(folder.path()).unwrap().flatten());
+    let mut names: Vec<String> = below
+        .map(|folder| folder.file_name().into_string().unwrap())
+        .collect();
+    names.sort_by_key(|name| name.parse::<History>().unwrap().began);
+    names
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -204,7 +234,8 @@ async fn an_agent_that_moved_without_its_spool_overwrites_nothing() {
         moments.extend(work(&source, 6, 7).await);
         source.run("INSERT INTO bag VALUES ('later')").await;
         database.expect_equal().await;
-        running.expect_quiet_log();
+        wait_archived(&database, &archive).await;
+        // It cannot know that what is missing lies in the other one's spool, and says so.
         running.stop().await;
         expect_kept(&kept, &archive);
         kept = contents(&archive);

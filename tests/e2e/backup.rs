@@ -13,6 +13,8 @@ use dr_agent::backup::{self, BackupError, LoadJob, Manifest, Ownership, TakeJob}
 use dr_agent::catalog::{self, TableName};
 use dr_agent::config::CopySettings;
 use dr_agent::error::{Class, Classify as _, chain};
+use dr_agent::history::History;
+use dr_agent::listed::Listed;
 use dr_agent::pg::ConnInfo;
 use dr_agent::store::{Encryption, Store, StoreUrl};
 use dr_agent::stream::StreamName;
@@ -38,6 +40,17 @@ struct Archive {
 
 const BASES: &str = "dr_app/7312/base/";
 
+/// What the source's LSNs are of, in a test without an agent.
+async fn history(client: &Client) -> History {
+    let identifier = client
+        .value("SELECT system_identifier FROM pg_control_system()")
+        .await;
+    History {
+        system_identifier: identifier.unwrap().parse().unwrap(),
+        began: 0,
+    }
+}
+
 impl Archive {
     async fn new() -> Self {
         Self::at(directory_for("archive")).await
@@ -55,6 +68,8 @@ impl Archive {
         let job = TakeJob {
             source: &conninfo(url),
             stream: &stream(),
+            history: history(&client).await,
+            listed: &Listed::new(),
             tables: &tables,
             store: &self.store,
             bases: BASES,
@@ -89,8 +104,9 @@ impl Archive {
 
     /// Prefixes of the bases that are listed.
     async fn list(&self) -> Vec<String> {
-        let bases = backup::list(&self.store, BASES).await.unwrap();
-        bases.into_iter().map(|base| base.base).collect()
+        let found = backup::find(&self.store, BASES).await.unwrap();
+        assert!(found.unusable.is_empty());
+        found.bases.into_iter().map(|base| base.base).collect()
     }
 
     async fn only_base(&self) -> String {
@@ -372,7 +388,10 @@ async fn a_damaged_missing_or_surplus_object_is_named() {
     fs::write(&path, kept.replace("\"rows\": 5000", "\"rows\": 5001")).unwrap();
     let verified = backup::verify(&archive.store, &base).await;
     expect_error(verified, &["manifest.json", "damaged"]);
-    assert!(backup::list(&archive.store, BASES).await.is_err());
+    // It is named beside the others, and not hidden.
+    let found = backup::find(&archive.store, BASES).await.unwrap();
+    assert_eq!((found.bases.len(), found.unusable.len()), (0, 1));
+    assert!(found.unusable[0].reason.contains("damaged"));
     fs::remove_file(&path).unwrap();
     assert!(archive.list().await.is_empty());
     let verified = backup::verify(&archive.store, &base).await;
@@ -480,6 +499,7 @@ async fn a_killed_backup_is_not_listed_and_is_tidied_up_a_day_later() {
         name: name.to_owned(),
         start: start.into(),
         end: end.into(),
+        bytes: 1,
     };
     let (one, two) = (u64::from(first.lsn), u64::from(second.lsn));
     let log = [

@@ -501,7 +501,7 @@ async fn a_promotion_drains_the_stream_first() {
         .await;
     site.source.kill();
     running.kill();
-    // Killed in the middle of it, it drains again.
+    // Killed once that is stored, it goes on behind it: what was applied is in the report all the same.
     let arguments = ["promote", "--failover", "--json"];
     let armed = route.with(&[("DR_AGENT_FAILPOINT", "promote:drained")]);
     let killed = route.applier.command_with(&arguments, &armed).await;
@@ -543,7 +543,11 @@ async fn a_promotion_whose_stream_is_away_says_how_to_go_on_without_it() {
         .applier
         .command_with(&["promote", "--failover"], &route.with(&[]))
         .await;
-    refused.expect_code(1).expect_words(&["--skip-drain"]);
+    refused
+        .expect_code(4)
+        .expect_words(&["refused", "--skip-drain"]);
+    let term = "SELECT term FROM dr_agent.progress";
+    assert_eq!(route.database.replica().await.number(term).await, 1);
     let opened = route
         .applier
         .command_with(
@@ -554,6 +558,7 @@ async fn a_promotion_whose_stream_is_away_says_how_to_go_on_without_it() {
     opened.expect_code(0);
     let accepted = opened.json()["accepted"].to_string();
     assert!(accepted.contains("left out (--skip-drain)"), "{accepted}");
+    assert_eq!(opened.json()["overrides"][0], "--skip-drain");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -97,7 +97,8 @@ async fn the_server_says_who_it_is() {
     let identifier = client
         .value("SELECT system_identifier FROM pg_control_system()")
         .await;
-    assert_eq!(Some(identity.system_identifier), identifier);
+    let found = identity.system_identifier.to_string();
+    assert_eq!(Some(found), identifier);
     assert_eq!(identity.timeline, 1);
     assert!(identity.xlogpos > PgLsn::from(0));
     let version = client.number("SHOW server_version_num").await;

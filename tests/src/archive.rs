@@ -7,10 +7,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use dr_agent::archive::Span;
+use dr_agent::pg::PgLsn;
+
 use crate::agent::{Agent, Outcome, Running};
 use crate::client::Client;
 use crate::rundir::directory_for;
 use crate::site::{Database, Site};
+use crate::wait::{PATIENCE, wait_until};
 
 /// Tables of every kind: with a key, with a foreign key and a sequence, without a key.
 pub const TABLES: &str = "
@@ -90,6 +94,25 @@ pub fn segments(archive: &Path) -> Vec<PathBuf> {
 pub async fn position(source: &Client) -> String {
     let lsn = source.value("SELECT pg_current_wal_insert_lsn()").await;
     lsn.expect("the source has a position")
+}
+
+/// Waits until the log in an archive reaches what is committed by now.
+pub async fn wait_archived(database: &Database, archive: &Path) {
+    let source = database.source().await;
+    let here = source.value("SELECT pg_current_wal_lsn()").await;
+    let here: PgLsn = here
+        .expect("the source has a position")
+        .parse()
+        .expect("it is one");
+    // Something has to come behind it.
+    wait_until("the archive to have it", PATIENCE, || async {
+        let ends = segments(archive).into_iter().filter_map(|path| {
+            let name = path.file_stem()?.to_str()?.to_owned();
+            Span::parse(&name).map(|span| span.end)
+        });
+        ends.max() >= Some(here)
+    })
+    .await;
 }
 
 /// The source now. Nobody may write meanwhile.

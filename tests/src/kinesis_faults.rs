@@ -34,6 +34,8 @@ pub enum Fault {
     Answer(Value),
     /// Of a call of PutRecords the server does not hear of these records; the answer refuses them with this code.
     RefuseRecords(fn(usize) -> bool, &'static str),
+    /// The server hears of something else.
+    Rewrite(fn(&mut Value)),
 }
 
 /// A request that has come.
@@ -193,6 +195,11 @@ async fn carry(mut client: TcpStream, target: SocketAddr, shared: &Shared) -> st
             let body = put_some(target, &head, body, refuses, code).await?;
             Some(answer(200, &body))
         }
+        Some(Fault::Rewrite(rewrite)) => {
+            let mut body = body;
+            rewrite(&mut body);
+            Some(forward(target, &with_body(&head, &body)).await?)
+        }
     };
     // Whoever has the answer may ask again.
     drop(under_way);
@@ -222,16 +229,7 @@ async fn put_some(
     let mut taken = Vec::new();
     if !kept.is_empty() {
         body["Records"] = Value::Array(kept);
-        let body = body.to_string();
-        let mut request: String = head
-            .lines()
-            .filter(|line| {
-                !line.is_empty() && !line.to_ascii_lowercase().starts_with("content-length")
-            })
-            .map(|line| format!("{line}\r\n"))
-            .collect();
-        request += &format!("Content-Length: {}\r\n\r\n{body}", body.len());
-        let answer = forward(target, request.as_bytes()).await?;
+        let answer = forward(target, &with_body(head, &body)).await?;
         let answer: Value = serde_json::from_slice(&answer[body_of(&answer)..])?;
         taken = answer["Records"].as_array().cloned().unwrap_or_default();
     }
@@ -244,6 +242,18 @@ async fn put_some(
         .collect();
     let refused = (0..all).filter(|at| refuses(*at)).count();
     Ok(json!({"FailedRecordCount": refused, "Records": answers}))
+}
+
+/// The same request with another body.
+fn with_body(head: &str, body: &Value) -> Vec<u8> {
+    let body = body.to_string();
+    let mut request: String = head
+        .lines()
+        .filter(|line| !line.is_empty() && !line.to_ascii_lowercase().starts_with("content-length"))
+        .map(|line| format!("{line}\r\n"))
+        .collect();
+    request += &format!("Content-Length: {}\r\n\r\n{body}", body.len());
+    request.into_bytes()
 }
 
 fn answer(status: u16, body: &Value) -> Vec<u8> {

@@ -4,6 +4,7 @@ use super::Span;
 use super::spool::SpoolError;
 use crate::changelog::{FramesError, UnpackError};
 use crate::error::{Class, Classify};
+use crate::history::History;
 use crate::pg::PgLsn;
 use crate::store::StoreError;
 
@@ -43,16 +44,20 @@ pub enum ArchiveError {
         source: FramesError,
     },
     /// An object that should be ours is of another stream or source.
-    #[error(
-        "{object} was written for stream {stream} of the source with the system identifier {found}"
-    )]
+    #[error("{object} was written for stream {stream} of history {found}")]
     Foreign {
         /// The object's name.
         object: String,
         /// The stream in it.
         stream: String,
-        /// The system identifier in it.
-        found: u64,
+        /// The history in it.
+        found: History,
+    },
+    /// What the store has taken is not there any more.
+    #[error("{object}, which the archive had taken, is not there")]
+    Lost {
+        /// Its name.
+        object: String,
     },
     /// A stretch of the log is not there.
     #[error("the change log from {from} on is missing{}", goes_on(.next))]
@@ -83,6 +88,8 @@ impl Classify for ArchiveError {
         match self {
             Self::Store(error) => error.class(),
             Self::Spool(error) => error.class(),
+            // A file system that is not mounted yet, most of the time.
+            Self::Lost { .. } => Class::Transient,
             Self::Damaged { .. }
             | Self::Record { .. }
             | Self::Frames { .. }
@@ -104,6 +111,11 @@ impl Classify for ArchiveError {
             Self::Foreign { .. } => Some(
                 "somebody copied it there, or two sources share a prefix of archive.url: move it away; every agent \
                  needs a prefix or a source.slot of its own"
+                    .to_owned(),
+            ),
+            Self::Lost { .. } => Some(
+                "is archive.url mounted, and the same place as before? If it was emptied on purpose, delete the files that end \
+                 in .taken below archive.spool_directory"
                     .to_owned(),
             ),
             Self::Missing { .. } => Some(

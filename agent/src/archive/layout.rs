@@ -1,12 +1,13 @@
 //! Where things are in the archive.
 //!
 //! ```text
-//! <prefix>/<stream>/<system identifier>/log/<start>-<end>.zst     a segment of the change log
-//! <prefix>/<stream>/<system identifier>/base/<lsn>/…              a base backup
+//! <prefix>/<stream>/<history>/log/<start>-<end>.zst     a segment of the change log
+//! <prefix>/<stream>/<history>/base/<lsn>/…              a base backup
 //! ```
-//! Pure. LSNs are written with sixteen hexadecimal digits, so that names sort as LSNs do. The system identifier is the
-//! source's (`pg_control_system()`): LSNs of different ones have nothing to do with each other.
+//! Pure. LSNs are written with sixteen hexadecimal digits, so that names sort as LSNs do. LSNs of different histories have
+//! nothing to do with each other: a source that was restored or failed over begins another one.
 
+use crate::history::History;
 use crate::pg::PgLsn;
 use crate::stream::StreamName;
 
@@ -55,15 +56,15 @@ pub(super) fn parse_digits(text: &str) -> Option<PgLsn> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     stream: StreamName,
-    system_identifier: u64,
+    history: History,
 }
 
 impl Layout {
-    /// For a stream of this source.
-    pub fn new(stream: &StreamName, system_identifier: u64) -> Self {
+    /// For one history of a stream.
+    pub fn new(stream: &StreamName, history: History) -> Self {
         Self {
             stream: stream.clone(),
-            system_identifier,
+            history,
         }
     }
 
@@ -72,18 +73,19 @@ impl Layout {
         &self.stream
     }
 
-    fn root(&self) -> String {
-        format!("{}/{}", self.stream, self.system_identifier)
+    /// What the names of all of its objects begin with.
+    pub fn root(&self) -> String {
+        format!("{}/{}/", self.stream, self.history)
     }
 
-    /// The source's.
-    pub fn system_identifier(&self) -> u64 {
-        self.system_identifier
+    /// What their LSNs are of.
+    pub fn history(&self) -> History {
+        self.history
     }
 
     /// What the names of all segments begin with.
     pub fn log(&self) -> String {
-        format!("{}/log/", self.root())
+        format!("{}log/", self.root())
     }
 
     /// A segment.
@@ -99,7 +101,7 @@ impl Layout {
 
     /// What the names of all base backups begin with.
     pub fn bases(&self) -> String {
-        format!("{}/base/", self.root())
+        format!("{}base/", self.root())
     }
 
     /// What the names of one base backup's objects begin with.

@@ -1,14 +1,17 @@
-//! The two tasks that write the change log: batches into the spool, segments into the store.
+//! Writes the change log of one history: batches into the spool, segments into the store.
 //!
 //! ```text
-//! pipeline ─batch─▶ spool_batches ─batch─▶ replica sink
-//!                        └─complete segment─▶ upload_segments ─▶ store; `uploaded` says how far
+//! whoever reads the source ─offer─▶ Writer ─▶ spool        LogHandle: offers, and how far the log has come
+//!                                     └─complete segment─▶ Uploading ─▶ store
 //! ```
+//! Usually the pipeline offers each batch before its sink gets it. Where the sink does not keep up, the log is read apart
+//! from it, and both offer: what is in the log already is passed over, whoever brings it.
 //!
 //! # Invariants
-//! - A batch goes on to the replica once it is in the spool.
-//! - Without `archive.required` the archive never holds up replication: what the spool cannot take is left out, said
-//!   aloud and counted, and the log goes on behind the gap. With it, the stream stops until there is room.
+//! - A batch that was taken is in the spool, on disk, when the offer is answered.
+//! - The log has no gap that was not left on purpose ([`LogHandle::go_on_at`]), said aloud and counted.
+//! - Without `archive.required` the log never holds up whoever offers: what the spool cannot take is left out. With it, the
+//!   offer waits until there is room.
 //! - Segments reach the store in order, one at a time. Whatever the store says, it is asked again: only the spool's
 //!   limit ends that.
 
@@ -16,21 +19,27 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::segment::{Uploaded, upload};
-use super::{ArchiveError, Layout, Segment, Spool, SpoolError, SpoolLimits};
+use super::spool::{Appended, Opened};
+use super::{ArchiveError, Layout, Segment, Span, Spool, SpoolError, SpoolLimits};
 use crate::backoff::{self, Decision};
 use crate::batch::Batch;
 use crate::changelog::Author;
 use crate::error::{Class, Classify as _, chain};
 use crate::failpoint;
+use crate::history::History;
 use crate::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
 use crate::store::{Encryption, Store, StoreUrl};
 
-/// How the change log of one stream is written.
+/// Offers on their way.
+const OFFERS: usize = 8;
+
+/// How the change log of one history is written.
 #[derive(Clone, Debug)]
 pub struct LogSettings {
     /// Who writes.
@@ -41,7 +50,7 @@ pub struct LogSettings {
     pub encryption: Encryption,
     /// Names in it.
     pub layout: Layout,
-    /// The spool's directory, of this stream alone.
+    /// The spool's directory, of this history alone.
     pub directory: PathBuf,
     /// The spool's limits.
     pub limits: SpoolLimits,
@@ -51,103 +60,340 @@ pub struct LogSettings {
     pub required: bool,
     /// Longest pause between two attempts to reach the store.
     pub retry_max: Duration,
+    /// Whoever reads the source only for the log has nothing to do once the pipeline has been at its front for so long.
+    pub lead: Duration,
 }
 
-/// The change log of one session.
+/// Who offers a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The pipeline, on the way to its sink.
+    Pipeline,
+    /// Whoever reads the source only for the log.
+    Apart,
+}
+
+/// What became of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// It is in the log.
+    Yes,
+    /// It begins behind where the log ends.
+    Ahead,
+    /// The spool could not take it, and the archive is not required.
+    LeftOut,
+}
+
+/// How far the log has come.
+#[derive(Clone, Copy, Debug)]
+pub struct Reach {
+    /// The end of its last transaction.
+    pub position: PgLsn,
+    /// When that moved last.
+    pub moved_at: Instant,
+    /// Since when, and until when, the pipeline offers what is new; none while it does not.
+    front: Option<(Instant, Instant)>,
+    /// Something was offered behind where the log ends.
+    pub ahead: bool,
+    /// The spool does not take anything now.
+    pub stuck: bool,
+}
+
+impl Reach {
+    /// Whether the pipeline has been at the front for a while since `began`, so that nobody else need read for the log.
+    pub fn pipeline_leads(&self, began: Instant, now: Instant, lead: Duration) -> bool {
+        self.front
+            .is_some_and(|(since, last)| now - last < lead && now - since.max(began) >= lead)
+    }
+
+    /// The pipeline has offered what is new.
+    fn at_the_front(&mut self, now: Instant, lead: Duration) {
+        let since = self.front.filter(|(_, last)| now - *last < lead);
+        self.front = Some((since.map_or(now, |(since, _)| since), now));
+    }
+}
+
+/// The log, for whoever offers batches.
+#[derive(Clone, Debug)]
+pub struct LogHandle {
+    history: History,
+    requests: mpsc::Sender<Request>,
+    reach: watch::Receiver<Reach>,
+    uploaded: watch::Receiver<PgLsn>,
+}
+
+/// Nobody writes the log any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the change log has ended")]
+pub struct Closed;
+
+impl LogHandle {
+    /// What its LSNs are of.
+    pub fn history(&self) -> History {
+        self.history
+    }
+
+    /// How far the log has come.
+    pub fn reach(&self) -> Reach {
+        *self.reach.borrow()
+    }
+
+    /// The same, and further as it goes.
+    pub fn watch(&self) -> watch::Receiver<Reach> {
+        self.reach.clone()
+    }
+
+    /// How far the store has it.
+    pub fn uploaded(&self) -> watch::Receiver<PgLsn> {
+        self.uploaded.clone()
+    }
+
+    /// Offers a batch; answered once it is in the spool, or will not be.
+    ///
+    /// # Errors
+    /// [`Closed`]
+    pub async fn offer(
+        &self,
+        batch: &Arc<Batch>,
+        origin: Origin,
+    ) -> Result<Result<Taken, SpoolError>, Closed> {
+        let batch = Arc::clone(batch);
+        self.ask(|answer| Request::Offer {
+            batch,
+            origin,
+            answer,
+        })
+        .await
+    }
+
+    /// What lies before `position` cannot be had any more: the log goes on there. The store has it up to `stored`; the rest is a
+    /// gap.
+    ///
+    /// # Errors
+    /// [`Closed`]
+    pub async fn go_on_at(&self, position: PgLsn, stored: PgLsn) -> Result<(), Closed> {
+        self.ask(|answer| Request::GoOnAt {
+            position,
+            stored,
+            answer,
+        })
+        .await
+    }
+
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, Closed> {
+        let (answer, answered) = oneshot::channel();
+        self.requests
+            .send(request(answer))
+            .await
+            .map_err(|_| Closed)?;
+        answered.await.map_err(|_| Closed)
+    }
+}
+
+#[derive(Debug)]
+enum Request {
+    Offer {
+        batch: Arc<Batch>,
+        origin: Origin,
+        answer: oneshot::Sender<Result<Taken, SpoolError>>,
+    },
+    GoOnAt {
+        position: PgLsn,
+        stored: PgLsn,
+        answer: oneshot::Sender<()>,
+    },
+}
+
+/// The change log of one history, and its two tasks.
 #[derive(Debug)]
 pub struct Log {
-    settings: LogSettings,
-    spool: Spool,
-    waiting: Vec<Segment>,
+    handle: LogHandle,
+    writing: AbortOnDropHandle<()>,
+    uploading: AbortOnDropHandle<()>,
+    /// Told to end.
+    end: oneshot::Sender<()>,
 }
 
 impl Log {
-    /// Opens the spool, with what an earlier session left in it.
+    /// Opens the spool, with what an earlier run left in it, and starts writing. A log of which nothing is known begins at
+    /// `start`. `broken` is told where a base backup must be taken from, if the log has a gap.
     ///
     /// # Errors
     /// [`SpoolError`]
-    pub fn open(settings: LogSettings) -> Result<Self, SpoolError> {
-        let (spool, waiting) = Spool::open(&settings.directory, settings.limits)?;
-        Ok(Self {
-            settings,
+    pub fn start(
+        settings: LogSettings,
+        start: PgLsn,
+        metrics: ArchiveMetrics,
+        broken: watch::Sender<Option<PgLsn>>,
+    ) -> Result<Self, SpoolError> {
+        let Opened {
             spool,
             waiting,
-        })
-    }
-
-    /// Where what waits for the store begins.
-    pub fn waiting_from(&self) -> Option<PgLsn> {
-        self.waiting.first().map(|segment| segment.span.start)
-    }
-
-    /// The two tasks: the first ends when batches end, the second when the first has and all is in the store.
-    pub fn tasks(
-        self,
-        batches: mpsc::Receiver<Arc<Batch>>,
-        onward: mpsc::Sender<Arc<Batch>>,
-        uploaded: watch::Sender<PgLsn>,
-        metrics: ArchiveMetrics,
-    ) -> (
-        impl Future<Output = Result<(), SpoolError>> + Send,
-        impl Future<Output = ()> + Send,
-    ) {
+            taken,
+        } = Spool::open(&settings.directory, settings.limits, start)?;
+        let first = waiting.first().map(|segment| segment.span.start);
+        let (uploaded, uploaded_seen) = watch::channel(first.unwrap_or(spool.position()));
         // As many as the spool has room for.
         let (complete, segments) = mpsc::unbounded_channel();
-        for segment in self.waiting {
+        for segment in waiting {
             // The receiver is here.
             let _ = complete.send(segment);
         }
-        let spooling = Spooling {
-            settings: self.settings.clone(),
-            spool: self.spool,
+        let (requests, requested) = mpsc::channel(OFFERS);
+        let (end, told_to_end) = oneshot::channel();
+        let (reach, reach_seen) = watch::channel(Reach {
+            position: spool.position(),
+            moved_at: Instant::now(),
+            front: None,
+            ahead: false,
+            stuck: false,
+        });
+        let handle = LogHandle {
+            history: settings.author.history,
+            requests,
+            reach: reach_seen,
+            uploaded: uploaded_seen.clone(),
+        };
+        metrics.spool(spool.used());
+        let writer = Writer {
+            settings: settings.clone(),
+            spool,
             complete,
             metrics: metrics.clone(),
+            broken,
+            reach,
+            uploaded: uploaded_seen,
             opened_at: None,
-            in_a_gap: false,
         };
         let uploading = Uploading {
-            settings: self.settings,
+            settings,
             uploaded,
             metrics,
+            taken,
         };
-        (spooling.run(batches, onward), uploading.run(segments))
+        Ok(Self {
+            handle,
+            writing: AbortOnDropHandle::new(tokio::spawn(writer.run(requested, told_to_end))),
+            uploading: AbortOnDropHandle::new(tokio::spawn(uploading.run(segments))),
+            end,
+        })
+    }
+
+    /// For whoever offers batches.
+    pub fn handle(&self) -> &LogHandle {
+        &self.handle
+    }
+
+    /// Ends it: what is in the spool goes to the store, as far as that is possible within `grace`. What is not, stays in the
+    /// spool; says whether it all went.
+    pub async fn finish(self, grace: Duration) -> bool {
+        let Self {
+            mut writing,
+            mut uploading,
+            end,
+            ..
+        } = self;
+        let deadline = Instant::now() + grace;
+        // One that has ended already needs no telling.
+        let _ = end.send(());
+        let both = async {
+            let _ = (&mut writing).await;
+            let _ = (&mut uploading).await;
+        };
+        let done = tokio::time::timeout_at(deadline, both).await.is_ok();
+        for task in [writing, uploading] {
+            task.abort();
+            // It was told to end; how it did is of no interest.
+            let _ = task.await;
+        }
+        done
     }
 }
 
+/// Brings what an earlier history of the stream has left in its spool to the store; then the directory goes.
+///
+/// # Errors
+/// [`SpoolError`]
+pub async fn upload_leftover(
+    settings: LogSettings,
+    metrics: ArchiveMetrics,
+) -> Result<(), SpoolError> {
+    let Opened {
+        spool,
+        waiting,
+        taken,
+    } = Spool::open(&settings.directory, settings.limits, PgLsn::from(0))?;
+    let directory = settings.directory.clone();
+    let (complete, segments) = mpsc::unbounded_channel();
+    for segment in waiting {
+        let _ = complete.send(segment);
+    }
+    drop(complete);
+    let (uploaded, _) = watch::channel(PgLsn::from(0));
+    let uploading = Uploading {
+        settings,
+        uploaded,
+        metrics,
+        taken,
+    };
+    uploading.run(segments).await;
+    drop(spool);
+    Spool::forget(&directory)
+}
+
 /// Batches into the spool.
-struct Spooling {
+struct Writer {
     settings: LogSettings,
     spool: Spool,
     complete: mpsc::UnboundedSender<Segment>,
     metrics: ArchiveMetrics,
+    broken: watch::Sender<Option<PgLsn>>,
+    reach: watch::Sender<Reach>,
+    uploaded: watch::Receiver<PgLsn>,
     /// When the segment that is being written began.
     opened_at: Option<Instant>,
-    /// The batch before could not be taken.
-    in_a_gap: bool,
 }
 
-impl Spooling {
-    async fn run(
-        mut self,
-        mut batches: mpsc::Receiver<Arc<Batch>>,
-        onward: mpsc::Sender<Arc<Batch>>,
-    ) -> Result<(), SpoolError> {
+impl Writer {
+    async fn run(mut self, mut requests: mpsc::Receiver<Request>, mut end: oneshot::Receiver<()>) {
         loop {
             let (growing, due) = self.due();
             tokio::select! {
                 biased;
-                () = tokio::time::sleep_until(due), if growing => self.complete()?,
-                batch = batches.recv() => {
-                    let Some(batch) = batch else {
-                        return self.complete();
-                    };
-                    tokio::task::block_in_place(|| self.take(&batch))?;
-                    failpoint::hit("archive:spooled");
-                    if !self.send_on(batch, &onward).await? {
-                        // The sink is gone, and says why.
-                        return self.complete();
-                    }
+                () = tokio::time::sleep_until(due), if growing => self.complete(),
+                Ok(()) = self.uploaded.changed() => self.metrics.spool(self.spool.used()),
+                request = requests.recv() => {
+                    let Some(request) = request else { break };
+                    self.answer(request).await;
                 }
+                _ = &mut end => break,
+            }
+        }
+        self.complete();
+    }
+
+    async fn answer(&mut self, request: Request) {
+        // Whoever asked may be gone; the log has what it has.
+        match request {
+            Request::Offer {
+                batch,
+                origin,
+                answer,
+            } => {
+                let taken = self.take(&batch, origin).await;
+                failpoint::hit("archive:spooled");
+                let _ = answer.send(taken);
+            }
+            Request::GoOnAt {
+                position,
+                stored,
+                answer,
+            } => {
+                self.go_on_at(position, stored);
+                let _ = answer.send(());
             }
         }
     }
@@ -158,80 +404,120 @@ impl Spooling {
         (self.opened_at.is_some(), opened_at + self.settings.age_max)
     }
 
-    /// Waits for the replica, while segments grow old all the same.
-    async fn send_on(
-        &mut self,
-        batch: Arc<Batch>,
-        onward: &mpsc::Sender<Arc<Batch>>,
-    ) -> Result<bool, SpoolError> {
+    async fn take(&mut self, batch: &Batch, origin: Origin) -> Result<Taken, SpoolError> {
+        let mut said = false;
         loop {
-            let (growing, due) = self.due();
-            tokio::select! {
-                biased;
-                place = onward.reserve() => {
-                    return Ok(place.map(|place| place.send(batch)).is_ok());
-                }
-                () = tokio::time::sleep_until(due), if growing => self.complete()?,
+            let appended =
+                tokio::task::block_in_place(|| self.spool.append(&self.settings.author, batch));
+            let error = match appended {
+                Ok(appended) => return Ok(self.appended(appended, batch, origin)),
+                // The transaction cannot be applied either.
+                Err(error @ SpoolError::Spill(_)) => return Err(error),
+                Err(error) => error,
+            };
+            // What has been begun makes room once the store has it.
+            self.complete();
+            let was_stuck = self.reach.borrow().stuck;
+            self.reach.send_modify(|reach| reach.stuck = true);
+            if !was_stuck && !said {
+                self.say(&error);
             }
+            if !self.settings.required {
+                return Ok(Taken::LeftOut);
+            }
+            said = true;
+            self.wait_for_room().await;
         }
     }
 
-    fn take(&mut self, batch: &Batch) -> Result<(), SpoolError> {
-        if self.spool.would_leave_a_gap(batch.previous) {
-            self.complete()?;
-        }
-        match self.spool.append(&self.settings.author, batch) {
-            Ok(()) if self.in_a_gap => {
-                tracing::warn!(
-                    stream = self.settings.author.stream, from = %batch.previous,
-                    "the change log goes on; only a base backup taken from now on leads across the gap"
-                );
-                self.in_a_gap = false;
+    fn appended(&mut self, appended: Appended, batch: &Batch, origin: Origin) -> Taken {
+        let now = Instant::now();
+        let (position, lead) = (self.spool.position(), self.settings.lead);
+        self.reach.send_modify(|reach| {
+            if appended == Appended::Now {
+                reach.position = position;
+                reach.moved_at = now;
+                reach.stuck = false;
+                reach.ahead = false;
             }
-            Ok(()) => {}
-            // The transaction cannot be applied either.
-            Err(error @ SpoolError::Spill(_)) => return Err(error),
-            Err(error) => {
-                self.leave_out(error)?;
-                return self.complete();
+            reach.ahead |= appended == Appended::Ahead;
+            let is_new = batch.end_lsn() >= position && appended != Appended::Ahead;
+            if origin == Origin::Pipeline && is_new {
+                reach.at_the_front(now, lead);
             }
+        });
+        match appended {
+            Appended::Ahead => return Taken::Ahead,
+            Appended::Known => return Taken::Yes,
+            Appended::Now => {}
         }
-        self.opened_at.get_or_insert_with(Instant::now);
+        self.opened_at.get_or_insert(now);
         if self.spool.is_full() {
-            self.complete()?;
+            self.complete();
         }
         self.metrics.spool(self.spool.used());
-        Ok(())
+        Taken::Yes
     }
 
-    /// What the disk did not take is missing from the log; with `archive.required` that ends the session.
-    fn leave_out(&mut self, error: SpoolError) -> Result<(), SpoolError> {
+    /// Waits until the store has taken something, or for a disk that may have healed.
+    async fn wait_for_room(&mut self) {
+        let pause = self.settings.retry_max.min(Duration::from_secs(5));
+        // Either way it is tried again.
+        let _ = tokio::time::timeout(pause, self.uploaded.changed()).await;
+        self.metrics.spool(self.spool.used());
+    }
+
+    fn say(&self, error: &SpoolError) {
+        let stream = &self.settings.author.stream;
+        let (error_text, hint) = (chain(error), error.hint());
         if self.settings.required {
-            return Err(error);
-        }
-        if !self.in_a_gap {
             tracing::error!(
-                stream = self.settings.author.stream, error = %chain(&error), hint = error.hint(),
-                "the change log has a gap: replication goes on, the archive does not"
+                stream, error = %error_text, hint,
+                "the change log stands still, and replication waits for it"
+            );
+        } else {
+            tracing::error!(
+                stream, error = %error_text, hint,
+                "the change log stands still: replication goes on, the archive does not"
+            );
+        }
+    }
+
+    fn go_on_at(&mut self, position: PgLsn, stored: PgLsn) {
+        if position <= self.spool.position() {
+            return;
+        }
+        self.complete();
+        let gap = Span {
+            start: self.spool.position().max(stored),
+            end: position,
+        };
+        self.spool.go_on_at(position);
+        if gap.start < gap.end {
+            tracing::error!(
+                stream = self.settings.author.stream, from = %gap.start, to = %gap.end,
+                "the change log has a gap: neither the source nor the archive has that; only a base backup taken from now on \
+                 leads across it"
             );
             self.metrics.gaps.increment(1);
+            self.broken.send_replace(Some(position));
         }
-        self.in_a_gap = true;
-        Ok(())
+        self.reach.send_modify(|reach| {
+            reach.position = position;
+            reach.moved_at = Instant::now();
+        });
     }
 
     /// Hands the segment that is being written to the upload.
-    fn complete(&mut self) -> Result<(), SpoolError> {
+    fn complete(&mut self) {
         self.opened_at = None;
         match self.spool.close() {
-            Ok(Some(segment)) => {
-                // Without an upload it waits in the spool.
-                let _ = self.complete.send(segment);
-                Ok(())
-            }
-            Ok(None) => Ok(()),
+            // Without an upload it waits in the spool.
+            Ok(segment) => segment
+                .into_iter()
+                .for_each(|segment| drop(self.complete.send(segment))),
             // The next start finds it.
-            Err(error) => self.leave_out(error),
+            Err(error) => self.say(&error),
         }
     }
 }
@@ -241,10 +527,12 @@ struct Uploading {
     settings: LogSettings,
     uploaded: watch::Sender<PgLsn>,
     metrics: ArchiveMetrics,
+    /// The last segment that an earlier run has brought there.
+    taken: Option<Span>,
 }
 
 impl Uploading {
-    async fn run(self, mut segments: mpsc::UnboundedReceiver<Segment>) {
+    async fn run(mut self, mut segments: mpsc::UnboundedReceiver<Segment>) {
         let mut store = None;
         while let Some(segment) = segments.recv().await {
             let mut attempt = 0;
@@ -261,7 +549,7 @@ impl Uploading {
             let end = segment.span.end;
             let (raw, stored) = (uploaded.raw_bytes, uploaded.stored_bytes);
             self.metrics.segment(raw, stored, end, now());
-            if let Err(error) = segment.remove() {
+            if let Err(error) = segment.taken() {
                 // It is uploaded again after the next start, which does no harm.
                 tracing::warn!(stream = self.settings.author.stream, error = %chain(&error), "a segment stays in the spool");
             }
@@ -270,15 +558,32 @@ impl Uploading {
     }
 
     async fn upload(
-        &self,
+        &mut self,
         store: &mut Option<Store>,
         segment: &Segment,
     ) -> Result<Uploaded, ArchiveError> {
         let store = match store {
             Some(store) => store,
-            None => store.insert(Store::open(&self.settings.url, &self.settings.encryption).await?),
+            None => {
+                let opened = Store::open(&self.settings.url, &self.settings.encryption).await?;
+                self.recognize(&opened).await?;
+                store.insert(opened)
+            }
         };
         upload(store, &self.settings.layout, segment).await
+    }
+
+    /// A place that has lost what it took from here is another one: a file system that is not mounted, an emptied bucket.
+    async fn recognize(&mut self, store: &Store) -> Result<(), ArchiveError> {
+        let Some(taken) = self.taken else {
+            return Ok(());
+        };
+        let name = self.settings.layout.segment(taken);
+        if store.list(&name, None).await?.is_empty() {
+            return Err(ArchiveError::Lost { object: name });
+        }
+        self.taken = None;
+        Ok(())
     }
 
     /// Says so, and waits.

@@ -13,7 +13,8 @@ use std::io::{Read as _, Write as _};
 use bytes::Bytes;
 
 use super::{ArchiveError, Layout, Segment, Span, SpoolError};
-use crate::changelog::{Frames, Part, Unpacker};
+use crate::changelog::{Frames, Part, Unpacker, history_of};
+use crate::history::History;
 use crate::pg::PgLsn;
 use crate::store::{ObjectReader, Put, Store};
 use crate::stream::StreamName;
@@ -107,7 +108,7 @@ pub struct SegmentReader {
     name: String,
     span: Span,
     stream: StreamName,
-    system_identifier: u64,
+    history: History,
     object: ObjectReader,
     /// Of the object, not yet decompressed.
     compressed: Bytes,
@@ -137,7 +138,7 @@ impl SegmentReader {
             name,
             span,
             stream: layout.stream().clone(),
-            system_identifier: layout.system_identifier(),
+            history: layout.history(),
             compressed: Bytes::new(),
             decoder,
             frames: Frames::default(),
@@ -193,11 +194,11 @@ impl SegmentReader {
     /// Holds a part against the ones before it.
     fn follow(&mut self, part: &Part) -> Result<(), ArchiveError> {
         // Databases of one source share its LSNs, and often the names of their tables.
-        if part.system_identifier != self.system_identifier || part.stream != self.stream.as_str() {
+        if history_of(part) != self.history || part.stream != self.stream.as_str() {
             return Err(ArchiveError::Foreign {
                 object: self.name.clone(),
                 stream: part.stream.clone(),
-                found: part.system_identifier,
+                found: history_of(part),
             });
         }
         let begins = PgLsn::from(part.previous_end_lsn);

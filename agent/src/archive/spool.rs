@@ -3,14 +3,16 @@
 //! ```text
 //! <directory>/<start>.open          being written; parts behind one another, uncompressed
 //! <directory>/<start>-<end>.log     complete, waiting for the store
+//! <directory>/<start>-<end>.taken   empty: the last one that the store has taken
 //! ```
+//! One directory for each history. Its *position* is how far the log has come; what is appended begins there.
 //!
 //! # Invariants
 //! - When [`Spool::append`] has returned, the batch survives `kill -9` and a loss of power.
-//! - A segment holds whole batches. What a crash left behind the last of them is cut off when the spool is opened.
-//! - What waits in the spool is not written again: a session that received it and died before the replica had it
-//!   receives it once more.
-//! - All files together hold at most [`SpoolLimits::bytes`].
+//! - A segment holds whole batches without a gap. What a crash left behind the last of them is cut off when the spool is opened;
+//!   what was damaged otherwise is kept aside, and the position goes back to where it begins.
+//! - What is in the log is not written again, whoever offers it once more.
+//! - All files together hold at most [`SpoolLimits::bytes`], unless a single batch is larger than that.
 //!
 //! # What it does not do
 //! It does not upload and knows no clock: how old a segment may be is the caller's business.
@@ -23,10 +25,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::BytesMut;
 
-use super::Chain;
 use super::layout::{Span, digits, parse_digits};
 use crate::batch::Batch;
-use crate::changelog::{Author, Compression, Frames, Packing, Unpacker, put_frame};
+use crate::changelog::{
+    Author, Compression, Frames, Packing, Part, UnpackError, Unpacker, VERSION, put_frame,
+};
 use crate::error::{Class, Classify, disk_class};
 use crate::pg::PgLsn;
 use crate::spill::SpillError;
@@ -34,8 +37,13 @@ use crate::spill::SpillError;
 /// Bytes of one part. Large enough that its header is nothing, small enough to be in memory twice.
 const PART_BYTES: usize = 1 << 20;
 
+/// How far behind damage it is looked for more.
+const BEYOND_BYTES: u64 = 64 << 20;
+
 const OPEN: &str = "open";
 const COMPLETE: &str = "log";
+const TAKEN: &str = "taken";
+const DAMAGED: &str = "damaged";
 
 /// What the spool may hold.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +85,15 @@ pub enum SpoolError {
     /// A large transaction could not be read back.
     #[error("read a large transaction for the spool")]
     Spill(#[from] SpillError),
+    /// What another version of the agent has left.
+    #[error("read what waits in spool {}", path.display())]
+    Record {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: UnpackError,
+    },
 }
 
 impl Classify for SpoolError {
@@ -86,6 +103,7 @@ impl Classify for SpoolError {
             Self::Full { .. } => Class::Transient,
             Self::InUse { .. } => Class::Definite,
             Self::Spill(error) => error.class(),
+            Self::Record { source, .. } => source.class(),
         }
     }
 
@@ -103,6 +121,7 @@ impl Classify for SpoolError {
                 "stop the other agent, or give this one a spool_directory of its own".to_owned(),
             ),
             Self::Spill(error) => error.hint(),
+            Self::Record { source, .. } => source.hint(),
         }
     }
 }
@@ -128,28 +147,70 @@ impl Segment {
         self.bytes
     }
 
-    /// Removes it: the store has it.
+    /// Removes it: the store has it. Only its name stays, until the next one's does.
     ///
     /// # Errors
     /// [`SpoolError::Io`]
-    pub fn remove(self) -> Result<(), SpoolError> {
-        fs::remove_file(&self.path).map_err(at("remove from", &self.path))?;
+    pub fn taken(self) -> Result<(), SpoolError> {
+        let directory = self.path.parent().unwrap_or_else(|| Path::new("."));
+        let mark = directory.join(format!("{}.{TAKEN}", self.span.name()));
+        fs::rename(&self.path, &mark).map_err(at("rename", &self.path))?;
         self.used.fetch_sub(self.bytes, Ordering::Relaxed);
+        File::create(&mark).map_err(at("empty", &mark))?;
+        sync_directory(directory)?;
+        for (path, span) in with_ending(directory, TAKEN)? {
+            if span.end < self.span.end {
+                fs::remove_file(&path).map_err(at("remove", &path))?;
+            }
+        }
         Ok(())
     }
 }
 
-/// The spool of one stream.
+/// The segments of that kind in a directory.
+fn with_ending(directory: &Path, ending: &str) -> Result<Vec<(PathBuf, Span)>, SpoolError> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).map_err(at("list", directory))? {
+        let path = entry.map_err(at("list", directory))?.path();
+        let (stem, extension) = stem_and_ending(&path);
+        if extension == ending
+            && let Some(span) = Span::parse(stem)
+        {
+            found.push((path, span));
+        }
+    }
+    Ok(found)
+}
+
+/// Names of ours are ASCII; of others nothing is said.
+fn stem_and_ending(path: &Path) -> (&str, &str) {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let parts = name.and_then(|name| name.rsplit_once('.'));
+    parts.unwrap_or_default()
+}
+
+/// The spool of one history.
 #[derive(Debug)]
 pub struct Spool {
     directory: PathBuf,
     limits: SpoolLimits,
     used: Arc<AtomicU64>,
     open: Option<Open>,
-    /// What earlier sessions left.
-    left: Vec<Span>,
+    /// How far the log has come.
+    position: PgLsn,
     /// Held as long as the spool is open.
     _lock: File,
+}
+
+/// What an opened spool has.
+#[derive(Debug)]
+pub struct Opened {
+    /// The spool.
+    pub spool: Spool,
+    /// What waits in it, in order.
+    pub waiting: Vec<Segment>,
+    /// The last segment that the store has taken from here.
+    pub taken: Option<Span>,
 }
 
 /// The segment that is being written.
@@ -161,25 +222,32 @@ struct Open {
     bytes: u64,
 }
 
+/// What became of a batch that was offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Appended {
+    /// It is in the log now.
+    Now,
+    /// It was in the log before.
+    Known,
+    /// It begins behind the position: something before it is missing, and it was not taken.
+    Ahead,
+}
+
 impl Spool {
-    /// Opens the spool; also returns the segments that wait in it, in order.
+    /// Opens the spool. Where nothing is in it, the log begins at `start`.
     ///
     /// # Errors
     /// [`SpoolError`]
-    pub fn open(directory: &Path, limits: SpoolLimits) -> Result<(Self, Vec<Segment>), SpoolError> {
-        fs::create_dir_all(directory).map_err(at("create", directory))?;
+    pub fn open(directory: &Path, limits: SpoolLimits, start: PgLsn) -> Result<Opened, SpoolError> {
+        make_durably(directory)?;
         let lock = lock(directory)?;
         let used = Arc::new(AtomicU64::new(0));
-        let mut complete = Vec::new();
+        let mut waiting = Vec::new();
         for entry in fs::read_dir(directory).map_err(at("list", directory))? {
             let path = entry.map_err(at("list", directory))?.path();
-            let stem = path
-                .file_stem()
-                .and_then(|stem| stem.to_str())
-                .unwrap_or_default();
-            let found = match path.extension().and_then(|extension| extension.to_str()) {
-                Some(COMPLETE) => Span::parse(stem).map(|span| (path.clone(), span)),
-                Some(OPEN) => match parse_digits(stem) {
+            let found = match stem_and_ending(&path) {
+                (stem, COMPLETE) => Span::parse(stem).map(|span| (path.clone(), span)),
+                (stem, OPEN) => match parse_digits(stem) {
                     Some(start) => recover(&path, start)?,
                     None => None,
                 },
@@ -188,7 +256,7 @@ impl Spool {
             if let Some((path, span)) = found {
                 let bytes = fs::metadata(&path).map_err(at("look at", &path))?.len();
                 used.fetch_add(bytes, Ordering::Relaxed);
-                complete.push(Segment {
+                waiting.push(Segment {
                     span,
                     path,
                     bytes,
@@ -196,26 +264,49 @@ impl Spool {
                 });
             }
         }
-        complete.sort_by_key(|segment| segment.span);
+        waiting.sort_by_key(|segment| segment.span);
+        let taken = with_ending(directory, TAKEN)?;
+        let taken = taken.into_iter().map(|(_, span)| span);
+        let taken = taken.max_by_key(|span| span.end);
+        let spans = waiting.iter().map(|segment| segment.span).chain(taken);
         let spool = Self {
             directory: directory.to_owned(),
             limits,
             used,
             open: None,
-            left: complete.iter().map(|segment| segment.span).collect(),
+            position: spans.map(|span| span.end).max().unwrap_or(start),
             _lock: lock,
         };
-        Ok((spool, complete))
+        Ok(Opened {
+            spool,
+            waiting,
+            taken,
+        })
     }
 
-    /// Bytes that wait in this directory for the store, without touching it: whoever writes there goes on. None where there
+    /// Removes the directory of a history that nothing is left of; one with something in it stays.
+    ///
+    /// # Errors
+    /// [`SpoolError::Io`]
+    pub fn forget(directory: &Path) -> Result<(), SpoolError> {
+        for entry in fs::read_dir(directory).map_err(at("list", directory))? {
+            let path = entry.map_err(at("list", directory))?.path();
+            if matches!(stem_and_ending(&path), (_, OPEN | COMPLETE | DAMAGED)) {
+                return Ok(());
+            }
+        }
+        fs::remove_dir_all(directory).map_err(at("remove", directory))
+    }
+
+    /// Bytes that wait below this directory for the store, without touching it: whoever writes there goes on. None where there
     /// is no spool, on a machine that is not the agent's for instance.
     pub fn waiting(directory: &Path) -> Option<u64> {
         let mut bytes = 0;
         for entry in fs::read_dir(directory).ok()? {
             let path = entry.ok()?.path();
-            let extension = path.extension().and_then(|extension| extension.to_str());
-            if matches!(extension, Some(OPEN | COMPLETE)) {
+            if path.is_dir() {
+                bytes += Self::waiting(&path).unwrap_or(0);
+            } else if matches!(stem_and_ending(&path), (_, OPEN | COMPLETE)) {
                 // One that has just gone waits no more.
                 bytes += fs::metadata(&path).map_or(0, |status| status.len());
             }
@@ -228,17 +319,22 @@ impl Spool {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// How far the spool leads without a gap from where a batch begins.
-    fn held_from(&self, previous: PgLsn) -> PgLsn {
-        Chain::from(previous, &self.left).end
+    /// How far the log has come.
+    pub fn position(&self) -> PgLsn {
+        self.position
     }
 
-    /// Whether a segment has begun that ends elsewhere than where a batch begins.
-    pub fn would_leave_a_gap(&self, previous: PgLsn) -> bool {
-        let begins = self.held_from(previous);
-        self.open
-            .as_ref()
-            .is_some_and(|open| open.span.end != begins)
+    /// The log goes on at `position`: what lies before it is elsewhere, or nowhere. The segment that is being written is complete
+    /// before.
+    ///
+    /// # Panics
+    /// If that would be backwards, or within a segment.
+    pub fn go_on_at(&mut self, position: PgLsn) {
+        assert!(
+            position >= self.position && self.open.is_none(),
+            "a segment has no gap inside"
+        );
+        self.position = position;
     }
 
     /// Whether the segment that is being written is as large as it may become.
@@ -248,35 +344,34 @@ impl Spool {
             .is_some_and(|open| open.bytes >= self.limits.segment_bytes)
     }
 
-    /// Appends a batch to the segment that is being written, and begins one if there is none. Blocks for the disk.
+    /// Appends what is new of a batch to the segment that is being written, and begins one if there is none. Blocks for the
+    /// disk.
     ///
     /// # Errors
     /// [`SpoolError`]; nothing of the batch is in the spool then, and what was there before it still is.
-    ///
-    /// # Panics
-    /// If that would leave a gap in the segment.
-    pub fn append(&mut self, author: &Author, batch: &Batch) -> Result<(), SpoolError> {
-        assert!(
-            !self.would_leave_a_gap(batch.previous),
-            "a segment has no gap inside"
-        );
-        self.left.retain(|span| span.end > batch.previous);
-        let held = self.held_from(batch.previous);
-        if batch.end_lsn() <= held {
-            return Ok(());
+    pub fn append(&mut self, author: &Author, batch: &Batch) -> Result<Appended, SpoolError> {
+        if batch.end_lsn() <= self.position {
+            return Ok(Appended::Known);
+        }
+        if batch.previous > self.position {
+            return Ok(Appended::Ahead);
         }
         let open = match &mut self.open {
             Some(open) => open,
-            None => self.open.insert(begin(&self.directory, held)?),
+            None => self.open.insert(begin(&self.directory, self.position)?),
         };
-        let before = self.used.load(Ordering::Relaxed);
-        let room = self.limits.bytes.saturating_sub(before);
-        match write(open, author, batch, held, room) {
+        let room = match self.used.load(Ordering::Relaxed) {
+            // It has to go somewhere.
+            0 => u64::MAX,
+            used => self.limits.bytes.saturating_sub(used),
+        };
+        match write(open, author, batch, self.position, room) {
             Ok(written) => {
                 self.used.fetch_add(written, Ordering::Relaxed);
                 open.bytes += written;
                 open.span.end = batch.end_lsn();
-                Ok(())
+                self.position = batch.end_lsn();
+                Ok(Appended::Now)
             }
             Err(WriteError::Room) => {
                 self.take_back()?;
@@ -406,42 +501,120 @@ fn recover(path: &Path, start: PgLsn) -> Result<Option<(PathBuf, Span)>, SpoolEr
         .write(true)
         .open(path)
         .map_err(at("open", path))?;
-    let (bytes, end) = whole_batches(&mut file, path, start)?;
-    if bytes == 0 {
+    let whole = whole_batches(&mut file, path, start)?;
+    if whole.is_damaged {
+        let aside = path.with_extension(DAMAGED);
+        fs::copy(path, &aside).map_err(at("keep aside", path))?;
+        tracing::error!(
+            spool = %path.display(), kept = %aside.display(), from = %whole.end,
+            "the spool was damaged on disk: the change log is read anew from there, if the source still has it"
+        );
+    }
+    if whole.bytes == 0 {
         fs::remove_file(path).map_err(at("remove", path))?;
         return Ok(None);
     }
-    truncate(&mut file, path, bytes)?;
-    let span = Span { start, end };
+    truncate(&mut file, path, whole.bytes)?;
+    let span = Span {
+        start,
+        end: whole.end,
+    };
     let directory = path.parent().unwrap_or_else(|| Path::new("."));
     Ok(Some((complete(directory, path, span)?, span)))
 }
 
-/// How many bytes whole batches take at the beginning of the file, and where the last of them ends.
-fn whole_batches(file: &mut File, path: &Path, start: PgLsn) -> Result<(u64, PgLsn), SpoolError> {
+/// The whole batches at the beginning of a file.
+struct Whole {
+    /// How many bytes they take.
+    bytes: u64,
+    /// Where the last of them ends.
+    end: PgLsn,
+    /// Batches follow behind what cannot be read. Each was on disk before the next was begun, so that is not where a crash cut
+    /// the last one off.
+    is_damaged: bool,
+}
+
+fn whole_batches(file: &mut File, path: &Path, start: PgLsn) -> Result<Whole, SpoolError> {
     let mut frames = Frames::default();
     let mut unpacker = Unpacker::default();
-    let mut whole = (0, start);
+    let mut whole = Whole {
+        bytes: 0,
+        end: start,
+        is_damaged: false,
+    };
     let mut block = vec![0; 1 << 16];
     loop {
         let read = file.read(&mut block).map_err(at("read", path))?;
         if read == 0 {
-            return Ok(whole);
+            // A length that was spoilt looks like a record that was cut off.
+            return match frames.finish() {
+                Ok(()) => Ok(whole),
+                Err(_) => look_beyond(file, path, whole),
+            };
         }
         frames.push(&block[..read]);
         loop {
-            match frames.next_part() {
-                Ok(Some(part)) => match unpacker.push(&part, |_| {}) {
-                    Ok(true) => whole = (frames.taken(), PgLsn::from(part.end_lsn)),
-                    Ok(false) => {}
-                    // Written in part when the power went.
-                    Err(_) => return Ok(whole),
-                },
+            let part = match frames.next_part() {
+                Ok(Some(part)) => part,
                 Ok(None) => break,
-                Err(_) => return Ok(whole),
+                Err(_) => return look_beyond(file, path, whole),
+            };
+            match unpacker.push(&part, |_| {}) {
+                Ok(true) => {
+                    whole.bytes = frames.taken();
+                    whole.end = part.end_lsn.into();
+                }
+                Ok(false) => {}
+                Err(source @ UnpackError::Version { .. }) => {
+                    let path = path.to_owned();
+                    return Err(SpoolError::Record { path, source });
+                }
+                Err(_) => return look_beyond(file, path, whole),
             }
         }
     }
+}
+
+/// Whether anything can be read behind what cannot.
+fn look_beyond(file: &mut File, path: &Path, whole: Whole) -> Result<Whole, SpoolError> {
+    let mut bytes = Vec::new();
+    file.seek(SeekFrom::Start(whole.bytes))
+        .and_then(|_| file.take(BEYOND_BYTES).read_to_end(&mut bytes))
+        .map_err(at("read", path))?;
+    let is_damaged = (1..bytes.len())
+        .filter_map(|offset| whole_part(&bytes[offset..]))
+        .any(|part| PgLsn::from(part.previous_end_lsn) > whole.end);
+    Ok(Whole {
+        is_damaged,
+        ..whole
+    })
+}
+
+/// The part that begins here, if one does.
+fn whole_part(bytes: &[u8]) -> Option<Part> {
+    let part = Frames::peek(bytes)?;
+    let sound = part.version == VERSION
+        && part.messages.len() as u64 == part.raw_bytes
+        && crc32c::crc32c(&part.messages) == part.crc32c;
+    sound.then_some(part)
+}
+
+/// Makes a directory and whatever is missing above it; a loss of power takes none of them away.
+fn make_durably(directory: &Path) -> Result<(), SpoolError> {
+    let mut missing: Vec<&Path> = Vec::new();
+    let mut above = Some(directory);
+    while let Some(path) = above.filter(|path| !path.as_os_str().is_empty() && !path.exists()) {
+        missing.push(path);
+        above = path.parent();
+    }
+    fs::create_dir_all(directory).map_err(at("create", directory))?;
+    for path in missing {
+        let parent = path
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty());
+        sync_directory(parent.unwrap_or_else(|| Path::new(".")))?;
+    }
+    Ok(())
 }
 
 fn complete(directory: &Path, path: &Path, span: Span) -> Result<PathBuf, SpoolError> {

@@ -1,13 +1,16 @@
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 
 use proptest::prelude::*;
 
+use super::spool::Appended;
 use super::*;
 use crate::batch::Batch;
 use crate::changelog::{Author, Frames, Unpacker};
 use crate::changes::ChangeCounts;
 use crate::error::{Class, Classify as _};
+use crate::history::History;
 use crate::ledger::BatchNumber;
 use crate::pg::pgoutput::{Value, encode};
 use crate::stream::StreamName;
@@ -19,10 +22,15 @@ const LIMITS: SpoolLimits = SpoolLimits {
     segment_bytes: 1 << 10,
 };
 
+const HISTORY: History = History {
+    system_identifier: 7_301,
+    began: 123_456,
+};
+
 fn author() -> Author {
     Author {
         stream: "s".to_owned(),
-        system_identifier: 7,
+        history: HISTORY,
         term: 1,
         writer: 1,
     }
@@ -85,7 +93,7 @@ fn span(start: u64, end: u64) -> Span {
 
 #[test]
 fn names_sort_as_positions_do_and_are_read_back() {
-    let layout = Layout::new(&StreamName::new("dr_agent", "app"), 7_301);
+    let layout = Layout::new(&StreamName::new("dr_agent", "app"), HISTORY);
     let spans = [
         span(9, 16),
         span(16, 0xB374_D848),
@@ -94,24 +102,24 @@ fn names_sort_as_positions_do_and_are_read_back() {
     let names = spans.map(|span| layout.segment(span));
     assert_eq!(
         names[1],
-        "dr_agent_app/7301/log/0000000000000010-00000000B374D848.zst"
+        "dr_agent_app/7301-20000101T000000.123456Z/log/0000000000000010-00000000B374D848.zst"
     );
     assert!(names.is_sorted());
     for (span, name) in spans.iter().zip(&names) {
         assert_eq!(layout.parse_segment(name), Some(*span));
     }
     for wrong in [
-        "dr_agent_app/7301/log/0000000000000010-000000000000001.zst",
-        "dr_agent_app/7301/log/0000000000000020-0000000000000010.zst",
-        "dr_agent_app/7301/log/000000000000001g-0000000000000020.zst",
-        "dr_agent_app/7301/log/0000000000000010-0000000000000020",
-        "dr_agent_app/7302/log/0000000000000010-0000000000000020.zst",
+        "dr_agent_app/7301-20000101T000000.123456Z/log/0000000000000010-000000000000001.zst",
+        "dr_agent_app/7301-20000101T000000.123456Z/log/0000000000000020-0000000000000010.zst",
+        "dr_agent_app/7301-20000101T000000.123456Z/log/000000000000001g-0000000000000020.zst",
+        "dr_agent_app/7301-20000101T000000.123456Z/log/0000000000000010-0000000000000020",
+        "dr_agent_app/7302-20000101T000000.123456Z/log/0000000000000010-0000000000000020.zst",
     ] {
         assert_eq!(layout.parse_segment(wrong), None, "{wrong}");
     }
     assert_eq!(
         layout.base(lsn(255)),
-        "dr_agent_app/7301/base/00000000000000FF/"
+        "dr_agent_app/7301-20000101T000000.123456Z/base/00000000000000FF/"
     );
 }
 
@@ -163,95 +171,170 @@ proptest! {
     }
 }
 
+/// An empty spool, or what is left of one.
+fn open(directory: &Path) -> (Spool, Vec<Segment>) {
+    let opened = Spool::open(directory, LIMITS, lsn(10)).unwrap();
+    (opened.spool, opened.waiting)
+}
+
 #[test]
 fn segments_hold_whole_batches_and_wait_for_the_store() {
     let home = tempfile::tempdir().unwrap();
-    let (mut spool, waiting) = Spool::open(home.path(), LIMITS).unwrap();
+    let (mut spool, waiting) = open(home.path());
     assert!(waiting.is_empty());
-    spool.append(&author(), &batch(10, 20, 600)).unwrap();
-    assert!(!spool.is_full());
-    spool.append(&author(), &batch(20, 30, 600)).unwrap();
-    assert!(spool.is_full());
+    let mut append = |previous, end, bytes| {
+        let appended = spool.append(&author(), &batch(previous, end, bytes));
+        assert_eq!(appended.unwrap(), Appended::Now);
+        spool.is_full()
+    };
+    assert!(!append(10, 20, 600));
+    assert!(append(20, 30, 600));
     let first = spool.close().unwrap().unwrap();
     assert_eq!((first.span, ends(&first)), (span(10, 30), vec![20, 30]));
     assert!(spool.close().unwrap().is_none());
-    assert!(!spool.would_leave_a_gap(lsn(99)));
     spool.append(&author(), &batch(30, 40, 1)).unwrap();
-    assert!(spool.would_leave_a_gap(lsn(41)));
+    // What begins behind the end is not taken, and harms nothing.
+    let ahead = spool.append(&author(), &batch(41, 50, 1)).unwrap();
+    assert_eq!((ahead, spool.position()), (Appended::Ahead, lsn(40)));
     let used = spool.used();
     drop(spool);
     // The next agent finds what the store does not have yet.
-    let (spool, waiting) = Spool::open(home.path(), LIMITS).unwrap();
-    assert_eq!(spool.used(), used);
+    let (spool, waiting) = open(home.path());
+    assert_eq!((spool.used(), spool.position()), (used, lsn(40)));
     let spans: Vec<Span> = waiting.iter().map(|segment| segment.span).collect();
     assert_eq!(spans, [span(10, 30), span(30, 40)]);
     assert_eq!(ends(&waiting[1]), [40]);
     for segment in waiting {
-        segment.remove().unwrap();
+        segment.taken().unwrap();
     }
-    assert_eq!(spool.used(), 0);
+    assert_eq!((spool.used(), Spool::waiting(home.path())), (0, Some(0)));
+    drop(spool);
+    // And where the log goes on, although nothing waits any more.
+    let opened = Spool::open(home.path(), LIMITS, lsn(10)).unwrap();
+    assert_eq!(opened.spool.position(), lsn(40));
+    assert_eq!(opened.taken, Some(span(30, 40)));
+    drop(opened);
+    Spool::forget(home.path()).unwrap();
+    assert!(!home.path().exists());
+}
+
+#[test]
+fn a_gap_that_is_left_on_purpose_lies_between_segments() {
+    let home = tempfile::tempdir().unwrap();
+    let (mut spool, _) = open(home.path());
+    spool.append(&author(), &batch(10, 20, 1)).unwrap();
+    let before = spool.close().unwrap().unwrap();
+    spool.go_on_at(lsn(50));
+    let known = spool.append(&author(), &batch(20, 45, 1)).unwrap();
+    assert_eq!(known, Appended::Known);
+    spool.append(&author(), &batch(45, 60, 1)).unwrap();
+    let after = spool.close().unwrap().unwrap();
+    assert_eq!((before.span, after.span), (span(10, 20), span(50, 60)));
 }
 
 /// A replica that dies with every batch makes each session receive the same again.
 #[test]
-fn what_waits_is_not_written_again() {
+fn what_is_in_the_log_is_not_written_again() {
     let home = tempfile::tempdir().unwrap();
-    let (mut spool, _) = Spool::open(home.path(), LIMITS).unwrap();
+    let (mut spool, _) = open(home.path());
     spool.append(&author(), &batch(10, 20, 1)).unwrap();
     spool.append(&author(), &batch(20, 30, 1)).unwrap();
     let used = spool.used();
     for _ in 0..3 {
         drop(spool);
         let waiting;
-        (spool, waiting) = Spool::open(home.path(), LIMITS).unwrap();
+        (spool, waiting) = open(home.path());
         let spans: Vec<Span> = waiting.iter().map(|segment| segment.span).collect();
         assert_eq!(spans, [span(10, 30)]);
-        spool.append(&author(), &batch(10, 20, 1)).unwrap();
+        let again = spool.append(&author(), &batch(10, 20, 1)).unwrap();
+        assert_eq!(again, Appended::Known);
         assert!(spool.close().unwrap().is_none());
         assert_eq!(spool.used(), used);
     }
     // Cut otherwise this time: only what is new is added.
     let mut two = batch(20, 30, 1);
     two.transactions.extend(batch(30, 40, 1).transactions);
-    assert!(!spool.would_leave_a_gap(lsn(20)));
-    spool.append(&author(), &two).unwrap();
-    assert!(!spool.would_leave_a_gap(lsn(40)));
+    assert_eq!(spool.append(&author(), &two).unwrap(), Appended::Now);
     spool.append(&author(), &batch(40, 50, 1)).unwrap();
     let segment = spool.close().unwrap().unwrap();
     assert_eq!((segment.span, ends(&segment)), (span(30, 50), vec![40, 50]));
 }
 
+/// Three batches in a file that an agent was writing; their ends in it.
+fn three_batches() -> (Vec<u8>, [u64; 3]) {
+    let home = tempfile::tempdir().unwrap();
+    let (mut spool, _) = open(home.path());
+    let ends = [(10, 20), (20, 30), (30, 40)].map(|(previous, end)| {
+        spool.append(&author(), &batch(previous, end, 30)).unwrap();
+        spool.used()
+    });
+    drop(spool);
+    let written = fs::read(home.path().join(WRITTEN)).unwrap();
+    assert_eq!(written.len() as u64, ends[2]);
+    (written, ends)
+}
+
+const WRITTEN: &str = "000000000000000A.open";
+
+fn found(directory: &Path) -> Vec<(Span, Vec<u64>)> {
+    let (spool, waiting) = open(directory);
+    let bytes = waiting.iter().map(Segment::bytes).sum::<u64>();
+    assert_eq!(spool.used(), bytes);
+    waiting.iter().map(|s| (s.span, ends(s))).collect()
+}
+
 #[test]
 fn wherever_writing_was_cut_off_whole_batches_are_left() {
-    let home = tempfile::tempdir().unwrap();
-    let (mut spool, _) = Spool::open(home.path(), LIMITS).unwrap();
-    spool.append(&author(), &batch(10, 20, 30)).unwrap();
-    let first = spool.used();
-    spool.append(&author(), &batch(20, 30, 30)).unwrap();
-    let all = spool.used();
-    drop(spool);
-    let name = |ending: &str| home.path().join(format!("000000000000000A{ending}"));
-    let written = fs::read(name(".open")).unwrap();
-    assert_eq!(written.len() as u64, all);
+    let (written, [first, second, all]) = three_batches();
     for length in 0..=written.len() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("000000000000000A.open");
         // What a power loss leaves behind the end may be anything.
         let mut left = written[..length].to_vec();
         left.extend(vec![0xA5; if length % 2 == 0 { 0 } else { 100 }]);
-        fs::write(path, left).unwrap();
-        let (spool, waiting) = Spool::open(directory.path(), LIMITS).unwrap();
-        let found: Vec<(Span, Vec<u64>)> = waiting.iter().map(|s| (s.span, ends(s))).collect();
+        fs::write(directory.path().join(WRITTEN), left).unwrap();
         let expected = match length as u64 {
             length if length < first => vec![],
-            length if length < all => vec![(span(10, 20), vec![20])],
-            _ => vec![(span(10, 30), vec![20, 30])],
+            length if length < second => vec![(span(10, 20), vec![20])],
+            length if length < all => vec![(span(10, 30), vec![20, 30])],
+            _ => vec![(span(10, 40), vec![20, 30, 40])],
         };
-        assert_eq!(found, expected, "{length} of {all} bytes");
-        assert_eq!(
-            spool.used(),
-            waiting.iter().map(Segment::bytes).sum::<u64>()
-        );
+        assert_eq!(found(directory.path()), expected, "{length} of {all} bytes");
+        assert!(!kept_aside(directory.path()), "{length} of {all} bytes");
+    }
+}
+
+fn kept_aside(directory: &Path) -> bool {
+    directory.join("000000000000000A.damaged").exists()
+}
+
+#[test]
+fn what_a_disk_has_spoilt_is_told_from_what_a_crash_has_cut_off() {
+    let (written, [first, second, _]) = three_batches();
+    for at in 0..written.len() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut left = written.clone();
+        left[at] ^= 0xFF;
+        fs::write(directory.path().join(WRITTEN), &left).unwrap();
+        // A number that still can be read is for whoever reads the segment.
+        let Ok(opened) = Spool::open(directory.path(), LIMITS, lsn(10)) else {
+            continue;
+        };
+        let position = opened.spool.position();
+        drop(opened);
+        let in_batch = [first, second]
+            .iter()
+            .filter(|end| at as u64 >= **end)
+            .count();
+        if in_batch < 2 && position < lsn(40) {
+            assert!(
+                kept_aside(directory.path()),
+                "byte {at}, position {position}"
+            );
+            assert!(position <= lsn(10 + 10 * in_batch as u64), "byte {at}");
+        }
+        if in_batch == 2 {
+            assert!(!kept_aside(directory.path()), "byte {at}");
+        }
     }
 }
 
@@ -262,27 +345,28 @@ fn a_full_spool_says_so_and_keeps_what_it_has() {
         bytes: 1_500,
         ..LIMITS
     };
-    let (mut spool, _) = Spool::open(home.path(), limits).unwrap();
-    let error = spool.append(&author(), &batch(10, 20, 2_000)).unwrap_err();
+    let mut spool = Spool::open(home.path(), limits, lsn(20)).unwrap().spool;
+    spool.append(&author(), &batch(20, 30, 600)).unwrap();
+    let error = spool.append(&author(), &batch(30, 40, 1_000)).unwrap_err();
     assert!(error.to_string().contains("archive.spool_bytes"), "{error}");
     assert_eq!(error.class(), Class::Transient);
-    assert_eq!(spool.used(), 0);
-    spool.append(&author(), &batch(20, 30, 600)).unwrap();
-    spool.append(&author(), &batch(30, 40, 1_000)).unwrap_err();
+    assert_eq!(spool.position(), lsn(30));
     spool.append(&author(), &batch(30, 50, 100)).unwrap();
     let segment = spool.close().unwrap().unwrap();
     assert_eq!((segment.span, ends(&segment)), (span(20, 50), vec![30, 50]));
     assert_eq!(spool.used(), fs::metadata(segment.path()).unwrap().len());
-    segment.remove().unwrap();
-    spool.append(&author(), &batch(50, 60, 1_000)).unwrap();
+    segment.taken().unwrap();
+    // What is larger than the spool has to go somewhere, and does so alone.
+    spool.append(&author(), &batch(50, 60, 2_000)).unwrap();
+    spool.append(&author(), &batch(60, 70, 1)).unwrap_err();
 }
 
 #[test]
 fn one_agent_at_a_time() {
     let home = tempfile::tempdir().unwrap();
-    let (spool, _) = Spool::open(home.path(), LIMITS).unwrap();
-    let error = Spool::open(home.path(), LIMITS).unwrap_err();
+    let (spool, _) = open(home.path());
+    let error = Spool::open(home.path(), LIMITS, lsn(10)).unwrap_err();
     assert!(matches!(error, SpoolError::InUse { .. }), "{error}");
     drop(spool);
-    Spool::open(home.path(), LIMITS).unwrap();
+    open(home.path());
 }

@@ -16,6 +16,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::object::{Sum, sha256};
 use crate::catalog::TableName;
+use crate::history::History;
+use crate::lag::pg_micros;
+use crate::listed::{Listed, ListedAs};
 use crate::pg::PgLsn;
 use crate::setup::locale::Locale;
 use crate::snapshot::inventory::ForeignKey;
@@ -41,7 +44,11 @@ pub struct Manifest {
     /// The source's database.
     pub database: String,
     /// The source's system identifier.
-    pub system_identifier: String,
+    #[serde(with = "text")]
+    pub system_identifier: u64,
+    /// When the history began that its LSN is of: when the slot was created, by the source's clock.
+    #[serde(with = "text")]
+    pub began: Timestamp,
     /// The source's timeline.
     pub timeline: i32,
     /// The source's `server_version_num`.
@@ -68,6 +75,9 @@ pub struct Manifest {
     pub extensions: Vec<String>,
     /// Roles that own something or have rights.
     pub roles: Vec<String>,
+    /// What every table was listed as: a marker in the change log that says otherwise ends what can be restored from here.
+    #[serde(default)]
+    pub(super) listed: Vec<ListedTable>,
     /// Materialized views that were filled.
     pub materialized_views: Vec<TableName>,
     /// What is in `schema.dump` and is not to be restored.
@@ -91,6 +101,14 @@ pub struct Object {
     pub data: Option<DataFile>,
 }
 
+/// A published table.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct ListedTable {
+    #[serde(flatten)]
+    pub(super) table: TableName,
+    pub(super) listed_as: ListedAs,
+}
+
 /// Rows of one table, or of a range of its pages, as COPY writes them in text format.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DataFile {
@@ -107,6 +125,14 @@ pub struct DataFile {
 }
 
 impl Manifest {
+    /// What its LSN is of.
+    pub fn history(&self) -> History {
+        History {
+            system_identifier: self.system_identifier,
+            began: pg_micros(self.began.into()),
+        }
+    }
+
     /// An object of this name.
     pub(super) fn object(&self, name: &str) -> Option<&Object> {
         self.objects.iter().find(|object| object.name == name)
@@ -141,6 +167,13 @@ impl Manifest {
         let names = self.data().flat_map(|(_, data)| [&data.table, &data.root]);
         let names: BTreeSet<&TableName> = names.collect();
         names.into_iter().cloned().collect()
+    }
+
+    /// What every table was listed as.
+    pub fn listed(&self) -> Listed {
+        let listed = self.listed.iter();
+        let pairs = listed.map(|one| (one.table.clone(), one.listed_as.clone()));
+        pairs.collect()
     }
 
     /// As it is stored, under its checksum.
@@ -213,7 +246,8 @@ pub(super) mod tests {
             dr_agent: "0.1.0".into(),
             stream: "dr_agent_app".into(),
             database: "app".into(),
-            system_identifier: "7312".into(),
+            system_identifier: 7312,
+            began: at("2025-12-31T00:00:00Z"),
             timeline: 1,
             server_version: 150_018,
             locale: Locale {
@@ -231,6 +265,7 @@ pub(super) mod tests {
             warnings: vec![],
             extensions: vec!["plpgsql".into()],
             roles: vec!["app".into()],
+            listed: vec![],
             materialized_views: vec![],
             left_out: vec![],
             foreign_keys: vec![],

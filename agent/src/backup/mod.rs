@@ -20,6 +20,7 @@
 //! It replicates nothing and reads no log; it does not create databases or roles; it retries nothing. Large
 //! objects and tablespaces are left out, and said so. It does not encrypt: the store does.
 
+mod bases;
 mod error;
 mod examine;
 pub mod keep;
@@ -34,12 +35,13 @@ mod script;
 mod take;
 mod wipe;
 
+pub use bases::{Bases, Verified};
 pub use error::{BackupError, Flaw};
 pub use examine::{Examined, examine};
 pub use load::{LoadJob, Ownership, found_in, load, refresh_views};
 pub use manifest::{DataFile, Manifest, Object};
 pub use object::Sum;
 pub use prune::{Pruned, prune};
-pub use repository::{Summary, list, manifest, newest, sources, verify};
+pub use repository::{Found, Summary, Unusable, find, histories, manifest, newest, verify};
 pub use take::{TakeJob, take};
 pub use wipe::wipe;

@@ -2,7 +2,7 @@
 //!
 //! # Invariants
 //! - Of a base the manifest goes first: killed in the middle, it is a leftover and not a damaged base.
-//! - Bases go before the log: killed in between, no base is without its log.
+//! - Bases go before the log: killed in between, no base is without its log. So it is with a whole history.
 //! - A dry run reads and deletes nothing.
 
 use std::time::Duration;
@@ -10,13 +10,14 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::bases::Bases;
 use super::error::BackupError;
 use super::manifest;
 use super::repository::{self, Found};
-use super::retention::{self, Base, Holdings, Segment};
+use super::retention::{self, Base, Holdings, Life, Segment};
 use crate::failpoint;
 use crate::pg::PgLsn;
-use crate::store::Store;
+use crate::store::{Listed, Store};
 
 /// What was deleted, or would be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -27,10 +28,26 @@ pub struct Pruned {
     pub leftovers: Vec<String>,
     /// Objects of the change log.
     pub log: Vec<String>,
+    /// Prefixes of whole histories.
+    pub histories: Vec<String>,
     /// Objects of the bases and leftovers.
     pub objects: usize,
-    /// Their bytes.
+    /// Bytes of everything.
     pub bytes: u64,
+}
+
+impl Pruned {
+    /// Both.
+    #[must_use]
+    pub fn and(mut self, other: Self) -> Self {
+        self.bases.extend(other.bases);
+        self.leftovers.extend(other.leftovers);
+        self.log.extend(other.log);
+        self.histories.extend(other.histories);
+        self.objects += other.objects;
+        self.bytes += other.bytes;
+        self
+    }
 }
 
 /// Deletes bases, leftovers and pieces of the `log` that are older than the retention needs.
@@ -51,15 +68,19 @@ pub async fn prune(
             as_of: base.as_of,
         })
         .collect();
-    let is_whole = |lsn: PgLsn| whole.iter().any(|base| base.lsn == lsn);
+    let unusable = || found.unusable.iter().map(|base| base.lsn);
+    let is_whole =
+        |lsn: PgLsn| whole.iter().any(|base| base.lsn == lsn) || unusable().any(|it| it == lsn);
     let leftovers: Vec<PgLsn> = found
         .objects
         .keys()
         .map(|&lsn| PgLsn::from(lsn))
         .filter(|&lsn| !is_whole(lsn))
         .collect();
+    let unusable: Vec<PgLsn> = unusable().collect();
     let holdings = Holdings {
         bases: &whole,
+        unusable: &unusable,
         leftovers: &leftovers,
         log,
     };
@@ -69,8 +90,13 @@ pub async fn prune(
         bases: expired.bases.iter().map(name).collect(),
         leftovers: expired.leftovers.iter().map(name).collect(),
         log: expired.log.clone(),
+        histories: Vec::new(),
         objects: 0,
-        bytes: 0,
+        bytes: log
+            .iter()
+            .filter(|segment| expired.log.contains(&segment.name))
+            .map(|segment| segment.bytes)
+            .sum(),
     };
     for &lsn in expired.bases.iter().chain(&expired.leftovers) {
         let (objects, bytes) = delete(store, bases, &found, lsn, dry_run).await?;
@@ -84,6 +110,58 @@ pub async fn prune(
         }
     }
     Ok(pruned)
+}
+
+/// Deletes the histories of a stream that have ended longer ago than the retention. `all` of them, in the order in which
+/// they began.
+pub(super) async fn ended(
+    all: &[Bases],
+    now: Timestamp,
+    retention: Duration,
+    dry_run: bool,
+) -> Result<Pruned, BackupError> {
+    let mut lives = Vec::new();
+    let mut found = Vec::new();
+    for history in all {
+        let bases = history.find().await?;
+        let objects = history.store.list(&history.layout.root(), None).await?;
+        lives.push(Life {
+            written_at: newest(&objects),
+            first_base: bases.bases.iter().map(|base| base.as_of).min(),
+        });
+        found.push((bases, objects));
+    }
+    let mut pruned = Pruned::default();
+    let ended = retention::ended(&lives, now, retention);
+    for ((history, (bases, objects)), _) in all.iter().zip(&found).zip(ended).filter(|(_, it)| *it)
+    {
+        pruned.histories.push(history.layout.root());
+        pruned.bytes += objects.iter().map(|object| object.bytes).sum::<u64>();
+        if dry_run {
+            continue;
+        }
+        for &lsn in bases.objects.keys() {
+            let prefix = history.layout.bases();
+            delete(&history.store, &prefix, bases, PgLsn::from(lsn), false).await?;
+        }
+        for object in objects {
+            history.store.delete(&object.name).await?;
+        }
+        tracing::info!(
+            history = history.layout.root(),
+            "deleted a history that has ended"
+        );
+    }
+    Ok(pruned)
+}
+
+/// When the youngest of them was written; none unless that is known of all.
+fn newest(objects: &[Listed]) -> Option<Timestamp> {
+    let times = objects
+        .iter()
+        .map(|object| Timestamp::try_from(object.written_at?).ok());
+    let times: Option<Vec<Timestamp>> = times.collect();
+    times?.into_iter().max()
 }
 
 async fn delete(

@@ -3,8 +3,8 @@
 //! Only reads.
 //!
 //! # Invariants
-//! - A base without a manifest is not listed. One whose manifest cannot be read is an error, not an absence: nobody
-//!   must think that it was never there.
+//! - A base without a manifest is not listed. One whose manifest cannot be read is named beside the others: nobody must
+//!   think that it was never there, and it must not keep anybody from the others.
 
 use std::collections::BTreeMap;
 
@@ -15,6 +15,7 @@ use super::error::{BackupError, Flaw};
 use super::manifest::{self, Manifest, Object};
 use super::object::{self, Summing};
 use crate::archive::Layout;
+use crate::history::History;
 use crate::pg::PgLsn;
 use crate::store::{Listed, Store, StoreError};
 use crate::stream::StreamName;
@@ -76,16 +77,43 @@ impl Summary {
     }
 }
 
+/// A base whose manifest cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unusable {
+    /// What the names of its objects begin with.
+    pub base: String,
+    /// Its LSN.
+    #[serde(serialize_with = "text")]
+    pub lsn: PgLsn,
+    /// What is wrong with the manifest.
+    pub reason: String,
+}
+
 /// Everything below a prefix of bases.
-pub(super) struct Found {
+#[derive(Debug, Default)]
+pub struct Found {
     /// The bases, oldest first.
-    pub(super) bases: Vec<Summary>,
+    pub bases: Vec<Summary>,
+    /// Those that were there and cannot be used, oldest first.
+    pub unusable: Vec<Unusable>,
     /// Objects of each base and leftover, by its LSN.
     pub(super) objects: BTreeMap<u64, Vec<Listed>>,
 }
 
-/// Looks.
-pub(super) async fn find(store: &Store, bases: &str) -> Result<Found, BackupError> {
+impl Found {
+    /// Says aloud what cannot be used.
+    pub fn warn(&self) {
+        for Unusable { base, reason, .. } in &self.unusable {
+            tracing::warn!(base, reason, "a base backup cannot be used: its manifest");
+        }
+    }
+}
+
+/// Looks what is below a prefix (`<stream>/<history>/base/`).
+///
+/// # Errors
+/// [`BackupError::Store`]
+pub async fn find(store: &Store, bases: &str) -> Result<Found, BackupError> {
     let mut objects: BTreeMap<u64, Vec<Listed>> = BTreeMap::new();
     for listed in store.list(bases, None).await? {
         // What has another name is not ours.
@@ -93,19 +121,26 @@ pub(super) async fn find(store: &Store, bases: &str) -> Result<Found, BackupErro
             objects.entry(lsn).or_default().push(listed);
         }
     }
-    let mut found = Vec::new();
+    let mut found = Found::default();
     for (&lsn, listed) in &objects {
-        let base = base(bases, PgLsn::from(lsn));
+        let lsn = PgLsn::from(lsn);
+        let base = base(bases, lsn);
         let its_manifest = format!("{base}{}", manifest::NAME);
-        if listed.iter().any(|object| object.name == its_manifest) {
-            let manifest = manifest(store, &base).await?;
-            found.push(Summary::new(base, &manifest));
+        if !listed.iter().any(|object| object.name == its_manifest) {
+            continue;
+        }
+        match manifest(store, &base).await {
+            Ok(manifest) => found.bases.push(Summary::new(base, &manifest)),
+            Err(BackupError::Manifest { reason, .. }) => {
+                found.unusable.push(Unusable { base, lsn, reason });
+            }
+            // Somebody has tidied up meanwhile.
+            Err(BackupError::NotFound { .. }) => {}
+            Err(error) => return Err(error),
         }
     }
-    Ok(Found {
-        bases: found,
-        objects,
-    })
+    found.objects = objects;
+    Ok(found)
 }
 
 fn lsn_of(bases: &str, name: &str) -> Option<u64> {
@@ -114,45 +149,34 @@ fn lsn_of(bases: &str, name: &str) -> Option<u64> {
     (format!("{lsn:016X}") == digits).then_some(lsn)
 }
 
-/// The bases below a prefix (`<stream>/<system identifier>/base/`), oldest first.
+/// Every history of a stream that the archive has, in the order in which they began.
 ///
 /// # Errors
-/// [`BackupError::Manifest`] for one that cannot be read; [`BackupError::Store`].
-pub async fn list(store: &Store, bases: &str) -> Result<Vec<Summary>, BackupError> {
-    Ok(find(store, bases).await?.bases)
+/// [`BackupError::Store`]
+pub async fn histories(store: &Store, stream: &StreamName) -> Result<Vec<Layout>, BackupError> {
+    let folders = store.folders(&format!("{stream}/")).await?;
+    let mut histories: Vec<History> = folders
+        .iter()
+        .filter_map(|folder| folder.parse().ok())
+        .collect();
+    histories.sort_by_key(|history| history.began);
+    let layouts = histories.into_iter();
+    Ok(layouts
+        .map(|history| Layout::new(stream, history))
+        .collect())
 }
 
-/// Every source that has written under this name, with its base backups. One that was built anew, by `pg_upgrade` for
-/// instance, has another system identifier.
+/// The newest base of the history that began last; none before that one has its first. An older history leads nowhere.
 ///
 /// # Errors
-/// As [`list`].
-pub async fn sources(
-    store: &Store,
-    stream: &StreamName,
-) -> Result<Vec<(Layout, Vec<Summary>)>, BackupError> {
-    let mut found = Vec::new();
-    for folder in store.folders(&format!("{stream}/")).await? {
-        let Ok(system_identifier) = folder.parse() else {
-            continue;
-        };
-        let layout = Layout::new(stream, system_identifier);
-        let bases = list(store, &layout.bases()).await?;
-        if !bases.is_empty() {
-            found.push((layout, bases));
-        }
-    }
-    Ok(found)
-}
-
-/// The newest base of a stream; none before the first was taken.
-///
-/// # Errors
-/// As [`list`].
+/// [`BackupError::Store`]
 pub async fn newest(store: &Store, stream: &StreamName) -> Result<Option<Summary>, BackupError> {
-    let sources = sources(store, stream).await?;
-    let bases = sources.into_iter().flat_map(|(_, bases)| bases);
-    Ok(bases.max_by_key(|base| base.as_of))
+    let Some(layout) = histories(store, stream).await?.pop() else {
+        return Ok(None);
+    };
+    let mut found = find(store, &layout.bases()).await?;
+    found.warn();
+    Ok(found.bases.pop())
 }
 
 /// Reads the manifest of the base with this prefix.

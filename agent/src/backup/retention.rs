@@ -13,6 +13,8 @@
 //! - The last base is never deleted, nor a piece of the log that ends after the oldest base that stays, nor one that is
 //!   younger than the retention: who reads a Kinesis stream needs it without a base.
 //! - Without a base nothing is deleted.
+//! - A whole history goes when nothing has been written of it for as long as the retention, and a later one has a base that
+//!   is older than that: then no moment within the retention needs it.
 //!
 //! # What it does not do
 //! It does not look whether the log is whole.
@@ -45,6 +47,8 @@ pub struct Segment {
     pub start: PgLsn,
     /// Where it ends.
     pub end: PgLsn,
+    /// Its size.
+    pub bytes: u64,
 }
 
 /// What the archive has.
@@ -52,6 +56,8 @@ pub struct Segment {
 pub struct Holdings<'a> {
     /// Bases, in any order.
     pub bases: &'a [Base],
+    /// LSNs of bases that nobody can restore from: they go with their neighbours.
+    pub unusable: &'a [PgLsn],
     /// LSNs of what backups that were killed, or are being taken, have left.
     pub leftovers: &'a [PgLsn],
     /// The change log, in any order.
@@ -78,13 +84,17 @@ pub fn expired(holdings: Holdings<'_>, now: Timestamp, retention: Duration) -> E
         .iter()
         .rposition(|base| is_older(base.as_of, now, retention));
     let going = newest_old.unwrap_or(0);
+    let mut gone: Vec<PgLsn> = bases[..going].iter().map(|base| base.lsn).collect();
+    let kept = newest_old.map(|newest_old| bases[newest_old].lsn);
+    let before = |lsn: &&PgLsn| kept.is_some_and(|kept| **lsn < kept);
+    gone.extend(holdings.unusable.iter().filter(before));
+    gone.sort();
     // What lies before a base that is older than the retention is older, too. Before younger bases there may be log that no
     // base needs and a reader of a Kinesis stream does: it stays as long as any other.
-    let old = newest_old.map(|newest_old| bases[newest_old].lsn);
     let mut log: Vec<&Segment> = holdings
         .log
         .iter()
-        .filter(|segment| old.is_some_and(|old| segment.end <= old))
+        .filter(|segment| kept.is_some_and(|kept| segment.end <= kept))
         .collect();
     log.sort_by_key(|segment| (segment.start, segment.end));
     let abandoned = bases
@@ -94,13 +104,31 @@ pub fn expired(holdings: Holdings<'_>, now: Timestamp, retention: Duration) -> E
     leftovers.retain(|lsn| abandoned.is_some_and(|base| *lsn < base.lsn));
     leftovers.sort();
     Expired {
-        bases: bases[..going].iter().map(|base| base.lsn).collect(),
+        bases: gone,
         leftovers,
         log: log
             .into_iter()
             .map(|segment| segment.name.clone())
             .collect(),
     }
+}
+
+/// A history, as far as going as a whole is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Life {
+    /// When something of it was written last; none where that is not known.
+    pub written_at: Option<Timestamp>,
+    /// The moment of its oldest base.
+    pub first_base: Option<Timestamp>,
+}
+
+/// Which histories may go, of all of a stream in the order in which they began.
+pub fn ended(all: &[Life], now: Timestamp, retention: Duration) -> Vec<bool> {
+    let old = |at: Option<Timestamp>| at.is_some_and(|at| is_older(at, now, retention));
+    let may_go = |(i, life): (usize, &Life)| {
+        old(life.written_at) && all[i + 1..].iter().any(|later| old(later.first_base))
+    };
+    all.iter().enumerate().map(may_go).collect()
 }
 
 fn is_older(at: Timestamp, now: Timestamp, age: Duration) -> bool {
@@ -131,7 +159,57 @@ mod tests {
             name: format!("{start}-{end}"),
             start: PgLsn::from(start),
             end: PgLsn::from(end),
+            bytes: 1,
         }
+    }
+
+    #[test]
+    fn a_history_goes_once_it_has_ended_and_a_later_one_covers_the_retention() {
+        let (day, retention) = (24 * HOUR, Duration::from_secs(14 * 24 * HOUR));
+        let life = |written: u64, base: Option<u64>| Life {
+            written_at: Some(at(written * day)),
+            first_base: base.map(|day_of| at(day_of * day)),
+        };
+        let now = at(40 * day);
+        let judge = |all: &[Life]| ended(all, now, retention);
+        assert_eq!(
+            judge(&[life(10, Some(0)), life(40, Some(11))]),
+            [true, false]
+        );
+        // Moments within the retention, before the later one's first base.
+        assert_eq!(
+            judge(&[life(10, Some(0)), life(40, Some(27))]),
+            [false, false]
+        );
+        assert_eq!(judge(&[life(10, Some(0)), life(40, None)]), [false, false]);
+        // Two that live beside one another.
+        assert_eq!(
+            judge(&[life(39, Some(0)), life(40, Some(11))]),
+            [false, false]
+        );
+        // The last is never given up.
+        assert_eq!(judge(&[life(10, Some(0))]), [false]);
+        let unknown = Life {
+            written_at: None,
+            ..life(0, Some(0))
+        };
+        assert_eq!(judge(&[unknown, life(40, Some(11))]), [false, false]);
+    }
+
+    #[test]
+    fn a_base_that_cannot_be_used_keeps_nobody_and_goes_with_its_neighbours() {
+        let bases = [base(10, 0), base(30, 20)];
+        let unusable = [PgLsn::from(20), PgLsn::from(40)];
+        let holdings = Holdings {
+            bases: &bases,
+            unusable: &unusable,
+            leftovers: &[],
+            log: &[],
+        };
+        let gone = expired(holdings, at(100), Duration::from_secs(30));
+        assert_eq!(gone.bases, [PgLsn::from(10), PgLsn::from(20)]);
+        let gone = expired(holdings, at(35), Duration::from_secs(30));
+        assert_eq!(gone.bases, []);
     }
 
     #[test]
@@ -145,6 +223,7 @@ mod tests {
         ];
         let holdings = Holdings {
             bases: &bases,
+            unusable: &[],
             leftovers: &[],
             log: &log,
         };
@@ -179,6 +258,7 @@ mod tests {
         let leftovers = [PgLsn::from(20), PgLsn::from(40)];
         let holdings = Holdings {
             bases: &bases,
+            unusable: &[],
             leftovers: &leftovers,
             log: &[],
         };
@@ -217,7 +297,7 @@ mod tests {
                     log.push(segment(start, start + segment_minutes * 60));
                 }
                 if tidies[hour as usize] {
-                    let holdings = Holdings { bases: &bases, leftovers: &leftovers, log: &log };
+                    let holdings = Holdings { bases: &bases, unusable: &[], leftovers: &leftovers, log: &log };
                     let gone = expired(holdings, at(now), Duration::from_secs(retention_seconds));
                     bases.retain(|base| !gone.bases.contains(&base.lsn));
                     leftovers.retain(|lsn| !gone.leftovers.contains(lsn));

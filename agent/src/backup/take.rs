@@ -23,12 +23,15 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::error::BackupError;
-use super::manifest::{self, DataFile, Manifest, Object};
+use super::manifest::{self, DataFile, ListedTable, Manifest, Object};
 use super::object::{self, Sum};
 use super::{repository, rows, script};
 use crate::catalog::{self, Identity, Table, TableName};
 use crate::config::CopySettings;
 use crate::failpoint;
+use crate::history::History;
+use crate::lag::system_time;
+use crate::listed::{Listed, ListedAs};
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SystemIdentity};
 use crate::pg::{ConnInfo, PgError};
 use crate::setup::{export, locale};
@@ -48,8 +51,12 @@ pub struct TakeJob<'a> {
     pub source: &'a ConnInfo,
     /// Whose backup it is.
     pub stream: &'a StreamName,
+    /// What the source's LSNs are of.
+    pub history: History,
     /// The tables of the publication.
     pub tables: &'a [Table],
+    /// What they are listed as, read before.
+    pub listed: &'a Listed,
     /// The archive.
     pub store: &'a Store,
     /// What the names of all bases of this stream and source begin with; ends with `/`.
@@ -96,6 +103,18 @@ impl<'a> Taking<'a> {
     ) -> Result<Manifest, BackupError> {
         let started_at = Timestamp::now();
         let (exporter, identity, slot) = export_snapshot(job).await?;
+        let History {
+            system_identifier,
+            began,
+        } = job.history;
+        if identity.system_identifier != system_identifier {
+            let error = PgError::Protocol(format!(
+                "its system identifier was {system_identifier} a moment ago and is {}",
+                identity.system_identifier
+            ));
+            return Err(source("identify the system")(error));
+        }
+        let began = timestamp(system_time(began)).map_err(source("read when its history began"))?;
         let snapshot = slot.snapshot_name.as_deref().ok_or_else(|| {
             let error = PgError::Protocol("the slot exported no snapshot".to_owned());
             source("create a temporary slot")(error)
@@ -160,7 +179,8 @@ impl<'a> Taking<'a> {
             dr_agent: crate::VERSION.to_owned(),
             stream: job.stream.to_string(),
             database: job.source.dbname().to_owned(),
-            system_identifier: identity.system_identifier,
+            system_identifier,
+            began,
             timeline: identity.timeline,
             server_version: side.version_num(),
             locale: read_locale.map_err(source("read the locale"))?,
@@ -171,6 +191,7 @@ impl<'a> Taking<'a> {
             pg_dump: dump.tools().version.major,
             extensions: inventory::extensions(&client).await?,
             roles: inventory::roles(&client).await?,
+            listed: job.listed.iter().map(listed_table).collect(),
             materialized_views: finish::filled_views(&client).await?,
             left_out,
             foreign_keys,
@@ -271,6 +292,13 @@ impl<'a> Taking<'a> {
     }
 }
 
+fn listed_table((table, listed_as): (&TableName, &ListedAs)) -> ListedTable {
+    ListedTable {
+        table: table.clone(),
+        listed_as: listed_as.clone(),
+    }
+}
+
 /// One session: writes parts until there are none.
 async fn write_parts(
     session: &Client,
@@ -348,11 +376,12 @@ async fn unpublished(client: &Client, published: &[TableName]) -> Result<Vec<Str
 async fn source_time(client: &Client) -> Result<Timestamp, BackupError> {
     let asked = client.query_one("SELECT clock_timestamp()", &[]).await;
     let row = asked.map_err(|error| source("ask for the time")(error.into()))?;
-    let time: SystemTime = row.get(0);
-    Timestamp::try_from(time).map_err(|_| {
-        let error = PgError::Protocol("a time outside of all calendars".to_owned());
-        source("ask for the time")(error)
-    })
+    timestamp(row.get(0)).map_err(source("ask for the time"))
+}
+
+fn timestamp(time: SystemTime) -> Result<Timestamp, PgError> {
+    Timestamp::try_from(time)
+        .map_err(|_| PgError::Protocol("a time outside of all calendars".to_owned()))
 }
 
 /// Writes the manifest, if everything else is there: somebody may have tidied up under a backup that took days.

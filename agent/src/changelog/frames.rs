@@ -6,7 +6,7 @@
 use bytes::{Buf as _, Bytes, BytesMut};
 use prost::Message as _;
 
-use super::{PART_BYTES_MAX, Part};
+use super::{PART_BYTES_MAX, Part, PartError, decode};
 
 /// Longest varint of a 64-bit number.
 const VARINT_MAX: usize = 10;
@@ -20,9 +20,9 @@ pub enum FramesError {
     /// A length that cannot be.
     #[error("a record's length makes no sense")]
     Length,
-    /// Not what the format says.
-    #[error("a record cannot be decoded")]
-    Decode(#[from] prost::DecodeError),
+    /// Not what was written.
+    #[error("read a record")]
+    Part(#[from] PartError),
     /// The bytes end too early.
     #[error("it ends inside a record")]
     Cut,
@@ -64,7 +64,19 @@ impl Frames {
         self.gathered.advance(header);
         let encoded: Bytes = self.gathered.split_to(length).freeze();
         self.taken += (header + length) as u64;
-        Ok(Some(Part::decode(encoded)?))
+        Ok(Some(decode(encoded)?))
+    }
+
+    /// The part that these bytes begin with, if they do. Cheap where they do not.
+    pub fn peek(bytes: &[u8]) -> Option<Part> {
+        // Field 1, the version, comes first.
+        const VERSION_TAG: u8 = 1 << 3;
+        let (header, length) = prefix(bytes).ok()??;
+        let encoded = bytes.get(header..header + length)?;
+        if encoded.first() != Some(&VERSION_TAG) {
+            return None;
+        }
+        decode(Bytes::copy_from_slice(encoded)).ok()
     }
 
     /// How many bytes the parts given so far took.
@@ -96,7 +108,8 @@ fn prefix(gathered: &[u8]) -> Result<Option<(usize, usize)>, FramesError> {
             false => Err(FramesError::Length),
         };
     };
-    let length = prost::decode_length_delimiter(&gathered[..=end])?;
+    let length =
+        prost::decode_length_delimiter(&gathered[..=end]).map_err(|_| FramesError::Length)?;
     if length as u64 > PART_BYTES_MAX + HEADER_MAX {
         return Err(FramesError::Length);
     }

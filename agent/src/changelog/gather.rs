@@ -15,7 +15,8 @@
 
 use std::collections::BTreeMap;
 
-use super::Part;
+use super::{Part, history_of};
+use crate::history::History;
 use crate::pg::PgLsn;
 
 /// What a part is good for.
@@ -27,8 +28,8 @@ pub enum Worth {
     Known,
     /// Of another stream: another database shares the Kinesis stream.
     OtherStream,
-    /// Of another source: the same stream name, another system identifier.
-    OtherSource,
+    /// Of another history: the same stream name, another source, or another slot of the same one.
+    OtherHistory,
     /// Written before the last promotion.
     OlderTerm,
 }
@@ -79,7 +80,7 @@ impl<K> Open<K> {
 #[derive(Debug)]
 pub struct Gather<K> {
     stream: String,
-    system_identifier: u64,
+    history: History,
     term: i64,
     in_flight_max: usize,
     position: PgLsn,
@@ -91,14 +92,14 @@ impl<K> Gather<K> {
     /// `in_flight_max` batches on their way.
     pub fn new(
         stream: &str,
-        system_identifier: u64,
+        history: History,
         term: i64,
         position: PgLsn,
         in_flight_max: usize,
     ) -> Self {
         Self {
             stream: stream.to_owned(),
-            system_identifier,
+            history,
             term,
             in_flight_max,
             position,
@@ -121,8 +122,8 @@ impl<K> Gather<K> {
         if part.stream != self.stream {
             return Worth::OtherStream;
         }
-        if part.system_identifier != self.system_identifier {
-            return Worth::OtherSource;
+        if history_of(part) != self.history {
+            return Worth::OtherHistory;
         }
         if part.term < self.term {
             return Worth::OlderTerm;
@@ -235,6 +236,7 @@ mod tests {
             version: 1,
             stream: "dr_agent_app".to_owned(),
             system_identifier: 7,
+            began: 5,
             term: 1,
             writer,
             batch,
@@ -247,7 +249,11 @@ mod tests {
     }
 
     fn gather(position: u64) -> Gather<u32> {
-        Gather::new("dr_agent_app", 7, 1, lsn(position), IN_FLIGHT_MAX)
+        let history = History {
+            system_identifier: 7,
+            began: 5,
+        };
+        Gather::new("dr_agent_app", history, 1, lsn(position), IN_FLIGHT_MAX)
     }
 
     fn put(gather: &mut Gather<u32>, part: &Part) {
@@ -281,7 +287,8 @@ mod tests {
         };
         assert_eq!(other(|_| {}), Worth::Needed);
         assert_eq!(other(|p| p.stream.push('x')), Worth::OtherStream);
-        assert_eq!(other(|p| p.system_identifier += 1), Worth::OtherSource);
+        assert_eq!(other(|p| p.system_identifier += 1), Worth::OtherHistory);
+        assert_eq!(other(|p| p.began += 1), Worth::OtherHistory);
         assert_eq!(other(|p| p.term -= 1), Worth::OlderTerm);
         assert_eq!(other(|p| p.term += 1), Worth::Needed);
     }

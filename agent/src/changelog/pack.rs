@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 
-use super::{Compression, Part, VERSION};
+use super::{Compression, Part, VERSION, header_sum};
 use crate::batch::Batch;
+use crate::history::History;
 use crate::pg::PgLsn;
 use crate::spill::{SpillError, SpillReader};
 use crate::txn::{Change, SourceRelation, Transaction};
@@ -23,8 +24,8 @@ const ZSTD_LEVEL: i32 = 3;
 pub struct Author {
     /// Name of the stream.
     pub stream: String,
-    /// The source's system identifier.
-    pub system_identifier: u64,
+    /// What the LSNs are of.
+    pub history: History,
     /// The term at which this agent writes.
     pub term: i64,
     /// Drawn at random for this run of the agent.
@@ -96,25 +97,29 @@ impl<'b> Packing<'b> {
         let last = self.gathered.len() <= self.part_bytes;
         let length = self.gathered.len().min(self.part_bytes);
         let raw = self.gathered.split_to(length).freeze();
-        let part = self.part;
+        let number = self.part;
         self.part += 1;
-        Ok(Some(Part {
+        let mut part = Part {
             version: VERSION,
             stream: self.author.stream.clone(),
-            system_identifier: self.author.system_identifier,
+            system_identifier: self.author.history.system_identifier,
+            began: self.author.history.began,
             term: self.author.term,
             writer: self.author.writer,
             batch: self.batch.number.0,
             previous_end_lsn: self.previous.into(),
             end_lsn: self.batch.end_lsn().into(),
             commit_time: self.batch.commit_time(),
-            part,
-            parts: if last { part + 1 } else { 0 },
+            part: number,
+            parts: if last { number + 1 } else { 0 },
             compression: self.compression.into(),
             raw_bytes: raw.len() as u64,
             crc32c: crc32c::crc32c(&raw),
             messages: self.compressed(raw),
-        }))
+            header_crc32c: 0,
+        };
+        part.header_crc32c = header_sum(&part);
+        Ok(Some(part))
     }
 
     fn compressed(&self, raw: Bytes) -> Bytes {

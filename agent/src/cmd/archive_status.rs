@@ -19,10 +19,10 @@ use serde::Serialize;
 use tokio::time::{Instant, timeout_at};
 
 use crate::archive::{Chain, Span, Spool};
+use crate::backup::{BackupError, Bases, Found};
 use crate::config::{Archive, Config};
 use crate::error::{Classify as _, chain};
 use crate::pg::PgLsn;
-use crate::restore::{self, RestoreError};
 use crate::store::Store;
 
 /// For all databases together.
@@ -36,6 +36,8 @@ const AT_A_TIME: usize = 8;
 pub struct ArchiveStatus {
     /// Base backups; none can be restored from before the first.
     pub bases: Option<usize>,
+    /// Base backups that nobody can restore from: their manifests are damaged.
+    pub unusable_bases: Option<usize>,
     /// Position of the newest base backup.
     pub base_lsn: Option<String>,
     /// What it is as of, on the source's clock.
@@ -100,30 +102,27 @@ async fn look(
     config: &Config,
     store: &Store,
     database: &str,
-) -> Result<ArchiveStatus, RestoreError> {
+) -> Result<ArchiveStatus, BackupError> {
     let stream = config.stream(database);
-    let (layout, bases) = match restore::newest_source(store, &stream, database).await {
+    let Some(history) = Bases::all(store, &stream).await?.pop() else {
         // Nothing to begin from: that is known, and no error of the store.
-        Err(RestoreError::NothingOf(_)) => {
-            return Ok(ArchiveStatus {
-                bases: Some(0),
-                ..ArchiveStatus::default()
-            });
-        }
-        found => found?,
+        return Ok(ArchiveStatus {
+            bases: Some(0),
+            ..ArchiveStatus::default()
+        });
     };
-    let objects = store.list(&layout.log(), None).await?;
-    let segments = objects
-        .iter()
-        .filter_map(|object| Some((layout.parse_segment(&object.name)?, object.written_at)));
-    let segments: Vec<(Span, _)> = segments.collect();
+    let Found {
+        bases, unusable, ..
+    } = history.find().await?;
+    let segments = history.log(PgLsn::from(0)).await?;
     let spans: Vec<Span> = segments.iter().map(|(span, _)| *span).collect();
     let (oldest, newest) = (bases.first(), bases.last());
     let (gaps, end) = Chain::gaps(oldest.map_or(PgLsn::from(0), |base| base.lsn), &spans);
     let last = segments.iter().max_by_key(|(span, _)| span.end);
-    let written_at = last.and_then(|(_, at)| Timestamp::try_from((*at)?).ok());
+    let written_at = last.and_then(|(_, object)| Timestamp::try_from(object.written_at?).ok());
     Ok(ArchiveStatus {
         bases: Some(bases.len()),
+        unusable_bases: Some(unusable.len()),
         base_lsn: newest.map(|base| base.lsn.to_string()),
         base_as_of: newest.map(|base| base.as_of.to_string()),
         log_end_lsn: Some(end.to_string()),
@@ -152,6 +151,12 @@ impl ArchiveStatus {
             let _ = writeln!(
                 out,
                 "  archive: NO BASE BACKUP: nothing can be restored yet"
+            );
+        }
+        if let Some(unusable) = self.unusable_bases.filter(|unusable| *unusable > 0) {
+            let _ = writeln!(
+                out,
+                "  archive: {unusable} DAMAGED base backups; `dr-agent backup --list` names them"
             );
         }
         if let (Some(lsn), Some(as_of)) = (&self.base_lsn, &self.base_as_of) {

@@ -8,19 +8,22 @@ use std::process::ExitCode;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::archive::{self, ArchiveError, Chain, Span};
-use crate::backup::keep::Bases;
-use crate::backup::{self, BackupError, Summary};
-use crate::config::{Archive, Config};
+use crate::archive::{Chain, Span};
+use crate::backup::keep::Keeper;
+use crate::backup::{self, BackupError, Bases, Found, Pruned, Summary};
+use crate::config::{Archive, Config, Databases};
 use crate::error::{Classify, chain};
+use crate::pg::PgLsn;
 use crate::setup::{self, SetupError};
 use crate::snapshot::ProgressDisplay;
-use crate::store::StoreError;
+use crate::store::{Store, StoreError};
+use crate::stream::StreamName;
 
 /// Flags of `backup`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(
     after_help = "Without a flag it takes a base backup now; `dr-agent run` does so by itself every archive.base_every.\n\
+    --list, --verify and --prune need the archive alone: they work when the source is lost.\n\
     Exit codes: 0 done; 1 failed, or damage was found; 2 usage or configuration."
 )]
 pub struct Args {
@@ -57,6 +60,14 @@ enum Failure {
         #[source]
         source: BackupError,
     },
+    #[error("look into the archive of {database}")]
+    Look {
+        database: String,
+        #[source]
+        source: BackupError,
+    },
+    #[error("look into the archive")]
+    Store(#[from] StoreError),
 }
 
 impl Failure {
@@ -64,7 +75,8 @@ impl Failure {
         match self {
             Self::NoArchive => Some("write [archive] with its url".to_owned()),
             Self::Databases(error) => error.hint(),
-            Self::Backup { source, .. } => source.hint(),
+            Self::Backup { source, .. } | Self::Look { source, .. } => source.hint(),
+            Self::Store(error) => error.hint(),
         }
     }
 }
@@ -106,62 +118,47 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
 
 async fn each(config: &Config, args: &Args) -> Result<Vec<Said>, Failure> {
     let archive = config.archive.as_ref().ok_or(Failure::NoArchive)?;
+    if !(args.list || args.verify || args.prune) {
+        return take(config, archive, args).await;
+    }
+    let store = match args.prune && !args.dry_run {
+        true => Store::open(&archive.url, &archive.encryption).await?,
+        // Looking makes nothing and tidies nothing up.
+        false => Store::as_it_is(&archive.url, &archive.encryption).await?,
+    };
+    let mut said = Vec::new();
+    for named in streams(config, args, &store).await? {
+        let looked = Box::pin(look(config, archive, args, &store, &named)).await;
+        said.extend(looked.map_err(|source| Failure::Look {
+            database: named.name().to_owned(),
+            source,
+        })?);
+    }
+    Ok(said)
+}
+
+/// Takes a base backup of every database.
+async fn take(config: &Config, archive: &Archive, args: &Args) -> Result<Vec<Said>, Failure> {
     let databases = match &args.database {
         Some(database) => vec![database.clone()],
         None => setup::source_databases(config).await?,
     };
     let mut said = Vec::new();
     for database in databases {
-        let one = one(config, archive, &database, args).await;
-        said.push(one.map_err(|source| Failure::Backup { database, source })?);
+        let taken = Box::pin(take_one(config, archive, &database)).await;
+        said.push(taken.map_err(|source| Failure::Backup { database, source })?);
     }
     Ok(said)
 }
 
-async fn one(
-    config: &Config,
-    archive: &Archive,
-    database: &str,
-    args: &Args,
-) -> Result<Said, BackupError> {
-    let bases = Bases::open(config, archive, database).await?;
-    if args.list {
-        return Ok(listed(database, &bases.list().await?, &bases.log().await?));
-    }
-    if args.verify {
-        return verify(&bases, database).await;
-    }
-    if args.prune {
-        let pruned = bases.prune(args.dry_run).await?;
-        let verb = if args.dry_run {
-            "would be deleted"
-        } else {
-            "deleted"
-        };
-        let mut text = format!(
-            "{database}: {} base backups, {} leftovers and {} segments of the log {verb}",
-            pruned.bases.len(),
-            pruned.leftovers.len(),
-            pruned.log.len()
-        );
-        // What cannot be undone is shown by name beforehand.
-        let names = [&pruned.bases, &pruned.leftovers, &pruned.log];
-        for name in names.into_iter().flatten().filter(|_| args.dry_run) {
-            text.push_str("\n  ");
-            text.push_str(name);
-        }
-        return Ok(Said {
-            text,
-            json: json!({ "database": database, "dry_run": args.dry_run, "deleted": pruned }),
-            sound: true,
-        });
-    }
+async fn take_one(config: &Config, archive: &Archive, database: &str) -> Result<Said, BackupError> {
+    let keeper = Keeper::open(config, archive, database).await?;
+    let (bases, published) = keeper.look().await?;
     let display = ProgressDisplay::new(database, &());
     let cancel = CancellationToken::new();
-    let tables = bases.published().await?;
-    let manifest = bases.take(&tables, &display, &cancel).await?;
+    let manifest = keeper.take(&bases, &published, &display, &cancel).await?;
     drop(display);
-    let taken = bases.list().await?;
+    let taken = bases.find().await?.bases;
     let taken = taken.iter().find(|base| base.lsn == manifest.lsn);
     Ok(Said {
         text: match taken {
@@ -171,6 +168,123 @@ async fn one(
         json: json!({ "database": database, "base": taken, "warnings": manifest.warnings }),
         sound: true,
     })
+}
+
+/// A stream, and its database where that is known.
+struct Named {
+    stream: StreamName,
+    database: Option<String>,
+}
+
+impl Named {
+    fn name(&self) -> &str {
+        self.database.as_deref().unwrap_or(self.stream.as_str())
+    }
+
+    /// What every JSON object begins with.
+    fn json(&self, mut rest: Value) -> Value {
+        rest["database"] = json!(self.database);
+        rest["stream"] = json!(self.stream.as_str());
+        rest
+    }
+}
+
+/// The streams that are meant, by the configuration or, where that says "all", by what the archive has: the source may be
+/// lost.
+async fn streams(config: &Config, args: &Args, store: &Store) -> Result<Vec<Named>, Failure> {
+    let of = |database: &String| Named {
+        stream: config.stream(database),
+        database: Some(database.clone()),
+    };
+    Ok(match (&args.database, &config.source.databases) {
+        (Some(database), _) => vec![of(database)],
+        (None, Databases::List(names)) => names.iter().map(of).collect(),
+        (None, Databases::All) => {
+            let folders = store.folders("").await?;
+            let streams = folders
+                .iter()
+                .filter_map(|folder| StreamName::called(&config.source.slot, folder));
+            let named = streams.map(|stream| Named {
+                stream,
+                database: None,
+            });
+            named.collect()
+        }
+    })
+}
+
+/// Looks into the archive of one stream, or tidies it up: every history of it.
+async fn look(
+    config: &Config,
+    archive: &Archive,
+    args: &Args,
+    store: &Store,
+    named: &Named,
+) -> Result<Vec<Said>, BackupError> {
+    let all = Bases::all(store, &named.stream).await?;
+    if all.is_empty() && !args.prune {
+        return Ok(vec![Said {
+            text: format!("{}: no base backup", named.name()),
+            json: named.json(json!({ "history": null, "bases": [], "segments": 0 })),
+            sound: true,
+        }]);
+    }
+    let mut said = Vec::new();
+    let retention = archive.retention;
+    let mut pruned = Pruned::default();
+    for bases in &all {
+        let name = match all.len() {
+            1 => named.name().to_owned(),
+            _ => format!("{}, history {}", named.name(), bases.layout.history()),
+        };
+        if args.list {
+            let log = bases.log(PgLsn::from(0)).await?;
+            let spans: Vec<Span> = log.iter().map(|(span, _)| *span).collect();
+            said.push(listed(bases, named, &name, &bases.find().await?, &spans));
+        } else if args.verify {
+            // What was written lately is in the store after one RPO, if all is well.
+            said.push(verify(bases, named, &name, config.objectives.rpo * 2).await?);
+        } else {
+            pruned = pruned.and(bases.prune(retention, args.dry_run).await?);
+        }
+    }
+    if args.prune {
+        let ended = Bases::prune_ended(&all, retention, args.dry_run).await?;
+        said.push(tidied(named, &pruned.and(ended), args.dry_run));
+    }
+    Ok(said)
+}
+
+fn tidied(named: &Named, pruned: &Pruned, dry_run: bool) -> Said {
+    let verb = match dry_run {
+        true => "would be deleted",
+        false => "deleted",
+    };
+    let mut text = format!(
+        "{}: {} base backups, {} leftovers, {} segments of the log and {} histories that have ended {verb}, {}",
+        named.name(),
+        pruned.bases.len(),
+        pruned.leftovers.len(),
+        pruned.log.len(),
+        pruned.histories.len(),
+        bytesize::ByteSize(pruned.bytes).display().iec()
+    );
+    // What cannot be undone is shown by name beforehand.
+    let names = [
+        &pruned.bases,
+        &pruned.leftovers,
+        &pruned.log,
+        &pruned.histories,
+    ];
+    for name in names.into_iter().flatten().filter(|_| dry_run) {
+        text.push_str("\n  ");
+        text.push_str(name);
+    }
+    Said {
+        text,
+        json: named.json(json!({ "dry_run": dry_run, "deleted": pruned })),
+        sound: true,
+    }
 }
 
 fn base_text(base: &Summary) -> String {
@@ -184,16 +298,16 @@ fn base_text(base: &Summary) -> String {
     )
 }
 
-fn listed(database: &str, bases: &[Summary], spans: &[Span]) -> Said {
+fn listed(bases: &Bases, named: &Named, name: &str, found: &Found, spans: &[Span]) -> Said {
     let mut lines = Vec::new();
     let mut objects = Vec::new();
-    for base in bases {
+    for base in &found.bases {
         let chain = Chain::from(base.lsn, spans);
         let gap = chain
             .resumes
             .map(|next| format!(", then a gap up to {next}"));
         lines.push(format!(
-            "{database}: {}; restorable up to {}{}",
+            "{name}: {}; restorable up to {}{}",
             base_text(base),
             chain.end,
             gap.unwrap_or_default()
@@ -204,61 +318,52 @@ fn listed(database: &str, bases: &[Summary], spans: &[Span]) -> Said {
             "log_resumes_at": chain.resumes.map(|lsn| lsn.to_string()),
         }));
     }
-    if bases.is_empty() {
-        lines.push(format!("{database}: no base backup"));
+    for backup::Unusable { lsn, reason, .. } in &found.unusable {
+        lines.push(format!(
+            "{name}: base backup at {lsn} cannot be used: {reason}"
+        ));
+    }
+    if found.bases.is_empty() {
+        lines.push(format!("{name}: no base backup"));
     }
     Said {
         text: lines.join("\n"),
-        json: json!({ "database": database, "segments": spans.len(), "bases": objects }),
-        sound: true,
+        json: named.json(json!({
+            "history": bases.layout.history().to_string(), "segments": spans.len(), "bases": objects,
+            "unusable": found.unusable,
+        })),
+        sound: found.unusable.is_empty(),
     }
 }
 
-/// Everything is read; what is wrong is said and the rest is read all the same.
-async fn verify(kept: &Bases<'_>, database: &str) -> Result<Said, BackupError> {
-    let mut flaws = Vec::new();
-    let bases = kept.list().await?;
-    for base in &bases {
-        match backup::verify(&kept.store, &base.base).await {
-            Ok(_) => {}
-            Err(error @ BackupError::Damaged { .. }) => flaws.push(chain(&error)),
-            Err(error) => return Err(error),
-        }
-    }
-    let spans = kept.log().await?;
-    for span in &spans {
-        match archive::verify(&kept.store, &kept.layout, *span).await {
-            Ok(()) => {}
-            // A store that is away says nothing about what is in it.
-            Err(ArchiveError::Store(error)) if !matches!(error, StoreError::NotFound { .. }) => {
-                return Err(error.into());
-            }
-            Err(error) => flaws.push(chain(&error)),
-        }
-    }
-    // From the oldest base on the log must lead to its end.
-    if let Some(oldest) = bases.first() {
-        let chain = Chain::from(oldest.lsn, &spans);
-        if let Some(next) = chain.resumes {
-            flaws.push(format!(
-                "the change log from {} to {next} is missing",
-                chain.end
-            ));
-        }
-    }
-    let verdict = match flaws.as_slice() {
+async fn verify(
+    bases: &Bases,
+    named: &Named,
+    name: &str,
+    settled: std::time::Duration,
+) -> Result<Said, BackupError> {
+    let verified = bases.verify(settled).await?;
+    let verdict = match verified.flaws.as_slice() {
         [] => "sound".to_owned(),
         flaws => format!("DAMAGED\n  {}", flaws.join("\n  ")),
     };
+    let end = verified.end.map(|(lsn, written_at)| {
+        let when = written_at.map(|at| format!(", written at {at:.0}"));
+        format!(", the log up to {lsn}{}", when.unwrap_or_default())
+    });
     Ok(Said {
         text: format!(
-            "{database}: {} base backups and {} segments read: {verdict}",
-            bases.len(),
-            spans.len()
+            "{name}: {} base backups and {} segments read{}: {verdict}",
+            verified.bases,
+            verified.segments,
+            end.unwrap_or_default()
         ),
-        json: json!({
-            "database": database, "bases": bases.len(), "segments": spans.len(), "flaws": flaws,
-        }),
-        sound: flaws.is_empty(),
+        json: named.json(json!({
+            "history": bases.layout.history().to_string(), "bases": verified.bases, "segments": verified.segments,
+            "end_lsn": verified.end.map(|(lsn, _)| lsn.to_string()),
+            "written_at": verified.end.and_then(|(_, at)| at).map(|at| at.to_string()),
+            "flaws": verified.flaws,
+        })),
+        sound: verified.flaws.is_empty(),
     })
 }

@@ -14,6 +14,7 @@ use serde_json::json;
 use crate::catalog::TableName;
 use crate::config::{Config, Databases};
 use crate::error::{Classify as _, chain};
+use crate::history::History;
 use crate::lag::{Micros, pg_micros, system_time};
 use crate::pg::{ConnInfo, PgLsn};
 use crate::restore::{
@@ -44,6 +45,9 @@ pub struct Args {
     /// Restore the state at this position of the source's WAL
     #[arg(long, value_name = "LSN", value_parser = lsn)]
     to_lsn: Option<PgLsn>,
+    /// Restore this history, where the archive has several of the database: a system identifier and when its slot was created
+    #[arg(long, value_name = "HISTORY", value_parser = history)]
+    history: Option<History>,
     /// Restore only the rows of these tables; names as in SQL, a partitioned one stands for its partitions
     #[arg(long = "table", value_name = "SCHEMA.TABLE")]
     tables: Vec<String>,
@@ -59,6 +63,12 @@ pub struct Args {
     /// Print the plan or the report as JSON
     #[arg(long)]
     json: bool,
+}
+
+fn history(text: &str) -> Result<History, String> {
+    text.parse().map_err(|_| {
+        "is not a history such as 7312345678901234567-20261126T143000.123456Z".to_owned()
+    })
 }
 
 fn lsn(text: &str) -> Result<PgLsn, String> {
@@ -139,6 +149,7 @@ fn options(config: &Config, args: &Args) -> Result<Options, RestoreError> {
     Ok(Options {
         target,
         database,
+        history: args.history,
         moment,
         tables: args.tables.iter().map(table).collect::<Result<_, _>>()?,
         no_owner: args.no_owner,

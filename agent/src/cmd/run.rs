@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -122,7 +123,7 @@ async fn stop_on_signal(stop: CancellationToken) {
 /// As `/status` says it.
 fn shown(leg: Leg) -> status::Leg {
     match leg {
-        Leg::Whole | Leg::Log => status::Leg::Direct,
+        Leg::Whole => status::Leg::Direct,
         Leg::Send => status::Leg::Send,
         Leg::Apply => status::Leg::Apply,
     }
@@ -221,12 +222,14 @@ impl Supervisor {
             let stream = self.config.stream(&database);
             let status = StatusCell::new(&database, stream.as_str(), shown(self.leg));
             self.registry.add(status.clone());
+            let (broken, broken_at) = watch::channel(None);
             let pipeline = Pipeline::new(
                 Arc::clone(&self.config),
                 self.leg,
                 &database,
                 status,
                 self.stop.clone(),
+                broken,
             );
             let (config, leg, stop) = (Arc::clone(&self.config), self.leg, self.stop.clone());
             self.pipelines.spawn(async move {
@@ -235,7 +238,7 @@ impl Supervisor {
                 let keeping = async {
                     // Whoever tails the source keeps the archive.
                     if leg != Leg::Apply {
-                        backup::keep::keep(&config, &database, &backing_up).await;
+                        backup::keep::keep(&config, &database, broken_at, &backing_up).await;
                     }
                 };
                 let running = async {

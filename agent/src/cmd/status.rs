@@ -459,8 +459,8 @@ impl DatabaseStatus {
 mod tests {
     use super::*;
     use crate::pg::PgLsn;
+    use crate::promote::Detail;
     use crate::promote::observe::{Progress, Stored, TableSync};
-    use crate::promote::report::DatabaseReport;
     use crate::promote::state::State;
     use crate::stream::StreamName;
 
@@ -580,10 +580,7 @@ mod tests {
         promoted.promotion = Some(Stored {
             state: State::Done,
             term: 2,
-            database: DatabaseReport::default(),
-            report: None,
-            started_at: String::new(),
-            accepted: Vec::new(),
+            detail: Detail::default(),
         });
         assert_eq!(
             judged(Some(&promoted), Some(&streaming(Some(0.0)))),

@@ -33,8 +33,8 @@ pub(super) enum SessionError {
     Spill(#[from] SpillError),
     #[error("keep the change log for the archive")]
     Spool(#[from] SpoolError),
-    #[error("the source's system identifier is \"{0}\", which is not a number")]
-    SystemIdentifier(String),
+    #[error("keep the change log for the archive: {text}")]
+    Log { class: Class, text: String },
     #[error("finish the initial copy")]
     Deferred(#[source] CopyError),
     #[error("a new table is to be copied")]
@@ -56,7 +56,8 @@ impl Classify for SessionError {
             Self::Monitor(error) => error.class(),
             Self::Spill(error) => error.class(),
             Self::Spool(error) => error.class(),
-            Self::SystemIdentifier(_) | Self::NoKinesisStream => Class::Definite,
+            Self::Log { class, .. } => *class,
+            Self::NoKinesisStream => Class::Definite,
             Self::Deferred(error) => error.class(),
             Self::NewTable | Self::NotCopied { .. } | Self::TaskLost => Class::Transient,
         }
@@ -73,7 +74,7 @@ impl Classify for SessionError {
             Self::Spill(error) => error.hint(),
             Self::Spool(error) => error.hint(),
             Self::Deferred(error) => error.hint(),
-            Self::SystemIdentifier(_)
+            Self::Log { .. }
             | Self::NoKinesisStream
             | Self::NewTable
             | Self::NotCopied { .. }
@@ -83,11 +84,18 @@ impl Classify for SessionError {
 }
 
 impl SessionError {
-    /// Whether the replica, and nothing else, could not be used.
-    pub(super) fn is_the_replicas(&self) -> bool {
+    /// Whether the source could be read and what comes behind could not be written: then the change log can go on.
+    pub(super) fn is_the_sinks(&self) -> bool {
         match self {
-            Self::Setup(SetupError::Sql { side, .. }) => *side == Side::Replica,
-            Self::Sink(SinkError::Pg(_)) => true,
+            Self::Setup(SetupError::Sql { side, .. } | SetupError::Unfit { side, .. }) => {
+                *side == Side::Replica
+            }
+            Self::Setup(
+                SetupError::ReplicaNotEmpty { .. }
+                | SetupError::ReplicaTableMissing(_)
+                | SetupError::Copy { .. },
+            ) => true,
+            Self::Sink(_) | Self::KinesisSink(_) | Self::Kinesis(_) | Self::Deferred(_) => true,
             _ => false,
         }
     }

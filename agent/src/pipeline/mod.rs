@@ -15,33 +15,38 @@
 //! whatever fails, the next one starts from the progress row, exactly as after `kill -9`. So there is one
 //! recovery path and it runs all the time.
 //!
+//! The change log for the archive is kept beside all that ([`change_log`]): it outlives sessions.
+//!
 //! # Invariants
 //! - The source task is sent what the ledger says is durable, nothing else.
 //! - A definite error stops this pipeline and no other; the process goes on as long as one runs.
 
+mod apart;
 mod apply;
+mod change_log;
 mod error;
 mod start;
 mod streaming;
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{self, Decision};
 use crate::catalog::TableName;
-use crate::config::{Archive, Config};
+use crate::config::Config;
 use crate::error::{Class, Classify, chain};
 use crate::lag::{Lag, Micros, pg_micros};
 use crate::metrics::DatabaseMetrics;
-use crate::pg::{self, Session};
+use crate::pg::PgLsn;
 use crate::setup::{self, Prepared, SetupError};
 use crate::sink::replica::SinkError;
 use crate::snapshot::{CopyObserver, CopyPhase, ProgressDisplay};
 use crate::status::{State, StatusCell};
 use crate::stream::StreamName;
+use change_log::ChangeLog;
 use error::SessionError;
 
 /// Transactions between the source task and here. Their bytes are bounded by `limits.queue_bytes`; this
@@ -50,9 +55,6 @@ const QUEUE_TRANSACTIONS: usize = 16_384;
 
 /// How often lag is judged without news.
 const TICK: Duration = Duration::from_millis(250);
-
-/// How often a replica that is away is tried again while the change log goes on.
-const LOOK_FOR_REPLICA_EVERY: Duration = Duration::from_secs(5);
 
 /// A session that lasted this long was no failed attempt; the next error starts at the shortest pause.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
@@ -66,8 +68,6 @@ pub enum Leg {
     Send,
     /// From the Kinesis stream to the replica: `apply`.
     Apply,
-    /// From the source into the archive alone, while the replica is away: `run` under route `direct`.
-    Log,
 }
 
 /// How a pipeline ended.
@@ -90,10 +90,13 @@ pub struct Pipeline {
     metrics: DatabaseMetrics,
     status: StatusCell,
     stop: CancellationToken,
+    /// Told where a base backup must be taken from, where the change log has a gap.
+    broken: watch::Sender<Option<PgLsn>>,
+    change_log: Option<ChangeLog>,
     /// Values may come in binary form until one came that does not travel.
     binary: bool,
-    /// A table that the Kinesis stream has and the replica has not.
-    new_table: Option<TableName>,
+    /// A table that the stream has and the replica has not, or has of another.
+    uncopied: Option<TableName>,
     /// Outlives sessions: while one is being restored, the lag goes on growing from where it was.
     lag: Lag,
 }
@@ -106,6 +109,7 @@ impl Pipeline {
         database: &str,
         status: StatusCell,
         stop: CancellationToken,
+        broken: watch::Sender<Option<PgLsn>>,
     ) -> Self {
         let stream = config.stream(database);
         let metrics = DatabaseMetrics::new(database);
@@ -119,14 +123,35 @@ impl Pipeline {
             metrics,
             status,
             stop,
+            broken,
+            change_log: None,
             binary: true,
-            new_table: None,
+            uncopied: None,
             lag,
         }
     }
 
     /// Replicates until told to stop, or until an error needs a person.
     pub async fn run(mut self) -> End {
+        if let Some(archive) = self
+            .config
+            .archive
+            .as_ref()
+            .filter(|_| self.leg != Leg::Apply)
+        {
+            let broken = self.broken.clone();
+            let log = ChangeLog::start(&self.config, archive, &self.database, broken);
+            self.change_log = Some(log);
+        }
+        let end = Box::pin(self.sessions()).await;
+        if let Some(log) = self.change_log.take() {
+            log.finish().await;
+        }
+        end
+    }
+
+    /// One session after the other.
+    async fn sessions(&mut self) -> End {
         let mut attempt = 0;
         loop {
             let started = now_instant();
@@ -152,7 +177,7 @@ impl Pipeline {
                     continue;
                 }
                 SessionError::Sink(SinkError::TableNotCopied { table })
-                | SessionError::NotCopied { table } => self.new_table = Some(table.clone()),
+                | SessionError::NotCopied { table } => self.uncopied = Some(table.clone()),
                 _ => {}
             }
             if error.is_expected() {
@@ -187,16 +212,8 @@ impl Pipeline {
                 tracing::warn!(
                     database = %self.database, attempt, ?pause, error = %text, hint, "will retry"
                 );
-                let stopped = match self.archive_meanwhile(error) {
-                    Some(archive) => {
-                        Box::pin(self.log_until_the_replica_is_back(archive, pause)).await
-                    }
-                    None => {
-                        let stopped = tokio::time::timeout(pause, self.stop.cancelled());
-                        self.watching(stopped).await.is_ok()
-                    }
-                };
-                if stopped {
+                let stopped = tokio::time::timeout(pause, self.stop.cancelled());
+                if self.watching(stopped).await.is_ok() {
                     self.enter(State::Stopped);
                     return Some(End::Stopped);
                 }
@@ -210,77 +227,16 @@ impl Pipeline {
             Decision::Stop => {
                 self.enter(State::Stopped);
                 tracing::error!(database = %self.database, error = %text, hint, "stopped");
+                if self.change_log.is_some() && error.is_the_sinks() {
+                    tracing::warn!(
+                        database = %self.database,
+                        "the change log goes on into the archive; start the agent again once the error is mended"
+                    );
+                    self.watching(self.stop.cancelled()).await;
+                }
                 Some(End::Failed)
             }
         }
-    }
-
-    /// The archive, if this error only keeps changes from the replica.
-    fn archive_meanwhile(&self, error: &SessionError) -> Option<&Archive> {
-        let archive = self.config.archive.as_ref()?;
-        (self.leg == Leg::Whole && error.is_the_replicas()).then_some(archive)
-    }
-
-    /// The change log goes on while the replica is away: were the site lost now, it would be all there is. Returns whether
-    /// the agent was told to stop.
-    async fn log_until_the_replica_is_back(&self, archive: &Archive, pause: Duration) -> bool {
-        let stopped_or_back = async {
-            tokio::select! {
-                () = self.stop.cancelled() => true,
-                () = self.watching(self.replica_is_back(pause)) => false,
-            }
-        };
-        tokio::pin!(stopped_or_back);
-        match Box::pin(self.log_session(archive, stopped_or_back.as_mut())).await {
-            Ok(stopped) => stopped,
-            Err(error) => {
-                tracing::warn!(
-                    database = %self.database, error = %chain(&error), hint = error.hint(),
-                    "the change log stands still as well"
-                );
-                // The slot may still be held by the session that has just ended: then both are asked again.
-                let waited = tokio::time::timeout(pause, stopped_or_back).await;
-                waited.unwrap_or(false)
-            }
-        }
-    }
-
-    async fn replica_is_back(&self, pause: Duration) {
-        let replica = self.config.replica.conninfo.with_dbname(&self.database);
-        let session = Session::new(self.stream.application_name("setup"));
-        let pause = pause.max(LOOK_FOR_REPLICA_EVERY.min(self.config.limits.retry_max));
-        loop {
-            tokio::time::sleep(pause).await;
-            if pg::connect(&replica, &session).await.is_ok() {
-                return;
-            }
-        }
-    }
-
-    /// Reads the source into the archive until `end`, whose answer is returned, or an error. Nothing is acknowledged.
-    async fn log_session(
-        &self,
-        archive: &Archive,
-        mut end: Pin<&mut impl Future<Output = bool>>,
-    ) -> Result<bool, SessionError> {
-        let preparing = setup::prepare_logging(&self.config, &self.database, &self.stop);
-        let prepared = tokio::select! {
-            prepared = preparing => prepared?,
-            stopped = &mut end => return Ok(stopped),
-        };
-        let mut streaming = self.start_logging(archive, &prepared)?;
-        tracing::info!(
-            database = %self.database, from = %prepared.end_lsn,
-            "the replica is away: the change log goes on into the archive"
-        );
-        let outcome = tokio::select! {
-            biased;
-            stopped = &mut end => Ok(stopped),
-            ended = streaming.run() => ended.map(|()| true),
-        };
-        // The next session works with the same spool.
-        streaming.stop().await;
-        outcome
     }
 
     fn enter(&self, state: State) {
@@ -338,7 +294,7 @@ impl Pipeline {
         };
         let prepared = prepared?;
         drop(display);
-        self.new_table = None;
+        self.uncopied = None;
         for warning in &prepared.warnings {
             tracing::warn!(database = %self.database, "{warning}");
         }
@@ -355,9 +311,6 @@ impl Pipeline {
             term = prepared.term, leg = ?self.leg, "streaming"
         );
         let outcome = streaming.run().await;
-        if outcome.is_ok() {
-            streaming.finish_archive().await;
-        }
         streaming.stop().await;
         let mut lag = streaming.owned.lag;
         // What waited is dropped and will be received again.
@@ -368,12 +321,12 @@ impl Pipeline {
 
     async fn prepare(&self, observer: &dyn CopyObserver) -> Result<Prepared, SetupError> {
         let (config, database, stop) = (&self.config, &self.database, &self.stop);
+        let uncopied = self.uncopied.as_ref();
         match self.leg {
-            Leg::Whole => setup::prepare(config, database, observer, stop).await,
-            Leg::Send | Leg::Log => setup::prepare_sending(config, database, stop).await,
+            Leg::Whole => setup::prepare(config, database, uncopied, observer, stop).await,
+            Leg::Send => setup::prepare_sending(config, database, stop).await,
             Leg::Apply => {
-                let new_table = self.new_table.as_ref();
-                setup::prepare_receiving(config, database, new_table, observer, stop).await
+                setup::prepare_receiving(config, database, uncopied, observer, stop).await
             }
         }
     }

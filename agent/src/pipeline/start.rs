@@ -2,38 +2,36 @@
 //! or beside them.
 //!
 //! ```text
-//! Whole    walsender ▶ … ▶ [spool] ▶ replica       monitor, archive
-//! Send     walsender ▶ … ▶ [spool] ▶ Kinesis       monitor, archive
+//! Whole    walsender ▶ … ▶ [change log] ▶ replica       monitor
+//! Send     walsender ▶ … ▶ [change log] ▶ Kinesis       monitor
 //! Apply    Kinesis   ▶ … ▶ replica
-//! Log      walsender ▶ … ▶ [spool] ▶ nowhere       monitor, archive
 //! ```
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio_util::task::AbortOnDropHandle;
 
 use super::apply::{Deferred, apply_batches};
+use super::change_log::{SessionLog, spool_first};
 use super::error::SessionError;
-use super::streaming::{Archiving, Owned, Streaming};
+use super::streaming::{Owned, Streaming};
 use super::{Leg, Pipeline, QUEUE_TRANSACTIONS};
-use crate::archive::{Layout, Log, LogSettings, SpoolLimits};
 use crate::batch::{Batch, IN_FLIGHT_MAX, Spacing};
 use crate::changelog::Author;
-use crate::config::Archive;
 use crate::error::chain;
 use crate::kinesis::Kinesis;
 use crate::ledger::{BatchNumber, FlushLsn, Ledger};
-use crate::metrics::{ArchiveMetrics, StreamMetrics};
+use crate::metrics::StreamMetrics;
 use crate::monitor::{self, Report};
-use crate::pg::ConnInfo;
+use crate::pg::{ConnInfo, PgLsn};
 use crate::setup::{self, Prepared};
 use crate::sink::kinesis::KinesisSink;
-use crate::sink::replica::{Applied, Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
+use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
 use crate::source::{
-    self, IntakeLimits, Received, SourcePosition, SourceSettings, StreamSettings, Until,
+    self, IntakeLimits, Received, SlotUse, SourcePosition, SourceSettings, StreamSettings, Until,
 };
 use crate::spill::{self, SpillSpace};
 
@@ -60,27 +58,9 @@ struct Ends {
     tasks: Tasks,
     batches: Batches,
     outcomes: mpsc::Receiver<Outcome>,
-    archive: Option<Archiving>,
+    held: Option<SessionLog>,
     ledger: Ledger,
     spacing: Spacing,
-}
-
-/// A sink that lets go of every batch: it is in the spool.
-async fn let_go(
-    mut batches: mpsc::Receiver<Arc<Batch>>,
-    outcomes: mpsc::Sender<Outcome>,
-) -> Option<SessionError> {
-    while let Some(batch) = batches.recv().await {
-        let outcome = Outcome {
-            batch,
-            result: Ok(Applied::default()),
-            took: Duration::ZERO,
-        };
-        if outcomes.send(outcome).await.is_err() {
-            break;
-        }
-    }
-    None
 }
 
 impl Pipeline {
@@ -93,61 +73,28 @@ impl Pipeline {
         let (outcomes, outcomes_seen) = mpsc::channel(IN_FLIGHT_MAX);
         let (sink, spacing) = match self.leg {
             Leg::Send => self.kinesis(prepared, outcomes, &mut tasks).await?,
-            Leg::Whole | Leg::Apply | Leg::Log => {
-                self.replica(prepared, outcomes, &mut tasks).await?
-            }
+            Leg::Whole | Leg::Apply => self.replica(prepared, outcomes, &mut tasks).await?,
         };
         let mut ledger = Ledger::resume(1, BatchNumber(prepared.batch), prepared.end_lsn);
-        let (batches, archive) = match &self.config.archive {
-            Some(archive) if self.leg != Leg::Apply => {
-                let (to_spool, archiving) = self.archive(archive, prepared, sink, &mut tasks)?;
-                if archive.required {
-                    ledger = ledger.with_archive(*archiving.uploaded.borrow());
-                }
-                (to_spool, Some(archiving))
-            }
-            _ => (sink, None),
-        };
+        let (mut batches, mut held) = (sink, None);
+        if let Some(log) = &self.change_log {
+            let log = log.of(prepared.history);
+            // Until it says how far it is.
+            ledger = ledger.held(PgLsn::from(0));
+            held = Some(log.clone());
+            let (to_log, to_be_logged) = mpsc::channel(IN_FLIGHT_MAX);
+            let sink = std::mem::replace(&mut batches, to_log);
+            tasks.spawn(async move { spool_first(log, to_be_logged, sink).await.err() });
+        }
         let ends = Ends {
             leg: self.leg,
             space,
             tasks,
             batches,
             outcomes: outcomes_seen,
-            archive,
+            held,
             ledger,
             spacing,
-        };
-        self.stream(prepared, ends)
-    }
-
-    /// Starts the tasks of a session that only writes the change log: nothing is ever acknowledged.
-    pub(super) fn start_logging(
-        &self,
-        archive: &Archive,
-        prepared: &Prepared,
-    ) -> Result<Streaming<'_>, SessionError> {
-        let limits = &self.config.limits;
-        let directory = spill::directory_of(&limits.spill_directory, &self.stream);
-        let mut tasks = JoinSet::new();
-        let (outcomes, outcomes_seen) = mpsc::channel(IN_FLIGHT_MAX);
-        let (sink, spooled) = mpsc::channel(IN_FLIGHT_MAX);
-        tasks.spawn(let_go(spooled, outcomes));
-        let (batches, archiving) = self.archive(archive, prepared, sink, &mut tasks)?;
-        let ends = Ends {
-            leg: Leg::Log,
-            space: SpillSpace::open(directory, limits.spill_bytes)?,
-            tasks,
-            batches,
-            outcomes: outcomes_seen,
-            archive: Some(Archiving {
-                required: false,
-                ..archiving
-            }),
-            // A required sink that is told of nothing.
-            ledger: Ledger::resume(1, BatchNumber(prepared.batch), prepared.end_lsn)
-                .with_archive(prepared.end_lsn),
-            spacing: Spacing::new(Duration::ZERO, IN_FLIGHT_MAX),
         };
         self.stream(prepared, ends)
     }
@@ -160,7 +107,7 @@ impl Pipeline {
             mut tasks,
             batches,
             outcomes,
-            archive,
+            held,
             ledger,
             spacing,
         } = ends;
@@ -169,7 +116,7 @@ impl Pipeline {
         let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
         let (reports, reports_seen) = mpsc::channel(4);
         match leg {
-            Leg::Whole | Leg::Send | Leg::Log => {
+            Leg::Whole | Leg::Send => {
                 self.tail(prepared, space, received, flush_seen, position, &mut tasks);
                 self.monitor(reports, &mut tasks);
             }
@@ -186,9 +133,9 @@ impl Pipeline {
             outcomes,
             reports: reports_seen,
             position: position_seen,
-            batches: Some(batches),
+            batches,
             flush,
-            archive,
+            held,
             owned: Owned::new(&self.config, ledger, spacing, self.lag.clone()),
         })
     }
@@ -225,17 +172,20 @@ impl Pipeline {
                 },
                 lanes: self.config.replica.lanes,
                 spread_changes: limits.spread_changes,
+                session: &[],
             },
             Synced {
                 tables: prepared.synced.iter().cloned().collect(),
+                listed_by: self.stream.clone(),
                 as_of: prepared.as_of,
+                left_out: HashSet::new(),
             },
         )
         .await?;
         let newest_snapshot = prepared
             .synced
             .iter()
-            .filter_map(|(_, snapshot)| *snapshot)
+            .filter_map(|(_, copied)| copied.snapshot_lsn)
             .max();
         let mut deferred = Deferred {
             replica,
@@ -275,55 +225,10 @@ impl Pipeline {
     fn author(&self, prepared: &Prepared) -> Result<Author, SessionError> {
         Ok(Author {
             stream: self.stream.to_string(),
-            system_identifier: system_identifier(prepared)?,
+            history: prepared.history,
             term: prepared.term,
             writer: rand::random(),
         })
-    }
-
-    /// The change log, before the sink.
-    fn archive(
-        &self,
-        archive: &Archive,
-        prepared: &Prepared,
-        sink: Batches,
-        tasks: &mut Tasks,
-    ) -> Result<(Batches, Archiving), SessionError> {
-        let log = self.log(archive, prepared)?;
-        let position = log
-            .waiting_from()
-            .map_or(prepared.end_lsn, |waiting| waiting.min(prepared.end_lsn));
-        let (uploaded, uploaded_seen) = watch::channel(position);
-        let (to_spool, spooled) = mpsc::channel(IN_FLIGHT_MAX);
-        let metrics = ArchiveMetrics::new(&self.database);
-        let (spooling, uploading) = log.tasks(spooled, sink, uploaded, metrics);
-        tasks.spawn(async move { spooling.await.err().map(SessionError::Spool) });
-        let archiving = Archiving {
-            uploaded: uploaded_seen,
-            required: archive.required,
-            upload: AbortOnDropHandle::new(tokio::spawn(uploading)),
-        };
-        Ok((to_spool, archiving))
-    }
-
-    /// The change log of one session, with what an earlier one left in the spool.
-    fn log(&self, archive: &Archive, prepared: &Prepared) -> Result<Log, SessionError> {
-        let settings = LogSettings {
-            author: self.author(prepared)?,
-            url: archive.url.clone(),
-            encryption: archive.encryption.clone(),
-            layout: Layout::new(&self.stream, system_identifier(prepared)?),
-            directory: archive.spool_directory.join(self.stream.as_str()),
-            limits: SpoolLimits {
-                bytes: archive.spool_bytes,
-                segment_bytes: archive.segment_bytes,
-            },
-            // The other half of the time is for the upload.
-            age_max: self.config.objectives.rpo / 2,
-            required: archive.required,
-            retry_max: self.config.limits.retry_max,
-        };
-        Ok(Log::open(settings)?)
     }
 
     /// The slot as the source.
@@ -339,6 +244,7 @@ impl Pipeline {
         let settings = SourceSettings {
             conninfo: self.source_info(),
             stream: self.stream.clone(),
+            slot: SlotUse::Own,
             start: prepared.end_lsn,
             binary: self.binary && prepared.binary,
             limits: self.intake_limits(),
@@ -411,7 +317,7 @@ impl Pipeline {
         let settings = StreamSettings {
             kinesis_stream: self.kinesis_stream()?,
             stream: self.stream.clone(),
-            system_identifier: system_identifier(prepared)?,
+            history: prepared.history,
             term: prepared.term,
             start: prepared.end_lsn,
             commit_time: prepared.commit_time,
@@ -429,10 +335,4 @@ impl Pipeline {
         });
         Ok(())
     }
-}
-
-fn system_identifier(prepared: &Prepared) -> Result<u64, SessionError> {
-    let text = &prepared.system_identifier;
-    text.parse()
-        .map_err(|_| SessionError::SystemIdentifier(text.clone()))
 }

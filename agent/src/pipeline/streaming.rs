@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio_util::task::AbortOnDropHandle;
 
+use super::change_log::SessionLog;
 use super::error::SessionError;
 use super::{Leg, Pipeline, TICK, as_f64, now_instant, now_micros};
 use crate::batch::{Batch, Queue, Ship, Spacing};
@@ -35,8 +35,8 @@ enum Action {
     Received(Received),
     Outcome(Outcome),
     Report(Report),
-    /// A required archive has everything up to here.
-    Archived(PgLsn),
+    /// The change log lets the slot move up to here, or anywhere.
+    Held(Option<PgLsn>),
     Tick,
     /// The next batch has waited long enough.
     Due,
@@ -54,21 +54,11 @@ pub(super) struct Streaming<'p> {
     pub(super) outcomes: mpsc::Receiver<Outcome>,
     pub(super) reports: mpsc::Receiver<Report>,
     pub(super) position: watch::Receiver<SourcePosition>,
-    /// None once drained.
-    pub(super) batches: Option<mpsc::Sender<Arc<Batch>>>,
+    pub(super) batches: mpsc::Sender<Arc<Batch>>,
     pub(super) flush: watch::Sender<FlushLsn>,
-    pub(super) archive: Option<Archiving>,
+    /// How far the change log lets the slot move.
+    pub(super) held: Option<SessionLog>,
     pub(super) owned: Owned,
-}
-
-/// The upload of the change log.
-pub(super) struct Archiving {
-    /// How far the archive has it.
-    pub(super) uploaded: watch::Receiver<PgLsn>,
-    /// Whether the slot waits for it.
-    pub(super) required: bool,
-    /// Ends once batches have ended and all of them are in the archive.
-    pub(super) upload: AbortOnDropHandle<()>,
 }
 
 /// The state proper.
@@ -165,11 +155,7 @@ impl Streaming<'_> {
             while let Some(batch) = self.owned.next_batch(now_instant()) {
                 failpoint::hit("pipeline:before-ship");
                 // There is room for as many as may be in flight, or `next_batch` had given none.
-                let sent = self
-                    .batches
-                    .as_ref()
-                    .map(|batches| batches.try_send(Arc::new(batch)));
-                if !matches!(sent, Some(Ok(()))) {
+                if self.batches.try_send(Arc::new(batch)).is_err() {
                     return Err(SessionError::TaskLost);
                 }
             }
@@ -200,7 +186,7 @@ impl Streaming<'_> {
             },
             () = at(self.owned.due) => Action::Due,
             Some(report) = self.reports.recv() => Action::Report(report),
-            position = archived(self.archive.as_mut()) => Action::Archived(position),
+            position = held(self.held.as_mut()) => Action::Held(position),
             // 5. More work; not while draining.
             Some(received) = self.transactions.recv(), if running => Action::Received(received),
         }
@@ -227,8 +213,8 @@ impl Streaming<'_> {
                 Ok(())
             }
             Action::Report(Report::Coverage(unprotected)) => self.cover(&unprotected),
-            Action::Archived(position) => {
-                if let Some(flush) = owned.ledger.archived(position) {
+            Action::Held(position) => {
+                if let Some(flush) = owned.ledger.hold(position) {
                     failpoint::hit("pipeline:before-acknowledge");
                     self.flush.send_replace(flush);
                 }
@@ -248,33 +234,9 @@ impl Streaming<'_> {
         }
     }
 
-    /// After draining: what is in the spool goes into the archive, if that does not take too long. What does not,
-    /// stays in the spool.
-    pub(super) async fn finish_archive(&mut self) {
-        self.batches = None;
-        let (Some(archive), Phase::Draining { deadline }) = (self.archive.take(), self.owned.phase)
-        else {
-            return;
-        };
-        let left = deadline.saturating_duration_since(now_instant());
-        let mut upload = archive.upload;
-        if tokio::time::timeout(left, &mut upload).await.is_err() {
-            self.archive = Some(Archiving { upload, ..archive });
-            tracing::warn!(
-                database = %self.pipeline.database,
-                "the archive did not take the end of the change log in time; it stays in the spool"
-            );
-        }
-    }
-
     /// Ends every task, and waits for it: the next session works with the same files.
     pub(super) async fn stop(&mut self) {
         self.tasks.shutdown().await;
-        if let Some(archive) = self.archive.take() {
-            archive.upload.abort();
-            // It was told to end; how it did is of no interest.
-            let _ = archive.upload.await;
-        }
     }
 
     fn durable(&mut self, outcome: Outcome) -> Result<(), SessionError> {
@@ -291,10 +253,6 @@ impl Streaming<'_> {
         }
         owned.shipped_oldest.pop_front();
         owned.permits.drain(..batch.transactions.len());
-        if self.leg == Leg::Log {
-            // The replica does not have it.
-            return Ok(());
-        }
         owned.lag.applied(batch.commit_time(), now_micros());
         let metrics = &self.pipeline.metrics;
         metrics.batches.increment(1);
@@ -336,10 +294,9 @@ impl Streaming<'_> {
                 .map(|found| (found.kind, found.count))
                 .collect();
         });
-        let unpublished = unprotected
-            .iter()
-            .find(|found| found.kind == coverage::UNPUBLISHED_TABLE)
-            .map_or(0, |found| found.count);
+        let new = [coverage::UNPUBLISHED_TABLE, coverage::RELISTED_TABLE];
+        let found = unprotected.iter().filter(|found| new.contains(&found.kind));
+        let unpublished = found.map(|found| found.count).sum();
         let before = *self.owned.unpublished_at_start.get_or_insert(unpublished);
         if unpublished > before {
             return Err(SessionError::NewTable);
@@ -367,12 +324,12 @@ impl Streaming<'_> {
         if owned.reader.replace(position.reader) != Some(position.reader) {
             metrics.reader(position.reader);
         }
-        let flush = owned.ledger.flush_lsn().lsn();
+        let sunk = owned.ledger.sunk();
         if self.leg != Leg::Send {
-            metrics.replica_flush_lsn.set(lsn_number(flush));
+            metrics.replica_flush_lsn.set(lsn_number(sunk));
         }
         let written = owned.wal.map(|wal| wal.written).max(position.wal_end);
-        let behind = written.map(|written| u64::from(written).saturating_sub(u64::from(flush)));
+        let behind = written.map(|written| u64::from(written).saturating_sub(u64::from(sunk)));
         if let Some(behind) = behind {
             metrics.lag_bytes.set(as_f64(behind));
         }
@@ -392,14 +349,12 @@ impl Streaming<'_> {
     }
 }
 
-/// How far a required archive is, once that has changed. Cancel-safe.
-async fn archived(archive: Option<&mut Archiving>) -> PgLsn {
-    if let Some(archive) = archive.filter(|archive| archive.required)
-        && archive.uploaded.changed().await.is_ok()
-    {
-        return *archive.uploaded.borrow_and_update();
+/// How far the change log lets the slot move, once that has changed. Cancel-safe.
+async fn held(log: Option<&mut SessionLog>) -> Option<PgLsn> {
+    match log {
+        Some(log) => log.hold().await,
+        None => std::future::pending().await,
     }
-    std::future::pending().await
 }
 
 /// Ends at that time; without one, never.

@@ -1,7 +1,7 @@
 //! Walks the table of states: all databases at once, then hooks and report once.
 //!
 //! # Invariants
-//! - Nothing is touched before the plan has been accepted for every database.
+//! - Nothing is touched before the plan has been accepted for every database, and every one has been found drainable.
 //! - A state is stored before the next edge is tried; dying right after is a failpoint of its name.
 //! - One promotion at a time works on a database: it holds an advisory lock there.
 //!
@@ -16,18 +16,18 @@ use jiff::Timestamp;
 use tokio::time::{Instant, sleep};
 use tokio_postgres::Client;
 
+use super::draining::{self, Looked};
 use super::observe::{self, DATABASES_AT_ONCE, Database, Observed};
 use super::outcome::{planned, report};
 use super::plan::{Refusal, plan};
 use super::report::{DatabaseReport, Outcome, Report};
 use super::state::{self, Action, Edge, State};
 use super::steps::{Detail, Record};
-use super::{Doing, Drain, Options, PromoteError, fence, hooks, loss, steps};
+use super::{ACCEPT_INCOMPLETE, Doing, Drain, Options, PromoteError, fence, hooks, loss, steps};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
 use crate::failpoint;
-use crate::pg::{self, PgLsn, Session};
-use crate::prepared;
+use crate::pg::{self, Session};
 
 /// How long another promotion's lock is waited for: that of a killed one goes away by itself.
 const LOCK_WITHIN: Duration = Duration::from_secs(10);
@@ -46,9 +46,17 @@ pub async fn promote(
             slot: config.source.slot.clone(),
         });
     }
-    let plan = plan(&observed, options);
+    let drains = route.filter(|_| !options.skip_drain);
+    let mut plan = plan(&observed, options, drains.is_some());
+    let looked = match drains {
+        Some(route) if !plan.begun => draining::look(route, &observed).await,
+        // Once a term is raised it goes on, or says where it is stuck.
+        _ => Looked::default(),
+    };
+    plan.refusals.extend(looked.refusals.iter().cloned());
     if options.plan || !plan.refusals.is_empty() {
-        return Ok(planned(config, &observed, &plan, options, started_at).await);
+        let directories = &looked.directories;
+        return Ok(planned(config, &observed, &plan, directories, options, started_at).await);
     }
     if plan.is_done() {
         return finished(&observed);
@@ -60,7 +68,7 @@ pub async fn promote(
         started_at: started_at.to_string(),
         accepted,
         route,
-        skip_drain: options.skip_drain,
+        options,
     };
     let walks = observed
         .databases
@@ -78,12 +86,12 @@ pub async fn promote(
 }
 
 /// What every database of this run shares.
-struct Begun<'a> {
+pub(super) struct Begun<'a> {
     config: &'a Config,
     started_at: String,
     accepted: Vec<String>,
-    route: Option<&'a dyn Drain>,
-    skip_drain: bool,
+    pub(super) route: Option<&'a dyn Drain>,
+    pub(super) options: Options,
 }
 
 /// The report of a promotion that has ended before.
@@ -91,7 +99,7 @@ fn finished(observed: &Observed) -> Result<Report, PromoteError> {
     let stored = observed
         .databases
         .iter()
-        .find_map(|database| database.promotion.as_ref()?.report.clone());
+        .find_map(|database| database.promotion.as_ref()?.detail.report.clone());
     stored.ok_or_else(|| PromoteError::Stored {
         stream: observed
             .databases
@@ -122,15 +130,14 @@ async fn walk(begun: &Begun<'_>, database: &Database) -> Record {
 
 fn detail(begun: &Begun<'_>, database: &Database) -> Detail {
     match &database.promotion {
-        Some(stored) => Detail {
-            started_at: stored.started_at.clone(),
-            accepted: stored.accepted.clone(),
-            database: stored.database.clone(),
-            report: stored.report.clone(),
-        },
+        Some(stored) => stored.detail.clone(),
         None => Detail {
             started_at: begun.started_at.clone(),
             accepted: begun.accepted.clone(),
+            overrides: match begun.accepted.is_empty() {
+                true => Vec::new(),
+                false => vec![ACCEPT_INCOMPLETE.to_owned()],
+            },
             database: DatabaseReport {
                 database: database.name.clone(),
                 stream: database.stream.to_string(),
@@ -141,7 +148,7 @@ fn detail(begun: &Begun<'_>, database: &Database) -> Detail {
                 commit_time: database.progress.commit_time.clone(),
                 ..DatabaseReport::default()
             },
-            report: None,
+            ..Detail::default()
         },
     }
 }
@@ -152,11 +159,9 @@ async fn walk_edges(begun: &Begun<'_>, record: &mut Record) -> Result<(), Promot
     // Only now is nobody else at it: another promotion may have gone further since we looked.
     if let Some(stored) = observe::promotion(&client, &record.stream).await? {
         record.state = stored.state;
-        record.detail.started_at = stored.started_at;
-        record.detail.accepted = stored.accepted;
-        record.detail.database = stored.database;
-        record.detail.report = stored.report;
+        record.detail = stored.detail;
     }
+    record.detail.accept_incomplete |= begun.options.accept_incomplete;
     while let Some(edge) = state::own_edge_from(record.state) {
         tracing::info!(database = record.name, to = %edge.to, "{}", edge.reason);
         Box::pin(walk_edge(begun, &mut client, record, edge)).await?;
@@ -180,18 +185,13 @@ async fn walk_edge(
         }
         Action::EndSessions => fence::end_sessions(client, &record.stream).await?,
         Action::SettlePrepared => {
-            let settled = prepared::settle(client, &record.stream, record.detail.database.batch)
-                .await
-                .doing("settle prepared transactions")?;
-            let report = &mut record.detail.database;
-            report.prepared_committed += settled.committed;
-            report.prepared_rolled_back += settled.rolled_back;
+            let settled = steps::settle_prepared(client, record).await?;
             format!(
                 "{} committed, {} rolled back",
                 settled.committed, settled.rolled_back
             )
         }
-        Action::Drain => drain(begun, client, record).await?,
+        Action::Drain => draining::drain(begun, client, record).await?,
         Action::StateLoss => state_loss(begun.config, client, record).await?,
         Action::SetSequences => {
             steps::add_deferred(client, record).await?;
@@ -219,6 +219,8 @@ async fn connect(config: &Config, record: &Record) -> Result<Client, PromoteErro
         .set("search_path", "pg_catalog")
         .set("statement_timeout", "30s")
         .set("lock_timeout", "10s")
+        // It holds the promotion's lock while others work.
+        .set("idle_session_timeout", "0")
         .set("row_security", "off")
         // Durable here; a standby of the replica that is away must not hold up the promotion.
         .set("synchronous_commit", "local");
@@ -251,37 +253,6 @@ async fn lock(client: &Client, record: &Record) -> Result<(), PromoteError> {
     }
 }
 
-/// Applies what is still on its way, and takes over how far the replica is then.
-async fn drain(
-    begun: &Begun<'_>,
-    client: &Client,
-    record: &mut Record,
-) -> Result<String, PromoteError> {
-    let Some(route) = begun.route else {
-        return Ok("route direct: there is nothing between the two sides".to_owned());
-    };
-    if begun.skip_drain {
-        let said = "what the Kinesis stream still held was left out (--skip-drain)".to_owned();
-        record
-            .detail
-            .accepted
-            .push(format!("{}: {said}", record.name));
-        return Ok(said);
-    }
-    let drained = route
-        .drain(&record.name)
-        .await
-        .map_err(PromoteError::Drain)?;
-    for warning in drained.warnings {
-        record.warn(warning);
-    }
-    steps::read_progress(client, record).await?;
-    Ok(format!(
-        "{} transactions of the Kinesis stream were applied",
-        drained.transactions
-    ))
-}
-
 async fn state_loss(
     config: &Config,
     client: &Client,
@@ -295,16 +266,7 @@ async fn state_loss(
         .await
         .doing("read dr_agent.stream")?
         .map(|row| row.get(0));
-    let end_lsn: PgLsn =
-        record
-            .detail
-            .database
-            .end_lsn
-            .parse()
-            .map_err(|_| PromoteError::Stored {
-                stream: record.stream.to_string(),
-                reason: "its end_lsn is no LSN".to_owned(),
-            })?;
+    let end_lsn = record.end_lsn()?;
     let answer = loss::ask(&loss::Question {
         conninfo: &config.source.conninfo.with_dbname(&record.name),
         stream: &record.stream,

@@ -118,6 +118,7 @@ async fn try_raise(client: &mut Client, record: &mut Record) -> Result<bool, PgE
     report.term = row.get(0);
     report.batch = row.get(1);
     report.end_lsn = row.get::<_, PgLsn>(2).to_string();
+    record.detail.fenced_lsn.clone_from(&report.end_lsn);
     report.commit_time = row.get(3);
     report.fenced_at = row.get(4);
     report.rpo_seconds = row.get::<_, Option<f64>>(5).map(super::loss::seconds_lost);

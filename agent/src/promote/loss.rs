@@ -154,7 +154,7 @@ async fn count(client: &Client, question: &Question<'_>) -> Result<Counter, Stri
             .is_some_and(|lsn| lsn > question.end_lsn)
         {
             return Err(
-                "the slot begins after the last applied transaction: it was created anew, or the Kinesis stream held more \
+                "the slot begins after the last applied transaction: it was created anew, or the Kinesis stream holds more \
                  than was applied"
                     .to_owned(),
             );

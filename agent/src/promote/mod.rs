@@ -14,6 +14,7 @@
 //! - Hooks run only once every database is open, so that no user is led to half a server.
 //! - Never imports `pipeline`: a promotion shares nothing with a running agent but the replica.
 
+mod draining;
 pub mod execute;
 mod fence;
 pub mod hooks;
@@ -27,40 +28,16 @@ mod settle;
 pub mod state;
 mod steps;
 
-pub use steps::set_sequences_ahead;
-
-use futures_util::future::BoxFuture;
+pub use draining::{Asked, Drain, DrainError, Drained, End};
+pub use steps::{Detail, set_sequences_ahead};
 
 use crate::error::{Class, Classify};
 use crate::pg::PgError;
 
-/// What is between the source and the replica under route `kinesis`, as far as a promotion knows it.
-pub trait Drain: Sync {
-    /// Applies to this database everything that was there when it was called. The term is raised already; nobody else
-    /// applies.
-    fn drain<'a>(&'a self, database: &'a str) -> BoxFuture<'a, Result<Drained, DrainError>>;
-}
-
-/// What draining did.
-#[derive(Clone, Debug, Default)]
-pub struct Drained {
-    /// Transactions applied.
-    pub transactions: u64,
-    /// What could not be applied, in words.
-    pub warnings: Vec<String>,
-}
-
-/// Why it could not be drained.
-#[derive(Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct DrainError {
-    /// What happened.
-    pub message: String,
-    /// Whether it may go away.
-    pub class: Class,
-    /// What to do.
-    pub hint: Option<String>,
-}
+/// The flag of [`Options::accept_incomplete`].
+const ACCEPT_INCOMPLETE: &str = "--accept-incomplete";
+/// The flag of [`Options::skip_drain`].
+const SKIP_DRAIN: &str = "--skip-drain";
 
 /// What the operator asked for.
 #[derive(Clone, Copy, Debug, Default)]
@@ -121,6 +98,9 @@ pub enum PromoteError {
     /// What is still on its way cannot be applied.
     #[error("apply what the Kinesis stream still holds")]
     Drain(#[source] DrainError),
+    /// Tables are of different moments, and the drain did not change that.
+    #[error("{0}")]
+    NotOneMoment(plan::Refusal),
     /// Something keeps the progress row locked and cannot be ended.
     #[error("the progress row of stream {stream} stays locked by {by}")]
     FenceBlocked {
@@ -164,6 +144,7 @@ impl Classify for PromoteError {
             | Self::InRecovery
             | Self::RowGone { .. }
             | Self::Stored { .. }
+            | Self::NotOneMoment(_)
             | Self::StillReadOnly { .. }
             | Self::ReportFile(_) => Class::Definite,
         }
@@ -190,6 +171,10 @@ impl Classify for PromoteError {
             Self::RowGone { .. } => "somebody changed schema dr_agent by hand; nothing more was done",
             Self::Stored { .. } => {
                 "if the replica was set up anew after an earlier promotion, delete the row; otherwise use the version that wrote it"
+            }
+            Self::NotOneMoment(_) => {
+                "the Kinesis stream did not lead that far, or was left out (--skip-drain): with more of it, run the same command \
+                 again; with --accept-incomplete it opens the replica as it is, and the report says so"
             }
             Self::FenceBlocked { .. } | Self::SessionsRemain { .. } => {
                 "end these sessions on the replica as a superuser (pg_terminate_backend), then run the same command again"

@@ -13,10 +13,9 @@ use std::pin::pin;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio_postgres::Client;
 
-use super::report::{DatabaseReport, Report};
 use super::state::State;
-use super::{Doing, PromoteError};
-use crate::catalog;
+use super::{Detail, Doing, PromoteError};
+use crate::catalog::{self, TableName};
 use crate::config::{Config, Databases};
 use crate::pg::{self, PgLsn, Session};
 use crate::stream::{APPLICATION_PREFIX, StreamName};
@@ -61,14 +60,8 @@ pub struct Stored {
     pub state: State,
     /// The term this promotion raised to.
     pub term: i64,
-    /// This database's part of the report.
-    pub database: DatabaseReport,
-    /// The whole report, once the hooks have run.
-    pub report: Option<Report>,
-    /// When the command was first started.
-    pub started_at: String,
-    /// Promises that the operator accepted to break.
-    pub accepted: Vec<String>,
+    /// What it remembers.
+    pub detail: Detail,
 }
 
 /// One replicated database.
@@ -253,7 +246,11 @@ pub async fn progress(
     }))
 }
 
-async fn table_sync(client: &Client, stream: &StreamName) -> Result<TableSync, PromoteError> {
+/// What `dr_agent.table_sync` says.
+pub(super) async fn table_sync(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<TableSync, PromoteError> {
     const SQL: &str = "
         SELECT count(*), count(*) FILTER (WHERE state <> 'ready'), max(snapshot_lsn),
                (array_agg(table_schema || '.' || table_name || ' (' || state || ')'
@@ -270,6 +267,25 @@ async fn table_sync(client: &Client, stream: &StreamName) -> Result<TableSync, P
         newest_snapshot: row.get(2),
         examples: row.get::<_, Option<Vec<String>>>(3).unwrap_or_default(),
     })
+}
+
+/// The tables whose copy is not complete.
+pub(super) async fn not_ready(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<Vec<TableName>, PromoteError> {
+    const SQL: &str = "
+        SELECT table_schema, table_name FROM dr_agent.table_sync
+         WHERE stream = $1 AND state <> 'ready' ORDER BY 1, 2";
+    let rows = client
+        .query(SQL, &[&stream.as_str()])
+        .await
+        .doing("read dr_agent.table_sync")?;
+    let tables = rows.iter().map(|row| TableName {
+        schema: row.get(0),
+        name: row.get(1),
+    });
+    Ok(tables.collect())
 }
 
 /// The promotion row of a stream.
@@ -294,14 +310,11 @@ pub async fn promotion(
     let name: &str = row.get(0);
     let state =
         State::parse(name).ok_or_else(|| unreadable(format!("unknown state \"{name}\"")))?;
-    let detail: super::steps::Detail =
+    let detail: Detail =
         serde_json::from_str(row.get(2)).map_err(|error| unreadable(format!("detail: {error}")))?;
     Ok(Some(Stored {
         state,
         term: row.get(1),
-        database: detail.database,
-        report: detail.report,
-        started_at: detail.started_at,
-        accepted: detail.accepted,
+        detail,
     }))
 }

@@ -7,6 +7,8 @@
 //! # What it does not do
 //! Only a plan asks anybody anything here: the source, for the bytes that would be lost now.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 
 use super::observe::{Database, Observed};
@@ -14,7 +16,7 @@ use super::plan::{Plan, Refusal};
 use super::report::{DatabaseReport, Outcome, Report, StepReport};
 use super::state::Action;
 use super::steps::Record;
-use super::{Options, loss};
+use super::{ACCEPT_INCOMPLETE, Options, loss};
 use crate::config::Config;
 
 /// The report as far as the databases have come.
@@ -24,11 +26,10 @@ pub(super) fn report(config: &Config, outcome: Outcome, records: &[Record]) -> R
         .iter()
         .map(|record| record.detail.database.clone())
         .collect();
-    report.accept(
-        records
-            .iter()
-            .flat_map(|record| record.detail.accepted.clone()),
-    );
+    for record in records {
+        let detail = &record.detail;
+        report.accept(&detail.accepted, &detail.overrides);
+    }
     let started = records
         .iter()
         .filter_map(|record| record.detail.started_at.parse::<Timestamp>().ok())
@@ -100,6 +101,7 @@ pub(super) async fn planned(
     config: &Config,
     observed: &Observed,
     plan: &Plan,
+    directories: &BTreeMap<String, String>,
     options: Options,
     now: Timestamp,
 ) -> Report {
@@ -111,7 +113,21 @@ pub(super) async fn planned(
     let mut report = empty_report(config, outcome);
     report.started_at = now.to_string();
     report.refusals = plan.refusals.iter().map(Refusal::to_string).collect();
-    report.accept(plan.overridden.iter().map(Refusal::to_string));
+    let accepted: Vec<String> = plan.overridden.iter().map(Refusal::to_string).collect();
+    if !accepted.is_empty() {
+        report.accept(&accepted, &[ACCEPT_INCOMPLETE.to_owned()]);
+    }
+    for refusal in &plan.after_drain {
+        report.warnings.push(format!(
+            "{refusal}; judged once the Kinesis stream is drained, which may lead past it"
+        ));
+    }
+    if options.plan && !directories.is_empty() {
+        report.warnings.push(
+            "the Kinesis stream is drained first: less would be lost than is not applied now"
+                .to_owned(),
+        );
+    }
     for (database, steps) in observed.databases.iter().zip(&plan.databases) {
         let mut entry = DatabaseReport {
             database: database.name.clone(),
@@ -144,7 +160,7 @@ pub(super) async fn planned(
                 note: format!(
                     "{}{}",
                     edge.reason,
-                    now_there(edge.action, database, config)
+                    now_there(edge.action, database, config, directories)
                 ),
             })
             .collect();
@@ -154,7 +170,12 @@ pub(super) async fn planned(
     report
 }
 
-fn now_there(action: Action, database: &Database, config: &Config) -> String {
+fn now_there(
+    action: Action,
+    database: &Database,
+    config: &Config,
+    directories: &BTreeMap<String, String>,
+) -> String {
     match action {
         Action::RaiseTerm => format!(" (to {})", database.progress.term + 1),
         Action::EndSessions => format!(" ({} now)", database.agent_sessions),
@@ -162,7 +183,12 @@ fn now_there(action: Action, database: &Database, config: &Config) -> String {
         Action::SetSequences => format!(" ({} sequences)", database.sequences),
         Action::RunHooks => format!(" ({} hooks)", config.hooks.len()),
         Action::Drain => match config.route.kinesis_stream(&database.name) {
-            Some(stream) => format!(" (Kinesis stream {stream})"),
+            Some(stream) => match directories.get(&database.name) {
+                Some(directory) => format!(
+                    " (Kinesis stream {stream}, which can be read; large transactions wait below {directory})"
+                ),
+                None => format!(" (Kinesis stream {stream})"),
+            },
             None => " (route direct: nothing)".to_owned(),
         },
         Action::StateLoss | Action::Open | Action::StoreReport => String::new(),

@@ -9,9 +9,9 @@
 
 use std::fmt;
 
-use super::Options;
-use super::observe::{Database, Observed};
+use super::observe::{Database, Observed, TableSync};
 use super::state::{self, Edge, State};
+use super::{Options, SKIP_DRAIN};
 use crate::pg::PgLsn;
 
 /// A promise that the promotion would break.
@@ -45,6 +45,13 @@ pub enum Refusal {
         /// Where it must be.
         snapshot_lsn: PgLsn,
     },
+    /// What is on its way to the replica cannot be applied from here. Overridden by leaving it out.
+    NotDrainable {
+        /// The database.
+        database: String,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// The stored promotion is not of this replica's present life. Cannot be overridden.
     OtherTerm {
         /// The database.
@@ -59,7 +66,12 @@ pub enum Refusal {
 impl Refusal {
     /// Whether `--accept-incomplete` covers it.
     pub fn can_be_overridden(&self) -> bool {
-        !matches!(self, Self::OtherTerm { .. })
+        !matches!(self, Self::OtherTerm { .. } | Self::NotDrainable { .. })
+    }
+
+    /// Whether what is still on its way to the replica may cure it.
+    fn ends_with_a_drain(&self) -> bool {
+        matches!(self, Self::BeforeSnapshot { .. })
     }
 }
 
@@ -95,6 +107,11 @@ impl fmt::Display for Refusal {
                 f,
                 "{database}: applied up to {end_lsn}, but a table was copied at {snapshot_lsn}: tables are of different moments"
             ),
+            Self::NotDrainable { database, reason } => write!(
+                f,
+                "{database}: what is on its way to the replica cannot be applied from here: {reason}. {SKIP_DRAIN} promotes \
+                 without it"
+            ),
             Self::OtherTerm {
                 database,
                 promotion,
@@ -128,6 +145,10 @@ pub struct Plan {
     pub refusals: Vec<Refusal>,
     /// Promises that are broken because the operator said so.
     pub overridden: Vec<Refusal>,
+    /// Promises that the drain may keep: judged once it is done.
+    pub after_drain: Vec<Refusal>,
+    /// Some database's term is raised already.
+    pub begun: bool,
 }
 
 impl Plan {
@@ -139,8 +160,8 @@ impl Plan {
     }
 }
 
-/// Makes the plan.
-pub fn plan(observed: &Observed, options: Options) -> Plan {
+/// Makes the plan. `drains`: what is still on its way will be applied first.
+pub fn plan(observed: &Observed, options: Options, drains: bool) -> Plan {
     // Once one term is raised, leaving the rest behind would be half a promotion: what the operator
     // accepted or not was settled then.
     let begun = observed
@@ -152,7 +173,10 @@ pub fn plan(observed: &Observed, options: Options) -> Plan {
         let missing = observed.missing.iter().cloned();
         found.extend(missing.map(|database| Refusal::Missing { database }));
     }
-    let (overridden, refusals) = found
+    let (after_drain, now): (Vec<Refusal>, Vec<Refusal>) = found
+        .into_iter()
+        .partition(|refusal| drains && refusal.ends_with_a_drain());
+    let (overridden, refusals) = now
         .into_iter()
         .partition(|refusal| options.accept_incomplete && refusal.can_be_overridden());
     Plan {
@@ -167,6 +191,8 @@ pub fn plan(observed: &Observed, options: Options) -> Plan {
             .collect(),
         refusals,
         overridden,
+        after_drain,
+        begun,
     }
 }
 
@@ -195,23 +221,35 @@ fn refusals(database: &Database) -> Vec<Refusal> {
             examples: sync.examples.clone(),
         });
     }
-    if let Some(snapshot_lsn) = sync.newest_snapshot
-        && database.progress.end_lsn < snapshot_lsn
-    {
-        found.push(Refusal::BeforeSnapshot {
-            database: name(),
-            end_lsn: database.progress.end_lsn,
-            snapshot_lsn,
-        });
-    }
+    found.extend(before_snapshot(
+        &database.name,
+        database.progress.end_lsn,
+        sync,
+    ));
     found
+}
+
+/// Whether tables are of different moments where the stream stands.
+pub(super) fn before_snapshot(
+    database: &str,
+    end_lsn: PgLsn,
+    table_sync: &TableSync,
+) -> Option<Refusal> {
+    let snapshot_lsn = table_sync
+        .newest_snapshot
+        .filter(|snapshot| end_lsn < *snapshot)?;
+    Some(Refusal::BeforeSnapshot {
+        database: database.to_owned(),
+        end_lsn,
+        snapshot_lsn,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::promote::observe::{Progress, Stored, TableSync};
-    use crate::promote::report::DatabaseReport;
+    use crate::promote::Detail;
+    use crate::promote::observe::{Progress, Stored};
     use crate::stream::StreamName;
 
     fn ready(name: &str) -> Database {
@@ -244,10 +282,7 @@ mod tests {
         database.promotion = Some(Stored {
             state,
             term,
-            database: DatabaseReport::default(),
-            report: None,
-            started_at: String::new(),
-            accepted: Vec::new(),
+            detail: Detail::default(),
         });
         database
     }
@@ -257,6 +292,10 @@ mod tests {
             databases,
             missing: Vec::new(),
         }
+    }
+
+    fn plan(observed: &Observed, options: Options) -> Plan {
+        super::plan(observed, options, false)
     }
 
     const ACCEPT: Options = Options {
@@ -291,6 +330,23 @@ mod tests {
         assert!(matches!(
             plan.refusals[..],
             [Refusal::BeforeSnapshot { .. }]
+        ));
+    }
+
+    #[test]
+    fn whether_they_are_is_judged_later_where_more_is_applied_first() {
+        let mut behind = ready("app");
+        behind.progress.end_lsn = PgLsn::from(999);
+        behind.table_sync.not_ready = 1;
+        let plan = super::plan(&observed(vec![behind]), Options::default(), true);
+        assert!(matches!(
+            plan.after_drain[..],
+            [Refusal::BeforeSnapshot { .. }]
+        ));
+        // A copy that never ended does not end by it.
+        assert!(matches!(
+            plan.refusals[..],
+            [Refusal::TablesNotReady { .. }]
         ));
     }
 

@@ -55,7 +55,7 @@ pub struct Report {
     pub rpo_objective_seconds: f64,
     /// Whether the objective was met for every database; `null` where a loss is unknown.
     pub rpo_met: Option<bool>,
-    /// Every override that had an effect, such as `--accept-incomplete`.
+    /// Every override that had an effect: `--accept-incomplete`, `--skip-drain`.
     pub overrides: Vec<String>,
     /// The promises that are broken because of it.
     pub accepted: Vec<String>,
@@ -102,7 +102,7 @@ pub struct DatabaseReport {
     pub source_answered: bool,
     /// Why `lost_bytes` or `lost_transactions` is unknown.
     pub loss_unknown: Option<String>,
-    /// Prepared transactions of older agents that were committed.
+    /// Prepared transactions of older agents, or of a drain that was killed, that were committed.
     pub prepared_committed: u64,
     /// … that were rolled back.
     pub prepared_rolled_back: u64,
@@ -147,15 +147,17 @@ pub struct HookReport {
 }
 
 impl Report {
-    /// Notes what was accepted, and the override by which it was.
-    pub fn accept(&mut self, accepted: impl IntoIterator<Item = String>) {
-        for promise in accepted {
-            if !self.accepted.contains(&promise) {
-                self.accepted.push(promise);
+    /// Notes what was accepted, and the overrides by which it was; each once.
+    pub fn accept(&mut self, accepted: &[String], overrides: &[String]) {
+        for (all, more) in [
+            (&mut self.accepted, accepted),
+            (&mut self.overrides, overrides),
+        ] {
+            for one in more {
+                if !all.contains(one) {
+                    all.push(one.clone());
+                }
             }
-        }
-        if !self.accepted.is_empty() {
-            self.overrides = vec!["--accept-incomplete".to_owned()];
         }
     }
 
@@ -417,6 +419,21 @@ mod tests {
         assert_eq!(read, written);
         assert_eq!(read.text(), written.text());
         assert!(read.text().contains("3 transactions"));
+    }
+
+    #[test]
+    fn what_was_accepted_is_told_once_and_by_which_flag() {
+        let mut both = report(Vec::new());
+        let skipped = (["left out".to_owned()], ["--skip-drain".to_owned()]);
+        both.accept(&[], &[]);
+        both.accept(&skipped.0, &skipped.1);
+        both.accept(&skipped.0, &skipped.1);
+        assert_eq!((both.accepted.len(), both.overrides.len()), (1, 1));
+        let text = both.text();
+        assert!(
+            text.contains("accepted by --skip-drain: left out"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -109,7 +109,7 @@ pub enum Action {
     EndSessions,
     /// Commits or rolls back what older agents prepared.
     SettlePrepared,
-    /// Applies what the Kinesis stream holds.
+    /// Applies what the Kinesis stream holds, after settling what an earlier attempt at it left behind.
     Drain,
     /// Measures what the replica does not have.
     StateLoss,

@@ -6,8 +6,11 @@
 //! - The write that stores `opened` is the write probe: it goes through a new session that has
 //!   nothing of ours set but its name.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
-use tokio_postgres::types::Oid;
+use tokio::time::timeout;
+use tokio_postgres::types::{Oid, ToSql};
 use tokio_postgres::{Client, Transaction};
 
 use super::report::{DatabaseReport, Report, StepReport};
@@ -18,27 +21,38 @@ use crate::catalog::{TableName, quote_ident};
 use crate::config::Config;
 use crate::error::chain;
 use crate::pg::{self, PgError, PgLsn, Session};
+use crate::prepared::{self, Settled};
 use crate::snapshot;
 use crate::stream::{APPLICATION_PREFIX, StreamName};
 
 /// How long one look for the furthest value of a column may take. With an index, as keys have, it takes
 /// milliseconds; without one the users do not wait for a scan of a large table.
 const COLUMN_WITHIN: &str = "5s";
+/// How long storing a state may take: somebody may have locked the table.
+const STORE_WITHIN: Duration = Duration::from_secs(30);
 /// Sequences named in a warning; beyond it they are counted.
 const NAMED_MAX: usize = 5;
 
 /// `dr_agent.promotion.detail`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub(super) struct Detail {
+pub struct Detail {
     /// When the command was first started.
-    pub(super) started_at: String,
+    pub started_at: String,
     /// Promises that the operator accepted to break.
-    pub(super) accepted: Vec<String>,
+    pub accepted: Vec<String>,
+    /// The flags by which he did.
+    pub overrides: Vec<String>,
+    /// `--accept-incomplete` was given, now or before: what it covers may be found later.
+    pub accept_incomplete: bool,
+    /// How far the replica was when the term was raised; a drain goes on from there.
+    pub fenced_lsn: String,
+    /// Tables that were never copied, whose changes are left out.
+    pub left_out: Vec<TableName>,
     /// This database's part of the report.
-    pub(super) database: DatabaseReport,
+    pub database: DatabaseReport,
     /// The whole report, once the hooks have run.
-    pub(super) report: Option<Report>,
+    pub report: Option<Report>,
 }
 
 /// The promotion of one database, as it is stored.
@@ -80,7 +94,43 @@ pub(super) async fn read_progress(
     Ok(())
 }
 
+/// Commits or rolls back what is left prepared, by the batch of the record.
+pub(super) async fn settle_prepared(
+    client: &Client,
+    record: &mut Record,
+) -> Result<Settled, PromoteError> {
+    let settled = prepared::settle(client, &record.stream, record.detail.database.batch)
+        .await
+        .doing("settle prepared transactions")?;
+    let report = &mut record.detail.database;
+    report.prepared_committed += settled.committed;
+    report.prepared_rolled_back += settled.rolled_back;
+    Ok(settled)
+}
+
 impl Record {
+    /// Where the replica is, as far as the record knows.
+    pub(super) fn end_lsn(&self) -> Result<PgLsn, PromoteError> {
+        let end_lsn = &self.detail.database.end_lsn;
+        end_lsn.parse().map_err(|_| PromoteError::Stored {
+            stream: self.stream.to_string(),
+            reason: "its end_lsn is no LSN".to_owned(),
+        })
+    }
+
+    /// Notes a promise that is broken because of a flag.
+    pub(super) fn accept(&mut self, flag: &str, promise: String) {
+        let detail = &mut self.detail;
+        for (list, text) in [
+            (&mut detail.overrides, flag.to_owned()),
+            (&mut detail.accepted, promise),
+        ] {
+            if !list.contains(&text) {
+                list.push(text);
+            }
+        }
+    }
+
     pub(super) fn warn(&mut self, warning: String) {
         tracing::warn!(database = self.name, warning);
         let warnings = &mut self.detail.database.warnings;
@@ -130,22 +180,25 @@ impl Record {
         client: &Client,
         state: State,
     ) -> Result<(), PromoteError> {
+        const STORE: &str = "
+            UPDATE dr_agent.promotion
+               SET state = $4, updated_at = clock_timestamp(), detail = $5::text::jsonb
+             WHERE stream = $1 AND term = $2 AND state IN ($3, $4)";
+        let doing = "store the state of the promotion";
         let term = self.detail.database.term;
-        let stored = client
-            .execute(
-                "UPDATE dr_agent.promotion
-                    SET state = $4, updated_at = clock_timestamp(), detail = $5::text::jsonb
-                  WHERE stream = $1 AND term = $2 AND state IN ($3, $4)",
-                &[
-                    &self.stream.as_str(),
-                    &term,
-                    &self.state.as_str(),
-                    &state.as_str(),
-                    &json(&self.detail),
-                ],
-            )
-            .await
-            .doing("store the state of the promotion")?;
+        let detail = json(&self.detail);
+        let (before, after) = (self.state.as_str(), state.as_str());
+        let parameters: [&(dyn ToSql + Sync); 5] =
+            [&self.stream.as_str(), &term, &before, &after, &detail];
+        // The session that proves a write has no limits of its own.
+        let stored = timeout(STORE_WITHIN, client.execute(STORE, &parameters)).await;
+        let stored = match stored {
+            Ok(stored) => stored.doing(doing)?,
+            Err(_) => {
+                let after = STORE_WITHIN;
+                return Err(PgError::Timeout { doing, after }).doing(doing);
+            }
+        };
         if stored != 1 {
             return Err(PromoteError::RowGone {
                 table: "dr_agent.promotion",

@@ -5,6 +5,7 @@ use crate::archive::ArchiveError;
 use crate::backup::BackupError;
 use crate::catalog::quote_literal;
 use crate::error::{Class, Classify};
+use crate::history::History;
 use crate::lag::{Micros, system_time};
 use crate::pg::pgoutput::DecodeError;
 use crate::pg::{ConnInfoError, PgError, PgLsn};
@@ -33,6 +34,22 @@ pub enum RestoreError {
     /// The archive knows nothing of it.
     #[error("the archive has no base backup of database \"{0}\"")]
     NothingOf(String),
+    /// The archive has no such history.
+    #[error("the archive has no base backup of history {asked}; it has{}", listed(.known))]
+    NoHistory {
+        /// What was asked for.
+        asked: History,
+        /// What there is.
+        known: Vec<History>,
+    },
+    /// More than one history may be meant.
+    #[error("several histories of the database lead to {moment}:{}", listed(.histories))]
+    WhichHistory {
+        /// What was asked for.
+        moment: Moment,
+        /// Those that do, in the order in which they began.
+        histories: Vec<History>,
+    },
     /// No base backup is old enough.
     #[error("no base backup leads to {moment}{}", since(.oldest))]
     NoBase {
@@ -68,13 +85,13 @@ pub enum RestoreError {
     },
     /// What is in the target, a restore of something else has put there.
     #[error(
-        "the target holds a restore that was interrupted, of another database or source ({stream} of {source_id})"
+        "the target holds a restore that was interrupted, of another database or source ({stream} of history {history})"
     )]
     OtherRestore {
         /// Under which name it worked.
         stream: String,
-        /// The source's system identifier.
-        source_id: String,
+        /// What its LSNs are of.
+        history: String,
     },
     /// The target has another encoding.
     #[error("the target's encoding is {target}, the source's was {}", wanted.encoding)]
@@ -127,6 +144,11 @@ fn named(names: &[String]) -> String {
         [] => String::new(),
         names => format!(": {}", names.join(", ")),
     }
+}
+
+fn listed(histories: &[History]) -> String {
+    let each = histories.iter().map(|history| format!(" {history}"));
+    each.collect::<Vec<_>>().join(",")
 }
 
 fn since(oldest: &Option<Micros>) -> String {
@@ -186,8 +208,9 @@ impl Classify for RestoreError {
             Self::Source(error) => return error.hint(),
             Self::Spill(error) => return error.hint(),
             Self::Replay(ReplayError::Sink(SinkError::TableNotCopied { .. })) => {
-                "the table came after this base backup, and its first rows are in no log: restore to a moment \
-                 behind the next base backup, or before the table"
+                "the table came after this base backup, or took the place of another one or was not published for a while behind \
+                 it, and what is missing of it is in no log: restore to a moment behind the next base backup (dr-agent backup \
+                 --list), or before that; or all other tables, with --table"
             }
             Self::Replay(ReplayError::Sink(SinkError::BinaryForm { .. })) => {
                 "the column's type was changed after this base backup, and DDL is in no log: restore to a moment before \
@@ -201,6 +224,11 @@ impl Classify for RestoreError {
             Self::Replay(error) => return error.hint(),
             Self::NoArchive => "write [archive] with its url",
             Self::WhichDatabase(_) => "name one with --database",
+            Self::NoHistory { .. } => "dr-agent backup --list shows the histories there are",
+            Self::WhichHistory { .. } => {
+                "name one with --history; its name ends with when its slot was created. dr-agent backup --list shows the base \
+                 backups of each"
+            }
             Self::NothingOf(_) => "dr-agent backup --list shows what there is",
             Self::NoBase { .. } => "dr-agent backup --list shows the base backups",
             Self::LogEnds { .. } => {

@@ -19,6 +19,7 @@ use bytes::Bytes;
 
 use super::RestoreError;
 use super::moment::Moment;
+use super::target::Tables;
 use crate::archive::{ArchiveError, Chain, Layout, SegmentReader, Span};
 use crate::catalog::TableName;
 use crate::error::chain;
@@ -74,7 +75,7 @@ pub(super) struct Replay<'a> {
     /// How far.
     pub(super) moment: Moment,
     /// The tables whose changes count; all of the users' if there is no list.
-    pub(super) tables: Option<&'a [TableName]>,
+    pub(super) tables: Option<&'a Tables>,
 }
 
 impl Replay<'_> {
@@ -153,7 +154,7 @@ struct Now {
 
 struct Reading<'a> {
     moment: Moment,
-    tables: Option<&'a [TableName]>,
+    tables: Option<&'a Tables>,
     /// None behind the moment.
     intake: Option<LogIntake>,
     /// Whether a relation's changes count.
@@ -230,7 +231,7 @@ impl Reading<'_> {
     fn counts(&self, schema: &str, name: &str) -> bool {
         let is = |table: &TableName| table.schema == schema && table.name == name;
         match self.tables {
-            Some(tables) => tables.iter().any(is),
+            Some(tables) => tables.keys().any(is),
             None => schema != "dr_agent",
         }
     }

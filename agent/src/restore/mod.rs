@@ -22,13 +22,14 @@
 mod choose;
 mod error;
 mod fit;
+mod history;
 mod log;
 mod moment;
 mod plan;
 mod target;
 mod told;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use tokio::sync::mpsc;
@@ -38,16 +39,17 @@ use tokio_util::sync::CancellationToken;
 pub use error::RestoreError;
 pub use log::Committed;
 pub use moment::Moment;
-pub use plan::{Plan, Start, newest_source, plan};
+pub use plan::{Plan, Start, plan};
 
 use crate::backup;
 use crate::catalog::TableName;
 use crate::config::Config;
 use crate::failpoint;
+use crate::history::History;
 use crate::lag::Micros;
 use crate::ledger::BatchNumber;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::replay::{self, Reached, Target};
+use crate::replay::{self, Reached, Sessions, Target};
 use crate::snapshot::CopyObserver;
 use crate::source::{IntakeLimits, LogIntake};
 use crate::spill::{self, SpillSpace};
@@ -67,6 +69,8 @@ pub struct Options {
     pub target: ConnInfo,
     /// The source's database.
     pub database: String,
+    /// Of this history; by default of the one that was alive at the moment.
+    pub history: Option<History>,
     /// Its state at this moment.
     pub moment: Moment,
     /// Only these tables, a partitioned one with all of its partitions; all if empty.
@@ -160,7 +164,12 @@ pub async fn restore(
     failpoint::hit("restore:replayed");
     position.kept.note_change(told.last_change);
     target::keep(&client, owner, &position.kept).await?;
-    let (sequences, warnings) = finish(options, &stream, &client, &position.kept, copy).await?;
+    let source = config.stream(&options.database);
+    let unlisted = target::unlisted(&client, &source, &position).await?;
+    let (sequences, mut warnings) = finish(options, &stream, &client, &position.kept, copy).await?;
+    warnings.extend(unlisted.into_iter().map(|table| {
+        format!("{table}: it was dropped on the source, or left out of the stream, before that moment; its rows are of before")
+    }));
     Ok(Report {
         base: position.base,
         end_lsn: reached.end_lsn,
@@ -271,16 +280,20 @@ async fn replay(
         layout: &plan.layout,
         chain: &plan.chain,
         moment: options.moment,
-        tables: (!position.whole).then_some(position.tables.as_slice()),
+        tables: (!position.whole).then_some(&position.tables),
     };
     let target = Target {
         conninfo: &options.target,
         stream: &stream,
         term: target::TERM,
         tables: target::synced(position),
+        listed_by: &config.stream(&options.database),
         as_of: as_of(position),
+        left_out: HashSet::new(),
+        session: &[],
     };
-    let applying = replay::apply(config, target, from, transactions, |reached| {
+    let sessions = Sessions::connect(config, target).await?;
+    let applying = replay::apply(config, sessions, from, transactions, |reached| {
         observer.replayed(reached.end_lsn, plan.log_end, reached.commit_time);
     });
     let (told, reached) = tokio::join!(reader.run(intake), applying);

@@ -4,15 +4,14 @@
 //! - Nothing is written, neither in the archive nor in the target.
 //! - What a plan refuses, the restore would have refused, too; and what can be refused beforehand, both do.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use tokio_postgres::Client;
 
 use super::choose::{self, Base};
-use super::moment::Moment;
-use super::target::{self, Found, Owner, Position};
-use super::{Options, RestoreError, fit, own_stream};
+use super::target::{self, Found, Owner, Position, Tables};
+use super::{Options, RestoreError, fit, history, own_stream};
 use crate::archive::{Chain, Layout, Span};
 use crate::backup::{self, Examined, LoadJob, Manifest, Ownership};
 use crate::catalog::TableName;
@@ -55,7 +54,7 @@ pub struct Plan {
     pub(super) manifest: Manifest,
     /// The segments from the base backup, or from where the target stands.
     pub(super) chain: Chain,
-    /// Every base backup of the source.
+    /// Every base backup of the history.
     summaries: Vec<backup::Summary>,
     /// Every segment there is, and its size.
     segments: BTreeMap<Span, u64>,
@@ -84,7 +83,9 @@ pub async fn plan(config: &Config, store: &Store, options: &Options) -> Result<P
 /// Looks what the archive has.
 async fn read(config: &Config, store: &Store, options: &Options) -> Result<Plan, RestoreError> {
     let stream = config.stream(&options.database);
-    let (layout, summaries) = source_at(store, &stream, &options.database, options.moment).await?;
+    let (database, moment) = (&options.database, options.moment);
+    let (layout, summaries) =
+        history::find(store, &stream, database, moment, options.history).await?;
     let bases: Vec<Base> = summaries.iter().map(base_of).collect();
     let chosen = choose::choose(&bases, options.moment)?;
     let base = summaries
@@ -128,7 +129,7 @@ impl Plan {
     pub(super) fn owner<'s>(&self, stream: &'s StreamName) -> Owner<'s> {
         Owner {
             stream,
-            system_identifier: self.layout.system_identifier(),
+            history: self.layout.history(),
         }
     }
 
@@ -201,19 +202,21 @@ impl Plan {
         }
     }
 
-    /// The tables that are wanted, by every name the log may call them, in name order.
-    pub(super) fn names(&self) -> Vec<TableName> {
+    /// The tables that are wanted, by every name the log may call them.
+    pub(super) fn names(&self) -> Tables {
         let is_wanted = |table: &TableName| {
             self.tables
                 .as_ref()
                 .is_none_or(|tables| tables.contains(table))
         };
         let data = self.manifest.data().map(|(_, data)| data);
-        let names: BTreeSet<&TableName> = data
+        let listed = self.manifest.listed();
+        let names = data
             .filter(|data| is_wanted(&data.table))
-            .flat_map(|data| [&data.table, &data.root])
-            .collect();
-        names.into_iter().cloned().collect()
+            .flat_map(|data| [&data.table, &data.root]);
+        names
+            .map(|table| (table.clone(), listed.get(table).cloned()))
+            .collect()
     }
 }
 
@@ -247,38 +250,4 @@ async fn segments(store: &Store, layout: &Layout) -> Result<BTreeMap<Span, u64>,
         .iter()
         .filter_map(|object| Some((layout.parse_segment(&object.name)?, object.bytes)));
     Ok(segments.collect())
-}
-
-/// The source with the newest base backup, and all of its base backups, oldest first.
-///
-/// # Errors
-/// [`RestoreError::NothingOf`] before the first base backup.
-pub async fn newest_source(
-    store: &Store,
-    stream: &StreamName,
-    database: &str,
-) -> Result<(Layout, Vec<backup::Summary>), RestoreError> {
-    source_at(store, stream, database, Moment::End).await
-}
-
-/// The source that was the newest at that time. A position means nothing without its source: that is the newest there is.
-async fn source_at(
-    store: &Store,
-    stream: &StreamName,
-    database: &str,
-    moment: Moment,
-) -> Result<(Layout, Vec<backup::Summary>), RestoreError> {
-    let newest = |bases: &[backup::Summary]| {
-        let times = bases.iter().map(|base| (base.lsn, micros(base.as_of)));
-        let usable = times.filter(|(lsn, time)| match moment {
-            Moment::Time(_) => moment.is_at_or_after(*lsn, *time),
-            Moment::End | Moment::Lsn(_) => true,
-        });
-        usable.map(|(_, time)| time).max()
-    };
-    let sources = backup::sources(store, stream).await?;
-    sources
-        .into_iter()
-        .max_by_key(|(_, bases)| newest(bases))
-        .ok_or_else(|| RestoreError::NothingOf(database.to_owned()))
 }

@@ -16,7 +16,7 @@
 //!   there is nothing to go on from.
 //! - The source's event triggers, which are in the database by then, see nothing of this.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
 
 use tokio_postgres::{Client, GenericClient};
@@ -25,7 +25,9 @@ use super::RestoreError;
 use super::told::Kept;
 use crate::backup;
 use crate::catalog::TableName;
+use crate::history::History;
 use crate::lag::{Micros, pg_micros};
+use crate::listed::{self, Copied, ListedAs};
 use crate::pg::{self, ConnInfo, PgError, PgLsn, Session, leftover};
 use crate::prepared;
 use crate::setup::replica_schema;
@@ -45,6 +47,9 @@ pub(super) enum Found {
     Interrupted(Position),
 }
 
+/// Tables, and what they were listed as where that is known.
+pub(super) type Tables = BTreeMap<TableName, Option<ListedAs>>;
+
 /// How far a target is.
 #[derive(Clone, Debug)]
 pub(super) struct Position {
@@ -59,7 +64,7 @@ pub(super) struct Position {
     /// Whether all tables were asked for.
     pub(super) whole: bool,
     /// The tables of the base backup that were restored, by every name that the log may call them.
-    pub(super) tables: Vec<TableName>,
+    pub(super) tables: Tables,
     /// What is to be told at the end.
     pub(super) kept: Kept,
 }
@@ -72,8 +77,8 @@ pub(super) const TERM: i64 = 1;
 pub(super) struct Owner<'a> {
     /// Under which name it works.
     pub(super) stream: &'a StreamName,
-    /// The source's system identifier.
-    pub(super) system_identifier: u64,
+    /// What the LSNs are of.
+    pub(super) history: History,
 }
 
 /// Opens a session on the target.
@@ -135,19 +140,16 @@ pub(super) async fn look(
         };
     }
     let noted = client
-        .query(
-            "SELECT stream, system_identifier FROM dr_agent.restore",
-            &[],
-        )
+        .query("SELECT stream, history FROM dr_agent.restore", &[])
         .await
         .map_err(&asking)?;
-    let (stream, system_identifier) = (owner.stream.as_str(), owner.system_identifier.to_string());
+    let (stream, history) = (owner.stream.as_str(), owner.history.to_string());
     for row in &noted {
-        let (other, source): (&str, &str) = (row.get(0), row.get(1));
-        if (other, source) != (stream, system_identifier.as_str()) {
+        let (other, of): (&str, &str) = (row.get(0), row.get(1));
+        if (other, of) != (stream, history.as_str()) {
             return Err(RestoreError::OtherRestore {
                 stream: other.to_owned(),
-                source_id: source.to_owned(),
+                history: of.to_owned(),
             });
         }
     }
@@ -164,7 +166,7 @@ pub(super) async fn look(
     };
     let tables = client
         .query(
-            "SELECT table_schema, table_name FROM dr_agent.table_sync WHERE stream = $1 ORDER BY 1, 2",
+            "SELECT table_schema, table_name, listed_as FROM dr_agent.table_sync WHERE stream = $1",
             &[&stream],
         )
         .await
@@ -179,9 +181,12 @@ pub(super) async fn look(
         kept: serde_json::from_str(row.get(5)).unwrap_or_default(),
         tables: tables
             .iter()
-            .map(|row| TableName {
-                schema: row.get(0),
-                name: row.get(1),
+            .map(|row| {
+                let table = TableName {
+                    schema: row.get(0),
+                    name: row.get(1),
+                };
+                (table, row.get::<_, Option<String>>(2).map(ListedAs::new))
             })
             .collect(),
     }))
@@ -263,12 +268,8 @@ pub(super) async fn begin(
     }
     transaction
         .execute(
-            "INSERT INTO dr_agent.restore (stream, system_identifier, base_lsn) VALUES ($1, $2, $3)",
-            &[
-                &owner.stream.as_str(),
-                &owner.system_identifier.to_string(),
-                &base,
-            ],
+            "INSERT INTO dr_agent.restore (stream, history, base_lsn) VALUES ($1, $2, $3)",
+            &[&owner.stream.as_str(), &owner.history.to_string(), &base],
         )
         .await
         .map_err(&doing)?;
@@ -280,7 +281,7 @@ pub(super) struct Loaded {
     /// Where the base backup stands.
     pub(super) base: PgLsn,
     /// Its tables that are there, by every name that the log may call them.
-    pub(super) tables: Vec<TableName>,
+    pub(super) tables: Tables,
     /// Whether these are all.
     pub(super) whole: bool,
     /// What is to be told at the end.
@@ -305,15 +306,19 @@ pub(super) async fn loaded(
         kept,
     } = loaded;
     let (schemas, names): (Vec<&str>, Vec<&str>) = tables
-        .iter()
+        .keys()
         .map(|table| (table.schema.as_str(), table.name.as_str()))
         .unzip();
+    let listed_as: Vec<Option<&str>> = tables
+        .values()
+        .map(|listed_as| listed_as.as_ref().map(ListedAs::as_str))
+        .collect();
     let transaction = client.transaction().await.map_err(&doing)?;
     transaction
         .execute(
-            "INSERT INTO dr_agent.table_sync (stream, table_schema, table_name, state, snapshot_lsn)
-             SELECT $1, t.s, t.n, 'ready', $4 FROM unnest($2::text[], $3::text[]) AS t(s, n)",
-            &[&stream, &schemas, &names, &base],
+            "INSERT INTO dr_agent.table_sync (stream, table_schema, table_name, state, snapshot_lsn, listed_as)
+             SELECT $1, t.s, t.n, 'ready', $5, t.l FROM unnest($2::text[], $3::text[], $4::text[]) AS t(s, n, l)",
+            &[&stream, &schemas, &names, &listed_as, &base],
         )
         .await
         .map_err(&doing)?;
@@ -366,6 +371,25 @@ pub(super) async fn keep(
     Ok(())
 }
 
+/// The tables that were published at the base backup and not any more at the moment.
+///
+/// # Errors
+/// When the target refuses.
+pub(super) async fn unlisted(
+    client: &Client,
+    of: &StreamName,
+    position: &Position,
+) -> Result<Vec<TableName>, RestoreError> {
+    let listed = listed::noted(client, of).await;
+    let listed = listed.map_err(RestoreError::target("read what is listed"))?;
+    let were = position
+        .tables
+        .iter()
+        .filter(|(_, listed_as)| listed_as.is_some());
+    let gone = were.filter(|(table, _)| position.whole && !listed.contains_key(*table));
+    Ok(gone.map(|(table, _)| table.clone()).collect())
+}
+
 /// Removes what only the restore needed; returns what of the users' goes with it.
 ///
 /// # Errors
@@ -400,7 +424,15 @@ pub(super) async fn finish(client: &Client) -> Result<Vec<String>, RestoreError>
 }
 
 /// The tables as the replica sink wants them: changes before the base backup are in it.
-pub(super) fn synced(position: &Position) -> HashMap<TableName, Option<PgLsn>> {
-    let tables = position.tables.iter().cloned();
-    tables.map(|table| (table, Some(position.base))).collect()
+pub(super) fn synced(position: &Position) -> HashMap<TableName, Copied> {
+    let snapshot_lsn = Some(position.base);
+    let tables = position.tables.clone().into_iter();
+    let copied = tables.map(|(table, listed_as)| {
+        let copied = Copied {
+            snapshot_lsn,
+            listed_as,
+        };
+        (table, copied)
+    });
+    copied.collect()
 }

@@ -12,7 +12,7 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::error::{SetupError, Side};
-use super::identity::History;
+use super::identity::{Cluster, Recorded};
 use super::replica::{self, Progress, Server};
 use super::table_sync;
 use crate::backup::{self, BackupError, LoadJob, Manifest, Ownership, Summary};
@@ -58,10 +58,13 @@ async fn find(archive: &Archive, stream: &StreamName) -> Result<Option<Base>, Ba
 
 impl Base {
     /// The source it was taken from.
-    pub(super) fn history(&self) -> History {
-        History {
-            system_identifier: self.manifest.system_identifier.clone(),
-            timeline: self.manifest.timeline,
+    pub(super) fn recorded(&self) -> Recorded {
+        Recorded {
+            cluster: Cluster {
+                system_identifier: self.manifest.system_identifier,
+                timeline: self.manifest.timeline,
+            },
+            began: self.manifest.history().began,
         }
     }
 
@@ -97,7 +100,7 @@ impl Base {
             ))?;
         }
         replica::require_empty(client, database).await?;
-        replica::record(client, stream, &self.history())
+        replica::record(client, stream, &self.recorded())
             .await
             .map_err(SetupError::sql(Side::Replica, "record the stream"))?;
         let job = LoadJob {
@@ -139,7 +142,14 @@ impl Base {
     ) -> Result<(), PgError> {
         let lsn: PgLsn = self.manifest.lsn;
         let transaction = client.transaction().await?;
-        table_sync::add_ready(&transaction, stream, &self.manifest.tables(), lsn).await?;
+        table_sync::add_ready(
+            &transaction,
+            stream,
+            &self.manifest.tables(),
+            &self.manifest.listed(),
+            lsn,
+        )
+        .await?;
         transaction
             .execute(
                 "INSERT INTO dr_agent.schema_sync (stream) VALUES ($1) ON CONFLICT DO NOTHING",

@@ -2,17 +2,19 @@
 //!
 //! # Invariants
 //! - The replica's database holds no table that is not ours.
-//! - Stream row, then slot, then progress row: see [`super`] for what each crash in between means.
+//! - The source's note that a history begins, then stream row, slot, progress row: see [`super`] for what each crash in
+//!   between means.
 //! - Publication before slot: every transaction that the slot decodes began after the publication
 //!   was there.
 
 use std::time::SystemTime;
 
 use super::error::{SetupError, Side};
-use super::identity::History;
+use super::identity::{Cluster, Recorded};
 use super::replica::{self, Progress};
 use super::{Setup, setting, slot, table_sync};
 use crate::catalog::TableName;
+use crate::history::History;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection};
 use crate::pg::{PgError, PgLsn};
 
@@ -20,9 +22,9 @@ impl Setup<'_> {
     pub(super) async fn begin(
         &mut self,
         walsender: &mut ReplicationConnection,
-        source: &History,
+        source: &Cluster,
         drop_slot: bool,
-    ) -> Result<Progress, SetupError> {
+    ) -> Result<(Progress, History), SetupError> {
         replica::require_empty(&self.replica, self.database).await?;
         let refused = self.source.wanted.refused();
         if !refused.is_empty() {
@@ -30,22 +32,28 @@ impl Setup<'_> {
         }
         self.source.found.require_listing(&self.source.stream)?;
         self.source.publish().await?;
-        self.take_over(source).await?;
-        if drop_slot {
-            let name = self.source.stream.as_str();
-            slot::drop(walsender, name, "drop the slot of an interrupted set-up").await?;
-        }
+        let history = slot::begin(&self.source, source).await?;
+        self.take_over(source, &history).await?;
         let copied_at = self.source_time().await?;
-        let snapshot = slot::create(&self.source, walsender).await?;
-        self.first_copy(&snapshot, copied_at).await
+        let snapshot = slot::create(&self.source, walsender, drop_slot).await?;
+        let progress = self.first_copy(&snapshot, copied_at).await?;
+        Ok((progress, history))
     }
 
     /// Takes the database's settings over, and records whose replica this is.
-    pub(super) async fn take_over(&mut self, source: &History) -> Result<(), SetupError> {
+    pub(super) async fn take_over(
+        &mut self,
+        source: &Cluster,
+        history: &History,
+    ) -> Result<(), SetupError> {
         let settings = setting::of_source(&self.source.client, self.database).await?;
         let warnings = setting::apply(&self.replica, &settings).await?;
         self.source.warnings.extend(warnings);
-        let recorded = replica::record(&self.replica, &self.source.stream, source).await;
+        let recorded = Recorded {
+            cluster: *source,
+            began: history.began,
+        };
+        let recorded = replica::record(&self.replica, &self.source.stream, &recorded).await;
         recorded.map_err(SetupError::sql(Side::Replica, "record the stream"))
     }
 

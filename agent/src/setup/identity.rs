@@ -14,6 +14,8 @@
 //! It knows nothing of promotions: a promoted replica is refused before this is asked.
 
 use crate::error::{Class, Classify};
+use crate::history::History;
+use crate::lag::{Micros, system_time};
 use crate::pg::PgLsn;
 use crate::pg::slot::SlotState;
 use crate::stream::StreamName;
@@ -26,24 +28,45 @@ pub struct Observed {
     /// The source's database.
     pub database: String,
     /// Who the source is, from `IDENTIFY_SYSTEM`.
-    pub source: History,
+    pub source: Cluster,
     /// The source's flushed WAL position.
     pub source_lsn: PgLsn,
     /// The slot, where there is one.
     pub slot: Option<Slot>,
+    /// When the history began that the source has noted: `dr_agent.sending`.
+    pub noted: Option<Micros>,
     /// Which source the replica was set up from: `dr_agent.stream`.
-    pub recorded: Option<History>,
+    pub recorded: Option<Recorded>,
     /// How far the replica is: `dr_agent.progress.end_lsn`.
     pub applied: Option<PgLsn>,
 }
 
 /// What tells one source from another.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct History {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cluster {
     /// `pg_control`'s system identifier, made by `initdb`.
-    pub system_identifier: String,
+    pub system_identifier: u64,
     /// Raised by every promotion and point-in-time recovery of the source.
     pub timeline: i32,
+}
+
+/// What a replica has recorded of where it comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    /// Its source.
+    pub cluster: Cluster,
+    /// When its history began.
+    pub began: Micros,
+}
+
+impl Recorded {
+    /// What the replica's LSNs are of.
+    pub fn history(self) -> History {
+        History {
+            system_identifier: self.cluster.system_identifier,
+            began: self.began,
+        }
+    }
 }
 
 /// What `pg_replication_slots` says about the slot.
@@ -96,9 +119,9 @@ pub enum Mismatch {
     )]
     SystemIdentifier {
         /// What the replica was set up from.
-        recorded: String,
+        recorded: u64,
         /// Who answers now.
-        found: String,
+        found: u64,
     },
     /// The source was promoted or recovered to a point in time since.
     #[error("the source is on timeline {found}, the replica was copied from timeline {recorded}")]
@@ -159,6 +182,19 @@ pub enum Mismatch {
         /// The replica's progress.
         applied: PgLsn,
     },
+    /// Another replica was set up under this name since.
+    #[error(
+        "replication slot \"{slot}\" was created for another replica: the source has noted {}, this replica \
+         {}", history(*.noted), history(*.recorded)
+    )]
+    HistoryChanged {
+        /// The slot.
+        slot: StreamName,
+        /// When the source's history began.
+        noted: Micros,
+        /// When the replica's did.
+        recorded: Micros,
+    },
     /// A slot of our name that this replica knows nothing of.
     #[error("replication slot \"{slot}\" exists already, and this replica knows nothing of it")]
     SlotOccupied {
@@ -183,6 +219,14 @@ pub enum Mismatch {
     },
 }
 
+/// When a history began, for people.
+fn history(began: Micros) -> impl std::fmt::Display {
+    format!(
+        "a slot of {}",
+        humantime::format_rfc3339_seconds(system_time(began))
+    )
+}
+
 /// Decides what this start may do.
 pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
     let slot_name = || seen.stream.clone();
@@ -198,16 +242,16 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
     let Some(applied) = seen.applied else {
         // Interrupted before anything was copied, so whichever source it was does not matter, as
         // long as a slot of that name is not one that another replica of another source needs.
-        if seen.slot.is_some() && *recorded != seen.source {
+        if seen.slot.is_some() && recorded.cluster != seen.source {
             return Err(Mismatch::SlotOccupied { slot: slot_name() });
         }
         let drop_slot = seen.slot.is_some();
         return if_free(seen, Verdict::Begin { drop_slot });
     };
-    if recorded.system_identifier != seen.source.system_identifier {
+    if recorded.cluster.system_identifier != seen.source.system_identifier {
         return Err(Mismatch::SystemIdentifier {
-            recorded: recorded.system_identifier.clone(),
-            found: seen.source.system_identifier.clone(),
+            recorded: recorded.cluster.system_identifier,
+            found: seen.source.system_identifier,
         });
     }
     // Before the timeline: a restored backup usually changes both, and this one says what happened.
@@ -217,9 +261,9 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
             applied,
         });
     }
-    if recorded.timeline != seen.source.timeline {
+    if recorded.cluster.timeline != seen.source.timeline {
         return Err(Mismatch::Timeline {
-            recorded: recorded.timeline,
+            recorded: recorded.cluster.timeline,
             found: seen.source.timeline,
         });
     }
@@ -227,6 +271,13 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
         slot: slot_name(),
         applied,
     })?;
+    if let Some(noted) = seen.noted.filter(|noted| *noted != recorded.began) {
+        return Err(Mismatch::HistoryChanged {
+            slot: slot_name(),
+            noted,
+            recorded: recorded.began,
+        });
+    }
     if slot.lost {
         return Err(Mismatch::SlotInvalidated {
             slot: slot_name(),
@@ -286,12 +337,30 @@ pub(super) fn is_free(slot: &Slot, stream: &StreamName) -> Result<(), Mismatch> 
     }
 }
 
+/// Whether what a replica has recorded is what the source `found` sends by the slot that it has noted.
+pub(super) fn same_history(
+    stream: &StreamName,
+    recorded: &Recorded,
+    noted: &Recorded,
+    found: &Cluster,
+) -> Result<(), Mismatch> {
+    same_cluster(&recorded.cluster, found)?;
+    match recorded.began == noted.began {
+        true => Ok(()),
+        false => Err(Mismatch::HistoryChanged {
+            slot: stream.clone(),
+            noted: noted.began,
+            recorded: recorded.began,
+        }),
+    }
+}
+
 /// Whether it is the same source, on the same timeline.
-pub(super) fn same_history(recorded: &History, found: &History) -> Result<(), Mismatch> {
+pub(super) fn same_cluster(recorded: &Cluster, found: &Cluster) -> Result<(), Mismatch> {
     if recorded.system_identifier != found.system_identifier {
         return Err(Mismatch::SystemIdentifier {
-            recorded: recorded.system_identifier.clone(),
-            found: found.system_identifier.clone(),
+            recorded: recorded.system_identifier,
+            found: found.system_identifier,
         });
     }
     if recorded.timeline != found.timeline {
@@ -315,6 +384,7 @@ impl Classify for Mismatch {
             | Self::SendingSlotLost { .. }
             | Self::SlotInvalidated { .. }
             | Self::SlotRecreated { .. }
+            | Self::HistoryChanged { .. }
             | Self::SlotOccupied { .. }
             | Self::SlotForeign { .. } => Class::Definite,
         }
@@ -357,6 +427,9 @@ impl Classify for Mismatch {
             Self::SlotRecreated { slot, .. } => {
                 format!("{START_OVER} and {}, {THEN}", drop_slot(slot))
             }
+            Self::HistoryChanged { .. } => format!(
+                "if that other replica is in use, give this one another source.slot. {START_OVER}, {SLOT_TOO}, {THEN}"
+            ),
             Self::SlotOccupied { slot } => format!(
                 "if another dr-agent uses it, give this one another source.slot; if it is left over \
                  from a replica that was dropped, run {}, {THEN}",
@@ -379,9 +452,9 @@ impl Classify for Mismatch {
 mod tests {
     use super::*;
 
-    fn history(system_identifier: &str, timeline: i32) -> History {
-        History {
-            system_identifier: system_identifier.to_owned(),
+    fn cluster(system_identifier: u64, timeline: i32) -> Cluster {
+        Cluster {
+            system_identifier,
             timeline,
         }
     }
@@ -401,10 +474,14 @@ mod tests {
         Observed {
             stream: StreamName::new("dr_agent", "app"),
             database: "app".to_owned(),
-            source: history("7", 1),
+            source: cluster(7, 1),
             source_lsn: PgLsn::from(200),
             slot: Some(slot(90)),
-            recorded: Some(history("7", 1)),
+            noted: Some(5),
+            recorded: Some(Recorded {
+                cluster: cluster(7, 1),
+                began: 5,
+            }),
             applied: Some(PgLsn::from(100)),
         }
     }
@@ -437,7 +514,7 @@ mod tests {
         assert_eq!(before_progress, Ok(Verdict::Begin { drop_slot: true }));
         let another_source_meanwhile = after(|seen| {
             (seen.slot, seen.applied) = (None, None);
-            seen.source = history("8", 4);
+            seen.source = cluster(8, 4);
         });
         assert_eq!(
             another_source_meanwhile,
@@ -447,9 +524,9 @@ mod tests {
 
     #[test]
     fn another_source_under_the_same_url_is_noticed() {
-        let other = after(|seen| seen.source = history("8", 1));
+        let other = after(|seen| seen.source = cluster(8, 1));
         assert!(matches!(other, Err(Mismatch::SystemIdentifier { .. })));
-        let promoted = after(|seen| seen.source = history("7", 2));
+        let promoted = after(|seen| seen.source = cluster(7, 2));
         assert!(matches!(
             promoted,
             Err(Mismatch::Timeline {
@@ -460,7 +537,7 @@ mod tests {
         let restored = after(|seen| seen.source_lsn = PgLsn::from(99));
         assert!(matches!(restored, Err(Mismatch::BackInTime { .. })));
         let restored_and_promoted = after(|seen| {
-            seen.source = history("7", 2);
+            seen.source = cluster(7, 2);
             seen.source_lsn = PgLsn::from(99);
         });
         assert!(matches!(
@@ -482,6 +559,8 @@ mod tests {
         assert!(matches!(invalidated, Err(Mismatch::SlotInvalidated { .. })));
         let recreated = after(|seen| seen.slot = Some(slot(101)));
         assert!(matches!(recreated, Err(Mismatch::SlotRecreated { .. })));
+        let anothers = after(|seen| seen.noted = Some(6));
+        assert!(matches!(anothers, Err(Mismatch::HistoryChanged { .. })));
         let unfinished = after(|seen| {
             seen.slot = Some(Slot {
                 confirmed: None,
@@ -497,7 +576,7 @@ mod tests {
         assert!(matches!(unknown, Err(Mismatch::SlotOccupied { .. })));
         let of_another_source = after(|seen| {
             seen.applied = None;
-            seen.source = history("8", 1);
+            seen.source = cluster(8, 1);
         });
         assert!(matches!(
             of_another_source,

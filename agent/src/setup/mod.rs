@@ -35,6 +35,7 @@ mod base;
 mod begin;
 mod error;
 mod init;
+pub(crate) mod note;
 mod receiving;
 mod recover;
 mod replica;
@@ -57,15 +58,17 @@ pub use init::{Plan, Privileged, plan};
 pub use locale::{Locale, Provider};
 pub use receiving::{Uncopied, prepare_draining, prepare_receiving, uncopied};
 pub use role::Statement;
-pub use sending::{prepare_logging, prepare_sending};
+pub use sending::{Logged, logged, prepare_sending};
 
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases};
+use crate::history::History;
+use crate::listed::{Copied, Listed};
 use crate::pg::replication::CreatedSlot;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
 use crate::snapshot::{self, CopyJob, CopyObserver};
 use crate::stream::StreamName;
-use identity::{History, Observed, Verdict};
+use identity::{Cluster, Observed, Recorded, Verdict};
 use replica::Progress;
 use source_side::SourceSide;
 
@@ -89,13 +92,12 @@ pub struct Prepared {
     pub commit_time: Option<SystemTime>,
     /// The source's timeline.
     pub timeline: i32,
-    /// The source's system identifier.
-    pub system_identifier: String,
+    /// What the LSNs here are of.
+    pub history: History,
     /// The source's `server_version_num`.
     pub server_version: i32,
-    /// Every table whose changes are applied, each with the position of its copy: changes committed
-    /// before it are in the copied data.
-    pub synced: Vec<(TableName, Option<PgLsn>)>,
+    /// Every table whose changes are applied, each with what is there of it already.
+    pub synced: Vec<(TableName, Copied)>,
     /// Where the source's WAL stood before the list of tables was read: a table that is not on it and
     /// changes later than this is new.
     pub as_of: PgLsn,
@@ -137,34 +139,60 @@ async fn databases(conninfo: &ConnInfo) -> Result<Vec<String>, SetupError> {
         .map_err(SetupError::sql(Side::Source, "list databases"))
 }
 
-/// The tables that are published under a stream's name; none before there is a publication.
+/// What is published under a stream's name.
+#[derive(Debug)]
+pub struct Published {
+    /// What its slot's LSNs are of.
+    pub history: History,
+    /// The tables.
+    pub tables: Vec<Table>,
+    /// What they are listed as.
+    pub listed: Listed,
+}
+
+/// Reads what is published under a stream's name; nothing before its slot is there.
 ///
 /// # Errors
 /// When the source refuses.
 pub async fn published(
     source: &ConnInfo,
     stream: &StreamName,
-) -> Result<Option<Vec<Table>>, SetupError> {
+) -> Result<Option<Published>, SetupError> {
     let client = source::open(source, stream).await?;
+    let noted = note::read(&client, stream).await?;
+    let Some(noted) = noted.filter(|noted| noted.since.is_some()) else {
+        return Ok(None);
+    };
+    if noted.listing {
+        return Err(SetupError::ListIsNew {
+            publication: stream.to_string(),
+        });
+    }
     let found = source::observe(&client, stream).await?;
     let Some(publication) = found.publication else {
         return Ok(None);
     };
     let mut tables = found.tables;
     tables.retain(|table| publication.publishes(table) && !table.unlogged);
-    Ok(Some(tables))
+    Ok(Some(Published {
+        history: noted.history(),
+        tables,
+        listed: found.listed,
+    }))
 }
 
 /// Brings `database` to where streaming can start. Repeatable, whatever was killed before.
 ///
-/// `observer` is told how the copy goes; after `cancel` this ends soon and the next start goes on.
+/// `uncopied` is a table that the stream has shown not to be on the replica, or to be another one. `observer` is told how the
+/// copy goes; after `cancel` this ends soon and the next start goes on.
 pub async fn prepare(
     config: &Config,
     database: &str,
+    uncopied: Option<&TableName>,
     observer: &dyn CopyObserver,
     cancel: &CancellationToken,
 ) -> Result<Prepared, SetupError> {
-    Box::pin(Setup::run(config, database, observer, cancel)).await
+    Box::pin(Setup::run(config, database, uncopied, observer, cancel)).await
 }
 
 /// The sessions and findings that the steps share.
@@ -180,6 +208,7 @@ impl<'a> Setup<'a> {
     async fn run(
         config: &'a Config,
         database: &'a str,
+        uncopied: Option<&TableName>,
         observer: &'a dyn CopyObserver,
         cancel: &'a CancellationToken,
     ) -> Result<Prepared, SetupError> {
@@ -216,14 +245,15 @@ impl<'a> Setup<'a> {
         replica::lock(&replica, &stream).await?;
         let known = replica::known(&replica, &stream).await?;
         let mut walsender = source.walsender().await?;
-        let (history, source_lsn) = source_side::identify(&mut walsender).await?;
+        let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
         let verdict = identity::verdict(&Observed {
             stream: stream.clone(),
             database: database.to_owned(),
-            source: history.clone(),
+            source: cluster,
             source_lsn,
             slot: source.slot().await?,
-            recorded: known.recorded.clone(),
+            noted: source.note().await?.map(|noted| noted.began),
+            recorded: known.recorded,
             applied: known.progress.map(|progress| progress.end_lsn),
         })
         .map_err(|source| SetupError::Mismatch {
@@ -244,18 +274,19 @@ impl<'a> Setup<'a> {
             replica,
             observer,
         };
-        let progress = match (verdict, progress) {
-            (Verdict::Begin { drop_slot }, _) => {
-                setup.begin(&mut walsender, &history, drop_slot).await?
+        let (progress, history) = match verdict {
+            Verdict::Begin { drop_slot } => {
+                setup.begin(&mut walsender, &cluster, drop_slot).await?
             }
-            (Verdict::Resume, progress) => {
-                let progress =
-                    progress.expect("the verdict is Resume only where there is progress");
-                setup.resume(&mut walsender).await?;
-                progress
+            Verdict::Resume => {
+                let recorded = known.recorded.map(Recorded::history);
+                let both = progress.zip(recorded);
+                setup.resume(&mut walsender, uncopied).await?;
+                both.expect("the verdict is Resume only where there is progress")
             }
         };
-        let mut prepared = setup.finish(history, progress, source_lsn).await?;
+        let from = (cluster, history);
+        let mut prepared = setup.finish(from, progress, source_lsn).await?;
         // From here on the slot is what only one agent can have.
         prepared._lock = None;
         Ok(prepared)
@@ -277,6 +308,7 @@ impl<'a> Setup<'a> {
             replica: &self.replica_info,
             stream: &self.source.stream,
             tables,
+            listed: &self.source.found.listed,
             snapshot,
             snapshot_lsn: exported.consistent_point,
             settings: &self.source.config.copy,
@@ -292,7 +324,7 @@ impl<'a> Setup<'a> {
 
     async fn finish(
         self,
-        history: History,
+        (cluster, history): (Cluster, History),
         progress: Progress,
         as_of: PgLsn,
     ) -> Result<Prepared, SetupError> {
@@ -308,8 +340,8 @@ impl<'a> Setup<'a> {
             batch: progress.batch,
             end_lsn: progress.end_lsn,
             commit_time: progress.commit_time,
-            timeline: history.timeline,
-            system_identifier: history.system_identifier,
+            timeline: cluster.timeline,
+            history,
             server_version: self.source.found.version,
             synced: table_sync::synced(rows),
             as_of,

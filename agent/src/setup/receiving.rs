@@ -20,9 +20,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::base::{self, Base};
 use super::error::{SetupError, Side};
-use super::identity::{self, History};
+use super::identity::{self, Recorded};
 use super::replica::{self, Known, Progress, Server};
 use super::source_side::{self, SourceSide};
+use super::table_sync::Missed;
 use super::{Prepared, Setup, locale, recover, role, sending, slot, table_sync};
 use crate::catalog::TableName;
 use crate::config::Config;
@@ -34,16 +35,19 @@ use crate::stream::StreamName;
 /// How long a source may take to answer that may be out of reach for good.
 const SOURCE_WITHIN: Duration = Duration::from_secs(10);
 
+/// How long a question to the replica may take while a promotion waits for it: a table of ours may be locked by somebody.
+const DRAINING_WITHIN: &str = "10s";
+
 /// Brings `database` to where the stream can be applied. Repeatable, whatever was killed before.
 ///
-/// `new_table` is one that the stream has and the replica has not.
+/// `uncopied` is a table that the stream has shown not to be on the replica, or to be another one.
 ///
 /// # Errors
 /// [`SetupError`]
 pub async fn prepare_receiving(
     config: &Config,
     database: &str,
-    new_table: Option<&TableName>,
+    uncopied: Option<&TableName>,
     observer: &dyn CopyObserver,
     cancel: &CancellationToken,
 ) -> Result<Prepared, SetupError> {
@@ -55,7 +59,7 @@ pub async fn prepare_receiving(
         observer,
         cancel,
     };
-    Box::pin(receiving.prepare(new_table)).await
+    Box::pin(receiving.prepare(uncopied)).await
 }
 
 /// Tables that the source publishes and the replica does not have.
@@ -77,11 +81,9 @@ pub async fn uncopied(config: &Config, database: &str) -> Result<Uncopied, Setup
     let source = config.source.conninfo.with_dbname(database);
     let (published, source_in_reach): (BTreeSet<TableName>, bool) =
         match within_reach(super::published(&source, &stream)).await {
-            Ok(tables) => {
-                let names = tables
-                    .unwrap_or_default()
-                    .into_iter()
-                    .map(|table| table.name);
+            Ok(published) => {
+                let tables = published.map(|published| published.tables);
+                let names = tables.into_iter().flatten().map(|table| table.name);
                 (names.collect(), true)
             }
             Err(error) if error.is_out_of_reach(Side::Source) => match &config.archive {
@@ -118,15 +120,20 @@ async fn within_reach<T>(
         })
 }
 
-/// What a promotion goes on from once it has raised the term: nobody else applies, and nothing is copied any more.
+/// What a promotion goes on from once it has raised the term and settled what was left prepared: nobody else applies, and
+/// nothing is copied any more. Only reads.
 ///
 /// # Errors
 /// [`SetupError`]
 pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepared, SetupError> {
     let stream = config.stream(database);
     let client = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
+    client
+        .batch_execute(&format!("SET statement_timeout = '{DRAINING_WITHIN}'"))
+        .await
+        .map_err(|error| SetupError::sql(Side::Replica, "look at it")(error.into()))?;
     let known = replica::remembered(&client, &stream).await?;
-    let (Some(history), Some(progress)) = (known.recorded, known.progress) else {
+    let (Some(recorded), Some(progress)) = (known.recorded, known.progress) else {
         return Err(SetupError::NotSent {
             stream: stream.to_string(),
         });
@@ -140,7 +147,7 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
         cancel: &CancellationToken::new(),
     };
     receiving
-        .prepared(client, history, progress, progress.end_lsn)
+        .prepared(client, recorded, progress, progress.end_lsn)
         .await
 }
 
@@ -154,7 +161,7 @@ struct Receiving<'a> {
 }
 
 impl<'a> Receiving<'a> {
-    async fn prepare(self, new_table: Option<&TableName>) -> Result<Prepared, SetupError> {
+    async fn prepare(self, uncopied: Option<&TableName>) -> Result<Prepared, SetupError> {
         let admin = replica::open(&self.config.replica.conninfo, &self.stream).await?;
         let server = Server::observe(&admin, self.database).await?;
         server.require_fit()?;
@@ -172,18 +179,25 @@ impl<'a> Receiving<'a> {
             .expect("nobody else works on the stream, and it has progress");
         replica::guard(&mut client, self.database).await?;
         let rows = table_sync::rows(&client, &self.stream).await?;
-        let history = known.recorded.ok_or_else(|| SetupError::NotSent {
+        let recorded = known.recorded.ok_or_else(|| SetupError::NotSent {
             stream: self.stream.to_string(),
         })?;
         let unfinished = rows.iter().find(|row| !row.ready).map(|row| &row.table);
-        match new_table.or(unfinished) {
+        match uncopied.or(unfinished) {
             // Whatever is not on the list and changes from here on is new.
             None => {
-                self.prepared(client, history, progress, progress.end_lsn)
+                self.prepared(client, recorded, progress, progress.end_lsn)
                     .await
             }
             Some(table) => match self.reach_source().await {
-                Ok(source) => self.more(source, client, history, progress).await,
+                Ok((source, note)) => {
+                    let both = (&recorded, &note);
+                    let another = uncopied.filter(|table| {
+                        let mut ready = rows.iter().filter(|row| row.ready);
+                        ready.any(|row| row.table == **table)
+                    });
+                    self.more(source, client, (both, another), progress).await
+                }
                 Err(error) => Err(SetupError::NewTableElsewhere {
                     table: table.clone(),
                     source: Box::new(error),
@@ -201,22 +215,24 @@ impl<'a> Receiving<'a> {
     }
 
     /// The source, if it can be reached from here and is sent from.
-    async fn reach_source(&self) -> Result<SourceSide<'a>, SetupError> {
+    async fn reach_source(&self) -> Result<(SourceSide<'a>, Recorded), SetupError> {
         let opening = SourceSide::open(self.config, self.database, self.cancel);
         let source = within_reach(Box::pin(opening)).await?;
-        if sending::is_sent(&source).await? {
-            Ok(source)
-        } else {
-            Err(SetupError::NotSent {
+        source.require_known_list().await?;
+        match sending::sent(&source).await? {
+            Some(history) => Ok((source, history)),
+            None => Err(SetupError::NotSent {
                 stream: self.stream.to_string(),
-            })
+            }),
         }
     }
 
     /// The first copy.
     async fn first(self, admin: &Client, server: &Server) -> Result<Prepared, SetupError> {
         let unreachable = match self.reach_source().await {
-            Ok(source) => return self.first_from_source(source, admin, server).await,
+            Ok((source, history)) => {
+                return self.first_from_source(source, history, admin, server).await;
+            }
             Err(error) if error.is_out_of_reach(Side::Source) => error,
             Err(error) => return Err(error),
         };
@@ -242,6 +258,7 @@ impl<'a> Receiving<'a> {
     async fn first_from_source(
         self,
         mut source: SourceSide<'a>,
+        recorded: Recorded,
         admin: &Client,
         server: &Server,
     ) -> Result<Prepared, SetupError> {
@@ -260,14 +277,15 @@ impl<'a> Receiving<'a> {
         replica::guard(&mut client, self.database).await?;
         replica::require_empty(&client, self.database).await?;
         let mut walsender = source.walsender().await?;
-        let (history, source_lsn) = source_side::identify(&mut walsender).await?;
+        let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
         source.look_again().await?;
         let mut setup = self.setup(source, client);
-        setup.take_over(&history).await?;
+        let history = recorded.history();
+        setup.take_over(&cluster, &history).await?;
         let copied_at = setup.source_time().await?;
         let snapshot = slot::snapshot(&setup.source, &mut walsender).await?;
         let progress = setup.first_copy(&snapshot, copied_at).await?;
-        setup.finish(history, progress, source_lsn).await
+        setup.finish((cluster, history), progress, source_lsn).await
     }
 
     async fn first_from_base(
@@ -292,34 +310,41 @@ impl<'a> Receiving<'a> {
             )
             .await?;
         let mut prepared = self
-            .prepared(client, base.history(), progress, progress.end_lsn)
+            .prepared(client, base.recorded(), progress, progress.end_lsn)
             .await?;
         prepared.warnings.extend(created);
         prepared.warnings.extend(base.manifest.warnings.clone());
         Ok(prepared)
     }
 
-    /// Copies what the source publishes and the replica has not.
+    /// Copies what the source publishes and the replica has not, or has of another table.
     async fn more(
         self,
         mut source: SourceSide<'a>,
         client: Client,
-        recorded: History,
+        ((recorded, noted), another): ((&Recorded, &Recorded), Option<&TableName>),
         progress: Progress,
     ) -> Result<Prepared, SetupError> {
         let mut walsender = source.walsender().await?;
-        let (history, source_lsn) = source_side::identify(&mut walsender).await?;
-        identity::same_history(&recorded, &history).map_err(|source| SetupError::Mismatch {
-            database: self.database.to_owned(),
-            source,
+        let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
+        identity::same_history(&self.stream, recorded, noted, &cluster).map_err(|source| {
+            SetupError::Mismatch {
+                database: self.database.to_owned(),
+                source,
+            }
         })?;
         source.look_again().await?;
         let rows = table_sync::rows(&client, &self.stream).await?;
         let mut setup = self.setup(source, client);
-        setup.forget_unfinished(&rows).await?;
+        let mut missed = setup.source.found.missed(&setup.source.wanted, &rows);
+        if let Some(another) = another {
+            missed.entry(another.clone()).or_insert(Missed::Changes);
+        }
+        table_sync::reset(&mut setup.replica, &setup.source.stream, &missed).await?;
+        setup.forget_unfinished().await?;
         let ready: BTreeSet<&TableName> = rows
             .iter()
-            .filter(|row| row.ready)
+            .filter(|row| row.ready && !missed.contains_key(&row.table))
             .map(|row| &row.table)
             .collect();
         let mut rest = setup.source.wanted.published.clone();
@@ -329,7 +354,8 @@ impl<'a> Receiving<'a> {
                 .copy_tables(&mut walsender, rest, ready.is_empty())
                 .await?;
         }
-        setup.finish(history, progress, source_lsn).await
+        let from = (cluster, recorded.history());
+        setup.finish(from, progress, source_lsn).await
     }
 
     fn setup(&self, source: SourceSide<'a>, replica: Client) -> Setup<'a> {
@@ -346,7 +372,7 @@ impl<'a> Receiving<'a> {
     async fn prepared(
         self,
         client: Client,
-        history: History,
+        recorded: Recorded,
         progress: Progress,
         as_of: PgLsn,
     ) -> Result<Prepared, SetupError> {
@@ -356,8 +382,8 @@ impl<'a> Receiving<'a> {
             batch: progress.batch,
             end_lsn: progress.end_lsn,
             commit_time: progress.commit_time,
-            timeline: history.timeline,
-            system_identifier: history.system_identifier,
+            timeline: recorded.cluster.timeline,
+            history: recorded.history(),
             server_version: 0,
             synced: table_sync::synced(rows),
             as_of,

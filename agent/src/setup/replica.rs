@@ -16,10 +16,12 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::error::{SetupError, Side};
-use super::identity::History;
+use super::identity::Recorded;
 use super::locale::Locale;
+use super::note;
 use super::source::MAJOR_VERSIONS;
 use crate::catalog::{self, TableName, quote_ident};
+use crate::lag::{pg_micros, system_time};
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
 use crate::stream::StreamName;
 
@@ -190,7 +192,7 @@ async fn own_database(
 /// What a replica's database remembers of a stream.
 #[derive(Debug, Default)]
 pub(super) struct Known {
-    pub(super) recorded: Option<History>,
+    pub(super) recorded: Option<Recorded>,
     pub(super) progress: Option<Progress>,
 }
 
@@ -231,7 +233,7 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
     };
     let recorded = client
         .query_typed_opt(
-            "SELECT system_identifier, timeline FROM dr_agent.stream WHERE stream = $1",
+            "SELECT system_identifier, timeline, began FROM dr_agent.stream WHERE stream = $1",
             &[(&stream.as_str(), Type::TEXT)],
         )
         .await
@@ -243,11 +245,16 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
         )
         .await
         .map_err(sql)?;
+    let recorded = recorded.map(|row| {
+        Ok(Recorded {
+            cluster: note::cluster(&row)?,
+            began: pg_micros(row.get::<_, SystemTime>(2)),
+        })
+    });
     Ok(Known {
-        recorded: recorded.map(|row| History {
-            system_identifier: row.get(0),
-            timeline: row.get(1),
-        }),
+        recorded: recorded
+            .transpose()
+            .map_err(SetupError::sql(Side::Replica, "read schema dr_agent"))?,
         progress: progress.map(|row| Progress {
             term: row.get(0),
             batch: row.get(1),
@@ -261,20 +268,22 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
 pub(super) async fn record(
     client: &Client,
     stream: &StreamName,
-    source: &History,
+    source: &Recorded,
 ) -> Result<(), PgError> {
     const SQL: &str = "
-        INSERT INTO dr_agent.stream (stream, system_identifier, timeline) VALUES ($1, $2, $3)
+        INSERT INTO dr_agent.stream (stream, system_identifier, timeline, began) VALUES ($1, $2, $3, $4)
             ON CONFLICT (stream) DO UPDATE
-           SET system_identifier = EXCLUDED.system_identifier, timeline = EXCLUDED.timeline,
+           SET system_identifier = EXCLUDED.system_identifier, timeline = EXCLUDED.timeline, began = EXCLUDED.began,
                created_at = now()";
+    let Recorded { cluster, began } = source;
     client
         .execute(
             SQL,
             &[
                 &stream.as_str(),
-                &source.system_identifier,
-                &source.timeline,
+                &cluster.system_identifier.to_string(),
+                &cluster.timeline,
+                &system_time(*began),
             ],
         )
         .await?;

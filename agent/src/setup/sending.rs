@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! observe the source ▶ refuse what a person must settle ▶ verdict
-//!     Begin   publication ▶ note in dr_agent.sending that it begins ▶ slot ▶ note since where
+//!     Begin   publication ▶ slot, and a note of it in dr_agent.sending
 //!     Resume  publication brought up to date ▶ from where the slot is confirmed
 //! ```
 //!
@@ -14,27 +14,18 @@
 //! It copies nothing: rows that are there before the slot reach the replica through [`super::receiving`].
 
 use super::error::{SetupError, Side};
-use super::identity::{self, History, Mismatch, Slot, Verdict};
+use super::identity::{self, Cluster, Mismatch, Recorded, Slot, Verdict};
+use super::note::Note;
 use super::source_side::{self, SourceSide};
-use super::{Prepared, slot, source};
-use crate::config::Config;
+use super::{Prepared, form, slot};
+use crate::config::{Config, Route};
+use crate::history::History;
 use crate::pg::PgLsn;
-use crate::pg::replication::ReplicationConnection;
 use crate::stream::StreamName;
 use tokio_util::sync::CancellationToken;
 
-const SCHEMA_SQL: &str = include_str!("../../sql/sending.sql");
-
 /// A source that was never a replica sends at this term. A promotion raises its replica's.
 const FIRST_TERM: i64 = 1;
-
-/// What `dr_agent.sending` says of a stream.
-#[derive(Clone, Debug)]
-struct Noted {
-    source: History,
-    /// None while the slot is being created.
-    since: Option<PgLsn>,
-}
 
 /// Brings `database` to where sending can start. Repeatable, whatever was killed before.
 ///
@@ -55,21 +46,21 @@ async fn prepare(
 ) -> Result<Prepared, SetupError> {
     let mut source = SourceSide::open(config, database, cancel).await?;
     let mut walsender = source.walsender().await?;
-    let (history, source_lsn) = source_side::identify(&mut walsender).await?;
+    let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
     let slot = source.slot().await?;
-    let noted = noted(&source).await?;
+    let noted = source.note().await?;
     let verdict = verdict(
         &source.stream,
         database,
         slot.as_ref(),
         noted.as_ref(),
-        &history,
+        &cluster,
     )
     .map_err(|source| SetupError::Mismatch {
         database: database.to_owned(),
         source,
     })?;
-    let start = match verdict {
+    let (start, history) = match verdict {
         Verdict::Begin { drop_slot } => {
             let refused = source.wanted.refused();
             if !refused.is_empty() {
@@ -77,121 +68,100 @@ async fn prepare(
             }
             source.found.require_listing(&source.stream)?;
             source.publish().await?;
-            note(&source, &history, None).await?;
-            if drop_slot {
-                let name = source.stream.as_str();
-                let doing = "drop the slot of an interrupted set-up";
-                slot::drop(&mut walsender, name, doing).await?;
-            }
-            slot::create(&source, &mut walsender)
-                .await?
-                .consistent_point
+            let history = slot::begin(&source, &cluster).await?;
+            let snapshot = slot::create(&source, &mut walsender, drop_slot).await?;
+            (snapshot.consistent_point, history)
         }
         Verdict::Resume => {
             source.found.require_unaltered(&source.stream)?;
             source.leave_out_what_cannot_be_published();
-            bring_up_to_date(&mut source, &mut walsender).await?;
-            slot.and_then(|slot| slot.confirmed)
-                .expect("the verdict is Resume only where the slot was confirmed")
+            source.publish().await?;
+            slot::make_the_list_known(&source, &mut walsender).await?;
+            let confirmed = slot.and_then(|slot| slot.confirmed);
+            let both = confirmed.zip(noted.map(|noted| noted.history()));
+            both.expect("the verdict is Resume only where the slot was noted and confirmed")
         }
     };
-    note(&source, &history, Some(start)).await?;
     let term = term(&source).await?;
-    Ok(sent_from(source, history, source_lsn, start, term))
+    Ok(sent_from(
+        source,
+        &cluster,
+        history,
+        source_lsn,
+        (start, term),
+    ))
 }
 
-/// Publishes what is new, and makes decoding go by it: also what was published by a start that died before.
-async fn bring_up_to_date(
-    source: &mut SourceSide<'_>,
-    walsender: &mut ReplicationConnection,
-) -> Result<(), SetupError> {
-    if !source.found.forgets_publication_changes() {
-        return source.publish().await;
-    }
-    source::execute(&source.client, Side::Source, &[SCHEMA_SQL.to_owned()]).await?;
-    let before = source.found.publication.clone();
-    if !source
-        .found
-        .statements(&source.stream, &source.wanted)?
-        .is_empty()
-    {
-        listing(source, true).await?;
-    }
-    source.publish().await?;
-    if source.found.publication != before || is_listing(source).await? {
-        slot::make_the_list_known(source, walsender).await?;
-        listing(source, false).await?;
-    }
-    Ok(())
+/// Where the change log of a database can be read from.
+#[derive(Clone, Copy, Debug)]
+pub struct Logged {
+    /// What the slot's LSNs are of.
+    pub history: History,
+    /// The source has nothing before it any more.
+    pub confirmed: PgLsn,
+    /// The term at which the source sends.
+    pub term: i64,
+    /// Whether values travel in binary form, as they do in the pipeline.
+    pub binary: bool,
 }
 
-async fn is_listing(source: &SourceSide<'_>) -> Result<bool, SetupError> {
-    let row = source
-        .client
-        .query_opt(
-            "SELECT listing FROM dr_agent.sending WHERE stream = $1",
-            &[&source.stream.as_str()],
-        )
-        .await
-        .map_err(|error| SetupError::sql(Side::Source, "read dr_agent.sending")(error.into()))?;
-    Ok(row.is_some_and(|row| row.get(0)))
-}
-
-async fn listing(source: &SourceSide<'_>, is_listing: bool) -> Result<(), SetupError> {
-    source
-        .client
-        .execute(
-            "UPDATE dr_agent.sending SET listing = $2 WHERE stream = $1",
-            &[&source.stream.as_str(), &is_listing],
-        )
-        .await
-        .map_err(|error| SetupError::sql(Side::Source, "write dr_agent.sending")(error.into()))?;
-    Ok(())
-}
-
-/// Where a slot stands whose stream is only to be read, because the replica is away. Nothing is changed.
+/// Looks where the slot stands; nothing is changed, and the replica is not asked.
 ///
 /// # Errors
-/// [`SetupError`]
-pub async fn prepare_logging(
+/// [`SetupError::NotSent`] before the slot is there; [`SetupError`]
+pub async fn logged(
     config: &Config,
     database: &str,
     cancel: &CancellationToken,
-) -> Result<Prepared, SetupError> {
+) -> Result<Logged, SetupError> {
     let source = Box::pin(SourceSide::open(config, database, cancel)).await?;
+    let noted = source.note().await?.filter(|noted| noted.since.is_some());
+    let slot = source.slot().await?;
+    let both = noted.zip(slot.and_then(|slot| Some((slot.lost, slot.confirmed?))));
+    let (noted, (lost, confirmed)) = both.ok_or_else(|| SetupError::NotSent {
+        stream: source.stream.to_string(),
+    })?;
     source.found.require_unaltered(&source.stream)?;
     let mut walsender = source.walsender().await?;
-    let (history, source_lsn) = source_side::identify(&mut walsender).await?;
-    let slot = source.slot().await?;
+    let (cluster, _) = source_side::identify(&mut walsender).await?;
     let mismatch = |source: Mismatch| SetupError::Mismatch {
         database: database.to_owned(),
         source,
     };
-    let verdict = verdict(&source.stream, database, slot.as_ref(), None, &history);
-    let confirmed = match verdict.map_err(mismatch)? {
-        Verdict::Resume => slot.and_then(|slot| slot.confirmed),
-        Verdict::Begin { .. } => None,
-    };
-    let start = confirmed.ok_or_else(|| SetupError::NotSent {
-        stream: source.stream.to_string(),
-    })?;
-    Ok(sent_from(source, history, source_lsn, start, FIRST_TERM))
+    identity::same_cluster(&noted.cluster, &cluster).map_err(mismatch)?;
+    if lost {
+        return Err(mismatch(Mismatch::SlotInvalidated {
+            slot: source.stream.clone(),
+            applied: confirmed,
+        }));
+    }
+    let travels = form::binary_travels(&source.client, &source.stream).await;
+    let travels = travels.map_err(SetupError::sql(
+        Side::Source,
+        "look up the types of published columns",
+    ))?;
+    Ok(Logged {
+        history: noted.history(),
+        confirmed,
+        term: term(&source).await?,
+        binary: travels && config.route == Route::Direct,
+    })
 }
 
 fn sent_from(
     source: SourceSide<'_>,
+    cluster: &Cluster,
     history: History,
     as_of: PgLsn,
-    start: PgLsn,
-    term: i64,
+    (start, term): (PgLsn, i64),
 ) -> Prepared {
     Prepared {
         term,
         batch: 0,
         end_lsn: start,
         commit_time: None,
-        timeline: history.timeline,
-        system_identifier: history.system_identifier,
+        timeline: cluster.timeline,
+        history,
         server_version: source.found.version,
         synced: Vec::new(),
         as_of,
@@ -209,12 +179,12 @@ fn verdict(
     stream: &StreamName,
     database: &str,
     slot: Option<&Slot>,
-    noted: Option<&Noted>,
-    source: &History,
+    noted: Option<&Note>,
+    source: &Cluster,
 ) -> Result<Verdict, Mismatch> {
     let since = noted.and_then(|noted| noted.since);
     if let Some(noted) = noted.filter(|_| since.is_some()) {
-        identity::same_history(&noted.source, source)?;
+        identity::same_cluster(&noted.cluster, source)?;
     }
     let Some(slot) = slot else {
         return match since {
@@ -226,12 +196,16 @@ fn verdict(
         };
     };
     identity::is_ours(slot, stream, database)?;
+    if noted.is_none() {
+        return Err(Mismatch::SlotOccupied {
+            slot: stream.clone(),
+        });
+    }
     identity::is_free(slot, stream)?;
-    let interrupted = noted.is_some() && since.is_none();
     match slot.confirmed {
         // Never built to the end.
+        _ if since.is_none() => Ok(Verdict::Begin { drop_slot: true }),
         None => Ok(Verdict::Begin { drop_slot: true }),
-        Some(_) if interrupted => Ok(Verdict::Begin { drop_slot: true }),
         Some(confirmed) if slot.lost => Err(Mismatch::SlotInvalidated {
             slot: stream.clone(),
             applied: confirmed,
@@ -240,68 +214,12 @@ fn verdict(
     }
 }
 
-async fn noted(source: &SourceSide<'_>) -> Result<Option<Noted>, SetupError> {
-    let sql = |error: tokio_postgres::Error| {
-        SetupError::sql(Side::Source, "read dr_agent.sending")(error.into())
-    };
-    let there: bool = source
-        .client
-        .query_one("SELECT to_regclass('dr_agent.sending') IS NOT NULL", &[])
-        .await
-        .map_err(sql)?
-        .get(0);
-    if !there {
-        return Ok(None);
-    }
-    let row = source
-        .client
-        .query_opt(
-            "SELECT system_identifier, timeline, since FROM dr_agent.sending WHERE stream = $1",
-            &[&source.stream.as_str()],
-        )
-        .await
-        .map_err(sql)?;
-    Ok(row.map(|row| Noted {
-        source: History {
-            system_identifier: row.get(0),
-            timeline: row.get(1),
-        },
-        since: row.get(2),
-    }))
-}
-
-/// Whether this stream is sent from here: its slot was created to the end.
-pub(super) async fn is_sent(source: &SourceSide<'_>) -> Result<bool, SetupError> {
+/// What is sent from here; nothing until the stream's slot was created to the end.
+pub(super) async fn sent(source: &SourceSide<'_>) -> Result<Option<Recorded>, SetupError> {
     let confirmed = source.slot().await?.and_then(|slot| slot.confirmed);
-    let since = noted(source).await?.and_then(|noted| noted.since);
-    Ok(confirmed.is_some() && since.is_some())
-}
-
-/// Notes that this stream is sent from here, or is going to be; since where stays once it was said.
-async fn note(
-    source: &SourceSide<'_>,
-    history: &History,
-    since: Option<PgLsn>,
-) -> Result<(), SetupError> {
-    source::execute(&source.client, Side::Source, &[SCHEMA_SQL.to_owned()]).await?;
-    source
-        .client
-        .execute(
-            "INSERT INTO dr_agent.sending (stream, system_identifier, timeline, since) VALUES ($1, $2, $3, $4)
-                 ON CONFLICT (stream) DO UPDATE
-                SET system_identifier = EXCLUDED.system_identifier, timeline = EXCLUDED.timeline,
-                    since = EXCLUDED.since
-              WHERE sending.since IS NULL",
-            &[
-                &source.stream.as_str(),
-                &history.system_identifier,
-                &history.timeline,
-                &since,
-            ],
-        )
-        .await
-        .map_err(|error| SetupError::sql(Side::Source, "write dr_agent.sending")(error.into()))?;
-    Ok(())
+    let noted = source.note().await?.filter(|noted| noted.since.is_some());
+    let both = confirmed.and(noted);
+    Ok(both.map(|noted| noted.recorded()))
 }
 
 /// The term of this database: a source that was a replica once goes on from where its promotions raised it.
@@ -330,10 +248,19 @@ mod tests {
     use super::*;
     use crate::testing::lsn;
 
-    fn history(timeline: i32) -> History {
-        History {
-            system_identifier: "7".to_owned(),
+    fn cluster(timeline: i32) -> Cluster {
+        Cluster {
+            system_identifier: 7,
             timeline,
+        }
+    }
+
+    fn note(timeline: i32, since: Option<u64>) -> Note {
+        Note {
+            cluster: cluster(timeline),
+            began: 5,
+            since: since.map(lsn),
+            listing: false,
         }
     }
 
@@ -347,24 +274,16 @@ mod tests {
         }
     }
 
-    fn judge(slot: Option<&Slot>, noted: Option<i32>) -> Result<Verdict, Mismatch> {
-        let noted = noted.map(|timeline| Noted {
-            source: history(timeline),
-            since: Some(lsn(100)),
-        });
-        judged(slot, noted.as_ref())
-    }
-
-    fn judged(slot: Option<&Slot>, noted: Option<&Noted>) -> Result<Verdict, Mismatch> {
+    fn judge(slot: Option<&Slot>, noted: Option<Note>) -> Result<Verdict, Mismatch> {
         let stream = StreamName::new("dr_agent", "app");
-        verdict(&stream, "app", slot, noted, &history(1))
+        verdict(&stream, "app", slot, noted.as_ref(), &cluster(1))
     }
 
     #[test]
     fn a_slot_that_is_gone_is_not_created_anew() {
         assert_eq!(judge(None, None), Ok(Verdict::Begin { drop_slot: false }));
         assert!(matches!(
-            judge(None, Some(1)),
+            judge(None, Some(note(1, Some(100)))),
             Err(Mismatch::SendingSlotLost { .. })
         ));
     }
@@ -372,42 +291,40 @@ mod tests {
     #[test]
     fn a_slot_whose_creation_was_interrupted_is_created_anew() {
         // Whoever the source was then.
-        let noted = Noted {
-            source: history(2),
-            since: None,
-        };
+        let noted = Some(note(2, None));
         let begin = |drop_slot| Ok(Verdict::Begin { drop_slot });
-        assert_eq!(judged(None, Some(&noted)), begin(false));
-        assert_eq!(judged(Some(&slot(None)), Some(&noted)), begin(true));
-        assert_eq!(judged(Some(&slot(Some(200))), Some(&noted)), begin(true));
+        assert_eq!(judge(None, noted), begin(false));
+        assert_eq!(judge(Some(&slot(None)), noted), begin(true));
+        assert_eq!(judge(Some(&slot(Some(200))), noted), begin(true));
     }
 
     #[test]
-    fn a_slot_of_route_direct_is_gone_on_with_and_half_a_slot_is_not() {
-        assert_eq!(judge(Some(&slot(Some(200))), None), Ok(Verdict::Resume));
-        assert_eq!(judge(Some(&slot(Some(200))), Some(1)), Ok(Verdict::Resume));
-        assert_eq!(
-            judge(Some(&slot(None)), None),
-            Ok(Verdict::Begin { drop_slot: true })
-        );
+    fn a_slot_is_gone_on_with_where_it_is_known() {
+        let noted = Some(note(1, Some(100)));
+        assert_eq!(judge(Some(&slot(Some(200))), noted), Ok(Verdict::Resume));
+        assert!(matches!(
+            judge(Some(&slot(Some(200))), None),
+            Err(Mismatch::SlotOccupied { .. })
+        ));
     }
 
     #[test]
     fn what_cannot_be_gone_on_with_is_refused() {
+        let noted = Some(note(1, Some(100)));
         let mut lost = slot(Some(200));
         lost.lost = true;
         assert!(matches!(
-            judge(Some(&lost), Some(1)),
+            judge(Some(&lost), noted),
             Err(Mismatch::SlotInvalidated { .. })
         ));
         let mut active = slot(Some(200));
         active.active_pid = Some(7);
         assert!(matches!(
-            judge(Some(&active), Some(1)),
+            judge(Some(&active), noted),
             Err(Mismatch::SlotActive { .. })
         ));
         assert!(matches!(
-            judge(Some(&slot(Some(200))), Some(2)),
+            judge(Some(&slot(Some(200))), Some(note(2, Some(100)))),
             Err(Mismatch::Timeline { .. })
         ));
     }

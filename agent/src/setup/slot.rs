@@ -1,7 +1,8 @@
 //! The slot of a stream, and the snapshots that tables are copied at.
 //!
 //! ```text
-//! create the slot ▶ touch the publication ▶ temporary slot: a snapshot ▶ move the slot there
+//! note that a history begins ▶ create the slot ▶ touch the publication ▶ temporary slot: a snapshot ▶ move the slot there
+//!                            ▶ note where it begins
 //! ```
 //!
 //! A slot does not begin where it is created, because PostgreSQL (14 to 18, all minor releases up to now) decodes the first
@@ -15,19 +16,36 @@
 //! # Invariants
 //! - What is decoded from [`create`]'s slot began when its catalog was right.
 //! - Killed in between, the slot is there and nothing says yet that it may be gone on with: the next start drops it.
+//! - A history begins before its slot is there, so no slot is taken for one of a history before.
 
 use super::error::{SetupError, Side};
+use super::identity::{Cluster, Recorded};
 use super::source_side::SourceSide;
-use super::{export, publication, source};
+use super::{export, note, publication, source};
+use crate::history::History;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
 use crate::pg::slot;
+
+/// Begins a history: from here on, no slot that is there may be gone on with.
+pub(super) async fn begin(
+    source: &SourceSide<'_>,
+    cluster: &Cluster,
+) -> Result<History, SetupError> {
+    let began = note::begin(&source.client, &source.stream, cluster).await?;
+    let cluster = *cluster;
+    Ok(Recorded { cluster, began }.history())
+}
 
 /// Creates the stream's slot; it begins at the snapshot that is returned, which lives until the session's next command.
 pub(super) async fn create(
     source: &SourceSide<'_>,
     walsender: &mut ReplicationConnection,
+    drop_slot: bool,
 ) -> Result<CreatedSlot, SetupError> {
     let name = source.stream.as_str();
+    if drop_slot {
+        drop(walsender, name, "drop the slot of an interrupted set-up").await?;
+    }
     if !source.found.owns_publication {
         return Err(source.found.publication_is_not_ours(&source.stream));
     }
@@ -42,6 +60,7 @@ pub(super) async fn create(
     slot::advance(&source.client, name, snapshot.consistent_point)
         .await
         .map_err(SetupError::sql(Side::Source, "move the replication slot"))?;
+    note::created(&source.client, &source.stream, snapshot.consistent_point).await?;
     Ok(snapshot)
 }
 
@@ -53,23 +72,26 @@ pub(super) async fn snapshot(
     while_wanted(source, export::snapshot(walsender, &source.stream)).await
 }
 
-/// Makes sure that what is decoded from now on goes by the list of tables as it is.
+/// Makes sure that what is decoded from now on goes by the list of tables as it is, also if it was altered by a start that
+/// died before.
 pub(super) async fn make_the_list_known(
     source: &SourceSide<'_>,
     walsender: &mut ReplicationConnection,
 ) -> Result<(), SetupError> {
-    if !source.found.forgets_publication_changes() {
+    if !source.found.forgets_publication_changes()
+        || !note::is_listing(&source.client, &source.stream).await?
+    {
         return Ok(());
     }
     // Every transaction that began before the tables were listed has ended once a slot could be built; what is decoded
     // after the next alteration looks the publication up anew.
     let name = snapshot(source, walsender).await?.name;
     drop(walsender, &name, "drop a temporary slot").await?;
-    touch(source).await
+    touch(source).await?;
+    note::list_is_known(&source.client, &source.stream).await
 }
 
-/// Drops a slot.
-pub(super) async fn drop(
+async fn drop(
     walsender: &mut ReplicationConnection,
     name: &str,
     doing: &str,

@@ -13,7 +13,8 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::error::{SetupError, Side};
-use super::identity::{History, Slot};
+use super::identity::{Cluster, Slot};
+use super::note::{self, Note};
 use super::publication::Wanted;
 use super::{export, source};
 use crate::catalog::{Protection, TableName};
@@ -73,6 +74,11 @@ impl<'a> SourceSide<'a> {
         observe_slot(&self.client, &self.stream).await
     }
 
+    /// What the source remembers of the stream's slot.
+    pub(super) async fn note(&self) -> Result<Option<Note>, SetupError> {
+        note::read(&self.client, &self.stream).await
+    }
+
     /// Brings the source's schema and publication to what is wanted.
     pub(super) async fn publish(&mut self) -> Result<(), SetupError> {
         let statements = self.found.statements(&self.stream, &self.wanted)?;
@@ -92,6 +98,16 @@ impl<'a> SourceSide<'a> {
                 .retain(|table| publication.publishes(table) && !table.unlogged);
         }
         Ok(())
+    }
+
+    /// Refuses while changes of a table may not come although it is published: what is copied now could lack them.
+    pub(super) async fn require_known_list(&self) -> Result<(), SetupError> {
+        match note::is_listing(&self.client, &self.stream).await? {
+            true => Err(SetupError::ListIsNew {
+                publication: self.stream.to_string(),
+            }),
+            false => Ok(()),
+        }
     }
 
     pub(super) fn leave_out_what_cannot_be_published(&mut self) {
@@ -135,21 +151,21 @@ pub(super) async fn observe_slot(
 /// Who the source is, and where its WAL stands.
 pub(super) async fn identify(
     walsender: &mut ReplicationConnection,
-) -> Result<(History, PgLsn), SetupError> {
+) -> Result<(Cluster, PgLsn), SetupError> {
     let identity = walsender
         .identify_system()
         .await
         .map_err(SetupError::sql(Side::Source, "identify the system"))?;
-    let history = History {
+    let cluster = Cluster {
         system_identifier: identity.system_identifier,
         timeline: identity.timeline,
     };
-    Ok((history, identity.xlogpos))
+    Ok((cluster, identity.xlogpos))
 }
 
-pub(super) fn names(tables: &BTreeSet<TableName>) -> String {
+pub(super) fn names<'t>(tables: impl IntoIterator<Item = &'t TableName>) -> String {
     tables
-        .iter()
+        .into_iter()
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join(", ")

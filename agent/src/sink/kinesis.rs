@@ -211,6 +211,8 @@ mod tests {
             version: u32::MAX,
             stream: "x".repeat(63),
             system_identifier: u64::MAX,
+            began: i64::MAX,
+            header_crc32c: u32::MAX,
             term: i64::MAX,
             writer: u64::MAX,
             batch: i64::MAX,

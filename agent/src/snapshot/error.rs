@@ -145,12 +145,14 @@ impl CopyError {
 
 /// Whether a tool failed for a reason that goes away by itself: its message is all there is.
 fn passes_by_itself(stderr: &str) -> bool {
-    const PASSING: [&str; 11] = [
+    const PASSING: [&str; 12] = [
         "connection to server",
         "server closed the connection",
         "terminating connection",
         "the database system is",
         "canceling statement due to lock timeout",
+        // What `--lock-wait-timeout` of pg_dump comes to.
+        "canceling statement due to statement timeout",
         "could not obtain lock",
         "too many clients",
         "remaining connection slots",
@@ -277,6 +279,10 @@ mod tests {
     fn a_tool_that_lost_its_server_is_retried_and_one_without_rights_is_not() {
         let lost = failed("pg_restore: error: server closed the connection unexpectedly");
         assert_eq!(lost.class(), Class::Transient);
+        let waited = failed(
+            "pg_dump: error: query failed: ERROR:  canceling statement due to statement timeout",
+        );
+        assert_eq!(waited.class(), Class::Transient);
         let refused = failed(
             "pg_dump: error: connection to server at \"h\" failed: FATAL: password authentication \
              failed for user \"a\"",

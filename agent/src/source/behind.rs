@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::SourceSettings;
 use super::positions::Positions;
+use super::{SlotUse, SourceSettings};
 use crate::error::chain;
 use crate::pg::{self, ConnInfo, PgError, PgLsn, Session};
 
@@ -27,6 +27,8 @@ pub(super) struct Behind {
     session: Session,
     slot: String,
     catch_up_bytes: u64,
+    /// Windows are of the stream's own slot.
+    has_windows: bool,
     not_before: Instant,
 }
 
@@ -39,6 +41,7 @@ impl Behind {
             session,
             slot: settings.stream.to_string(),
             catch_up_bytes: settings.catch_up_bytes,
+            has_windows: settings.slot == SlotUse::Own,
             not_before: Instant::now(),
         }
     }
@@ -53,7 +56,7 @@ impl Behind {
     ///
     /// A source that has no session left for the question is no reason to end a stream that works.
     pub(super) async fn is_far(&mut self, late: Duration, received: PgLsn) -> bool {
-        if late < LATE || Instant::now() < self.not_before {
+        if !self.has_windows || late < LATE || Instant::now() < self.not_before {
             return false;
         }
         match self.positions().await {

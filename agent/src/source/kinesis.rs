@@ -11,6 +11,8 @@
 //!   each once.
 //! - A gap is filled or it is an error that names it. It counts as one only when every shard has been read beyond
 //!   the time it was noticed, and its writer cannot have it on its way any more.
+//! - That nothing is left before the tip is believed only of a stream that was seen to lead on from the position, or was read
+//!   from its oldest record on: where a reading begins is a guess by two clocks.
 //!
 //! # What it does not do
 //! It keeps no place in the stream: the replica's progress row says where to begin, and a look a little further back costs only
@@ -20,7 +22,6 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use prost::Message as _;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -28,8 +29,9 @@ use super::shelf::{Kept, Shelf};
 use super::{IntakeLimits, LogIntake, Received, SourceError, SourcePosition};
 use crate::archive::{ArchiveError, Chain, Layout, SegmentReader, Span};
 use crate::batch::IN_FLIGHT_MAX;
-use crate::changelog::{Gap, Gather, Gathered, Part, UnpackError, Unpacker, VERSION, Worth};
+use crate::changelog::{self, Gap, Gather, Gathered, UnpackError, Unpacker, VERSION, Worth};
 use crate::failpoint;
+use crate::history::History;
 use crate::kinesis::{Event, Kinesis, KinesisError, StartAt};
 use crate::metrics::StreamMetrics;
 use crate::pg::PgLsn;
@@ -59,8 +61,8 @@ pub struct StreamSettings {
     pub kinesis_stream: String,
     /// The stream in it.
     pub stream: StreamName,
-    /// The source's.
-    pub system_identifier: u64,
+    /// What its LSNs are of.
+    pub history: History,
     /// What was written at a lower term is ignored.
     pub term: i64,
     /// Where to begin: the end of the last applied transaction.
@@ -88,6 +90,19 @@ pub enum Until {
     Tip(Instant),
 }
 
+/// How a reading came to the tip.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tip {
+    /// What keeps the rest of the stream from being applied, if there is something.
+    pub gap: Option<Gap>,
+    /// Whether anything was read that leads on from where the reading was to begin.
+    pub joined: bool,
+    /// Where everything that was handed over ends.
+    pub position: PgLsn,
+    /// Whether parts of a batch behind that wait for others.
+    pub unfinished: bool,
+}
+
 /// What comes after a reading of the stream has ended.
 enum Next {
     /// Nobody wants more, or the tip was reached, with this gap before what is left.
@@ -96,8 +111,7 @@ enum Next {
     FromTheBeginning,
 }
 
-/// Receives until an error, or until nobody wants transactions any more, or the tip was reached; then returns the gap
-/// that keeps the rest of the stream from being applied, if there is one.
+/// Receives until an error, or until nobody wants transactions any more, or the tip was reached; then says how.
 ///
 /// # Errors
 /// [`SourceError`]
@@ -108,13 +122,13 @@ pub async fn receive(
     queue: mpsc::Sender<Received>,
     position: watch::Sender<SourcePosition>,
     metrics: StreamMetrics,
-) -> Result<Option<Gap>, SourceError> {
+) -> Result<Tip, SourceError> {
     let kinesis = Kinesis::open(&settings.kinesis_stream).await?;
     let limits = settings.limits;
     let mut receiving = Receiving {
         gather: Gather::new(
             settings.stream.as_str(),
-            settings.system_identifier,
+            settings.history,
             settings.term,
             settings.start,
             IN_FLIGHT_MAX,
@@ -126,19 +140,27 @@ pub async fn receive(
         ),
         intake: LogIntake::telling(limits, settings.start, space, queue.clone(), position),
         queue,
-        layout: Layout::new(&settings.stream, settings.system_identifier),
+        layout: Layout::new(&settings.stream, settings.history),
         settings,
         until,
         metrics,
         store: None,
         stalled: None,
         from_the_beginning: false,
+        joined: false,
         warned: false,
     };
     let mut from = receiving.start_at();
     loop {
         match receiving.read(&kinesis, from).await? {
-            Next::End(gap) => return Ok(gap),
+            Next::End(gap) => {
+                return Ok(Tip {
+                    gap,
+                    joined: receiving.joined,
+                    position: receiving.gather.position(),
+                    unfinished: receiving.gather.is_waiting(),
+                });
+            }
             Next::FromTheBeginning => from = StartAt::TrimHorizon,
         }
     }
@@ -156,6 +178,8 @@ struct Receiving {
     store: Option<Store>,
     stalled: Option<Stalled>,
     from_the_beginning: bool,
+    /// Something was read that ends where the reading was to lead on from, or before, or that did lead on.
+    joined: bool,
     /// That something was ignored that should not be there has been said.
     warned: bool,
 }
@@ -227,12 +251,16 @@ impl Receiving {
     }
 
     fn record(&mut self, record: Bytes) -> Result<(), SourceError> {
-        let Ok(part) = Part::decode(record) else {
+        let Ok(part) = changelog::decode(record) else {
             // If it was one of ours, the gap it leaves is noticed.
             self.ignore("unreadable", "is no change-log record");
             return Ok(());
         };
-        match self.gather.worth(&part) {
+        let worth = self.gather.worth(&part);
+        if matches!(worth, Worth::Needed | Worth::Known) {
+            self.joined |= PgLsn::from(part.end_lsn) <= self.settings.start;
+        }
+        match worth {
             Worth::Needed => {}
             Worth::Known => {
                 self.metrics.ignored("known");
@@ -242,10 +270,10 @@ impl Receiving {
                 self.metrics.ignored("other_stream");
                 return Ok(());
             }
-            Worth::OtherSource => {
+            Worth::OtherHistory => {
                 self.ignore(
-                    "other_source",
-                    "comes from another source under the same stream name",
+                    "other_history",
+                    "comes from another source under the same stream name, or from a slot before this one",
                 );
                 return Ok(());
             }
@@ -293,6 +321,7 @@ impl Receiving {
                 }
             }
         }
+        self.joined = true;
         failpoint::hit("apply:handed-over");
         if self.intake.end_lsn() != batch.end_lsn {
             return Err(SourceError::Contradiction {
@@ -314,7 +343,6 @@ impl Receiving {
             && at >= tip
         {
             return match gap {
-                None => Ok(Some(Next::End(None))),
                 Some(gap) if gap.accepted => {
                     let since = tip;
                     let stalled = Stalled {
@@ -326,7 +354,7 @@ impl Receiving {
                 }
                 // The writer died with something on its way; the archive may have got it.
                 Some(gap) if self.fill(gap).await? => self.records(Vec::new()).await,
-                gap => Ok(Some(Next::End(gap))),
+                gap => Ok(Some(self.at_the_tip(gap))),
             };
         }
         let Some(gap) = gap else {
@@ -368,6 +396,19 @@ impl Receiving {
             ..stalled
         });
         Ok(None)
+    }
+
+    /// There is no more to hand over in what was read up to the tip.
+    fn at_the_tip(&self, gap: Option<Gap>) -> Next {
+        if self.joined || self.from_the_beginning {
+            return Next::End(gap);
+        }
+        tracing::warn!(
+            stream = %self.settings.stream, position = %self.gather.position(),
+            "nothing that was read of the Kinesis stream leads on from the replica: the source's clock may be ahead; reading the \
+             stream from its oldest record on"
+        );
+        Next::FromTheBeginning
     }
 
     /// A stretch is not in what was read of the stream.

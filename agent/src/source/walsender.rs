@@ -13,7 +13,7 @@ use tokio::time::Sleep;
 use super::feedback::{Feedback, Listener, ticks};
 use super::intake::{Intake, Meanwhile as _, Taken};
 use super::pace::Pace;
-use super::{Behind, Next, Reader, SourceError, SourceSettings, text_form};
+use super::{Behind, Next, Reader, SlotUse, SourceError, SourceSettings, text_form};
 use crate::ledger::FlushLsn;
 use crate::pg::replication::{
     ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
@@ -42,8 +42,17 @@ async fn open(
     settings: &SourceSettings,
     start: PgLsn,
 ) -> Result<(ReplicationReader, StatusSender), SourceError> {
-    let session = text_form(Session::new(settings.stream.application_name("stream")));
-    let connection = ReplicationConnection::connect(&settings.conninfo, &session).await?;
+    let role = match settings.slot {
+        SlotUse::Own => "stream",
+        SlotUse::Copy => "log",
+    };
+    let session = text_form(Session::new(settings.stream.application_name(role)));
+    let mut connection = ReplicationConnection::connect(&settings.conninfo, &session).await?;
+    let own = settings.stream.as_str();
+    let slot = match settings.slot {
+        SlotUse::Own => own.to_owned(),
+        SlotUse::Copy => connection.copy_slot(own).await?,
+    };
     let publication = format!("\"{}\"", settings.stream);
     let mut options = vec![
         // Version 2 has streaming, and every source we support has version 2. What later ones add
@@ -55,9 +64,7 @@ async fn open(
     if settings.binary {
         options.push(("binary", "true"));
     }
-    Ok(connection
-        .start_replication(settings.stream.as_str(), start, &options)
-        .await?)
+    Ok(connection.start_replication(&slot, start, &options).await?)
 }
 
 struct Walsender {

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 
 use super::{CreatedSlot, SlotOptions, SystemIdentity};
-use crate::catalog::quote_ident;
+use crate::catalog::{quote_ident, quote_literal};
 use crate::pg::{PgError, PgLsn};
 
 /// From this version on the options of a slot stand in parentheses.
@@ -40,6 +40,15 @@ pub(super) fn create_slot(name: &str, options: SlotOptions, server_version: i32)
     sql
 }
 
+/// An earlier session's copy may not be gone yet, so the name has the backend's number.
+pub(super) fn copy_slot(name: &str) -> String {
+    format!(
+        "SELECT slot_name FROM pg_catalog.pg_copy_logical_replication_slot({}, \
+         pg_catalog.format('dr_agent_copy_%s', pg_catalog.pg_backend_pid())::name, true)",
+        quote_literal(name)
+    )
+}
+
 pub(super) fn drop_slot(name: &str) -> String {
     format!("DROP_REPLICATION_SLOT {}", quote_ident(name))
 }
@@ -62,11 +71,21 @@ pub(super) fn start_replication(slot: &str, start: PgLsn, options: &[(&str, &str
 
 type Row = [Option<String>];
 
+/// `slot_name`.
+pub(super) fn copied_slot(row: &Row) -> Result<String, PgError> {
+    match row {
+        [Some(name)] => Ok(name.clone()),
+        _ => Err(unexpected("pg_copy_logical_replication_slot", "row")),
+    }
+}
+
 /// `systemid, timeline, xlogpos, dbname`.
 pub(super) fn system_identity(row: &Row) -> Result<SystemIdentity, PgError> {
     match row {
         [Some(system_identifier), Some(timeline), Some(xlogpos), ..] => Ok(SystemIdentity {
-            system_identifier: system_identifier.clone(),
+            system_identifier: system_identifier
+                .parse()
+                .map_err(|_| unexpected("IDENTIFY_SYSTEM", "system identifier"))?,
             timeline: timeline
                 .parse()
                 .map_err(|_| unexpected("IDENTIFY_SYSTEM", "timeline"))?,

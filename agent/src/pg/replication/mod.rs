@@ -42,7 +42,7 @@ pub struct ReplicationConnection {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SystemIdentity {
     /// Fixed when the cluster was created and kept by physical standbys and restored backups.
-    pub system_identifier: String,
+    pub system_identifier: u64,
     /// Raised by every promotion of a physical standby and every point-in-time recovery.
     pub timeline: i32,
     /// The end of the WAL written so far.
@@ -107,6 +107,15 @@ impl ReplicationConnection {
         let sql = command::create_slot(name, options, self.server_version);
         let row = self.one_row(&sql).await?;
         command::created_slot(&row)
+    }
+
+    /// Copies a logical slot; the copy has the session's life. Returns its name.
+    ///
+    /// # Errors
+    /// `42704` when there is none of that name, `53400` when no slot is free.
+    pub async fn copy_slot(&mut self, name: &str) -> Result<String, PgError> {
+        let row = self.one_row(&command::copy_slot(name)).await?;
+        command::copied_slot(&row)
     }
 
     /// Drops a slot.

@@ -43,8 +43,9 @@ pub enum SinkError {
         /// Which column.
         column: String,
     },
-    /// A table appeared on the source after the last look; it must be copied first.
-    #[error("table {table} is new on the source and not copied yet")]
+    /// A table appeared on the source after the last look, or took the place of another, or was not published for a while: it
+    /// must be copied first.
+    #[error("table {table} is new on the source, or listed anew, and not copied yet")]
     TableNotCopied {
         /// Which one.
         table: TableName,

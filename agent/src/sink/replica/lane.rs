@@ -7,13 +7,12 @@ use std::sync::Arc;
 
 use tokio_postgres::Client;
 
+use super::SinkError;
 use super::chain::Chain;
 use super::execute::{Execution, Statements};
 use super::target::Targets;
-use super::{SinkError, session};
 use crate::net::Step;
-use crate::pg::{self, ConnInfo};
-use crate::stream::StreamName;
+use crate::pg::{self, ConnInfo, Session};
 
 /// One session with the replica.
 #[derive(Debug)]
@@ -23,11 +22,8 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    pub(super) async fn connect(
-        replica: &ConnInfo,
-        stream: &StreamName,
-    ) -> Result<Self, SinkError> {
-        let client = pg::connect(replica, &session(stream)).await?;
+    pub(super) async fn connect(replica: &ConnInfo, session: &Session) -> Result<Self, SinkError> {
+        let client = pg::connect(replica, session).await?;
         Ok(Self {
             client: Arc::new(client),
             statements: Statements::default(),

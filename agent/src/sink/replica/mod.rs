@@ -102,6 +102,8 @@ pub struct SinkSettings {
     pub lanes: u16,
     /// Net changes from which a batch is spread over lanes.
     pub spread_changes: u64,
+    /// Settings of the lanes' sessions that go before those of [`session`].
+    pub session: &'static [(&'static str, &'static str)],
 }
 
 /// A batch that was sent whole and is not answered yet.
@@ -140,7 +142,11 @@ impl ReplicaSink {
         let catalog = Arc::new(pg::connect(replica, &session(&settings.stream)).await?);
         let lanes = lanes_possible(&catalog, &settings).await?;
         // Together: to a distant replica each takes several round trips.
-        let lanes = (0..lanes).map(|_| Lane::connect(replica, &settings.stream));
+        let mut lane = session(&settings.stream);
+        for (name, value) in settings.session {
+            lane = lane.set(name, *value);
+        }
+        let lanes = (0..lanes).map(|_| Lane::connect(replica, &lane));
         let lanes = try_join_all(lanes).await?;
         let folder = |synced| {
             let relations = Relations::new(synced);

@@ -1,0 +1,94 @@
+//! Which life of which source an LSN belongs to.
+//!
+//! Pure. A *history* is what one slot follows, from where it was created: one order of transactions, one meaning of every LSN.
+//! A source that was restored or failed over may give an LSN out a second time; whoever sets the replica up anew then begins
+//! another history, and what was written of the one before (in the archive, in a Kinesis stream) is never mixed with it.
+//!
+//! # Invariants
+//! - Two histories of one source differ in when they began, by the source's clock.
+
+use std::fmt;
+use std::str::FromStr;
+
+use jiff::Timestamp;
+
+use crate::lag::{Micros, pg_micros, system_time};
+
+/// How [`History`] writes a time: sortable, without what a file system or a URL would mind.
+const BEGAN: &str = "%Y%m%dT%H%M%S.%6fZ";
+
+/// What one slot follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct History {
+    /// The source's (`pg_control_system()`).
+    pub system_identifier: u64,
+    /// When its slot was created, by the source's clock.
+    pub began: Micros,
+}
+
+/// As in names: `7312345678901234567-20261126T143000.123456Z`.
+impl fmt::Display for History {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let began = Timestamp::try_from(system_time(self.began)).map_err(|_| fmt::Error)?;
+        write!(f, "{}-{}", self.system_identifier, began.strftime(BEGAN))
+    }
+}
+
+/// It is not what [`History`] writes.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a system identifier and a time")]
+pub struct NoHistory;
+
+impl FromStr for History {
+    type Err = NoHistory;
+
+    fn from_str(text: &str) -> Result<Self, NoHistory> {
+        let (system_identifier, began) = text.split_once('-').ok_or(NoHistory)?;
+        let parsed = jiff::fmt::strtime::parse(BEGAN, began)
+            .and_then(|time| time.to_datetime())
+            .and_then(|time| time.to_zoned(jiff::tz::TimeZone::UTC));
+        let history = Self {
+            system_identifier: system_identifier.parse().map_err(|_| NoHistory)?,
+            began: pg_micros(parsed.map_err(|_| NoHistory)?.timestamp().into()),
+        };
+        // One name, one history.
+        match history.to_string() == text {
+            true => Ok(history),
+            false => Err(NoHistory),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back_and_sort_by_time() {
+        let names: Vec<String> = [0, 123_456, 850_000_000_000_000]
+            .into_iter()
+            .map(|began| {
+                let history = History {
+                    system_identifier: 7_312_345_678_901_234_567,
+                    began,
+                };
+                let name = history.to_string();
+                assert_eq!(name.parse(), Ok(history));
+                name
+            })
+            .collect();
+        assert_eq!(names[1], "7312345678901234567-20000101T000000.123456Z");
+        assert!(names.is_sorted(), "{names:?}");
+        for wrong in [
+            "",
+            "7",
+            "7-",
+            "7312345678901234567",
+            "7-20000101T000000.12345Z",
+            "07-20000101T000000.123456Z",
+            "x-20000101T000000.123456Z",
+        ] {
+            assert_eq!(wrong.parse::<History>(), Err(NoHistory), "{wrong}");
+        }
+    }
+}
