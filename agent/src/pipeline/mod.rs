@@ -15,7 +15,7 @@
 //! whatever fails, the next one starts from the progress row, exactly as after `kill -9`. So there is one
 //! recovery path and it runs all the time.
 //!
-//! The change log for the archive is kept beside all that ([`change_log`]): it outlives sessions.
+//! The change log for the archive is kept beside all that (`change_log`): it outlives sessions.
 //!
 //! # Invariants
 //! - The source task is sent what the ledger says is durable, nothing else.
