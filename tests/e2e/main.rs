@@ -32,6 +32,7 @@ mod prefix;
 mod promote;
 mod route_kinesis;
 mod route_kinesis_check;
+mod route_kinesis_senders;
 mod schema;
 mod slot;
 mod status;

@@ -4,15 +4,14 @@
 //! the stream does not have any more comes out of the archive.
 
 use std::path::PathBuf;
-use std::time::Instant;
 
-use bytes::Bytes;
-use dr_agent::kinesis::{Event, Kinesis, Record, StartAt};
+use dr_agent::kinesis::{Kinesis, Record};
 use dr_agent_tests::agent::{Running, line_with};
 use dr_agent_tests::compare::expect_same_content;
 use dr_agent_tests::kinesalite::Kinesalite;
 use dr_agent_tests::kinesis_faults::{Fault, KinesisProxy};
 use dr_agent_tests::moto::{Moto, SECRET};
+use dr_agent_tests::records::everything;
 use dr_agent_tests::route::{Route, STREAM};
 use dr_agent_tests::rundir::directory_for;
 use dr_agent_tests::site::{Database, Site};
@@ -20,7 +19,6 @@ use dr_agent_tests::streams;
 use dr_agent_tests::wait::{PATIENCE, wait_until};
 use dr_agent_tests::workload::{Workload, seed};
 use rand::seq::SliceRandom as _;
-use tokio::sync::mpsc;
 
 const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT g, 'copied' FROM generate_series(1, 100) AS g";
 
@@ -52,20 +50,6 @@ fn archive() -> PathBuf {
 
 /// Where nobody listens.
 const NOWHERE: &str = "\"postgres://nobody@127.0.0.1:1/postgres\"";
-
-/// Waits until the slot is confirmed up to where the source is now.
-async fn wait_sent(database: &Database) {
-    let source = database.source().await;
-    let here = source.value("SELECT pg_current_wal_lsn()").await.unwrap();
-    let stream = database.stream();
-    wait_until("the slot to be confirmed", PATIENCE, || async {
-        let sql = format!(
-            "SELECT confirmed_flush_lsn >= '{here}' FROM pg_replication_slots WHERE slot_name = '{stream}'"
-        );
-        source.value(&sql).await.as_deref() == Some("t")
-    })
-    .await;
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_random_workload_arrives_through_either_stand_in() {
@@ -245,26 +229,6 @@ async fn calls_that_fail_in_part_or_whole_or_twice_cost_nothing() {
     applying.stop().await;
 }
 
-/// Reads everything that a stream has.
-async fn everything(kinesis: &Kinesis) -> Vec<Bytes> {
-    let (events, mut seen) = mpsc::channel(8);
-    let now = Instant::now();
-    let reading = kinesis.clone();
-    let reading =
-        tokio::spawn(async move { reading.read(StartAt::TrimHorizon, events, &|_| {}).await });
-    let mut records = Vec::new();
-    while let Some(event) = seen.recv().await {
-        match event {
-            Event::Records(more) => records.extend(more),
-            Event::ReadUpTo(at) if at >= now => break,
-            Event::ReadUpTo(_) => {}
-        }
-    }
-    drop(seen);
-    reading.abort();
-    records
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn records_may_come_in_any_order_and_twice() {
     const SHUFFLED: &str = "shuffled";
@@ -284,7 +248,7 @@ async fn records_may_come_in_any_order_and_twice() {
     })
     .await;
     workload.stop().await;
-    wait_sent(&route.database).await;
+    route.wait_sent().await;
     running.stop().await;
 
     let settings = kinesalite.settings();
@@ -343,7 +307,7 @@ async fn while_the_replica_is_away_the_source_keeps_nothing_for_it() {
             ))
             .await;
     }
-    wait_sent(database).await;
+    route.wait_sent().await;
     let stream = database.stream();
     wait_until("the source to let go of its WAL", PATIENCE, || async {
         // Writes down which transactions run, without which a slot does not move.
@@ -448,7 +412,7 @@ async fn what_the_stream_has_not_any_more_comes_out_of_the_archive_or_is_named()
     for n in 1..=3 {
         write(&route.database, n).await;
     }
-    wait_sent(&route.database).await;
+    route.wait_sent().await;
     running.stop().await;
     // Retention has passed: the stream is empty.
     let port = kinesalite.port();
@@ -462,7 +426,7 @@ async fn what_the_stream_has_not_any_more_comes_out_of_the_archive_or_is_named()
     applying.stop().await;
     // Without an archive that has it, the stretch is named.
     write(&route.database, 5).await;
-    wait_sent(&route.database).await;
+    route.wait_sent().await;
     running.stop().await;
     streams::delete(port, STREAM).await;
     streams::create(port, STREAM, 2).await;
@@ -493,7 +457,7 @@ async fn a_promotion_drains_the_stream_first() {
     for n in 1..=5 {
         write(database, n).await;
     }
-    wait_sent(database).await;
+    route.wait_sent().await;
     let rows = database
         .source()
         .await
@@ -617,7 +581,7 @@ async fn the_route_can_be_changed_and_changed_back() {
     database.expect_equal().await;
     applying.stop().await;
     write(&database, 3).await;
-    wait_sent(&database).await;
+    route.wait_sent().await;
     running.stop().await;
     // Not while the stream has what the replica has not.
     let mut early = direct.start();

@@ -345,7 +345,11 @@ impl Pipeline {
             database = %self.database, stream = %self.stream, from = %prepared.end_lsn,
             term = prepared.term, leg = ?self.leg, "streaming"
         );
-        let outcome = streaming.run().await;
+        let outcome = tokio::select! {
+            biased;
+            outcome = streaming.run() => outcome,
+            lost = prepared.right_lost() => Err(lost.into()),
+        };
         if outcome.is_ok() {
             streaming.finish_archive().await;
         }

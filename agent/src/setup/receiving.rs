@@ -23,7 +23,7 @@ use super::error::{SetupError, Side};
 use super::identity::{self, History};
 use super::replica::{self, Known, Progress, Server};
 use super::source_side::{self, SourceSide};
-use super::{Prepared, Setup, locale, recover, role, sending, slot, table_sync};
+use super::{Prepared, Setup, locale, lock, recover, role, sending, slot, table_sync};
 use crate::catalog::TableName;
 use crate::config::Config;
 use crate::error::chain;
@@ -140,7 +140,7 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
         cancel: &CancellationToken::new(),
     };
     receiving
-        .prepared(client, history, progress, progress.end_lsn)
+        .prepared(&client, history, progress, progress.end_lsn)
         .await
 }
 
@@ -179,7 +179,9 @@ impl<'a> Receiving<'a> {
         match new_table.or(unfinished) {
             // Whatever is not on the list and changes from here on is new.
             None => {
-                self.prepared(client, history, progress, progress.end_lsn)
+                self.prepared(&client, history, progress, progress.end_lsn)
+                    .await?
+                    .holding(client, Side::Replica)
                     .await
             }
             Some(table) => match self.reach_source().await {
@@ -195,7 +197,7 @@ impl<'a> Receiving<'a> {
     /// The replica's database, locked.
     async fn open(&self) -> Result<(Client, Known), SetupError> {
         let client = replica::open(&self.replica_info, &self.stream).await?;
-        replica::lock(&client, &self.stream).await?;
+        lock::take(&client, Side::Replica, &self.stream).await?;
         let known = replica::known(&client, &self.stream).await?;
         Ok((client, known))
     }
@@ -267,7 +269,8 @@ impl<'a> Receiving<'a> {
         let copied_at = setup.source_time().await?;
         let snapshot = slot::snapshot(&setup.source, &mut walsender).await?;
         let progress = setup.first_copy(&snapshot, copied_at).await?;
-        setup.finish(history, progress, source_lsn).await
+        let (prepared, client) = setup.finish(history, progress, source_lsn).await?;
+        prepared.holding(client, Side::Replica).await
     }
 
     async fn first_from_base(
@@ -292,7 +295,9 @@ impl<'a> Receiving<'a> {
             )
             .await?;
         let mut prepared = self
-            .prepared(client, base.history(), progress, progress.end_lsn)
+            .prepared(&client, base.history(), progress, progress.end_lsn)
+            .await?
+            .holding(client, Side::Replica)
             .await?;
         prepared.warnings.extend(created);
         prepared.warnings.extend(base.manifest.warnings.clone());
@@ -329,7 +334,8 @@ impl<'a> Receiving<'a> {
                 .copy_tables(&mut walsender, rest, ready.is_empty())
                 .await?;
         }
-        setup.finish(history, progress, source_lsn).await
+        let (prepared, client) = setup.finish(history, progress, source_lsn).await?;
+        prepared.holding(client, Side::Replica).await
     }
 
     fn setup(&self, source: SourceSide<'a>, replica: Client) -> Setup<'a> {
@@ -345,12 +351,12 @@ impl<'a> Receiving<'a> {
     /// What can go on without the source.
     async fn prepared(
         self,
-        client: Client,
+        client: &Client,
         history: History,
         progress: Progress,
         as_of: PgLsn,
     ) -> Result<Prepared, SetupError> {
-        let rows = table_sync::rows(&client, &self.stream).await?;
+        let rows = table_sync::rows(client, &self.stream).await?;
         Ok(Prepared {
             term: progress.term,
             batch: progress.batch,
@@ -365,7 +371,7 @@ impl<'a> Receiving<'a> {
             unpublished: Vec::new(),
             warnings: Vec::new(),
             stream: self.stream,
-            _lock: Some(client),
+            right: None,
         })
     }
 }

@@ -9,9 +9,8 @@
 //! User tables are created and filled by [`crate::snapshot`]; roles are in [`super::role`].
 
 use std::collections::BTreeSet;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
@@ -361,30 +360,6 @@ pub(super) async fn guard(client: &mut Client, database: &str) -> Result<(), Set
             .map_err(sql)?;
     }
     transaction.commit().await.map_err(sql)
-}
-
-/// How long a session that has ended may take to let go of its locks.
-const LOCK_WITHIN: Duration = Duration::from_secs(5);
-
-/// Holds the right to work on this stream until the session ends.
-pub(super) async fn lock(client: &Client, stream: &StreamName) -> Result<(), SetupError> {
-    const SQL: &str = "SELECT pg_try_advisory_lock(hashtextextended('dr_agent:' || $1::text, 0))";
-    let deadline = Instant::now() + LOCK_WITHIN;
-    loop {
-        let row = client
-            .query_typed_one(SQL, &[(&stream.as_str(), Type::TEXT)])
-            .await
-            .map_err(|error| SetupError::sql(Side::Replica, "lock the stream")(error.into()))?;
-        if row.get(0) {
-            return Ok(());
-        }
-        if Instant::now() >= deadline {
-            return Err(SetupError::Busy {
-                stream: stream.to_string(),
-            });
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }
 
 /// Refuses a database that holds tables: the first copy goes into an empty one.

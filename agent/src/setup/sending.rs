@@ -9,6 +9,8 @@
 //! # Invariants
 //! - A slot that was there and is gone is refused: its successor would leave a gap in the stream that only the
 //!   other side could notice.
+//! - One agent at a time sends a stream: it holds the right to it on the source ([`super::lock`]), because nothing else keeps a
+//!   second one away while the first reads a backlog in windows.
 //!
 //! # What it does not do
 //! It copies nothing: rows that are there before the slot reach the replica through [`super::receiving`].
@@ -16,7 +18,7 @@
 use super::error::{SetupError, Side};
 use super::identity::{self, History, Mismatch, Slot, Verdict};
 use super::source_side::{self, SourceSide};
-use super::{Prepared, slot, source};
+use super::{Prepared, lock, slot, source};
 use crate::config::Config;
 use crate::pg::PgLsn;
 use crate::pg::replication::ReplicationConnection;
@@ -54,6 +56,7 @@ async fn prepare(
     cancel: &CancellationToken,
 ) -> Result<Prepared, SetupError> {
     let mut source = SourceSide::open(config, database, cancel).await?;
+    lock::take(&source.client, Side::Source, &source.stream).await?;
     let mut walsender = source.walsender().await?;
     let (history, source_lsn) = source_side::identify(&mut walsender).await?;
     let slot = source.slot().await?;
@@ -97,7 +100,9 @@ async fn prepare(
     };
     note(&source, &history, Some(start)).await?;
     let term = term(&source).await?;
-    Ok(sent_from(source, history, source_lsn, start, term))
+    sent_from(&mut source, history, source_lsn, start, term)
+        .holding(source.client, Side::Source)
+        .await
 }
 
 /// Publishes what is new, and makes decoding go by it: also what was published by a start that died before.
@@ -149,7 +154,8 @@ async fn listing(source: &SourceSide<'_>, is_listing: bool) -> Result<(), SetupE
     Ok(())
 }
 
-/// Where a slot stands whose stream is only to be read, because the replica is away. Nothing is changed.
+/// Where a slot stands whose stream is only to be read, because the replica is away. Nothing is changed, and nobody is kept
+/// away: whoever moves the slot meanwhile is noticed where it is read.
 ///
 /// # Errors
 /// [`SetupError`]
@@ -158,7 +164,7 @@ pub async fn prepare_logging(
     database: &str,
     cancel: &CancellationToken,
 ) -> Result<Prepared, SetupError> {
-    let source = Box::pin(SourceSide::open(config, database, cancel)).await?;
+    let mut source = Box::pin(SourceSide::open(config, database, cancel)).await?;
     source.found.require_unaltered(&source.stream)?;
     let mut walsender = source.walsender().await?;
     let (history, source_lsn) = source_side::identify(&mut walsender).await?;
@@ -175,11 +181,17 @@ pub async fn prepare_logging(
     let start = confirmed.ok_or_else(|| SetupError::NotSent {
         stream: source.stream.to_string(),
     })?;
-    Ok(sent_from(source, history, source_lsn, start, FIRST_TERM))
+    Ok(sent_from(
+        &mut source,
+        history,
+        source_lsn,
+        start,
+        FIRST_TERM,
+    ))
 }
 
 fn sent_from(
-    source: SourceSide<'_>,
+    source: &mut SourceSide<'_>,
     history: History,
     as_of: PgLsn,
     start: PgLsn,
@@ -197,10 +209,10 @@ fn sent_from(
         as_of,
         // Whoever reads it cannot ask for text once something came that does not travel.
         binary: false,
-        unpublished: source.wanted.unpublished,
-        warnings: source.warnings,
-        stream: source.stream,
-        _lock: None,
+        unpublished: std::mem::take(&mut source.wanted.unpublished),
+        warnings: std::mem::take(&mut source.warnings),
+        stream: source.stream.clone(),
+        right: None,
     }
 }
 

@@ -13,12 +13,15 @@ use tokio::time::Sleep;
 use super::feedback::{Feedback, Listener, ticks};
 use super::intake::{Intake, Meanwhile as _, Taken};
 use super::pace::Pace;
-use super::{Behind, Next, Reader, SourceError, SourceSettings, text_form};
+use super::{Behind, Next, Reader, SourceError, SourceSettings, begins_at, text_form};
 use crate::ledger::FlushLsn;
 use crate::pg::replication::{
     ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
 };
-use crate::pg::{PgLsn, Session};
+use crate::pg::{self, PgLsn, Session, slot};
+
+/// A look at a slot takes milliseconds; a source that needs longer is in trouble.
+const STATEMENT_TIMEOUT: &str = "60s";
 
 /// Streams from the end of what `intake` has, until an error or until another way is better.
 pub(super) async fn read(
@@ -55,9 +58,25 @@ async fn open(
     if settings.binary {
         options.push(("binary", "true"));
     }
-    Ok(connection
+    let streaming = connection
         .start_replication(settings.stream.as_str(), start, &options)
-        .await?)
+        .await?;
+    // From here on the slot is ours, and nobody else moves it.
+    begins_at(settings, confirmed(settings, start).await?, start)?;
+    Ok(streaming)
+}
+
+/// Where the slot stands that is streamed from `start`.
+async fn confirmed(settings: &SourceSettings, start: PgLsn) -> Result<PgLsn, SourceError> {
+    let session = Session::new(settings.stream.application_name("position"))
+        .set("statement_timeout", STATEMENT_TIMEOUT);
+    let client = pg::connect(&settings.conninfo, &session).await?;
+    let state = slot::slot_state(&client, settings.stream.as_str()).await?;
+    let confirmed = state.and_then(|state| state.confirmed_flush_lsn);
+    // Ours is there: a server that does not have it is another one.
+    confirmed.ok_or_else(|| SourceError::Behind {
+        end_lsn: start.to_string(),
+    })
 }
 
 struct Walsender {
