@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 
-use super::{Compression, Part, VERSION};
+use super::{Compression, Part, VERSION, sealed};
 use crate::batch::Batch;
 use crate::pg::PgLsn;
 use crate::spill::{SpillError, SpillReader};
@@ -98,7 +98,7 @@ impl<'b> Packing<'b> {
         let raw = self.gathered.split_to(length).freeze();
         let part = self.part;
         self.part += 1;
-        Ok(Some(Part {
+        Ok(Some(sealed(Part {
             version: VERSION,
             stream: self.author.stream.clone(),
             system_identifier: self.author.system_identifier,
@@ -114,7 +114,8 @@ impl<'b> Packing<'b> {
             raw_bytes: raw.len() as u64,
             crc32c: crc32c::crc32c(&raw),
             messages: self.compressed(raw),
-        }))
+            header_crc32c: 0,
+        })))
     }
 
     fn compressed(&self, raw: Bytes) -> Bytes {

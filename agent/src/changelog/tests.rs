@@ -1,8 +1,9 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use proptest::prelude::*;
+use prost::Message as _;
 
 use super::*;
 use crate::batch::Batch;
@@ -198,6 +199,7 @@ fn a_spilled_transaction_is_read_from_its_file() {
     assert!(got.eq(expected.chain([&sent.transactions[0].changes[0].message])));
 }
 
+/// In what the part carries, and in what it says of itself.
 #[test]
 fn every_flipped_bit_is_noticed() {
     let sent = batch(some_changes());
@@ -205,19 +207,59 @@ fn every_flipped_bit_is_noticed() {
         let [part] = &parts(&sent, 0, 1 << 20, compression)[..] else {
             panic!("it fits into one part");
         };
-        for bit in 0..part.messages.len() * 8 {
-            let mut bytes = part.messages.to_vec();
+        let encoded = part.encode_to_vec();
+        for bit in 0..encoded.len() * 8 {
+            let mut bytes = encoded.clone();
             bytes[bit / 8] ^= 1 << (bit % 8);
-            let mut damaged = part.clone();
-            damaged.messages = Bytes::from(bytes);
+            let Ok(damaged) = Part::decode(&bytes[..]) else {
+                continue;
+            };
             let mut messages = Vec::new();
             let result = Unpacker::default().push(&damaged, |message| messages.push(message));
             // zstd ignores a few bits; what comes out is then what went in.
             match result {
                 Err(_) => assert!(messages.is_empty()),
-                Ok(_) => expect_same(&sent.transactions, &transactions(&[damaged])),
+                Ok(_) => {
+                    let messages = part.messages.clone();
+                    assert_eq!(
+                        &Part {
+                            messages,
+                            ..damaged.clone()
+                        },
+                        part
+                    );
+                    expect_same(&sent.transactions, &transactions(&[damaged]));
+                }
             }
         }
+    }
+}
+
+#[test]
+fn a_part_that_was_given_another_place_is_refused() {
+    let [part] = &parts(&batch(some_changes()), 0, 1 << 20, Compression::Zstd)[..] else {
+        panic!("it fits into one part");
+    };
+    let changes: [fn(&mut Part); 11] = [
+        |part| part.version = 1,
+        |part| part.stream.push('x'),
+        |part| part.system_identifier += 1,
+        |part| part.term -= 1,
+        |part| part.writer += 1,
+        |part| part.batch += 1,
+        |part| part.previous_end_lsn -= 1,
+        |part| part.end_lsn += 1,
+        |part| part.commit_time += 1,
+        |part| part.parts = 0,
+        |part| part.header_crc32c = 0,
+    ];
+    assert!(is_intact(part));
+    for (n, change) in changes.into_iter().enumerate() {
+        let mut other = part.clone();
+        change(&mut other);
+        assert!(!is_intact(&other), "{n}");
+        let error = Unpacker::default().push(&other, |_| {}).unwrap_err();
+        assert!(matches!(error, UnpackError::Damaged { .. }), "{n}: {error}");
     }
 }
 
@@ -229,6 +271,7 @@ fn parts_out_of_order_are_refused() {
     assert!(unpacker.is_inside_a_batch());
     let mut foreign = parts[1].clone();
     foreign.writer += 1;
+    let foreign = sealed(foreign);
     for wrong in [&parts[0], &parts[2], &foreign] {
         let error = unpacker.push(wrong, |_| {}).unwrap_err();
         assert!(
@@ -269,13 +312,11 @@ fn frames_come_back_however_the_bytes_arrive() {
     assert!(matches!(cut.finish(), Err(FramesError::Cut)));
 }
 
-/// What version 1 wrote on its first day. Never written anew: a reader that does not read it any more has lost
+/// What a version wrote on its first day. Never written anew: a reader that does not read it any more has lost
 /// somebody's archive.
-#[test]
-fn the_golden_file_of_version_1_is_read() {
-    const GOLDEN: &[u8] = include_bytes!("golden/v1.parts");
+fn the_golden_file_is_read(golden: &[u8], version: u32) {
     let mut frames = Frames::default();
-    frames.push(GOLDEN);
+    frames.push(golden);
     let mut read = Vec::new();
     while let Some(part) = frames.next_part().unwrap() {
         read.push(part);
@@ -287,15 +328,26 @@ fn the_golden_file_of_version_1_is_read() {
     let expected = batch(some_changes());
     for parts in [&zstd, &plain] {
         assert!(parts.len() > 2);
-        let [first, ..] = &parts[..] else {
-            panic!("it is empty")
-        };
-        assert_eq!(first.version, 1);
-        assert_eq!(first.stream, author().stream);
-        assert_eq!(first.system_identifier, author().system_identifier);
-        assert_eq!((first.term, first.writer, first.batch), (3, 42, 9));
-        assert_eq!((first.previous_end_lsn, first.end_lsn), (100, 130));
-        assert_eq!(first.commit_time, 1_000_002);
+        for part in parts {
+            assert_eq!(part.version, version);
+            assert_eq!(part.header_crc32c != 0, version >= 2);
+            assert!(is_intact(part));
+            assert_eq!(part.stream, author().stream);
+            assert_eq!(part.system_identifier, author().system_identifier);
+            assert_eq!((part.term, part.writer, part.batch), (3, 42, 9));
+            assert_eq!((part.previous_end_lsn, part.end_lsn), (100, 130));
+            assert_eq!(part.commit_time, 1_000_002);
+        }
         expect_same(&expected.transactions, &transactions(parts));
     }
+}
+
+#[test]
+fn the_golden_file_of_version_1_is_read() {
+    the_golden_file_is_read(include_bytes!("golden/v1.parts"), 1);
+}
+
+#[test]
+fn the_golden_file_of_version_2_is_read() {
+    the_golden_file_is_read(include_bytes!("golden/v2.parts"), 2);
 }

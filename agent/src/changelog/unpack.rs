@@ -6,7 +6,7 @@
 
 use bytes::{Buf as _, Bytes, BytesMut};
 
-use super::{Compression, PART_BYTES_MAX, Part, VERSION};
+use super::{Compression, PART_BYTES_MAX, Part, VERSION, is_intact};
 use crate::error::{Class, Classify};
 
 /// Why parts cannot be read.
@@ -83,6 +83,14 @@ impl Unpacker {
             let version = part.version;
             return Err(UnpackError::Version { version });
         }
+        let damaged = |reason: &str| UnpackError::Damaged {
+            batch: part.batch,
+            part: part.part,
+            reason: reason.to_owned(),
+        };
+        if !is_intact(part) {
+            return Err(damaged("the checksum of what it says of itself differs"));
+        }
         let (writer, batch, due) = *self.open.get_or_insert((part.writer, part.batch, 0));
         if (part.writer, part.batch, part.part) != (writer, batch, due) {
             return Err(UnpackError::OutOfOrder {
@@ -92,11 +100,6 @@ impl Unpacker {
                 due,
             });
         }
-        let damaged = |reason: &str| UnpackError::Damaged {
-            batch: part.batch,
-            part: part.part,
-            reason: reason.to_owned(),
-        };
         self.gathered
             .extend_from_slice(&raw(part).map_err(|reason| damaged(&reason))?);
         while let Some(message) = next_message(&mut self.gathered) {

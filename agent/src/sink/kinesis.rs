@@ -143,9 +143,10 @@ impl KinesisSink {
             }
             if putting.len() >= CHUNKS {
                 putting.try_next().await?;
+                // Some parts are in the stream, and this one is not.
+                failpoint::hit("kinesis:part-put");
             }
             putting.push(Box::pin(Arc::clone(&self).put_chunk(chunk)));
-            failpoint::hit("kinesis:part-put");
         }
         while putting.try_next().await?.is_some() {}
         drop(putting);
@@ -223,6 +224,7 @@ mod tests {
             raw_bytes: u64::MAX,
             crc32c: u32::MAX,
             messages: messages.into(),
+            header_crc32c: u32::MAX,
         };
         let record = record(&part);
         assert!(record.data.len() + record.partition_key.len() <= RECORD_BYTES_MAX);
