@@ -132,7 +132,7 @@ impl StreamDrain<'_> {
             .kinesis_stream(database)
             .ok_or(Failed::Records("route.kind is not kinesis"))?;
         let spill_directory = spill::directory_of(&limits.spill_directory, &prepared.stream);
-        let space = SpillSpace::open(spill_directory.clone(), limits.spill_bytes)?;
+        let space = SpillSpace::open(spill_directory, limits.spill_bytes)?;
         let archive = config.archive.as_ref();
         let settings = StreamSettings {
             kinesis_stream,
@@ -149,8 +149,6 @@ impl StreamDrain<'_> {
                 queue_bytes: limits.queue_bytes,
                 transaction_bytes: limits.transaction_bytes,
             },
-            spill_directory,
-            spill_bytes: limits.spill_bytes,
             archive: archive.map(|archive| (archive.url.clone(), archive.encryption.clone())),
             // Nobody writes it any more.
             patience: Duration::ZERO,

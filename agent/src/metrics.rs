@@ -187,7 +187,7 @@ pub const ALL: &[(&str, Kind, &str)] = &[
     (
         "dr_agent_stream_ignored_records_total",
         Kind::Counter,
-        "Records read and not needed: known (duplicates), of another stream, of another source, of an older term, unreadable",
+        "Records read and not needed: known (duplicates), of another stream, of another source, of an older term, unreadable, damaged",
     ),
     (
         "dr_agent_stream_waiting_bytes",

@@ -25,6 +25,7 @@
 mod behind;
 mod catch_up;
 mod feedback;
+mod from_archive;
 mod intake;
 mod kinesis;
 mod log;
@@ -125,7 +126,7 @@ pub enum SourceError {
     },
     /// Too many records wait for one that is missing.
     #[error(
-        "records that wait for an earlier one need more than the {limit} bytes of limits.spill_bytes"
+        "records that wait for an earlier one need more than what they may take of the {limit} bytes of limits.spill_bytes"
     )]
     TooMuchWaits {
         /// The limit, in bytes.

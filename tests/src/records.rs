@@ -22,7 +22,7 @@ pub async fn everything(kinesis: &Kinesis) -> Vec<Bytes> {
     let mut records = Vec::new();
     while let Some(event) = seen.recv().await {
         match event {
-            Event::Records(more) => records.extend(more),
+            Event::Records(more) => records.extend(more.data),
             Event::ReadUpTo(at) if at >= now => break,
             Event::ReadUpTo(_) => {}
         }
