@@ -19,7 +19,7 @@
 //! - A table that was unlisted for a while is set back to `pending` before it is listed again: once
 //!   listed, nothing would show that its changes were missed.
 //! - A promoted replica is refused before anything is written, on either side.
-//! - One agent at a time: an advisory lock on the replica is held to the end ([`lock`]).
+//! - One agent at a time: an advisory lock on the replica is held to the end (`lock`).
 //!
 //! # What it does not do
 //! It does not stream, retry or log; [`SetupError`] says what a person has to do. The copy itself
@@ -62,6 +62,7 @@ pub use sending::{prepare_logging, prepare_sending};
 
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases};
+use crate::failpoint;
 use crate::pg::replication::CreatedSlot;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
 use crate::snapshot::{self, CopyJob, CopyObserver};
@@ -323,6 +324,8 @@ impl<'a> Setup<'a> {
                 "look up the types of published columns",
             ))?;
         let rows = table_sync::rows(&self.replica, &self.source.stream).await?;
+        replica::note_tables(&self.replica, &self.source.stream, as_of).await?;
+        failpoint::hit("setup:tables-noted");
         let prepared = Prepared {
             term: progress.term,
             batch: progress.batch,

@@ -126,11 +126,12 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
     let stream = config.stream(database);
     let client = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
     let known = replica::remembered(&client, &stream).await?;
-    let (Some(history), Some(progress)) = (known.recorded, known.progress) else {
+    let (Some(history), Some(progress)) = (&known.recorded, known.progress) else {
         return Err(SetupError::NotSent {
             stream: stream.to_string(),
         });
     };
+    let (history, as_of) = (history.clone(), known.list_as_of(progress));
     let receiving = Receiving {
         config,
         database,
@@ -139,9 +140,7 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
         observer: &(),
         cancel: &CancellationToken::new(),
     };
-    receiving
-        .prepared(&client, history, progress, progress.end_lsn)
-        .await
+    receiving.prepared(&client, history, progress, as_of).await
 }
 
 struct Receiving<'a> {
@@ -172,14 +171,15 @@ impl<'a> Receiving<'a> {
             .expect("nobody else works on the stream, and it has progress");
         replica::guard(&mut client, self.database).await?;
         let rows = table_sync::rows(&client, &self.stream).await?;
+        let as_of = known.list_as_of(progress);
         let history = known.recorded.ok_or_else(|| SetupError::NotSent {
             stream: self.stream.to_string(),
         })?;
         let unfinished = rows.iter().find(|row| !row.ready).map(|row| &row.table);
         match new_table.or(unfinished) {
-            // Whatever is not on the list and changes from here on is new.
+            // Whatever is not on the list and changes from here on, or since the source was last looked at, is new.
             None => {
-                self.prepared(&client, history, progress, progress.end_lsn)
+                self.prepared(&client, history, progress, as_of)
                     .await?
                     .holding(client, Side::Replica)
                     .await

@@ -190,7 +190,18 @@ async fn own_database(
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub(super) recorded: Option<History>,
+    /// Where the source stood when its tables were last looked at.
+    pub(super) tables_as_of: Option<PgLsn>,
     pub(super) progress: Option<Progress>,
+}
+
+impl Known {
+    /// Where the list of tables holds for: what is not on it and changes later is new.
+    pub(super) fn list_as_of(&self, progress: Progress) -> PgLsn {
+        progress
+            .end_lsn
+            .max(self.tables_as_of.unwrap_or(progress.end_lsn))
+    }
 }
 
 /// The stream's row of `dr_agent.progress`.
@@ -230,7 +241,7 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
     };
     let recorded = client
         .query_typed_opt(
-            "SELECT system_identifier, timeline FROM dr_agent.stream WHERE stream = $1",
+            "SELECT system_identifier, timeline, tables_as_of FROM dr_agent.stream WHERE stream = $1",
             &[(&stream.as_str(), Type::TEXT)],
         )
         .await
@@ -243,6 +254,7 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
         .await
         .map_err(sql)?;
     Ok(Known {
+        tables_as_of: recorded.as_ref().and_then(|row| row.get(2)),
         recorded: recorded.map(|row| History {
             system_identifier: row.get(0),
             timeline: row.get(1),
@@ -266,7 +278,7 @@ pub(super) async fn record(
         INSERT INTO dr_agent.stream (stream, system_identifier, timeline) VALUES ($1, $2, $3)
             ON CONFLICT (stream) DO UPDATE
            SET system_identifier = EXCLUDED.system_identifier, timeline = EXCLUDED.timeline,
-               created_at = now()";
+               tables_as_of = NULL, created_at = now()";
     client
         .execute(
             SQL,
@@ -277,6 +289,23 @@ pub(super) async fn record(
             ],
         )
         .await?;
+    Ok(())
+}
+
+/// Notes that every table is here that the source publishes at `as_of`. A later start without the source goes by it.
+pub(super) async fn note_tables(
+    client: &Client,
+    stream: &StreamName,
+    as_of: PgLsn,
+) -> Result<(), SetupError> {
+    const SQL: &str = "
+        UPDATE dr_agent.stream SET tables_as_of = greatest(tables_as_of, $2) WHERE stream = $1";
+    client
+        .execute(SQL, &[&stream.as_str(), &as_of])
+        .await
+        .map_err(|error| {
+            SetupError::sql(Side::Replica, "note which tables are here")(error.into())
+        })?;
     Ok(())
 }
 

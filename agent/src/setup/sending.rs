@@ -9,7 +9,7 @@
 //! # Invariants
 //! - A slot that was there and is gone is refused: its successor would leave a gap in the stream that only the
 //!   other side could notice.
-//! - One agent at a time sends a stream: it holds the right to it on the source ([`super::lock`]), because nothing else keeps a
+//! - One agent at a time sends a stream: it holds the right to it on the source (`lock`), because nothing else keeps a
 //!   second one away while the first reads a backlog in windows.
 //!
 //! # What it does not do
