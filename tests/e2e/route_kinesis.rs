@@ -96,7 +96,6 @@ async fn both_sides_are_killed_at_every_edge_of_durability() {
         "archive:spooled",
         "archive:uploaded",
         "kinesis:before-put",
-        "kinesis:part-put",
         "kinesis:put",
         "pipeline:before-acknowledge",
         "source:acknowledged",
@@ -106,7 +105,7 @@ async fn both_sides_are_killed_at_every_edge_of_durability() {
     {
         let mut armed = route.run(&[("DR_AGENT_FAILPOINT", point)]);
         write(database, n as u32).await;
-        armed.wait_for_exit(PATIENCE).await;
+        armed.expect_death_by_signal().await;
     }
     let running = route.run(&[]);
     for (n, point) in [
@@ -121,7 +120,7 @@ async fn both_sides_are_killed_at_every_edge_of_durability() {
     {
         let mut armed = route.apply(&[("DR_AGENT_FAILPOINT", point)]);
         write(database, n as u32 + 50).await;
-        armed.wait_for_exit(PATIENCE).await;
+        armed.expect_death_by_signal().await;
     }
     let applying = route.apply(&[]);
     write(database, 99).await;
@@ -322,28 +321,6 @@ async fn while_the_replica_is_away_the_source_keeps_nothing_for_it() {
     site.replica.start_again().await;
     applying.wait_for_streaming(&database.name).await;
     database.expect_equal().await;
-    // What has not been read waits in the stream, not in memory.
-    assert!(applying.peak_resident_bytes() < 512 << 20);
-    running.stop().await;
-    applying.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_large_transaction_goes_through_in_bounded_memory() {
-    let site = Site::own().await;
-    let (_kinesalite, route, running, applying) = replicated(&site, "large").await;
-    let database = &route.database;
-    // 100 MiB of changes that do not compress below 50.
-    database
-        .source()
-        .await
-        .run("INSERT INTO t SELECT g, (SELECT string_agg(md5(random()::text || g || i), '') FROM generate_series(1, 32) AS i) FROM generate_series(1000, 101000) AS g")
-        .await;
-    database.expect_equal().await;
-    for process in [&running, &applying] {
-        let peak = process.peak_resident_bytes();
-        assert!(peak < 512 << 20, "{} MiB", peak >> 20);
-    }
     running.stop().await;
     applying.stop().await;
 }
@@ -371,7 +348,7 @@ async fn sites_that_do_not_see_one_another_copy_out_of_the_archive() {
     write(&route.database, 1).await;
     // A load that is killed is begun anew.
     let mut armed = route.apply(&[("DR_AGENT_FAILPOINT", "restore:data-loaded")]);
-    armed.wait_for_exit(PATIENCE).await;
+    armed.expect_death_by_signal().await;
     write(&route.database, 2).await;
     let applying = route.apply(&[]);
     applying.wait_for_log(&["interrupted", "begins anew"]).await;
