@@ -105,7 +105,12 @@ impl SpillRoom {
         self.limit
     }
 
-    /// Takes so many bytes, if less than `most` are in use with them.
+    /// How much of it is in use.
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Takes so many bytes, if no more than `most` are in use with them.
     ///
     /// # Errors
     /// [`SpillError::Full`]

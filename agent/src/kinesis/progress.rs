@@ -48,8 +48,9 @@ pub(super) fn room_for_page(since: Option<Duration>) -> u64 {
         return PAGE_BYTES_MAX;
     };
     // A second more: what is allowed in one may come at once.
-    let seconds = since.as_secs().saturating_add(2);
-    PAGE_BYTES_MAX.min(seconds.saturating_mul(WRITTEN_PER_SECOND))
+    let millis = since.as_millis().saturating_add(1000);
+    let bytes = millis.saturating_mul(u128::from(WRITTEN_PER_SECOND)) / 1000;
+    PAGE_BYTES_MAX.min(u64::try_from(bytes).unwrap_or(u64::MAX))
 }
 
 /// What an answer to GetRecords says about where it leads.
@@ -282,11 +283,12 @@ mod tests {
 
     #[test]
     fn a_shard_at_its_tip_brings_what_may_have_been_written_since() {
-        let room = |since: Option<u64>| room_for_page(since.map(Duration::from_secs)) >> 20;
-        assert_eq!(room(None), 10);
-        assert_eq!(room(Some(0)), 2);
-        assert_eq!(room(Some(5)), 7);
-        assert_eq!(room(Some(3600)), 10);
+        let room = |since: Option<u64>| room_for_page(since.map(Duration::from_millis)) >> 10;
+        assert_eq!(room(None), 10 << 10);
+        assert_eq!(room(Some(0)), 1 << 10);
+        assert_eq!(room(Some(250)), 1280);
+        assert_eq!(room(Some(5000)), 6 << 10);
+        assert_eq!(room(Some(3_600_000)), 10 << 10);
     }
 
     #[test]

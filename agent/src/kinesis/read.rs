@@ -38,7 +38,7 @@ use super::{Kinesis, KinesisError};
 const REPORTS: usize = 64;
 
 /// Bytes of records in memory, in the channel of events and on the way there: three full pages, as many as a reader takes in
-/// the time of a request, or the tips of sixteen shards at a time. An answer takes more than twice as much while it is decoded.
+/// the time of a request, or the tips of some 25 shards at a time. An answer takes more than twice as much while it is decoded.
 const PAGES_BYTES: usize = 32 << 20;
 
 /// How often it is said how late the reader is, also when nothing comes.

@@ -55,6 +55,9 @@ const STANDSTILL: Duration = Duration::from_secs(30);
 /// Between two looks whether the archive has what is missing.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
+/// Between two looks whether a large transaction has given its room back.
+const ROOM_EVERY: Duration = Duration::from_millis(250);
+
 /// What may wait for others in memory, as a part of `limits.queue_bytes`, one in so many; the queue has the rest.
 const WAITING: u64 = 4;
 
@@ -392,9 +395,13 @@ impl Receiving {
                 true => "is missing in the Kinesis stream",
                 false => "is not finished by its writer",
             };
+            let then = match self.archive.is_there() {
+                true => ": looking for it in the archive",
+                false => "",
+            };
             tracing::warn!(
                 stream = %self.settings.stream, from = %gap.from, to = %gap.to,
-                "a stretch {what}: looking for it in the archive"
+                "a stretch {what}{then}"
             );
         }
         let filled = self.fill(gap).await?;
@@ -434,10 +441,16 @@ impl Receiving {
     }
 
     /// Waits for room on the shelf; nothing is read meanwhile. What was complete is gone: all that helps is what is missing,
-    /// from the archive.
+    /// from the archive, or a large transaction that arrives at the replica.
     async fn make_room(&mut self, limit: u64) -> Result<Flow, SourceError> {
         let queue = self.queue.clone();
         loop {
+            if self.shelf.others_have_room() {
+                return Ok(tokio::select! {
+                    () = queue.closed() => UNWANTED,
+                    () = tokio::time::sleep(ROOM_EVERY) => ON,
+                });
+            }
             let Some(gap) = self.gather.gap() else {
                 return Err(SourceError::TooMuchWaits { limit });
             };

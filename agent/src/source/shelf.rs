@@ -39,6 +39,8 @@ pub(super) struct Shelf {
     room: SpillRoom,
     memory: Arc<AtomicU64>,
     disk: Arc<AtomicU64>,
+    /// What all files take, with what does not wait in them any more.
+    files: Arc<AtomicU64>,
     /// The file that is being written.
     file: Option<Arc<ShelfFile>>,
 }
@@ -95,11 +97,15 @@ pub(super) struct ShelfFile {
     room: SpillRoom,
     /// What was written, whether or not it still waits.
     written: AtomicU64,
+    /// The same of all files.
+    files: Arc<AtomicU64>,
 }
 
 impl Drop for ShelfFile {
     fn drop(&mut self) {
-        self.room.give_back(self.written.load(Ordering::Relaxed));
+        let written = self.written.load(Ordering::Relaxed);
+        self.files.fetch_sub(written, Ordering::Relaxed);
+        self.room.give_back(written);
     }
 }
 
@@ -122,6 +128,7 @@ impl Shelf {
             room,
             memory: Arc::default(),
             disk: Arc::default(),
+            files: Arc::default(),
             file: None,
         }
     }
@@ -129,6 +136,11 @@ impl Shelf {
     /// Bytes that wait.
     pub(super) fn bytes(&self) -> u64 {
         self.memory.load(Ordering::Relaxed) + self.disk.load(Ordering::Relaxed)
+    }
+
+    /// Whether large transactions that are on their way to the replica hold some of the room, which they will give back.
+    pub(super) fn others_have_room(&self) -> bool {
+        self.room.used() > self.files.load(Ordering::Relaxed)
     }
 
     /// Puts a part there.
@@ -147,6 +159,7 @@ impl Shelf {
         let length = encoded.len();
         let file = self.file()?;
         self.room.take(length as u64, self.disk_max)?;
+        self.files.fetch_add(length as u64, Ordering::Relaxed);
         let offset = file.written.fetch_add(length as u64, Ordering::Relaxed);
         file.file
             .write_all_at(&encoded, offset)
@@ -182,6 +195,7 @@ impl Shelf {
             directory: self.directory.clone(),
             room: self.room.clone(),
             written: AtomicU64::new(0),
+            files: Arc::clone(&self.files),
         })
     }
 }
@@ -293,7 +307,13 @@ mod tests {
         assert!(matches!(full, SpillError::Full { limit } if limit == 16 << 10));
         assert!(shelf.bytes() > 13 << 10, "{}", shelf.bytes());
         let room = space.room();
+        assert!(!shelf.others_have_room());
         room.take(2 << 10, room.limit()).unwrap();
         assert!(room.take(2 << 10, room.limit()).is_err());
+        // Full as it is, somebody else gives some back.
+        assert!(shelf.others_have_room());
+        room.give_back(2 << 10);
+        waiting.clear();
+        assert!(!shelf.others_have_room());
     }
 }
