@@ -10,6 +10,7 @@
 mod archive;
 mod archive_alone;
 mod archive_history;
+mod archive_lives;
 mod archive_tidy;
 mod archive_writers;
 mod backup;
