@@ -175,6 +175,7 @@ impl StreamDrain<'_> {
             term: prepared.term - 1,
             start: prepared.end_lsn,
             commit_time: prepared.commit_time,
+            copied: prepared.batch == 0,
             limits: IntakeLimits {
                 queue_bytes: limits.queue_bytes,
                 transaction_bytes: limits.transaction_bytes,

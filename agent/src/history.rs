@@ -4,6 +4,9 @@
 //! A source that was restored or failed over may give an LSN out a second time; whoever sets the replica up anew then begins
 //! another history, and what was written of the one before (in the archive, in a Kinesis stream) is never mixed with it.
 //!
+//! A source that is set back with its slot, by a snapshot of its storage, says nothing of it: the same history then has two lives.
+//! Time does not go back with it, and by that it is found out ([`WentBack`]).
+//!
 //! # Invariants
 //! - Two histories of one source differ in when they began, by the source's clock.
 
@@ -13,6 +16,49 @@ use std::str::FromStr;
 use jiff::Timestamp;
 
 use crate::lag::{Micros, pg_micros, system_time};
+use crate::pg::PgLsn;
+
+/// As far as the clock of a healthy server may be set back.
+const CLOCK_STEP_MAX: Micros = 60_000_000;
+
+/// A transaction came that lies before others and committed long after them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a transaction that ends at {end_lsn} committed at {}, although what lies behind it did at {}: the source went back in time",
+    humantime::format_rfc3339_seconds(system_time(*.commit_time)), humantime::format_rfc3339_seconds(system_time(*.newest))
+)]
+pub struct WentBack {
+    /// Where it ends, or its batch.
+    pub end_lsn: PgLsn,
+    /// When it committed.
+    pub commit_time: Micros,
+    /// The last commit time that was known, of what lies behind it.
+    pub newest: Micros,
+}
+
+impl WentBack {
+    /// What a person does about it.
+    pub const HINT: &str = "the source, with its slot, was set back by a snapshot of its storage, and went on from there; the         replica and the archive may hold the only copy of what came after it, and `dr-agent promote` keeps it. To start over with         what the source has now: drop the slot, DELETE FROM dr_agent.sending on the source, DROP DATABASE on the replica, and         start the agents; the archive keeps both histories. If only a clock was wrong: start over as well";
+}
+
+/// Whether what comes a second time, before what is known, is what came the first time.
+///
+/// # Errors
+/// [`WentBack`]
+pub fn comes_again(
+    end_lsn: PgLsn,
+    commit_time: Micros,
+    newest: Option<Micros>,
+) -> Result<(), WentBack> {
+    match newest {
+        Some(newest) if commit_time > newest + CLOCK_STEP_MAX => Err(WentBack {
+            end_lsn,
+            commit_time,
+            newest,
+        }),
+        _ => Ok(()),
+    }
+}
 
 /// How [`History`] writes a time: sortable, without what a file system or a URL would mind.
 const BEGAN: &str = "%Y%m%dT%H%M%S.%6fZ";

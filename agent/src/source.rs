@@ -46,6 +46,7 @@ use crate::archive::ArchiveError;
 use crate::changelog::{Gap, UnpackError};
 use crate::error::{Class, Classify};
 use crate::failpoint;
+use crate::history::WentBack;
 use crate::kinesis::KinesisError;
 use crate::ledger::FlushLsn;
 use crate::pg::pgoutput::DecodeError;
@@ -159,6 +160,9 @@ pub enum SourceError {
         /// What the archive has of it.
         archive: String,
     },
+    /// The source gives LSNs out a second time.
+    #[error(transparent)]
+    WentBack(#[from] WentBack),
     /// The archive, which was to fill a gap of the Kinesis stream.
     #[error("fill a gap of the Kinesis stream from the archive")]
     Archive(#[from] ArchiveError),
@@ -180,6 +184,7 @@ impl Classify for SourceError {
             | Self::Decode(_)
             | Self::Contradiction { .. }
             | Self::TooMuchWaits { .. }
+            | Self::WentBack(_)
             | Self::Gap { .. } => Class::Definite,
             // What the next start finds says whether somebody is wanted.
             Self::Overtaken { .. } | Self::Behind { .. } | Self::Ended | Self::Silent { .. } => {
@@ -210,6 +215,7 @@ impl Classify for SourceError {
             Self::TooMuchWaits { .. } => Some(
                 "raise limits.spill_bytes (and give the disk that room), then start `dr-agent apply` again".to_owned(),
             ),
+            Self::WentBack(_) => Some(WentBack::HINT.to_owned()),
             Self::Gap { .. } => Some(
                 "if the archive gets it later (its spool may still be uploading), start `dr-agent apply` again. Otherwise \
                  DROP DATABASE on the replica and let `dr-agent apply` begin anew, from the source or from a base \

@@ -44,6 +44,7 @@ mod route_kinesis_gaps;
 mod route_kinesis_oracle;
 mod route_kinesis_senders;
 mod schema;
+mod set_back;
 mod slot;
 mod status;
 mod store;

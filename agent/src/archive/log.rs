@@ -439,8 +439,8 @@ impl Writer {
                 tokio::task::block_in_place(|| self.spool.append(&self.settings.author, batch));
             let error = match appended {
                 Ok(appended) => return Ok(self.appended(appended, batch, origin)),
-                // The transaction cannot be applied either.
-                Err(error @ SpoolError::Spill(_)) => return Err(error),
+                // The transaction cannot be applied either, or must not be.
+                Err(error @ (SpoolError::Spill(_) | SpoolError::WentBack(_))) => return Err(error),
                 Err(error) => error,
             };
             // What has been begun makes room once the store has it.

@@ -3,7 +3,7 @@
 //! ```text
 //! <directory>/<start>.open          being written; parts behind one another, uncompressed
 //! <directory>/<start>-<end>.log     complete, waiting for the store
-//! <directory>/<start>-<end>.taken   empty: the last one that the store has taken
+//! <directory>/<start>-<end>.taken   the last one that the store has taken: its last commit time, in microseconds since 2000
 //! <directory>/<start>-<end>.missing empty: of a segment that was damaged; to be read again
 //! ```
 //! One directory for each history. Its *position* is how far the log has come; what is appended begins there.
@@ -28,10 +28,12 @@ use bytes::BytesMut;
 
 use super::Chain;
 use super::layout::{Span, digits, parse_digits};
-use super::recover::{self, Recovered};
+use super::recover::{self, Kept, Recovered};
 use crate::batch::Batch;
 use crate::changelog::{Author, Compression, Packing, UnpackError, put_frame};
 use crate::error::{Class, Classify, disk_class};
+use crate::history::{WentBack, comes_again};
+use crate::lag::Micros;
 use crate::pg::PgLsn;
 use crate::spill::SpillError;
 
@@ -92,6 +94,9 @@ pub enum SpoolError {
         /// Where the whole batches at its beginning end.
         end: PgLsn,
     },
+    /// The source gives LSNs out a second time.
+    #[error(transparent)]
+    WentBack(#[from] WentBack),
     /// What another version of the agent has left.
     #[error("read what waits in spool {}", path.display())]
     Record {
@@ -108,7 +113,7 @@ impl Classify for SpoolError {
         match self {
             Self::Io { source, .. } => disk_class(source),
             Self::Full { .. } => Class::Transient,
-            Self::InUse { .. } | Self::Damaged { .. } => Class::Definite,
+            Self::InUse { .. } | Self::Damaged { .. } | Self::WentBack(_) => Class::Definite,
             Self::Spill(error) => error.class(),
             Self::Record { source, .. } => source.class(),
         }
@@ -130,6 +135,7 @@ impl Classify for SpoolError {
             Self::Damaged { .. } => Some(
                 "the disk, or its controller, or memory is failing: look there; what the source still has is read again".to_owned(),
             ),
+            Self::WentBack(_) => Some(WentBack::HINT.to_owned()),
             Self::Spill(error) => error.hint(),
             Self::Record { source, .. } => source.hint(),
         }
@@ -141,6 +147,8 @@ impl Classify for SpoolError {
 pub struct Segment {
     /// What it holds.
     pub span: Span,
+    /// When its last transaction committed.
+    newest: Micros,
     path: PathBuf,
     bytes: u64,
     used: Arc<AtomicU64>,
@@ -166,7 +174,7 @@ impl Segment {
         let mark = directory.join(format!("{}.{TAKEN}", self.span.name()));
         fs::rename(&self.path, &mark).map_err(at("rename", &self.path))?;
         self.used.fetch_sub(self.bytes, Ordering::Relaxed);
-        File::create(&mark).map_err(at("empty", &mark))?;
+        fs::write(&mark, self.newest.to_string()).map_err(at("empty", &mark))?;
         sync_directory(directory)?;
         for (path, span) in with_ending(directory, TAKEN)? {
             if span.end < self.span.end {
@@ -208,6 +216,8 @@ pub struct Spool {
     open: Option<Open>,
     /// How far the log has come.
     position: PgLsn,
+    /// When the last transaction committed that is in the log, as far as the spool remembers.
+    newest: Option<Micros>,
     /// What is to be read again, in order.
     missing: Vec<Span>,
     /// Held as long as the spool is open.
@@ -231,6 +241,7 @@ struct Open {
     file: File,
     path: PathBuf,
     span: Span,
+    newest: Micros,
     bytes: u64,
 }
 
@@ -269,11 +280,12 @@ impl Spool {
             if let Some(span) = recovered.missing {
                 mark_missing(directory, span)?;
             }
-            if let Some((path, span)) = recovered.segment {
+            if let Some(Kept { path, span, newest }) = recovered.segment {
                 let bytes = fs::metadata(&path).map_err(at("look at", &path))?.len();
                 used.fetch_add(bytes, Ordering::Relaxed);
                 waiting.push(Segment {
                     span,
+                    newest,
                     path,
                     bytes,
                     used: Arc::clone(&used),
@@ -282,8 +294,11 @@ impl Spool {
         }
         waiting.sort_by_key(|segment| segment.span);
         let taken = with_ending(directory, TAKEN)?;
-        let taken = taken.into_iter().map(|(_, span)| span);
-        let taken = taken.max_by_key(|span| span.end);
+        let taken = taken.into_iter().max_by_key(|(_, span)| span.end);
+        let newest = waiting.iter().map(|segment| segment.newest);
+        let newest = newest.chain(taken.iter().filter_map(|(mark, _)| committed_at(mark)));
+        let newest = newest.max();
+        let taken = taken.map(|(_, span)| span);
         let spans = waiting.iter().map(|segment| segment.span).chain(taken);
         let spans: Vec<Span> = spans.collect();
         let missing = with_ending(directory, MISSING)?;
@@ -300,6 +315,7 @@ impl Spool {
             used,
             open: None,
             position,
+            newest,
             missing,
             _lock: lock,
         };
@@ -398,7 +414,9 @@ impl Spool {
     /// # Errors
     /// [`SpoolError`]; nothing of the batch is in the spool then, and what was there before it still is.
     pub fn append(&mut self, author: &Author, batch: &Batch) -> Result<Appended, SpoolError> {
-        if batch.end_lsn() <= self.position {
+        let (end_lsn, commit_time) = (batch.end_lsn(), batch.commit_time());
+        if end_lsn <= self.position {
+            comes_again(end_lsn, commit_time, self.newest)?;
             return Ok(Appended::Known);
         }
         if batch.previous > self.position {
@@ -417,8 +435,10 @@ impl Spool {
             Ok(written) => {
                 self.used.fetch_add(written, Ordering::Relaxed);
                 open.bytes += written;
-                open.span.end = batch.end_lsn();
-                self.position = batch.end_lsn();
+                open.span.end = end_lsn;
+                open.newest = open.newest.max(commit_time);
+                self.newest = self.newest.max(Some(commit_time));
+                self.position = end_lsn;
                 self.pass()?;
                 Ok(Appended::Now)
             }
@@ -459,11 +479,17 @@ impl Spool {
         let path = complete(&self.directory, &open.path, open.span)?;
         Ok(Some(Segment {
             span: open.span,
+            newest: open.newest,
             path,
             bytes: open.bytes,
             used: Arc::clone(&self.used),
         }))
     }
+}
+
+/// When the last transaction of a segment committed that the store has taken. A mark that was cut short says nothing.
+fn committed_at(mark: &Path) -> Option<Micros> {
+    fs::read_to_string(mark).ok()?.parse().ok()
 }
 
 fn missing_mark(directory: &Path, span: Span) -> PathBuf {
@@ -503,6 +529,7 @@ fn begin(directory: &Path, start: PgLsn) -> Result<Open, SpoolError> {
         file,
         path,
         span: Span { start, end: start },
+        newest: Micros::MIN,
         bytes: 0,
     })
 }

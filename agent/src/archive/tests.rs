@@ -338,6 +338,47 @@ fn what_a_disk_has_spoilt_is_told_from_what_a_crash_has_cut_off() {
     }
 }
 
+/// A source that was set back to a snapshot of its storage gives LSNs out a second time, later.
+#[test]
+fn what_comes_again_must_have_committed_when_it_did_also_after_the_store_has_taken_it() {
+    const MINUTE: i64 = 60_000_000;
+    let committed_at = |minutes: i64, previous, end| {
+        let mut batch = batch(previous, end, 1);
+        batch.transactions[0].commit_time = minutes * MINUTE;
+        batch
+    };
+    let home = tempfile::tempdir().unwrap();
+    let (mut spool, _) = open(home.path());
+    for end in [20, 30, 40] {
+        let new = committed_at(end as i64, end - 10, end);
+        spool.append(&author(), &new).unwrap();
+    }
+    for is_taken in [false, true] {
+        if is_taken {
+            let (_, waiting) = {
+                drop(spool);
+                open(home.path())
+            };
+            waiting
+                .into_iter()
+                .for_each(|segment| segment.taken().unwrap());
+            (spool, _) = open(home.path());
+        }
+        assert_eq!(spool.position(), lsn(40));
+        // As another agent cut it, and by a clock that was set back a little since.
+        for minutes in [10, 30, 41] {
+            let again = spool.append(&author(), &committed_at(minutes, 10, 30));
+            assert_eq!(again.unwrap(), Appended::Known);
+        }
+        let error = spool
+            .append(&author(), &committed_at(42, 10, 30))
+            .unwrap_err();
+        assert!(matches!(error, SpoolError::WentBack(_)), "{error}");
+        assert_eq!(error.class(), Class::Definite);
+        assert!(error.to_string().contains("went back in time"), "{error}");
+    }
+}
+
 /// Three segments of two batches each wait, and a disk spoils some byte of the second.
 #[test]
 fn what_a_disk_has_spoilt_of_a_complete_segment_is_read_again_whatever_is_killed_meanwhile() {

@@ -39,6 +39,8 @@ pub struct Observed {
     pub recorded: Option<Recorded>,
     /// How far the replica is: `dr_agent.progress.end_lsn`.
     pub applied: Option<PgLsn>,
+    /// How many heartbeats the source has written, and of how many the replica knows: `dr_agent.heartbeat.beat`.
+    pub beats: (Option<i64>, Option<i64>),
 }
 
 /// What tells one source from another.
@@ -141,6 +143,16 @@ pub enum Mismatch {
         source_lsn: PgLsn,
         /// The replica's progress.
         applied: PgLsn,
+    },
+    /// The source, with its slot, is as it was before, and its WAL is longer than what was applied.
+    #[error(
+        "the source knows of {found} heartbeats, the replica has applied {applied}: the source went back in time"
+    )]
+    FewerHeartbeats {
+        /// What the source has written.
+        found: i64,
+        /// What the replica has of it.
+        applied: i64,
     },
     /// The replica has progress, the slot is gone.
     #[error("replication slot \"{slot}\" is gone; the replica is at {applied}")]
@@ -284,6 +296,12 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
             applied,
         });
     }
+    // Where the source's note is gone as well, somebody has made its schema anew.
+    if let (Some(_), (Some(found), Some(applied))) = (seen.noted, seen.beats)
+        && found < applied
+    {
+        return Err(Mismatch::FewerHeartbeats { found, applied });
+    }
     match slot.confirmed {
         // Never built to the end; ours was, or there would be no progress row.
         None => Err(Mismatch::SlotLost {
@@ -380,6 +398,7 @@ impl Classify for Mismatch {
             Self::SystemIdentifier { .. }
             | Self::Timeline { .. }
             | Self::BackInTime { .. }
+            | Self::FewerHeartbeats { .. }
             | Self::SlotLost { .. }
             | Self::SendingSlotLost { .. }
             | Self::SlotInvalidated { .. }
@@ -411,6 +430,10 @@ impl Classify for Mismatch {
                 "the source was restored from an older backup; the replica may hold the only copy \
                  of what came after it: `dr-agent promote` keeps it. {START_OVER}, {SLOT_TOO}, \
                  {THEN}"
+            ),
+            Self::FewerHeartbeats { .. } => format!(
+                "the source was set back by a snapshot of its storage, and wrote on from there; the replica may hold the only \
+                 copy of what came after it: `dr-agent promote` keeps it. {START_OVER}, {SLOT_TOO}, {THEN}"
             ),
             Self::SlotLost { .. } => {
                 format!("the changes since then cannot be had any more. {START_OVER}, {THEN}")
@@ -483,6 +506,7 @@ mod tests {
                 began: 5,
             }),
             applied: Some(PgLsn::from(100)),
+            beats: (Some(50), Some(48)),
         }
     }
 
@@ -544,6 +568,25 @@ mod tests {
             restored_and_promoted,
             Err(Mismatch::BackInTime { .. })
         ));
+    }
+
+    /// A snapshot of its storage was brought back: slot, timeline and identifier are the same, and WAL there is enough.
+    #[test]
+    fn a_source_that_was_set_back_and_wrote_on_is_noticed_by_its_heartbeats() {
+        let back = after(|seen| seen.beats = (Some(47), Some(48)));
+        assert!(matches!(
+            back,
+            Err(Mismatch::FewerHeartbeats {
+                found: 47,
+                applied: 48
+            })
+        ));
+        let equal = after(|seen| seen.beats = (Some(48), Some(48)));
+        assert_eq!(equal, Ok(Verdict::Resume));
+        let unknown = after(|seen| seen.beats = (None, Some(48)));
+        assert_eq!(unknown, Ok(Verdict::Resume));
+        let schema_made_anew = after(|seen| (seen.noted, seen.beats) = (None, (Some(1), Some(48))));
+        assert_eq!(schema_made_anew, Ok(Verdict::Resume));
     }
 
     #[test]

@@ -27,6 +27,7 @@
 
 pub(crate) mod export;
 mod form;
+mod heartbeat;
 pub mod identity;
 pub(crate) mod locale;
 pub mod publication;
@@ -274,6 +275,10 @@ impl<'a> Setup<'a> {
             noted: source.note().await?.map(|noted| noted.began),
             recorded: known.recorded,
             applied: known.progress.map(|progress| progress.end_lsn),
+            beats: (
+                heartbeat::beats(&source.client, Side::Source).await?,
+                heartbeat::beats(&replica, Side::Replica).await?,
+            ),
         })
         .map_err(|source| SetupError::Mismatch {
             database: database.to_owned(),

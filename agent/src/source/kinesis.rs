@@ -37,6 +37,7 @@ use crate::changelog::{self, Gap, Gather, Gathered, Part, UnpackError, Unpacker,
 use crate::failpoint;
 use crate::history::History;
 use crate::kinesis::{Event, Kinesis, KinesisError, Records, StartAt};
+use crate::lag::pg_micros;
 use crate::metrics::StreamMetrics;
 use crate::pg::PgLsn;
 use crate::spill::{SpillError, SpillSpace};
@@ -74,8 +75,10 @@ pub struct StreamSettings {
     pub term: i64,
     /// Where to begin: the end of the last applied transaction.
     pub start: PgLsn,
-    /// When that committed on the source, where it is known.
+    /// When that committed on the source, where it is known, or was copied.
     pub commit_time: Option<SystemTime>,
+    /// Nothing was applied since it was copied: what lies before may have committed later than the copy was begun.
+    pub copied: bool,
     /// What may be held at a time, records that wait for others included.
     pub limits: IntakeLimits,
     /// Where a gap may be filled from.
@@ -142,7 +145,13 @@ pub async fn receive(
             IN_FLIGHT_MAX,
         ),
         shelf: Shelf::new(&space, waiting),
-        intake: LogIntake::telling(limits, settings.start, space, queue.clone(), position),
+        intake: LogIntake::telling(limits, settings.start, space, queue.clone(), position)
+            .committed_at(
+                settings
+                    .commit_time
+                    .filter(|_| !settings.copied)
+                    .map(pg_micros),
+            ),
         queue,
         archive: FromArchive::new(settings.archive.clone(), layout),
         kinesis,
@@ -290,6 +299,10 @@ impl Receiving {
         match worth {
             Worth::Needed => {}
             Worth::Known => {
+                if PgLsn::from(part.end_lsn) <= self.gather.position() {
+                    let (end_lsn, commit_time) = (part.end_lsn.into(), part.commit_time);
+                    self.intake.comes_again(end_lsn, commit_time)?;
+                }
                 self.metrics.ignored("known");
                 return Ok(None);
             }

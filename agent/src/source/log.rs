@@ -7,6 +7,8 @@ use tokio::sync::{mpsc, watch};
 
 use super::intake::{Intake, Nothing, Taken};
 use super::{IntakeLimits, Received, SourceError, SourcePosition};
+use crate::history::comes_again;
+use crate::lag::Micros;
 use crate::pg::PgLsn;
 use crate::pg::pgoutput::{self, Message, MessageKind};
 use crate::spill::SpillSpace;
@@ -16,6 +18,8 @@ pub struct LogIntake {
     intake: Intake,
     /// The transaction has been handed over before.
     skipping: bool,
+    /// The last commit time of what was handed over, where it is known.
+    newest: Option<Micros>,
 }
 
 impl LogIntake {
@@ -41,7 +45,26 @@ impl LogIntake {
         Self {
             intake: Intake::of_log(limits, start, space, queue, position),
             skipping: false,
+            newest: None,
         }
+    }
+
+    /// The transaction that ends where this begins committed then.
+    pub(super) fn committed_at(mut self, time: Option<Micros>) -> Self {
+        self.newest = time;
+        self
+    }
+
+    /// What comes once more is what was handed over.
+    ///
+    /// # Errors
+    /// [`SourceError::WentBack`]
+    pub(super) fn comes_again(
+        &self,
+        end_lsn: PgLsn,
+        commit_time: Micros,
+    ) -> Result<(), SourceError> {
+        Ok(comes_again(end_lsn, commit_time, self.newest)?)
     }
 
     /// The end of the last transaction that was handed over.
@@ -64,6 +87,10 @@ impl LogIntake {
             Some(MessageKind::Begin) => {
                 if let Message::Begin(begin) = pgoutput::decode(&message, false)? {
                     self.skipping = begin.final_lsn < self.intake.end_lsn();
+                    match self.skipping {
+                        true => self.comes_again(begin.final_lsn, begin.commit_time)?,
+                        false => self.newest = self.newest.max(Some(begin.commit_time)),
+                    }
                 }
             }
             // A description is needed by later transactions of the same batch.
