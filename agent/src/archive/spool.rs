@@ -22,6 +22,7 @@ use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use bytes::BytesMut;
 
@@ -209,8 +210,8 @@ pub struct Opened {
     pub spool: Spool,
     /// What waits in it, in order.
     pub waiting: Vec<Segment>,
-    /// The last segment that the store has taken from here.
-    pub taken: Option<Span>,
+    /// The last segment that the store has taken from here, and when.
+    pub taken: Option<(Span, SystemTime)>,
 }
 
 /// The segment that is being written.
@@ -266,9 +267,14 @@ impl Spool {
         }
         waiting.sort_by_key(|segment| segment.span);
         let taken = with_ending(directory, TAKEN)?;
-        let taken = taken.into_iter().map(|(_, span)| span);
-        let taken = taken.max_by_key(|span| span.end);
-        let spans = waiting.iter().map(|segment| segment.span).chain(taken);
+        let taken = taken.into_iter().max_by_key(|(_, span)| span.end);
+        let taken = taken.map(|(mark, span)| {
+            let emptied = fs::metadata(&mark).and_then(|status| status.modified());
+            emptied.map(|at| (span, at)).map_err(at("look at", &mark))
+        });
+        let taken = taken.transpose()?;
+        let spans = waiting.iter().map(|segment| segment.span);
+        let spans = spans.chain(taken.map(|(span, _)| span));
         let spool = Self {
             directory: directory.to_owned(),
             limits,

@@ -32,6 +32,7 @@ pub mod retention;
 mod rows;
 mod script;
 mod take;
+mod writing;
 
 pub use bases::{Bases, Verified};
 pub use error::{BackupError, Flaw};
@@ -39,5 +40,6 @@ pub use load::{LoadJob, load};
 pub use manifest::{DataFile, Manifest, Object};
 pub use object::Sum;
 pub use prune::{Pruned, prune};
-pub use repository::{Found, Summary, Unusable, find, histories, manifest, newest, verify};
+pub use repository::{Found, Newest, Summary, Unusable, find, histories, manifest, verify};
 pub use take::{TakeJob, take};
+pub use writing::Patience;

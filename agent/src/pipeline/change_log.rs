@@ -102,12 +102,14 @@ impl ChangeLog {
         let (state, state_seen) = watch::channel(State::default());
         let (hold, hold_seen) = watch::channel(Hold::default());
         let (look, end) = (Arc::new(Notify::new()), CancellationToken::new());
+        let metrics = ArchiveMetrics::new(database);
+        metrics.starts(super::now());
         let keeping = Keeping {
             config: Arc::clone(config),
             archive: archive.clone(),
             database: database.to_owned(),
             stream: config.stream(database),
-            metrics: ArchiveMetrics::new(database),
+            metrics,
             broken,
             state,
             hold,

@@ -53,6 +53,7 @@ use std::time::SystemTime;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
+pub use base::Watch;
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
 pub use locale::{Locale, Provider};
