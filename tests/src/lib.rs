@@ -9,6 +9,7 @@
 //! Kinesalite: another for Kinesis             kinesis_faults: the same on the way to Kinesis
 //! Route: both sides of route `kinesis`         streams: as an operator makes and changes them
 //! archive: a past that is remembered, and restores that are compared with it
+//! disk: a file system that is soon full
 //! ```
 //!
 //! # Invariants
@@ -26,6 +27,7 @@ pub mod backup;
 pub mod binaries;
 pub mod client;
 pub mod compare;
+pub mod disk;
 pub mod faults;
 pub mod http;
 pub mod kinesalite;
