@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS dr_agent.table_sync (
     table_name   text NOT NULL,
     state        text NOT NULL CHECK (state IN ('pending', 'copying', 'copied', 'ready')),
     snapshot_lsn pg_lsn,
+    listed_as    text,                  -- what was copied: as what the source had listed it then
     rows         bigint NOT NULL DEFAULT 0,
     bytes        bigint NOT NULL DEFAULT 0,
     updated_at   timestamptz NOT NULL DEFAULT now(),
@@ -75,6 +76,14 @@ CREATE TABLE IF NOT EXISTS dr_agent.sequence_state (
     last_value    bigint NOT NULL,
     is_called     boolean NOT NULL,
     PRIMARY KEY (schema_name, sequence_name)
+);
+
+CREATE TABLE IF NOT EXISTS dr_agent.listed (
+    stream      text NOT NULL,
+    schema_name text NOT NULL,
+    table_name  text NOT NULL,
+    listed_as   text NOT NULL,
+    PRIMARY KEY (stream, schema_name, table_name)
 );
 
 -- The compare-and-set that begins every apply transaction: ordering, exactly-once and fencing in
@@ -129,6 +138,54 @@ BEGIN
     IF touched <> wanted THEN
         RAISE EXCEPTION '% of % rows to % in % are not on the replica',
             wanted - touched, wanted, doing, the_table USING ERRCODE = 'DR003';
+    END IF;
+END
+$$;
+
+-- TRUNCATE of tables that were truncated together on the source. PostgreSQL refuses it, whatever session_replication_role says,
+-- where a table that is not among them refers to one that is. A partitioned table comes along if all of its leaves are among
+-- them: the source names leaves only. Any other has rows that are not replicated, or none; what it refers to is emptied row
+-- by row, and so is what that refers to.
+CREATE OR REPLACE FUNCTION dr_agent.truncate(the_tables regclass[], restart boolean)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    remaining oid[] := the_tables::oid[];
+    kept      oid[] := '{}';
+    referred  oid[];
+    wholes    oid[];
+    one       oid;
+BEGIN
+    LOOP
+        SELECT coalesce(array_agg(DISTINCT c.oid), '{}') INTO wholes
+          FROM pg_constraint f JOIN pg_class c ON c.oid = f.conrelid
+         WHERE f.contype = 'f' AND f.confrelid = ANY (remaining) AND c.relkind = 'p'
+           AND NOT EXISTS (SELECT FROM pg_partition_tree(c.oid) AS leaf
+                            WHERE leaf.isleaf AND leaf.relid <> ALL (remaining));
+        SELECT coalesce(array_agg(DISTINCT f.confrelid), '{}') INTO referred
+          FROM pg_constraint f
+         WHERE f.contype = 'f' AND f.confrelid = ANY (remaining)
+           AND f.conrelid <> ALL (remaining) AND f.conrelid <> ALL (wholes);
+        EXIT WHEN referred = '{}';
+        kept := kept || referred;
+        remaining := ARRAY(SELECT t FROM unnest(remaining) AS t WHERE t <> ALL (referred));
+    END LOOP;
+    FOREACH one IN ARRAY kept LOOP
+        EXECUTE 'DELETE FROM ONLY ' || one::regclass;
+    END LOOP;
+    IF remaining <> '{}' THEN
+        EXECUTE 'TRUNCATE '
+            || (SELECT string_agg('ONLY ' || t::regclass, ', ') FROM unnest(remaining) AS t)
+            || coalesce((SELECT string_agg(', ' || t::regclass, '') FROM unnest(wholes) AS t), '');
+    END IF;
+    IF restart THEN
+        -- What RESTART IDENTITY does, for both.
+        FOR one IN
+            SELECT d.objid FROM pg_depend d JOIN pg_class s ON s.oid = d.objid AND s.relkind = 'S'
+             WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
+               AND d.refobjid = ANY (the_tables::oid[]) AND d.deptype IN ('a', 'i')
+        LOOP
+            EXECUTE 'ALTER SEQUENCE ' || one::regclass || ' RESTART';
+        END LOOP;
     END IF;
 END
 $$;

@@ -21,6 +21,16 @@ CREATE TABLE IF NOT EXISTS dr_agent.sequence_state (
     PRIMARY KEY (schema_name, sequence_name)
 );
 
+-- What every published table is listed as. A change of a row stands in the stream where the changes would have stood that were
+-- not published: of a table that took the place of another, or was not in the publication for a while.
+CREATE TABLE IF NOT EXISTS dr_agent.listed (
+    stream      text NOT NULL,
+    schema_name text NOT NULL,
+    table_name  text NOT NULL,
+    listed_as   text NOT NULL,  -- its oid, and the rows of pg_publication_rel and pg_inherits by which it is published
+    PRIMARY KEY (stream, schema_name, table_name)
+);
+
 -- The slots that are read here, by stream. Not published: it says which history the source is in, and a source that was
 -- restored says so by it.
 CREATE TABLE IF NOT EXISTS dr_agent.sending (

@@ -26,6 +26,39 @@ impl TableName {
     pub fn sql(&self) -> String {
         format!("{}.{}", quote_ident(&self.schema), quote_ident(&self.name))
     }
+
+    /// Reads what a person writes: `schema.table` as in SQL, in double quotes where SQL needs them.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (schema, rest) = identifier(text)?;
+        let (name, rest) = identifier(rest.strip_prefix('.')?)?;
+        rest.is_empty().then_some(Self { schema, name })
+    }
+}
+
+/// Takes an SQL identifier off the front of a text: its name, and what follows. Without quotes it is in lower case.
+pub fn identifier(text: &str) -> Option<(String, &str)> {
+    let Some(quoted) = text.strip_prefix('"') else {
+        let is_first = |c: char| c.is_ascii_alphabetic() || c == '_' || !c.is_ascii();
+        let goes_on = |c: char| is_first(c) || c.is_ascii_digit() || c == '$';
+        let end = text.find(|c| !goes_on(c)).unwrap_or(text.len());
+        let (name, rest) = text.split_at(end);
+        return name
+            .starts_with(is_first)
+            .then(|| (name.to_ascii_lowercase(), rest));
+    };
+    let mut name = String::new();
+    let mut rest = quoted;
+    loop {
+        let (part, behind) = rest.split_once('"')?;
+        name.push_str(part);
+        match behind.strip_prefix('"') {
+            Some(behind) => {
+                name.push('"');
+                rest = behind;
+            }
+            None => return (!name.is_empty()).then_some((name, behind)),
+        }
+    }
 }
 
 impl fmt::Display for TableName {
@@ -66,6 +99,8 @@ pub enum Identity {
 pub struct Table {
     /// Its name.
     pub name: TableName,
+    /// Its oid, by which it is told from another one of that name.
+    pub oid: u32,
     /// The topmost partitioned table above it; itself where it is no partition.
     pub root: TableName,
     /// How its old rows are identified.
@@ -151,7 +186,7 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                EXISTS (SELECT 1 FROM pg_depend d
                         WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
                           AND d.deptype = 'e'),
-               v.virtual
+               v.virtual, c.oid
           FROM pg_class c
           JOIN pg_namespace n ON n.oid = c.relnamespace
           JOIN pg_class r ON r.oid = coalesce(pg_partition_root(c.oid), c.oid)
@@ -161,7 +196,7 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                                WHERE a.attrelid = c.oid AND a.attgenerated = 'v') AS virtual) v
          WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
-           AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state'))
+           AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state', 'listed'))
          ORDER BY 1, 2"
     );
     let rows = client.query_typed(&sql, &[]).await?;
@@ -181,6 +216,7 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                 "key" => Identity::Key,
                 _ => Identity::Missing,
             },
+            oid: row.get(9),
             unlogged: row.get(5),
             bytes: row.get(6),
             of_extension: row.get(7),
@@ -226,4 +262,29 @@ pub async fn server_version(client: &Client) -> Result<i32, PgError> {
         .query_one("SELECT current_setting('server_version_num')::int", &[])
         .await?;
     Ok(row.get(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_named_as_in_sql() {
+        let parsed = |text| TableName::parse(text).map(|table| (table.schema, table.name));
+        let named = |schema: &str, name: &str| Some((schema.to_owned(), name.to_owned()));
+        assert_eq!(parsed("public.Account"), named("public", "account"));
+        assert_eq!(parsed("\"S p\".\"T \"\"1\"\"\""), named("S p", "T \"1\""));
+        assert_eq!(parsed("a.\"b.c\""), named("a", "b.c"));
+        assert_eq!(parsed("größe._x$1"), named("größe", "_x$1"));
+        for wrong in [
+            "a", "a.", ".b", "a.b.c", "a.1", "a.\"b", "a b.c", "a.\"\"", "",
+        ] {
+            assert_eq!(parsed(wrong), None, "{wrong}");
+        }
+        let odd = TableName {
+            schema: "S".to_owned(),
+            name: "a\"b.c".to_owned(),
+        };
+        assert_eq!(TableName::parse(&odd.sql()), Some(odd));
+    }
 }

@@ -19,8 +19,10 @@ use tokio_postgres::Client;
 
 use crate::catalog::{Protection, Table, TableName, keyed_roots, tables_without_sizes};
 use crate::config::Config;
+use crate::listed;
 use crate::pg::PgError;
 use crate::setup::publication::Wanted;
+use crate::stream::StreamName;
 
 /// The unprotected objects of one kind in one database.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,12 +38,17 @@ pub struct Unprotected {
 /// Tables that are to be published and are not: new ones, until their pipeline starts again.
 pub const UNPUBLISHED_TABLE: &str = "unpublished_table";
 
+/// Tables that took the place of another one, or were not published for a while, since `dr_agent.listed` was written: the
+/// pipeline starts again to say so.
+pub const RELISTED_TABLE: &str = "relisted_table";
+
 /// Every kind, in the order of the answer.
-pub const KINDS: [&str; 10] = [
+pub const KINDS: [&str; 11] = [
     "keyless_table",
     "excluded_table",
     "unlogged_table",
     UNPUBLISHED_TABLE,
+    RELISTED_TABLE,
     "extension_table",
     "foreign_table",
     "materialized_view",
@@ -67,9 +74,33 @@ pub async fn unprotected(client: &Client, config: &Config) -> Result<Vec<Unprote
     let listed = listed(client, stream.as_str()).await?;
     let wanted = Wanted::of(&tables, &keyed_roots(client).await?, config);
     let mut all = of_tables(&wanted, &listed);
+    all.push(relisted(client, &stream).await?);
     all.extend(of_catalog(client).await?);
     all.sort_by_key(|one| KINDS.iter().position(|kind| *kind == one.kind));
     Ok(all)
+}
+
+async fn relisted(client: &Client, stream: &StreamName) -> Result<Unprotected, PgError> {
+    let is = listed::read(client, stream).await?;
+    let was = listed::noted(client, stream).await?;
+    let others = was.iter().filter(|(table, listed_as)| {
+        let is = is.get(table);
+        is.is_some_and(|is| is != *listed_as)
+    });
+    Ok(unprotected_tables(
+        RELISTED_TABLE,
+        others.map(|(table, _)| table.to_string()).collect(),
+    ))
+}
+
+fn unprotected_tables(kind: &'static str, mut names: Vec<String>) -> Unprotected {
+    let count = names.len() as u64;
+    names.truncate(EXAMPLES_MAX);
+    Unprotected {
+        kind,
+        count,
+        examples: names,
+    }
 }
 
 /// The tables a publication lists; empty where there is no such publication.
@@ -124,15 +155,7 @@ fn of_tables(wanted: &Wanted, listed: &BTreeSet<TableName>) -> Vec<Unprotected> 
         (UNPUBLISHED_TABLE, unpublished),
     ]
     .into_iter()
-    .map(|(kind, mut names)| {
-        let count = names.len() as u64;
-        names.truncate(EXAMPLES_MAX);
-        Unprotected {
-            kind,
-            count,
-            examples: names,
-        }
-    })
+    .map(|(kind, names)| unprotected_tables(kind, names))
     .collect()
 }
 
@@ -165,7 +188,7 @@ async fn of_catalog(client: &Client) -> Result<Vec<Unprotected>, PgError> {
     );
     let rows = client.query(&sql, &[]).await?;
     let mut found: Vec<Unprotected> = Vec::new();
-    for kind in &KINDS[4..] {
+    for kind in &KINDS[5..] {
         let row = rows.iter().find(|row| row.get::<_, &str>(0) == *kind);
         found.push(Unprotected {
             kind,
@@ -192,6 +215,7 @@ mod tests {
     fn table(text: &str, root: &str, identity: Identity) -> Table {
         Table {
             virtual_generated: false,
+            oid: 7,
             name: name(text),
             root: name(root),
             identity,

@@ -190,6 +190,7 @@ impl StreamDrain<'_> {
             stream: &prepared.stream,
             term: prepared.term,
             tables: prepared.synced.iter().cloned().collect::<HashMap<_, _>>(),
+            listed_by: &prepared.stream,
             as_of: prepared.as_of,
             left_out: asked.left_out.iter().cloned().collect(),
             session: SESSION,

@@ -31,6 +31,7 @@ pub mod http;
 pub mod kinesis;
 pub mod lag;
 pub mod ledger;
+pub mod listed;
 pub mod metrics;
 pub mod monitor;
 pub mod net;

@@ -16,6 +16,8 @@
 //!   indexes in order.
 //! - TRUNCATE is a step of its own: nothing is folded across it. The same holds for a table whose
 //!   description changes, and for a key change that leaves a TOAST value on the replica.
+//! - The values of a table's changes have one form. Sessions of the source differ in it, and a change log holds what
+//!   several of them read: where the form changes, the table's changes begin anew, behind those before.
 //!
 //! # What it does not do
 //! It compares keys by their bytes. Two keys that are equal in SQL and differ in bytes (`1.0` and
@@ -29,7 +31,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::pg::pgoutput::{self, DecodeError, Message, OldTuple, Tuple, Value};
+use crate::pg::pgoutput::{self, DecodeError, Form, Message, OldTuple, Tuple, Value};
 use crate::txn::{Change, Relations, SourceRelation};
 
 /// How the rows of a relation are identified on the replica.
@@ -187,7 +189,8 @@ pub enum RowChange {
     },
 }
 
-/// The key of a row as bytes, equal exactly when the key's values are; see [`KeyOrder`] for their order.
+/// The key of a row as bytes, among values of one form equal exactly when the key's values are; see [`KeyOrder`] for their
+/// order.
 pub type RowKey = Box<[u8]>;
 
 /// A part of a table's changes that is carried out before the next one begins.
@@ -199,7 +202,7 @@ pub enum Stage {
     Ordered(Vec<RowChange>),
 }
 
-/// The changes of one table between two barriers.
+/// The changes of one table between two barriers, or as far as it is described the same and its values have one form.
 #[derive(Clone, Debug)]
 pub struct TableChanges {
     /// The table as described when these changes were made.
@@ -311,13 +314,15 @@ struct Folding<'k, K> {
     key_of: &'k K,
     steps: Vec<Step>,
     tables: Vec<Folded>,
-    /// Relation id -> position in `tables` of its newest description.
+    /// Relation id -> position in `tables` of its newest description and form.
     index: HashMap<u32, usize>,
 }
 
 struct Folded {
     relation: Arc<SourceRelation>,
     key: Key,
+    /// Of the values so far.
+    form: Option<Form>,
     /// What is complete.
     stages: Vec<Stage>,
     /// The keyed stage that is being folded, behind the complete ones.
@@ -344,19 +349,20 @@ impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
                 });
                 Ok(())
             }
-            Relations::Row(relation) => self.table(relation).take(message),
+            Relations::Row(relation) => self.table(relation, form_of(&message)).take(message),
         }
     }
 
-    fn table(&mut self, relation: &Arc<SourceRelation>) -> &mut Folded {
+    fn table(&mut self, relation: &Arc<SourceRelation>, form: Option<Form>) -> &mut Folded {
         let id = relation.relation.id;
         let known = self.index.get(&id).copied();
         let position = match known {
-            Some(position) if Arc::ptr_eq(&self.tables[position].relation, relation) => position,
+            Some(position) if self.tables[position].goes_on_with(relation, form) => position,
             _ => {
                 self.tables.push(Folded {
                     relation: Arc::clone(relation),
                     key: (self.key_of)(relation),
+                    form: None,
                     stages: Vec::new(),
                     folding: HashMap::new(),
                 });
@@ -364,7 +370,9 @@ impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
                 self.tables.len() - 1
             }
         };
-        &mut self.tables[position]
+        let table = &mut self.tables[position];
+        table.form = table.form.or(form);
+        table
     }
 
     fn barrier(&mut self) {
@@ -376,7 +384,24 @@ impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
     }
 }
 
+/// In which form the rows of a message are; `None` if they have no values.
+fn form_of(message: &Message) -> Option<Form> {
+    let of_old = |old: &OldTuple| old.tuple().form();
+    match message {
+        Message::Insert { new, .. } => new.form(),
+        Message::Update { old, new, .. } => old.as_ref().and_then(of_old).max(new.form()),
+        Message::Delete { old, .. } => of_old(old),
+        _ => None,
+    }
+}
+
 impl Folded {
+    /// Whether a change of this relation, with values of this form, can be folded with those before.
+    fn goes_on_with(&self, relation: &Arc<SourceRelation>, form: Option<Form>) -> bool {
+        let is_same_form = form.is_none() || self.form.is_none() || form == self.form;
+        Arc::ptr_eq(&self.relation, relation) && is_same_form
+    }
+
     fn take(&mut self, message: Message) -> Result<(), FoldError> {
         match message {
             Message::Insert { new, .. } => {
@@ -591,8 +616,8 @@ impl Folded {
         }
     }
 
-    /// The key as bytes that are equal exactly when the key's values are, and that sort as the
-    /// values do where [`KeyOrder::Integer`] says so.
+    /// The key as bytes that are equal exactly when the key's values are (all of them in one form), and that sort as
+    /// the values do where [`KeyOrder::Integer`] says so.
     fn key_bytes<'v>(&self, values: impl Iterator<Item = Value<'v>>) -> Result<RowKey, FoldError> {
         let mut bytes = Vec::with_capacity(self.key.columns.len() * 9);
         let mut columns = self.key.columns.iter().peekable();

@@ -14,8 +14,8 @@
 //! - All net changes of one row are on one lane, over all parts of a batch.
 //! - A table whose rows can depend on one another is on one lane as a whole: one with a second unique or
 //!   an exclusion constraint, one without a key, one whose key has values that are equal without being
-//!   the same bytes, one whose description changes within the batch, one with a change that has to be
-//!   carried out by itself.
+//!   the same bytes, one whose description, or the form of whose values, changes within the batch, one with a
+//!   change that has to be carried out by itself.
 //! - What cannot be spread at all (TRUNCATE waits for every other user of the table) is
 //!   [`Unplannable`], and the batch takes one lane.
 //!
@@ -204,7 +204,7 @@ fn name_of(table: &TableChanges) -> (String, String) {
     )
 }
 
-/// How often each table occurs, that is, under how many descriptions.
+/// How often each table occurs, that is, under how many descriptions and in how many forms.
 fn descriptions(tables: &[TableChanges]) -> HashMap<(String, String), usize> {
     let mut count = HashMap::new();
     for table in tables {

@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::error::{Class, Classify};
 use crate::lag::Micros;
 use crate::ledger::BatchNumber;
+use crate::listed::Copied;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkError, SinkSettings, Synced};
 use crate::source::Received;
@@ -68,8 +69,10 @@ pub struct Target<'a> {
     pub stream: &'a StreamName,
     /// The term of that row.
     pub term: i64,
-    /// The tables it has, and from where on changes are not in them yet.
-    pub tables: HashMap<TableName, Option<PgLsn>>,
+    /// The tables it has, and what is there of them already.
+    pub tables: HashMap<TableName, Copied>,
+    /// The stream that the transactions are of.
+    pub listed_by: &'a StreamName,
     /// A change of another table before this position is ignored; one behind it is an error.
     pub as_of: PgLsn,
     /// Other tables whose changes are ignored wherever they are.
@@ -104,6 +107,7 @@ impl Sessions {
         };
         let synced = Synced {
             tables: target.tables,
+            listed_by: target.listed_by.clone(),
             as_of: target.as_of,
             left_out: target.left_out,
         };

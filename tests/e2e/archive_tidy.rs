@@ -12,9 +12,7 @@ use std::time::Duration;
 use dr_agent::backup;
 use dr_agent::store::{Encryption, Store, StoreUrl};
 use dr_agent_tests::agent::Agent;
-use dr_agent_tests::archive::{
-    Moment, expect_state, files_below, protected, restore, restore_again, work,
-};
+use dr_agent_tests::archive::{Moment, expect_state, files_below, protected, restore, work};
 use dr_agent_tests::site::{Database, Site};
 
 /// Days since each base backup.
@@ -215,7 +213,7 @@ async fn a_month_is_tidied_up_as_announced_and_killed_in_the_middle_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restore_killed_within_the_base_backup_says_what_to_do_and_then_works() {
+async fn a_killed_restore_is_ended_by_the_same_command() {
     let site = Site::shared().await;
     let (database, _, agent, running) = protected(&site, "half").await;
     let source = database.source().await;
@@ -224,46 +222,25 @@ async fn a_restore_killed_within_the_base_backup_says_what_to_do_and_then_works(
     database.expect_equal().await;
     running.stop().await;
     let admin = database.replica_server().client("postgres").await;
-    let to = ["--to-lsn", moment.lsn.as_str()];
     let create = "CREATE DATABASE \"half_loaded\" TEMPLATE template0";
+    let url = database.replica_server().url("half_loaded");
+    let arguments = ["restore", "--target", &url, "--to-lsn", &moment.lsn];
     for point in [
         "restore:data-loaded",
         "restore:data-loaded@3",
         "restore:base-loaded",
+        "restore:replayed",
+        "restore:views-filled",
     ] {
         admin.run(create).await;
-        let url = database.replica_server().url("half_loaded");
         let killed = agent
-            .command_with(
-                &["restore", "--target", &url, to[0], to[1]],
-                &[("DR_AGENT_FAILPOINT", point)],
-            )
+            .command_with(&arguments, &[("DR_AGENT_FAILPOINT", point)])
             .await;
         assert_eq!(killed.code, None, "{point}: {}", killed.text());
-        let refused = restore_again(&database, &agent, "half_loaded", &to).await;
-        refused
-            .expect_code(1)
-            .expect_words(&["interrupted", "base backup"])
-            .expect_words(&["DROP DATABASE \"half_loaded\"", create]);
-        // Done as told.
-        admin.run("DROP DATABASE half_loaded").await;
-        admin.run(create).await;
-        restore_again(&database, &agent, "half_loaded", &to)
-            .await
-            .expect_code(0);
+        agent.command(&arguments).await.expect_code(0);
         expect_state(&database, "half_loaded", &moment).await;
         admin.run("DROP DATABASE half_loaded").await;
     }
-    // Between the last transaction and the end it goes on.
-    admin.run(create).await;
-    let url = database.replica_server().url("half_loaded");
-    let arguments = ["restore", "--target", &url, to[0], to[1]];
-    let killed = agent
-        .command_with(&arguments, &[("DR_AGENT_FAILPOINT", "restore:replayed")])
-        .await;
-    assert_eq!(killed.code, None, "{}", killed.text());
-    agent.command(&arguments).await.expect_code(0);
-    expect_state(&database, "half_loaded", &moment).await;
     // Nobody is told to drop a replica.
     let url = database.replica_server().url(&database.name);
     let replica = agent.command(&["restore", "--target", &url]).await;

@@ -4,16 +4,17 @@
 //! recovery; objects are damaged by hand; a second process takes the backup that is killed.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use dr_agent::backup::retention::Segment;
-use dr_agent::backup::{self, BackupError, LoadJob, Manifest, Patience, TakeJob};
+use dr_agent::backup::{self, BackupError, LoadJob, Manifest, Ownership, Patience, TakeJob};
 use dr_agent::catalog::{self, TableName};
 use dr_agent::config::CopySettings;
 use dr_agent::error::{Class, Classify as _, chain};
 use dr_agent::history::History;
+use dr_agent::listed::Listed;
 use dr_agent::metrics::ArchiveMetrics;
 use dr_agent::pg::ConnInfo;
 use dr_agent::store::{Encryption, Store, StoreUrl};
@@ -23,12 +24,13 @@ use dr_agent_tests::binaries::Binaries;
 use dr_agent_tests::client::Client;
 use dr_agent_tests::compare::expect_same_content;
 use dr_agent_tests::rundir::{directory_for, signal};
-use dr_agent_tests::server::{PgServer, ServerOptions};
+use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::Site;
 use dr_agent_tests::wait::{PATIENCE, wait_until};
 use dr_agent_tests::workload::{BALANCED, Workload, seed};
 use tokio_util::sync::CancellationToken;
 
+use crate::by_hand::load;
 use crate::types::tables_of_every_type;
 
 /// An archive in a directory.
@@ -68,6 +70,7 @@ impl Archive {
             source: &conninfo(url),
             stream: &stream(),
             history: history(&client).await,
+            listed: &Listed::new(),
             tables: &tables,
             store: &self.store,
             bases: BASES,
@@ -83,15 +86,22 @@ impl Archive {
         url: &str,
         only: Option<&[TableName]>,
     ) -> Result<Manifest, BackupError> {
+        let manifest = backup::manifest(&self.store, base).await?;
         let job = LoadJob {
             store: &self.store,
             base,
+            manifest: &manifest,
             target: &conninfo(url),
             stream: &stream(),
             settings: &settings(),
             only,
+            ownership: Ownership::IfPossible,
+            views: true,
         };
-        backup::load(job, &(), &CancellationToken::new()).await
+        let client = Client::connect(url).await;
+        let examined = backup::examine(&job, client.driver()).await?;
+        backup::load(job, examined, &(), &CancellationToken::new()).await?;
+        Ok(manifest)
     }
 
     /// Prefixes of the bases that are listed.
@@ -291,42 +301,9 @@ async fn what_travels_badly_arrives_with_psql_and_zstd_alone_too() {
         .await;
 
     let (_, by_hand) = new_database(&site, "odd by hand").await;
-    load_by_hand(&site.replica, "odd by hand", &archive.path(&base)).await;
+    load(&site.replica, "odd by hand", &archive.path(&base)).await;
     expect_same_content(&source, &by_hand).await;
     assert_eq!(source.rows(SCHEMA).await, by_hand.rows(SCHEMA).await);
-}
-
-/// The page of the manual: nothing but psql and zstd.
-async fn load_by_hand(server: &PgServer, database: &str, base: &Path) {
-    const COMMANDS: &str = r#"set -eu
-        zstd -dcq roles.sql.zst | psql -d postgres >/dev/null 2>&1
-        zstd -dcq pre-data.sql.zst | psql -v ON_ERROR_STOP=1
-        psql -f load.sql
-        zstd -dcq post-data.sql.zst | psql -v ON_ERROR_STOP=1
-        zstd -dcq sequences.sql.zst | psql -v ON_ERROR_STOP=1"#;
-    let psql = server.program("psql");
-    let path = std::env::var("PATH").unwrap_or_default();
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", COMMANDS])
-        .current_dir(base)
-        .env(
-            "PATH",
-            format!("{}:{path}", psql.parent().unwrap().display()),
-        )
-        .env("PSQLRC", "/dev/null")
-        .env("PGHOST", "127.0.0.1")
-        .env("PGPORT", server.port().to_string())
-        .env("PGUSER", "postgres")
-        .env("PGDATABASE", database)
-        .stdin(Stdio::null());
-    let output = tokio::task::spawn_blocking(move || command.output());
-    let output = output.await.unwrap().unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 #[tokio::test]
@@ -339,7 +316,7 @@ async fn a_value_of_any_type_is_the_same_after_a_load() {
     expect(archive.load(&base, &url, None).await);
     expect_same_content(&database.source().await, &loaded).await;
     new_database(&site, "types_by_hand").await;
-    load_by_hand(&site.replica, "types_by_hand", &archive.path(&base)).await;
+    load(&site.replica, "types_by_hand", &archive.path(&base)).await;
     let by_hand = site.replica.client("types_by_hand").await;
     expect_same_content(&database.source().await, &by_hand).await;
 }
@@ -388,14 +365,16 @@ async fn a_damaged_missing_or_surplus_object_is_named() {
                 number += 1;
                 let (url, loaded) = new_database(&site, &format!("damaged_{number}")).await;
                 expect_error(archive.load(&base, &url, None).await, &[object]);
-                if *object == rows.name {
-                    assert_eq!(loaded.number("SELECT count(*) FROM t").await, 0);
-                }
-                if loaded
-                    .number("SELECT count(*) FROM pg_class WHERE relname = 't'")
-                    .await
-                    > 0
-                {
+                let written = loaded
+                    .holds("SELECT EXISTS (SELECT 1 FROM pg_class WHERE relname = 't')")
+                    .await;
+                // What the listing tells, and the schema itself, is known before anything is written.
+                let is_of_its_length = damage.is_some_and(|bytes| bytes.len() == kept.len());
+                assert_eq!(written, is_of_its_length && object != "schema.dump");
+                if written {
+                    if *object == rows.name {
+                        assert_eq!(loaded.number("SELECT count(*) FROM t").await, 0);
+                    }
                     let again = archive.load(&base, &url, None).await;
                     expect_error(again, &["not empty", "table public.t"]);
                 }

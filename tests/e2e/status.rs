@@ -119,13 +119,18 @@ async fn the_archive_is_shown_as_a_restore_would_find_it() {
     fs::remove_file(&victim).unwrap();
     let gaps = of_the_archive().await["gaps"].clone();
     let span = Span::parse(victim.file_stem().unwrap().to_str().unwrap()).unwrap();
-    let expected =
-        serde_json::json!([{ "from_lsn": span.start.to_string(), "to_lsn": span.end.to_string() }]);
-    assert_eq!(gaps, expected);
+    assert_eq!(gaps.as_array().unwrap().len(), 1, "{gaps}");
+    let lsn = |key: &str| gaps[0][key].as_str().unwrap().parse::<PgLsn>().unwrap();
+    // The one before may reach into it: a batch that comes to the log twice is written from its beginning.
+    assert!(
+        lsn("from_lsn") >= span.start && lsn("from_lsn") < span.end,
+        "{gaps}"
+    );
+    assert_eq!(lsn("to_lsn"), span.end);
     agent
         .command(&["status"])
         .await
-        .expect_words(&["GAP", &span.start.to_string()]);
+        .expect_words(&["GAP", gaps[0]["from_lsn"].as_str().unwrap()]);
 
     // What the store does not take waits in the spool; and without a store nothing is claimed of it.
     let away = archive.with_file_name("away");

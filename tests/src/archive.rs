@@ -90,6 +90,12 @@ pub fn segments(archive: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// Where the source's WAL is now: every commit so far lies before it.
+pub async fn position(source: &Client) -> String {
+    let lsn = source.value("SELECT pg_current_wal_insert_lsn()").await;
+    lsn.expect("the source has a position")
+}
+
 /// Waits until the log in an archive reaches what is committed by now.
 pub async fn wait_archived(database: &Database, archive: &Path) {
     let source = database.source().await;
@@ -163,8 +169,12 @@ pub async fn restore_again(
     name: &str,
     arguments: &[&str],
 ) -> Outcome {
-    let url = database.replica_server().url(name);
-    let mut all = vec!["restore", "--target", &url];
+    restore_at(agent, &database.replica_server().url(name), arguments).await
+}
+
+/// Restores into the database with this URL.
+pub async fn restore_at(agent: &Agent, url: &str, arguments: &[&str]) -> Outcome {
+    let mut all = vec!["restore", "--target", url];
     all.extend(arguments);
     agent.command(&all).await
 }
@@ -192,10 +202,19 @@ pub async fn first_base(running: &Running, database: &Database) {
 
 /// An agent that streams into the archive, with a first base backup.
 pub async fn protected(site: &Site, name: &str) -> (Database, PathBuf, Agent, Running) {
+    protected_with(site, name, TABLES).await
+}
+
+/// The same, of a database that these statements have filled.
+pub async fn protected_with(
+    site: &Site,
+    name: &str,
+    tables: &str,
+) -> (Database, PathBuf, Agent, Running) {
     let database = site.database(name).await;
     let archive = archive();
     let agent = agent(&database, &archive);
-    database.source().await.run(TABLES).await;
+    database.source().await.run(tables).await;
     let running = agent.start();
     running.wait_for_streaming(&database.name).await;
     first_base(&running, &database).await;

@@ -99,6 +99,14 @@ pub enum BackupError {
         /// The table.
         table: TableName,
     },
+    /// The base's owners, privileges or policies name roles that the server does not have.
+    #[error("base backup {base} needs roles: {problem}")]
+    RolesLacking {
+        /// Its prefix.
+        base: String,
+        /// Which, in words.
+        problem: String,
+    },
     /// The new database stored another number of rows than the base holds.
     #[error("table {table}: {object} holds {expected} rows, the new database stored {stored}")]
     RowCount {
@@ -201,6 +209,7 @@ impl Classify for BackupError {
             | Self::Damaged { .. }
             | Self::NotEmpty { .. }
             | Self::UnknownTable { .. }
+            | Self::RolesLacking { .. }
             | Self::RowCount { .. } => Class::Definite,
         }
     }
@@ -245,6 +254,12 @@ impl Classify for BackupError {
             }
             Self::UnknownTable { .. } => {
                 "name tables as schema.table, as in the base's manifest.json"
+            }
+            Self::RolesLacking { base, .. } => {
+                return Some(format!(
+                    "create them first: {base}roles.sql.zst has the source's (zstd -dcq roles.sql.zst | psql -d postgres); or \
+                     leave owners and privileges out with --no-owner --no-privileges"
+                ));
             }
             Self::RowCount { .. } => {
                 "nothing of this part was kept; a rule or a trigger of the new database may drop rows"

@@ -9,7 +9,6 @@
 //! - What the retention lets go is deleted now and then, whether base backups succeed or not, and at once where a disk is
 //!   full: otherwise it would stay full.
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -17,16 +16,17 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{BackupError, Bases, DataFile, Manifest, Patience, Pruned, TakeJob};
+use super::{BackupError, Bases, Manifest, Patience, Pruned, TakeJob};
 use super::{histories, manifest, take};
 use crate::archive::{Chain, Layout, Span};
-use crate::catalog::{Table, TableName};
+use crate::catalog::TableName;
 use crate::config::{Archive, Config};
 use crate::error::{Classify as _, chain};
 use crate::history::History;
+use crate::listed::{Listed, ListedAs};
 use crate::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
-use crate::setup;
+use crate::setup::{self, Published};
 use crate::snapshot::{CopyObserver, CopyPhase};
 use crate::store::Store;
 
@@ -77,33 +77,33 @@ impl<'c> Keeper<'c> {
         })
     }
 
-    /// What the archive has of the history that the source is in, and the tables that are protected.
+    /// What the archive has of the history that the source is in, and what is published.
     ///
     /// # Errors
     /// [`BackupError::NotReplicated`] before the stream's slot is there.
-    pub async fn look(&self) -> Result<(Bases, Vec<Table>), BackupError> {
+    pub async fn look(&self) -> Result<(Bases, Published), BackupError> {
         let source = self.config.source.conninfo.with_dbname(self.database);
         let stream = self.config.stream(self.database);
         let published = setup::published(&source, &stream).await;
         let published = published.map_err(|error| BackupError::Tables(Box::new(error)))?;
-        let (history, tables) = published.ok_or_else(|| BackupError::NotReplicated {
+        let published = published.ok_or_else(|| BackupError::NotReplicated {
             database: self.database.to_owned(),
         })?;
         let bases = Bases {
             store: self.store.clone(),
-            layout: Layout::new(&stream, history),
+            layout: Layout::new(&stream, published.history),
         };
-        Ok((bases, tables))
+        Ok((bases, published))
     }
 
-    /// Takes a base backup of these tables now.
+    /// Takes a base backup of what is published now.
     ///
     /// # Errors
     /// [`BackupError`]
     pub async fn take(
         &self,
         bases: &Bases,
-        tables: &[Table],
+        published: &Published,
         observer: &dyn CopyObserver,
         cancel: &CancellationToken,
     ) -> Result<Manifest, BackupError> {
@@ -111,7 +111,8 @@ impl<'c> Keeper<'c> {
             source: &self.config.source.conninfo.with_dbname(self.database),
             stream: bases.layout.stream(),
             history: bases.layout.history(),
-            tables,
+            tables: &published.tables,
+            listed: &published.listed,
             store: &self.store,
             bases: &bases.layout.bases(),
             settings: &self.config.copy,
@@ -157,14 +158,13 @@ struct Newest {
     took: Duration,
     /// In the archive.
     bytes: u64,
-    tables: BTreeSet<TableName>,
+    listed: Listed,
     /// The log behind it has a gap.
     leads_nowhere: bool,
 }
 
 impl Newest {
     fn of(manifest: &Manifest) -> Self {
-        let names = |data: &DataFile| [data.table.clone(), data.root.clone()];
         Self {
             history: manifest.history(),
             lsn: manifest.lsn,
@@ -172,7 +172,7 @@ impl Newest {
             finished_at: manifest.finished_at,
             took: manifest.took(),
             bytes: manifest.bytes(),
-            tables: manifest.data().flat_map(|(_, data)| names(data)).collect(),
+            listed: manifest.listed(),
             leads_nowhere: false,
         }
     }
@@ -194,13 +194,18 @@ impl Newest {
     }
 
     /// Why another one is due.
-    fn due(&self, tables: &[Table], now: Timestamp, base_every: Duration) -> Option<&'static str> {
-        // The first rows of a new table are in no log: nothing behind its first change could be restored.
-        let has = |table: &Table| self.tables.contains(&table.name);
+    fn due(&self, listed: &Listed, now: Timestamp, base_every: Duration) -> Option<&'static str> {
+        // The first rows of a new table are in no log, nor are the changes of one that was not listed for a while: nothing behind
+        // them could be restored.
+        let has = |(table, listed_as): (&TableName, &ListedAs)| {
+            self.listed.get(table).is_some_and(|was| was == listed_as)
+        };
         // Also of a clock that was wrong, and set right.
         let age = now.duration_since(self.finished_at).unsigned_abs();
-        if !tables.iter().all(has) {
-            Some("there are tables that the newest one does not have")
+        if !listed.iter().all(has) {
+            Some(
+                "there are tables that the newest one does not have, or that were listed anew since",
+            )
         } else if self.leads_nowhere {
             Some("the change log has a gap behind the newest one")
         } else if age >= base_every {
@@ -275,8 +280,9 @@ async fn one_look(
     metrics: &ArchiveMetrics,
     stop: &CancellationToken,
 ) -> Result<(), BackupError> {
-    let (bases, tables) = keeper.look().await?;
-    let taken = Box::pin(take_if_due(keeper, &bases, &tables, newest, metrics, stop)).await;
+    let (bases, published) = keeper.look().await?;
+    let taken = take_if_due(keeper, &bases, &published, newest, metrics, stop);
+    let taken = Box::pin(taken).await;
     let overdue = pruned_at.is_none_or(|at| elapsed(at) >= PRUNE_EVERY);
     let makes_room = match &taken {
         Ok(was_due) => *was_due,
@@ -297,7 +303,7 @@ async fn one_look(
 async fn take_if_due(
     keeper: &Keeper<'_>,
     bases: &Bases,
-    tables: &[Table],
+    published: &Published,
     newest: &mut Option<Newest>,
     metrics: &ArchiveMetrics,
     stop: &CancellationToken,
@@ -313,7 +319,7 @@ async fn take_if_due(
         None => "it is the first",
         Some(newest) => {
             let (now, base_every) = (Timestamp::now(), keeper.archive.base_every);
-            match newest.due(tables, now, base_every) {
+            match newest.due(&published.listed, now, base_every) {
                 Some(reason) => reason,
                 None => return Ok(false),
             }
@@ -322,12 +328,9 @@ async fn take_if_due(
     let database = keeper.database;
     tracing::info!(database, reason, "taking a base backup");
     let progress = Progress::begin(metrics);
-    let base = keeper.take(bases, tables, &progress, stop).await?;
+    let base = keeper.take(bases, published, &progress, stop).await?;
     drop(progress);
-    let mut taken = Newest::of(&base);
-    // A table that has no rows of its own is in no file.
-    let names = tables.iter().map(|table| table.name.clone());
-    taken.tables.extend(names);
+    let taken = Newest::of(&base);
     tracing::info!(
         database, lsn = %base.lsn, bytes = taken.bytes, took = ?taken.took, "base backup taken"
     );

@@ -1,7 +1,7 @@
 //! Loads a base backup into an empty database: schema, rows, indexes and constraints, sequences.
 //!
 //! ```text
-//! manifest ▶ empty? ▶ schema.dump: pre-data ▶ [rows, in parallel] ▶ post-data ▶ sequences ▶ statistics, views
+//! examined ▶ empty? ▶ pre-data ▶ [rows, in parallel] ▶ post-data ▶ sequences ▶ statistics, views
 //! ```
 //! Afterwards the database is the source as of the base's LSN, and the change log goes on from there.
 //!
@@ -15,30 +15,33 @@
 //! # What it does not do
 //! It creates neither the database nor roles nor schema `dr_agent`: where the caller has made that schema, its
 //! in-band tables are filled, otherwise their rows are passed over. Killed, it leaves a database that is not
-//! empty; the caller drops it and begins again.
-
-use std::collections::HashSet;
+//! empty; the caller removes that ([`super::wipe()`]) and begins again.
 
 use futures_util::future;
-use tokio_postgres::Client;
+use tokio_postgres::{Client, GenericClient};
 use tokio_util::sync::CancellationToken;
 
 use super::error::BackupError;
+use super::examine::Examined;
 use super::manifest::{DataFile, Manifest, Object};
-use super::{object, repository, rows};
+use super::{object, rows};
 use crate::catalog::TableName;
 use crate::config::CopySettings;
 use crate::failpoint;
 use crate::pg::ConnInfo;
-use crate::snapshot::dump::{Dump, PRE_DATA};
+use crate::snapshot::dump::PRE_DATA;
 use crate::snapshot::plan::{Pages, Part};
 use crate::snapshot::session::ReplicaSide;
-use crate::snapshot::toc::LeftOut;
-use crate::snapshot::tools::Tools;
 use crate::snapshot::work::{Taken, Work};
 use crate::snapshot::{self, CopyObserver, CopyPhase, finish, inventory, quiet};
 use crate::store::Store;
 use crate::stream::StreamName;
+
+/// The schema, as `pg_dump` wrote it.
+pub(super) const SCHEMA: &str = "schema.dump";
+
+/// Where sequences stood.
+pub(super) const SEQUENCES: &str = "sequences.sql.zst";
 
 /// One load: of what, to where.
 pub struct LoadJob<'a> {
@@ -46,6 +49,8 @@ pub struct LoadJob<'a> {
     pub store: &'a Store,
     /// What the names of the base's objects begin with; ends with `/`.
     pub base: &'a str,
+    /// Its manifest.
+    pub manifest: &'a Manifest,
     /// The new database. Its other sessions of this stream with role `restore` are ended.
     pub target: &'a ConnInfo,
     /// Whose base it is.
@@ -55,45 +60,64 @@ pub struct LoadJob<'a> {
     /// Only these tables get their rows; the schema is there as a whole. Foreign keys that refer to others
     /// are left out.
     pub only: Option<&'a [TableName]>,
+    /// What becomes of owners and privileges.
+    pub ownership: Ownership,
+    /// Whether materialized views are filled at once, or by somebody later ([`refresh_views`]).
+    pub views: bool,
 }
 
-/// Loads a base; returns its manifest, whose LSN is where the change log goes on.
+/// What becomes of owners and privileges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ownership {
+    /// They are as they were, or left out if the server lacks a role they name.
+    IfPossible,
+    /// They are as they were, but for what is left out; a role that is lacking then is an error.
+    Without {
+        /// Everything belongs to our role.
+        owners: bool,
+        /// Nobody else may use anything. Without owners either, policies and user mappings of roles that are lacking are
+        /// left out, too.
+        privileges: bool,
+    },
+}
+
+/// Loads a base, whose LSN is where the change log goes on.
 ///
 /// # Errors
-/// [`BackupError`]; after any of them the database is to be dropped, unless it is [`BackupError::NotEmpty`].
+/// [`BackupError`]; after any of them what is there is to be removed, unless it is [`BackupError::NotEmpty`].
 pub async fn load(
     job: LoadJob<'_>,
+    examined: Examined,
     observer: &dyn CopyObserver,
     cancel: &CancellationToken,
-) -> Result<Manifest, BackupError> {
-    let all = Box::pin(load_all(&job, observer));
+) -> Result<(), BackupError> {
+    let all = Box::pin(load_all(&job, examined, observer));
     match cancel.run_until_cancelled(all).await {
         Some(result) => result,
         None => Err(BackupError::Cancelled),
     }
 }
 
-async fn load_all(job: &LoadJob<'_>, observer: &dyn CopyObserver) -> Result<Manifest, BackupError> {
-    let manifest = repository::manifest(job.store, job.base).await?;
-    let mut chosen = chosen(job, &manifest)?;
-    let tools = Tools::find(
-        job.settings.pg_bin.as_deref(),
-        i32::try_from(manifest.pg_dump).unwrap_or(0) * 10_000,
-    )
-    .await?;
+async fn load_all(
+    job: &LoadJob<'_>,
+    examined: Examined,
+    observer: &dyn CopyObserver,
+) -> Result<(), BackupError> {
+    let Examined {
+        dump,
+        left_out,
+        without,
+    } = examined;
+    let manifest = job.manifest;
+    let mut chosen = chosen(job)?;
     let role = job.stream.application_name("restore");
     let (side, client) = ReplicaSide::begin(job.target, role).await?;
     require_empty(&client, job.target.dbname()).await?;
 
     observer.phase(CopyPhase::PreData);
-    inventory::check_extensions(&client, &manifest.extensions).await?;
-    let mut dump = Dump::new(tools)?;
-    if let Some(problem) = inventory::ownership_problem(&client, &manifest.roles).await? {
-        snapshot::leave_out(observer, &format!("owners and privileges: {problem}"));
-        dump.leave_out_ownership();
+    for what in without {
+        snapshot::leave_out(observer, &what);
     }
-    fetch_schema(job, &manifest, &dump).await?;
-    let left_out = left_out(&manifest, &chosen, observer);
     let script = dump
         .script("schema", &left_out, PRE_DATA, side.version_num())
         .await?;
@@ -114,7 +138,7 @@ async fn load_all(job: &LoadJob<'_>, observer: &dyn CopyObserver) -> Result<Mani
     let jobs = job.settings.jobs.max(1);
     dump.build("schema", &left_out, &side, jobs).await?;
     quiet::quiet(&client, observer).await?;
-    let sequences = small(job, &manifest, "sequences.sql.zst").await?;
+    let sequences = small(job, SEQUENCES).await?;
     client
         .batch_execute(&sequences)
         .await
@@ -124,19 +148,39 @@ async fn load_all(job: &LoadJob<'_>, observer: &dyn CopyObserver) -> Result<Mani
         .map(|(_, data)| (data.table.clone(), data.root.clone()))
         .collect();
     finish::analyze(&client, &pairs, job.only.is_none()).await?;
-    finish::refresh_views(&client, &manifest.materialized_views, observer).await?;
-    Ok(manifest)
+    if job.views {
+        finish::refresh_views(&client, &manifest.materialized_views, observer).await?;
+    }
+    Ok(())
 }
 
-type Chosen<'a> = (&'a Object, &'a DataFile);
+/// Fills materialized views that are empty, each behind those that it reads; what cannot be filled is told.
+///
+/// # Errors
+/// [`BackupError`]
+pub async fn refresh_views(
+    target: &ConnInfo,
+    stream: &StreamName,
+    views: &[TableName],
+    observer: &dyn CopyObserver,
+) -> Result<(), BackupError> {
+    if views.is_empty() {
+        return Ok(());
+    }
+    let role = stream.application_name("restore");
+    let (_, client) = ReplicaSide::begin(target, role).await?;
+    Ok(finish::refresh_views(&client, views, observer).await?)
+}
+
+pub(super) type Chosen<'a> = (&'a Object, &'a DataFile);
 
 /// The objects with the rows that are wanted.
-fn chosen<'m>(job: &LoadJob<'_>, manifest: &'m Manifest) -> Result<Vec<Chosen<'m>>, BackupError> {
+pub(super) fn chosen<'m>(job: &LoadJob<'m>) -> Result<Vec<Chosen<'m>>, BackupError> {
     let Some(only) = job.only else {
-        return Ok(manifest.data().collect());
+        return Ok(job.manifest.data().collect());
     };
     for table in only {
-        if !manifest.data().any(|(_, data)| data.table == *table) {
+        if !job.manifest.data().any(|(_, data)| data.table == *table) {
             return Err(BackupError::UnknownTable {
                 base: job.base.to_owned(),
                 table: table.clone(),
@@ -144,11 +188,27 @@ fn chosen<'m>(job: &LoadJob<'_>, manifest: &'m Manifest) -> Result<Vec<Chosen<'m
         }
     }
     let is_wanted = |(_, data): &Chosen<'_>| only.contains(&data.table);
-    Ok(manifest.data().filter(is_wanted).collect())
+    Ok(job.manifest.data().filter(is_wanted).collect())
 }
 
 /// Refuses a database that holds anything but schema `dr_agent` and what extensions brought.
 async fn require_empty(client: &Client, database: &str) -> Result<(), BackupError> {
+    let found = found_in(client)
+        .await
+        .map_err(BackupError::target("look for what is there"))?;
+    if found.is_empty() {
+        return Ok(());
+    }
+    Err(BackupError::NotEmpty {
+        database: database.to_owned(),
+        found,
+    })
+}
+
+/// Kind and name of what a database holds beside schema `dr_agent` and what extensions brought.
+pub async fn found_in(
+    client: &(impl GenericClient + Sync),
+) -> Result<Vec<String>, tokio_postgres::Error> {
     const SQL: &str = "
         WITH ours AS (
             SELECT oid, nspname FROM pg_namespace
@@ -169,61 +229,25 @@ async fn require_empty(client: &Client, database: &str) -> Result<(), BackupErro
         UNION ALL
         SELECT 'type ' || nspname || '.' || typname FROM pg_type t JOIN ours n ON n.oid = typnamespace
          WHERE typtype IN ('e', 'd', 'r') AND ('pg_type'::regclass, t.oid) NOT IN (SELECT * FROM extensions)
+        UNION ALL
+        SELECT 'event trigger ' || evtname FROM pg_event_trigger e
+         WHERE ('pg_event_trigger'::regclass, e.oid) NOT IN (SELECT * FROM extensions)
+        UNION ALL
+        SELECT 'foreign data wrapper ' || fdwname FROM pg_foreign_data_wrapper w
+         WHERE ('pg_foreign_data_wrapper'::regclass, w.oid) NOT IN (SELECT * FROM extensions)
          ORDER BY 1";
-    let rows = client
-        .query(SQL, &[])
-        .await
-        .map_err(BackupError::target("look for what is there"))?;
-    if rows.is_empty() {
-        return Ok(());
-    }
-    Err(BackupError::NotEmpty {
-        database: database.to_owned(),
-        found: rows.iter().map(|row| row.get(0)).collect(),
-    })
+    let rows = client.query(SQL, &[]).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
-async fn small(job: &LoadJob<'_>, manifest: &Manifest, name: &str) -> Result<String, BackupError> {
-    let object = listed(job, manifest, name)?;
+async fn small(job: &LoadJob<'_>, name: &str) -> Result<String, BackupError> {
+    let object = listed(job, name)?;
     object::get_packed(job.store, job.base, name, &object.sum).await
 }
 
-fn listed<'m>(
-    job: &LoadJob<'_>,
-    manifest: &'m Manifest,
-    name: &str,
-) -> Result<&'m Object, BackupError> {
-    let object = manifest.object(name);
+pub(super) fn listed<'m>(job: &LoadJob<'m>, name: &str) -> Result<&'m Object, BackupError> {
+    let object = job.manifest.object(name);
     object.ok_or_else(|| BackupError::damaged(job.base, name, "is not in the manifest"))
-}
-
-async fn fetch_schema(
-    job: &LoadJob<'_>,
-    manifest: &Manifest,
-    dump: &Dump,
-) -> Result<(), BackupError> {
-    const NAME: &str = "schema.dump";
-    let object = listed(job, manifest, NAME)?;
-    let schema = object::get(job.store, job.base, NAME, &object.sum).await?;
-    tokio::fs::write(dump.path("schema"), schema)
-        .await
-        .map_err(BackupError::local("write the schema for pg_restore"))
-}
-
-/// What of the schema is not created.
-fn left_out(manifest: &Manifest, chosen: &[Chosen<'_>], observer: &dyn CopyObserver) -> LeftOut {
-    let mut left_out = LeftOut::default();
-    for entry in &manifest.left_out {
-        left_out.entry(entry);
-    }
-    let filled: HashSet<TableName> = chosen.iter().map(|(_, data)| data.table.clone()).collect();
-    for key in &manifest.foreign_keys {
-        if let Some(what) = key.cannot_hold(&filled) {
-            snapshot::leave_out(observer, &what);
-            left_out.entry(&key.entry);
-        }
-    }
-    left_out
 }
 
 /// Everything that rows need, or nothing.

@@ -19,6 +19,7 @@ use super::object::{Sum, sha256};
 use crate::catalog::TableName;
 use crate::history::History;
 use crate::lag::pg_micros;
+use crate::listed::{Listed, ListedAs};
 use crate::pg::PgLsn;
 use crate::setup::locale::Locale;
 use crate::snapshot::inventory::ForeignKey;
@@ -75,6 +76,9 @@ pub struct Manifest {
     pub extensions: Vec<String>,
     /// Roles that own something or have rights.
     pub roles: Vec<String>,
+    /// What every table was listed as: a marker in the change log that says otherwise ends what can be restored from here.
+    #[serde(default)]
+    pub(super) listed: Vec<ListedTable>,
     /// Materialized views that were filled.
     pub materialized_views: Vec<TableName>,
     /// What is in `schema.dump` and is not to be restored.
@@ -96,6 +100,14 @@ pub struct Object {
     /// What it holds, where these are rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DataFile>,
+}
+
+/// A published table.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct ListedTable {
+    #[serde(flatten)]
+    pub(super) table: TableName,
+    pub(super) listed_as: ListedAs,
 }
 
 /// Rows of one table, or of a range of its pages, as COPY writes them in text format.
@@ -145,11 +157,35 @@ impl Manifest {
             .filter_map(|object| Some((object, object.data.as_ref()?)))
     }
 
+    /// The tables of its own, in name order, that a person means by these names: a partitioned table stands for all of its
+    /// partitions. The first name that means none is the error.
+    ///
+    /// # Errors
+    /// That name.
+    pub fn meant(&self, names: &[TableName]) -> Result<Vec<TableName>, TableName> {
+        let mut meant = BTreeSet::new();
+        for name in names {
+            let is_meant = |data: &&DataFile| data.table == *name || data.root == *name;
+            let mut tables = self.data().map(|(_, data)| data).filter(is_meant);
+            let first = tables.next().ok_or_else(|| name.clone())?;
+            meant.insert(first.table.clone());
+            meant.extend(tables.map(|data| data.table.clone()));
+        }
+        Ok(meant.into_iter().collect())
+    }
+
     /// The tables whose rows it holds, by every name under which a change may come.
     pub fn tables(&self) -> Vec<TableName> {
         let names = self.data().flat_map(|(_, data)| [&data.table, &data.root]);
         let names: BTreeSet<&TableName> = names.collect();
         names.into_iter().cloned().collect()
+    }
+
+    /// What every table was listed as.
+    pub fn listed(&self) -> Listed {
+        let listed = self.listed.iter();
+        let pairs = listed.map(|one| (one.table.clone(), one.listed_as.clone()));
+        pairs.collect()
     }
 
     /// As it is stored, under its checksum.
@@ -241,6 +277,7 @@ pub(super) mod tests {
             warnings: vec![],
             extensions: vec!["plpgsql".into()],
             roles: vec!["app".into()],
+            listed: vec![],
             materialized_views: vec![],
             left_out: vec![],
             foreign_keys: vec![],

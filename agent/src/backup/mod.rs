@@ -22,6 +22,7 @@
 
 mod bases;
 mod error;
+mod examine;
 pub mod keep;
 mod load;
 mod manifest;
@@ -32,14 +33,17 @@ pub mod retention;
 mod rows;
 mod script;
 mod take;
+mod wipe;
 mod writing;
 
 pub use bases::{Bases, Verified};
 pub use error::{BackupError, Flaw};
-pub use load::{LoadJob, load};
+pub use examine::{Examined, examine};
+pub use load::{LoadJob, Ownership, found_in, load, refresh_views};
 pub use manifest::{DataFile, Manifest, Object};
 pub use object::Sum;
 pub use prune::{Pruned, prune};
 pub use repository::{Found, Newest, Summary, Unusable, find, histories, manifest, verify};
 pub use take::{TakeJob, take};
+pub use wipe::wipe;
 pub use writing::Patience;

@@ -2,6 +2,9 @@
 //!
 //! For the day on which there is no dr-agent: `zstd` and `psql` load a base by themselves. The script
 //! is run in the directory that holds the base's objects.
+//!
+//! # Invariants
+//! - An object is loaded as a whole or not at all: whether `zstd` found it whole is known only after its last row.
 
 use super::manifest::DataFile;
 use crate::catalog::{quote_ident, quote_literal};
@@ -39,21 +42,21 @@ fn fill(name: &str, data: &DataFile) -> String {
             "\\warn '{name} is not loaded: a name in its COPY has a line break; see manifest.json'\n"
         );
     }
-    format!("\\copy {target} FROM PROGRAM 'zstd -dcq {name}'\n")
+    format!("BEGIN;\n\\copy {target} FROM PROGRAM 'zstd -dcq {name}'\nCOMMIT;\n")
 }
 
-/// Sets the sequences.
+/// Sets the sequences. Their names may have any characters, and `psql` goes by the terminal's.
 pub(super) fn set_sequences<'a>(positions: impl Iterator<Item = &'a Position>) -> String {
-    positions
-        .map(|at| {
-            format!(
-                "SELECT pg_catalog.setval({}, {}, {});\n",
-                quote_literal(&at.name).trim_start(),
-                at.value,
-                at.called
-            )
-        })
-        .collect()
+    let mut script = String::from("SET client_encoding = 'UTF8';\n");
+    for at in positions {
+        script.push_str(&format!(
+            "SELECT pg_catalog.setval({}, {}, {});\n",
+            quote_literal(&at.name).trim_start(),
+            at.value,
+            at.called
+        ));
+    }
+    script
 }
 
 #[cfg(test)]
@@ -76,14 +79,14 @@ mod tests {
     }
 
     #[test]
-    fn each_object_is_one_command_and_a_name_with_a_line_break_is_said() {
+    fn each_object_is_one_transaction_and_a_name_with_a_line_break_is_said() {
         assert_eq!(
             fill("data/00001.copy.zst", &data("t\"1", &["a", "B c"])),
-            "\\copy \"S\".\"t\"\"1\" (\"a\", \"B c\") FROM PROGRAM 'zstd -dcq data/00001.copy.zst'\n"
+            "BEGIN;\n\\copy \"S\".\"t\"\"1\" (\"a\", \"B c\") FROM PROGRAM 'zstd -dcq data/00001.copy.zst'\nCOMMIT;\n"
         );
         assert_eq!(
             fill("d", &data("t", &[])),
-            "\\copy \"S\".\"t\" FROM PROGRAM 'zstd -dcq d'\n"
+            "BEGIN;\n\\copy \"S\".\"t\" FROM PROGRAM 'zstd -dcq d'\nCOMMIT;\n"
         );
         assert!(fill("d", &data("a\nb", &[])).starts_with("\\warn"));
     }
@@ -97,7 +100,7 @@ mod tests {
         };
         assert_eq!(
             set_sequences([position].iter()),
-            "SELECT pg_catalog.setval('\"S\".\"it''s\"', -7, false);\n"
+            "SET client_encoding = 'UTF8';\nSELECT pg_catalog.setval('\"S\".\"it''s\"', -7, false);\n"
         );
     }
 }

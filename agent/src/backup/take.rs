@@ -27,15 +27,16 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::error::BackupError;
-use super::manifest::{self, DataFile, Manifest, Object};
+use super::manifest::{self, DataFile, ListedTable, Manifest, Object};
 use super::object::Sum;
 use super::writing::{Patience, Remains, Writing};
 use super::{repository, rows, script};
-use crate::catalog::{Table, TableName};
+use crate::catalog::{self, Identity, Table, TableName};
 use crate::config::CopySettings;
 use crate::failpoint;
 use crate::history::History;
 use crate::lag::system_time;
+use crate::listed::{Listed, ListedAs};
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SystemIdentity};
 use crate::pg::{ConnInfo, PgError};
 use crate::setup::{export, locale};
@@ -66,6 +67,8 @@ pub struct TakeJob<'a> {
     pub history: History,
     /// The tables of the publication.
     pub tables: &'a [Table],
+    /// What they are listed as, read before.
+    pub listed: &'a Listed,
     /// The archive.
     pub store: &'a Store,
     /// What the names of all bases of this stream and source begin with; ends with `/`.
@@ -187,6 +190,9 @@ impl<'a> Taking<'a> {
         taking.rows(&sessions, &layouts, &work).await?;
 
         observer.phase(CopyPhase::PostData);
+        for what in unpublished(&client, &names).await? {
+            taking.leave_out(what);
+        }
         for what in finish::left_behind(&client).await? {
             taking.leave_out(what);
         }
@@ -212,6 +218,7 @@ impl<'a> Taking<'a> {
             pg_dump: dump.tools().version.major,
             extensions: inventory::extensions(&client).await?,
             roles: inventory::roles(&client).await?,
+            listed: job.listed.iter().map(listed_table).collect(),
             materialized_views: finish::filled_views(&client).await?,
             left_out,
             foreign_keys,
@@ -306,6 +313,13 @@ impl<'a> Taking<'a> {
     }
 }
 
+fn listed_table((table, listed_as): (&TableName, &ListedAs)) -> ListedTable {
+    ListedTable {
+        table: table.clone(),
+        listed_as: listed_as.clone(),
+    }
+}
+
 /// One session: writes parts until there are none.
 async fn write_parts(
     session: &Client,
@@ -360,6 +374,25 @@ async fn export_snapshot(
         .await
         .map_err(source("create a temporary slot"))?;
     Ok((exporter, identity, slot))
+}
+
+/// The tables that are not in the publication: their rows are in no base and no log.
+async fn unpublished(client: &Client, published: &[TableName]) -> Result<Vec<String>, BackupError> {
+    let tables = catalog::tables_without_sizes(client)
+        .await
+        .map_err(source("list the tables"))?;
+    let rest = tables
+        .iter()
+        .filter(|table| !published.contains(&table.name));
+    let words = rest.map(|table| {
+        let reason = match (table.unlogged, table.identity) {
+            (true, _) => "it is unlogged",
+            (false, Identity::Missing) => "it has no key, and is not published",
+            (false, _) => "it is not published: source.exclude names it, or it is new",
+        };
+        format!("the rows of table {}: {reason}", table.name)
+    });
+    Ok(words.collect())
 }
 
 /// The source's clock, which is the one that commits are stamped by.

@@ -187,14 +187,14 @@ async fn take_one(
     let metrics = ArchiveMetrics::new(database);
     let looking = async {
         let keeper = Keeper::open(config, archive, database, &metrics).await?;
-        let (bases, tables) = keeper.look().await?;
-        Ok::<_, BackupError>((keeper, bases, tables))
+        let (bases, published) = keeper.look().await?;
+        Ok::<_, BackupError>((keeper, bases, published))
     };
     // Nothing is there yet that would have to be deleted.
     let looked = stop.run_until_cancelled(Box::pin(looking)).await;
-    let (keeper, bases, tables) = looked.unwrap_or(Err(BackupError::Cancelled))?;
+    let (keeper, bases, published) = looked.unwrap_or(Err(BackupError::Cancelled))?;
     let display = ProgressDisplay::new(database, &());
-    let manifest = keeper.take(&bases, &tables, &display, stop).await?;
+    let manifest = keeper.take(&bases, &published, &display, stop).await?;
     drop(display);
     let taken = bases.find().await?.bases;
     let taken = taken.iter().find(|base| base.lsn == manifest.lsn);

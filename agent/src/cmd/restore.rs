@@ -17,15 +17,17 @@ use crate::error::{Classify as _, chain};
 use crate::history::History;
 use crate::lag::{Micros, pg_micros, system_time};
 use crate::pg::{ConnInfo, PgLsn};
-use crate::restore::{self, Moment, Observer, Options, Plan, Report, RestoreError};
+use crate::restore::{
+    self, Committed, Moment, Observer, Options, Plan, Report, RestoreError, Start,
+};
 use crate::snapshot::ProgressDisplay;
 use crate::store::Store;
 
 /// Flags of `restore`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(
-    after_help = "The target is an empty database: CREATE DATABASE … TEMPLATE template0. Killed within the base backup, drop \
-    it and begin again; killed behind it, run the same command again and it goes on.\n\
+    after_help = "The target is an empty database: CREATE DATABASE … TEMPLATE template0, with the source's encoding. Killed, run \
+    the same command again: behind the base backup it goes on, within it, it removes what it left and begins anew.\n\
     Times are RFC 3339, such as 2026-11-22T03:00:00Z, on the source's clock: the first transaction that committed later \
     is the first that is left out.\n\
     Exit codes: 0 restored (or planned); 1 failed; 2 usage or configuration."
@@ -46,10 +48,16 @@ pub struct Args {
     /// Restore this history, where the archive has several of the database: a system identifier and when its slot was created
     #[arg(long, value_name = "HISTORY", value_parser = history)]
     history: Option<History>,
-    /// Restore only these tables
+    /// Restore only the rows of these tables; names as in SQL, a partitioned one stands for its partitions
     #[arg(long = "table", value_name = "SCHEMA.TABLE")]
     tables: Vec<String>,
-    /// Print what would be read; touch nothing
+    /// Leave owners out: everything belongs to the role of the target's URL
+    #[arg(long)]
+    no_owner: bool,
+    /// Leave privileges out; with --no-owner also the policies of roles that are lacking
+    #[arg(long)]
+    no_privileges: bool,
+    /// Print what would be done, and refuse what would be refused; touch nothing
     #[arg(long)]
     plan: bool,
     /// Print the plan or the report as JSON
@@ -67,6 +75,9 @@ fn lsn(text: &str) -> Result<PgLsn, String> {
     text.parse()
         .map_err(|_| "is not an LSN such as 16/B374D848".to_owned())
 }
+
+/// Exit code for a wrong command line or configuration, as everywhere.
+const USAGE: u8 = 2;
 
 /// Restores and prints the report.
 pub async fn run(config: Config, args: Args) -> ExitCode {
@@ -87,20 +98,23 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
                 let mut stdout = std::io::stdout().lock();
                 let _ = writeln!(stdout, "{object:#}");
             }
-            ExitCode::FAILURE
+            match error.is_usage() {
+                true => ExitCode::from(USAGE),
+                false => ExitCode::FAILURE,
+            }
         }
     }
 }
 
 async fn restore(config: &Config, args: &Args) -> Result<String, RestoreError> {
     let archive = config.archive.as_ref().ok_or(RestoreError::NoArchive)?;
-    let store = Store::open(&archive.url, &archive.encryption).await?;
     let options = options(config, args)?;
+    let store = Store::open(&archive.url, &archive.encryption).await?;
     let plan = restore::plan(config, &store, &options).await?;
     if args.plan {
         return Ok(match args.json {
             true => format!("{:#}", plan_json(&plan, &options)),
-            false => plan_text(&plan, &options),
+            false => plan_text(&plan, &options) + &without_text(&plan),
         });
     }
     eprintln!("{}", plan_text(&plan, &options));
@@ -130,27 +144,16 @@ fn options(config: &Config, args: &Args) -> Result<Options, RestoreError> {
         (None, Some(lsn)) => Moment::Lsn(lsn),
         (None, None) => Moment::End,
     };
-    let tables = args
-        .tables
-        .iter()
-        .map(|text| table(text))
-        .collect::<Result<_, _>>()?;
+    let table =
+        |text: &String| TableName::parse(text).ok_or_else(|| RestoreError::TableName(text.clone()));
     Ok(Options {
         target,
         database,
         history: args.history,
         moment,
-        tables,
-    })
-}
-
-fn table(text: &str) -> Result<TableName, RestoreError> {
-    let (schema, name) = text
-        .split_once('.')
-        .ok_or_else(|| RestoreError::NoTable(text.to_owned()))?;
-    Ok(TableName {
-        schema: schema.to_owned(),
-        name: name.to_owned(),
+        tables: args.tables.iter().map(table).collect::<Result<_, _>>()?,
+        no_owner: args.no_owner,
+        no_privileges: args.no_privileges,
     })
 }
 
@@ -163,64 +166,130 @@ fn size(bytes: u64) -> String {
 }
 
 fn plan_text(plan: &Plan, options: &Options) -> String {
-    let moment = options.moment;
-    format!(
-        "restores {} to {moment}\n  base backup of {} at {}: {}\n  change log from there: {} in {} segments, up to {}",
-        options.database,
+    let base = format!(
+        "base backup of {} at {}: {}{}",
         plan.base.as_of,
         plan.base.lsn,
-        size(plan.base.bytes),
+        size(plan.base_bytes),
+        plan.tables
+            .as_ref()
+            .map_or_else(String::new, |tables| format!(" of {} tables", tables.len())),
+    );
+    let first = match plan.start {
+        Start::Empty => base,
+        Start::Anew => {
+            format!("what an interrupted restore left is removed from the target\n  {base}")
+        }
+        Start::Resumed(lsn) => {
+            format!("the target is at {lsn}, where a restore was interrupted: it goes on there")
+        }
+    };
+    format!(
+        "restores {} to {}\n  {first}\n  change log from there: at most {} in {} segments, up to {}",
+        options.database,
+        options.moment,
         size(plan.log_bytes),
-        plan.chain.spans.len(),
-        plan.chain.end,
+        plan.log_segments,
+        plan.log_end,
     )
+}
+
+/// What the target will be without.
+fn without_text(plan: &Plan) -> String {
+    let lines = plan.warnings.iter();
+    lines
+        .map(|warning| format!("\n  warning: {warning}"))
+        .collect()
 }
 
 fn plan_json(plan: &Plan, options: &Options) -> serde_json::Value {
+    let (target, resumes_at) = match plan.start {
+        Start::Empty => ("empty", None),
+        Start::Anew => ("begun_anew", None),
+        Start::Resumed(lsn) => ("resumed", Some(lsn.to_string())),
+    };
+    let names = |tables: &Vec<TableName>| tables.iter().map(TableName::sql).collect::<Vec<_>>();
     json!({
         "database": options.database,
         "moment": options.moment.to_string(),
+        "target": target,
+        "resumes_at": resumes_at,
+        "tables": plan.tables.as_ref().map(names),
         "base_lsn": plan.base.lsn.to_string(),
         "base_time": plan.base.as_of.to_string(),
-        "base_bytes": plan.base.bytes,
+        "base_bytes": plan.base_bytes,
         "log_bytes": plan.log_bytes,
-        "log_segments": plan.chain.spans.len(),
-        "log_end_lsn": plan.chain.end.to_string(),
+        "log_segments": plan.log_segments,
+        "log_end_lsn": plan.log_end.to_string(),
+        "warnings": plan.warnings,
     })
 }
 
-fn report_text(report: &Report) -> String {
-    let last = report.commit_time.map_or_else(
-        || "nothing was committed after the base backup".to_owned(),
-        |at| {
-            format!(
-                "the last transaction committed at {} and ends at {}",
-                time(at),
-                report.end_lsn
-            )
-        },
-    );
-    let beyond = report.beyond.map_or_else(String::new, |beyond| {
-        format!(
-            "\n  the first that was left out committed at {} ({})",
-            time(beyond.commit_time),
-            beyond.commit_lsn
-        )
-    });
+fn committed(transaction: &Committed) -> String {
     format!(
-        "restored from the base backup at {}\n  {last}{beyond}\n  {} transactions replayed, {} sequences set ahead",
-        report.base, report.transactions, report.sequences
+        "{}, committed at {} ({})",
+        transaction.xid,
+        time(transaction.commit_time),
+        transaction.commit_lsn
     )
 }
 
+fn report_text(report: &Report) -> String {
+    let mut lines = vec![format!(
+        "restored from the base backup at {}, up to {}",
+        report.base, report.end_lsn
+    )];
+    lines.push(match report.commit_time {
+        Some(at) => format!("the last transaction committed at {}", time(at)),
+        None => "nothing was committed after the base backup".to_owned(),
+    });
+    let transactions = [
+        ("the last one that changed a table", &report.last_change),
+        ("the first one that was left out", &report.beyond),
+        (
+            "the first one that was left out and changed a table",
+            &report.change_beyond,
+        ),
+    ];
+    for (which, transaction) in transactions {
+        if let Some(transaction) = transaction {
+            lines.push(format!("{which}: {}", committed(transaction)));
+        }
+    }
+    lines.push(format!(
+        "{} transactions replayed, {} sequences set ahead",
+        report.transactions, report.sequences
+    ));
+    match report.warnings.len() {
+        0 => {}
+        1 => lines.push("one thing is not there or needs a look: the warning above".to_owned()),
+        n => lines.push(format!(
+            "{n} things are not there or need a look: the warnings above"
+        )),
+    }
+    lines.join("\n  ")
+}
+
+fn committed_json(transaction: &Committed) -> serde_json::Value {
+    json!({
+        "xid": transaction.xid,
+        "commit_lsn": transaction.commit_lsn.to_string(),
+        "commit_time": time(transaction.commit_time),
+    })
+}
+
 fn report_json(report: &Report) -> serde_json::Value {
+    let beyond = report.beyond.as_ref();
     json!({
         "outcome": "restored",
         "base_lsn": report.base.to_string(),
         "end_lsn": report.end_lsn.to_string(),
         "commit_time": report.commit_time.map(time),
-        "left_out_lsn": report.beyond.map(|beyond| beyond.commit_lsn.to_string()),
-        "left_out_commit_time": report.beyond.map(|beyond| time(beyond.commit_time)),
+        "last_change": report.last_change.as_ref().map(committed_json),
+        "left_out_lsn": beyond.map(|beyond| beyond.commit_lsn.to_string()),
+        "left_out_commit_time": beyond.map(|beyond| time(beyond.commit_time)),
+        "left_out_xid": beyond.map(|beyond| beyond.xid),
+        "left_out_change": report.change_beyond.as_ref().map(committed_json),
         "transactions": report.transactions,
         "sequences": report.sequences,
         "warnings": report.warnings,

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::{Key, KeyColumn, KeyOrder, NetChange, Row, RowChange, RowKey, Stage, Step};
-use crate::pg::pgoutput::{Value, encode};
+use crate::pg::pgoutput::{Form, Value, encode};
 use crate::testing::{relation, table};
 use crate::txn::{Change, Relations, SourceRelation};
 
@@ -46,11 +46,14 @@ pub(crate) enum Operation {
     },
     Truncate,
     Describe,
+    /// Another session goes on, which sends values in the other form.
+    OtherForm,
 }
 
 /// The source: rows by key. Carries out what is possible and says it as pgoutput would.
 pub(crate) struct Source {
     relation: Arc<SourceRelation>,
+    form: Form,
     pub(crate) rows: BTreeMap<i64, ModelRow>,
     pub(crate) changes: Vec<Change>,
 }
@@ -59,6 +62,7 @@ impl Source {
     pub(crate) fn new(rows: &BTreeMap<i64, ModelRow>) -> Self {
         Self {
             relation: described(),
+            form: Form::Text,
             rows: rows.clone(),
             changes: Vec::new(),
         }
@@ -73,8 +77,8 @@ impl Source {
         match *operation {
             Operation::Insert(row) if !self.rows.contains_key(&row.0) => {
                 self.rows.insert(row.0, row);
-                let texts = texts(row);
-                self.say(encode::insert(1, &values(&texts, true)));
+                let sent = self.sent(row);
+                self.say(encode::insert(1, &self.values(&sent, true)));
             }
             Operation::Update { key, value, large } => {
                 let Some(row) = self.rows.get_mut(&key) else {
@@ -82,8 +86,13 @@ impl Source {
                 };
                 row.1 = value;
                 row.2 = large.unwrap_or(row.2);
-                let texts = texts(*row);
-                self.say(encode::update(1, None, &values(&texts, large.is_some())));
+                let row = *row;
+                let sent = self.sent(row);
+                self.say(encode::update(
+                    1,
+                    None,
+                    &self.values(&sent, large.is_some()),
+                ));
             }
             Operation::ChangeKey {
                 key,
@@ -99,17 +108,17 @@ impl Source {
                 };
                 let new = (to, value, large.unwrap_or(row.2));
                 self.rows.insert(to, new);
-                let (old, texts) = (key.to_string(), texts(new));
-                let old = [Value::Text(old.as_bytes()), Value::Null, Value::Null];
-                let new = values(&texts, large.is_some());
+                let (old, sent) = (self.sent((key, 0, 0)), self.sent(new));
+                let old = [self.value(&old[0]), Value::Null, Value::Null];
+                let new = self.values(&sent, large.is_some());
                 self.say(encode::update(1, Some((b'K', &old)), &new));
             }
             Operation::Delete { key } => {
                 if self.rows.remove(&key).is_none() {
                     return;
                 }
-                let old = key.to_string();
-                let old = [Value::Text(old.as_bytes()), Value::Null, Value::Null];
+                let old = self.sent((key, 0, 0));
+                let old = [self.value(&old[0]), Value::Null, Value::Null];
                 self.say(encode::delete(1, (b'K', &old)));
             }
             Operation::Truncate => {
@@ -119,8 +128,37 @@ impl Source {
                 self.changes.push(Change { relations, message });
             }
             Operation::Describe => self.relation = described(),
+            Operation::OtherForm => {
+                self.form = match self.form {
+                    Form::Text => Form::Binary,
+                    Form::Binary => Form::Text,
+                };
+            }
             Operation::Insert(_) => {}
         }
+    }
+
+    fn sent(&self, row: ModelRow) -> [Vec<u8>; 3] {
+        [row.0, row.1, row.2].map(|number| match self.form {
+            Form::Text => number.to_string().into_bytes(),
+            Form::Binary => number.to_be_bytes().to_vec(),
+        })
+    }
+
+    fn value<'v>(&self, sent: &'v [u8]) -> Value<'v> {
+        match self.form {
+            Form::Text => Value::Text(sent),
+            Form::Binary => Value::Binary(sent),
+        }
+    }
+
+    fn values<'v>(&self, sent: &'v [Vec<u8>; 3], large_sent: bool) -> [Value<'v>; 3] {
+        let large = if large_sent {
+            self.value(&sent[2])
+        } else {
+            Value::UnchangedToast
+        };
+        [self.value(&sent[0]), self.value(&sent[1]), large]
     }
 }
 
@@ -148,7 +186,8 @@ pub(crate) fn values(texts: &[String; 3], large_sent: bool) -> [Value<'_>; 3] {
 pub(crate) fn number(value: Value<'_>) -> Option<i64> {
     match value {
         Value::Text(text) => Some(std::str::from_utf8(text).unwrap().parse().unwrap()),
-        _ => None,
+        Value::Binary(bytes) => Some(i64::from_be_bytes(bytes.try_into().unwrap())),
+        Value::Null | Value::UnchangedToast => None,
     }
 }
 
@@ -197,6 +236,7 @@ fn keyed_statements<'s>(net: &'s [(RowKey, NetChange)], statements: &mut Vec<Sta
         }
     }
     for rows in [&updates, &inserts] {
+        expect_one_form(rows);
         assert!(
             rows.iter().map(|row| key_of(row.values())).is_sorted(),
             "rows are not in the order of their keys"
@@ -207,6 +247,23 @@ fn keyed_statements<'s>(net: &'s [(RowKey, NetChange)], statements: &mut Vec<Sta
         Statement::Updates(updates),
         Statement::Inserts(inserts),
     ]);
+}
+
+/// A statement takes each column as one array, whose values have one form.
+fn expect_one_form(rows: &[&Row]) {
+    let is_binary = |value: Value<'_>| match value {
+        Value::Text(_) => Some(false),
+        Value::Binary(_) => Some(true),
+        Value::Null | Value::UnchangedToast => None,
+    };
+    let mut forms = rows
+        .iter()
+        .flat_map(|row| row.values().filter_map(is_binary));
+    let first = forms.next();
+    assert!(
+        forms.all(|form| Some(form) == first),
+        "one statement has values of both forms"
+    );
 }
 
 fn key_of<'v>(mut values: impl Iterator<Item = Value<'v>>) -> i64 {
@@ -275,5 +332,6 @@ pub(crate) fn operation() -> impl Strategy<Value = Operation> {
         4 => key.prop_map(|key| Operation::Delete { key }),
         1 => Just(Operation::Truncate),
         1 => Just(Operation::Describe),
+        1 => Just(Operation::OtherForm),
     ]
 }

@@ -161,3 +161,63 @@ fn what_cannot_be_is_an_error_and_not_a_guess() {
         assert!(fold(&source.changes, &keyed).is_err());
     }
 }
+
+#[test]
+fn one_row_in_two_forms_is_changed_in_order_and_each_statement_has_one_form() {
+    let by_bytes = |_: &Arc<SourceRelation>| Key {
+        columns: vec![KeyColumn {
+            position: 0,
+            order: KeyOrder::Bytes,
+        }],
+    };
+    let (text, binary) = (Value::Text(b"0a0b"), Value::Binary(b"\x0a\x0b"));
+    let large = Value::Binary(b"large");
+    let unsent = Value::UnchangedToast;
+    let mut source = Source::new(&BTreeMap::new());
+    source.say(encode::insert(1, &[binary, Value::Binary(b"1"), large]));
+    source.say(encode::update(1, None, &[text, Value::Text(b"2"), unsent]));
+    source.say(encode::update(1, None, &[text, Value::Text(b"3"), unsent]));
+    source.say(encode::delete(
+        1,
+        (b'K', &[binary, Value::Null, Value::Null]),
+    ));
+    let steps = fold(&source.changes, &by_bytes).unwrap();
+    let [Step::Tables(tables)] = steps.as_slice() else {
+        panic!("one step")
+    };
+    let stages: Vec<&Stage> = tables.iter().flat_map(|table| &table.stages).collect();
+    let [
+        Stage::Keyed(first),
+        Stage::Keyed(second),
+        Stage::Keyed(third),
+    ] = stages.as_slice()
+    else {
+        panic!("three stages: {stages:?}")
+    };
+    assert!(matches!(first.as_slice(), [(_, NetChange::Insert(_))]));
+    let [(_, NetChange::Update(row))] = second.as_slice() else {
+        panic!("one update: {second:?}")
+    };
+    assert_eq!(row.values().nth(1), Some(Value::Text(b"3")));
+    // Its large value is on the replica by then.
+    assert_eq!(row.unsent(), [2]);
+    assert!(matches!(third.as_slice(), [(_, NetChange::Delete(_))]));
+}
+
+#[test]
+fn without_a_key_rows_of_two_forms_are_in_order_too() {
+    let row = |value| [Value::Null, value, Value::Null];
+    let mut source = Source::new(&BTreeMap::new());
+    for value in [Value::Binary(b"1"), Value::Null, Value::Text(b"2")] {
+        source.say(encode::insert(1, &row(value)));
+    }
+    let steps = fold(&source.changes, &keyless).unwrap();
+    let [Step::Tables(tables)] = steps.as_slice() else {
+        panic!("one step")
+    };
+    let inserts = |table: &TableChanges| match table.stages.as_slice() {
+        [Stage::Ordered(changes)] => changes.len(),
+        stages => panic!("one stage: {stages:?}"),
+    };
+    assert_eq!(tables.iter().map(inserts).collect::<Vec<_>>(), [2, 1]);
+}

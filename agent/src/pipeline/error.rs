@@ -104,9 +104,7 @@ impl SessionError {
     pub(super) fn is_expected(&self) -> bool {
         matches!(
             self,
-            Self::NewTable
-                | Self::NotCopied { .. }
-                | Self::Sink(SinkError::TableNotCopied { .. } | SinkError::BinaryForm { .. })
+            Self::NewTable | Self::NotCopied { .. } | Self::Sink(SinkError::TableNotCopied { .. })
         )
     }
 }

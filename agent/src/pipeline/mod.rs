@@ -15,7 +15,7 @@
 //! whatever fails, the next one starts from the progress row, exactly as after `kill -9`. So there is one
 //! recovery path and it runs all the time.
 //!
-//! The change log for the archive is kept beside all that ([`change_log`]): it outlives sessions.
+//! The change log for the archive is kept beside all that (`change_log`): it outlives sessions.
 //!
 //! # Invariants
 //! - The source task is sent what the ledger says is durable, nothing else.
@@ -95,8 +95,8 @@ pub struct Pipeline {
     change_log: Option<ChangeLog>,
     /// Values may come in binary form until one came that does not travel.
     binary: bool,
-    /// A table that the Kinesis stream has and the replica has not.
-    new_table: Option<TableName>,
+    /// A table that the stream has and the replica has not, or has of another.
+    uncopied: Option<TableName>,
     /// Outlives sessions: while one is being restored, the lag goes on growing from where it was.
     lag: Lag,
 }
@@ -126,7 +126,7 @@ impl Pipeline {
             broken,
             change_log: None,
             binary: true,
-            new_table: None,
+            uncopied: None,
             lag,
         }
     }
@@ -168,9 +168,16 @@ impl Pipeline {
                 return End::Stopped;
             }
             match &error {
-                SessionError::Sink(SinkError::BinaryForm { .. }) => self.binary = false,
+                // The source can be asked for text. What a change log holds stays as it was written.
+                SessionError::Sink(SinkError::BinaryForm { .. })
+                    if self.binary && self.leg == Leg::Whole =>
+                {
+                    self.binary = false;
+                    tracing::info!(database = %self.database, reason = %chain(&error), "starting again, as text");
+                    continue;
+                }
                 SessionError::Sink(SinkError::TableNotCopied { table })
-                | SessionError::NotCopied { table } => self.new_table = Some(table.clone()),
+                | SessionError::NotCopied { table } => self.uncopied = Some(table.clone()),
                 _ => {}
             }
             if error.is_expected() {
@@ -287,7 +294,7 @@ impl Pipeline {
         };
         let prepared = prepared?;
         drop(display);
-        self.new_table = None;
+        self.uncopied = None;
         for warning in &prepared.warnings {
             tracing::warn!(database = %self.database, "{warning}");
         }
@@ -314,12 +321,12 @@ impl Pipeline {
 
     async fn prepare(&self, observer: &dyn CopyObserver) -> Result<Prepared, SetupError> {
         let (config, database, stop) = (&self.config, &self.database, &self.stop);
+        let uncopied = self.uncopied.as_ref();
         match self.leg {
-            Leg::Whole => setup::prepare(config, database, observer, stop).await,
+            Leg::Whole => setup::prepare(config, database, uncopied, observer, stop).await,
             Leg::Send => setup::prepare_sending(config, database, stop).await,
             Leg::Apply => {
-                let new_table = self.new_table.as_ref();
-                setup::prepare_receiving(config, database, new_table, observer, stop).await
+                setup::prepare_receiving(config, database, uncopied, observer, stop).await
             }
         }
     }

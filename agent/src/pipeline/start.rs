@@ -176,6 +176,7 @@ impl Pipeline {
             },
             Synced {
                 tables: prepared.synced.iter().cloned().collect(),
+                listed_by: self.stream.clone(),
                 as_of: prepared.as_of,
                 left_out: HashSet::new(),
             },
@@ -184,7 +185,7 @@ impl Pipeline {
         let newest_snapshot = prepared
             .synced
             .iter()
-            .filter_map(|(_, snapshot)| *snapshot)
+            .filter_map(|(_, copied)| copied.snapshot_lsn)
             .max();
         let mut deferred = Deferred {
             replica,

@@ -294,10 +294,9 @@ impl Streaming<'_> {
                 .map(|found| (found.kind, found.count))
                 .collect();
         });
-        let unpublished = unprotected
-            .iter()
-            .find(|found| found.kind == coverage::UNPUBLISHED_TABLE)
-            .map_or(0, |found| found.count);
+        let new = [coverage::UNPUBLISHED_TABLE, coverage::RELISTED_TABLE];
+        let found = unprotected.iter().filter(|found| new.contains(&found.kind));
+        let unpublished = found.map(|found| found.count).sum();
         let before = *self.owned.unpublished_at_start.get_or_insert(unpublished);
         if unpublished > before {
             return Err(SessionError::NewTable);

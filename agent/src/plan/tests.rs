@@ -151,3 +151,13 @@ fn a_description_that_changes_after_rows_were_spread_takes_one_lane() {
         Unplannable
     );
 }
+
+#[test]
+fn a_table_whose_values_change_their_form_takes_one_lane() {
+    let mut source = inserted(0..40);
+    source.perform(&crate::net::model::Operation::OtherForm);
+    source.perform(&crate::net::model::Operation::Delete { key: 7 });
+    let parts = planned(&source, 4, 1000, Spread::Keys).unwrap();
+    let busy = parts[0].iter().filter(|share| !share.is_empty());
+    assert_eq!(busy.count(), 1);
+}

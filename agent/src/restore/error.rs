@@ -3,13 +3,14 @@
 use super::moment::Moment;
 use crate::archive::ArchiveError;
 use crate::backup::BackupError;
-use crate::catalog::quote_ident;
+use crate::catalog::quote_literal;
 use crate::error::{Class, Classify};
 use crate::history::History;
 use crate::lag::{Micros, system_time};
 use crate::pg::pgoutput::DecodeError;
 use crate::pg::{ConnInfoError, PgError, PgLsn};
 use crate::replay::ReplayError;
+use crate::setup::Locale;
 use crate::sink::replica::SinkError;
 use crate::source::SourceError;
 use crate::spill::SpillError;
@@ -24,6 +25,9 @@ pub enum RestoreError {
     /// The URL of the target cannot be used.
     #[error("--target")]
     TargetUrl(#[source] ConnInfoError),
+    /// A table that was asked for is no SQL name.
+    #[error("--table {0} does not name a table")]
+    TableName(String),
     /// Which database is not clear.
     #[error("there may be several databases in the archive{}", named(.0))]
     WhichDatabase(Vec<String>),
@@ -74,16 +78,28 @@ pub enum RestoreError {
     #[error("the restore that was interrupted in the target was of other tables")]
     OtherTables,
     /// Something is in the target.
-    #[error("the target is not empty: it has {}", .objects.join(", "))]
+    #[error("the target is not empty: it has {}", shown(objects))]
     NotEmpty {
-        /// The first few relations in it.
+        /// What is in it.
         objects: Vec<String>,
     },
-    /// A restore was interrupted within the base backup.
-    #[error("the target holds what a restore left that was interrupted within the base backup")]
-    HalfLoaded {
-        /// The database.
-        database: String,
+    /// What is in the target, a restore of something else has put there.
+    #[error(
+        "the target holds a restore that was interrupted, of another database or source ({stream} of history {history})"
+    )]
+    OtherRestore {
+        /// Under which name it worked.
+        stream: String,
+        /// What its LSNs are of.
+        history: String,
+    },
+    /// The target has another encoding.
+    #[error("the target's encoding is {target}, the source's was {}", wanted.encoding)]
+    Encoding {
+        /// The source's encoding and locale.
+        wanted: Box<Locale>,
+        /// The target's encoding.
+        target: String,
     },
     /// Another restore works on the target.
     #[error("another dr-agent works on the target")]
@@ -142,7 +158,24 @@ fn since(oldest: &Option<Micros>) -> String {
     })
 }
 
+fn shown(objects: &[String]) -> String {
+    const SHOWN_MAX: usize = 10;
+    let mut text = objects[..objects.len().min(SHOWN_MAX)].join(", ");
+    if objects.len() > SHOWN_MAX {
+        text.push_str(&format!(" and {} more", objects.len() - SHOWN_MAX));
+    }
+    text
+}
+
 impl RestoreError {
+    /// Whether the command line or the configuration is wrong.
+    pub fn is_usage(&self) -> bool {
+        matches!(
+            self,
+            Self::NoArchive | Self::TargetUrl(_) | Self::TableName(_) | Self::WhichDatabase(_)
+        )
+    }
+
     /// The target refused to do this.
     pub(super) fn target(doing: &'static str) -> impl FnOnce(PgError) -> Self {
         move |source| Self::Target { doing, source }
@@ -165,6 +198,9 @@ impl Classify for RestoreError {
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
+            Self::Target { source, .. } if source.sqlstate() == Some("3D000") => {
+                "create the database first, empty: createdb -T template0, with the encoding and locale of the source"
+            }
             Self::Target { source, .. } => return source.hint(),
             Self::Backup(error) => return error.hint(),
             Self::Archive(error) => return error.hint(),
@@ -172,8 +208,13 @@ impl Classify for RestoreError {
             Self::Source(error) => return error.hint(),
             Self::Spill(error) => return error.hint(),
             Self::Replay(ReplayError::Sink(SinkError::TableNotCopied { .. })) => {
-                "the table came after this base backup, and its first rows are in no log: restore to a moment \
-                 behind the next base backup, or before the table"
+                "the table came after this base backup, or took the place of another one or was not published for a while behind \
+                 it, and what is missing of it is in no log: restore to a moment behind the next base backup (dr-agent backup \
+                 --list), or before that; or all other tables, with --table"
+            }
+            Self::Replay(ReplayError::Sink(SinkError::BinaryForm { .. })) => {
+                "the column's type was changed after this base backup, and DDL is in no log: restore to a moment before \
+                 that, or behind the next base backup"
             }
             // What the sink would say is of a replica.
             Self::Replay(ReplayError::Sink(SinkError::Diverged(_))) => {
@@ -200,14 +241,24 @@ impl Classify for RestoreError {
             Self::NotEmpty { .. } => {
                 "restore builds an empty database: create one (CREATE DATABASE … TEMPLATE template0)"
             }
-            Self::HalfLoaded { database } => {
-                let name = quote_ident(database);
+            Self::OtherRestore { .. } => {
+                "if nobody needs it, drop the database and create it again from template0"
+            }
+            Self::Encoding { wanted, .. } => {
                 return Some(format!(
-                    "DROP DATABASE {name}; CREATE DATABASE {name} TEMPLATE template0; then the same command again"
+                    "drop the database, and CREATE DATABASE … TEMPLATE template0 ENCODING {} LC_COLLATE {} LC_CTYPE {}",
+                    quote_literal(&wanted.encoding),
+                    quote_literal(&wanted.collate),
+                    quote_literal(&wanted.ctype),
                 ));
             }
             Self::Busy => "wait for it, or end it",
-            Self::NoTable(_) => "write it as schema.table, as dr-agent backup --list shows it",
+            Self::TableName(_) => {
+                "write it as in SQL: schema.table, in double quotes where SQL needs them"
+            }
+            Self::NoTable(_) => {
+                "the base's manifest.json lists the tables there are; a name in capital letters needs double quotes, as in SQL"
+            }
             Self::TargetUrl(_) | Self::Decode(_) => return None,
         };
         Some(hint.to_owned())

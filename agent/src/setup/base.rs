@@ -15,7 +15,7 @@ use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
 use super::replica::{self, Progress, Server};
 use super::table_sync;
-use crate::backup::{self, BackupError, LoadJob, Manifest, Newest};
+use crate::backup::{self, BackupError, LoadJob, Manifest, Newest, Ownership};
 use crate::catalog::TableName;
 use crate::config::{Archive, Config};
 use crate::pg::{ConnInfo, PgError, PgLsn};
@@ -126,7 +126,7 @@ impl Base {
         let database = target.dbname();
         if interrupted {
             tracing::info!(database, "an earlier load was interrupted: begins anew");
-            wipe(client).await.map_err(SetupError::sql(
+            backup::wipe(client).await.map_err(SetupError::sql(
                 Side::Replica,
                 "remove what an interrupted load left",
             ))?;
@@ -138,14 +138,20 @@ impl Base {
         let job = LoadJob {
             store: &self.store,
             base: &self.prefix,
+            manifest: &self.manifest,
             target,
             stream,
             settings: &config.copy,
             only: None,
+            ownership: Ownership::IfPossible,
+            views: true,
         };
-        backup::load(job, observer, cancel)
-            .await
-            .map_err(|source| in_archive(source, database))?;
+        let loading = async {
+            let examined = backup::examine(&job, client).await?;
+            backup::load(job, examined, observer, cancel).await
+        };
+        let loaded = loading.await;
+        loaded.map_err(|source| in_archive(source, database))?;
         let progress = Progress {
             term: 1,
             batch: 0,
@@ -166,7 +172,14 @@ impl Base {
     ) -> Result<(), PgError> {
         let lsn: PgLsn = self.manifest.lsn;
         let transaction = client.transaction().await?;
-        table_sync::add_ready(&transaction, stream, &self.manifest.tables(), lsn).await?;
+        table_sync::add_ready(
+            &transaction,
+            stream,
+            &self.manifest.tables(),
+            &self.manifest.listed(),
+            lsn,
+        )
+        .await?;
         transaction
             .execute(
                 "INSERT INTO dr_agent.schema_sync (stream) VALUES ($1) ON CONFLICT DO NOTHING",
@@ -188,26 +201,4 @@ impl Base {
         transaction.commit().await?;
         Ok(())
     }
-}
-
-/// Removes every object of the users' from a database that held none before an interrupted load.
-async fn wipe(client: &Client) -> Result<(), PgError> {
-    const STATEMENTS: &str = "
-        SELECT format('DROP EXTENSION %I CASCADE', extname)
-          FROM pg_extension WHERE extname <> 'plpgsql'
-        UNION ALL
-        SELECT format('DROP SCHEMA %I CASCADE', nspname)
-          FROM pg_namespace
-         WHERE nspname NOT LIKE 'pg\\_%' AND nspname NOT IN ('information_schema', 'dr_agent')
-        UNION ALL
-        SELECT 'CREATE SCHEMA public'
-        UNION ALL
-        SELECT CASE WHEN current_setting('server_version_num')::int >= 150000
-                    THEN 'ALTER SCHEMA public OWNER TO pg_database_owner; GRANT USAGE ON SCHEMA public TO PUBLIC'
-                    ELSE 'GRANT ALL ON SCHEMA public TO PUBLIC' END";
-    let rows = client.query(STATEMENTS, &[]).await?;
-    for row in rows {
-        client.batch_execute(row.get(0)).await?;
-    }
-    Ok(())
 }

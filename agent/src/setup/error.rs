@@ -87,6 +87,14 @@ pub enum SetupError {
         /// In which way.
         what: String,
     },
+    /// Decoders do not go by the publication as it is yet.
+    #[error(
+        "source: publication \"{publication}\" was altered, and decoding does not go by it yet"
+    )]
+    ListIsNew {
+        /// Its name.
+        publication: String,
+    },
     /// The replica was promoted; it is a primary now.
     #[error("this replica was promoted at {at} (term {term}, {mode})")]
     Promoted {
@@ -202,6 +210,7 @@ impl Classify for SetupError {
             Self::Base { source, .. } => source.class(),
             Self::Busy { .. }
             | Self::Stopped
+            | Self::ListIsNew { .. }
             | Self::NotSent { .. }
             | Self::NothingToCopyFrom { .. }
             | Self::NewTableElsewhere { .. } => Class::Transient,
@@ -223,6 +232,9 @@ impl Classify for SetupError {
             Self::Copy { source, .. } => return source.hint(),
             Self::Base { source, .. } => return source.hint(),
             Self::Stopped => return None,
+            Self::ListIsNew { .. } => "`dr-agent run` sees to it when it starts, once the transactions that ran then have ended; \
+                restart it if it does not; it is retried"
+                .to_owned(),
             Self::NotSent { .. } => {
                 "start `dr-agent run` with the same configuration on the source's side; it is retried".to_owned()
             }

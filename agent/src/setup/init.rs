@@ -12,7 +12,7 @@
 //! # What it does not do
 //! It creates no slot and copies nothing; `run` does.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
@@ -24,6 +24,7 @@ use super::locale::{self, Locale};
 use super::publication::Wanted;
 use super::role::{self, Statement};
 use super::source_side::observe_slot;
+use super::table_sync::Missed;
 use super::{replica, source, table_sync};
 use crate::catalog::{TableName, quote_ident, quote_literal};
 use crate::config::{Config, Route};
@@ -56,7 +57,7 @@ pub struct Plan {
     /// In the replica's database.
     replica: Vec<Statement>,
     /// Copied tables that are to be listed again, and are emptied first.
-    missed: BTreeSet<TableName>,
+    missed: BTreeMap<TableName, Missed>,
     locale: Option<Locale>,
     warnings: Vec<String>,
 }
@@ -137,7 +138,7 @@ pub async fn plan(
         with_replica: seen.is_some(),
         replica_server: Vec::new(),
         replica: Vec::new(),
-        missed: BTreeSet::new(),
+        missed: BTreeMap::new(),
         locale: None,
         warnings: Vec::new(),
     };
@@ -147,9 +148,7 @@ pub async fn plan(
         Some(inside) => {
             found.require_unaltered(&stream)?;
             let rows = table_sync::rows(inside, &stream).await?;
-            let held = rows.into_iter().filter(|row| row.held);
-            let held = held.map(|row| row.table).collect();
-            let missed = found.missed(&wanted, &held);
+            let missed = found.missed(&wanted, &rows);
             plan.list_again(&client, &mut wanted, missed).await?;
         }
         None if !refused.is_empty() => return Err(SetupError::Keyless(refused)),
@@ -173,7 +172,7 @@ impl Plan {
         &mut self,
         source: &Client,
         wanted: &mut Wanted,
-        missed: BTreeSet<TableName>,
+        missed: BTreeMap<TableName, Missed>,
     ) -> Result<(), SetupError> {
         if missed.is_empty() {
             return Ok(());
@@ -190,7 +189,7 @@ impl Plan {
         }
         wanted
             .published
-            .retain(|table| !missed.contains(&table.name));
+            .retain(|table| !missed.contains_key(&table.name));
         self.missed = missed;
         Ok(())
     }
@@ -368,11 +367,16 @@ impl fmt::Display for Plan {
         show(f, &self.replica_server)?;
         writeln!(f, "\n-- On the replica, in database {database}:")?;
         show(f, &self.replica)?;
-        for table in &self.missed {
-            writeln!(
-                f,
-                "-- {table} was not in the publication for a while: it is emptied and copied again"
-            )?;
+        for (table, missed) in &self.missed {
+            let why = match missed {
+                Missed::Changes => {
+                    "was not in the publication for a while: it is emptied and copied again"
+                }
+                Missed::All => {
+                    "is another table under the same name: it is dropped (or emptied, where something depends on it) and copied"
+                }
+            };
+            writeln!(f, "-- {table} {why}")?;
         }
         Ok(())
     }
@@ -449,7 +453,8 @@ impl Agent {
         const SQL: &str = "
             SELECT (SELECT count(*) FROM pg_class c WHERE c.relnamespace = n.oid
                        AND c.relname IN ('progress', 'stream', 'table_sync', 'promotion',
-                                         'schema_sync', 'heartbeat', 'sequence_state')) = 7
+                                         'schema_sync', 'heartbeat', 'sequence_state',
+                                         'listed')) = 8
                    AND EXISTS (SELECT 1 FROM pg_proc p
                                 WHERE p.pronamespace = n.oid AND p.proname = 'advance'),
                    pg_get_userbyid(n.nspowner)::text

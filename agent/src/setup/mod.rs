@@ -64,6 +64,7 @@ pub use sending::{Logged, logged, prepare_sending};
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases};
 use crate::history::History;
+use crate::listed::{Copied, Listed};
 use crate::pg::replication::CreatedSlot;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
 use crate::snapshot::{self, CopyJob, CopyObserver};
@@ -96,9 +97,8 @@ pub struct Prepared {
     pub history: History,
     /// The source's `server_version_num`.
     pub server_version: i32,
-    /// Every table whose changes are applied, each with the position of its copy: changes committed
-    /// before it are in the copied data.
-    pub synced: Vec<(TableName, Option<PgLsn>)>,
+    /// Every table whose changes are applied, each with what is there of it already.
+    pub synced: Vec<(TableName, Copied)>,
     /// Where the source's WAL stood before the list of tables was read: a table that is not on it and
     /// changes later than this is new.
     pub as_of: PgLsn,
@@ -140,38 +140,60 @@ async fn databases(conninfo: &ConnInfo) -> Result<Vec<String>, SetupError> {
         .map_err(SetupError::sql(Side::Source, "list databases"))
 }
 
-/// The tables that are published under a stream's name, and what its slot's LSNs are of; none before the slot is there.
+/// What is published under a stream's name.
+#[derive(Debug)]
+pub struct Published {
+    /// What its slot's LSNs are of.
+    pub history: History,
+    /// The tables.
+    pub tables: Vec<Table>,
+    /// What they are listed as.
+    pub listed: Listed,
+}
+
+/// Reads what is published under a stream's name; nothing before its slot is there.
 ///
 /// # Errors
 /// When the source refuses.
 pub async fn published(
     source: &ConnInfo,
     stream: &StreamName,
-) -> Result<Option<(History, Vec<Table>)>, SetupError> {
+) -> Result<Option<Published>, SetupError> {
     let client = source::open(source, stream).await?;
     let noted = note::read(&client, stream).await?;
     let Some(noted) = noted.filter(|noted| noted.since.is_some()) else {
         return Ok(None);
     };
+    if noted.listing {
+        return Err(SetupError::ListIsNew {
+            publication: stream.to_string(),
+        });
+    }
     let found = source::observe(&client, stream).await?;
     let Some(publication) = found.publication else {
         return Ok(None);
     };
     let mut tables = found.tables;
     tables.retain(|table| publication.publishes(table) && !table.unlogged);
-    Ok(Some((noted.history(), tables)))
+    Ok(Some(Published {
+        history: noted.history(),
+        tables,
+        listed: found.listed,
+    }))
 }
 
 /// Brings `database` to where streaming can start. Repeatable, whatever was killed before.
 ///
-/// `observer` is told how the copy goes; after `cancel` this ends soon and the next start goes on.
+/// `uncopied` is a table that the stream has shown not to be on the replica, or to be another one. `observer` is told how the
+/// copy goes; after `cancel` this ends soon and the next start goes on.
 pub async fn prepare(
     config: &Config,
     database: &str,
+    uncopied: Option<&TableName>,
     observer: &dyn CopyObserver,
     cancel: &CancellationToken,
 ) -> Result<Prepared, SetupError> {
-    Box::pin(Setup::run(config, database, observer, cancel)).await
+    Box::pin(Setup::run(config, database, uncopied, observer, cancel)).await
 }
 
 /// The sessions and findings that the steps share.
@@ -187,6 +209,7 @@ impl<'a> Setup<'a> {
     async fn run(
         config: &'a Config,
         database: &'a str,
+        uncopied: Option<&TableName>,
         observer: &'a dyn CopyObserver,
         cancel: &'a CancellationToken,
     ) -> Result<Prepared, SetupError> {
@@ -259,7 +282,7 @@ impl<'a> Setup<'a> {
             Verdict::Resume => {
                 let recorded = known.recorded.map(Recorded::history);
                 let both = progress.zip(recorded);
-                setup.resume(&mut walsender).await?;
+                setup.resume(&mut walsender, uncopied).await?;
                 both.expect("the verdict is Resume only where there is progress")
             }
         };
@@ -286,6 +309,7 @@ impl<'a> Setup<'a> {
             replica: &self.replica_info,
             stream: &self.source.stream,
             tables,
+            listed: &self.source.found.listed,
             snapshot,
             snapshot_lsn: exported.consistent_point,
             settings: &self.source.config.copy,

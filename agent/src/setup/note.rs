@@ -13,6 +13,7 @@ use tokio_postgres::{Client, Row};
 
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
+use crate::catalog::quote_literal;
 use crate::history::History;
 use crate::lag::{Micros, pg_micros};
 use crate::pg::{PgError, PgLsn};
@@ -27,6 +28,8 @@ pub(crate) struct Note {
     pub began: Micros,
     /// Where the slot begins; none while it is being created.
     pub since: Option<PgLsn>,
+    /// The publication was altered, and decoding may not go by it yet.
+    pub listing: bool,
 }
 
 impl Note {
@@ -65,7 +68,7 @@ pub(crate) async fn read(client: &Client, stream: &StreamName) -> Result<Option<
         return Ok(None);
     }
     const ROW: &str = "
-        SELECT system_identifier, timeline, began, since FROM dr_agent.sending WHERE stream = $1";
+        SELECT system_identifier, timeline, began, since, listing FROM dr_agent.sending WHERE stream = $1";
     let row = client
         .query_opt(ROW, &[&stream.as_str()])
         .await
@@ -75,6 +78,7 @@ pub(crate) async fn read(client: &Client, stream: &StreamName) -> Result<Option<
             cluster: cluster(&row).map_err(SetupError::sql(Side::Source, READ))?,
             began: pg_micros(row.get::<_, SystemTime>(2)),
             since: row.get(3),
+            listing: row.get(4),
         })
     })
     .transpose()
@@ -138,26 +142,22 @@ pub(super) async fn created(
 
 /// Whether the publication was altered, and decoding may not go by it yet.
 pub(super) async fn is_listing(client: &Client, stream: &StreamName) -> Result<bool, SetupError> {
-    let row = client
-        .query_opt(
-            "SELECT listing FROM dr_agent.sending WHERE stream = $1",
-            &[&stream.as_str()],
-        )
-        .await
-        .map_err(sql(READ))?;
-    Ok(row.is_some_and(|row| row.get(0)))
+    let noted = read(client, stream).await?;
+    Ok(noted.is_some_and(|noted| noted.listing))
 }
 
-/// Notes that it is going to be altered, or that decoding goes by it.
-pub(super) async fn listing(
-    client: &Client,
-    stream: &StreamName,
-    is_listing: bool,
-) -> Result<(), SetupError> {
+/// Notes that it is altered, in the transaction that does it.
+pub(super) fn list_is_new(stream: &StreamName) -> String {
+    let stream = quote_literal(stream.as_str());
+    format!("UPDATE dr_agent.sending SET listing = true WHERE stream = {stream}")
+}
+
+/// Notes that decoding goes by it.
+pub(super) async fn list_is_known(client: &Client, stream: &StreamName) -> Result<(), SetupError> {
     client
         .execute(
-            "UPDATE dr_agent.sending SET listing = $2 WHERE stream = $1",
-            &[&stream.as_str(), &is_listing],
+            "UPDATE dr_agent.sending SET listing = false WHERE stream = $1",
+            &[&stream.as_str()],
         )
         .await
         .map_err(sql(WRITE))?;

@@ -124,8 +124,8 @@ fn unit<'a>(table: &'a Table, keyed_roots: &BTreeSet<TableName>) -> &'a TableNam
 }
 
 /// The tables of schema `dr_agent` that travel in the stream.
-pub fn in_band_tables() -> [TableName; 2] {
-    ["heartbeat", "sequence_state"].map(|name| TableName {
+pub fn in_band_tables() -> [TableName; 3] {
+    ["heartbeat", "sequence_state", "listed"].map(|name| TableName {
         schema: "dr_agent".to_owned(),
         name: name.to_owned(),
     })
@@ -192,40 +192,58 @@ fn options(version: i32) -> &'static str {
     }
 }
 
-/// The statements that settle keyless tables and then bring the publication to what is wanted.
-/// None where it is so already.
+/// What brings a publication to what is wanted; nothing where it is so already.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Alter {
+    /// Settles keyless tables, before they are listed.
+    pub before: Vec<String>,
+    /// Creates or alters the publication.
+    pub publication: Vec<String>,
+}
+
+/// The statements that are missing.
 pub fn statements(
     stream: &StreamName,
     found: Option<&Publication>,
     wanted: &Wanted,
     version: i32,
-) -> Vec<String> {
+) -> Alter {
     let options = options(version);
     let name = quote_ident(stream.as_str());
-    let mut statements: Vec<String> = wanted
+    let before = wanted
         .identity_full
         .iter()
         .map(|table| format!("ALTER TABLE {} REPLICA IDENTITY FULL", table.sql()))
         .collect();
+    let mut alter = Alter {
+        before,
+        publication: Vec::new(),
+    };
     let Some(found) = found else {
         let units = list(wanted.units.iter());
-        statements.push(format!(
+        alter.publication.push(format!(
             "CREATE PUBLICATION {name} FOR TABLE {units} WITH ({options})"
         ));
-        return statements;
+        return alter;
     };
     if !found.options_sound || found.hides_generated {
-        statements.push(format!("ALTER PUBLICATION {name} SET ({options})"));
+        alter
+            .publication
+            .push(format!("ALTER PUBLICATION {name} SET ({options})"));
     }
     let surplus = list(found.surplus(wanted));
     if !surplus.is_empty() {
-        statements.push(format!("ALTER PUBLICATION {name} DROP TABLE {surplus}"));
+        alter
+            .publication
+            .push(format!("ALTER PUBLICATION {name} DROP TABLE {surplus}"));
     }
     let missing = list(found.missing(wanted));
     if !missing.is_empty() {
-        statements.push(format!("ALTER PUBLICATION {name} ADD TABLE {missing}"));
+        alter
+            .publication
+            .push(format!("ALTER PUBLICATION {name} ADD TABLE {missing}"));
     }
-    statements
+    alter
 }
 
 /// The statement that changes nothing and makes running walsenders and decoders look again.
@@ -265,6 +283,7 @@ mod tests {
     fn table(table: &str, root: &str, identity: Identity) -> Table {
         Table {
             virtual_generated: false,
+            oid: 7,
             name: name(table),
             root: name(root),
             identity,
@@ -323,13 +342,14 @@ mod tests {
         assert_eq!(units(&wanted), ["ok"]);
         let stream = StreamName::new("dr_agent", "app");
         let full = Wanted::of(&tables, &none, &config("keyless = \"full\""));
-        let statements = statements(&stream, None, &full, 150_000);
+        let alter = statements(&stream, None, &full, 150_000);
         assert_eq!(
-            statements[0],
-            "ALTER TABLE \"public\".\"log\" REPLICA IDENTITY FULL"
+            alter.before,
+            ["ALTER TABLE \"public\".\"log\" REPLICA IDENTITY FULL"]
         );
-        assert!(statements[1].starts_with("CREATE PUBLICATION \"dr_agent_app\" FOR TABLE ONLY"));
-        assert!(statements[1].contains("ONLY \"dr_agent\".\"heartbeat\""));
+        let [create] = alter.publication.try_into().unwrap();
+        assert!(create.starts_with("CREATE PUBLICATION \"dr_agent_app\" FOR TABLE ONLY"));
+        assert!(create.contains("ONLY \"dr_agent\".\"heartbeat\""));
     }
 
     #[test]
@@ -347,7 +367,7 @@ mod tests {
         };
         assert_eq!(
             statements(&stream, Some(&found), &wanted, 150_000),
-            Vec::<String>::new()
+            Alter::default()
         );
         found.units.remove(&name("a"));
         found.filtered.insert(name("a"));
@@ -355,7 +375,7 @@ mod tests {
         assert!(!found.publishes(&tables[0]));
         assert!(found.publishes(&tables[1]));
         assert_eq!(
-            statements(&stream, Some(&found), &wanted, 150_000),
+            statements(&stream, Some(&found), &wanted, 150_000).publication,
             [
                 "ALTER PUBLICATION \"dr_agent_app\" DROP TABLE ONLY \"public\".\"gone\", ONLY \
                  \"public\".\"a\"",

@@ -23,6 +23,7 @@ use super::error::{SetupError, Side};
 use super::identity::{self, Recorded};
 use super::replica::{self, Known, Progress, Server};
 use super::source_side::{self, SourceSide};
+use super::table_sync::Missed;
 use super::{Prepared, Setup, locale, recover, role, sending, slot, table_sync};
 use crate::catalog::TableName;
 use crate::config::Config;
@@ -39,14 +40,14 @@ const DRAINING_WITHIN: &str = "10s";
 
 /// Brings `database` to where the stream can be applied. Repeatable, whatever was killed before.
 ///
-/// `new_table` is one that the stream has and the replica has not.
+/// `uncopied` is a table that the stream has shown not to be on the replica, or to be another one.
 ///
 /// # Errors
 /// [`SetupError`]
 pub async fn prepare_receiving(
     config: &Config,
     database: &str,
-    new_table: Option<&TableName>,
+    uncopied: Option<&TableName>,
     observer: &dyn CopyObserver,
     cancel: &CancellationToken,
 ) -> Result<Prepared, SetupError> {
@@ -58,7 +59,7 @@ pub async fn prepare_receiving(
         observer,
         cancel,
     };
-    Box::pin(receiving.prepare(new_table)).await
+    Box::pin(receiving.prepare(uncopied)).await
 }
 
 /// Tables that the source publishes and the replica does not have.
@@ -84,9 +85,9 @@ pub async fn uncopied(
     let source = config.source.conninfo.with_dbname(database);
     let (published, source_in_reach): (BTreeSet<TableName>, bool) =
         match within_reach(super::published(&source, &stream)).await {
-            Ok(tables) => {
-                let tables = tables.map(|(_, tables)| tables).unwrap_or_default();
-                let names = tables.into_iter().map(|table| table.name);
+            Ok(published) => {
+                let tables = published.map(|published| published.tables);
+                let names = tables.into_iter().flatten().map(|table| table.name);
                 (names.collect(), true)
             }
             Err(error) if error.is_out_of_reach(Side::Source) => match &config.archive {
@@ -163,7 +164,7 @@ struct Receiving<'a> {
 }
 
 impl<'a> Receiving<'a> {
-    async fn prepare(self, new_table: Option<&TableName>) -> Result<Prepared, SetupError> {
+    async fn prepare(self, uncopied: Option<&TableName>) -> Result<Prepared, SetupError> {
         let admin = replica::open(&self.config.replica.conninfo, &self.stream).await?;
         let server = Server::observe(&admin, self.database).await?;
         server.require_fit()?;
@@ -185,7 +186,7 @@ impl<'a> Receiving<'a> {
             stream: self.stream.to_string(),
         })?;
         let unfinished = rows.iter().find(|row| !row.ready).map(|row| &row.table);
-        match new_table.or(unfinished) {
+        match uncopied.or(unfinished) {
             // Whatever is not on the list and changes from here on is new.
             None => {
                 self.prepared(client, recorded, progress, progress.end_lsn)
@@ -194,7 +195,11 @@ impl<'a> Receiving<'a> {
             Some(table) => match self.reach_source().await {
                 Ok((source, note)) => {
                     let both = (&recorded, &note);
-                    self.more(source, client, both, progress).await
+                    let another = uncopied.filter(|table| {
+                        let mut ready = rows.iter().filter(|row| row.ready);
+                        ready.any(|row| row.table == **table)
+                    });
+                    self.more(source, client, (both, another), progress).await
                 }
                 Err(error) => Err(SetupError::NewTableElsewhere {
                     table: table.clone(),
@@ -216,6 +221,7 @@ impl<'a> Receiving<'a> {
     async fn reach_source(&self) -> Result<(SourceSide<'a>, Recorded), SetupError> {
         let opening = SourceSide::open(self.config, self.database, self.cancel);
         let source = within_reach(Box::pin(opening)).await?;
+        source.require_known_list().await?;
         match sending::sent(&source).await? {
             Some(history) => Ok((source, history)),
             None => Err(SetupError::NotSent {
@@ -314,12 +320,12 @@ impl<'a> Receiving<'a> {
         Ok(prepared)
     }
 
-    /// Copies what the source publishes and the replica has not.
+    /// Copies what the source publishes and the replica has not, or has of another table.
     async fn more(
         self,
         mut source: SourceSide<'a>,
         client: Client,
-        (recorded, noted): (&Recorded, &Recorded),
+        ((recorded, noted), another): ((&Recorded, &Recorded), Option<&TableName>),
         progress: Progress,
     ) -> Result<Prepared, SetupError> {
         let mut walsender = source.walsender().await?;
@@ -333,10 +339,15 @@ impl<'a> Receiving<'a> {
         source.look_again().await?;
         let rows = table_sync::rows(&client, &self.stream).await?;
         let mut setup = self.setup(source, client);
-        setup.forget_unfinished(&rows).await?;
+        let mut missed = setup.source.found.missed(&setup.source.wanted, &rows);
+        if let Some(another) = another {
+            missed.entry(another.clone()).or_insert(Missed::Changes);
+        }
+        table_sync::reset(&mut setup.replica, &setup.source.stream, &missed).await?;
+        setup.forget_unfinished().await?;
         let ready: BTreeSet<&TableName> = rows
             .iter()
-            .filter(|row| row.ready)
+            .filter(|row| row.ready && !missed.contains_key(&row.table))
             .map(|row| &row.table)
             .collect();
         let mut rest = setup.source.wanted.published.clone();

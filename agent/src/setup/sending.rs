@@ -15,13 +15,12 @@
 
 use super::error::{SetupError, Side};
 use super::identity::{self, Cluster, Mismatch, Recorded, Slot, Verdict};
-use super::note::{self, Note};
+use super::note::Note;
 use super::source_side::{self, SourceSide};
 use super::{Prepared, form, slot};
 use crate::config::{Config, Route};
 use crate::history::History;
 use crate::pg::PgLsn;
-use crate::pg::replication::ReplicationConnection;
 use crate::stream::StreamName;
 use tokio_util::sync::CancellationToken;
 
@@ -76,7 +75,8 @@ async fn prepare(
         Verdict::Resume => {
             source.found.require_unaltered(&source.stream)?;
             source.leave_out_what_cannot_be_published();
-            bring_up_to_date(&mut source, &mut walsender).await?;
+            source.publish().await?;
+            slot::make_the_list_known(&source, &mut walsender).await?;
             let confirmed = slot.and_then(|slot| slot.confirmed);
             let both = confirmed.zip(noted.map(|noted| noted.history()));
             both.expect("the verdict is Resume only where the slot was noted and confirmed")
@@ -90,32 +90,6 @@ async fn prepare(
         source_lsn,
         (start, term),
     ))
-}
-
-/// Publishes what is new, and makes decoding go by it: also what was published by a start that died before.
-async fn bring_up_to_date(
-    source: &mut SourceSide<'_>,
-    walsender: &mut ReplicationConnection,
-) -> Result<(), SetupError> {
-    if !source.found.forgets_publication_changes() {
-        return source.publish().await;
-    }
-    let before = source.found.publication.clone();
-    if !source
-        .found
-        .statements(&source.stream, &source.wanted)?
-        .is_empty()
-    {
-        note::listing(&source.client, &source.stream, true).await?;
-    }
-    source.publish().await?;
-    if source.found.publication != before
-        || note::is_listing(&source.client, &source.stream).await?
-    {
-        slot::make_the_list_known(source, walsender).await?;
-        note::listing(&source.client, &source.stream, false).await?;
-    }
-    Ok(())
 }
 
 /// Where the change log of a database can be read from.
@@ -286,6 +260,7 @@ mod tests {
             cluster: cluster(timeline),
             began: 5,
             since: since.map(lsn),
+            listing: false,
         }
     }
 

@@ -72,19 +72,23 @@ pub(super) async fn snapshot(
     while_wanted(source, export::snapshot(walsender, &source.stream)).await
 }
 
-/// Makes sure that what is decoded from now on goes by the list of tables as it is.
+/// Makes sure that what is decoded from now on goes by the list of tables as it is, also if it was altered by a start that
+/// died before.
 pub(super) async fn make_the_list_known(
     source: &SourceSide<'_>,
     walsender: &mut ReplicationConnection,
 ) -> Result<(), SetupError> {
-    if !source.found.forgets_publication_changes() {
+    if !source.found.forgets_publication_changes()
+        || !note::is_listing(&source.client, &source.stream).await?
+    {
         return Ok(());
     }
     // Every transaction that began before the tables were listed has ended once a slot could be built; what is decoded
     // after the next alteration looks the publication up anew.
     let name = snapshot(source, walsender).await?.name;
     drop(walsender, &name, "drop a temporary slot").await?;
-    touch(source).await
+    touch(source).await?;
+    note::list_is_known(&source.client, &source.stream).await
 }
 
 async fn drop(

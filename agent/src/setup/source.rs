@@ -12,14 +12,17 @@
 //! Slots belong to [`super::prepare`]; what is to be published is decided in
 //! [`super::publication`].
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
+use super::note;
 use super::publication::{self, Publication, Wanted};
+use super::table_sync::{Missed, Row};
 use crate::catalog::{self, Table, TableName};
 use crate::config::Config;
+use crate::listed::{self, Listed};
 use crate::pg::{ConnInfo, PgError, Session, connect};
 use crate::stream::StreamName;
 
@@ -50,6 +53,10 @@ pub(super) struct Observed {
     pub(super) keyed_roots: BTreeSet<TableName>,
     not_owned: BTreeSet<TableName>,
     pub(super) publication: Option<Publication>,
+    /// What the published tables are listed as.
+    pub(super) listed: Listed,
+    /// What `dr_agent.listed` says of it.
+    noted: Listed,
     pub(super) owns_publication: bool,
 }
 
@@ -82,6 +89,7 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
                has_database_privilege(current_database(), 'CREATE'),
                to_regclass('dr_agent.heartbeat') IS NOT NULL
                AND to_regclass('dr_agent.sequence_state') IS NOT NULL
+               AND to_regclass('dr_agent.listed') IS NOT NULL
           FROM pg_roles r WHERE r.rolname = current_user";
     const WRITES_IN_BAND: &str = "
         SELECT coalesce(bool_and(has_schema_privilege(n.oid, 'USAGE')
@@ -89,7 +97,7 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
                    AND has_table_privilege(c.oid, 'UPDATE')
                    AND has_table_privilege(c.oid, 'DELETE')), true)
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE n.nspname = 'dr_agent' AND c.relname IN ('heartbeat', 'sequence_state')";
+         WHERE n.nspname = 'dr_agent' AND c.relname IN ('heartbeat', 'sequence_state', 'listed')";
     const NOT_OWNED: &str = "
         SELECT n.nspname, c.relname
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -114,6 +122,8 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
         keyed_roots: catalog::keyed_roots(client).await?,
         not_owned: names(client, NOT_OWNED).await?,
         publication,
+        listed: listed::read(client, stream).await?,
+        noted: listed::noted(client, stream).await?,
         owns_publication: owns_publication.unwrap_or(true),
     })
 }
@@ -256,20 +266,30 @@ impl Observed {
         }
     }
 
-    /// The tables that are to be published, were copied, and are not published: somebody took them
-    /// off the list, detached or re-created them, and their changes were missed since.
-    pub(super) fn missed(
-        &self,
-        wanted: &Wanted,
-        held: &BTreeSet<TableName>,
-    ) -> BTreeSet<TableName> {
+    /// The tables that are to be published, were copied, and are not published, or are since they were
+    /// not: somebody took them off the list, detached or re-created them, and their changes were missed.
+    pub(super) fn missed(&self, wanted: &Wanted, rows: &[Row]) -> BTreeMap<TableName, Missed> {
         let nothing = Publication::default();
-        let listed = self.publication.as_ref().unwrap_or(&nothing);
-        wanted
-            .published
-            .iter()
-            .filter(|table| held.contains(&table.name) && !listed.publishes(table))
-            .map(|table| table.name.clone())
+        let publication = self.publication.as_ref().unwrap_or(&nothing);
+        let of = |table: &Table| {
+            let row = rows
+                .iter()
+                .find(|row| row.held && row.table == table.name)?;
+            let is = self.listed.get(&table.name);
+            let was = row.copied.listed_as.as_ref();
+            if !row.copied.is_of(table.oid) {
+                Some(Missed::All)
+            } else if !publication.publishes(table)
+                || was.zip(is).is_some_and(|(was, is)| was != is)
+            {
+                Some(Missed::Changes)
+            } else {
+                None
+            }
+        };
+        let published = wanted.published.iter();
+        published
+            .filter_map(|table| Some((table.name.clone(), of(table)?)))
             .collect()
     }
 
@@ -327,14 +347,28 @@ impl Observed {
         if self.publication.is_none() && !self.may_create {
             return lacks("create the publication", create_right());
         }
-        if !alter.is_empty() && !self.owns_publication {
+        if !alter.publication.is_empty() && !self.owns_publication {
             return Err(self.publication_is_not_ours(stream));
         }
+        let note = listed::note(stream);
         let mut statements = Vec::new();
         if !self.has_schema {
             statements.push(SCHEMA_SQL.to_owned());
+            // Of a publication that is there already: nothing was missed.
+            statements.push(note.clone());
         }
-        statements.extend(alter);
+        statements.extend(alter.before);
+        if !alter.publication.is_empty() {
+            // What is not published in between must not look published.
+            let mut all = alter.publication;
+            all.push(note);
+            if self.forgets_publication_changes() {
+                all.push(note::list_is_new(stream));
+            }
+            statements.push(format!("BEGIN;\n{};\nCOMMIT", all.join(";\n")));
+        } else if self.has_schema && self.listed != self.noted {
+            statements.push(note);
+        }
         Ok(statements)
     }
 
@@ -405,7 +439,7 @@ pub(super) async fn execute(
 pub(super) fn title(statement: &str) -> String {
     let line = statement
         .lines()
-        .find(|line| !line.is_empty() && !line.starts_with("--"))
+        .find(|line| !line.is_empty() && !line.starts_with("--") && *line != "BEGIN;")
         .unwrap_or_default();
     match line.char_indices().nth(100) {
         Some((at, _)) => format!("{} …", &line[..at]),
@@ -416,6 +450,7 @@ pub(super) fn title(statement: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::listed::{Copied, ListedAs};
 
     fn observed() -> Observed {
         Observed {
@@ -433,6 +468,8 @@ mod tests {
             keyed_roots: BTreeSet::new(),
             not_owned: BTreeSet::new(),
             publication: None,
+            listed: Listed::new(),
+            noted: Listed::new(),
             owns_publication: true,
         }
     }
@@ -487,7 +524,109 @@ mod tests {
     }
 
     #[test]
+    fn what_a_table_is_listed_as_is_noted_together_with_its_listing_and_whenever_it_changed() {
+        let stream = StreamName::new("dr_agent", "app");
+        let table = TableName {
+            schema: "public".to_owned(),
+            name: "t".to_owned(),
+        };
+        let mut wanted = Wanted::default();
+        wanted.units.insert(table.clone());
+        let mut seen = observed();
+        let note = listed::note(&stream);
+        let [create] = seen
+            .statements(&stream, &wanted)
+            .unwrap()
+            .try_into()
+            .unwrap();
+        assert!(create.starts_with("BEGIN;\nCREATE PUBLICATION"), "{create}");
+        assert!(create.ends_with(&format!(";\n{note};\nCOMMIT")), "{create}");
+        seen.publication = Some(Publication {
+            options_sound: true,
+            units: wanted.units.clone(),
+            ..Publication::default()
+        });
+        let listed_as = ListedAs::new("7:70".to_owned());
+        seen.listed.insert(table, listed_as);
+        let statements = seen.statements(&stream, &wanted).unwrap();
+        assert_eq!(statements, std::slice::from_ref(&note));
+        seen.noted = seen.listed.clone();
+        assert!(seen.statements(&stream, &wanted).unwrap().is_empty());
+        // What an earlier version has published was not missed.
+        seen.has_schema = false;
+        let statements = seen.statements(&stream, &wanted).unwrap();
+        assert_eq!(statements, [SCHEMA_SQL.to_owned(), note]);
+    }
+
+    #[test]
+    fn what_was_copied_is_missed_when_it_is_not_listed_any_more_or_as_something_else() {
+        let name = |name: &str| TableName {
+            schema: "public".to_owned(),
+            name: name.to_owned(),
+        };
+        let row = |table: &str, held, listed_as: Option<&str>| Row {
+            table: name(table),
+            ready: held,
+            held,
+            copied: Copied {
+                snapshot_lsn: None,
+                listed_as: listed_as.map(|text| ListedAs::new(text.to_owned())),
+            },
+        };
+        let tables = [
+            "same",
+            "unlisted",
+            "relisted",
+            "another",
+            "unrecorded",
+            "pending",
+        ];
+        let mut seen = observed();
+        let mut publication = Publication::default();
+        for table in tables {
+            let listed_as = ListedAs::new("7:70".to_owned());
+            seen.listed.insert(name(table), listed_as);
+            publication.units.insert(name(table));
+        }
+        publication.units.remove(&name("unlisted"));
+        seen.publication = Some(publication);
+        let wanted = Wanted {
+            published: tables.map(|table| testing_table(name(table))).to_vec(),
+            ..Wanted::default()
+        };
+        let rows = [
+            row("same", true, Some("7:70")),
+            row("unlisted", true, Some("7:70")),
+            row("relisted", true, Some("7:69")),
+            row("another", true, Some("8:70")),
+            row("unrecorded", true, None),
+            row("pending", false, Some("7:69")),
+        ];
+        let missed = seen.missed(&wanted, &rows);
+        let expected = [
+            (name("another"), Missed::All),
+            (name("relisted"), Missed::Changes),
+            (name("unlisted"), Missed::Changes),
+        ];
+        assert_eq!(missed, BTreeMap::from(expected));
+    }
+
+    fn testing_table(name: TableName) -> Table {
+        Table {
+            virtual_generated: false,
+            oid: 7,
+            root: name.clone(),
+            name,
+            identity: catalog::Identity::Key,
+            unlogged: false,
+            bytes: 0,
+            of_extension: false,
+        }
+    }
+
+    #[test]
     fn titles_of_statements_skip_comments() {
+        assert_eq!(title("BEGIN;\nALTER x;\nCOMMIT"), "ALTER x;");
         assert_eq!(title("-- why\nCREATE SCHEMA x;\nmore"), "CREATE SCHEMA x;");
     }
 }

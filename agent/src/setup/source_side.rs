@@ -100,6 +100,16 @@ impl<'a> SourceSide<'a> {
         Ok(())
     }
 
+    /// Refuses while changes of a table may not come although it is published: what is copied now could lack them.
+    pub(super) async fn require_known_list(&self) -> Result<(), SetupError> {
+        match note::is_listing(&self.client, &self.stream).await? {
+            true => Err(SetupError::ListIsNew {
+                publication: self.stream.to_string(),
+            }),
+            false => Ok(()),
+        }
+    }
+
     pub(super) fn leave_out_what_cannot_be_published(&mut self) {
         let refused: BTreeSet<TableName> = self.wanted.refused().into_iter().collect();
         if !refused.is_empty() {
@@ -153,9 +163,9 @@ pub(super) async fn identify(
     Ok((cluster, identity.xlogpos))
 }
 
-pub(super) fn names(tables: &BTreeSet<TableName>) -> String {
+pub(super) fn names<'t>(tables: impl IntoIterator<Item = &'t TableName>) -> String {
     tables
-        .iter()
+        .into_iter()
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join(", ")

@@ -1,6 +1,6 @@
 //! The ledger of copied tables: `dr_agent.table_sync` on the replica.
 //!
-//! A row says since which position a table's changes are applied. The copy moves rows from
+//! A row says since which position a table's changes are applied, and as what the table was listed then. The copy moves rows from
 //! `pending` over `copying` and `copied` to `ready`; here rows are added, set back and forgotten.
 //!
 //! # Invariants
@@ -8,13 +8,15 @@
 //!   way, and a table that is listed again must be known to have missed some.
 //! - A table is emptied in the same transaction that sets its row back to `pending`.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
-use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
+use tokio_postgres::{Client, Transaction};
 
 use super::error::{SetupError, Side};
 use crate::catalog::TableName;
+use crate::listed::{Copied, Listed, ListedAs};
 use crate::pg::{PgError, PgLsn};
 use crate::stream::StreamName;
 
@@ -26,14 +28,14 @@ pub(super) struct Row {
     pub(super) ready: bool,
     /// At least the rows are there (`copied` or `ready`).
     pub(super) held: bool,
-    pub(super) snapshot_lsn: Option<PgLsn>,
+    pub(super) copied: Copied,
 }
 
 /// Reads the rows of a stream.
 pub(super) async fn rows(client: &Client, stream: &StreamName) -> Result<Vec<Row>, SetupError> {
     const SQL: &str = "
         SELECT table_schema, table_name, state = 'ready', state IN ('copied', 'ready'),
-               snapshot_lsn
+               snapshot_lsn, listed_as
           FROM dr_agent.table_sync WHERE stream = $1 ORDER BY 1, 2";
     let rows = client
         .query_typed(SQL, &[(&stream.as_str(), Type::TEXT)])
@@ -50,16 +52,19 @@ pub(super) async fn rows(client: &Client, stream: &StreamName) -> Result<Vec<Row
             },
             ready: row.get(2),
             held: row.get(3),
-            snapshot_lsn: row.get(4),
+            copied: Copied {
+                snapshot_lsn: row.get(4),
+                listed_as: row.get::<_, Option<String>>(5).map(ListedAs::new),
+            },
         })
         .collect())
 }
 
-/// The tables whose changes are applied, and from where on.
-pub(super) fn synced(rows: Vec<Row>) -> Vec<(TableName, Option<PgLsn>)> {
+/// The tables whose changes are applied, and what is there of them already.
+pub(super) fn synced(rows: Vec<Row>) -> Vec<(TableName, Copied)> {
     rows.into_iter()
         .filter(|row| row.ready)
-        .map(|row| (row.table, row.snapshot_lsn))
+        .map(|row| (row.table, row.copied))
         .collect()
 }
 
@@ -68,14 +73,19 @@ pub(super) async fn add_ready(
     client: &(impl tokio_postgres::GenericClient + Sync),
     stream: &StreamName,
     tables: &[TableName],
+    listed: &Listed,
     lsn: PgLsn,
 ) -> Result<(), PgError> {
     const SQL: &str = "
-        INSERT INTO dr_agent.table_sync (stream, table_schema, table_name, state, snapshot_lsn)
-        SELECT $1, t.s, t.n, 'ready', $4 FROM unnest($2::text[], $3::text[]) AS t(s, n)";
+        INSERT INTO dr_agent.table_sync (stream, table_schema, table_name, state, snapshot_lsn, listed_as)
+        SELECT $1, t.s, t.n, 'ready', $5, t.l FROM unnest($2::text[], $3::text[], $4::text[]) AS t(s, n, l)";
     let (schemas, names) = split(tables);
+    let listed_as: Vec<Option<&str>> = tables
+        .iter()
+        .map(|table| listed.get(table).map(ListedAs::as_str))
+        .collect();
     client
-        .execute(SQL, &[&stream.as_str(), &schemas, &names, &lsn])
+        .execute(SQL, &[&stream.as_str(), &schemas, &names, &listed_as, &lsn])
         .await?;
     Ok(())
 }
@@ -125,11 +135,21 @@ fn split(tables: &[TableName]) -> (Vec<&str>, Vec<&str>) {
         .unzip()
 }
 
-/// Sets tables whose changes were missed back to `pending`, and empties them.
+/// Why the rows that are there are not those that belong there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Missed {
+    /// Changes of the table were not published.
+    Changes,
+    /// It is another table.
+    All,
+}
+
+/// Sets tables whose changes were missed back to `pending`, and empties them. One that is another table goes as a whole, so that
+/// the copy creates it as it is now; unless something else on the replica depends on it.
 pub(super) async fn reset(
     client: &mut Client,
     stream: &StreamName,
-    tables: &BTreeSet<TableName>,
+    tables: &BTreeMap<TableName, Missed>,
 ) -> Result<(), SetupError> {
     set_back(client, stream, tables)
         .await
@@ -142,11 +162,11 @@ pub(super) async fn reset(
 async fn set_back(
     client: &mut Client,
     stream: &StreamName,
-    tables: &BTreeSet<TableName>,
+    tables: &BTreeMap<TableName, Missed>,
 ) -> Result<(), PgError> {
     const PENDING: &str = "
         UPDATE dr_agent.table_sync
-           SET state = 'pending', snapshot_lsn = NULL, rows = 0, bytes = 0, updated_at = now()
+           SET state = 'pending', snapshot_lsn = NULL, listed_as = NULL, rows = 0, bytes = 0, updated_at = now()
          WHERE stream = $1 AND table_schema = $2 AND table_name = $3";
     // TRUNCATE refuses tables that others refer to, whatever session_replication_role says.
     const EXISTS_AND_IS_REFERRED_TO: &str = "
@@ -154,11 +174,16 @@ async fn set_back(
                EXISTS (SELECT 1 FROM pg_constraint
                         WHERE contype = 'f' AND confrelid = to_regclass($1::text)
                           AND conrelid <> confrelid)";
-    let transaction = client.transaction().await?;
+    let mut transaction = client.transaction().await?;
     transaction
         .batch_execute("SET LOCAL session_replication_role = replica")
         .await?;
-    for table in tables {
+    let replaced = tables.iter().filter(|(_, missed)| **missed == Missed::All);
+    // Ours are not in a dump.
+    let replaced = replaced.filter(|(table, _)| table.schema != "dr_agent");
+    let replaced: Vec<String> = replaced.map(|(table, _)| table.sql()).collect();
+    drop_tables(&mut transaction, &replaced).await?;
+    for table in tables.keys() {
         let sql = table.sql();
         let found = transaction
             .query_one(EXISTS_AND_IS_REFERRED_TO, &[&sql])
@@ -177,5 +202,24 @@ async fn set_back(
             .await?;
     }
     transaction.commit().await?;
+    Ok(())
+}
+
+/// Drops those of the tables that nothing else depends on: all at once, because they may refer to one another, or one by one.
+async fn drop_tables(transaction: &mut Transaction<'_>, tables: &[String]) -> Result<(), PgError> {
+    let together = (!tables.is_empty()).then(|| tables.join(", "));
+    for tables in together.iter().chain(tables) {
+        let attempt = transaction.savepoint("drop_tables").await?;
+        match attempt
+            .batch_execute(&format!("DROP TABLE IF EXISTS {tables}"))
+            .await
+        {
+            Ok(()) => attempt.commit().await?,
+            Err(error) if error.code() == Some(&SqlState::DEPENDENT_OBJECTS_STILL_EXIST) => {
+                attempt.rollback().await?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
     Ok(())
 }

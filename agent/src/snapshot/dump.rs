@@ -10,8 +10,9 @@
 use std::path::PathBuf;
 
 use super::error::CopyError;
+use super::roles::LackingRoles;
 use super::session::{ReplicaSide, SOURCE_LOCK_TIMEOUT, SourceSide};
-use super::toc::{LeftOut, server_script, table_pattern};
+use super::toc::{self, LeftOut, server_script, table_pattern};
 use super::tools::Tools;
 use crate::catalog::TableName;
 
@@ -24,12 +25,21 @@ pub(crate) const PRE_DATA: &str = "--section=pre-data";
 /// What needs rows: indexes, constraints, triggers.
 pub(crate) const POST_DATA: &str = "--section=post-data";
 
+/// Attaches the index of a partition.
+const ATTACH: &str = "INDEX ATTACH";
+
+/// What comes behind all indexes: what locks a partitioned table with all of its partitions, and what would see the rest
+/// being built, or speaks of it.
+const BEHIND_INDEXES: [&str; 4] = ["FK CONSTRAINT", "TRIGGER", "EVENT TRIGGER", "COMMENT"];
+
 /// A directory for `pg_dump` files and the lists made of them.
 pub(crate) struct Dump {
     tools: Tools,
     directory: tempfile::TempDir,
     /// Options of every restore.
-    ownership: &'static [&'static str],
+    ownership: Vec<&'static str>,
+    /// What cannot be without a role that is lacking.
+    roleless: LeftOut,
 }
 
 impl Dump {
@@ -42,13 +52,68 @@ impl Dump {
         Ok(Self {
             tools,
             directory,
-            ownership: &[],
+            ownership: Vec::new(),
+            roleless: LeftOut::default(),
         })
     }
 
-    /// Leaves owners and privileges out of what is restored.
-    pub(crate) fn leave_out_ownership(&mut self) {
-        self.ownership = &["--no-owner", "--no-privileges"];
+    /// Leaves owners out of what is restored, or privileges, or both.
+    pub(crate) fn leave_out_ownership(&mut self, owners: bool, privileges: bool) {
+        self.ownership.clear();
+        self.ownership.extend(owners.then_some("--no-owner"));
+        self.ownership
+            .extend(privileges.then_some("--no-privileges"));
+    }
+
+    /// Those of the roles that what is restored of this file needs.
+    pub(crate) async fn roles_needed(
+        &self,
+        name: &str,
+        left_out: &LeftOut,
+        lacking: &LackingRoles,
+    ) -> Result<LackingRoles, CopyError> {
+        if lacking.is_empty() {
+            return Ok(LackingRoles::default());
+        }
+        let mut sql = self.script(name, left_out, PRE_DATA, 0).await?;
+        sql.push_str(&self.script(name, left_out, POST_DATA, 0).await?);
+        Ok(lacking.needed_by(&sql))
+    }
+
+    /// Leaves out of what is restored what needs one of the lacking roles: owners and privileges altogether, and each policy
+    /// or user mapping that names one. Says what that is.
+    pub(crate) async fn leave_out_roles(
+        &mut self,
+        name: &str,
+        left_out: &LeftOut,
+        lacking: &LackingRoles,
+    ) -> Result<Vec<String>, CopyError> {
+        let needed = self.roles_needed(name, left_out, lacking).await?;
+        if needed.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.leave_out_ownership(true, true);
+        let mut said = vec![format!("owners and privileges: {}", needed.problem())];
+        let needed = self.roles_needed(name, left_out, lacking).await?;
+        if needed.is_empty() {
+            return Ok(said);
+        }
+        for object in self.objects_with_roles(name).await? {
+            let mut only = LeftOut::default();
+            only.all_but(&object);
+            let named = self.roles_needed(name, &only, lacking).await?;
+            if !named.is_empty() {
+                said.push(format!("{}: {}", object.trim_end(), named.problem()));
+                self.roleless.object(&object);
+            }
+        }
+        Ok(said)
+    }
+
+    /// The objects of the file that name roles and are neither owners nor privileges.
+    async fn objects_with_roles(&self, name: &str) -> Result<Vec<String>, CopyError> {
+        let listing = self.listing(name, None).await?;
+        Ok(toc::objects_of(&listing, &["POLICY", "USER MAPPING"]))
     }
 
     /// The programs.
@@ -105,7 +170,7 @@ impl Dump {
         section: &str,
         version_num: i32,
     ) -> Result<String, CopyError> {
-        let Some(list) = self.list(name, left_out, section).await? else {
+        let Some(list) = self.list(name, &[left_out], section).await? else {
             return Ok(String::new());
         };
         let mut arguments = vec![
@@ -126,19 +191,14 @@ impl Dump {
     async fn list(
         &self,
         name: &str,
-        left_out: &LeftOut,
+        left_out: &[&LeftOut],
         section: &str,
     ) -> Result<Option<PathBuf>, CopyError> {
-        let arguments = [
-            "--list".to_owned(),
-            section.to_owned(),
-            self.path(name).display().to_string(),
-        ];
-        let listing = self
-            .tools
-            .restore(None, "list the schema", &arguments)
-            .await?;
-        let (list, remains) = left_out.filter(&listing);
+        let listing = self.listing(name, Some(section)).await?;
+        let (mut list, mut remains) = self.roleless.filter(&listing);
+        for left_out in left_out {
+            (list, remains) = left_out.filter(&list);
+        }
         if !remains {
             return Ok(None);
         }
@@ -150,6 +210,15 @@ impl Dump {
                 source,
             })?;
         Ok(Some(path))
+    }
+
+    async fn listing(&self, name: &str, section: Option<&str>) -> Result<String, CopyError> {
+        let mut arguments = vec!["--list".to_owned()];
+        arguments.extend(section.map(str::to_owned));
+        arguments.push(self.path(name).display().to_string());
+        self.tools
+            .restore(None, "list the schema", &arguments)
+            .await
     }
 
     /// Builds indexes, constraints, triggers and rules, `jobs` at a time.
@@ -173,6 +242,29 @@ impl Dump {
                 .await
                 .map_err(CopyError::replica("build indexes and constraints"));
         }
+        // Two of its sessions may lock one another out for good where one attaches an index and the other adds a foreign key
+        // or a trigger to a partitioned table. Attaching takes no time: one session does it, in between.
+        let mut indexes = LeftOut::kinds(&BEHIND_INDEXES);
+        indexes.kind(ATTACH);
+        let steps = [
+            (indexes, jobs),
+            (LeftOut::all_but_kinds(&[ATTACH]), 1),
+            (LeftOut::all_but_kinds(&BEHIND_INDEXES), jobs),
+        ];
+        for (others, jobs) in steps {
+            self.build_some(name, &[left_out, &others], replica, jobs)
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn build_some(
+        &self,
+        name: &str,
+        left_out: &[&LeftOut],
+        replica: &ReplicaSide<'_>,
+        jobs: u16,
+    ) -> Result<(), CopyError> {
         let Some(list) = self.list(name, left_out, POST_DATA).await? else {
             return Ok(());
         };

@@ -9,6 +9,7 @@ use tokio_postgres::{Client, Row};
 
 use super::error::CopyError;
 use super::layout::name_arrays;
+use super::roles::LackingRoles;
 use super::toc::Entry;
 use crate::catalog::TableName;
 
@@ -89,7 +90,8 @@ pub(crate) async fn check_extensions(replica: &Client, used: &[String]) -> Resul
     Err(CopyError::ExtensionsMissing { names })
 }
 
-/// The roles that own or may use something in the source's database.
+/// The roles that own or may use something in the source's database; some of them nothing that is dumped
+/// ([`super::roles`] looks at that).
 pub(crate) async fn roles(source: &Client) -> Result<Vec<String>, CopyError> {
     // The role that owns the system (10) is in no dependency; its objects must change hands too.
     const USED: &str = "
@@ -111,11 +113,11 @@ pub(crate) async fn roles(source: &Client) -> Result<Vec<String>, CopyError> {
         .collect())
 }
 
-/// Why owners and privileges of these roles cannot be carried over; `None` if they can.
-pub(crate) async fn ownership_problem(
+/// Those of these roles that the replica has not, or in whose name ours may not act there.
+pub(crate) async fn lacking_roles(
     replica: &Client,
     used: &[String],
-) -> Result<Option<String>, CopyError> {
+) -> Result<LackingRoles, CopyError> {
     const FOUND: &str = "
         SELECT used, r.oid IS NULL,
                r.oid IS NOT NULL AND pg_has_role(current_user, r.oid, 'MEMBER')
@@ -124,26 +126,15 @@ pub(crate) async fn ownership_problem(
         .query(FOUND, &[&used])
         .await
         .map_err(CopyError::replica("read the roles"))?;
-    let named = |column: usize, value: bool| -> Vec<String> {
-        rows.iter()
-            .filter(|row| row.get::<_, bool>(column) == value)
-            .map(|row| row.get(0))
-            .collect()
-    };
-    let missing = named(1, true);
-    if !missing.is_empty() {
-        let problem = format!("the replica has no role {}", missing.join(", "));
-        return Ok(Some(problem));
+    let mut lacking = LackingRoles::default();
+    for row in &rows {
+        match (row.get(1), row.get(2)) {
+            (true, _) => lacking.absent.insert(row.get(0)),
+            (false, false) => lacking.foreign.insert(row.get(0)),
+            (false, true) => false,
+        };
     }
-    let foreign = named(2, false);
-    if !foreign.is_empty() {
-        let problem = format!(
-            "our role on the replica is no member of {}",
-            foreign.join(", ")
-        );
-        return Ok(Some(problem));
-    }
-    Ok(None)
+    Ok(lacking)
 }
 
 /// A partition that the replica has as a table of its own.

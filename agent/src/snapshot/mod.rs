@@ -31,6 +31,7 @@ pub(crate) mod layout;
 pub(crate) mod plan;
 mod progress;
 pub(crate) mod quiet;
+pub(crate) mod roles;
 mod schema;
 pub(crate) mod session;
 pub(crate) mod table;
@@ -49,6 +50,7 @@ pub use progress::{CopyObserver, CopyPhase, ProgressDisplay};
 
 use crate::catalog::{Table, TableName};
 use crate::config::CopySettings;
+use crate::listed::Listed;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::stream::StreamName;
 use layout::Layout;
@@ -67,6 +69,8 @@ pub struct CopyJob<'a> {
     pub stream: &'a StreamName,
     /// The tables that are not `ready`.
     pub tables: Vec<Table>,
+    /// What they are listed as, read before the snapshot was taken.
+    pub listed: &'a Listed,
     /// Name of the exported snapshot; its session must stay open until [`copy`] returns.
     pub snapshot: &'a str,
     /// The snapshot's LSN: commits before it are in the snapshot.
@@ -129,7 +133,7 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
     };
 
     observer.phase(CopyPhase::PreData);
-    let held = ledger.begin(&replica, &names).await?;
+    let held = ledger.begin(&replica, &names, job.listed).await?;
     let schema = schema::Schema::dump(job, &sessions, &source, &replica, observer).await?;
     // An earlier copy may have been killed between creating and quieting them.
     quiet::quiet(&replica, observer).await?;

@@ -53,7 +53,7 @@ impl<'a> Schema<'a> {
             sessions.source.version_num(),
         )
         .await?;
-        let mut dump = Dump::new(tools)?;
+        let dump = Dump::new(tools)?;
         let own: Vec<TableName> = job
             .tables
             .iter()
@@ -61,11 +61,7 @@ impl<'a> Schema<'a> {
             .filter(|name| name.schema != "dr_agent")
             .collect();
         let roles = inventory::roles(source).await?;
-        if let Some(problem) = inventory::ownership_problem(replica, &roles).await? {
-            super::leave_out(observer, &format!("owners and privileges: {problem}"));
-            dump.leave_out_ownership();
-        }
-        let schema = Self {
+        let mut schema = Self {
             job,
             sessions,
             dump,
@@ -76,6 +72,17 @@ impl<'a> Schema<'a> {
             schema.dump_to("schema", &[]).await?;
         } else if !schema.tables.is_empty() {
             schema.dump_to("schema", &schema.tables).await?;
+        } else {
+            return Ok(schema);
+        }
+        let lacking = inventory::lacking_roles(replica, &roles).await?;
+        let everything = LeftOut::default();
+        let without = schema
+            .dump
+            .leave_out_roles("schema", &everything, &lacking)
+            .await?;
+        for what in without {
+            super::leave_out(observer, &what);
         }
         Ok(schema)
     }

@@ -7,7 +7,8 @@
 //! - Every step compares the table's snapshot LSN, so that an agent whose tables were taken over by
 //!   a later copy of the same stream changes nothing more.
 //! - `copied` is committed together with the table's last row, or after it.
-//! - A `copied` table keeps the LSN of the snapshot its rows came from, whatever later copies use.
+//! - A `copied` table keeps the LSN of the snapshot its rows came from, and what it was listed as then, whatever later copies
+//!   use.
 
 use std::collections::HashSet;
 
@@ -16,6 +17,7 @@ use tokio_postgres::{Client, GenericClient};
 use super::error::CopyError;
 use super::layout::name_arrays;
 use crate::catalog::TableName;
+use crate::listed::{Listed, ListedAs};
 use crate::pg::PgLsn;
 use crate::stream::StreamName;
 
@@ -34,14 +36,15 @@ impl Ledger<'_> {
         self,
         replica: &Client,
         tables: &[TableName],
+        listed: &Listed,
     ) -> Result<HashSet<TableName>, CopyError> {
         const SQL: &str = "
             INSERT INTO dr_agent.table_sync AS t
-                   (stream, table_schema, table_name, state, snapshot_lsn)
-            SELECT $1, s, n, 'pending', $4 FROM unnest($2::text[], $3::text[]) AS wanted (s, n)
+                   (stream, table_schema, table_name, state, snapshot_lsn, listed_as)
+            SELECT $1, s, n, 'pending', $5, l FROM unnest($2::text[], $3::text[], $4::text[]) AS wanted (s, n, l)
             ON CONFLICT (stream, table_schema, table_name) DO UPDATE
-               SET state = 'pending', snapshot_lsn = excluded.snapshot_lsn, rows = 0, bytes = 0,
-                   updated_at = now()
+               SET state = 'pending', snapshot_lsn = excluded.snapshot_lsn, listed_as = excluded.listed_as,
+                   rows = 0, bytes = 0, updated_at = now()
              WHERE t.state NOT IN ('copied', 'ready')";
         // All tables that are not ready are in this copy; others have left the source.
         const FORGET: &str = "
@@ -53,11 +56,21 @@ impl Ledger<'_> {
             SELECT table_schema, table_name FROM dr_agent.table_sync
              WHERE stream = $1 AND state IN ('copied', 'ready')";
         let (schemas, names) = name_arrays(tables);
+        let listed_as: Vec<Option<&str>> = tables
+            .iter()
+            .map(|table| listed.get(table).map(ListedAs::as_str))
+            .collect();
         let enter = CopyError::replica("enter the tables into dr_agent.table_sync");
         replica
             .execute(
                 SQL,
-                &[&self.stream.as_str(), &schemas, &names, &self.snapshot_lsn],
+                &[
+                    &self.stream.as_str(),
+                    &schemas,
+                    &names,
+                    &listed_as,
+                    &self.snapshot_lsn,
+                ],
             )
             .await
             .map_err(enter)?;

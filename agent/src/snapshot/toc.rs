@@ -43,6 +43,10 @@ impl Entry {
 pub(crate) struct LeftOut {
     lines: HashSet<String>,
     kinds: Vec<&'static str>,
+    /// Everything but objects of these kinds, if there are any.
+    only_kinds: Vec<&'static str>,
+    /// Everything but this.
+    only: Option<String>,
 }
 
 impl LeftOut {
@@ -51,18 +55,43 @@ impl LeftOut {
         self.lines.insert(entry.line());
     }
 
+    /// Leaves one object out, as the listing has it.
+    pub(super) fn object(&mut self, object: &str) {
+        self.lines.insert(object.trim_end().to_owned());
+    }
+
+    /// Leaves everything out but one object, as the listing has it.
+    pub(super) fn all_but(&mut self, object: &str) {
+        self.only = Some(object.to_owned());
+    }
+
     /// Leaves every object of a kind out.
     pub(super) fn kind(&mut self, kind: &'static str) {
         self.kinds.push(kind);
     }
 
+    /// Leaves everything out but these kinds.
+    pub(super) fn all_but_kinds(kinds: &[&'static str]) -> Self {
+        Self {
+            only_kinds: kinds.to_vec(),
+            ..Self::default()
+        }
+    }
+
+    /// Leaves these kinds out.
+    pub(super) fn kinds(kinds: &[&'static str]) -> Self {
+        Self {
+            kinds: kinds.to_vec(),
+            ..Self::default()
+        }
+    }
+
     fn holds(&self, object: &str) -> bool {
-        self.lines.contains(object.trim_end())
-            || self.kinds.iter().any(|kind| {
-                object
-                    .strip_prefix(kind)
-                    .is_some_and(|rest| rest.starts_with(' '))
-            })
+        let is_one_of = |kinds: &[&'static str]| kinds.iter().any(|kind| is_of(object, kind));
+        self.only.as_ref().is_some_and(|only| only != object)
+            || (!self.only_kinds.is_empty() && !is_one_of(&self.only_kinds))
+            || is_one_of(&self.kinds)
+            || self.lines.contains(object.trim_end())
     }
 
     /// The listing without what is left out, and whether anything but comments remains.
@@ -80,6 +109,20 @@ impl LeftOut {
         }
         (kept, remains)
     }
+}
+
+/// Whether an object is of this kind.
+fn is_of(object: &str, kind: &str) -> bool {
+    object
+        .strip_prefix(kind)
+        .is_some_and(|rest| rest.starts_with(' '))
+}
+
+/// The objects of these kinds in a listing.
+pub(super) fn objects_of(listing: &str, kinds: &[&str]) -> Vec<String> {
+    let objects = listing.lines().filter_map(object_of);
+    let wanted = objects.filter(|object| kinds.iter().any(|kind| is_of(object, kind)));
+    wanted.map(str::to_owned).collect()
 }
 
 /// What follows `id; catalog-oid object-oid ` in a line of the listing; `None` for comments.
@@ -170,6 +213,20 @@ mod tests {
             ..entry("INDEX ATTACH", "leaf_idx")
         });
         assert!(!left_out.filter(LISTING).0.contains("leaf_idx"));
+    }
+
+    #[test]
+    fn some_kinds_and_all_others_are_the_whole() {
+        let kinds = ["FK CONSTRAINT", "INDEX ATTACH"];
+        let without = LeftOut::kinds(&kinds).filter(LISTING).0;
+        let only = LeftOut::all_but_kinds(&kinds).filter(LISTING).0;
+        let objects = |listing: &str| {
+            let lines = listing.lines().filter_map(object_of).map(str::to_owned);
+            lines.collect::<HashSet<String>>()
+        };
+        assert_eq!(objects(&without).len(), 3);
+        assert_eq!(objects(&only).len(), 2);
+        assert_eq!(&objects(&without) | &objects(&only), objects(LISTING));
     }
 
     #[test]

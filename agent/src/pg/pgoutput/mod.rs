@@ -34,4 +34,4 @@ pub use message::{
     Begin, Column, Commit, CommitPrepared, LogicalMessage, Message, MessageKind, OldTuple, Prepare,
     Relation, ReplicaIdentity, RollbackPrepared, StreamAbort, StreamCommit,
 };
-pub use tuple::{Tuple, Value, Values};
+pub use tuple::{Form, Tuple, Value, Values};

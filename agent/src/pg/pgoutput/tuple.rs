@@ -41,11 +41,21 @@ impl fmt::Debug for Value<'_> {
     }
 }
 
+/// In which form values travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Form {
+    /// As text.
+    Text,
+    /// As the type's `send` function writes them; where a type has none, as text.
+    Binary,
+}
+
 /// The values of one row, in the column order of its relation: a validated slice of the message.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Tuple {
     columns: u16,
     has_unchanged_toast: bool,
+    form: Option<Form>,
     bytes: Bytes,
 }
 
@@ -63,21 +73,27 @@ impl Tuple {
         let columns = reader.count16()?;
         let start = reader.left();
         let mut has_unchanged_toast = false;
+        let mut form = None;
         for _ in 0..columns {
-            match reader.u8()? {
-                Self::NULL => {}
-                Self::UNCHANGED_TOAST => has_unchanged_toast = true,
-                Self::TEXT | Self::BINARY => {
-                    let length = reader.length()?;
-                    reader.take(length)?;
+            let of_value = match reader.u8()? {
+                Self::NULL => continue,
+                Self::UNCHANGED_TOAST => {
+                    has_unchanged_toast = true;
+                    continue;
                 }
+                Self::TEXT => Form::Text,
+                Self::BINARY => Form::Binary,
                 kind => return Err(DecodeError::UnknownValueKind(kind)),
-            }
+            };
+            form = form.max(Some(of_value));
+            let length = reader.length()?;
+            reader.take(length)?;
         }
         let bytes = &start[..start.len() - reader.left().len()];
         Ok(Self {
             columns,
             has_unchanged_toast,
+            form,
             bytes: reader.share(bytes),
         })
     }
@@ -95,6 +111,11 @@ impl Tuple {
     /// Whether some value was left out because it is only in TOAST storage.
     pub fn has_unchanged_toast(&self) -> bool {
         self.has_unchanged_toast
+    }
+
+    /// In which form its values came: binary if any did. `None` if it has none.
+    pub fn form(&self) -> Option<Form> {
+        self.form
     }
 
     /// The values in column order.

@@ -43,13 +43,14 @@ pub enum SinkError {
         /// Which column.
         column: String,
     },
-    /// A table appeared on the source after the last look; it must be copied first.
-    #[error("table {table} is new on the source and not copied yet")]
+    /// A table appeared on the source after the last look, or took the place of another, or was not published for a while: it
+    /// must be copied first.
+    #[error("table {table} is new on the source, or listed anew, and not copied yet")]
     TableNotCopied {
         /// Which one.
         table: TableName,
     },
-    /// A value came in a binary form that only the source can read.
+    /// A value came in the binary form of a type that the column does not have here.
     #[error("column {column} of {table} came in a binary form that does not travel")]
     BinaryForm {
         /// Which table.
@@ -156,12 +157,14 @@ impl Classify for SinkError {
     fn class(&self) -> Class {
         match self {
             Self::Fenced(_) => Class::Fenced,
-            // Starting again cures these two: the copy is made, the stream comes as text.
-            Self::TableNotCopied { .. } | Self::BinaryForm { .. } => Class::Transient,
+            // Starting again cures it: the copy is made.
+            Self::TableNotCopied { .. } => Class::Transient,
             // Never seen outside: one lane takes over, or the session ends with another error first.
             Self::Unplannable(_) | Self::Interrupted => Class::Transient,
             Self::Pg(error) => error.class(),
             Self::Spill(error) => error.class(),
+            // A pipeline asks the source for text, and does not get here.
+            Self::BinaryForm { .. } => Class::Definite,
             Self::PositionMismatch(_)
             | Self::Diverged(_)
             | Self::Swallowed { .. }
@@ -196,12 +199,13 @@ impl Classify for SinkError {
                  with `dr-agent check`, mend the replica, then start the agent again"
             }
             Self::Fold(_) => "the change stream contradicts itself; report it",
+            Self::BinaryForm { .. } => {
+                "the column has another type than on the source when the change was logged, and DDL is in no log: give \
+                 it that type with ALTER TABLE, then the same command again"
+            }
             Self::Pg(error) => return error.hint(),
             Self::Spill(error) => return error.hint(),
-            Self::TableNotCopied { .. }
-            | Self::BinaryForm { .. }
-            | Self::Unplannable(_)
-            | Self::Interrupted => return None,
+            Self::TableNotCopied { .. } | Self::Unplannable(_) | Self::Interrupted => return None,
         };
         Some(text.to_owned())
     }

@@ -4,8 +4,8 @@
 //! would double them.
 //!
 //! # Invariants
-//! - A table that is not on the list is named by an error before a change of it that may count is left out. Only who names it
-//!   to be left out gets on without it.
+//! - A table that is not on the list is named by an error before a change of it that may count is left out; so is one that
+//!   is not the one that was copied any more. Only who names it to be left out gets on without it.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -16,14 +16,19 @@ use tokio_postgres::Client;
 use super::SinkError;
 use super::target::{Targets, address};
 use crate::catalog::TableName;
+use crate::listed::{Copied, Marker, marker};
+use crate::net::FoldError;
 use crate::pg::PgLsn;
+use crate::stream::StreamName;
 use crate::txn::{Change, Relations as ChangeRelations, SourceRelation};
 
 /// What the sink must know of the initial copy to leave out what is already in it.
 #[derive(Clone, Debug)]
 pub struct Synced {
-    /// Tables whose copy is complete; changes committed before the LSN are in it.
-    pub tables: HashMap<TableName, Option<PgLsn>>,
+    /// Tables whose copy is complete.
+    pub tables: HashMap<TableName, Copied>,
+    /// Whose rows of `dr_agent.listed` say what they are.
+    pub listed_by: StreamName,
     /// Where the source's WAL stood when this list was made.
     pub as_of: PgLsn,
     /// Tables that are not on the list, and whose changes are left out all the same.
@@ -35,6 +40,8 @@ pub struct Synced {
 enum Standing {
     /// Changes from this commit LSN on are applied; `None`: all of them.
     Copied(Option<PgLsn>),
+    /// Was copied, and is another one. What is committed before the copy is none of its.
+    Replaced(TableName, Option<PgLsn>),
     /// Not on the list.
     Unknown(TableName),
     /// Not on the list, and to be left out.
@@ -102,6 +109,9 @@ impl Relations {
         match &change.relations {
             ChangeRelations::Row(relation) => {
                 let applies = self.applies(relation, commit_lsn)?;
+                if let Some(marker) = marker(change).map_err(FoldError::from)? {
+                    self.heed(marker, commit_lsn)?;
+                }
                 Ok(applies.then_some(Cow::Borrowed(change)))
             }
             ChangeRelations::Truncate(relations) => {
@@ -122,6 +132,32 @@ impl Relations {
         }
     }
 
+    /// A table that is listed as something else from here on may have had changes that did not come.
+    fn heed(&self, marker: Marker, commit_lsn: PgLsn) -> Result<(), SinkError> {
+        let Marker {
+            stream,
+            table,
+            listed_as,
+        } = marker;
+        let Some(copied) = self.synced.tables.get(&table) else {
+            // Its first change tells.
+            return Ok(());
+        };
+        let is_in_the_copy = copied
+            .snapshot_lsn
+            .is_some_and(|snapshot| commit_lsn < snapshot);
+        let is_the_same = copied
+            .listed_as
+            .as_ref()
+            .is_none_or(|was| *was == listed_as);
+        let counts =
+            stream == self.synced.listed_by.as_str() && !self.synced.left_out.contains(&table);
+        if !counts || is_in_the_copy || is_the_same {
+            return Ok(());
+        }
+        Err(SinkError::TableNotCopied { table })
+    }
+
     /// A table that is not on the list appeared after it was made, and the list must be made again; or
     /// it had already gone by then (dropped, or taken out of the publication), and its old changes
     /// concern nothing that exists.
@@ -136,21 +172,27 @@ impl Relations {
                 name: relation.relation.name.clone(),
             };
             let standing = match self.synced.tables.get(&table) {
-                Some(snapshot_lsn) => Standing::Copied(*snapshot_lsn),
-                None if self.synced.left_out.contains(&table) => Standing::LeftOut,
+                _ if self.synced.left_out.contains(&table) => Standing::LeftOut,
+                Some(copied) if copied.is_of(relation.relation.id) => {
+                    Standing::Copied(copied.snapshot_lsn)
+                }
+                Some(copied) => Standing::Replaced(table, copied.snapshot_lsn),
                 None => Standing::Unknown(table),
             };
             (Arc::clone(relation), standing)
         });
+        let is_in_the_copy =
+            |snapshot: &Option<PgLsn>| snapshot.is_some_and(|snapshot| commit_lsn < snapshot);
         match standing {
-            Standing::Copied(snapshot_lsn) => {
-                Ok(snapshot_lsn.is_none_or(|snapshot| commit_lsn >= snapshot))
-            }
             Standing::LeftOut => Ok(false),
+            Standing::Copied(snapshot_lsn) => Ok(!is_in_the_copy(snapshot_lsn)),
+            Standing::Replaced(_, snapshot_lsn) if is_in_the_copy(snapshot_lsn) => Ok(false),
             Standing::Unknown(_) if commit_lsn < self.synced.as_of => Ok(false),
-            Standing::Unknown(table) => Err(SinkError::TableNotCopied {
-                table: table.clone(),
-            }),
+            Standing::Replaced(table, _) | Standing::Unknown(table) => {
+                Err(SinkError::TableNotCopied {
+                    table: table.clone(),
+                })
+            }
         }
     }
 }
@@ -158,20 +200,39 @@ impl Relations {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::listed::ListedAs;
     use crate::testing::{lsn, relation, table};
 
-    #[test]
-    fn what_the_copy_holds_is_left_out_and_what_is_newer_than_the_list_stops() {
+    /// What is on the list: its name, where it was copied, and as what it was listed.
+    fn relations(tables: &[(&str, Option<u64>, Option<&str>)]) -> Relations {
         let name = |name: &str| TableName {
             schema: "public".to_owned(),
             name: name.to_owned(),
         };
-        let tables = HashMap::from([(name("old"), None), (name("new"), Some(lsn(50)))]);
-        let mut relations = Relations::new(Synced {
-            tables,
+        let copied = |(table, at, as_what): &(&str, Option<u64>, Option<&str>)| {
+            let listed_as = as_what.map(|text| ListedAs::new(text.to_owned()));
+            let snapshot_lsn = at.map(lsn);
+            let copied = Copied {
+                snapshot_lsn,
+                listed_as,
+            };
+            (name(table), copied)
+        };
+        Relations::new(Synced {
+            tables: tables.iter().map(copied).collect(),
+            listed_by: StreamName::new("dr_agent", "app"),
             as_of: lsn(100),
             left_out: HashSet::from([name("left_out")]),
-        });
+        })
+    }
+
+    fn stops<T: std::fmt::Debug>(result: &Result<T, SinkError>) -> bool {
+        matches!(result, Err(SinkError::TableNotCopied { .. }))
+    }
+
+    #[test]
+    fn what_the_copy_holds_is_left_out_and_what_is_newer_than_the_list_stops() {
+        let mut relations = relations(&[("old", None, None), ("new", Some(50), None)]);
         let [old, new, gone, left_out] = [(1, "old"), (2, "new"), (3, "gone"), (4, "left_out")]
             .map(|(id, name)| relation(table(id, name, &["a"])));
         assert!(relations.applies(&old, lsn(1)).unwrap());
@@ -185,5 +246,46 @@ mod tests {
         // One that is to be left out says nothing about another.
         assert!(!relations.applies(&left_out, lsn(100)).unwrap());
         assert!(relations.applies(&gone, lsn(101)).is_err());
+    }
+
+    #[test]
+    fn another_table_under_the_name_of_one_that_was_copied_stops_unless_the_copy_is_behind_it() {
+        let mut relations = relations(&[
+            ("t", Some(50), Some("7:70")),
+            ("left_out", Some(50), Some("7:70")),
+        ]);
+        let [same, other, left_out] = [(7, "t"), (8, "t"), (8, "left_out")]
+            .map(|(id, name)| relation(table(id, name, &["a"])));
+        assert!(relations.applies(&same, lsn(50)).unwrap());
+        assert!(!relations.applies(&other, lsn(49)).unwrap());
+        assert!(stops(&relations.applies(&other, lsn(50))));
+        assert!(!relations.applies(&left_out, lsn(50)).unwrap());
+    }
+
+    #[test]
+    fn a_table_that_is_listed_anew_stops_unless_the_copy_is_behind_it_or_of_it() {
+        let relations = relations(&[
+            ("t", Some(50), Some("7:70")),
+            ("unrecorded", Some(50), None),
+            ("left_out", Some(50), Some("7:70")),
+        ]);
+        let heed = |stream: &str, table: &str, listed_as: &str, at| {
+            let marker = Marker {
+                stream: stream.to_owned(),
+                table: TableName {
+                    schema: "public".to_owned(),
+                    name: table.to_owned(),
+                },
+                listed_as: ListedAs::new(listed_as.to_owned()),
+            };
+            relations.heed(marker, lsn(at))
+        };
+        assert!(stops(&heed("dr_agent_app", "t", "7:71", 50)));
+        assert!(heed("dr_agent_app", "t", "7:71", 49).is_ok());
+        assert!(heed("dr_agent_app", "t", "7:70", 50).is_ok());
+        assert!(heed("another", "t", "7:71", 50).is_ok());
+        for other in ["new", "unrecorded", "left_out"] {
+            assert!(heed("dr_agent_app", other, "7:71", 50).is_ok());
+        }
     }
 }

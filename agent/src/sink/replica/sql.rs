@@ -142,18 +142,14 @@ pub(super) fn delete_one(target: &Target, old: &[Sent], is_null: &[bool]) -> Str
     expecting(&doing, target, "delete", old.len())
 }
 
-/// TRUNCATE. `ONLY`, and without CASCADE: the source has resolved both into the list.
+/// TRUNCATE. `ONLY`, and without CASCADE: the source has resolved both into the list. A function of the replica's,
+/// because what refers to these tables there is for its catalog to say at that moment.
 pub(super) fn truncate<'t>(
     targets: impl Iterator<Item = &'t Target>,
     restart_identity: bool,
 ) -> String {
-    let tables = list(targets.map(|target| format!("ONLY {}", target.table.sql())));
-    let identity = if restart_identity {
-        "RESTART"
-    } else {
-        "CONTINUE"
-    };
-    format!("TRUNCATE {tables} {identity} IDENTITY")
+    let tables = list(targets.map(|target| quote_literal(&target.table.sql())));
+    format!("SELECT dr_agent.truncate(ARRAY[{tables}]::pg_catalog.regclass[], {restart_identity})")
 }
 
 fn identifies(target: &Target, old: &[Sent], is_null: &[bool]) -> String {

@@ -1,0 +1,150 @@
+//! What a restore reads: the base backup to begin with, and the change log from there.
+//!
+//! Pure.
+
+use super::RestoreError;
+use super::moment::Moment;
+use crate::archive::{Chain, Span};
+use crate::lag::Micros;
+use crate::pg::PgLsn;
+
+/// A base backup, as far as choosing one is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Base {
+    /// The position whose state it holds.
+    pub(super) lsn: PgLsn,
+    /// When that was, on the source's clock.
+    pub(super) time: Micros,
+}
+
+/// The newest base backup before the moment, and the segments that lead on from `from`: the base backup itself, or
+/// where a restore that was interrupted stands.
+///
+/// # Errors
+/// [`RestoreError::NoBase`], [`RestoreError::LogEnds`]
+pub(super) fn choose(bases: &[Base], moment: Moment) -> Result<Base, RestoreError> {
+    let usable = bases
+        .iter()
+        .filter(|base| moment.is_at_or_after(base.lsn, base.time));
+    usable
+        .max_by_key(|base| base.lsn)
+        .copied()
+        .ok_or_else(|| RestoreError::NoBase {
+            moment,
+            oldest: bases.iter().map(|base| base.time).min(),
+        })
+}
+
+/// The segments that lead from a position to the moment.
+///
+/// # Errors
+/// [`RestoreError::LogEnds`] where that can be told without reading them.
+pub(super) fn log(from: PgLsn, spans: &[Span], moment: Moment) -> Result<Chain, RestoreError> {
+    let chain = Chain::from(from, spans);
+    match moment {
+        Moment::Lsn(lsn) if chain.resumes.is_none() && chain.end < lsn => {
+            Err(RestoreError::LogEnds {
+                end: chain.end,
+                moment,
+            })
+        }
+        _ => Ok(chain),
+    }
+}
+
+/// What of a chain is read at most, as far as that is known without reading it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Needed {
+    /// The segments.
+    pub(super) spans: Vec<Span>,
+    /// Where they lead.
+    pub(super) end: PgLsn,
+}
+
+/// Cuts a chain where a moment lies at the latest: a base backup that is of a later time lies behind it.
+pub(super) fn needed(chain: &Chain, bases: &[Base], moment: Moment) -> Needed {
+    let latest = match moment {
+        Moment::End => None,
+        Moment::Lsn(lsn) => Some(lsn),
+        Moment::Time(time) => {
+            let later = bases.iter().filter(|base| base.time > time);
+            later.map(|base| base.lsn).min()
+        }
+    };
+    let end = latest.map_or(chain.end, |latest| latest.min(chain.end));
+    let spans = chain.spans.iter().filter(|span| span.start < end);
+    Needed {
+        spans: spans.copied().collect(),
+        end,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::lsn;
+
+    fn base(position: u64, time: Micros) -> Base {
+        Base {
+            lsn: lsn(position),
+            time,
+        }
+    }
+
+    #[test]
+    fn the_newest_base_before_the_moment_is_taken() {
+        let bases = [base(100, 1_000), base(300, 3_000), base(200, 2_000)];
+        let chosen = |moment| choose(&bases, moment).ok().map(|base| u64::from(base.lsn));
+        assert_eq!(chosen(Moment::End), Some(300));
+        assert_eq!(chosen(Moment::Time(2_999)), Some(200));
+        assert_eq!(chosen(Moment::Time(3_000)), Some(300));
+        assert_eq!(chosen(Moment::Lsn(lsn(199))), Some(100));
+        assert_eq!(chosen(Moment::Lsn(lsn(99))), None);
+        let error = choose(&bases, Moment::Time(999)).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                RestoreError::NoBase {
+                    oldest: Some(1_000),
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn what_lies_behind_the_moment_is_not_counted() {
+        let span = |start, end| Span {
+            start: lsn(start),
+            end: lsn(end),
+        };
+        let spans = [span(100, 200), span(200, 300), span(300, 400)];
+        let chain = Chain::from(lsn(100), &spans);
+        let bases = [base(100, 1_000), base(250, 2_000)];
+        let cut = |moment| {
+            let needed = needed(&chain, &bases, moment);
+            (needed.spans.len(), u64::from(needed.end))
+        };
+        assert_eq!(cut(Moment::End), (3, 400));
+        assert_eq!(cut(Moment::Lsn(lsn(200))), (1, 200));
+        assert_eq!(cut(Moment::Lsn(lsn(201))), (2, 201));
+        assert_eq!(cut(Moment::Time(1_500)), (2, 250));
+        assert_eq!(cut(Moment::Time(2_500)), (3, 400));
+    }
+
+    #[test]
+    fn a_log_that_ends_before_the_position_is_refused_before_anything_is_read() {
+        let span = |start, end| Span {
+            start: lsn(start),
+            end: lsn(end),
+        };
+        let spans = [span(100, 200), span(200, 300)];
+        assert_eq!(
+            log(lsn(100), &spans, Moment::Lsn(lsn(300))).unwrap().spans,
+            spans
+        );
+        assert!(log(lsn(100), &spans, Moment::Lsn(lsn(301))).is_err());
+        assert!(log(lsn(100), &spans, Moment::Time(i64::MAX)).is_ok());
+    }
+}
