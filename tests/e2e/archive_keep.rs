@@ -272,6 +272,24 @@ async fn the_archive_is_looked_into_and_tidied_up_without_a_source() {
         .expect_code(0)
         .expect_words(&[&other.name, "restorable up to"]);
     assert_eq!(files_below(&directory), before);
+    // Whoever only looks makes no archive where there is none.
+    let nowhere = directory.with_file_name("nowhere");
+    agent.configure("archive.url", &format!("\"file://{}\"", nowhere.display()));
+    let target = database.replica_server().url("postgres");
+    let planned = ["restore", "--plan", "--target", &target];
+    let planned = [&planned[..], &["--database", &database.name]].concat();
+    for command in [&planned[..], &["backup", "--list"]] {
+        agent
+            .command(command)
+            .await
+            .expect_code(1)
+            .expect_words(&["nowhere", "No such file or directory"]);
+        assert!(!nowhere.exists());
+    }
+    agent.configure(
+        "archive.url",
+        &format!("\"file://{}\"", directory.display()),
+    );
     // What needs the source says so, soon, and leaves nothing.
     let taken = agent
         .command(&["backup", "--database", &database.name])

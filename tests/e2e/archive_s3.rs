@@ -407,6 +407,12 @@ async fn two_agents_at_once_in_one_place_overwrite_nothing() {
     second
         .wait_for_metric(segments, &labels, |segments| segments > 3.0)
         .await;
+    // What the first one had not uploaded is on its disk and nowhere else: it brings it when it is started again.
+    let again = one.start();
+    again
+        .wait_for_metric(segments, &labels, |segments| segments >= 1.0)
+        .await;
+    again.stop().await;
     second.stop().await;
     assert_eq!(bucket.moto.written_twice(BUCKET).await, [""; 0]);
     other

@@ -308,9 +308,12 @@ impl Log {
         };
         let done = tokio::time::timeout_at(deadline, both).await.is_ok();
         for task in [writing, uploading] {
-            task.abort();
-            // It was told to end; how it did is of no interest.
-            let _ = task.await;
+            // One that was waited for to its end must not be asked again.
+            if !task.is_finished() {
+                task.abort();
+                // It was told to end; how it did is of no interest.
+                let _ = task.await;
+            }
         }
         done
     }

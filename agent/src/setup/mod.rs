@@ -244,6 +244,9 @@ impl<'a> Setup<'a> {
             None => replica::open(&replica_info, &stream).await?,
         };
         replica::lock(&replica, &stream).await?;
+        // In this order: the replica is never behind the slot, and the source never behind the replica. Another agent, which
+        // may go on until it is gone, must not look like a slot that somebody has moved.
+        let slot = source.slot().await?;
         let known = replica::known(&replica, &stream).await?;
         let mut walsender = source.walsender().await?;
         let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
@@ -252,7 +255,7 @@ impl<'a> Setup<'a> {
             database: database.to_owned(),
             source: cluster,
             source_lsn,
-            slot: source.slot().await?,
+            slot,
             noted: source.note().await?.map(|noted| noted.began),
             recorded: known.recorded,
             applied: known.progress.map(|progress| progress.end_lsn),
