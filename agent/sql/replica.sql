@@ -18,6 +18,9 @@ CREATE TABLE IF NOT EXISTS dr_agent.stream (
     system_identifier text NOT NULL,
     timeline          integer NOT NULL,
     began             timestamptz NOT NULL,  -- when the slot was created: LSNs of another one mean something else
+    -- Where the source stood when its tables were last looked at. A table that changed before and is not in table_sync was
+    -- dropped, or is not wanted; under route kinesis the source may be out of reach when its changes come.
+    tables_as_of      pg_lsn,
     created_at        timestamptz NOT NULL DEFAULT now()
 );
 

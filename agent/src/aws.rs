@@ -11,11 +11,13 @@
 //! It uses no HTTP proxy: `HTTPS_PROXY` is not read. It decides nothing about retries.
 
 use std::error::Error;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::error::CredentialsError;
+use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider, future};
 use aws_sdk_kinesis::config::retry::RetryConfig;
 use aws_sdk_kinesis::config::timeout::TimeoutConfig;
 use aws_sdk_kinesis::config::{SharedHttpClient, StalledStreamProtectionConfig};
@@ -30,7 +32,7 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
 /// A link slower than this is no way to AWS: half a megabit.
-const SLOWEST_BYTES_PER_SECOND: u64 = 64 * 1024;
+pub(crate) const SLOWEST_BYTES_PER_SECOND: u64 = 64 * 1024;
 
 /// A stream that has not moved for so long is given up.
 const STANDSTILL: Duration = Duration::from_secs(20);
@@ -88,7 +90,7 @@ pub(crate) async fn environment(
         let credentials = Credentials::new(access, secret, token, None, "settings");
         environment = environment.credentials_provider(credentials);
     }
-    let config = environment.load().await;
+    let config = remembering(environment.load().await);
     let elsewhere = has_endpoint(&config, service);
     // It is part of the signature; most who are not AWS expect this one or do not look.
     let assumed = elsewhere.then(|| Region::from_static("us-east-1"));
@@ -96,6 +98,57 @@ pub(crate) async fn environment(
         region: config.region().cloned().or(assumed),
         config,
         elsewhere,
+    }
+}
+
+/// Whether this process has had credentials.
+static HAD: AtomicBool = AtomicBool::new(false);
+
+/// The same, with credentials whose absence says whether there were any before.
+fn remembering(config: SdkConfig) -> SdkConfig {
+    match config.credentials_provider() {
+        None => config,
+        Some(provider) => config
+            .into_builder()
+            .credentials_provider(SharedCredentialsProvider::new(Remembering {
+                provider,
+                had: &HAD,
+            }))
+            .build(),
+    }
+}
+
+/// Looks after credentials. A provider that finds none says the same where none were ever given and where whoever gives them
+/// (instance metadata, a file that is being replaced) cannot be asked for a moment. Only the first needs a person.
+///
+/// It lives as long as a client does, and no longer: files are read once for each.
+#[derive(Debug)]
+struct Remembering {
+    provider: SharedCredentialsProvider,
+    had: &'static AtomicBool,
+}
+
+impl ProvideCredentials for Remembering {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::new(async move {
+            match self.provider.provide_credentials().await {
+                Ok(credentials) => {
+                    self.had.store(true, Ordering::Relaxed);
+                    Ok(credentials)
+                }
+                Err(error) if self.had.load(Ordering::Relaxed) => {
+                    Err(CredentialsError::provider_error(error))
+                }
+                Err(error) => Err(error),
+            }
+        })
+    }
+
+    fn fallback_on_interrupt(&self) -> Option<Credentials> {
+        self.provider.fallback_on_interrupt()
     }
 }
 
@@ -130,20 +183,15 @@ pub(crate) fn within(attempt: Duration) -> TimeoutConfig {
 
 /// How long one attempt to send so much may take.
 pub(crate) fn time_to_send(bytes: usize) -> Duration {
-    ANSWER_WITHIN + time_on_the_line(bytes)
-}
-
-/// How long so much is on its way at most, without the answer.
-pub(crate) fn time_on_the_line(bytes: usize) -> Duration {
-    Duration::from_secs(bytes as u64 / SLOWEST_BYTES_PER_SECOND)
+    ANSWER_WITHIN + Duration::from_secs(bytes as u64 / SLOWEST_BYTES_PER_SECOND)
 }
 
 /// What is wrong with the credentials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NoCredentials {
-    /// Nobody gives any, or what says who does is wrong.
+    /// Nobody has given any, or what says who does is wrong.
     Missing,
-    /// Whoever gives them did not, or gave old ones.
+    /// Whoever gives them does not now, or gave old ones.
     Stale,
 }
 
@@ -185,6 +233,7 @@ fn without_credentials(error: &(dyn Error + 'static)) -> Option<NoCredentials> {
     let mut cause = Some(error);
     while let Some(error) = cause {
         if let Some(error) = error.downcast_ref::<CredentialsError>() {
+            // The outermost: what is inside is what it was found by.
             return Some(match error {
                 CredentialsError::CredentialsNotLoaded(_)
                 | CredentialsError::InvalidConfiguration(_) => NoCredentials::Missing,
@@ -237,6 +286,41 @@ pub fn may_be_logged(line: &tracing::Metadata<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Gives credentials, or has none.
+    #[derive(Debug)]
+    struct Now(AtomicBool);
+
+    impl ProvideCredentials for &'static Now {
+        fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+        where
+            Self: 'a,
+        {
+            future::ProvideCredentials::ready(match self.0.load(Ordering::Relaxed) {
+                true => Ok(Credentials::new("access", "secret", None, None, "test")),
+                false => Err(CredentialsError::not_loaded("none")),
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn credentials_that_were_there_once_come_again() {
+        static NOW: Now = Now(AtomicBool::new(false));
+        static HAD_BY_NOW: AtomicBool = AtomicBool::new(false);
+        let credentials = Remembering {
+            provider: SharedCredentialsProvider::new(&NOW),
+            had: &HAD_BY_NOW,
+        };
+        let lacking = async || {
+            let error = credentials.provide_credentials().await.unwrap_err();
+            without_credentials(&error)
+        };
+        assert_eq!(lacking().await, Some(NoCredentials::Missing));
+        NOW.0.store(true, Ordering::Relaxed);
+        credentials.provide_credentials().await.unwrap();
+        NOW.0.store(false, Ordering::Relaxed);
+        assert_eq!(lacking().await, Some(NoCredentials::Stale));
+    }
 
     #[test]
     fn a_large_part_has_time_on_a_slow_link() {

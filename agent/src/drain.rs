@@ -179,8 +179,6 @@ impl StreamDrain<'_> {
                 queue_bytes: limits.queue_bytes,
                 transaction_bytes: limits.transaction_bytes,
             },
-            spill_directory: scratch.path().join("records"),
-            spill_bytes: limits.spill_bytes,
             archive: archive.map(|archive| (archive.url.clone(), archive.encryption.clone())),
             // Nobody writes it any more.
             patience: Duration::ZERO,

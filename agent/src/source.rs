@@ -13,6 +13,8 @@
 //!
 //! # Invariants
 //! - The source is told a [`FlushLsn`] and nothing else (`feedback`).
+//! - What is read begins where the last transaction ended. PostgreSQL begins where the slot is confirmed if that is later, and
+//!   says nothing: so whoever reads looks where the slot stands, once nobody else can move it.
 //! - Received and not yet applied transactions hold at most `limits.queue_bytes`; beyond it nothing is
 //!   read (`intake`). WAL then gathers on the source, where the metrics show it.
 //!
@@ -23,6 +25,7 @@
 mod behind;
 mod catch_up;
 mod feedback;
+mod from_archive;
 mod intake;
 mod kinesis;
 mod log;
@@ -42,6 +45,7 @@ pub use self::log::LogIntake;
 use crate::archive::ArchiveError;
 use crate::changelog::{Gap, UnpackError};
 use crate::error::{Class, Classify};
+use crate::failpoint;
 use crate::kinesis::KinesisError;
 use crate::ledger::FlushLsn;
 use crate::pg::pgoutput::DecodeError;
@@ -102,6 +106,18 @@ pub enum SourceError {
         /// Where the transaction's commit ends.
         end_lsn: String,
     },
+    /// Somebody has moved the slot: what lies in between would not come.
+    #[error(
+        "replication slot \"{slot}\" stands at {confirmed}, beyond {start} from where it is to be read"
+    )]
+    Overtaken {
+        /// The slot.
+        slot: StreamName,
+        /// What it is confirmed up to.
+        confirmed: PgLsn,
+        /// Where the next transaction begins.
+        start: PgLsn,
+    },
     /// A message of a change log makes no sense.
     #[error("read the change log")]
     Decode(#[from] DecodeError),
@@ -121,7 +137,7 @@ pub enum SourceError {
     },
     /// Too many records wait for one that is missing.
     #[error(
-        "records that wait for an earlier one need more than the {limit} bytes of limits.spill_bytes"
+        "records that wait for an earlier one need more than what they may take of the {limit} bytes of limits.spill_bytes"
     )]
     TooMuchWaits {
         /// The limit, in bytes.
@@ -165,7 +181,10 @@ impl Classify for SourceError {
             | Self::Contradiction { .. }
             | Self::TooMuchWaits { .. }
             | Self::Gap { .. } => Class::Definite,
-            Self::Behind { .. } | Self::Ended | Self::Silent { .. } => Class::Transient,
+            // What the next start finds says whether somebody is wanted.
+            Self::Overtaken { .. } | Self::Behind { .. } | Self::Ended | Self::Silent { .. } => {
+                Class::Transient
+            }
         }
     }
 
@@ -181,6 +200,9 @@ impl Classify for SourceError {
             ),
             Self::Behind { .. } => Some(
                 "source.url must lead every session to the same server".to_owned(),
+            ),
+            Self::Overtaken { .. } => Some(
+                "another agent reads the same slot, or somebody has moved it: only one may run per stream".to_owned(),
             ),
             Self::Kinesis(error) => error.hint(),
             Self::Record(error) => error.hint(),
@@ -278,6 +300,7 @@ pub async fn run(
         SlotUse::Own => Next::CatchUp,
         SlotUse::Copy => Next::OnlyWalsender,
     };
+    failpoint::hit("source:before-slot");
     loop {
         // Whoever reads begins behind the last whole transaction.
         intake.restart();
@@ -290,6 +313,18 @@ pub async fn run(
             Next::End => return Ok(()),
         };
     }
+}
+
+/// Whether everything behind `start` comes from a slot, or a copy of it, that is confirmed up to there.
+fn begins_at(settings: &SourceSettings, confirmed: PgLsn, start: PgLsn) -> Result<(), SourceError> {
+    if confirmed <= start {
+        return Ok(());
+    }
+    Err(SourceError::Overtaken {
+        slot: settings.stream.clone(),
+        confirmed,
+        start,
+    })
 }
 
 /// Text output depends on these settings; the apply session ([`crate::sink::replica::session`]) reads

@@ -8,8 +8,8 @@
 //!
 //! # Invariants
 //! - What a rolled back subtransaction did is not read back, also when it was written before that.
-//! - All files of one stream together stay within `limits.spill_bytes`; beyond it the pipeline stops
-//!   with an error that names the setting.
+//! - All files of one stream together stay within `limits.spill_bytes`, those included in which records of a Kinesis stream
+//!   wait for others; beyond it the pipeline stops with an error that names the setting.
 //! - Spill files are never needed after a crash: the source sends the transaction again. What an
 //!   earlier agent left is removed when the space is opened.
 
@@ -47,7 +47,9 @@ pub enum SpillError {
         source: io::Error,
     },
     /// The limit is reached.
-    #[error("a transaction needs more than the {limit} bytes of limits.spill_bytes")]
+    #[error(
+        "a transaction needs more than what is left of the {limit} bytes of limits.spill_bytes"
+    )]
     Full {
         /// The limit, in bytes.
         limit: u64,
@@ -90,12 +92,48 @@ impl Classify for SpillError {
     }
 }
 
+/// What all files of one stream may take together. Clones count together.
+#[derive(Clone, Debug)]
+pub struct SpillRoom {
+    limit: u64,
+    used: Arc<AtomicU64>,
+}
+
+impl SpillRoom {
+    /// The whole of it, in bytes.
+    pub fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// How much of it is in use.
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Takes so many bytes, if no more than `most` are in use with them.
+    ///
+    /// # Errors
+    /// [`SpillError::Full`]
+    pub fn take(&self, bytes: u64, most: u64) -> Result<(), SpillError> {
+        let used = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if used > most {
+            self.give_back(bytes);
+            return Err(SpillError::Full { limit: self.limit });
+        }
+        Ok(())
+    }
+
+    /// Gives back what was taken.
+    pub fn give_back(&self, bytes: u64) {
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
 /// The spill files of one stream: a directory and a budget.
 #[derive(Debug)]
 pub struct SpillSpace {
     directory: PathBuf,
-    limit: u64,
-    used: Arc<AtomicU64>,
+    room: SpillRoom,
     files: u64,
 }
 
@@ -116,10 +154,22 @@ impl SpillSpace {
         }
         Ok(Self {
             directory,
-            limit,
-            used: Arc::new(AtomicU64::new(0)),
+            room: SpillRoom {
+                limit,
+                used: Arc::default(),
+            },
             files: 0,
         })
+    }
+
+    /// Where the files are.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// What they may take, to be shared with whoever else puts something there.
+    pub fn room(&self) -> SpillRoom {
+        self.room.clone()
     }
 
     /// Begins a file.
@@ -136,10 +186,10 @@ impl SpillSpace {
         let spill = SpillFile {
             path: path.clone(),
             bytes: 0,
-            used: Arc::clone(&self.used),
+            room: self.room(),
             aborted: Arc::default(),
         };
-        Ok(SpillWriter::new(file, spill, self.limit))
+        Ok(SpillWriter::new(file, spill))
     }
 }
 
@@ -148,14 +198,14 @@ impl SpillSpace {
 pub struct SpillFile {
     path: PathBuf,
     bytes: u64,
-    used: Arc<AtomicU64>,
+    room: SpillRoom,
     /// Subtransactions whose changes are in the file and do not count.
     aborted: Arc<HashSet<u32>>,
 }
 
 impl Drop for SpillFile {
     fn drop(&mut self) {
-        self.used.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.room.give_back(self.bytes);
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "spill file not removed");
         }

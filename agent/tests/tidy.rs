@@ -25,6 +25,7 @@ const PURE: &[&str] = &[
     "changelog/unpack.rs",
     "kinesis/calls.rs",
     "kinesis/error.rs",
+    "kinesis/pace.rs",
     "kinesis/progress.rs",
     "restore/choose.rs",
     "restore/moment.rs",

@@ -139,11 +139,7 @@ async fn whoever_dies_while_catching_up_loses_and_doubles_nothing() {
         let agent = agent(&database, "1MiB");
         let source = fall_behind(&database, &agent, &BACKLOG).await;
         let mut armed = agent.start_with(&[("DR_AGENT_FAILPOINT", point)]);
-        wait_until(point, PATIENCE, || {
-            let ended = armed.exit_status().is_some();
-            async move { ended }
-        })
-        .await;
+        armed.expect_death_by_signal().await;
         assert!(armed.log().contains(FAR[0]), "{point}: {}", armed.log());
         let confirmed = source
             .value(&slot_column(&database, "confirmed_flush_lsn"))

@@ -110,6 +110,7 @@ struct Seen {
     /// How far the reader said it was, and how many records had come by then.
     marks: Vec<(Instant, usize)>,
     stats: ReadStats,
+    latest: Duration,
 }
 
 /// Reads until it is dropped.
@@ -128,8 +129,8 @@ impl Reader {
                 let mut seen = noted.lock().unwrap();
                 match event {
                     Event::Records(records) => {
-                        assert!(!records.is_empty());
-                        seen.records.extend(records);
+                        assert!(!records.data.is_empty());
+                        seen.records.extend(records.data);
                     }
                     Event::ReadUpTo(at) => {
                         let before = seen.records.len();
@@ -142,6 +143,7 @@ impl Reader {
             let on = |more: ReadStats| {
                 let mut seen = stats.lock().unwrap();
                 seen.stats.behind = more.behind;
+                seen.latest = seen.latest.max(more.behind);
                 seen.stats.records += more.records;
                 seen.stats.bytes += more.bytes;
                 seen.stats.throttled += more.throttled;
@@ -170,6 +172,11 @@ impl Reader {
 
     fn stats(&self) -> ReadStats {
         self.seen.lock().unwrap().stats
+    }
+
+    /// How late it has been at most since it came to the tip.
+    fn latest(&self) -> Duration {
+        self.seen.lock().unwrap().latest
     }
 
     /// Whatever was accepted before a mark was delivered before it; marks never go back.
@@ -414,6 +421,39 @@ async fn a_busy_service_and_a_broken_network_lose_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_was_forgotten_holds_the_largest_call_for_some_seconds() {
+    let (_server, proxy, kinesis) = spoilt(2).await;
+    let large: Vec<Record> = (0..5)
+        .map(|number| record(number, RECORD_BYTES_MAX - 100))
+        .collect();
+    // How fast the line is shows by itself.
+    for _ in 0..8 {
+        put(&kinesis, &large).await.unwrap();
+    }
+    proxy.spoil("PutRecords", Fault::Hang);
+    let started = Instant::now();
+    let stats = put(&kinesis, &large).await.unwrap();
+    assert_eq!((stats.requests, stats.retried), (2, 5));
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    // Neither does it hold a reader at the tip.
+    let reader = Reader::start(&kinesis, StartAt::Timestamp(SystemTime::now()));
+    reader.all().await;
+    proxy.spoil("GetRecords", Fault::Hang);
+    proxy.spoil("GetRecords", Fault::Hang);
+    wait_until("both shards to be silent", PATIENCE, || async {
+        proxy.unused() == 0
+    })
+    .await;
+    let started = Instant::now();
+    reader.all().await;
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(30), "{took:?}");
+    // It was said meanwhile how late the reader was.
+    assert!(reader.latest() > Duration::from_secs(5));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_never_says_it_is_further_than_it_is() {
     // kinesalite says of each page of ten thousand records that nothing is behind it.
     let server = Kinesalite::start().await;
@@ -598,7 +638,7 @@ async fn a_full_channel_stops_reading_and_a_dropped_one_ends_it() {
     let mut seen = 0;
     while seen < 300 {
         if let Some(Event::Records(records)) = receiver.recv().await {
-            seen += records.len();
+            seen += records.data.len();
         }
     }
     drop(receiver);

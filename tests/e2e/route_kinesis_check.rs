@@ -82,7 +82,7 @@ async fn records(kinesis: &Kinesis) -> usize {
     let mut count = 0;
     while let Some(event) = seen.recv().await {
         match event {
-            Event::Records(more) => count += more.len(),
+            Event::Records(more) => count += more.data.len(),
             Event::ReadUpTo(at) if at >= now => break,
             Event::ReadUpTo(_) => {}
         }

@@ -5,16 +5,17 @@
 //!
 //! # Invariants
 //! - Every connection carries one request: what is planned for a request happens to that one alone.
-//! - A fault is used once, by the first request of its operation.
+//! - A fault is used once, by the first request of its operation, unless it is planned for every one.
 //!
 //! # What it does not do
 //! No TLS, no chunked requests, and nothing streams. It knows no CBOR.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -36,6 +37,35 @@ pub enum Fault {
     RefuseRecords(fn(usize) -> bool, &'static str),
     /// The server hears of something else.
     Rewrite(fn(&mut Value)),
+    /// The server never hears of it, and nobody answers: something on the way has forgotten the connection.
+    Hang,
+}
+
+/// Which calls of PutRecords wait, before the server hears of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    Nothing,
+    Everything,
+    /// Those with a record of the batch of this number, whoever wrote it.
+    Batch(i64),
+}
+
+impl Held {
+    fn holds(self, body: &Value) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Everything => true,
+            Self::Batch(number) => {
+                let number = number.to_string();
+                let records = body["Records"].as_array();
+                // writer.batch.part
+                records.into_iter().flatten().any(|record| {
+                    let key = record["PartitionKey"].as_str().unwrap_or_default();
+                    key.split('.').nth(1) == Some(&number)
+                })
+            }
+        }
+    }
 }
 
 /// A request that has come.
@@ -54,14 +84,21 @@ pub struct Call {
 #[derive(Default)]
 struct Plan {
     faults: Vec<(&'static str, Fault)>,
+    /// For every request of the operation.
+    always: Vec<(&'static str, Fault)>,
+    /// The most records of a page, where pages are as Kinesis gives them.
+    page: Option<usize>,
+    /// Records given so far.
+    given: usize,
     calls: Vec<Call>,
     under_way: Vec<String>,
 }
 
 struct Shared {
     plan: Mutex<Plan>,
-    /// Answers wait while this is true.
-    held: watch::Sender<bool>,
+    held: watch::Sender<Held>,
+    /// GetRecords waits once so many records were given.
+    readable: watch::Sender<usize>,
 }
 
 /// A proxy; ends with its value.
@@ -81,7 +118,8 @@ impl KinesisProxy {
         let target = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let shared = Arc::new(Shared {
             plan: Mutex::default(),
-            held: watch::Sender::new(false),
+            held: watch::Sender::new(Held::Nothing),
+            readable: watch::Sender::new(usize::MAX),
         });
         let proxy = Arc::clone(&shared);
         let accepting = tokio::spawn(async move {
@@ -110,6 +148,37 @@ impl KinesisProxy {
         self.plan().faults.push((operation, fault));
     }
 
+    /// Spoils every request of this operation from now on, or none any more.
+    pub fn spoil_every(&self, operation: &'static str, fault: Option<Fault>) {
+        let mut plan = self.plan();
+        plan.always.retain(|(of, _)| *of != operation);
+        plan.always.extend(fault.map(|fault| (operation, fault)));
+    }
+
+    /// The faults that nobody has met yet are none any more.
+    pub fn heal(&self) {
+        let mut plan = self.plan();
+        plan.faults.clear();
+        plan.always.clear();
+    }
+
+    /// Pages have at most so many records from now on, and say how far behind they are, as those of Kinesis do.
+    pub fn cut_pages(&self, records: usize) {
+        self.plan().page = Some(records);
+    }
+
+    /// Nothing more is read once so many records were given; `None` lets everything be read.
+    pub fn hold_reading_after(&self, records: Option<usize>) {
+        self.shared
+            .readable
+            .send_replace(records.unwrap_or(usize::MAX));
+    }
+
+    /// Records that were read so far.
+    pub fn given(&self) -> usize {
+        self.plan().given
+    }
+
     /// The faults that no request has met yet.
     pub fn unused(&self) -> usize {
         self.plan().faults.len()
@@ -117,7 +186,15 @@ impl KinesisProxy {
 
     /// Requests of PutRecords wait, before the server hears of them, until they may go on.
     pub fn hold_puts(&self, hold: bool) {
-        self.shared.held.send_replace(hold);
+        self.shared.held.send_replace(match hold {
+            true => Held::Everything,
+            false => Held::Nothing,
+        });
+    }
+
+    /// The same for what has a record of the batch of this number.
+    pub fn hold_batch(&self, number: i64) {
+        self.shared.held.send_replace(Held::Batch(number));
     }
 
     /// All requests of this operation so far.
@@ -173,15 +250,24 @@ async fn carry(mut client: TcpStream, target: SocketAddr, shared: &Shared) -> st
         };
         plan.calls.push(call);
         let found = plan.faults.iter().position(|(of, _)| *of == operation);
-        found.map(|at| plan.faults.remove(at).1)
+        let always = plan.always.iter().find(|(of, _)| *of == operation);
+        let always = always.map(|(_, fault)| fault.clone());
+        found.map(|at| plan.faults.remove(at).1).or(always)
     };
     let under_way = UnderWay(shared, operation.clone());
     if operation == "PutRecords" {
-        let _ = shared.held.subscribe().wait_for(|held| !held).await;
+        let mut held = shared.held.subscribe();
+        let _ = held.wait_for(|held| !held.holds(&body)).await;
     }
     let reply = match fault {
+        None if operation == "GetRecords" => Some(get(target, &head, body, shared).await?),
         None => Some(forward(target, &request).await?),
         Some(Fault::Cut) => None,
+        Some(Fault::Hang) => {
+            // Until it is given up.
+            while client.read(&mut [0; 64]).await? > 0 {}
+            None
+        }
         Some(Fault::LoseAnswer) => {
             forward(target, &request).await?;
             None
@@ -242,6 +328,44 @@ async fn put_some(
         .collect();
     let refused = (0..all).filter(|at| refuses(*at)).count();
     Ok(json!({"FailedRecordCount": refused, "Records": answers}))
+}
+
+/// Passes on a request for records, in pages as they are planned.
+async fn get(
+    target: SocketAddr,
+    head: &str,
+    mut body: Value,
+    shared: &Shared,
+) -> std::io::Result<Vec<u8>> {
+    let mut readable = shared.readable.subscribe();
+    let _ = readable.wait_for(|most| lock(shared).given < *most).await;
+    let page = lock(shared).page;
+    if let Some(page) = page {
+        body["Limit"] = json!(page);
+    }
+    let reply = forward(target, &with_body(head, &body)).await?;
+    let Ok(mut said) = serde_json::from_slice::<Value>(&reply[body_of(&reply)..]) else {
+        return Ok(reply);
+    };
+    let records = said["Records"].as_array().map_or(0, Vec::len);
+    lock(shared).given += records;
+    let Some(page) = page.filter(|_| said["Records"].is_array()) else {
+        return Ok(reply);
+    };
+    // Behind a full page there may be more.
+    let behind = match said["Records"].as_array().and_then(|all| all.last()) {
+        Some(last) if records >= page => {
+            let arrival = last["ApproximateArrivalTimestamp"]
+                .as_f64()
+                .unwrap_or_default();
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            let age = now.expect("it is after 1970").as_secs_f64() - arrival;
+            (age * 1000.0).max(1.0) as u64
+        }
+        _ => 0,
+    };
+    said["MillisBehindLatest"] = json!(behind);
+    Ok(answer(200, &said))
 }
 
 /// The same request with another body.

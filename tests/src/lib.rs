@@ -8,6 +8,7 @@
 //! Moto: a stand-in for S3 and Kinesis         faults: spoils chosen requests on the way to S3
 //! Kinesalite: another for Kinesis             kinesis_faults: the same on the way to Kinesis
 //! Route: both sides of route `kinesis`         streams: as an operator makes and changes them
+//! records: what is in a Kinesis stream
 //! archive: a past that is remembered, and restores that are compared with it
 //! disk: a file system that is soon full
 //! ```
@@ -34,6 +35,7 @@ pub mod kinesalite;
 pub mod kinesis_faults;
 pub mod moto;
 pub mod proxy;
+pub mod records;
 pub mod route;
 pub mod rundir;
 pub mod server;

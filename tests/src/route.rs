@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use crate::agent::{Agent, AgentConfig, Running};
 use crate::moto::environment;
 use crate::site::Database;
+use crate::wait::{PATIENCE, wait_until};
 
 /// The Kinesis stream's name.
 pub const STREAM: &str = "dr-agent";
@@ -78,6 +79,24 @@ impl Route {
             .into_iter()
             .chain(more.iter().copied())
             .collect()
+    }
+
+    /// Waits until the slot is confirmed up to where the source is now.
+    pub async fn wait_sent(&self) {
+        let source = self.database.source().await;
+        let here = source.value("SELECT pg_current_wal_lsn()").await;
+        let here = here.expect("a server has a position");
+        let sent = self.slot(&format!("confirmed_flush_lsn >= '{here}'"));
+        wait_until("the slot to be confirmed", PATIENCE, || async {
+            source.value(&sent).await.as_deref() == Some("t")
+        })
+        .await;
+    }
+
+    /// A query on the source for something of the slot.
+    pub fn slot(&self, column: &str) -> String {
+        let stream = self.database.stream();
+        format!("SELECT {column} FROM pg_replication_slots WHERE slot_name = '{stream}'")
     }
 
     /// Starts both sides and waits for them.

@@ -9,11 +9,13 @@
 //!   it: what is given out, one after the other, has no gap.
 //! - A part that is never completed costs nothing but its room: whoever took over from its writer sends the same
 //!   transactions again.
+//! - What a call costs grows with the logarithm of what waits, and with what it gives out or drops: a day's batches may wait.
 //!
 //! # What it does not do
 //! It does not hold the parts: it keeps whatever the caller gives for them. It does not look into their messages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Instant;
 
 use super::{Part, history_of};
 use crate::history::History;
@@ -52,9 +54,9 @@ pub struct Gap {
     pub from: PgLsn,
     /// Where the next batch begins.
     pub to: PgLsn,
-    /// Whether a writer had everything before it accepted when it wrote what is behind it. Otherwise it may still be on its
-    /// way.
-    pub accepted: bool,
+    /// By when the stream had accepted everything before `to`, if it ever did: whoever has read all that arrived until then
+    /// does not wait for it any more. `None`: it may still be on its way.
+    pub accepted_by: Option<Instant>,
 }
 
 /// Who wrote a batch, and its number.
@@ -66,6 +68,8 @@ struct Open<K> {
     end_lsn: PgLsn,
     parts: BTreeMap<u32, K>,
     total: Option<u32>,
+    /// By when the first of its parts had arrived.
+    arrived_by: Instant,
 }
 
 impl<K> Open<K> {
@@ -84,7 +88,15 @@ pub struct Gather<K> {
     term: i64,
     in_flight_max: usize,
     position: PgLsn,
-    open: BTreeMap<Id, Open<K>>,
+    open: HashMap<Id, Open<K>>,
+    /// All of them by where they end: behind the position.
+    ends: BTreeSet<(PgLsn, Id)>,
+    /// Those that are complete and begin at or before the position, by where they end.
+    ready: BTreeSet<(PgLsn, Id)>,
+    /// Those that are complete and begin behind the position, by where they begin.
+    beyond: BTreeSet<(PgLsn, Id)>,
+    /// The same by writer and number, each with [`Open::arrived_by`].
+    written: BTreeMap<u64, BTreeMap<i64, Instant>>,
 }
 
 impl<K> Gather<K> {
@@ -103,7 +115,11 @@ impl<K> Gather<K> {
             term,
             in_flight_max,
             position,
-            open: BTreeMap::new(),
+            open: HashMap::new(),
+            ends: BTreeSet::new(),
+            ready: BTreeSet::new(),
+            beyond: BTreeSet::new(),
+            written: BTreeMap::new(),
         }
     }
 
@@ -138,11 +154,11 @@ impl<K> Gather<K> {
         }
     }
 
-    /// Keeps `kept` for a part that is needed.
+    /// Keeps `kept` for a part that is needed, and had arrived in the stream by that time.
     ///
     /// # Errors
     /// When the part contradicts what others say of its batch.
-    pub fn keep(&mut self, part: &Part, kept: K) -> Result<(), &'static str> {
+    pub fn keep(&mut self, part: &Part, arrived_by: Instant, kept: K) -> Result<(), &'static str> {
         let (previous, end_lsn) = (part.previous_end_lsn.into(), part.end_lsn.into());
         if previous >= end_lsn {
             return Err("a batch ends before it begins");
@@ -150,40 +166,44 @@ impl<K> Gather<K> {
         if part.parts != 0 && part.parts != part.part + 1 {
             return Err("it is the last part and not the last");
         }
-        let open = self
-            .open
-            .entry((part.writer, part.batch))
-            .or_insert_with(|| Open {
-                previous,
-                end_lsn,
-                parts: BTreeMap::new(),
-                total: None,
-            });
+        let id = (part.writer, part.batch);
+        let open = self.open.entry(id).or_insert_with(|| Open {
+            previous,
+            end_lsn,
+            parts: BTreeMap::new(),
+            total: None,
+            arrived_by,
+        });
         if (open.previous, open.end_lsn) != (previous, end_lsn) {
             return Err("two parts of a batch say different things of it");
         }
-        if part.parts != 0 {
-            open.total = Some(part.parts);
-        }
-        if open.total.is_some_and(|total| part.part >= total) {
+        let total = open.total.or((part.parts != 0).then_some(part.parts));
+        let last = open.parts.keys().next_back().copied().max(Some(part.part));
+        if total.is_some_and(|total| last >= Some(total)) {
             return Err("a batch has more parts than it says");
         }
+        open.total = total;
+        open.arrived_by = open.arrived_by.min(arrived_by);
         open.parts.insert(part.part, kept);
+        self.ends.insert((end_lsn, id));
+        if !open.is_complete() {
+            return Ok(());
+        }
+        if previous <= self.position {
+            self.ready.insert((end_lsn, id));
+        } else {
+            self.beyond.insert((previous, id));
+            let written = self.written.entry(id.0).or_default();
+            written.insert(id.1, open.arrived_by);
+        }
         Ok(())
     }
 
     /// The next batch that is complete, without a gap before it.
     pub fn next_batch(&mut self) -> Option<Gathered<K>> {
-        let follows = |open: &Open<K>| {
-            open.is_complete() && open.previous <= self.position && open.end_lsn > self.position
-        };
-        let (id, _) = self
-            .open
-            .iter()
-            .filter(|(_, open)| follows(open))
-            .max_by_key(|(_, open)| open.end_lsn)?;
-        let id = *id;
+        let (_, id) = self.ready.pop_last()?;
         let batch = self.open.remove(&id)?;
+        self.ends.remove(&(batch.end_lsn, id));
         self.advance(batch.end_lsn);
         Some(Gathered {
             number: id.1,
@@ -195,27 +215,50 @@ impl<K> Gather<K> {
     /// Moves the position: up to there, everything came another way. Drops what is not needed any more.
     pub fn advance(&mut self, position: PgLsn) {
         self.position = position.max(self.position);
-        self.open.retain(|_, open| open.end_lsn > self.position);
+        while let Some((end_lsn, id)) = self.ends.first().copied()
+            && end_lsn <= self.position
+        {
+            self.ends.pop_first();
+            self.ready.remove(&(end_lsn, id));
+            if let Some(open) = self.open.remove(&id) {
+                self.beyond.remove(&(open.previous, id));
+                self.not_beyond(id);
+            }
+        }
+        while let Some((previous, id)) = self.beyond.first().copied()
+            && previous <= self.position
+        {
+            self.beyond.pop_first();
+            self.not_beyond(id);
+            if let Some(open) = self.open.get(&id) {
+                self.ready.insert((open.end_lsn, id));
+            }
+        }
+    }
+
+    fn not_beyond(&mut self, (writer, number): Id) {
+        if let Some(written) = self.written.get_mut(&writer) {
+            written.remove(&number);
+            if written.is_empty() {
+                self.written.remove(&writer);
+            }
+        }
     }
 
     /// The stretch that is missing before what is complete, if [`Gather::next_batch`] has nothing to give.
     pub fn gap(&self) -> Option<Gap> {
-        let beyond = || {
-            self.open
-                .iter()
-                .filter(|(_, open)| open.is_complete() && open.previous > self.position)
-        };
-        let to = beyond().map(|(_, open)| open.previous).min()?;
-        let accepted = beyond().any(|((writer, batch), _)| {
-            let of_writer = beyond().filter(|((other, _), _)| other == writer);
-            // The first batch of a writer begins where the slot was: what is before it was accepted. So was what is further
-            // back than a writer may have on its way.
-            *batch == FIRST_BATCH || of_writer.count() >= self.in_flight_max
+        let (to, _) = *self.beyond.first()?;
+        let proofs = self.written.values().flat_map(|batches| {
+            // The first batch of a writer begins where the slot was: what is before it was accepted when it was put. So was
+            // what is further back than a writer may have on its way.
+            let first = batches.get(&FIRST_BATCH);
+            let full = batches.values().nth(self.in_flight_max.saturating_sub(1));
+            first.into_iter().chain(full)
         });
         Some(Gap {
             from: self.position,
             to,
-            accepted,
+            accepted_by: proofs.min().copied(),
         })
     }
 }
@@ -225,6 +268,9 @@ pub const FIRST_BATCH: i64 = 1;
 
 #[cfg(test)]
 mod tests {
+    use std::sync::OnceLock;
+    use std::time::Duration;
+
     use super::*;
     use crate::testing::lsn;
     use proptest::prelude::*;
@@ -256,9 +302,19 @@ mod tests {
         Gather::new("dr_agent_app", history, 1, lsn(position), IN_FLIGHT_MAX)
     }
 
+    /// So many seconds after some moment.
+    fn at(seconds: u64) -> Instant {
+        static START: OnceLock<Instant> = OnceLock::new();
+        *START.get_or_init(Instant::now) + Duration::from_secs(seconds)
+    }
+
     fn put(gather: &mut Gather<u32>, part: &Part) {
+        put_at(gather, part, 0);
+    }
+
+    fn put_at(gather: &mut Gather<u32>, part: &Part, seconds: u64) {
         assert_eq!(gather.worth(part), Worth::Needed, "{part:?}");
-        gather.keep(part, part.part).unwrap();
+        gather.keep(part, at(seconds), part.part).unwrap();
     }
 
     #[test]
@@ -296,12 +352,16 @@ mod tests {
     #[test]
     fn parts_that_contradict_each_other_are_refused() {
         let mut gather = gather(10);
+        let refused = |gather: &mut Gather<u32>, part: Part| gather.keep(&part, at(0), 1).is_err();
         put(&mut gather, &part(1, 1, (10, 20), 0, 0));
-        assert!(gather.keep(&part(1, 1, (10, 21), 1, 2), 1).is_err());
-        assert!(gather.keep(&part(1, 1, (10, 20), 1, 3), 1).is_err());
+        assert!(refused(&mut gather, part(1, 1, (10, 21), 1, 2)));
+        assert!(refused(&mut gather, part(1, 1, (10, 20), 1, 3)));
         put(&mut gather, &part(1, 1, (10, 20), 1, 2));
-        assert!(gather.keep(&part(1, 1, (10, 20), 2, 0), 1).is_err());
-        assert!(gather.keep(&part(1, 2, (30, 20), 0, 1), 1).is_err());
+        assert!(refused(&mut gather, part(1, 1, (10, 20), 2, 0)));
+        assert!(refused(&mut gather, part(1, 2, (30, 20), 0, 1)));
+        // The last one comes last, and one that lies behind it is there already.
+        put(&mut gather, &part(1, 3, (40, 50), 5, 0));
+        assert!(refused(&mut gather, part(1, 3, (40, 50), 1, 2)));
     }
 
     #[test]
@@ -309,34 +369,88 @@ mod tests {
         let mut gather = gather(10);
         // The first batch may still be on its way.
         for n in 2..=4 {
-            put(
-                &mut gather,
-                &part(1, n, (n as u64 * 10, n as u64 * 10 + 10), 0, 1),
-            );
+            let of_n = part(1, n, (n as u64 * 10, n as u64 * 10 + 10), 0, 1);
+            put_at(&mut gather, &of_n, n as u64);
         }
-        let gap = |accepted| {
+        let gap = |accepted_by| {
             Some(Gap {
                 from: lsn(10),
                 to: lsn(20),
-                accepted,
+                accepted_by,
             })
         };
         assert_eq!(gather.next_batch(), None);
-        assert_eq!(gather.gap(), gap(false));
-        put(&mut gather, &part(1, 5, (50, 60), 0, 1));
-        assert_eq!(gather.gap(), gap(true));
+        assert_eq!(gather.gap(), gap(None));
+        // Its writer put no part of the fifth before it knew that the first was accepted.
+        put_at(&mut gather, &part(1, 5, (50, 60), 1, 2), 8);
+        assert_eq!(gather.gap(), gap(None));
+        put_at(&mut gather, &part(1, 5, (50, 60), 0, 0), 7);
+        assert_eq!(gather.gap(), gap(Some(at(7))));
+        // Nor is anything expected later because there is more.
+        put_at(&mut gather, &part(1, 6, (60, 70), 0, 1), 9);
+        assert_eq!(gather.gap(), gap(Some(at(7))));
         gather.advance(lsn(20));
         let filled: Vec<PgLsn> =
             std::iter::from_fn(|| gather.next_batch().map(|batch| batch.end_lsn)).collect();
-        assert_eq!(filled, [30, 40, 50, 60].map(lsn));
+        assert_eq!(filled, [30, 40, 50, 60, 70].map(lsn));
         assert_eq!(gather.gap(), None);
         // A new writer begins behind what was accepted.
-        put(&mut gather, &part(2, FIRST_BATCH, (70, 80), 0, 1));
-        assert!(gather.gap().is_some_and(|gap| gap.accepted));
+        put_at(&mut gather, &part(2, FIRST_BATCH, (80, 90), 0, 1), 10);
+        assert_eq!(gather.gap().unwrap().accepted_by, Some(at(10)));
         // Half a batch is no gap.
-        gather.advance(lsn(80));
-        put(&mut gather, &part(2, 2, (80, 90), 1, 2));
+        gather.advance(lsn(90));
+        put(&mut gather, &part(2, 2, (90, 100), 1, 2));
         assert_eq!(gather.gap(), None);
+    }
+
+    /// What it must come to, by looking at everything every time.
+    struct Slow {
+        position: PgLsn,
+        open: BTreeMap<Id, Open<u32>>,
+    }
+
+    impl Slow {
+        fn next_batch(&mut self) -> Option<Gathered<u32>> {
+            let follows = |open: &Open<u32>| {
+                open.is_complete() && open.previous <= self.position && open.end_lsn > self.position
+            };
+            let all = self.open.iter();
+            let (id, _) = all
+                .filter(|(_, open)| follows(open))
+                .max_by_key(|(_, open)| open.end_lsn)?;
+            let id = *id;
+            let batch = self.open.remove(&id)?;
+            self.advance(batch.end_lsn);
+            Some(Gathered {
+                number: id.1,
+                end_lsn: batch.end_lsn,
+                parts: batch.parts.into_values().collect(),
+            })
+        }
+
+        fn advance(&mut self, position: PgLsn) {
+            self.position = position.max(self.position);
+            self.open.retain(|_, open| open.end_lsn > self.position);
+        }
+
+        fn gap(&self) -> Option<Gap> {
+            let beyond = || {
+                let all = self.open.iter();
+                all.filter(|(_, open)| open.is_complete() && open.previous > self.position)
+            };
+            let proves = |(writer, number): Id| {
+                let lower = beyond().filter(|(id, _)| id.0 == writer && id.1 < number);
+                number == FIRST_BATCH || lower.count() == IN_FLIGHT_MAX - 1
+            };
+            Some(Gap {
+                from: self.position,
+                to: beyond().map(|(_, open)| open.previous).min()?,
+                accepted_by: beyond()
+                    .filter(|(id, _)| proves(**id))
+                    .map(|(_, open)| open.arrived_by)
+                    .min(),
+            })
+        }
     }
 
     /// Transactions end at 10, 20, … A writer cuts them into batches and these into parts, from where the one before it
@@ -397,7 +511,7 @@ mod tests {
             let mut position = lsn(0);
             for part in written(seed, transactions) {
                 if gather.worth(&part) == Worth::Needed {
-                    gather.keep(&part, part.part).unwrap();
+                    gather.keep(&part, at(0), part.part).unwrap();
                 }
                 while let Some(batch) = gather.next_batch() {
                     prop_assert!(batch.end_lsn > position);
@@ -409,5 +523,71 @@ mod tests {
             prop_assert!(!gather.is_waiting());
             prop_assert_eq!(gather.gap(), None);
         }
+
+        /// In between, the archive may fill any stretch.
+        #[test]
+        fn what_is_looked_up_is_what_a_look_at_everything_finds(
+            seed in any::<u64>(), transactions in 1u64..40, filled in prop::collection::vec(0u64..400, 0..4)
+        ) {
+            let mut gather = gather(0);
+            let mut slow = Slow { position: lsn(0), open: BTreeMap::new() };
+            let parts = written(seed, transactions);
+            let every = parts.len() / (filled.len() + 1) + 1;
+            let mut filled = filled.into_iter();
+            for (n, part) in parts.into_iter().enumerate() {
+                let arrived_by = at(seed % 97 * n as u64 % 1000);
+                if gather.worth(&part) == Worth::Needed {
+                    gather.keep(&part, arrived_by, part.part).unwrap();
+                    let open = slow.open.entry((part.writer, part.batch)).or_insert_with(|| Open {
+                        previous: part.previous_end_lsn.into(),
+                        end_lsn: part.end_lsn.into(),
+                        parts: BTreeMap::new(),
+                        total: None,
+                        arrived_by,
+                    });
+                    open.parts.insert(part.part, part.part);
+                    open.arrived_by = open.arrived_by.min(arrived_by);
+                    open.total = open.total.or((part.parts != 0).then_some(part.parts));
+                }
+                if n % every == every - 1 && let Some(to) = filled.next() {
+                    gather.advance(lsn(to));
+                    slow.advance(lsn(to));
+                }
+                // Not always at once: several may be ready.
+                if n % 3 != 0 {
+                    loop {
+                        let given = gather.next_batch();
+                        prop_assert_eq!(&given, &slow.next_batch());
+                        if given.is_none() {
+                            break;
+                        }
+                    }
+                    prop_assert_eq!(gather.gap(), slow.gap());
+                }
+                prop_assert_eq!(gather.position(), slow.position);
+                prop_assert_eq!(gather.is_waiting(), !slow.open.is_empty());
+            }
+        }
+    }
+
+    /// A look at everything for each of them would take minutes.
+    #[test]
+    fn a_day_of_batches_may_wait_for_one() {
+        const BATCHES: u64 = 100_000;
+        let started = Instant::now();
+        let mut gather = gather(0);
+        for n in (1..BATCHES).rev() {
+            let number = n as i64 + 1;
+            put(&mut gather, &part(1, number, (n * 10, n * 10 + 10), 0, 1));
+            assert!(gather.next_batch().is_none());
+            assert!(gather.gap().is_some());
+        }
+        put(&mut gather, &part(1, FIRST_BATCH, (0, 10), 0, 1));
+        for n in 1..=BATCHES {
+            assert_eq!(gather.next_batch().unwrap().end_lsn, lsn(n * 10));
+        }
+        assert!(!gather.is_waiting());
+        let took = started.elapsed();
+        assert!(took < Duration::from_secs(20), "{took:?}");
     }
 }

@@ -131,7 +131,7 @@ mod tests {
         let gap = Gap {
             from: lsn(1),
             to: lsn(2),
-            accepted: true,
+            accepted_by: Some(std::time::Instant::now()),
         };
         let missing = SinkError::TableMissing {
             table: crate::catalog::TableName {

@@ -58,8 +58,10 @@ pub enum Refusal {
     StaleCredentials,
     /// The key of server-side encryption cannot be used.
     Kms,
-    /// This machine's clock is wrong.
+    /// This machine's clock was wrong when the request was signed: the machine slept, or it is being set.
     Clock,
+    /// This machine's clock is wrong, and stays so.
+    WrongClock,
     /// Too many requests, or more bytes than the shards take.
     Throttled,
     /// No answer, or one that blames the server.
@@ -81,7 +83,7 @@ impl fmt::Display for Refusal {
             Self::Credentials => "no valid credentials",
             Self::StaleCredentials => "no current credentials",
             Self::Kms => "the KMS key cannot be used",
-            Self::Clock => "the clock is wrong",
+            Self::Clock | Self::WrongClock => "the clock is wrong",
             Self::Throttled => "throttled",
             Self::Unavailable => "Kinesis cannot be reached or does not work",
             Self::Busy => "the stream is not active",
@@ -126,6 +128,19 @@ impl KinesisError {
     }
 }
 
+impl KinesisError {
+    /// The same after it has lasted: what ought to have healed by itself and did not.
+    #[must_use]
+    pub(super) fn lasting(mut self) -> Self {
+        if let Self::Refused { refusal, .. } = &mut self
+            && *refusal == Refusal::Clock
+        {
+            *refusal = Refusal::WrongClock;
+        }
+        self
+    }
+}
+
 impl Classify for KinesisError {
     fn class(&self) -> Class {
         match self {
@@ -150,6 +165,7 @@ impl Refusal {
         match self {
             // A token that has expired is renewed by whoever issued it, without a restart.
             Self::StaleCredentials
+            | Self::Clock
             | Self::Throttled
             | Self::Unavailable
             | Self::Busy
@@ -159,7 +175,7 @@ impl Refusal {
             | Self::Region
             | Self::Credentials
             | Self::Kms
-            | Self::Clock
+            | Self::WrongClock
             | Self::Unknown => Class::Definite,
         }
     }
@@ -191,7 +207,7 @@ impl Refusal {
                     "the key must be enabled, in the stream's region, and allow the agent's role kms:Decrypt"
                 }
             },
-            Self::Clock => {
+            Self::Clock | Self::WrongClock => {
                 "set the clock of this machine (NTP): AWS accepts a few minutes of difference"
             }
             Self::Throttled => {

@@ -1,7 +1,7 @@
 //! One stream of Amazon Kinesis Data Streams: puts records, reads all shards.
 //!
 //! Used by whoever sends changes through Kinesis; knows neither what is in a record nor who reads it. `calls` packs
-//! records and `progress` keeps count of shards, both pure; `put`, `read`, `list`, `shard` and `probe` talk to Kinesis.
+//! records, `pace` knows how long a call may take and `progress` keeps count of shards, all pure; `put`, `read`, `list`, `shard` and `probe` talk to Kinesis.
 //!
 //! ```text
 //! put:   records ▶ calls ▶ several PutRecords at once ▶ what was refused once more
@@ -24,6 +24,7 @@
 mod calls;
 mod error;
 mod list;
+mod pace;
 mod probe;
 mod progress;
 mod put;
@@ -42,8 +43,9 @@ use tokio::sync::Semaphore;
 
 pub use self::calls::{RECORD_BYTES_MAX, Record};
 pub use self::error::{KinesisError, Operation, Refusal};
+use self::pace::Pace;
 pub use self::put::PutStats;
-pub use self::read::{Event, ReadStats, StartAt};
+pub use self::read::{Event, ReadStats, Records, StartAt};
 use crate::aws;
 pub use crate::aws::AwsSettings as KinesisSettings;
 
@@ -62,6 +64,7 @@ pub struct Kinesis {
     client: Client,
     stream: Arc<str>,
     putting: Arc<Semaphore>,
+    pace: Arc<Pace>,
 }
 
 /// The client's own representation is long, and holds what is none of a log's business.
@@ -115,6 +118,10 @@ impl Kinesis {
             client: Client::from_conf(client),
             stream: stream.into(),
             putting: Arc::new(Semaphore::new(PUTTING_MAX)),
+            // All calls may share one line.
+            pace: Arc::new(Pace::new(
+                aws::SLOWEST_BYTES_PER_SECOND / PUTTING_MAX as u64,
+            )),
         })
     }
 

@@ -3,6 +3,9 @@
 //! `shard` asks where a page of records leads, `read` keeps a [`Progress`] and tells what follows from it. A *position*
 //! of a shard is a time on this machine's clock: what the shard had accepted before it has been delivered.
 //!
+//! A position is rounded down, and the time by which a page had arrived ([`Page::arrived_by`]) up. So the two can be compared
+//! over shards: both are differences on one server's clock, taken from ours, and it does not matter that the clocks differ.
+//!
 //! # Invariants
 //! - [`Progress::read_up_to`] never goes back, is not ahead of any shard's position, and is not ahead of the time at
 //!   which the shards were listed last: a shard that is not known yet began after that, and so did its records.
@@ -33,6 +36,23 @@ const BEHIND_EVERY: Duration = Duration::from_millis(200);
 /// What may be read of a shard per second.
 const BYTES_PER_SECOND: u64 = 2 << 20;
 
+/// What may be written into a shard per second.
+const WRITTEN_PER_SECOND: u64 = 1 << 20;
+
+/// The most bytes of a page. Source: API reference, GetRecords.
+pub(super) const PAGE_BYTES_MAX: u64 = 10 << 20;
+
+/// What a page may bring, `since` the shard was read to its tip; `None` where it has to catch up.
+pub(super) fn room_for_page(since: Option<Duration>) -> u64 {
+    let Some(since) = since else {
+        return PAGE_BYTES_MAX;
+    };
+    // A second more: what is allowed in one may come at once.
+    let millis = since.as_millis().saturating_add(1000);
+    let bytes = millis.saturating_mul(u128::from(WRITTEN_PER_SECOND)) / 1000;
+    PAGE_BYTES_MAX.min(u64::try_from(bytes).unwrap_or(u64::MAX))
+}
+
 /// What an answer to GetRecords says about where it leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Page {
@@ -40,6 +60,8 @@ pub(super) struct Page {
     pub(super) sent: Instant,
     /// The same in the other clock, to compare with what servers say.
     pub(super) sent_at: SystemTime,
+    /// When the answer was here, on this machine's clock.
+    pub(super) received: Instant,
     /// MillisBehindLatest.
     pub(super) behind: Duration,
     /// How many records it has.
@@ -71,9 +93,22 @@ impl Page {
         }
     }
 
+    /// When all of its records had arrived in the stream, on this machine's clock; or later.
+    pub(super) fn arrived_by(&self) -> Instant {
+        // The last of them is at least so old, whatever a server counts from.
+        self.received
+            .checked_sub(self.behind)
+            .unwrap_or(self.received)
+    }
+
+    /// Whether it leads to the tip of the shard.
+    pub(super) fn is_tip(&self) -> bool {
+        self.behind.is_zero() && self.position().is_some()
+    }
+
     /// How long after this page was asked for the next may be.
     pub(super) fn next_after(&self) -> Duration {
-        if self.behind.is_zero() && self.position().is_some() {
+        if self.is_tip() {
             return TIP_EVERY;
         }
         // More would only be refused.
@@ -97,15 +132,19 @@ impl Slowest {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shard {
     position: Option<Instant>,
+    /// Since when it is to be read.
+    added: Instant,
+    /// As it said last.
     behind: Duration,
 }
 
 /// All shards that are being read.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Progress {
+    began: Instant,
     shards: BTreeMap<String, Shard>,
     /// When the list was asked for that all shards are known from.
     listed: Option<Instant>,
@@ -113,14 +152,29 @@ pub(super) struct Progress {
 }
 
 impl Progress {
+    /// Nothing is known yet.
+    pub(super) fn new(began: Instant) -> Self {
+        Self {
+            began,
+            shards: BTreeMap::new(),
+            listed: None,
+            told: None,
+        }
+    }
+
     /// The shards of a list that was asked for at `sent`; called once the new ones are added.
     pub(super) fn listed(&mut self, sent: Instant) {
         self.listed = self.listed.max(Some(sent));
     }
 
     /// A shard begins.
-    pub(super) fn add(&mut self, shard: &str) {
-        self.shards.insert(shard.to_owned(), Shard::default());
+    pub(super) fn add(&mut self, shard: &str, now: Instant) {
+        let begun = Shard {
+            position: None,
+            added: now,
+            behind: Duration::ZERO,
+        };
+        self.shards.insert(shard.to_owned(), begun);
     }
 
     /// Records of a page have been delivered.
@@ -137,10 +191,15 @@ impl Progress {
         self.shards.remove(shard);
     }
 
-    /// The largest MillisBehindLatest.
-    pub(super) fn behind(&self) -> Duration {
-        let all = self.shards.values().map(|shard| shard.behind);
-        all.max().unwrap_or_default()
+    /// How far the shard that is furthest behind trails its tip. It grows while a shard does not answer.
+    pub(super) fn behind(&self, now: Instant) -> Duration {
+        let all = self.shards.values().map(|shard| match shard.position {
+            Some(position) => now.saturating_duration_since(position),
+            // As it said, if it said anything.
+            None => shard.behind.max(now.saturating_duration_since(shard.added)),
+        });
+        all.max()
+            .unwrap_or_else(|| now.saturating_duration_since(self.began))
     }
 
     /// The position of the slowest shard.
@@ -180,6 +239,7 @@ mod tests {
         Page {
             sent,
             sent_at: SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000),
+            received: sent + Duration::from_secs(2),
             behind: Duration::from_secs(behind),
             records,
             bytes: 0,
@@ -206,6 +266,50 @@ mod tests {
     }
 
     #[test]
+    fn a_page_had_arrived_when_its_server_says_whatever_the_clocks_say() {
+        let start = Instant::now();
+        let mut old = page(at(start, 100), 40, 10_000);
+        old.last_arrival = Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000 - 41));
+        // Rounded up here and down there: a shard that is read so far has all that had arrived by then.
+        assert_eq!(old.arrived_by(), at(start, 62));
+        assert_eq!(old.position(), Some(at(start, 59)));
+        for clock in [1, 2_000_000] {
+            old.last_arrival = Some(SystemTime::UNIX_EPOCH + Duration::from_secs(clock));
+            assert_eq!(old.arrived_by(), at(start, 62));
+        }
+        // At the tip anything may have arrived until the answer.
+        assert_eq!(page(at(start, 100), 0, 1).arrived_by(), at(start, 102));
+    }
+
+    #[test]
+    fn a_shard_at_its_tip_brings_what_may_have_been_written_since() {
+        let room = |since: Option<u64>| room_for_page(since.map(Duration::from_millis)) >> 10;
+        assert_eq!(room(None), 10 << 10);
+        assert_eq!(room(Some(0)), 1 << 10);
+        assert_eq!(room(Some(250)), 1280);
+        assert_eq!(room(Some(5000)), 6 << 10);
+        assert_eq!(room(Some(3_600_000)), 10 << 10);
+    }
+
+    #[test]
+    fn how_far_behind_a_reader_is_grows_while_a_shard_is_silent() {
+        let start = Instant::now();
+        let mut progress = Progress::new(start);
+        let behind = |progress: &Progress, seconds| progress.behind(at(start, seconds)).as_secs();
+        // No list yet.
+        assert_eq!(behind(&progress, 3), 3);
+        progress.add("a", at(start, 10));
+        progress.add("b", at(start, 10));
+        assert_eq!(behind(&progress, 11), 1);
+        progress.page("a", &page(at(start, 20), 0, 0));
+        progress.page("b", &page(at(start, 20), 7, 5));
+        assert_eq!(behind(&progress, 20), 7);
+        progress.page("b", &page(at(start, 21), 0, 5));
+        assert_eq!(behind(&progress, 21), 1);
+        assert_eq!(behind(&progress, 300), 280);
+    }
+
+    #[test]
     fn reads_keep_to_the_limits_of_a_shard() {
         let sent = Instant::now();
         let mut large = page(sent, 0, 5);
@@ -219,15 +323,14 @@ mod tests {
     #[test]
     fn nothing_is_read_up_to_before_every_shard_has_said_so() {
         let start = Instant::now();
-        let mut progress = Progress::default();
+        let mut progress = Progress::new(start);
         assert_eq!(progress.read_up_to(), None);
-        progress.add("a");
-        progress.add("b");
+        progress.add("a", start);
+        progress.add("b", start);
         progress.listed(at(start, 10));
         progress.page("a", &page(at(start, 11), 0, 0));
         assert_eq!(progress.read_up_to(), None);
         progress.page("b", &page(at(start, 12), 4, 3));
-        assert_eq!(progress.behind(), Duration::from_secs(4));
         assert_eq!(progress.read_up_to(), Some(at(start, 7)));
         assert_eq!(progress.read_up_to(), None);
         // Not beyond the list: a shard may have been split since.
@@ -240,14 +343,14 @@ mod tests {
     #[test]
     fn the_children_of_a_shard_take_its_place() {
         let start = Instant::now();
-        let mut progress = Progress::default();
-        progress.add("parent");
+        let mut progress = Progress::new(start);
+        progress.add("parent", start);
         progress.listed(start);
         progress.page("parent", &page(at(start, 9), 0, 0));
         assert_eq!(progress.read_up_to(), start.checked_sub(SETTLED_AFTER));
         progress.ended("parent");
         assert_eq!(progress.read_up_to(), None);
-        progress.add("child");
+        progress.add("child", start);
         progress.listed(at(start, 10));
         assert_eq!(progress.read_up_to(), None);
         assert!(!progress.slowest().lets(Some(start)));
@@ -258,12 +361,12 @@ mod tests {
     #[test]
     fn a_shard_waits_for_one_that_is_far_behind_it() {
         let start = Instant::now();
-        let mut progress = Progress::default();
-        progress.add("ahead");
+        let mut progress = Progress::new(start);
+        progress.add("ahead", start);
         assert!(progress.slowest().lets(None));
         progress.page("ahead", &page(at(start, 100), 0, 0));
         assert!(progress.slowest().lets(Some(at(start, 100))));
-        progress.add("late");
+        progress.add("late", start);
         assert!(!progress.slowest().lets(Some(at(start, 100))));
         assert!(progress.slowest().lets(None));
         progress.page("late", &page(at(start, 100), 31, 1));
@@ -296,7 +399,7 @@ mod tests {
             steps in prop::collection::vec(step(), 0..60)
         ) {
             let start = Instant::now() + Duration::from_secs(1000);
-            let (mut progress, mut told, mut made) = (Progress::default(), None, 0);
+            let (mut progress, mut told, mut made) = (Progress::new(start), None, 0);
             // Shards that run, and where they are; a page without a position leaves them there.
             let mut running: BTreeMap<String, Option<Instant>> = BTreeMap::new();
             let mut listed = None;
@@ -310,7 +413,7 @@ mod tests {
                         if *more || running.is_empty() {
                             let shard = format!("{made:04}");
                             made += 1;
-                            progress.add(&shard);
+                            progress.add(&shard, now);
                             running.insert(shard, None);
                         }
                         progress.listed(now);

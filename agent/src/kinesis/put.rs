@@ -9,31 +9,28 @@
 //! # Invariants
 //! - `put` returns `Ok` only when Kinesis has accepted every record.
 //! - A record that was accepted is not sent again, unless the answer that said so was lost.
+//! - A call whose connection has died is given up soon: it is given as much time as calls of its size have taken, and some more
+//!   (`pace`).
 //! - No task outlives `put`: dropping it ends everything, with any part of the records put.
 //!
 //! # What it does not do
 //! It keeps no order, neither over calls nor over records of one call: Kinesis keeps none either.
 
-use std::time::Duration;
-
-use aws_sdk_kinesis::error::BuildError;
+use aws_sdk_kinesis::error::{BuildError, SdkError};
 use aws_sdk_kinesis::primitives::Blob;
 use aws_sdk_kinesis::types::{PutRecordsRequestEntry, PutRecordsResultEntry};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use tokio::time::Instant;
 
 use super::calls::{Record, pack};
 use super::streak::Streak;
-use super::{Kinesis, KinesisError, Operation, PUTTING_MAX, Refusal};
-use crate::aws::{time_on_the_line, within};
+use super::{Kinesis, KinesisError, Operation, Refusal};
+use crate::aws::within;
 use crate::error::{Class, Classify as _};
 
 /// Calls under way at the same time for one `put`.
 const CALLS_MAX: usize = 4;
-
-/// Kinesis answers within milliseconds. A connection that has died shows only by its silence, and records wait for
-/// that; the same records twice are the smaller evil.
-const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// What happened since the last report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -134,11 +131,12 @@ impl Kinesis {
             }
         };
         let bytes: usize = records.iter().map(Record::bytes).sum();
-        // All calls may share one line.
-        let deadline = aws_sdk_kinesis::config::Builder::new().timeout_config(within(
-            ANSWER_WITHIN + time_on_the_line(bytes * PUTTING_MAX),
-        ));
+        let bytes = bytes as u64;
         let _permit = self.putting.acquire().await.expect("it is never closed");
+        let pace = self.pace.now();
+        let deadline = aws_sdk_kinesis::config::Builder::new()
+            .timeout_config(within(self.pace.deadline(pace, bytes)));
+        let sent = Instant::now();
         let request = self
             .client
             .put_records()
@@ -147,11 +145,17 @@ impl Kinesis {
             .customize()
             .config_override(deadline);
         match Box::pin(request.send()).await {
-            Ok(answer) => self.rest(records, &answer.records),
-            Err(error) => Err(Rest::all(
-                records,
-                self.refused(Operation::PutRecords, &error),
-            )),
+            Ok(answer) => {
+                self.pace.answered(bytes, sent.elapsed());
+                self.rest(records, &answer.records)
+            }
+            Err(error) => {
+                if matches!(error, SdkError::TimeoutError(_)) {
+                    self.pace.silent(pace);
+                }
+                let error = self.refused(Operation::PutRecords, &error);
+                Err(Rest::all(records, error))
+            }
         }
     }
 

@@ -12,17 +12,21 @@
 //!   is reported.
 //! - A shard that appears in a later list is read from its beginning: it did not exist when the reader began.
 //! - A full channel stops reading; a dropped receiver, a dropped future or an error ends all tasks.
-//! - In memory are the channel's events and a page of 10 MB at most for each shard.
+//! - In memory are pages of [`PAGES_BYTES`] at most, however many shards there are: a shard asks for one once there is room
+//!   for what it may bring. What was given out counts until it is dropped.
 //!
 //! # What it does not do
 //! It keeps no checkpoint, and it sorts nothing over shards.
 
 use std::collections::HashSet;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::mpsc::OwnedPermit;
+use tokio::sync::mpsc::error::SendError;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 
 use super::list::now;
@@ -32,6 +36,13 @@ use super::{Kinesis, KinesisError};
 
 /// Reports on their way: a few for each shard of a stream of usual size.
 const REPORTS: usize = 64;
+
+/// Bytes of records in memory, in the channel of events and on the way there: three full pages, as many as a reader takes in
+/// the time of a request, or the tips of some 25 shards at a time. An answer takes more than twice as much while it is decoded.
+const PAGES_BYTES: usize = 32 << 20;
+
+/// How often it is said how late the reader is, also when nothing comes.
+const LATE_EVERY: Duration = Duration::from_secs(1);
 
 /// Between two events that say how far the reader has come.
 const TELL_EVERY: Duration = Duration::from_millis(100);
@@ -45,11 +56,23 @@ pub enum StartAt {
     Timestamp(SystemTime),
 }
 
+/// Records of one shard, in its order; never empty.
+#[derive(Debug)]
+pub struct Records {
+    /// The records.
+    pub data: Vec<Bytes>,
+    /// All of them had arrived in the stream by this time on this machine's clock: whatever Kinesis had accepted before one of
+    /// them was sent has been delivered once the reader has come so far ([`Event::ReadUpTo`]).
+    pub arrived_by: Instant,
+    /// Given back once they are dropped.
+    pub(super) _room: OwnedSemaphorePermit,
+}
+
 /// What a reader delivers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Event {
-    /// Records of one shard, in its order; never empty.
-    Records(Vec<Bytes>),
+    /// Records of one shard.
+    Records(Records),
     /// Every shard of the stream, closed ones and children included, has been read up to this time on this machine's
     /// clock: what the stream had accepted before it has been delivered in an earlier event. Never goes back.
     ReadUpTo(Instant),
@@ -58,7 +81,7 @@ pub enum Event {
 /// What happened since the last report, and how late the reader is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReadStats {
-    /// The largest MillisBehindLatest over all shards: not an increment.
+    /// How far the shard that is furthest behind trails its tip: not an increment.
     pub behind: Duration,
     /// Records read.
     pub records: u64,
@@ -91,10 +114,17 @@ struct Reading {
     progress: Progress,
     /// The shards of the last list, also those that have ended; `None` before the first.
     known: Option<HashSet<String>>,
+    /// How far it has come, where that has not been said yet.
+    news: Option<Instant>,
     told: Option<Instant>,
+    room: Arc<Semaphore>,
     /// Its drop ends all.
     tasks: JoinSet<Result<(), KinesisError>>,
 }
+
+/// A place in the channel of events. It is waited for once, and not asked for anew whenever something else happens: others
+/// would always be before it.
+type Place = Pin<Box<dyn Future<Output = Result<OwnedPermit<Event>, SendError<()>>> + Send>>;
 
 impl Kinesis {
     /// Reads all shards into `events`, until its receiver is dropped.
@@ -123,20 +153,30 @@ impl Kinesis {
             reports,
             slowest: watch::Sender::new(Slowest::default()),
             list,
-            progress: Progress::default(),
+            progress: Progress::new(now()),
             known: None,
+            news: None,
             told: None,
+            room: Arc::new(Semaphore::new(PAGES_BYTES)),
             tasks,
         };
+        let mut late = tokio::time::interval(LATE_EVERY);
+        let mut place: Option<Place> = None;
         loop {
+            if reading.has_news() && place.is_none() {
+                place = Some(Box::pin(events.clone().reserve_owned()));
+            }
             tokio::select! {
                 () = events.closed() => return Ok(()),
                 // Never `None`: the list has a task for as long as this runs.
                 Some(ended) = reading.tasks.join_next() => outcome(ended)?,
-                Some(report) = reported.recv() => {
-                    on(reading.take(report));
-                    if !reading.tell().await {
-                        return Ok(());
+                Some(report) = reported.recv() => on(reading.take(report)),
+                _ = late.tick() => on(reading.stats()),
+                given = given(&mut place), if place.is_some() => {
+                    place = None;
+                    match given {
+                        Ok(given) => reading.tell(given),
+                        Err(_) => return Ok(()),
                     }
                 }
             }
@@ -145,6 +185,13 @@ impl Kinesis {
 }
 
 impl Reading {
+    fn stats(&self) -> ReadStats {
+        ReadStats {
+            behind: self.progress.behind(now()),
+            ..ReadStats::default()
+        }
+    }
+
     /// Keeps count; returns what happened.
     fn take(&mut self, report: Report) -> ReadStats {
         let mut stats = ReadStats::default();
@@ -175,7 +222,7 @@ impl Reading {
             *before = slowest;
             changed
         });
-        stats.behind = self.progress.behind();
+        stats.behind = self.progress.behind(now());
         stats
     }
 
@@ -188,7 +235,7 @@ impl Reading {
         let known = self.known.take().unwrap_or_default();
         for shard in shards.iter().filter(|shard| !known.contains(*shard)) {
             tracing::debug!(stream = self.kinesis.stream(), shard, "shard found");
-            self.progress.add(shard);
+            self.progress.add(shard, now());
             let reader = ShardReader {
                 kinesis: self.kinesis.clone(),
                 shard: shard.clone(),
@@ -196,23 +243,35 @@ impl Reading {
                 events: self.events.clone(),
                 reports: self.reports.clone(),
                 slowest: self.slowest.subscribe(),
+                room: Arc::clone(&self.room),
             };
             self.tasks.spawn(Box::pin(reader.run()));
         }
         self.known = Some(shards.into_iter().collect());
     }
 
-    /// Says how far it has come, if there is news; `false` when nobody listens.
-    async fn tell(&mut self) -> bool {
-        let now = now();
-        if self.told.is_some_and(|told| now < told + TELL_EVERY) {
-            return true;
+    /// Whether it is time to say how far it has come.
+    fn has_news(&mut self) -> bool {
+        let lately = self.told.is_some_and(|told| now() < told + TELL_EVERY);
+        if !lately && let Some(up_to) = self.progress.read_up_to() {
+            self.news = Some(up_to);
         }
-        let Some(up_to) = self.progress.read_up_to() else {
-            return true;
-        };
-        self.told = Some(now);
-        self.events.send(Event::ReadUpTo(up_to)).await.is_ok()
+        self.news.is_some()
+    }
+
+    /// Says how far it has come.
+    fn tell(&mut self, place: OwnedPermit<Event>) {
+        if let Some(up_to) = self.news.take() {
+            self.told = Some(now());
+            place.send(Event::ReadUpTo(up_to));
+        }
+    }
+}
+
+async fn given(place: &mut Option<Place>) -> Result<OwnedPermit<Event>, SendError<()>> {
+    match place {
+        Some(place) => place.await,
+        None => std::future::pending().await,
     }
 }
 

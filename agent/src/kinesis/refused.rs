@@ -157,7 +157,7 @@ mod tests {
                 "InvalidSignatureException",
                 "Signature expired: x",
                 400,
-                Definite,
+                Transient,
                 "NTP",
             ),
             (

@@ -11,22 +11,27 @@
 //! It retries what is transient for ever. A shard that is gone because its records were too old is said aloud, and is
 //! no error: what it held is lost, whoever would be told.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use aws_sdk_kinesis::operation::get_records::GetRecordsOutput;
 use aws_sdk_kinesis::primitives::DateTime;
 use aws_sdk_kinesis::types::{Record, ShardIteratorType};
 use bytes::Bytes;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
-use super::progress::{PAGE_RECORDS, Page, Slowest};
-use super::read::{Event, Report, StartAt};
+use super::progress::{PAGE_RECORDS, Page, Slowest, room_for_page};
+use super::read::{Event, Records, Report, StartAt};
 use super::streak::Streak;
 use super::{Kinesis, KinesisError, Operation, Refusal};
 use crate::aws::within;
 
-/// A page may have 10 MB of data, 14 MB in base 64.
-const PAGE_WITHIN: Duration = Duration::from_secs(60);
+/// For a page that brings nothing. Kinesis answers within milliseconds, and a connection that a firewall has forgotten shows
+/// only by its silence.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
+/// For what a page may bring, which base 64 makes a third larger: two megabits.
+const SLOWEST_BYTES_PER_SECOND: u64 = 256 * 1024;
 
 /// Nobody listens any more.
 struct NobodyListens;
@@ -39,6 +44,8 @@ pub(super) struct ShardReader {
     pub(super) events: mpsc::Sender<Event>,
     pub(super) reports: mpsc::Sender<Report>,
     pub(super) slowest: watch::Receiver<Slowest>,
+    /// Bytes that pages may have in memory, those of all shards together.
+    pub(super) room: Arc<Semaphore>,
 }
 
 /// Where it is.
@@ -50,6 +57,16 @@ struct Place {
     iterator: Option<String>,
     /// A time before which everything has been delivered.
     position: Option<Instant>,
+    /// When the last page was asked for, if it led to the tip.
+    at_tip: Option<tokio::time::Instant>,
+}
+
+/// What the reader sees of time around a request.
+#[derive(Clone, Copy)]
+struct Asked {
+    sent: tokio::time::Instant,
+    sent_at: SystemTime,
+    received: tokio::time::Instant,
 }
 
 impl ShardReader {
@@ -64,21 +81,26 @@ impl ShardReader {
             if turn.await.is_err() {
                 return Ok(());
             }
+            let bytes = room_for_page(place.at_tip.map(|at_tip| at_tip.elapsed()));
+            let room = self.room(bytes).await;
             let sent = tokio::time::Instant::now();
             let sent_at = wall_clock();
-            match self.page(&mut place).await {
+            match self.page(&mut place, bytes).await {
                 Ok(answer) => {
                     streak.end();
-                    let after = match self
-                        .deliver(answer, sent.into_std(), sent_at, &mut place)
-                        .await
-                    {
+                    let asked = Asked {
+                        sent,
+                        sent_at,
+                        received: tokio::time::Instant::now(),
+                    };
+                    let after = match self.deliver(answer, room, asked, &mut place).await {
                         Ok(Some(after)) => after,
                         Ok(None) | Err(NobodyListens) => return Ok(()),
                     };
                     tokio::time::sleep_until(sent + after).await;
                 }
                 Err(error) => {
+                    drop(room);
                     if self.failed(error, &mut place, &mut streak).await? {
                         return Ok(());
                     }
@@ -87,8 +109,15 @@ impl ShardReader {
         }
     }
 
-    /// The next page.
-    async fn page(&self, place: &mut Place) -> Result<GetRecordsOutput, KinesisError> {
+    /// Room for so much.
+    async fn room(&self, bytes: u64) -> OwnedSemaphorePermit {
+        let bytes = u32::try_from(bytes).expect("a page is smaller than 4 GiB");
+        let room = Arc::clone(&self.room).acquire_many_owned(bytes);
+        room.await.expect("it is never closed")
+    }
+
+    /// The next page, which may bring so much.
+    async fn page(&self, place: &mut Place, bytes: u64) -> Result<GetRecordsOutput, KinesisError> {
         let iterator = match &place.iterator {
             Some(iterator) => iterator.clone(),
             None => {
@@ -96,7 +125,8 @@ impl ShardReader {
                 place.iterator.insert(iterator).clone()
             }
         };
-        let deadline = aws_sdk_kinesis::config::Builder::new().timeout_config(within(PAGE_WITHIN));
+        let deadline = ANSWER_WITHIN + Duration::from_secs(bytes / SLOWEST_BYTES_PER_SECOND);
+        let deadline = aws_sdk_kinesis::config::Builder::new().timeout_config(within(deadline));
         let request = self
             .kinesis
             .client
@@ -143,8 +173,8 @@ impl ShardReader {
     async fn deliver(
         &self,
         answer: GetRecordsOutput,
-        sent: Instant,
-        sent_at: SystemTime,
+        mut room: OwnedSemaphorePermit,
+        asked: Asked,
         place: &mut Place,
     ) -> Result<Option<Duration>, NobodyListens> {
         let bytes = answer
@@ -152,22 +182,31 @@ impl ShardReader {
             .iter()
             .map(|record| record.data.as_ref().len() as u64);
         let page = Page {
-            sent,
-            sent_at,
+            sent: asked.sent.into_std(),
+            sent_at: asked.sent_at,
+            received: asked.received.into_std(),
             behind: millis(answer.millis_behind_latest),
             records: answer.records.len(),
             bytes: bytes.sum(),
             last_arrival: answer.records.last().and_then(arrival),
         };
+        // What it has not brought others may.
+        let brought = usize::try_from(page.bytes).unwrap_or(usize::MAX);
+        drop(room.split(room.num_permits().saturating_sub(brought)));
         if let Some(last) = answer.records.last() {
             let last = last.sequence_number.clone();
-            let records = answer.records.into_iter().map(data).collect();
+            let records = Records {
+                data: answer.records.into_iter().map(data).collect(),
+                arrived_by: page.arrived_by(),
+                _room: room,
+            };
             self.events
                 .send(Event::Records(records))
                 .await
                 .map_err(|_| NobodyListens)?;
             place.last = Some(last);
         }
+        place.at_tip = page.is_tip().then_some(asked.sent);
         place.position = place.position.max(page.position());
         place.iterator = answer.next_shard_iterator;
         let shard = self.shard.clone();

@@ -6,10 +6,15 @@
 //! - A streak is logged at its beginning, then at every tenth failure: not once per attempt. Throttling is the daily
 //!   bread of a stream near its limits, and is logged only when it lasts.
 //!
+//! - A clock that stays wrong needs a person, after a while. Credentials that stay old end what is tried here, not the agent:
+//!   the next client reads the files anew that they may come from.
+//!
 //! # What it does not do
-//! It ends no streak by itself: transient errors are tried again for ever.
+//! It ends no other streak by itself: transient errors are tried again for ever.
 
 use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::{KinesisError, Operation, RETRY_MAX, Refusal};
 use crate::backoff::{self, Decision};
@@ -21,9 +26,19 @@ const THROTTLED_MAX: Duration = Duration::from_secs(2);
 /// Between two lines of a log about the same streak.
 const LOG_EVERY: u32 = 10;
 
+/// A machine that has slept has its clock set within so long.
+const CLOCK_SET_WITHIN: Duration = Duration::from_secs(300);
+
+/// So long a client is given to get credentials by itself.
+const CREDENTIALS_WITHIN: Duration = Duration::from_secs(60);
+
 /// Failures since the last success.
 #[derive(Debug, Default)]
-pub(super) struct Streak(u32);
+pub(super) struct Streak {
+    failures: u32,
+    /// Which refusal lasts, and since when.
+    lasts: Option<(Option<Refusal>, Instant)>,
+}
 
 impl Streak {
     /// One more: waits before the next attempt, or returns what needs a person. `shard` is for the log.
@@ -32,12 +47,16 @@ impl Streak {
         error: KinesisError,
         shard: Option<&str>,
     ) -> Result<(), KinesisError> {
-        self.0 = self.0.saturating_add(1);
-        let pause = match decide(&error, self.0, rand::random()) {
+        self.failures = self.failures.saturating_add(1);
+        if self.is_too_long(error.refusal(), Instant::now()) {
+            return Err(error.lasting());
+        }
+        let attempt = self.failures;
+        let pause = match decide(&error, attempt, rand::random()) {
             Decision::Retry(pause) => pause,
             Decision::Stop => return Err(error),
         };
-        let (attempt, hint, text) = (self.0, error.hint(), chain(&error));
+        let (hint, text) = (error.hint(), chain(&error));
         if is_worth_a_warning(&error, attempt) {
             tracing::warn!(shard, attempt, ?pause, error = text, hint, "will retry");
         } else {
@@ -47,9 +66,24 @@ impl Streak {
         Ok(())
     }
 
+    /// Whether such a refusal has lasted longer than what heals by itself.
+    fn is_too_long(&mut self, refusal: Option<Refusal>, now: Instant) -> bool {
+        let since = match self.lasts {
+            Some((lasting, since)) if lasting == refusal => since,
+            _ => now,
+        };
+        self.lasts = Some((refusal, since));
+        let within = match refusal {
+            Some(Refusal::Clock) => CLOCK_SET_WITHIN,
+            Some(Refusal::StaleCredentials) => CREDENTIALS_WITHIN,
+            _ => return false,
+        };
+        now.duration_since(since) >= within
+    }
+
     /// It worked.
     pub(super) fn end(&mut self) {
-        self.0 = 0;
+        *self = Self::default();
     }
 }
 
@@ -81,6 +115,7 @@ fn decide(error: &KinesisError, attempt: u32, jitter: f64) -> Decision {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Class;
 
     fn refused(operation: Operation, refusal: Refusal) -> KinesisError {
         KinesisError::Refused {
@@ -115,6 +150,35 @@ mod tests {
         };
         assert_eq!(logged(Refusal::Unavailable), [1, 10, 20]);
         assert_eq!(logged(Refusal::Throttled), [10, 20]);
+    }
+
+    #[test]
+    fn a_clock_that_stays_wrong_needs_a_person_and_old_credentials_another_client() {
+        let start = Instant::now();
+        let lasts = |streak: &mut Streak, refusal, seconds| {
+            streak.is_too_long(Some(refusal), start + Duration::from_secs(seconds))
+        };
+        for (refusal, within) in [
+            (Refusal::Clock, CLOCK_SET_WITHIN.as_secs()),
+            (Refusal::StaleCredentials, CREDENTIALS_WITHIN.as_secs()),
+        ] {
+            let mut streak = Streak::default();
+            assert!(!lasts(&mut streak, refusal, 0));
+            assert!(!lasts(&mut streak, refusal, within - 1));
+            assert!(lasts(&mut streak, refusal, within));
+            // Another refusal in between is another streak, and so is what comes after a success.
+            assert!(!lasts(&mut streak, Refusal::Unavailable, within + 1));
+            assert!(!lasts(&mut streak, refusal, within + 2));
+            streak.end();
+            assert!(!lasts(&mut streak, refusal, 3 * within));
+        }
+        let mut streak = Streak::default();
+        assert!((0..9000).all(|second| !lasts(&mut streak, Refusal::Unavailable, second)));
+        let clock = refused(Operation::PutRecords, Refusal::Clock);
+        assert_eq!(clock.class(), Class::Transient);
+        assert_eq!(clock.lasting().class(), Class::Definite);
+        let stale = refused(Operation::PutRecords, Refusal::StaleCredentials);
+        assert_eq!(stale.lasting().class(), Class::Transient);
     }
 
     #[tokio::test]

@@ -310,7 +310,11 @@ impl Pipeline {
             database = %self.database, stream = %self.stream, from = %prepared.end_lsn,
             term = prepared.term, leg = ?self.leg, "streaming"
         );
-        let outcome = streaming.run().await;
+        let outcome = tokio::select! {
+            biased;
+            outcome = streaming.run() => outcome,
+            lost = prepared.right_lost() => Err(lost.into()),
+        };
         streaming.stop().await;
         let mut lag = streaming.owned.lag;
         // What waited is dropped and will be received again.

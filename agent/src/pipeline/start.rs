@@ -45,8 +45,8 @@ const LOOK_FOR_TABLES_EVERY: Duration = Duration::from_secs(10);
 /// Tables that are published and not on the replica, in `dr_agent_unprotected_objects`.
 const NOT_COPIED: &str = "table_not_copied";
 
-/// How long the archive may at least take until it has a segment.
-const PATIENCE_MIN: Duration = Duration::from_secs(30);
+/// The archive has a segment within an RPO, if the store takes it. It is given twice that, and so much at least.
+const PATIENCE_MIN: Duration = Duration::from_secs(10);
 
 type Tasks = JoinSet<Option<SessionError>>;
 type Batches = mpsc::Sender<Arc<Batch>>;
@@ -312,7 +312,6 @@ impl Pipeline {
         position: watch::Sender<SourcePosition>,
         tasks: &mut Tasks,
     ) -> Result<(), SessionError> {
-        let limits = &self.config.limits;
         let archive = self.config.archive.as_ref();
         let settings = StreamSettings {
             kinesis_stream: self.kinesis_stream()?,
@@ -322,10 +321,8 @@ impl Pipeline {
             start: prepared.end_lsn,
             commit_time: prepared.commit_time,
             limits: self.intake_limits(),
-            spill_directory: spill::directory_of(&limits.spill_directory, &self.stream),
-            spill_bytes: limits.spill_bytes,
             archive: archive.map(|archive| (archive.url.clone(), archive.encryption.clone())),
-            patience: self.config.objectives.rpo.max(PATIENCE_MIN),
+            patience: (self.config.objectives.rpo * 2).max(PATIENCE_MIN),
         };
         let metrics = StreamMetrics::new(&self.database);
         tasks.spawn(async move {

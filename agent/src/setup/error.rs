@@ -128,11 +128,22 @@ pub enum SetupError {
     /// Somebody dropped or renamed tables on the replica.
     #[error("replica: {} missing: {}", count(.0.len(), "table"), some(.0))]
     ReplicaTableMissing(Vec<TableName>),
-    /// Another agent is setting up the same stream.
-    #[error("replica: another agent is setting up stream \"{stream}\"")]
+    /// Another agent works on the same stream.
+    #[error("{side}: another agent works on stream \"{stream}\"")]
     Busy {
+        /// Where it holds the right to it.
+        side: Side,
         /// The stream.
         stream: String,
+    },
+    /// The session has ended that held the right to work on the stream; another agent may have it now.
+    #[error("{side}: the session is lost that holds the right to the stream")]
+    RightLost {
+        /// Where it held it.
+        side: Side,
+        /// How it ended.
+        #[source]
+        source: PgError,
     },
     /// The initial copy failed.
     #[error("copy of database \"{database}\"")]
@@ -209,6 +220,7 @@ impl Classify for SetupError {
             Self::Copy { source, .. } => source.class(),
             Self::Base { source, .. } => source.class(),
             Self::Busy { .. }
+            | Self::RightLost { .. }
             | Self::Stopped
             | Self::ListIsNew { .. }
             | Self::NotSent { .. }
@@ -280,6 +292,10 @@ impl Classify for SetupError {
                  the source, and start over",
                 tables.first().map_or("…", |table| &table.name)
             ),
+            Self::RightLost { .. } => {
+                "it is taken again; if that repeats, look for what ends sessions: idle_session_timeout, a pooler, a firewall"
+                    .to_owned()
+            }
             Self::Busy { .. } => {
                 "only one agent may run per stream; it is retried until the other has ended"
                     .to_owned()

@@ -25,7 +25,7 @@ use super::publication::Wanted;
 use super::role::{self, Statement};
 use super::source_side::observe_slot;
 use super::table_sync::Missed;
-use super::{replica, source, table_sync};
+use super::{lock, replica, source, table_sync};
 use crate::catalog::{TableName, quote_ident, quote_literal};
 use crate::config::{Config, Route};
 use crate::pg::{ConnInfo, PgError};
@@ -334,7 +334,7 @@ impl Plan {
             &self.stream,
         )
         .await?;
-        replica::lock(&inside, &self.stream).await?;
+        lock::take(&inside, Side::Replica, &self.stream).await?;
         replica::known(&inside, &self.stream).await?;
         for statement in &self.replica {
             execute(&inside, Side::Replica, statement).await?;

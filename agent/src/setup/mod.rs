@@ -19,7 +19,7 @@
 //! - A table that was unlisted for a while is set back to `pending` before it is listed again: once
 //!   listed, nothing would show that its changes were missed.
 //! - A promoted replica is refused before anything is written, on either side.
-//! - One agent at a time: an advisory lock on the replica is held to the end.
+//! - One agent at a time: an advisory lock on the replica is held to the end (`lock`).
 //!
 //! # What it does not do
 //! It does not stream, retry or log; [`SetupError`] says what a person has to do. The copy itself
@@ -35,6 +35,7 @@ mod base;
 mod begin;
 mod error;
 mod init;
+mod lock;
 pub(crate) mod note;
 mod receiving;
 mod recover;
@@ -63,6 +64,7 @@ pub use sending::{Logged, logged, prepare_sending};
 
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases};
+use crate::failpoint;
 use crate::history::History;
 use crate::listed::{Copied, Listed};
 use crate::pg::replication::CreatedSlot;
@@ -70,6 +72,7 @@ use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
 use crate::snapshot::{self, CopyJob, CopyObserver};
 use crate::stream::StreamName;
 use identity::{Cluster, Observed, Recorded, Verdict};
+use lock::Right;
 use replica::Progress;
 use source_side::SourceSide;
 
@@ -108,8 +111,24 @@ pub struct Prepared {
     pub unpublished: Vec<(TableName, Protection)>,
     /// What is not as it should be and does not keep the stream from running.
     pub warnings: Vec<String>,
-    /// The right to work on the stream, where no slot gives it.
-    _lock: Option<Client>,
+    /// The right to work on the stream, where something else than the replica's progress has to keep others away.
+    right: Option<Right>,
+}
+
+impl Prepared {
+    /// With the right that this session has taken.
+    async fn holding(mut self, client: Client, side: Side) -> Result<Self, SetupError> {
+        self.right = Some(Right::held_by(client, side).await?);
+        Ok(self)
+    }
+
+    /// Ends once the right to work on the stream is lost.
+    pub async fn right_lost(&self) -> SetupError {
+        match &self.right {
+            Some(right) => right.lost().await,
+            None => std::future::pending().await,
+        }
+    }
 }
 
 /// The databases to replicate, by name.
@@ -243,7 +262,7 @@ impl<'a> Setup<'a> {
             Some(client) => client,
             None => replica::open(&replica_info, &stream).await?,
         };
-        replica::lock(&replica, &stream).await?;
+        lock::take(&replica, Side::Replica, &stream).await?;
         // In this order: the replica is never behind the slot, and the source never behind the replica. Another agent, which
         // may go on until it is gone, must not look like a slot that somebody has moved.
         let slot = source.slot().await?;
@@ -290,9 +309,8 @@ impl<'a> Setup<'a> {
             }
         };
         let from = (cluster, history);
-        let mut prepared = setup.finish(from, progress, source_lsn).await?;
-        // From here on the slot is what only one agent can have.
-        prepared._lock = None;
+        // From here on every transaction of another agent would fail, or ours: both begin at the progress row.
+        let (prepared, _) = setup.finish(from, progress, source_lsn).await?;
         Ok(prepared)
     }
 
@@ -326,12 +344,13 @@ impl<'a> Setup<'a> {
             })
     }
 
+    /// What streaming needs to know; and the session that holds the right to the stream.
     async fn finish(
         self,
         (cluster, history): (Cluster, History),
         progress: Progress,
         as_of: PgLsn,
-    ) -> Result<Prepared, SetupError> {
+    ) -> Result<(Prepared, Client), SetupError> {
         let binary = form::binary_travels(&self.source.client, &self.source.stream)
             .await
             .map_err(SetupError::sql(
@@ -339,7 +358,9 @@ impl<'a> Setup<'a> {
                 "look up the types of published columns",
             ))?;
         let rows = table_sync::rows(&self.replica, &self.source.stream).await?;
-        Ok(Prepared {
+        replica::note_tables(&self.replica, &self.source.stream, as_of).await?;
+        failpoint::hit("setup:tables-noted");
+        let prepared = Prepared {
             term: progress.term,
             batch: progress.batch,
             end_lsn: progress.end_lsn,
@@ -353,7 +374,8 @@ impl<'a> Setup<'a> {
             unpublished: self.source.wanted.unpublished,
             warnings: self.source.warnings,
             stream: self.source.stream,
-            _lock: Some(self.replica),
-        })
+            right: None,
+        };
+        Ok((prepared, self.replica))
     }
 }

@@ -24,7 +24,7 @@ use super::identity::{self, Recorded};
 use super::replica::{self, Known, Progress, Server};
 use super::source_side::{self, SourceSide};
 use super::table_sync::Missed;
-use super::{Prepared, Setup, locale, recover, role, sending, slot, table_sync};
+use super::{Prepared, Setup, locale, lock, recover, role, sending, slot, table_sync};
 use crate::catalog::TableName;
 use crate::config::Config;
 use crate::error::chain;
@@ -141,6 +141,7 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
             stream: stream.to_string(),
         });
     };
+    let as_of = known.list_as_of(progress);
     let receiving = Receiving {
         config,
         database,
@@ -149,9 +150,7 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
         observer: &(),
         cancel: &CancellationToken::new(),
     };
-    receiving
-        .prepared(client, recorded, progress, progress.end_lsn)
-        .await
+    receiving.prepared(&client, recorded, progress, as_of).await
 }
 
 struct Receiving<'a> {
@@ -182,14 +181,17 @@ impl<'a> Receiving<'a> {
             .expect("nobody else works on the stream, and it has progress");
         replica::guard(&mut client, self.database).await?;
         let rows = table_sync::rows(&client, &self.stream).await?;
+        let as_of = known.list_as_of(progress);
         let recorded = known.recorded.ok_or_else(|| SetupError::NotSent {
             stream: self.stream.to_string(),
         })?;
         let unfinished = rows.iter().find(|row| !row.ready).map(|row| &row.table);
         match uncopied.or(unfinished) {
-            // Whatever is not on the list and changes from here on is new.
+            // Whatever is not on the list and changes from here on, or since the source was last looked at, is new.
             None => {
-                self.prepared(client, recorded, progress, progress.end_lsn)
+                self.prepared(&client, recorded, progress, as_of)
+                    .await?
+                    .holding(client, Side::Replica)
                     .await
             }
             Some(table) => match self.reach_source().await {
@@ -212,7 +214,7 @@ impl<'a> Receiving<'a> {
     /// The replica's database, locked.
     async fn open(&self) -> Result<(Client, Known), SetupError> {
         let client = replica::open(&self.replica_info, &self.stream).await?;
-        replica::lock(&client, &self.stream).await?;
+        lock::take(&client, Side::Replica, &self.stream).await?;
         let known = replica::known(&client, &self.stream).await?;
         Ok((client, known))
     }
@@ -288,7 +290,9 @@ impl<'a> Receiving<'a> {
         let copied_at = setup.source_time().await?;
         let snapshot = slot::snapshot(&setup.source, &mut walsender).await?;
         let progress = setup.first_copy(&snapshot, copied_at).await?;
-        setup.finish((cluster, history), progress, source_lsn).await
+        let from = (cluster, history);
+        let (prepared, client) = setup.finish(from, progress, source_lsn).await?;
+        prepared.holding(client, Side::Replica).await
     }
 
     async fn first_from_base(
@@ -313,7 +317,9 @@ impl<'a> Receiving<'a> {
             )
             .await?;
         let mut prepared = self
-            .prepared(client, base.recorded(), progress, progress.end_lsn)
+            .prepared(&client, base.recorded(), progress, progress.end_lsn)
+            .await?
+            .holding(client, Side::Replica)
             .await?;
         prepared.warnings.extend(created);
         prepared.warnings.extend(base.manifest.warnings.clone());
@@ -358,7 +364,8 @@ impl<'a> Receiving<'a> {
                 .await?;
         }
         let from = (cluster, recorded.history());
-        setup.finish(from, progress, source_lsn).await
+        let (prepared, client) = setup.finish(from, progress, source_lsn).await?;
+        prepared.holding(client, Side::Replica).await
     }
 
     fn setup(&self, source: SourceSide<'a>, replica: Client) -> Setup<'a> {
@@ -374,12 +381,12 @@ impl<'a> Receiving<'a> {
     /// What can go on without the source.
     async fn prepared(
         self,
-        client: Client,
+        client: &Client,
         recorded: Recorded,
         progress: Progress,
         as_of: PgLsn,
     ) -> Result<Prepared, SetupError> {
-        let rows = table_sync::rows(&client, &self.stream).await?;
+        let rows = table_sync::rows(client, &self.stream).await?;
         Ok(Prepared {
             term: progress.term,
             batch: progress.batch,
@@ -394,7 +401,7 @@ impl<'a> Receiving<'a> {
             unpublished: Vec::new(),
             warnings: Vec::new(),
             stream: self.stream,
-            _lock: Some(client),
+            right: None,
         })
     }
 }

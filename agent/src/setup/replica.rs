@@ -9,9 +9,8 @@
 //! User tables are created and filled by [`crate::snapshot`]; roles are in [`super::role`].
 
 use std::collections::BTreeSet;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
@@ -193,7 +192,18 @@ async fn own_database(
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub(super) recorded: Option<Recorded>,
+    /// Where the source stood when its tables were last looked at.
+    pub(super) tables_as_of: Option<PgLsn>,
     pub(super) progress: Option<Progress>,
+}
+
+impl Known {
+    /// Where the list of tables holds for: what is not on it and changes later is new.
+    pub(super) fn list_as_of(&self, progress: Progress) -> PgLsn {
+        progress
+            .end_lsn
+            .max(self.tables_as_of.unwrap_or(progress.end_lsn))
+    }
 }
 
 /// The stream's row of `dr_agent.progress`.
@@ -233,7 +243,7 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
     };
     let recorded = client
         .query_typed_opt(
-            "SELECT system_identifier, timeline, began FROM dr_agent.stream WHERE stream = $1",
+            "SELECT system_identifier, timeline, began, tables_as_of FROM dr_agent.stream WHERE stream = $1",
             &[(&stream.as_str(), Type::TEXT)],
         )
         .await
@@ -245,6 +255,7 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
         )
         .await
         .map_err(sql)?;
+    let tables_as_of = recorded.as_ref().and_then(|row| row.get(3));
     let recorded = recorded.map(|row| {
         Ok(Recorded {
             cluster: note::cluster(&row)?,
@@ -255,6 +266,7 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
         recorded: recorded
             .transpose()
             .map_err(SetupError::sql(Side::Replica, "read schema dr_agent"))?,
+        tables_as_of,
         progress: progress.map(|row| Progress {
             term: row.get(0),
             batch: row.get(1),
@@ -274,7 +286,7 @@ pub(super) async fn record(
         INSERT INTO dr_agent.stream (stream, system_identifier, timeline, began) VALUES ($1, $2, $3, $4)
             ON CONFLICT (stream) DO UPDATE
            SET system_identifier = EXCLUDED.system_identifier, timeline = EXCLUDED.timeline, began = EXCLUDED.began,
-               created_at = now()";
+               tables_as_of = NULL, created_at = now()";
     let Recorded { cluster, began } = source;
     client
         .execute(
@@ -287,6 +299,23 @@ pub(super) async fn record(
             ],
         )
         .await?;
+    Ok(())
+}
+
+/// Notes that every table is here that the source publishes at `as_of`. A later start without the source goes by it.
+pub(super) async fn note_tables(
+    client: &Client,
+    stream: &StreamName,
+    as_of: PgLsn,
+) -> Result<(), SetupError> {
+    const SQL: &str = "
+        UPDATE dr_agent.stream SET tables_as_of = greatest(tables_as_of, $2) WHERE stream = $1";
+    client
+        .execute(SQL, &[&stream.as_str(), &as_of])
+        .await
+        .map_err(|error| {
+            SetupError::sql(Side::Replica, "note which tables are here")(error.into())
+        })?;
     Ok(())
 }
 
@@ -370,30 +399,6 @@ pub(super) async fn guard(client: &mut Client, database: &str) -> Result<(), Set
             .map_err(sql)?;
     }
     transaction.commit().await.map_err(sql)
-}
-
-/// How long a session that has ended may take to let go of its locks.
-const LOCK_WITHIN: Duration = Duration::from_secs(5);
-
-/// Holds the right to work on this stream until the session ends.
-pub(super) async fn lock(client: &Client, stream: &StreamName) -> Result<(), SetupError> {
-    const SQL: &str = "SELECT pg_try_advisory_lock(hashtextextended('dr_agent:' || $1::text, 0))";
-    let deadline = Instant::now() + LOCK_WITHIN;
-    loop {
-        let row = client
-            .query_typed_one(SQL, &[(&stream.as_str(), Type::TEXT)])
-            .await
-            .map_err(|error| SetupError::sql(Side::Replica, "lock the stream")(error.into()))?;
-        if row.get(0) {
-            return Ok(());
-        }
-        if Instant::now() >= deadline {
-            return Err(SetupError::Busy {
-                stream: stream.to_string(),
-            });
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }
 
 /// Refuses a database that holds tables: the first copy goes into an empty one.

@@ -9,6 +9,8 @@
 //! # Invariants
 //! - A slot that was there and is gone is refused: its successor would leave a gap in the stream that only the
 //!   other side could notice.
+//! - One agent at a time sends a stream: it holds the right to it on the source (`lock`), because nothing else keeps a
+//!   second one away while the first reads a backlog in windows.
 //!
 //! # What it does not do
 //! It copies nothing: rows that are there before the slot reach the replica through [`super::receiving`].
@@ -17,7 +19,7 @@ use super::error::{SetupError, Side};
 use super::identity::{self, Cluster, Mismatch, Recorded, Slot, Verdict};
 use super::note::Note;
 use super::source_side::{self, SourceSide};
-use super::{Prepared, form, slot};
+use super::{Prepared, form, lock, slot};
 use crate::config::{Config, Route};
 use crate::history::History;
 use crate::pg::PgLsn;
@@ -45,6 +47,7 @@ async fn prepare(
     cancel: &CancellationToken,
 ) -> Result<Prepared, SetupError> {
     let mut source = SourceSide::open(config, database, cancel).await?;
+    lock::take(&source.client, Side::Source, &source.stream).await?;
     let mut walsender = source.walsender().await?;
     let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
     let slot = source.slot().await?;
@@ -83,13 +86,9 @@ async fn prepare(
         }
     };
     let term = term(&source).await?;
-    Ok(sent_from(
-        source,
-        &cluster,
-        history,
-        source_lsn,
-        (start, term),
-    ))
+    sent_from(&mut source, &cluster, history, source_lsn, (start, term))
+        .holding(source.client, Side::Source)
+        .await
 }
 
 /// Where the change log of a database can be read from.
@@ -149,7 +148,7 @@ pub async fn logged(
 }
 
 fn sent_from(
-    source: SourceSide<'_>,
+    source: &mut SourceSide<'_>,
     cluster: &Cluster,
     history: History,
     as_of: PgLsn,
@@ -167,10 +166,10 @@ fn sent_from(
         as_of,
         // Whoever reads it cannot ask for text once something came that does not travel.
         binary: false,
-        unpublished: source.wanted.unpublished,
-        warnings: source.warnings,
-        stream: source.stream,
-        _lock: None,
+        unpublished: std::mem::take(&mut source.wanted.unpublished),
+        warnings: std::mem::take(&mut source.warnings),
+        stream: source.stream.clone(),
+        right: None,
     }
 }
 

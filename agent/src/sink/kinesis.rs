@@ -143,9 +143,10 @@ impl KinesisSink {
             }
             if putting.len() >= CHUNKS {
                 putting.try_next().await?;
+                // Some parts are in the stream, and this one is not.
+                failpoint::hit("kinesis:part-put");
             }
             putting.push(Box::pin(Arc::clone(&self).put_chunk(chunk)));
-            failpoint::hit("kinesis:part-put");
         }
         while putting.try_next().await?.is_some() {}
         drop(putting);

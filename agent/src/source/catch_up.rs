@@ -10,7 +10,8 @@
 //! costs the source about half as much (`bench/README.md`).
 //!
 //! # Invariants
-//! - Our own slot moves to what is durable and no further. The copy is the session's own, and gone with it.
+//! - Our own slot moves to what is durable and no further. The copy is the session's own, and gone with it; it begins where
+//!   the last transaction ended, whoever may have moved the slot while nobody held it.
 //! - The function puts a window's changes into a temporary file on the source before it returns the first. No
 //!   window ends further than [`REACH_MAX`](super::positions) from where its decoding begins, so the file holds no more
 //!   than so much WAL does, whatever the transactions are; values that were stored compressed take more there.
@@ -36,7 +37,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::feedback::{Feedback, Listener, Slot, ticks};
 use super::intake::{Intake, Taken};
 use super::positions::{Positions, first_size};
-use super::{Next, Reader, SourceError, SourceSettings, text_form};
+use super::{Next, Reader, SourceError, SourceSettings, begins_at, text_form};
 use crate::failpoint;
 use crate::ledger::FlushLsn;
 use crate::pg::{self, PgError, PgLsn, Session, slot};
@@ -215,7 +216,7 @@ struct Window {
 
 impl Backlog {
     /// A copy of our slot that begins at `start`: what is received need not be durable yet.
-    async fn open(settings: &SourceSettings, start: PgLsn) -> Result<Self, PgError> {
+    async fn open(settings: &SourceSettings, start: PgLsn) -> Result<Self, SourceError> {
         let session = text_form(Session::new(settings.stream.application_name("backlog")))
             .set("statement_timeout", "0");
         let client = pg::connect(&settings.conninfo, &session).await?;
@@ -223,8 +224,12 @@ impl Backlog {
         const COPY: &str = "
             SELECT slot_name::text, lsn FROM pg_catalog.pg_copy_logical_replication_slot(
                 $1::text::name, pg_catalog.format('dr_agent_backlog_%s', pg_catalog.pg_backend_pid())::name, true)";
-        let row = client.query_one(COPY, &[&settings.stream.as_str()]).await?;
+        let row = client
+            .query_one(COPY, &[&settings.stream.as_str()])
+            .await
+            .map_err(PgError::from)?;
         let (name, confirmed): (String, PgLsn) = (row.get(0), row.get(1));
+        begins_at(settings, confirmed, start)?;
         if confirmed < start {
             slot::advance(&client, &name, start).await?;
         }

@@ -9,34 +9,38 @@
 //! # Invariants
 //! - A batch is handed over once all of its parts are there and nothing before it is missing: transactions come in commit order,
 //!   each once.
-//! - A gap is filled or it is an error that names it. It counts as one only when every shard has been read beyond
-//!   the time it was noticed, and its writer cannot have it on its way any more.
+//! - A gap is filled or it is an error that names it. It counts as one only when every shard has been read beyond the time by
+//!   which its writer had what is missing accepted ([`Gap::accepted_by`]); until then it may only have come later. That is soon
+//!   after it shows, however much of the stream is left: what waits for it is little.
 //! - That nothing is left before the tip is believed only of a stream that was seen to lead on from the position, or was read
 //!   from its oldest record on: where a reading begins is a guess by two clocks.
+//! - What waits stays within its limits. Where they are reached and the archive has what is missing, reading waits for it.
 //!
 //! # What it does not do
 //! It keeps no place in the stream: the replica's progress row says where to begin, and a look a little further back costs only
 //! reading. Nobody is told how far it is.
 
-use std::path::PathBuf;
+use std::collections::HashSet;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::from_archive::{Filled, FromArchive};
 use super::shelf::{Kept, Shelf};
 use super::{IntakeLimits, LogIntake, Received, SourceError, SourcePosition};
-use crate::archive::{ArchiveError, Chain, Layout, SegmentReader, Span};
+use crate::archive::Layout;
 use crate::batch::IN_FLIGHT_MAX;
-use crate::changelog::{self, Gap, Gather, Gathered, UnpackError, Unpacker, VERSION, Worth};
+use crate::changelog::{self, Gap, Gather, Gathered, Part, UnpackError, Unpacker, VERSION, Worth};
 use crate::failpoint;
 use crate::history::History;
-use crate::kinesis::{Event, Kinesis, KinesisError, StartAt};
+use crate::kinesis::{Event, Kinesis, KinesisError, Records, StartAt};
 use crate::metrics::StreamMetrics;
 use crate::pg::PgLsn;
 use crate::spill::{SpillError, SpillSpace};
-use crate::store::{Encryption, Store, StoreUrl};
+use crate::store::{Encryption, StoreUrl};
 use crate::stream::StreamName;
 
 /// Events of the reader that wait; each holds one page of a shard at most.
@@ -48,11 +52,14 @@ const EARLIER: Duration = Duration::from_secs(60);
 /// A stream that gives no sign of life for so long cannot be drained now.
 const STANDSTILL: Duration = Duration::from_secs(30);
 
-/// How long a batch may be on its way while later ones are there, before the archive is asked for it.
-const ON_ITS_WAY: Duration = Duration::from_secs(30);
-
 /// Between two looks whether the archive has what is missing.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// Between two looks whether a large transaction has given its room back.
+const ROOM_EVERY: Duration = Duration::from_millis(250);
+
+/// What may wait for others in memory, as a part of `limits.queue_bytes`, one in so many; the queue has the rest.
+const WAITING: u64 = 4;
 
 /// What is received.
 #[derive(Clone, Debug)]
@@ -69,15 +76,12 @@ pub struct StreamSettings {
     pub start: PgLsn,
     /// When that committed on the source, where it is known.
     pub commit_time: Option<SystemTime>,
-    /// What may be held at a time.
+    /// What may be held at a time, records that wait for others included.
     pub limits: IntakeLimits,
-    /// Where what waits is put beyond that.
-    pub spill_directory: PathBuf,
-    /// How much of it.
-    pub spill_bytes: u64,
     /// Where a gap may be filled from.
     pub archive: Option<(StoreUrl, Encryption)>,
-    /// How long the archive may take until it has what is missing.
+    /// How long the archive may take until it has what is missing; and how long a writer may be at it, before the archive is
+    /// asked.
     pub patience: Duration,
 }
 
@@ -104,6 +108,7 @@ pub struct Tip {
 }
 
 /// What comes after a reading of the stream has ended.
+#[derive(Debug)]
 enum Next {
     /// Nobody wants more, or the tip was reached, with this gap before what is left.
     End(Option<Gap>),
@@ -124,7 +129,10 @@ pub async fn receive(
     metrics: StreamMetrics,
 ) -> Result<Tip, SourceError> {
     let kinesis = Kinesis::open(&settings.kinesis_stream).await?;
-    let limits = settings.limits;
+    let mut limits = settings.limits;
+    let waiting = limits.queue_bytes / WAITING;
+    limits.queue_bytes -= waiting;
+    let layout = Layout::new(&settings.stream, settings.history);
     let mut receiving = Receiving {
         gather: Gather::new(
             settings.stream.as_str(),
@@ -133,26 +141,23 @@ pub async fn receive(
             settings.start,
             IN_FLIGHT_MAX,
         ),
-        shelf: Shelf::new(
-            settings.spill_directory.clone(),
-            limits.queue_bytes,
-            settings.spill_bytes,
-        ),
+        shelf: Shelf::new(&space, waiting),
         intake: LogIntake::telling(limits, settings.start, space, queue.clone(), position),
         queue,
-        layout: Layout::new(&settings.stream, settings.history),
+        archive: FromArchive::new(settings.archive.clone(), layout),
+        kinesis,
         settings,
         until,
         metrics,
-        store: None,
         stalled: None,
-        from_the_beginning: false,
+        from: StartAt::TrimHorizon,
+        since: wall_clock(),
         joined: false,
-        warned: false,
+        warned: HashSet::new(),
     };
     let mut from = receiving.start_at();
     loop {
-        match receiving.read(&kinesis, from).await? {
+        match receiving.read(from).await? {
             Next::End(gap) => {
                 return Ok(Tip {
                     gap,
@@ -173,15 +178,17 @@ struct Receiving {
     shelf: Shelf,
     intake: LogIntake,
     queue: mpsc::Sender<Received>,
-    layout: Layout,
+    archive: FromArchive,
+    kinesis: Kinesis,
     metrics: StreamMetrics,
-    store: Option<Store>,
     stalled: Option<Stalled>,
-    from_the_beginning: bool,
+    /// Where this reading of the stream began, and when it did.
+    from: StartAt,
+    since: SystemTime,
     /// Something was read that ends where the reading was to lead on from, or before, or that did lead on.
     joined: bool,
-    /// That something was ignored that should not be there has been said.
-    warned: bool,
+    /// What was ignored that should not be there, as far as it has been said.
+    warned: HashSet<&'static str>,
 }
 
 /// A gap that holds everything up.
@@ -191,6 +198,25 @@ struct Stalled {
     since: Instant,
     looked: Option<Instant>,
 }
+
+impl Stalled {
+    fn for_as_long_as(&self, time: Duration) -> bool {
+        self.since.elapsed() >= time
+    }
+
+    fn looked_lately(&self) -> bool {
+        self.looked
+            .is_some_and(|looked| looked.elapsed() < LOOK_EVERY)
+    }
+}
+
+/// Whether there is more to read.
+type Flow = ControlFlow<Next>;
+
+const ON: Flow = ControlFlow::Continue(());
+
+/// Nobody wants more.
+const UNWANTED: Flow = ControlFlow::Break(Next::End(None));
 
 impl Receiving {
     fn start_at(&self) -> StartAt {
@@ -203,10 +229,10 @@ impl Receiving {
     }
 
     /// Reads the stream from there.
-    async fn read(&mut self, kinesis: &Kinesis, from: StartAt) -> Result<Next, SourceError> {
-        self.from_the_beginning = from == StartAt::TrimHorizon;
+    async fn read(&mut self, from: StartAt) -> Result<Next, SourceError> {
+        (self.from, self.since) = (from, wall_clock());
         let (events, mut events_seen) = mpsc::channel(EVENTS);
-        let (kinesis, metrics) = (kinesis.clone(), self.metrics.clone());
+        let (kinesis, metrics) = (self.kinesis.clone(), self.metrics.clone());
         let mut reading = AbortOnDropHandle::new(tokio::spawn(async move {
             kinesis
                 .read(from, events, &|stats| metrics.reading(stats))
@@ -225,36 +251,37 @@ impl Receiving {
                     });
                 }
             };
-            let next = match event {
+            let flow = match event {
                 Some(Event::Records(records)) => self.records(records).await?,
                 Some(Event::ReadUpTo(at)) => self.read_up_to(at).await?,
                 None => return Err(ended((&mut reading).await)),
             };
-            if let Some(next) = next {
+            self.metrics.waiting(self.shelf.bytes());
+            if let ControlFlow::Break(next) = flow {
                 return Ok(next);
             }
         }
     }
 
     /// Takes records, and hands over what is complete with them.
-    async fn records(&mut self, records: Vec<Bytes>) -> Result<Option<Next>, SourceError> {
-        for record in records {
-            self.record(record)?;
-        }
-        while let Some(batch) = self.gather.next_batch() {
-            if !self.hand_over(batch).await? {
-                return Ok(Some(Next::End(None)));
+    async fn records(&mut self, records: Records) -> Result<Flow, SourceError> {
+        for record in records.data {
+            let Some(part) = self.needed(record)? else {
+                continue;
+            };
+            if let Some(next) = self.keep(&part, records.arrived_by).await?.break_value() {
+                return Ok(ControlFlow::Break(next));
             }
         }
-        self.metrics.waiting(self.shelf.bytes());
-        Ok(None)
+        Ok(ON)
     }
 
-    fn record(&mut self, record: Bytes) -> Result<(), SourceError> {
+    /// The part that a record holds, if it is good for anything.
+    fn needed(&mut self, record: Bytes) -> Result<Option<Part>, SourceError> {
         let Ok(part) = changelog::decode(record) else {
             // If it was one of ours, the gap it leaves is noticed.
             self.ignore("unreadable", "is no change-log record");
-            return Ok(());
+            return Ok(None);
         };
         let worth = self.gather.worth(&part);
         if matches!(worth, Worth::Needed | Worth::Known) {
@@ -264,22 +291,22 @@ impl Receiving {
             Worth::Needed => {}
             Worth::Known => {
                 self.metrics.ignored("known");
-                return Ok(());
+                return Ok(None);
             }
             Worth::OtherStream => {
                 self.metrics.ignored("other_stream");
-                return Ok(());
+                return Ok(None);
             }
             Worth::OtherHistory => {
                 self.ignore(
                     "other_history",
                     "comes from another source under the same stream name, or from a slot before this one",
                 );
-                return Ok(());
+                return Ok(None);
             }
             Worth::OlderTerm => {
                 self.ignore("older_term", "was written at an older term: an agent from before the last promotion still runs");
-                return Ok(());
+                return Ok(None);
             }
         }
         if part.version == 0 || part.version > VERSION {
@@ -287,25 +314,52 @@ impl Receiving {
             return Err(UnpackError::Version { version }.into());
         }
         self.intake.known_up_to(part.end_lsn.into());
-        let shelf = &mut self.shelf;
-        let kept = tokio::task::block_in_place(|| shelf.put(&part)).map_err(too_much)?;
+        Ok(Some(part))
+    }
+
+    /// Puts a part to the others, and hands over what is complete with it.
+    async fn keep(&mut self, part: &Part, arrived_by: Instant) -> Result<Flow, SourceError> {
+        let kept = loop {
+            let shelf = &mut self.shelf;
+            match tokio::task::block_in_place(|| shelf.put(part)) {
+                Ok(kept) => break kept,
+                Err(SpillError::Full { limit }) => {
+                    if let Some(next) = self.make_room(limit).await?.break_value() {
+                        return Ok(ControlFlow::Break(next));
+                    }
+                    if self.gather.worth(part) != Worth::Needed {
+                        return Ok(ON);
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
         self.gather
-            .keep(&part, kept)
+            .keep(part, arrived_by, kept)
             .map_err(|reason| SourceError::Contradiction {
                 batch: part.batch,
                 reason: reason.to_owned(),
-            })
+            })?;
+        self.hand_over_what_is_complete().await
     }
 
     fn ignore(&mut self, reason: &'static str, what: &str) {
         self.metrics.ignored(reason);
-        if !self.warned {
-            self.warned = true;
+        if self.warned.insert(reason) {
             tracing::warn!(
                 stream = %self.settings.stream, kinesis_stream = self.settings.kinesis_stream,
                 "a record of the Kinesis stream {what}; such records are ignored and counted"
             );
         }
+    }
+
+    async fn hand_over_what_is_complete(&mut self) -> Result<Flow, SourceError> {
+        while let Some(batch) = self.gather.next_batch() {
+            if !self.hand_over(batch).await? {
+                return Ok(UNWANTED);
+            }
+        }
+        Ok(ON)
     }
 
     /// Hands a batch over; false once nobody wants more.
@@ -337,157 +391,166 @@ impl Receiving {
     }
 
     /// Everything has been read that was in the stream at `at`.
-    async fn read_up_to(&mut self, at: Instant) -> Result<Option<Next>, SourceError> {
+    async fn read_up_to(&mut self, at: Instant) -> Result<Flow, SourceError> {
         let gap = self.gather.gap();
         if let Until::Tip(tip) = self.until
             && at >= tip
+            && gap.is_none_or(|gap| gap.accepted_by.is_none())
         {
-            return match gap {
-                Some(gap) if gap.accepted => {
-                    let since = tip;
-                    let stalled = Stalled {
-                        from: gap.from,
-                        since,
-                        looked: None,
-                    };
-                    self.missing(gap, stalled).await
-                }
-                // The writer died with something on its way; the archive may have got it.
-                Some(gap) if self.fill(gap).await? => self.records(Vec::new()).await,
-                gap => Ok(Some(self.at_the_tip(gap))),
-            };
+            return self.end(gap).await;
         }
         let Some(gap) = gap else {
             self.stalled = None;
-            return Ok(None);
+            return Ok(ON);
         };
-        let stalled = match self.stalled {
-            Some(stalled) if stalled.from == gap.from => stalled,
-            _ => *self.stalled.insert(Stalled {
-                from: gap.from,
-                since: clock(),
-                looked: None,
-            }),
-        };
-        let looked_lately = stalled
-            .looked
-            .is_some_and(|looked| looked.elapsed() < LOOK_EVERY);
-        if at < stalled.since || looked_lately {
-            return Ok(None);
+        let stalled = self.stalled_at(gap);
+        if stalled.looked_lately() {
+            return Ok(ON);
         }
-        if gap.accepted {
-            return self.missing(gap, stalled).await;
-        }
-        if stalled.since.elapsed() < ON_ITS_WAY {
-            return Ok(None);
-        }
-        // Its writer died, or has been refused for a while. What it has not finished somebody sends again.
-        if self.fill(gap).await? {
-            return self.records(Vec::new()).await;
+        let is_missing = gap.accepted_by.is_some_and(|accepted| at >= accepted);
+        // A writer that died, or has been refused for a while, may not have finished it. Somebody sends it again.
+        if !is_missing && !stalled.for_as_long_as(self.settings.patience.max(LOOK_EVERY)) {
+            return Ok(ON);
         }
         if stalled.looked.is_none() {
+            let what = match is_missing {
+                true => "is missing in the Kinesis stream",
+                false => "is not finished by its writer",
+            };
+            let then = match self.archive.is_there() {
+                true => ": looking for it in the archive",
+                false => "",
+            };
             tracing::warn!(
                 stream = %self.settings.stream, from = %gap.from, to = %gap.to,
-                "waits for a stretch that its writer has not finished"
+                "a stretch {what}{then}"
             );
         }
-        self.stalled = Some(Stalled {
-            looked: Some(clock()),
-            ..stalled
-        });
-        Ok(None)
+        let filled = self.fill(gap).await?;
+        if filled != Filled::Nothing {
+            return self.go_on(filled).await;
+        }
+        if !is_missing {
+            return Ok(ON);
+        }
+        if self.archive.is_there() && !stalled.for_as_long_as(self.settings.patience) {
+            return Ok(ON);
+        }
+        if !self.is_from_the_beginning().await {
+            // The clocks may differ more than was allowed for.
+            return Ok(ControlFlow::Break(Next::FromTheBeginning));
+        }
+        Err(SourceError::Gap {
+            gap,
+            stream: self.settings.kinesis_stream.clone(),
+            archive: match self.archive.is_there() {
+                false => "no archive is configured".to_owned(),
+                true => "the archive does not have them".to_owned(),
+            },
+        })
     }
 
-    /// There is no more to hand over in what was read up to the tip.
-    fn at_the_tip(&self, gap: Option<Gap>) -> Next {
-        if self.joined || self.from_the_beginning {
-            return Next::End(gap);
+    /// The tip has been read, and nothing is missing for sure.
+    async fn end(&mut self, gap: Option<Gap>) -> Result<Flow, SourceError> {
+        if let Some(gap) = gap {
+            // The writer died with something on its way; the archive may have got it.
+            let filled = self.fill(gap).await?;
+            if filled != Filled::Nothing {
+                return self.go_on(filled).await;
+            }
+        }
+        if self.joined || self.is_from_the_beginning().await {
+            return Ok(ControlFlow::Break(Next::End(gap)));
         }
         tracing::warn!(
             stream = %self.settings.stream, position = %self.gather.position(),
             "nothing that was read of the Kinesis stream leads on from the replica: the source's clock may be ahead; reading the \
              stream from its oldest record on"
         );
-        Next::FromTheBeginning
+        Ok(ControlFlow::Break(Next::FromTheBeginning))
     }
 
-    /// A stretch is not in what was read of the stream.
-    async fn missing(&mut self, gap: Gap, stalled: Stalled) -> Result<Option<Next>, SourceError> {
-        if stalled.looked.is_none() {
-            tracing::warn!(
-                stream = %self.settings.stream, from = %gap.from, to = %gap.to,
-                "a stretch is missing in the Kinesis stream: looking for it in the archive"
-            );
+    /// Waits for room on the shelf; nothing is read meanwhile. What was complete is gone: all that helps is what is missing,
+    /// from the archive, or a large transaction that arrives at the replica.
+    async fn make_room(&mut self, limit: u64) -> Result<Flow, SourceError> {
+        let queue = self.queue.clone();
+        loop {
+            if self.shelf.others_have_room() {
+                return Ok(tokio::select! {
+                    () = queue.closed() => UNWANTED,
+                    () = tokio::time::sleep(ROOM_EVERY) => ON,
+                });
+            }
+            let Some(gap) = self.gather.gap() else {
+                return Err(SourceError::TooMuchWaits { limit });
+            };
+            let stalled = self.stalled_at(gap);
+            if !stalled.looked_lately() {
+                let filled = self.fill(gap).await?;
+                if filled != Filled::Nothing {
+                    return self.go_on(filled).await;
+                }
+            }
+            if !self.archive.is_there() || stalled.for_as_long_as(self.settings.patience) {
+                return Err(SourceError::TooMuchWaits { limit });
+            }
+            tokio::select! {
+                () = queue.closed() => return Ok(UNWANTED),
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
         }
-        if self.fill(gap).await? {
+    }
+
+    /// Since when this gap holds everything up.
+    fn stalled_at(&mut self, gap: Gap) -> Stalled {
+        match self.stalled {
+            Some(stalled) if stalled.from == gap.from => stalled,
+            _ => *self.stalled.insert(Stalled {
+                from: gap.from,
+                since: clock(),
+                looked: None,
+            }),
+        }
+    }
+
+    /// Takes from the archive what it has of a gap.
+    async fn fill(&mut self, gap: Gap) -> Result<Filled, SourceError> {
+        let filled = self
+            .archive
+            .fill(gap, &mut self.gather, &mut self.intake)
+            .await?;
+        if let Some(stalled) = &mut self.stalled {
+            stalled.looked = Some(clock());
+        }
+        if filled == Filled::Some {
             tracing::info!(
                 stream = %self.settings.stream, from = %gap.from, to = %self.gather.position(),
                 "filled from the archive"
             );
-            return self.records(Vec::new()).await;
         }
-        self.stalled = Some(Stalled {
-            looked: Some(clock()),
-            ..stalled
-        });
-        if !self.from_the_beginning {
-            // The clocks may differ more than was allowed for.
-            return Ok(Some(Next::FromTheBeginning));
-        }
-        if self.settings.archive.is_some() && stalled.since.elapsed() < self.settings.patience {
-            return Ok(None);
-        }
-        Err(SourceError::Gap {
-            gap,
-            stream: self.settings.kinesis_stream.clone(),
-            archive: match (&self.settings.archive, self.gather.position()) {
-                (None, _) => "no archive is configured".to_owned(),
-                (Some(_), position) if position == gap.from => {
-                    "the archive does not have them".to_owned()
-                }
-                (Some(_), position) => format!("the archive has them only up to {position}"),
-            },
-        })
+        Ok(filled)
     }
 
-    /// Takes from the archive what it has of a gap; whether anything.
-    async fn fill(&mut self, gap: Gap) -> Result<bool, SourceError> {
-        let Some((url, encryption)) = self.settings.archive.clone() else {
-            return Ok(false);
-        };
-        let store = match &self.store {
-            Some(store) => store.clone(),
-            None => {
-                let store = Store::open(&url, &encryption)
-                    .await
-                    .map_err(ArchiveError::from)?;
-                self.store.insert(store).clone()
-            }
-        };
-        let objects = store
-            .list(&self.layout.log(), None)
-            .await
-            .map_err(ArchiveError::from)?;
-        let spans: Vec<Span> = objects
-            .iter()
-            .filter_map(|object| self.layout.parse_segment(&object.name))
-            .collect();
-        let chain = Chain::from(gap.from, &spans);
-        for span in &chain.spans {
-            if self.gather.position() >= gap.to {
-                break;
-            }
-            let mut segment = SegmentReader::open(&store, &self.layout, *span).await?;
-            while let Some(messages) = segment.next_messages().await? {
-                for message in messages {
-                    if !self.intake.take(message).await? {
-                        return Ok(true);
-                    }
-                }
-            }
-            self.gather.advance(span.end);
+    /// After the archive has given something.
+    async fn go_on(&mut self, filled: Filled) -> Result<Flow, SourceError> {
+        if filled == Filled::Unwanted {
+            return Ok(UNWANTED);
         }
-        Ok(!chain.spans.is_empty())
+        self.hand_over_what_is_complete().await
+    }
+
+    /// Whether the stream has nothing that lies before where its reading began.
+    async fn is_from_the_beginning(&self) -> bool {
+        let StartAt::Timestamp(from) = self.from else {
+            return true;
+        };
+        // Who may not ask reads it once more.
+        let Ok(stream) = self.kinesis.describe().await else {
+            return false;
+        };
+        self.since
+            .duration_since(from)
+            .is_ok_and(|before| before >= stream.retention)
     }
 }
 
@@ -497,13 +560,6 @@ fn ended(joined: Result<Result<(), KinesisError>, tokio::task::JoinError>) -> So
         Ok(Err(error)) => error.into(),
         // Only for want of a receiver, which is here.
         Ok(Ok(())) | Err(_) => SourceError::Ended,
-    }
-}
-
-fn too_much(error: SpillError) -> SourceError {
-    match error {
-        SpillError::Full { limit } => SourceError::TooMuchWaits { limit },
-        error => error.into(),
     }
 }
 

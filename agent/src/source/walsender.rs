@@ -13,12 +13,15 @@ use tokio::time::Sleep;
 use super::feedback::{Feedback, Listener, ticks};
 use super::intake::{Intake, Meanwhile as _, Taken};
 use super::pace::Pace;
-use super::{Behind, Next, Reader, SlotUse, SourceError, SourceSettings, text_form};
+use super::{Behind, Next, Reader, SlotUse, SourceError, SourceSettings, begins_at, text_form};
 use crate::ledger::FlushLsn;
 use crate::pg::replication::{
     ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
 };
-use crate::pg::{PgLsn, Session};
+use crate::pg::{self, PgLsn, Session, slot};
+
+/// A look at a slot takes milliseconds; a source that needs longer is in trouble.
+const STATEMENT_TIMEOUT: &str = "60s";
 
 /// Streams from the end of what `intake` has, until an error or until another way is better.
 pub(super) async fn read(
@@ -64,7 +67,27 @@ async fn open(
     if settings.binary {
         options.push(("binary", "true"));
     }
-    Ok(connection.start_replication(&slot, start, &options).await?)
+    let streaming = connection.start_replication(&slot, start, &options).await?;
+    // From here on the slot is ours, or it is our copy, and nobody else moves it.
+    begins_at(settings, confirmed(settings, &slot, start).await?, start)?;
+    Ok(streaming)
+}
+
+/// Where the slot stands that is streamed from `start`.
+async fn confirmed(
+    settings: &SourceSettings,
+    slot: &str,
+    start: PgLsn,
+) -> Result<PgLsn, SourceError> {
+    let session = Session::new(settings.stream.application_name("position"))
+        .set("statement_timeout", STATEMENT_TIMEOUT);
+    let client = pg::connect(&settings.conninfo, &session).await?;
+    let state = slot::slot_state(&client, slot).await?;
+    let confirmed = state.and_then(|state| state.confirmed_flush_lsn);
+    // It is there: a server that does not have it is another one.
+    confirmed.ok_or_else(|| SourceError::Behind {
+        end_lsn: start.to_string(),
+    })
 }
 
 struct Walsender {

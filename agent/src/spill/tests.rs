@@ -61,7 +61,7 @@ fn what_is_written_is_read_twice_over_and_then_removed() {
     let path = file.path.clone();
     drop(file);
     assert!(!path.exists());
-    assert_eq!(space.used.load(Ordering::Relaxed), 0);
+    assert_eq!(space.room.used.load(Ordering::Relaxed), 0);
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn changes_of_aborted_subtransactions_are_not_read_back_and_their_descriptions_a
 fn many_open_transactions_gather_few_frames_and_an_aborted_one_gives_its_space_back() {
     let home = tempfile::tempdir().unwrap();
     let space = SpillSpace::open(home.path().join("s"), 1 << 30).unwrap();
-    let used = Arc::clone(&space.used);
+    let used = Arc::clone(&space.room.used);
     let mut spills = Spills::new(space);
     let table = relation(table(1, "t", &["a"]));
     for round in 0..3 {

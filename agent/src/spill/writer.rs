@@ -8,7 +8,6 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Write as _;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use dr_agent_proto::journal::v1::Frame;
@@ -115,7 +114,6 @@ impl Spills {
 pub struct SpillWriter {
     file: File,
     spill: SpillFile,
-    limit: u64,
     sequence: u64,
     gathered: BytesMut,
     /// Which description of each relation id the file holds last.
@@ -123,11 +121,10 @@ pub struct SpillWriter {
 }
 
 impl SpillWriter {
-    pub(super) fn new(file: File, spill: SpillFile, limit: u64) -> Self {
+    pub(super) fn new(file: File, spill: SpillFile) -> Self {
         Self {
             file,
             spill,
-            limit,
             sequence: 0,
             gathered: BytesMut::new(),
             described: HashMap::new(),
@@ -193,11 +190,9 @@ impl SpillWriter {
         };
         let encoded = frame.encode_length_delimited_to_vec();
         let size = encoded.len() as u64;
-        let used = self.spill.used.fetch_add(size, Ordering::Relaxed) + size;
+        let room = &self.spill.room;
+        room.take(size, room.limit())?;
         self.spill.bytes += size;
-        if used > self.limit {
-            return Err(SpillError::Full { limit: self.limit });
-        }
         self.file.write_all(&encoded).map_err(at)?;
         self.sequence += 1;
         // Given back, not kept for the next frame: there may be many writers.

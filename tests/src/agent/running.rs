@@ -1,6 +1,7 @@
 //! A `dr-agent` process in the background: its log, its pages, its end.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus};
 use std::thread;
@@ -26,6 +27,18 @@ impl Running {
         // An error means that it ended already, which is what we want.
         let _ = self.child.kill();
         self.child.wait().expect("it is our child");
+    }
+
+    /// SIGKILL to a process that runs until then.
+    pub fn kill_alive(&mut self) {
+        self.kill();
+        let status = self.exit_status().expect("it was waited for");
+        assert_eq!(
+            status.signal(),
+            Some(9),
+            "dr-agent {} had ended by itself",
+            self.what
+        );
     }
 
     /// SIGSTOP.
@@ -86,6 +99,16 @@ impl Running {
             status.code(),
             Some(code),
             "exit code of dr-agent {}",
+            self.what
+        );
+    }
+
+    /// Waits for the end, which must be by a signal: a fail point aborts, and nothing else may have been quicker.
+    pub async fn expect_death_by_signal(&mut self) {
+        let status = self.wait_for_exit(PATIENCE).await;
+        assert!(
+            status.signal().is_some(),
+            "dr-agent {} ended with {status} and not by a signal",
             self.what
         );
     }
