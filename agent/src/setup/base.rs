@@ -51,7 +51,8 @@ impl Watch {
     ) -> Result<(&Store, Option<(&str, &Manifest)>), BackupError> {
         let store = match &mut self.store {
             Some(store) => store,
-            none => none.insert(Store::as_it_is(&archive.url, &archive.encryption).await?),
+            // Whoever comes before `run` has made the directory finds an archive without a base.
+            none => none.insert(Store::open(&archive.url, &archive.encryption).await?),
         };
         let found = self.newest.find(store, stream).await?;
         Ok((store, found))
