@@ -19,6 +19,7 @@ mod chain;
 mod error;
 mod layout;
 mod log;
+mod recover;
 mod segment;
 mod spool;
 #[cfg(test)]

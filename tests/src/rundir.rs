@@ -159,5 +159,11 @@ pub fn tail(path: &Path, count: usize) -> String {
     let bytes = fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
     let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(count)..].join("\n")
+    let (earlier, last) = lines.split_at(lines.len().saturating_sub(count));
+    // A panic's backtrace is longer than that.
+    let panics = earlier
+        .windows(2)
+        .filter(|two| two[0].contains("panicked at"));
+    let panics: Vec<&str> = panics.flatten().copied().collect();
+    [panics.as_slice(), last].concat().join("\n")
 }

@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::chain::Chain;
 use super::segment::{Uploaded, upload};
 use super::spool::{Appended, Opened};
 use super::{ArchiveError, Layout, Segment, Span, Spool, SpoolError, SpoolLimits};
@@ -235,13 +236,11 @@ impl Log {
             taken,
         } = Spool::open(&settings.directory, settings.limits, start)?;
         let first = waiting.first().map(|segment| segment.span.start);
-        let (uploaded, uploaded_seen) = watch::channel(first.unwrap_or(spool.position()));
+        let first = first.map_or(spool.position(), |first| first.min(spool.position()));
+        let (uploaded, uploaded_seen) = watch::channel(first);
         // As many as the spool has room for.
         let (complete, segments) = mpsc::unbounded_channel();
-        for segment in waiting {
-            // The receiver is here.
-            let _ = complete.send(segment);
-        }
+        send_waiting(&complete, waiting, spool.position());
         let (requests, requested) = mpsc::channel(OFFERS);
         let (end, told_to_end) = oneshot::channel();
         let (reach, reach_seen) = watch::channel(Reach {
@@ -274,6 +273,7 @@ impl Log {
         let uploading = Uploading {
             settings,
             uploaded,
+            stored: Vec::new(),
             metrics,
             taken: taken.map(|(span, _)| span),
         };
@@ -288,6 +288,11 @@ impl Log {
     /// For whoever offers batches.
     pub fn handle(&self) -> &LogHandle {
         &self.handle
+    }
+
+    /// Whether a task of it is gone that nobody told to end: nothing comes of it any more.
+    pub fn is_lost(&self) -> bool {
+        self.writing.is_finished() || self.uploading.is_finished()
     }
 
     /// Ends it: what is in the spool goes to the store, as far as that is possible within `grace`. What is not, stays in the
@@ -307,8 +312,8 @@ impl Log {
             let _ = (&mut uploading).await;
         };
         let done = tokio::time::timeout_at(deadline, both).await.is_ok();
+        // The first may have ended in time and the second not; none may be waited for twice.
         for task in [writing, uploading] {
-            // One that was waited for to its end must not be asked again.
             if !task.is_finished() {
                 task.abort();
                 // It was told to end; how it did is of no interest.
@@ -334,14 +339,13 @@ pub async fn upload_leftover(
     } = Spool::open(&settings.directory, settings.limits, PgLsn::from(0))?;
     let directory = settings.directory.clone();
     let (complete, segments) = mpsc::unbounded_channel();
-    for segment in waiting {
-        let _ = complete.send(segment);
-    }
+    send_waiting(&complete, waiting, spool.position());
     drop(complete);
     let (uploaded, _) = watch::channel(PgLsn::from(0));
     let uploading = Uploading {
         settings,
         uploaded,
+        stored: Vec::new(),
         metrics,
         taken: taken.map(|(span, _)| span),
     };
@@ -350,11 +354,32 @@ pub async fn upload_leftover(
     Spool::forget(&directory)
 }
 
+/// What the upload is given.
+#[derive(Debug)]
+enum Item {
+    Segment(Segment),
+    /// What lies before this is elsewhere, or nowhere: nobody waits for it.
+    GoOnAt(PgLsn),
+}
+
+/// What an earlier run has left. What is missing before `position` was left out on purpose; what is missing from there on is to
+/// come.
+fn send_waiting(to: &mpsc::UnboundedSender<Item>, waiting: Vec<Segment>, position: PgLsn) {
+    for segment in waiting {
+        let start = segment.span.start;
+        if start <= position {
+            // The receiver is here.
+            let _ = to.send(Item::GoOnAt(start));
+        }
+        let _ = to.send(Item::Segment(segment));
+    }
+}
+
 /// Batches into the spool.
 struct Writer {
     settings: LogSettings,
     spool: Spool,
-    complete: mpsc::UnboundedSender<Segment>,
+    complete: mpsc::UnboundedSender<Item>,
     metrics: ArchiveMetrics,
     broken: watch::Sender<Option<PgLsn>>,
     reach: watch::Sender<Reach>,
@@ -496,9 +521,15 @@ impl Writer {
         self.complete();
         let gap = Span {
             start: self.spool.position().max(stored),
-            end: position,
+            end: self
+                .spool
+                .resumes_at()
+                .map_or(position, |here| here.min(position)),
         };
-        self.spool.go_on_at(position);
+        if let Err(error) = self.spool.go_on_at(position) {
+            self.say(&error);
+        }
+        let _ = self.complete.send(Item::GoOnAt(position));
         if gap.start < gap.end {
             tracing::error!(
                 stream = self.settings.author.stream, from = %gap.start, to = %gap.end,
@@ -521,7 +552,7 @@ impl Writer {
             // Without an upload it waits in the spool.
             Ok(segment) => segment
                 .into_iter()
-                .for_each(|segment| drop(self.complete.send(segment))),
+                .for_each(|segment| drop(self.complete.send(Item::Segment(segment)))),
             // The next start finds it.
             Err(error) => self.say(&error),
         }
@@ -531,20 +562,38 @@ impl Writer {
 /// Segments into the store.
 struct Uploading {
     settings: LogSettings,
+    /// How far the store has the log, without anything missing that is to come.
     uploaded: watch::Sender<PgLsn>,
+    /// What it has beyond that.
+    stored: Vec<Span>,
     metrics: ArchiveMetrics,
     /// The last segment that an earlier run has brought there.
     taken: Option<Span>,
 }
 
 impl Uploading {
-    async fn run(mut self, mut segments: mpsc::UnboundedReceiver<Segment>) {
+    async fn run(mut self, mut items: mpsc::UnboundedReceiver<Item>) {
         let mut store = None;
-        while let Some(segment) = segments.recv().await {
+        while let Some(item) = items.recv().await {
+            let segment = match item {
+                Item::Segment(segment) => segment,
+                Item::GoOnAt(position) => {
+                    self.reached(position);
+                    continue;
+                }
+            };
             let mut attempt = 0;
             let uploaded = loop {
                 match self.upload(&mut store, &segment).await {
                     Ok(uploaded) => break uploaded,
+                    Err(ArchiveError::Spool(error @ SpoolError::Damaged { .. })) => {
+                        // Whoever opens the spool anew keeps it aside, and reads the source again.
+                        tracing::error!(
+                            stream = self.settings.author.stream, error = %chain(&error), hint = error.hint(),
+                            "a segment cannot be archived"
+                        );
+                        return;
+                    }
                     Err(error) => {
                         attempt += 1;
                         self.failed(&error, &segment, attempt).await;
@@ -552,15 +601,24 @@ impl Uploading {
                 }
             };
             failpoint::hit("archive:uploaded");
-            let end = segment.span.end;
+            let (span, end) = (segment.span, segment.span.end);
             let (raw, stored) = (uploaded.raw_bytes, uploaded.stored_bytes);
             self.metrics.segment(raw, stored, end, now());
             if let Err(error) = segment.taken() {
                 // It is uploaded again after the next start, which does no harm.
                 tracing::warn!(stream = self.settings.author.stream, error = %chain(&error), "a segment stays in the spool");
             }
-            self.uploaded.send_replace(end);
+            self.stored.push(span);
+            self.reached(PgLsn::from(0));
         }
+    }
+
+    /// The store has everything up to where it had, or up to `position`, and what was stored beyond.
+    fn reached(&mut self, position: PgLsn) {
+        let from = position.max(*self.uploaded.borrow());
+        let end = Chain::from(from, &self.stored).end;
+        self.stored.retain(|span| span.end > end);
+        self.uploaded.send_replace(end);
     }
 
     async fn upload(

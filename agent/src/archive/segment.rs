@@ -56,11 +56,13 @@ pub(super) async fn upload(
     let mut writer = store.create(&name).await?;
     let mut encoder = encoder().map_err(unreadable)?;
     let mut stored_bytes = 0;
+    let mut checking = Checking::from(segment.span.start);
     loop {
         let (read, compressed) = tokio::task::block_in_place(|| {
             let mut block = Vec::with_capacity(BLOCK_BYTES);
             let limit = BLOCK_BYTES as u64;
             let read = (&mut file).take(limit).read_to_end(&mut block)?;
+            checking.push(&block);
             encoder.write_all(&block)?;
             Ok((read, std::mem::take(encoder.get_mut())))
         })
@@ -72,6 +74,14 @@ pub(super) async fn upload(
         if read < BLOCK_BYTES {
             break;
         }
+    }
+    if checking.end() != Some(segment.span.end) {
+        // The object that was begun is not finished: nobody ever sees it.
+        return Err(SpoolError::Damaged {
+            path: segment.path().to_owned(),
+            end: checking.whole,
+        }
+        .into());
     }
     let rest = encoder.finish().map_err(unreadable)?;
     stored_bytes += rest.len() as u64;
@@ -85,6 +95,52 @@ pub(super) async fn upload(
         raw_bytes: segment.bytes(),
         stored_bytes,
     })
+}
+
+/// What a disk gives back is not always what it was given.
+struct Checking {
+    frames: Frames,
+    unpacker: Unpacker,
+    /// Where the whole batches so far end.
+    whole: PgLsn,
+    is_damaged: bool,
+}
+
+impl Checking {
+    fn from(start: PgLsn) -> Self {
+        Self {
+            frames: Frames::default(),
+            unpacker: Unpacker::default(),
+            whole: start,
+            is_damaged: false,
+        }
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        if self.is_damaged {
+            return;
+        }
+        self.frames.push(bytes);
+        loop {
+            let part = match self.frames.next_part() {
+                Ok(Some(part)) => part,
+                Ok(None) => return,
+                Err(_) => break,
+            };
+            match self.unpacker.push(&part, |_| {}) {
+                Ok(true) => self.whole = part.end_lsn.into(),
+                Ok(false) => {}
+                Err(_) => break,
+            }
+        }
+        self.is_damaged = true;
+    }
+
+    /// Where it ends, if it is whole.
+    fn end(&self) -> Option<PgLsn> {
+        let whole = !self.is_damaged && self.frames.finish().is_ok();
+        whole.then_some(self.whole)
+    }
 }
 
 fn encoder() -> std::io::Result<zstd::stream::write::Encoder<'static, Vec<u8>>> {

@@ -4,13 +4,14 @@
 //! <directory>/<start>.open          being written; parts behind one another, uncompressed
 //! <directory>/<start>-<end>.log     complete, waiting for the store
 //! <directory>/<start>-<end>.taken   empty: the last one that the store has taken
+//! <directory>/<start>-<end>.missing empty: of a segment that was damaged; to be read again
 //! ```
 //! One directory for each history. Its *position* is how far the log has come; what is appended begins there.
 //!
 //! # Invariants
 //! - When [`Spool::append`] has returned, the batch survives `kill -9` and a loss of power.
 //! - A segment holds whole batches without a gap. What a crash left behind the last of them is cut off when the spool is opened;
-//!   what was damaged otherwise is kept aside, and the position goes back to where it begins.
+//!   what was damaged otherwise is kept aside, and the position goes back to where it begins, until the log has passed it.
 //! - What is in the log is not written again, whoever offers it once more.
 //! - All files together hold at most [`SpoolLimits::bytes`], unless a single batch is larger than that.
 //!
@@ -18,7 +19,7 @@
 //! It does not upload and knows no clock: how old a segment may be is the caller's business.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,11 +27,11 @@ use std::time::SystemTime;
 
 use bytes::BytesMut;
 
+use super::Chain;
 use super::layout::{Span, digits, parse_digits};
+use super::recover::{self, Recovered};
 use crate::batch::Batch;
-use crate::changelog::{
-    Author, Compression, Frames, Packing, Part, UnpackError, Unpacker, VERSION, put_frame,
-};
+use crate::changelog::{Author, Compression, Packing, UnpackError, put_frame};
 use crate::error::{Class, Classify, disk_class};
 use crate::pg::PgLsn;
 use crate::spill::SpillError;
@@ -38,13 +39,11 @@ use crate::spill::SpillError;
 /// Bytes of one part. Large enough that its header is nothing, small enough to be in memory twice.
 const PART_BYTES: usize = 1 << 20;
 
-/// How far behind damage it is looked for more.
-const BEYOND_BYTES: u64 = 64 << 20;
-
 const OPEN: &str = "open";
 const COMPLETE: &str = "log";
 const TAKEN: &str = "taken";
-const DAMAGED: &str = "damaged";
+pub(super) const DAMAGED: &str = "damaged";
+const MISSING: &str = "missing";
 
 /// What the spool may hold.
 #[derive(Clone, Copy, Debug)]
@@ -86,6 +85,14 @@ pub enum SpoolError {
     /// A large transaction could not be read back.
     #[error("read a large transaction for the spool")]
     Spill(#[from] SpillError),
+    /// What was written is not what is read.
+    #[error("{} is damaged: it ends or breaks off at {end}", path.display())]
+    Damaged {
+        /// Which file.
+        path: PathBuf,
+        /// Where the whole batches at its beginning end.
+        end: PgLsn,
+    },
     /// What another version of the agent has left.
     #[error("read what waits in spool {}", path.display())]
     Record {
@@ -102,7 +109,7 @@ impl Classify for SpoolError {
         match self {
             Self::Io { source, .. } => disk_class(source),
             Self::Full { .. } => Class::Transient,
-            Self::InUse { .. } => Class::Definite,
+            Self::InUse { .. } | Self::Damaged { .. } => Class::Definite,
             Self::Spill(error) => error.class(),
             Self::Record { source, .. } => source.class(),
         }
@@ -120,6 +127,9 @@ impl Classify for SpoolError {
             ),
             Self::InUse { .. } => Some(
                 "stop the other agent, or give this one a spool_directory of its own".to_owned(),
+            ),
+            Self::Damaged { .. } => Some(
+                "the disk, or its controller, or memory is failing: look there; what the source still has is read again".to_owned(),
             ),
             Self::Spill(error) => error.hint(),
             Self::Record { source, .. } => source.hint(),
@@ -199,6 +209,8 @@ pub struct Spool {
     open: Option<Open>,
     /// How far the log has come.
     position: PgLsn,
+    /// What is to be read again, in order.
+    missing: Vec<Span>,
     /// Held as long as the spool is open.
     _lock: File,
 }
@@ -244,17 +256,21 @@ impl Spool {
         let lock = lock(directory)?;
         let used = Arc::new(AtomicU64::new(0));
         let mut waiting = Vec::new();
-        for entry in fs::read_dir(directory).map_err(at("list", directory))? {
-            let path = entry.map_err(at("list", directory))?.path();
-            let found = match stem_and_ending(&path) {
-                (stem, COMPLETE) => Span::parse(stem).map(|span| (path.clone(), span)),
-                (stem, OPEN) => match parse_digits(stem) {
-                    Some(start) => recover(&path, start)?,
-                    None => None,
-                },
-                _ => None,
+        // Listed before anything is renamed: what is now complete must not be met once more.
+        let entries = fs::read_dir(directory).map_err(at("list", directory))?;
+        let paths: Result<Vec<PathBuf>, io::Error> =
+            entries.map(|entry| Ok(entry?.path())).collect();
+        for path in paths.map_err(at("list", directory))? {
+            let (stem, ending) = stem_and_ending(&path);
+            let recovered = match (ending, Span::parse(stem), parse_digits(stem)) {
+                (COMPLETE, Some(span), _) => recover::finished(&path, span)?,
+                (OPEN, _, Some(start)) => recover::unfinished(&path, start)?,
+                _ => Recovered::default(),
             };
-            if let Some((path, span)) = found {
+            if let Some(span) = recovered.missing {
+                mark_missing(directory, span)?;
+            }
+            if let Some((path, span)) = recovered.segment {
                 let bytes = fs::metadata(&path).map_err(at("look at", &path))?.len();
                 used.fetch_add(bytes, Ordering::Relaxed);
                 waiting.push(Segment {
@@ -274,15 +290,25 @@ impl Spool {
         });
         let taken = taken.transpose()?;
         let spans = waiting.iter().map(|segment| segment.span);
-        let spans = spans.chain(taken.map(|(span, _)| span));
-        let spool = Self {
+        let spans: Vec<Span> = spans.chain(taken.map(|(span, _)| span)).collect();
+        let missing = with_ending(directory, MISSING)?;
+        let mut missing: Vec<Span> = missing.into_iter().map(|(_, span)| span).collect();
+        missing.sort();
+        let position = match missing.first() {
+            // As far as it was read again.
+            Some(span) => Chain::from(span.start, &spans).end,
+            None => spans.iter().map(|span| span.end).max().unwrap_or(start),
+        };
+        let mut spool = Self {
             directory: directory.to_owned(),
             limits,
             used,
             open: None,
-            position: spans.map(|span| span.end).max().unwrap_or(start),
+            position,
+            missing,
             _lock: lock,
         };
+        spool.pass()?;
         Ok(Opened {
             spool,
             waiting,
@@ -330,17 +356,38 @@ impl Spool {
         self.position
     }
 
+    /// Where what is here goes on, if something before it is to be read again.
+    pub fn resumes_at(&self) -> Option<PgLsn> {
+        self.missing.first().map(|span| span.end)
+    }
+
     /// The log goes on at `position`: what lies before it is elsewhere, or nowhere. The segment that is being written is complete
     /// before.
     ///
+    /// # Errors
+    /// [`SpoolError::Io`]
+    ///
     /// # Panics
     /// If that would be backwards, or within a segment.
-    pub fn go_on_at(&mut self, position: PgLsn) {
+    pub fn go_on_at(&mut self, position: PgLsn) -> Result<(), SpoolError> {
         assert!(
             position >= self.position && self.open.is_none(),
             "a segment has no gap inside"
         );
         self.position = position;
+        self.pass()
+    }
+
+    /// Forgets what was missing before the position.
+    fn pass(&mut self) -> Result<(), SpoolError> {
+        while let Some(span) = self.missing.first().copied()
+            && span.end <= self.position
+        {
+            let mark = missing_mark(&self.directory, span);
+            fs::remove_file(&mark).map_err(at("remove", &mark))?;
+            self.missing.remove(0);
+        }
+        Ok(())
     }
 
     /// Whether the segment that is being written is as large as it may become.
@@ -377,6 +424,7 @@ impl Spool {
                 open.bytes += written;
                 open.span.end = batch.end_lsn();
                 self.position = batch.end_lsn();
+                self.pass()?;
                 Ok(Appended::Now)
             }
             Err(WriteError::Room) => {
@@ -421,6 +469,16 @@ impl Spool {
             used: Arc::clone(&self.used),
         }))
     }
+}
+
+fn missing_mark(directory: &Path, span: Span) -> PathBuf {
+    directory.join(format!("{}.{MISSING}", span.name()))
+}
+
+fn mark_missing(directory: &Path, span: Span) -> Result<(), SpoolError> {
+    let mark = missing_mark(directory, span);
+    File::create(&mark).map_err(at("create", &mark))?;
+    sync_directory(directory)
 }
 
 /// One agent at a time. The lock goes with the process.
@@ -493,116 +551,11 @@ fn write(
     Ok(written)
 }
 
-fn truncate(file: &mut File, path: &Path, bytes: u64) -> Result<(), SpoolError> {
+pub(super) fn truncate(file: &mut File, path: &Path, bytes: u64) -> Result<(), SpoolError> {
     file.set_len(bytes).map_err(at("truncate", path))?;
     file.seek(SeekFrom::Start(bytes))
         .map_err(at("truncate", path))?;
     file.sync_all().map_err(at("sync", path))
-}
-
-/// What a killed agent was writing: the whole batches in it become a complete segment.
-fn recover(path: &Path, start: PgLsn) -> Result<Option<(PathBuf, Span)>, SpoolError> {
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(path)
-        .map_err(at("open", path))?;
-    let whole = whole_batches(&mut file, path, start)?;
-    if whole.is_damaged {
-        let aside = path.with_extension(DAMAGED);
-        fs::copy(path, &aside).map_err(at("keep aside", path))?;
-        tracing::error!(
-            spool = %path.display(), kept = %aside.display(), from = %whole.end,
-            "the spool was damaged on disk: the change log is read anew from there, if the source still has it"
-        );
-    }
-    if whole.bytes == 0 {
-        fs::remove_file(path).map_err(at("remove", path))?;
-        return Ok(None);
-    }
-    truncate(&mut file, path, whole.bytes)?;
-    let span = Span {
-        start,
-        end: whole.end,
-    };
-    let directory = path.parent().unwrap_or_else(|| Path::new("."));
-    Ok(Some((complete(directory, path, span)?, span)))
-}
-
-/// The whole batches at the beginning of a file.
-struct Whole {
-    /// How many bytes they take.
-    bytes: u64,
-    /// Where the last of them ends.
-    end: PgLsn,
-    /// Batches follow behind what cannot be read. Each was on disk before the next was begun, so that is not where a crash cut
-    /// the last one off.
-    is_damaged: bool,
-}
-
-fn whole_batches(file: &mut File, path: &Path, start: PgLsn) -> Result<Whole, SpoolError> {
-    let mut frames = Frames::default();
-    let mut unpacker = Unpacker::default();
-    let mut whole = Whole {
-        bytes: 0,
-        end: start,
-        is_damaged: false,
-    };
-    let mut block = vec![0; 1 << 16];
-    loop {
-        let read = file.read(&mut block).map_err(at("read", path))?;
-        if read == 0 {
-            // A length that was spoilt looks like a record that was cut off.
-            return match frames.finish() {
-                Ok(()) => Ok(whole),
-                Err(_) => look_beyond(file, path, whole),
-            };
-        }
-        frames.push(&block[..read]);
-        loop {
-            let part = match frames.next_part() {
-                Ok(Some(part)) => part,
-                Ok(None) => break,
-                Err(_) => return look_beyond(file, path, whole),
-            };
-            match unpacker.push(&part, |_| {}) {
-                Ok(true) => {
-                    whole.bytes = frames.taken();
-                    whole.end = part.end_lsn.into();
-                }
-                Ok(false) => {}
-                Err(source @ UnpackError::Version { .. }) => {
-                    let path = path.to_owned();
-                    return Err(SpoolError::Record { path, source });
-                }
-                Err(_) => return look_beyond(file, path, whole),
-            }
-        }
-    }
-}
-
-/// Whether anything can be read behind what cannot.
-fn look_beyond(file: &mut File, path: &Path, whole: Whole) -> Result<Whole, SpoolError> {
-    let mut bytes = Vec::new();
-    file.seek(SeekFrom::Start(whole.bytes))
-        .and_then(|_| file.take(BEYOND_BYTES).read_to_end(&mut bytes))
-        .map_err(at("read", path))?;
-    let is_damaged = (1..bytes.len())
-        .filter_map(|offset| whole_part(&bytes[offset..]))
-        .any(|part| PgLsn::from(part.previous_end_lsn) > whole.end);
-    Ok(Whole {
-        is_damaged,
-        ..whole
-    })
-}
-
-/// The part that begins here, if one does.
-fn whole_part(bytes: &[u8]) -> Option<Part> {
-    let part = Frames::peek(bytes)?;
-    let sound = part.version == VERSION
-        && part.messages.len() as u64 == part.raw_bytes
-        && crc32c::crc32c(&part.messages) == part.crc32c;
-    sound.then_some(part)
 }
 
 /// Makes a directory and whatever is missing above it; a loss of power takes none of them away.
@@ -623,7 +576,7 @@ fn make_durably(directory: &Path) -> Result<(), SpoolError> {
     Ok(())
 }
 
-fn complete(directory: &Path, path: &Path, span: Span) -> Result<PathBuf, SpoolError> {
+pub(super) fn complete(directory: &Path, path: &Path, span: Span) -> Result<PathBuf, SpoolError> {
     let to = directory.join(format!("{}.{COMPLETE}", span.name()));
     fs::rename(path, &to).map_err(at("rename", path))?;
     sync_directory(directory)?;
@@ -636,7 +589,7 @@ fn sync_directory(directory: &Path) -> Result<(), SpoolError> {
         .map_err(at("sync", directory))
 }
 
-fn at(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SpoolError {
+pub(super) fn at(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SpoolError {
     let path = path.to_owned();
     move |source| SpoolError::Io {
         doing,

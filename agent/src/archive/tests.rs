@@ -224,7 +224,7 @@ fn a_gap_that_is_left_on_purpose_lies_between_segments() {
     let (mut spool, _) = open(home.path());
     spool.append(&author(), &batch(10, 20, 1)).unwrap();
     let before = spool.close().unwrap().unwrap();
-    spool.go_on_at(lsn(50));
+    spool.go_on_at(lsn(50)).unwrap();
     let known = spool.append(&author(), &batch(20, 45, 1)).unwrap();
     assert_eq!(known, Appended::Known);
     spool.append(&author(), &batch(45, 60, 1)).unwrap();
@@ -335,6 +335,73 @@ fn what_a_disk_has_spoilt_is_told_from_what_a_crash_has_cut_off() {
         if in_batch == 2 {
             assert!(!kept_aside(directory.path()), "byte {at}");
         }
+    }
+}
+
+/// Three segments of two batches each wait, and a disk spoils some byte of the second.
+#[test]
+fn what_a_disk_has_spoilt_of_a_complete_segment_is_read_again_whatever_is_killed_meanwhile() {
+    let size = {
+        let home = tempfile::tempdir().unwrap();
+        let (mut spool, _) = open(home.path());
+        spool.append(&author(), &batch(30, 40, 1)).unwrap();
+        spool.append(&author(), &batch(40, 50, 1)).unwrap();
+        spool.used() as usize
+    };
+    for spoilt in 0..size {
+        let home = tempfile::tempdir().unwrap();
+        let (mut spool, _) = open(home.path());
+        for previous in [10, 30, 50] {
+            for previous in [previous, previous + 10] {
+                let new = batch(previous, previous + 10, 1);
+                spool.append(&author(), &new).unwrap();
+            }
+            spool.close().unwrap().unwrap();
+        }
+        drop(spool);
+        let victim = home.path().join(format!("{}.log", span(30, 50).name()));
+        let mut bytes = fs::read(&victim).unwrap();
+        bytes[spoilt] ^= 0x10;
+        fs::write(&victim, bytes).unwrap();
+        // A version of the future is for whoever wrote it.
+        let Ok(opened) = Spool::open(home.path(), LIMITS, lsn(10)) else {
+            continue;
+        };
+        let (mut spool, mut waiting) = (opened.spool, opened.waiting);
+        let from = u64::from(spool.position());
+        assert!(from == 30 || from == 40, "byte {spoilt}: {from}");
+        assert_eq!(spool.resumes_at(), Some(lsn(50)));
+        let whole: Vec<Vec<u64>> = waiting.iter().map(ends).collect();
+        let left = if from == 40 { vec![vec![40]] } else { vec![] };
+        assert_eq!(
+            whole,
+            [vec![vec![20, 30]], left, vec![vec![60, 70]]].concat()
+        );
+        // The store takes all of that, before anything is read again and the agent is killed.
+        if spoilt % 2 == 0 {
+            waiting
+                .drain(..)
+                .for_each(|segment| segment.taken().unwrap());
+        }
+        drop(spool);
+        (spool, _) = open(home.path());
+        let again = u64::from(spool.position());
+        assert!((30..=from).contains(&again), "byte {spoilt}: {again}");
+        for previous in (again..70).step_by(10) {
+            assert!(spool.resumes_at().is_some() || previous >= 50);
+            let new = batch(previous, previous + 10, 1);
+            assert_eq!(spool.append(&author(), &new).unwrap(), Appended::Now);
+            if previous == 30 {
+                drop(spool);
+                (spool, _) = open(home.path());
+                assert_eq!(spool.position(), lsn(40));
+            }
+        }
+        drop(spool);
+        let (spool, waiting) = open(home.path());
+        assert_eq!((spool.position(), spool.resumes_at()), (lsn(70), None));
+        let spans: Vec<Span> = waiting.iter().map(|segment| segment.span).collect();
+        assert_eq!(Chain::from(lsn(again), &spans).end, lsn(70), "{spans:?}");
     }
 }
 

@@ -40,6 +40,7 @@ use crate::batch::Batch;
 use crate::changelog::Author;
 use crate::config::{Archive, Config};
 use crate::error::{Class, Classify as _, chain};
+use crate::failpoint;
 use crate::history::History;
 use crate::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
@@ -62,6 +63,9 @@ const STORE_WITHIN: Duration = Duration::from_secs(10);
 
 /// A spool that did not take anything is tried again after that, if the store has taken nothing meanwhile.
 const STUCK_FOR: Duration = Duration::from_secs(30);
+
+/// Before what has panicked is begun anew.
+const PAUSE_AFTER_PANIC: Duration = Duration::from_secs(5);
 
 /// What a session sees of the log.
 #[derive(Clone, Debug, Default)]
@@ -123,7 +127,7 @@ impl ChangeLog {
             required: archive.required,
             look,
             end,
-            task: AbortOnDropHandle::new(tokio::spawn(keeping.run())),
+            task: AbortOnDropHandle::new(tokio::spawn(run(Arc::new(keeping)))),
         }
     }
 
@@ -292,8 +296,26 @@ struct Keeping {
     end: CancellationToken,
 }
 
+/// Keeps it until told to end, whatever happens.
+async fn run(keeping: Arc<Keeping>) {
+    loop {
+        let keep = Arc::clone(&keeping);
+        let task = AbortOnDropHandle::new(tokio::spawn(async move { keep.run().await }));
+        if task.await.is_ok() {
+            return;
+        }
+        // Nobody else would notice: the sessions would go on, and the slot would keep WAL for a log that nobody writes.
+        tracing::error!(
+            database = keeping.database,
+            "the task that keeps the change log has ended by an error of dr-agent's own, which is above; it is begun anew"
+        );
+        keeping.state.send_replace(State::default());
+        tokio::time::sleep(keeping.config.limits.retry_max.min(PAUSE_AFTER_PANIC)).await;
+    }
+}
+
 impl Keeping {
-    async fn run(self) {
+    async fn run(&self) {
         let mut leftovers = JoinSet::new();
         // What waits for the store need not wait for the source.
         let mut open = self.latest_in_spool();
@@ -314,6 +336,13 @@ impl Keeping {
             };
             if open.as_ref().map(|log| log.handle().reach().position) > position {
                 (attempt, began) = (0, Instant::now());
+            }
+            if open.take_if(|log| log.is_lost()).is_some() {
+                tracing::error!(
+                    database = self.database,
+                    "a task of the change log has ended by an error of dr-agent's own, which is above; the spool is opened anew"
+                );
+                self.state.send_replace(State::default());
             }
             attempt += 1;
             self.let_go
@@ -378,6 +407,7 @@ impl Keeping {
             other.finish(Duration::ZERO).await;
             self.upload_leftover(history, leftovers);
         }
+        failpoint::hit("log:found");
         // Whatever becomes of it, it is this one that the slot waits for.
         let history = Some(found.history);
         self.hold.send_modify(|hold| {

@@ -65,8 +65,6 @@ impl Running {
             Some(0),
             "SIGTERM drains and ends with code 0"
         );
-        let log = self.log();
-        assert!(!log.contains("panicked at"), "a task panicked: {log}");
     }
 
     /// The process id.
