@@ -3,7 +3,7 @@
 //! The names are a contract (ARCHITECTURE.md, README.md): dashboards and alerts outside this
 //! repository depend on them. All but the first three carry the label `database`.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use metrics::{Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge};
 use metrics::{describe_histogram, gauge, histogram};
@@ -207,7 +207,12 @@ pub const ALL: &[(&str, Kind, &str)] = &[
     (
         "dr_agent_archive_retries_total",
         Kind::Counter,
-        "Attempts to bring a segment into the archive that failed",
+        "Attempts to bring a segment of the change log or an object of a base backup into the archive that failed",
+    ),
+    (
+        "dr_agent_archive_throttled_total",
+        Kind::Counter,
+        "Answers by which S3 asked for fewer requests (429, 503, SlowDown)",
     ),
     (
         "dr_agent_archive_gaps_total",
@@ -218,6 +223,21 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         "dr_agent_archive_last_base_timestamp_seconds",
         Kind::Gauge,
         "What the newest base backup is as of; absent before the first",
+    ),
+    (
+        "dr_agent_archive_base_bytes",
+        Kind::Gauge,
+        "Size of the newest base backup in the archive; absent before the first",
+    ),
+    (
+        "dr_agent_archive_base_seconds",
+        Kind::Gauge,
+        "How long it took to take the newest base backup; absent before the first",
+    ),
+    (
+        "dr_agent_archive_base_progress",
+        Kind::Gauge,
+        "How much of the base backup that is being taken has been read, 0 to 1; 1 while none is",
     ),
     (
         "dr_agent_archive_failed_bases_total",
@@ -232,7 +252,7 @@ pub const ALL: &[(&str, Kind, &str)] = &[
     (
         "dr_agent_archive_last_segment_timestamp_seconds",
         Kind::Gauge,
-        "When the archive last took a segment; absent before the first",
+        "When the archive last took a segment; when the agent started, where it does not know of any",
     ),
 ];
 
@@ -272,6 +292,8 @@ pub struct ArchiveMetrics {
     stored_bytes: Counter,
     /// `dr_agent_archive_retries_total`
     pub retries: Counter,
+    /// `dr_agent_archive_throttled_total`
+    pub throttled: Counter,
     /// `dr_agent_archive_gaps_total`
     pub gaps: Counter,
     /// `dr_agent_archive_failed_bases_total`
@@ -295,6 +317,7 @@ impl ArchiveMetrics {
             raw_bytes: bytes("raw"),
             stored_bytes: bytes("stored"),
             retries: counter!("dr_agent_archive_retries_total", "database" => label()),
+            throttled: counter!("dr_agent_archive_throttled_total", "database" => label()),
             gaps: counter!("dr_agent_archive_gaps_total", "database" => label()),
             failed_bases: counter!("dr_agent_archive_failed_bases_total", "database" => label()),
             spool_bytes: gauge!("dr_agent_archive_spool_bytes", "database" => label()),
@@ -307,31 +330,50 @@ impl ArchiveMetrics {
         self.segments.increment(1);
         self.raw_bytes.increment(raw_bytes);
         self.stored_bytes.increment(stored_bytes);
+        self.has_segment(end, at);
+    }
+
+    /// The archive took its last segment then, in an earlier life of the agent.
+    pub fn has_segment(&self, end: PgLsn, at: SystemTime) {
         self.flush_lsn.set(u64::from(end) as f64);
-        let at = at
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
+        self.last_segment(at);
+    }
+
+    /// Nothing of the archive is known yet: its age counts from here, and not from when it first takes something.
+    pub fn starts(&self, at: SystemTime) {
+        self.last_segment(at);
+    }
+
+    fn last_segment(&self, at: SystemTime) {
         gauge!(
             "dr_agent_archive_last_segment_timestamp_seconds", "database" => self.database.clone()
         )
-        .set(at.as_secs_f64());
+        .set(seconds(at));
     }
 
-    /// The newest base backup is of then.
-    pub fn base(&self, as_of: SystemTime) {
-        let as_of = as_of
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
-        gauge!(
-            "dr_agent_archive_last_base_timestamp_seconds", "database" => self.database.clone()
-        )
-        .set(as_of.as_secs_f64());
+    /// The newest base backup is of then, has this size, and took that long.
+    pub fn base(&self, as_of: SystemTime, bytes: u64, took: Duration) {
+        let database = || self.database.clone();
+        gauge!("dr_agent_archive_last_base_timestamp_seconds", "database" => database())
+            .set(seconds(as_of));
+        gauge!("dr_agent_archive_base_bytes", "database" => database()).set(bytes as f64);
+        gauge!("dr_agent_archive_base_seconds", "database" => database()).set(took.as_secs_f64());
+    }
+
+    /// So much of the base backup that is being taken has been read, from 0 to 1.
+    pub fn base_progress(&self, done: f64) {
+        gauge!("dr_agent_archive_base_progress", "database" => self.database.clone()).set(done);
     }
 
     /// What the spool holds.
     pub fn spool(&self, bytes: u64) {
         self.spool_bytes.set(bytes as f64);
     }
+}
+
+fn seconds(at: SystemTime) -> f64 {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH);
+    since.unwrap_or_default().as_secs_f64()
 }
 
 /// The metrics of one database's Kinesis stream; exported under route `kinesis`.

@@ -113,7 +113,8 @@ async fn a_damaged_archive_is_an_error_that_names_the_object() {
     let before = note(&source).await;
     for seed in 0..4 {
         work(&source, 6, seed * 10).await;
-        tokio::time::sleep(Duration::from_millis(700)).await;
+        let one_more = async || segments(&archive).len() > seed as usize;
+        wait_until("a segment of its own", PATIENCE, one_more).await;
     }
     running.stop().await;
     let all = segments(&archive);

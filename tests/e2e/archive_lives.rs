@@ -8,7 +8,7 @@ use std::path::Path;
 
 use dr_agent_tests::agent::Agent;
 use dr_agent_tests::archive::{
-    Moment, agent_at, archive, expect_state, files_below, first_base, protected, restore,
+    Moment, agent_at, archive, expect_state, files_below, first_base, note, protected, restore,
     wait_archived, work,
 };
 use dr_agent_tests::rundir::directory_for;
@@ -48,6 +48,8 @@ async fn the_past_of_a_stream_that_was_started_over_stays_until_its_time_is_up()
     let (database, archive, mut agent, running) = protected(&site, "lives").await;
     let source = database.source().await;
     let earlier = work(&source, 6, 0).await;
+    // What comes later shows that nothing comes before.
+    source.run("INSERT INTO bag VALUES ('behind')").await;
     wait_archived(&database, &archive).await;
     running.stop().await;
     forget(&database).await;
@@ -68,6 +70,8 @@ async fn the_past_of_a_stream_that_was_started_over_stays_until_its_time_is_up()
     };
     wait_until("each life to have a base backup", PATIENCE, two).await;
     let later = work(&source, 6, 300).await;
+    source.run("INSERT INTO bag VALUES ('behind')").await;
+    let now = note(&source).await;
     wait_archived(&database, &archive).await;
     running.expect_quiet_log();
     running.stop().await;
@@ -76,13 +80,19 @@ async fn the_past_of_a_stream_that_was_started_over_stays_until_its_time_is_up()
         .await
         .expect_code(0)
         .expect_words(&["sound"]);
-    expect_restored(&database, &agent, "earlier", earlier.last().unwrap()).await;
-    expect_restored(&database, &agent, "later", later.last().unwrap()).await;
+    expect_restored(
+        &database,
+        &agent,
+        "earlier_of_lives",
+        earlier.last().unwrap(),
+    )
+    .await;
+    expect_restored(&database, &agent, "later_of_lives", later.last().unwrap()).await;
     // Without a moment, today's is meant.
-    restore(&database, &agent, "today", &[])
+    restore(&database, &agent, "today_of_lives", &[])
         .await
         .expect_code(0);
-    expect_state(&database, "today", later.last().unwrap()).await;
+    expect_state(&database, "today_of_lives", &now).await;
 
     // The first life ended long ago, as far as the retention is concerned; of the second, what its base backup needs stays.
     agent.configure("archive.retention", "\"1ms\"");
@@ -95,16 +105,16 @@ async fn the_past_of_a_stream_that_was_started_over_stays_until_its_time_is_up()
     restore(
         &database,
         &agent,
-        "too_early",
+        "before_lives",
         &["--to-lsn", &earlier.last().unwrap().lsn],
     )
     .await
     .expect_code(1)
     .expect_words(&["no base backup"]);
-    restore(&database, &agent, "today_still", &[])
+    restore(&database, &agent, "today_of_lives_still", &[])
         .await
         .expect_code(0);
-    expect_state(&database, "today_still", later.last().unwrap()).await;
+    expect_state(&database, "today_of_lives_still", &now).await;
 }
 
 /// Whatever the archive is in the meantime.

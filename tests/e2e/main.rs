@@ -10,7 +10,9 @@
 mod archive;
 mod archive_alone;
 mod archive_history;
+mod archive_keep;
 mod archive_lives;
+mod archive_s3;
 mod archive_tidy;
 mod archive_writers;
 mod backup;

@@ -15,10 +15,12 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
+use tokio::time::sleep;
 
 /// What happens to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +35,14 @@ pub enum Fault {
     BreakAfter(usize),
     /// One bit of the answer's body is wrong.
     Damage,
+    /// The bodies of request and answer pass at so many bytes per second.
+    Slow(usize),
+    /// The server does not see this header, written in lower case: as one that does not know it.
+    Forget(&'static str),
 }
+
+/// A slow body passes so often in a second.
+const SIPS: usize = 20;
 
 /// Where requests go.
 struct Server {
@@ -118,7 +127,7 @@ fn lock(plan: &Mutex<Plan>) -> MutexGuard<'_, Plan> {
 }
 
 async fn carry(mut client: TcpStream, server: &Server, plan: &Mutex<Plan>) -> std::io::Result<()> {
-    let Some((head, request)) = read_request(&mut client).await? else {
+    let Some((head, mut request)) = read_head(&mut client).await? else {
         return Ok(());
     };
     let fault = {
@@ -128,6 +137,13 @@ async fn carry(mut client: TcpStream, server: &Server, plan: &Mutex<Plan>) -> st
         plan.heads.push(head.to_ascii_lowercase());
         found.map(|at| plan.faults.remove(at).1)
     };
+    let rate = match fault {
+        Some(Fault::Slow(rate)) => Some(rate),
+        _ => None,
+    };
+    if !read_body(&mut client, &head, &mut request, rate).await? {
+        return Ok(());
+    }
     match fault {
         None => client.write_all(&ask(server, &request).await?).await?,
         Some(Fault::Cut) => return client.set_zero_linger(),
@@ -156,14 +172,44 @@ async fn carry(mut client: TcpStream, server: &Server, plan: &Mutex<Plan>) -> st
             answer[body] ^= 1;
             client.write_all(&answer).await?;
         }
+        Some(Fault::Slow(rate)) => {
+            for sip in ask(server, &request).await?.chunks(sip(rate)) {
+                client.write_all(sip).await?;
+                sleep(Duration::from_secs(1) / SIPS as u32).await;
+            }
+        }
+        Some(Fault::Forget(header)) => {
+            let (rest, body) = (head.lines(), request.split_off(head.len()));
+            let is_forgotten = |line: &str| {
+                let name = line.split_once(':').map(|(name, _)| name);
+                name.is_some_and(|name| name.eq_ignore_ascii_case(header))
+            };
+            let kept: Vec<&str> = rest.filter(|line| !is_forgotten(line)).collect();
+            let request = [(kept.join("\r\n") + "\r\n").as_bytes(), &body].concat();
+            client.write_all(&ask(server, &request).await?).await?;
+        }
     }
     client.shutdown().await
+}
+
+/// What passes at once.
+fn sip(rate: usize) -> usize {
+    (rate / SIPS).max(1)
 }
 
 /// The head as text, and all of the request; `None` when the client has nothing to ask.
 pub(crate) async fn read_request(
     client: &mut TcpStream,
 ) -> std::io::Result<Option<(String, Vec<u8>)>> {
+    let Some((head, mut request)) = read_head(client).await? else {
+        return Ok(None);
+    };
+    let whole = read_body(client, &head, &mut request, None).await?;
+    Ok(whole.then_some((head, request)))
+}
+
+/// The head as text, and as much of the request as came with it; `None` when the client has nothing to ask.
+async fn read_head(client: &mut TcpStream) -> std::io::Result<Option<(String, Vec<u8>)>> {
     let mut request = Vec::new();
     let body = loop {
         if client.read_buf(&mut request).await? == 0 {
@@ -174,18 +220,35 @@ pub(crate) async fn read_request(
         }
     };
     let head = String::from_utf8_lossy(&request[..body]).into_owned();
+    Ok(Some((head, request)))
+}
+
+/// Reads the rest of the request, at a rate if there is one; whether it came.
+async fn read_body(
+    client: &mut TcpStream,
+    head: &str,
+    request: &mut Vec<u8>,
+    rate: Option<usize>,
+) -> std::io::Result<bool> {
     let length = head.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
         name.eq_ignore_ascii_case("content-length")
             .then(|| value.trim().parse::<usize>().ok())?
     });
-    let whole = body + length.unwrap_or(0);
+    let whole = head.len() + length.unwrap_or(0);
     while request.len() < whole {
-        if client.read_buf(&mut request).await? == 0 {
-            return Ok(None);
+        let read = match rate {
+            None => client.read_buf(request).await?,
+            Some(rate) => {
+                sleep(Duration::from_secs(1) / SIPS as u32).await;
+                client.take(sip(rate) as u64).read_buf(request).await?
+            }
+        };
+        if read == 0 {
+            return Ok(false);
         }
     }
-    Ok(Some((head, request)))
+    Ok(true)
 }
 
 /// The same, one request at a time where that is wanted.

@@ -10,6 +10,7 @@
 //! Route: both sides of route `kinesis`         streams: as an operator makes and changes them
 //! records: what is in a Kinesis stream
 //! archive: a past that is remembered, and restores that are compared with it
+//! disk: a file system that is soon full
 //! ```
 //!
 //! # Invariants
@@ -27,6 +28,7 @@ pub mod backup;
 pub mod binaries;
 pub mod client;
 pub mod compare;
+pub mod disk;
 pub mod faults;
 pub mod http;
 pub mod kinesalite;

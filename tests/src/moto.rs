@@ -139,6 +139,42 @@ impl Moto {
         assert_eq!(answer.status, 200, "{answer:?}");
     }
 
+    /// Has the bucket keep every version of its objects; [`Moto::written_twice`] looks at them.
+    pub async fn keep_versions(&self, bucket: &str) {
+        let body = "<VersioningConfiguration><Status>Enabled</Status></VersioningConfiguration>";
+        self.put(&format!("/{bucket}?versioning"), body).await;
+    }
+
+    /// Objects of which there is more than one version: somebody has written over them.
+    pub async fn written_twice(&self, bucket: &str) -> Vec<String> {
+        let path = format!("/{bucket}?versions&max-keys=1000000");
+        let answer = http::get(self.port, &path).await.expect("moto answers");
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let mut keys: Vec<&str> = answer
+            .body
+            .split("<Version>")
+            .skip(1)
+            .filter_map(|version| version.split_once("<Key>")?.1.split_once("</Key>"))
+            .map(|(key, _)| key)
+            .collect();
+        assert!(!keys.is_empty(), "{answer:?}");
+        keys.sort_unstable();
+        let twice = keys.windows(2).filter(|pair| pair[0] == pair[1]);
+        twice.map(|pair| pair[0].to_owned()).collect()
+    }
+
+    /// Gives the bucket these lifecycle rules, in the words of S3.
+    pub async fn lifecycle(&self, bucket: &str, rules: &str) {
+        let body = format!("<LifecycleConfiguration>{rules}</LifecycleConfiguration>");
+        self.put(&format!("/{bucket}?lifecycle"), &body).await;
+    }
+
+    async fn put(&self, path: &str, body: &str) {
+        let answer = http::send(self.port, "PUT", path, &[], body).await;
+        let answer = answer.expect("moto answers");
+        assert_eq!(answer.status, 200, "{answer:?}");
+    }
+
     /// How many uploads of several parts have begun and not ended.
     pub async fn open_uploads(&self, bucket: &str) -> usize {
         let answer = http::get(self.port, &format!("/{bucket}?uploads")).await;

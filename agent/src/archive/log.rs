@@ -257,6 +257,9 @@ impl Log {
             uploaded: uploaded_seen.clone(),
         };
         metrics.spool(spool.used());
+        if let Some((span, at)) = taken {
+            metrics.has_segment(span.end, at);
+        }
         let writer = Writer {
             settings: settings.clone(),
             spool,
@@ -272,7 +275,7 @@ impl Log {
             uploaded,
             stored: Vec::new(),
             metrics,
-            taken,
+            taken: taken.map(|(span, _)| span),
         };
         Ok(Self {
             handle,
@@ -344,7 +347,7 @@ pub async fn upload_leftover(
         uploaded,
         stored: Vec::new(),
         metrics,
-        taken,
+        taken: taken.map(|(span, _)| span),
     };
     uploading.run(segments).await;
     drop(spool);
@@ -627,6 +630,7 @@ impl Uploading {
             Some(store) => store,
             None => {
                 let opened = Store::open(&self.settings.url, &self.settings.encryption).await?;
+                opened.count_throttled(self.metrics.throttled.clone());
                 self.recognize(&opened).await?;
                 store.insert(opened)
             }

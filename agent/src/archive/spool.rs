@@ -23,6 +23,7 @@ use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use bytes::BytesMut;
 
@@ -231,8 +232,8 @@ pub struct Opened {
     pub spool: Spool,
     /// What waits in it, in order.
     pub waiting: Vec<Segment>,
-    /// The last segment that the store has taken from here.
-    pub taken: Option<Span>,
+    /// The last segment that the store has taken from here, and when.
+    pub taken: Option<(Span, SystemTime)>,
 }
 
 /// The segment that is being written.
@@ -298,9 +299,13 @@ impl Spool {
         let newest = waiting.iter().map(|segment| segment.newest);
         let newest = newest.chain(taken.iter().filter_map(|(mark, _)| committed_at(mark)));
         let newest = newest.max();
-        let taken = taken.map(|(_, span)| span);
-        let spans = waiting.iter().map(|segment| segment.span).chain(taken);
-        let spans: Vec<Span> = spans.collect();
+        let taken = taken.map(|(mark, span)| {
+            let written = fs::metadata(&mark).and_then(|status| status.modified());
+            written.map(|at| (span, at)).map_err(at("look at", &mark))
+        });
+        let taken = taken.transpose()?;
+        let spans = waiting.iter().map(|segment| segment.span);
+        let spans: Vec<Span> = spans.chain(taken.map(|(span, _)| span)).collect();
         let missing = with_ending(directory, MISSING)?;
         let mut missing: Vec<Span> = missing.into_iter().map(|(_, span)| span).collect();
         missing.sort();

@@ -160,6 +160,11 @@ impl BackupError {
         }
     }
 
+    /// The disk of the archive has no room.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Store(error) if error.is_full())
+    }
+
     pub(super) fn target(doing: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Self {
         let doing = doing.into();
         |error| Self::Target {

@@ -3,18 +3,21 @@
 //! Here [`take`] gets what it needs: the tables of the publication, and which history the source is in.
 //!
 //! # Invariants
-//! - A backup that fails never touches replication; it is tried again, and the log and a metric show it.
+//! - A backup that fails never touches replication; it is tried again, and the log and a metric show it. At most half of the
+//!   time goes into backups that fail: reading all of a database is work for the source.
 //! - None is taken before the stream's slot begins: the log would not lead on from it.
-//! - What the retention lets go is deleted now and then, whether base backups succeed or not: otherwise a full disk would
-//!   stay full.
+//! - What the retention lets go is deleted now and then, whether base backups succeed or not, and at once where a disk is
+//!   full: otherwise it would stay full.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{BackupError, Bases, Manifest, Pruned, TakeJob, histories, manifest, take};
+use super::{BackupError, Bases, Manifest, Patience, Pruned, TakeJob};
+use super::{histories, manifest, take};
 use crate::archive::{Chain, Layout, Span};
 use crate::catalog::TableName;
 use crate::config::{Archive, Config};
@@ -24,7 +27,7 @@ use crate::listed::{Listed, ListedAs};
 use crate::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
 use crate::setup::{self, Published};
-use crate::snapshot::CopyObserver;
+use crate::snapshot::{CopyObserver, CopyPhase};
 use crate::store::Store;
 
 /// How often it is looked whether a base backup is due. Each look asks the source for its tables.
@@ -33,8 +36,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(30);
 /// The same, as long as there is none.
 const LOOK_FIRST: Duration = Duration::from_secs(2);
 
-/// After a failure.
-const PAUSE: Duration = Duration::from_secs(60);
+/// The longest pause after a failure; it is as long as the attempt took, but not below `limits.retry_max`.
+const PAUSE_MAX: Duration = Duration::from_secs(3600);
 
 /// How often it is looked what the retention lets go.
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
@@ -45,6 +48,7 @@ pub struct Keeper<'c> {
     archive: &'c Archive,
     database: &'c str,
     store: Store,
+    patience: Patience,
 }
 
 impl<'c> Keeper<'c> {
@@ -56,12 +60,20 @@ impl<'c> Keeper<'c> {
         config: &'c Config,
         archive: &'c Archive,
         database: &'c str,
+        metrics: &ArchiveMetrics,
     ) -> Result<Self, BackupError> {
+        let store = Store::open(&archive.url, &archive.encryption).await?;
+        store.count_throttled(metrics.throttled.clone());
         Ok(Self {
             config,
             archive,
             database,
-            store: Store::open(&archive.url, &archive.encryption).await?,
+            store,
+            patience: Patience::new(
+                config.limits.retry_max,
+                config.limits.shutdown_grace,
+                metrics,
+            ),
         })
     }
 
@@ -104,6 +116,7 @@ impl<'c> Keeper<'c> {
             store: &self.store,
             bases: &bases.layout.bases(),
             settings: &self.config.copy,
+            patience: &self.patience,
         };
         take(job, observer, cancel).await
     }
@@ -142,6 +155,9 @@ struct Newest {
     as_of: Timestamp,
     /// By the agent's clock.
     finished_at: Timestamp,
+    took: Duration,
+    /// In the archive.
+    bytes: u64,
     listed: Listed,
     /// The log behind it has a gap.
     leads_nowhere: bool,
@@ -154,6 +170,8 @@ impl Newest {
             lsn: manifest.lsn,
             as_of: manifest.as_of,
             finished_at: manifest.finished_at,
+            took: manifest.took(),
+            bytes: manifest.bytes(),
             listed: manifest.listed(),
             leads_nowhere: false,
         }
@@ -212,33 +230,44 @@ pub async fn keep(
     let metrics = ArchiveMetrics::new(database);
     let (mut keeper, mut pruned_at) = (None, None);
     let mut newest: Option<Newest> = None;
+    let pause_min = config.limits.retry_max.min(PAUSE_MAX);
     let mut pause = LOOK_FIRST;
     while tokio::time::timeout(pause, stop.cancelled()).await.is_err() {
+        let began = now();
         let looked = async {
             let keeper = match &mut keeper {
                 Some(keeper) => keeper,
-                none => none.insert(Keeper::open(config, archive, database).await?),
+                none => none.insert(Keeper::open(config, archive, database, &metrics).await?),
             };
             if let Some((newest, broken)) = newest.as_mut().zip(*broken.borrow()) {
                 newest.leads_nowhere |= newest.lsn < broken;
             }
-            one_look(keeper, &mut newest, &mut pruned_at, stop).await
+            one_look(keeper, &mut newest, &mut pruned_at, &metrics, stop).await
         };
         pause = match Box::pin(looked).await {
-            Ok(()) => LOOK_EVERY,
+            Ok(()) => LOOK_EVERY.min(archive.base_every),
             // Before the first copy there is nothing to back up.
             Err(BackupError::NotReplicated { .. } | BackupError::Cancelled) => LOOK_FIRST,
+            // The pipeline says so, and it is not known whether one is due.
+            Err(error @ BackupError::Tables(_)) => {
+                tracing::warn!(
+                    database, error = %chain(&error), hint = error.hint(), pause = ?pause_min,
+                    "no look whether a base backup is due; will try again"
+                );
+                pause_min
+            }
             Err(error) => {
+                let pause = elapsed(began).clamp(pause_min, PAUSE_MAX);
                 metrics.failed_bases.increment(1);
                 tracing::error!(
-                    database, error = %chain(&error), hint = error.hint(),
+                    database, error = %chain(&error), hint = error.hint(), ?pause,
                     "no base backup was taken; will try again"
                 );
-                PAUSE
+                pause
             }
         };
         if let Some(newest) = &newest {
-            metrics.base(newest.as_of.into());
+            metrics.base(newest.as_of.into(), newest.bytes, newest.took);
         }
     }
 }
@@ -248,14 +277,25 @@ async fn one_look(
     keeper: &Keeper<'_>,
     newest: &mut Option<Newest>,
     pruned_at: &mut Option<Instant>,
+    metrics: &ArchiveMetrics,
     stop: &CancellationToken,
 ) -> Result<(), BackupError> {
     let (bases, published) = keeper.look().await?;
-    let taken = Box::pin(take_if_due(keeper, &bases, &published, newest, stop)).await;
+    let taken = take_if_due(keeper, &bases, &published, newest, metrics, stop);
+    let taken = Box::pin(taken).await;
     let overdue = pruned_at.is_none_or(|at| elapsed(at) >= PRUNE_EVERY);
-    if overdue || matches!(taken, Ok(true)) {
-        keeper.prune(&bases).await?;
-        *pruned_at = Some(now());
+    let makes_room = match &taken {
+        Ok(was_due) => *was_due,
+        Err(error) => error.is_full(),
+    };
+    if overdue || makes_room {
+        match keeper.prune(&bases).await {
+            Ok(()) => *pruned_at = Some(now()),
+            Err(error) => tracing::warn!(
+                database = keeper.database, error = %chain(&error), hint = error.hint(),
+                "what archive.retention lets go is still there; will try again"
+            ),
+        }
     }
     taken.map(|_| ())
 }
@@ -265,6 +305,7 @@ async fn take_if_due(
     bases: &Bases,
     published: &Published,
     newest: &mut Option<Newest>,
+    metrics: &ArchiveMetrics,
     stop: &CancellationToken,
 ) -> Result<bool, BackupError> {
     let history = bases.layout.history();
@@ -286,13 +327,71 @@ async fn take_if_due(
     };
     let database = keeper.database;
     tracing::info!(database, reason, "taking a base backup");
-    let base = keeper.take(bases, published, &(), stop).await?;
-    *newest = Some(Newest::of(&base));
-    tracing::info!(database, lsn = %base.lsn, "base backup taken");
+    let progress = Progress::begin(metrics);
+    let base = keeper.take(bases, published, &progress, stop).await?;
+    drop(progress);
+    let taken = Newest::of(&base);
+    tracing::info!(
+        database, lsn = %base.lsn, bytes = taken.bytes, took = ?taken.took, "base backup taken"
+    );
+    *newest = Some(taken);
     Ok(true)
 }
 
-#[allow(clippy::disallowed_methods, reason = "only for when to tidy up next")]
+/// Shows how far a base backup has come.
+struct Progress<'m> {
+    metrics: &'m ArchiveMetrics,
+    planned: AtomicU64,
+    copied: AtomicU64,
+}
+
+impl<'m> Progress<'m> {
+    fn begin(metrics: &'m ArchiveMetrics) -> Self {
+        metrics.base_progress(0.0);
+        Self {
+            metrics,
+            planned: AtomicU64::new(0),
+            copied: AtomicU64::new(0),
+        }
+    }
+
+    #[allow(
+        clippy::cast_precision_loss,
+        reason = "a metric; exact below 2^52, that is 4 PiB"
+    )]
+    fn show(&self) {
+        let planned = self.planned.load(Ordering::Relaxed).max(1) as f64;
+        let copied = self.copied.load(Ordering::Relaxed) as f64;
+        // What was read twice counts twice, and what was planned is an estimate.
+        self.metrics.base_progress((copied / planned).min(1.0));
+    }
+}
+
+impl Drop for Progress<'_> {
+    fn drop(&mut self) {
+        self.metrics.base_progress(1.0);
+    }
+}
+
+impl CopyObserver for Progress<'_> {
+    fn tables(&self, _: usize, _: usize) {}
+
+    fn planned(&self, bytes: u64) {
+        self.planned.store(bytes, Ordering::Relaxed);
+        self.show();
+    }
+
+    fn copied(&self, _: u64, bytes: u64) {
+        self.copied.fetch_add(bytes, Ordering::Relaxed);
+        self.show();
+    }
+
+    fn table_ready(&self, _: &TableName, _: u64) {}
+
+    fn phase(&self, _: CopyPhase) {}
+}
+
+#[allow(clippy::disallowed_methods, reason = "only for pauses")]
 fn now() -> Instant {
     Instant::now()
 }

@@ -10,6 +10,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::str::FromStr;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -136,6 +137,17 @@ impl Manifest {
     /// An object of this name.
     pub(super) fn object(&self, name: &str) -> Option<&Object> {
         self.objects.iter().find(|object| object.name == name)
+    }
+
+    /// How long it took, by the agent's clock; none of a clock that went back.
+    pub fn took(&self) -> Duration {
+        let took = self.finished_at.duration_since(self.started_at);
+        took.try_into().unwrap_or_default()
+    }
+
+    /// Its size in the archive, without this.
+    pub fn bytes(&self) -> u64 {
+        self.objects.iter().map(|object| object.sum.bytes).sum()
     }
 
     /// The objects with rows.

@@ -34,6 +34,7 @@ mod rows;
 mod script;
 mod take;
 mod wipe;
+mod writing;
 
 pub use bases::{Bases, Verified};
 pub use error::{BackupError, Flaw};
@@ -42,6 +43,7 @@ pub use load::{LoadJob, Ownership, found_in, load, refresh_views};
 pub use manifest::{DataFile, Manifest, Object};
 pub use object::Sum;
 pub use prune::{Pruned, prune};
-pub use repository::{Found, Summary, Unusable, find, histories, manifest, newest, verify};
+pub use repository::{Found, Newest, Summary, Unusable, find, histories, manifest, verify};
 pub use take::{TakeJob, take};
 pub use wipe::wipe;
+pub use writing::Patience;

@@ -9,7 +9,8 @@
 //!
 //! # Invariants
 //! - At most [`QUEUED`] pieces wait on either side of the thread; who is slow slows the others down.
-//! - An object is there when the future of [`pack`] succeeded, and only then.
+//! - An object is there when the future of [`pack`] succeeded, and only then; whether it is this one or was there before, the
+//!   future says.
 //! - [`unpack`] succeeds only if what was read has the expected size and sum, and is one whole zstd stream. Its reader
 //!   has seen the bytes by then, and must not keep them before.
 
@@ -113,7 +114,10 @@ impl Feed {
 pub(super) fn pack(
     store: &Store,
     name: String,
-) -> (Feed, impl Future<Output = Result<Sum, BackupError>>) {
+) -> (
+    Feed,
+    impl Future<Output = Result<(Put, Sum), BackupError>> + use<>,
+) {
     let (feed, raw) = channel(QUEUED);
     let (packed_to, mut packed) = channel(QUEUED);
     let store = store.clone();
@@ -131,41 +135,31 @@ pub(super) fn pack(
                 io::Error::other(lost),
             ));
         }
-        created(put, &name).map(|()| sum)
+        Ok((put, sum))
     };
     (Feed(feed), packing)
 }
 
 /// Writes a small object as it is.
-pub(super) async fn put(store: &Store, name: &str, body: Bytes) -> Result<Sum, BackupError> {
+pub(super) async fn put(store: &Store, name: &str, body: Bytes) -> Result<(Put, Sum), BackupError> {
     let sum = sum_of(&body);
-    let put = store.put_new(name, body).await?;
-    created(put, name).map(|()| sum)
+    Ok((store.put_new(name, body).await?, sum))
 }
 
 /// Writes a small object under zstd.
 pub(super) async fn put_packed(
     store: &Store,
     name: &str,
-    body: String,
-) -> Result<Sum, BackupError> {
+    body: Bytes,
+) -> Result<(Put, Sum), BackupError> {
     let (feed, packing) = pack(store, name.to_owned());
     let feeding = async move {
-        feed.send(body.into()).await;
+        feed.send(body).await;
         drop(feed);
         Ok(())
     };
-    let ((), sum) = tokio::try_join!(feeding, packing)?;
-    Ok(sum)
-}
-
-fn created(put: Put, name: &str) -> Result<(), BackupError> {
-    match put {
-        Put::Created => Ok(()),
-        Put::Exists => Err(BackupError::Exists {
-            object: name.to_owned(),
-        }),
-    }
+    let ((), written) = tokio::try_join!(feeding, packing)?;
+    Ok(written)
 }
 
 /// Begins to read an object under zstd. Drive the future together with whoever takes the pieces.

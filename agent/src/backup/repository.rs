@@ -6,7 +6,7 @@
 //! - A base without a manifest is not listed. One whose manifest cannot be read is named beside the others: nobody must
 //!   think that it was never there, and it must not keep anybody from the others.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde::Serialize;
@@ -72,7 +72,7 @@ impl Summary {
             tables: tables.len(),
             rows: manifest.data().map(|(_, data)| data.rows).sum(),
             raw_bytes: manifest.data().map(|(_, data)| data.raw_bytes).sum(),
-            bytes: manifest.objects.iter().map(|object| object.sum.bytes).sum(),
+            bytes: manifest.bytes(),
         }
     }
 }
@@ -104,7 +104,7 @@ impl Found {
     /// Says aloud what cannot be used.
     pub fn warn(&self) {
         for Unusable { base, reason, .. } in &self.unusable {
-            tracing::warn!(base, reason, "a base backup cannot be used: its manifest");
+            warn(base, reason);
         }
     }
 }
@@ -166,17 +166,63 @@ pub async fn histories(store: &Store, stream: &StreamName) -> Result<Vec<Layout>
         .collect())
 }
 
-/// The newest base of the history that began last; none before that one has its first. An older history leads nowhere.
-///
-/// # Errors
-/// [`BackupError::Store`]
-pub async fn newest(store: &Store, stream: &StreamName) -> Result<Option<Summary>, BackupError> {
-    let Some(layout) = histories(store, stream).await?.pop() else {
-        return Ok(None);
-    };
-    let mut found = find(store, &layout.bases()).await?;
-    found.warn();
-    Ok(found.bases.pop())
+/// The newest base of a stream, for whoever asks again and again: a manifest is read once, however many objects and bases the
+/// archive has.
+#[derive(Debug, Default)]
+pub struct Newest {
+    known: Option<(String, Manifest)>,
+    /// Prefixes of bases that cannot be used, which have been named.
+    unusable: BTreeSet<String>,
+}
+
+impl Newest {
+    /// Its prefix and its manifest, of the history that began last; none before that one has its first. An older history leads
+    /// nowhere.
+    ///
+    /// # Errors
+    /// [`BackupError::Store`]
+    pub async fn find(
+        &mut self,
+        store: &Store,
+        stream: &StreamName,
+    ) -> Result<Option<(&str, &Manifest)>, BackupError> {
+        let Some(layout) = histories(store, stream).await?.pop() else {
+            return Ok(None);
+        };
+        let bases = layout.bases();
+        let mut found = None;
+        for folder in store.folders(&bases).await?.iter().rev() {
+            let base = format!("{bases}{folder}/");
+            if self.known.as_ref().is_some_and(|(known, _)| *known == base) {
+                found = self.known.take();
+                break;
+            }
+            // What has another name is not ours.
+            if lsn_of(&bases, &base).is_none() || self.unusable.contains(&base) {
+                continue;
+            }
+            match manifest(store, &base).await {
+                Ok(manifest) => {
+                    found = Some((base, manifest));
+                    break;
+                }
+                // A leftover, or one that is being taken.
+                Err(BackupError::NotFound { .. }) => {}
+                Err(BackupError::Manifest { reason, .. }) => {
+                    warn(&base, &reason);
+                    self.unusable.insert(base);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.known = found;
+        let known = self.known.as_ref();
+        Ok(known.map(|(base, manifest)| (base.as_str(), manifest)))
+    }
+}
+
+fn warn(base: &str, reason: &str) {
+    tracing::warn!(base, reason, "a base backup cannot be used: its manifest");
 }
 
 /// Reads the manifest of the base with this prefix.
@@ -278,6 +324,7 @@ async fn check(store: &Store, base: &str, object: &Object) -> Result<Option<Flaw
 mod tests {
     use super::*;
     use crate::backup::manifest::tests::example;
+    use crate::store::{Encryption, StoreUrl};
 
     fn listed(name: &str, bytes: u64) -> Listed {
         Listed {
@@ -307,6 +354,56 @@ mod tests {
                 "x: is not in the manifest"
             ]
         );
+    }
+
+    #[tokio::test]
+    async fn the_newest_base_is_read_once_and_one_that_cannot_be_used_is_passed_over() {
+        let home = tempfile::tempdir().unwrap();
+        let url = StoreUrl::Directory(home.path().to_owned());
+        let store = Store::open(&url, &Encryption::Default).await.unwrap();
+        let stream = StreamName::new("dr", "app");
+        let of = |began: i64| {
+            let history = History {
+                system_identifier: 7312,
+                began,
+            };
+            Layout::new(&stream, history).bases()
+        };
+        let prefix = |began: i64, lsn: u64| base(&of(began), PgLsn::from(lsn));
+        let manifest_of = |began, lsn| home.path().join(prefix(began, lsn)).join(manifest::NAME);
+        let put = async |began: i64, lsn: u64, body: String| {
+            let name = format!("{}{}", prefix(began, lsn), manifest::NAME);
+            assert_eq!(
+                store.put_new(&name, body.into()).await.unwrap(),
+                crate::store::Put::Created
+            );
+        };
+        let mut newest = Newest::default();
+        let mut found = async || {
+            let found = newest.find(&store, &stream).await.unwrap();
+            found.map(|(base, _)| base.to_owned())
+        };
+        let whole = || example().to_json().unwrap();
+        assert_eq!(found().await, None);
+        put(1, 10, whole()).await;
+        put(1, 20, whole()).await;
+        assert_eq!(found().await, Some(prefix(1, 20)));
+        // It is not read again, nor is an older one at all; one without a manifest is nobody's.
+        std::fs::write(manifest_of(1, 20), "damaged").unwrap();
+        std::fs::write(manifest_of(1, 10), "damaged").unwrap();
+        let name = format!("{}schema.dump", prefix(1, 30));
+        let _ = store.put_new(&name, "x".into()).await.unwrap();
+        assert_eq!(found().await, Some(prefix(1, 20)));
+        put(1, 40, "damaged".to_owned()).await;
+        assert_eq!(found().await, Some(prefix(1, 20)));
+        put(1, 50, whole()).await;
+        assert_eq!(found().await, Some(prefix(1, 50)));
+        std::fs::remove_file(manifest_of(1, 50)).unwrap();
+        assert_eq!(found().await, None);
+        // Of a history that began later.
+        put(2, 5, whole()).await;
+        put(1, 60, whole()).await;
+        assert_eq!(found().await, Some(prefix(2, 5)));
     }
 
     #[test]

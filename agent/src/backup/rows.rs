@@ -21,16 +21,16 @@ use crate::snapshot::layout::Layout;
 use crate::snapshot::plan::Part;
 use crate::snapshot::table::{self, CHUNK_BYTES, RowCounter};
 use crate::snapshot::work::Work;
-use crate::store::Store;
+use crate::store::{Put, Store};
 
-/// What one part came to.
-pub(super) struct Written {
-    pub(super) sum: Sum,
+/// What one part held.
+pub(super) struct Counted {
     pub(super) rows: u64,
     pub(super) raw_bytes: u64,
 }
 
-/// Writes one part to an object.
+/// Writes one part to an object. Given up in the middle, the session may be asked again at once: what is left of the answer is
+/// read past.
 pub(super) async fn write(
     source: &Client,
     store: &Store,
@@ -38,15 +38,11 @@ pub(super) async fn write(
     layout: &Layout,
     part: &Part,
     work: &Work<'_>,
-) -> Result<Written, BackupError> {
+) -> Result<(Put, Sum, Counted), BackupError> {
     let (feed, packing) = object::pack(store, object);
     let reading = read_part(source, layout, part, feed, work);
-    let ((rows, raw_bytes), sum) = tokio::try_join!(reading, packing)?;
-    Ok(Written {
-        sum,
-        rows,
-        raw_bytes,
-    })
+    let ((rows, raw_bytes), (put, sum)) = tokio::try_join!(reading, packing)?;
+    Ok((put, sum, Counted { rows, raw_bytes }))
 }
 
 async fn read_part(

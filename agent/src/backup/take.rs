@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! slot, snapshot ▶ sessions that see it ▶ pg_dump ▶ slot gone ▶ [rows, in parallel] ▶ every object there? ▶ manifest
+//!                                                    └──────────── each through `writing` ────────────┘
 //! ```
 //! Replication goes on meanwhile; it has nothing to do with this slot.
 //!
@@ -10,6 +11,9 @@
 //! - The slot, which holds back WAL and the vacuum of catalogs, is gone before the first row is read: once the sessions
 //!   have imported the snapshot, they need its exporter no more.
 //! - The manifest is written when the store lists every object with its size.
+//! - A part that the store did not take is read again from the same session, at the same snapshot; one that fails in the end, or
+//!   was told to stop, leaves nothing there ([`super::writing`]).
+//! - No object is larger than a store takes.
 //!
 //! # What it does not do
 //! It waits for transactions that ran when it began, as every slot does, and holds back vacuum while it reads.
@@ -17,14 +21,15 @@
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use futures_util::future;
+use futures_util::future::{self, BoxFuture};
 use jiff::Timestamp;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::error::BackupError;
 use super::manifest::{self, DataFile, ListedTable, Manifest, Object};
-use super::object::{self, Sum};
+use super::object::Sum;
+use super::writing::{Patience, Remains, Writing};
 use super::{repository, rows, script};
 use crate::catalog::{self, Identity, Table, TableName};
 use crate::config::CopySettings;
@@ -45,6 +50,13 @@ use crate::snapshot::{self, CopyObserver, CopyPhase, finish, inventory};
 use crate::store::Store;
 use crate::stream::StreamName;
 
+/// The dump of the schema, in the format of `pg_restore`. The first object of a base.
+const SCHEMA: &str = "schema.dump";
+
+/// Tables are read in parts of at most so much on the source's disk, whatever `copy.split_bytes` says. As text a part may be
+/// several times as large, and S3 takes 429 GiB in one object as it is written to here.
+const PART_BYTES_MAX: u64 = 64 << 30;
+
 /// One backup: of what, to where.
 pub struct TakeJob<'a> {
     /// The source, with the database's name.
@@ -63,24 +75,31 @@ pub struct TakeJob<'a> {
     pub bases: &'a str,
     /// `[copy]`
     pub settings: &'a CopySettings,
+    /// With the archive.
+    pub patience: &'a Patience,
 }
 
 /// Takes a base backup; returns its manifest, which is in the store by then.
 ///
 /// # Errors
 /// [`BackupError`]; after a transient one another attempt begins anew. [`BackupError::Cancelled`] soon
-/// after `cancel` was cancelled.
+/// after `cancel` was cancelled. What was written by then is deleted before this returns.
 pub async fn take(
     job: TakeJob<'_>,
     observer: &dyn CopyObserver,
     cancel: &CancellationToken,
 ) -> Result<Manifest, BackupError> {
+    let remains = Remains::default();
     // May be dropped at any point: sessions end, tools are killed, objects under way are not there.
-    let all = Box::pin(Taking::run(&job, observer));
-    match cancel.run_until_cancelled(all).await {
+    let all = Box::pin(Taking::run(&job, observer, &remains));
+    let taken = match cancel.run_until_cancelled(all).await {
         Some(result) => result,
         None => Err(BackupError::Cancelled),
+    };
+    if taken.is_err() {
+        remains.discard(job.store, job.patience, cancel).await;
     }
+    taken
 }
 
 fn source(doing: &'static str) -> impl FnOnce(PgError) -> BackupError {
@@ -91,7 +110,7 @@ fn source(doing: &'static str) -> impl FnOnce(PgError) -> BackupError {
 struct Taking<'a> {
     job: &'a TakeJob<'a>,
     observer: &'a dyn CopyObserver,
-    base: String,
+    base: Writing<'a>,
     objects: Vec<Object>,
     warnings: Vec<String>,
 }
@@ -100,6 +119,7 @@ impl<'a> Taking<'a> {
     async fn run(
         job: &'a TakeJob<'a>,
         observer: &'a dyn CopyObserver,
+        remains: &'a Remains,
     ) -> Result<Manifest, BackupError> {
         let started_at = Timestamp::now();
         let (exporter, identity, slot) = export_snapshot(job).await?;
@@ -130,7 +150,7 @@ impl<'a> Taking<'a> {
         for layout in &mut layouts {
             layout.binary = false;
         }
-        let parts = snapshot::parts(&layouts, job.settings.split_bytes);
+        let parts = snapshot::parts(&layouts, job.settings.split_bytes.min(PART_BYTES_MAX));
         let jobs = usize::from(job.settings.jobs.max(1)).min(parts.len());
         let sessions = future::try_join_all((0..jobs).map(|_| side.at_snapshot())).await?;
         let tools = Tools::find(job.settings.pg_bin.as_deref(), side.version_num()).await?;
@@ -138,13 +158,20 @@ impl<'a> Taking<'a> {
         dump.take(&side, "schema", &[]).await?;
         drop(exporter);
 
+        let dumped = tokio::fs::read(dump.path("schema"))
+            .await
+            .map_err(BackupError::local("read the schema that pg_dump wrote"))?;
+        let base = repository::base(job.bases, slot.consistent_point);
+        let first = (SCHEMA, dumped.into());
+        let (base, sum) = Writing::claim(job.store, job.patience, remains, base, first).await?;
         let mut taking = Self {
             job,
             observer,
-            base: repository::base(job.bases, slot.consistent_point),
+            base,
             objects: Vec::new(),
             warnings: Vec::new(),
         };
+        taking.add(SCHEMA, sum, None);
         let foreign_keys = inventory::foreign_keys(&client).await?;
         let mut left_out = inventory::own_event_triggers(&client).await?;
         let filled = names.iter().cloned().collect();
@@ -198,7 +225,7 @@ impl<'a> Taking<'a> {
             warnings: taking.warnings,
             objects: taking.objects,
         };
-        seal(job.store, &taking.base, &manifest).await?;
+        taking.base.seal(&manifest).await?;
         Ok(manifest)
     }
 
@@ -216,14 +243,13 @@ impl<'a> Taking<'a> {
     }
 
     async fn put(&mut self, name: &str, body: Bytes) -> Result<(), BackupError> {
-        let sum = object::put(self.job.store, &format!("{}{name}", self.base), body).await?;
+        let sum = self.base.put(name, body).await?;
         self.add(name, sum, None);
         Ok(())
     }
 
     async fn put_packed(&mut self, name: &str, body: String) -> Result<(), BackupError> {
-        let object = format!("{}{name}", self.base);
-        let sum = object::put_packed(self.job.store, &object, body).await?;
+        let sum = self.base.put_packed(name, body).await?;
         self.add(name, sum, None);
         Ok(())
     }
@@ -233,11 +259,6 @@ impl<'a> Taking<'a> {
         dump: &Dump,
         entries: &[snapshot::toc::Entry],
     ) -> Result<(), BackupError> {
-        let path = dump.path("schema");
-        let whole = tokio::fs::read(&path)
-            .await
-            .map_err(BackupError::local("read the schema that pg_dump wrote"))?;
-        self.put("schema.dump", whole.into()).await?;
         let mut left_out = LeftOut::default();
         for entry in entries {
             left_out.entry(entry);
@@ -277,7 +298,7 @@ impl<'a> Taking<'a> {
         work: &Work<'_>,
     ) -> Result<(), BackupError> {
         let roots: Vec<&TableName> = self.job.tables.iter().map(|table| &table.root).collect();
-        let (store, base) = (self.job.store, self.base.as_str());
+        let (store, base) = (self.job.store, &self.base);
         let each = sessions
             .iter()
             .map(|session| Box::pin(write_parts(session, store, base, layouts, &roots, work)));
@@ -303,7 +324,7 @@ fn listed_table((table, listed_as): (&TableName, &ListedAs)) -> ListedTable {
 async fn write_parts(
     session: &Client,
     store: &Store,
-    base: &str,
+    base: &Writing<'_>,
     layouts: &[Layout],
     roots: &[&TableName],
     work: &Work<'_>,
@@ -312,12 +333,14 @@ async fn write_parts(
     while let Some(Taken { number, part, .. }) = work.take() {
         let layout = &layouts[part.table];
         let name = format!("data/{:05}.copy.zst", number + 1);
-        let object = format!("{base}{name}");
-        let written = rows::write(session, store, object, layout, &part, work).await?;
+        let write = |object| -> BoxFuture<'_, _> {
+            Box::pin(rows::write(session, store, object, layout, &part, work))
+        };
+        let (sum, written) = base.write(&name, write).await?;
         failpoint::hit("backup:data-written");
         objects.push(Object {
             name,
-            sum: written.sum,
+            sum,
             data: Some(DataFile {
                 table: layout.name.clone(),
                 root: roots[part.table].clone(),
@@ -382,22 +405,4 @@ async fn source_time(client: &Client) -> Result<Timestamp, BackupError> {
 fn timestamp(time: SystemTime) -> Result<Timestamp, PgError> {
     Timestamp::try_from(time)
         .map_err(|_| PgError::Protocol("a time outside of all calendars".to_owned()))
-}
-
-/// Writes the manifest, if everything else is there: somebody may have tidied up under a backup that took days.
-async fn seal(store: &Store, base: &str, manifest: &Manifest) -> Result<(), BackupError> {
-    let listed = store.list(base, None).await?;
-    let flaws = repository::flaws(base, manifest, &listed);
-    if !flaws.is_empty() {
-        return Err(BackupError::Damaged {
-            base: base.to_owned(),
-            flaws,
-        });
-    }
-    failpoint::hit("backup:before-manifest");
-    let json = manifest
-        .to_json()
-        .map_err(|error| BackupError::local("write the manifest")(error.into()))?;
-    object::put(store, &format!("{base}{}", manifest::NAME), json.into()).await?;
-    Ok(())
 }

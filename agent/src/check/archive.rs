@@ -3,12 +3,13 @@
 //!
 //! # Invariants
 //! - What it writes is one small object below [`PROBES`], where neither a base backup nor a segment of the log can be;
-//!   it is deleted again.
+//!   it is deleted again. What is written a second time must find it there: otherwise two agents, or two attempts of one,
+//!   would overwrite what they must not.
 //! - One right that is missing does not hide another: each is tried.
 //!
 //! # What it does not do
-//! It makes no directory. `s3:AbortMultipartUpload` is not tried: that needs an object of many megabytes. It does not look
-//! whether what is in the archive is whole (`dr-agent backup --verify`) or fresh (`dr-agent status`).
+//! It makes no directory, and no rule of a bucket. It does not look whether what is in the archive is whole (`dr-agent backup
+//! --verify`) or fresh (`dr-agent status`).
 
 use std::path::Path;
 use std::time::Duration;
@@ -27,6 +28,9 @@ const PROBES: &str = "check/";
 
 /// What is written: with a name of its own nobody else's is read back.
 const PROBE_BYTES: Bytes = Bytes::from_static(b"dr-agent check\n");
+
+/// What must not replace it.
+const SECOND_BYTES: Bytes = Bytes::from_static(b"dr-agent check, once more\n");
 
 /// For all that is asked of the store. The SDK alone would try longer.
 const STORE_WITHIN: Duration = Duration::from_secs(30);
@@ -47,6 +51,7 @@ pub(super) async fn look(
     if !writes {
         return findings;
     }
+    findings.extend(uploads(&at, archive).await);
     findings.extend(spool(&at, archive, databases.max(1)));
     findings.extend(segments(&at, config, archive));
     findings
@@ -88,6 +93,23 @@ async fn store(at: &Place, archive: &Archive, writes: bool) -> Vec<Finding> {
     }
 }
 
+/// Whoever may not ask the bucket for its rules is told nothing.
+async fn uploads(at: &Place, archive: &Archive) -> Option<Finding> {
+    let asking = async {
+        let store = Store::as_it_is(&archive.url, &archive.encryption).await;
+        store.ok()?.ends_abandoned_uploads().await
+    };
+    let asked = tokio::time::timeout(STORE_WITHIN, Box::pin(asking)).await;
+    let none = matches!(asked, Ok(Some(false)));
+    none.then(|| {
+        let message = "no lifecycle rule of the bucket ends incomplete multipart uploads";
+        at.note("archive_uploads", message).on(&archive.url).hint(
+            "what a killed agent was uploading stays, is in no listing, and is paid for: give the bucket a rule with \
+             AbortIncompleteMultipartUpload after a day",
+        )
+    })
+}
+
 /// `run` and `backup` make it; but where a file system is not mounted that is the wrong one.
 fn not_there(at: &Place, path: &Path) -> Finding {
     let hint = "create it and give it to the user dr-agent runs as, or mend archive.url";
@@ -106,11 +128,17 @@ enum Flaw {
     Exists,
     /// It gave back something else, or did not list what is there.
     Forgets(&'static str),
+    /// It replaces what it has.
+    Overwrites(&'static str),
     /// No answer in time.
     Silent,
 }
 
 impl Flaw {
+    fn is_overwriting(&self) -> bool {
+        matches!(self, Self::Overwrites(_))
+    }
+
     fn finding(&self, at: &Place) -> Finding {
         let (message, hint) = match self {
             Self::Store(error) => (chain(error), error.hint()),
@@ -121,6 +149,14 @@ impl Flaw {
             Self::Forgets(what) => (
                 format!("an object that was just written {what}"),
                 Some("the archive needs a store that shows at once what it took".to_owned()),
+            ),
+            Self::Overwrites(how) => (
+                format!("an object that was there already was overwritten {how}"),
+                Some(
+                    "this is no store that keeps If-None-Match: use another; agents would overwrite one another's \
+                     objects"
+                        .to_owned(),
+                ),
             ),
             Self::Silent => (
                 format!("no answer within {STORE_WITHIN:?}"),
@@ -146,7 +182,10 @@ async fn probe(archive: &Archive, writes: bool) -> Vec<Flaw> {
     let mut written = false;
     if writes {
         match store.put_new(&name, PROBE_BYTES).await {
-            Ok(Put::Created) => written = true,
+            Ok(Put::Created) => {
+                written = true;
+                flaws.extend(overwrites(&store, &name).await);
+            }
             Ok(Put::Exists) => return vec![Flaw::Exists],
             Err(error) => {
                 let rest_may_work = is_a_right(&error);
@@ -159,7 +198,13 @@ async fn probe(archive: &Archive, writes: bool) -> Vec<Flaw> {
     }
     // What is not there may be asked for as well: the answer tells whether that is allowed.
     match store.get(&name).await {
-        Ok(body) if written && body != PROBE_BYTES => flaws.push(Flaw::Forgets("is another")),
+        // It may have been overwritten by now, which has been said.
+        Ok(body) if written && body != PROBE_BYTES && body != SECOND_BYTES => {
+            flaws.push(Flaw::Forgets("is another"));
+        }
+        Ok(body) if body == SECOND_BYTES && !flaws.iter().any(Flaw::is_overwriting) => {
+            flaws.push(Flaw::Overwrites("although the store said that it was not"));
+        }
         Err(StoreError::NotFound { .. }) if written => flaws.push(Flaw::Forgets("is not there")),
         Ok(_) | Err(StoreError::NotFound { .. }) => {}
         Err(error) => {
@@ -181,6 +226,24 @@ async fn probe(archive: &Archive, writes: bool) -> Vec<Flaw> {
         flaws.push(Flaw::Store(error));
     }
     flaws
+}
+
+/// What is wrong with writing over an object: as a whole, and in parts as large ones are written.
+async fn overwrites(store: &Store, name: &str) -> Vec<Flaw> {
+    let judge = |put: Result<Put, StoreError>, how: &'static str| match put {
+        Ok(Put::Exists) => None,
+        Ok(Put::Created) => Some(Flaw::Overwrites(how)),
+        Err(error) => Some(Flaw::Store(error)),
+    };
+    let whole = store.put_new(name, SECOND_BYTES).await;
+    let parts = store.put_new_in_parts(name, SECOND_BYTES).await;
+    [
+        judge(whole, "by a write"),
+        judge(parts, "by an upload in parts"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Whether only what was asked is refused, and another request may succeed.

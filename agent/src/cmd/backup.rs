@@ -8,11 +8,13 @@ use std::process::ExitCode;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::run::stop_on_signal;
 use crate::archive::{Chain, Span};
 use crate::backup::keep::Keeper;
 use crate::backup::{self, BackupError, Bases, Found, Pruned, Summary};
 use crate::config::{Archive, Config, Databases};
 use crate::error::{Classify, chain};
+use crate::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
 use crate::setup::{self, SetupError};
 use crate::snapshot::ProgressDisplay;
@@ -24,7 +26,8 @@ use crate::stream::StreamName;
 #[command(
     after_help = "Without a flag it takes a base backup now; `dr-agent run` does so by itself every archive.base_every.\n\
     --list, --verify and --prune need the archive alone: they work when the source is lost.\n\
-    Exit codes: 0 done; 1 failed, or damage was found; 2 usage or configuration."
+    A backup that is interrupted (SIGINT, SIGTERM) deletes what it has written so far; a second signal ends it at once.\n\
+    Exit codes: 0 done; 1 failed or interrupted, or damage was found; 2 usage or configuration."
 )]
 pub struct Args {
     /// Only this database
@@ -93,10 +96,7 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
     let said = match Box::pin(each(&config, &args)).await {
         Ok(said) => said,
         Err(error) => {
-            eprintln!("dr-agent: {}", chain(&error));
-            if let Some(hint) = error.hint() {
-                eprintln!("  hint: {hint}");
-            }
+            tell(&error);
             return ExitCode::FAILURE;
         }
     };
@@ -113,6 +113,13 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
     match said.iter().all(|said| said.sound) {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
+    }
+}
+
+fn tell(error: &Failure) {
+    eprintln!("dr-agent: {}", chain(error));
+    if let Some(hint) = error.hint() {
+        eprintln!("  hint: {hint}");
     }
 }
 
@@ -143,20 +150,51 @@ async fn take(config: &Config, archive: &Archive, args: &Args) -> Result<Vec<Sai
         Some(database) => vec![database.clone()],
         None => setup::source_databases(config).await?,
     };
+    let stop = CancellationToken::new();
+    tokio::spawn(stop_on_signal(
+        stop.clone(),
+        "stopping: what is there of the base backup is deleted",
+    ));
     let mut said = Vec::new();
     for database in databases {
-        let taken = Box::pin(take_one(config, archive, &database)).await;
-        said.push(taken.map_err(|source| Failure::Backup { database, source })?);
+        let taken = Box::pin(take_one(config, archive, &database, &stop)).await;
+        match taken {
+            Ok(one) => said.push(one),
+            // The others are worth as much.
+            Err(source) => {
+                let (error, hint) = (chain(&source), source.hint());
+                said.push(Said {
+                    text: format!("{database}: failed"),
+                    json: json!({ "database": database, "error": error, "hint": hint }),
+                    sound: false,
+                });
+                tell(&Failure::Backup { database, source });
+            }
+        }
+        if stop.is_cancelled() {
+            break;
+        }
     }
     Ok(said)
 }
 
-async fn take_one(config: &Config, archive: &Archive, database: &str) -> Result<Said, BackupError> {
-    let keeper = Keeper::open(config, archive, database).await?;
-    let (bases, published) = keeper.look().await?;
+async fn take_one(
+    config: &Config,
+    archive: &Archive,
+    database: &str,
+    stop: &CancellationToken,
+) -> Result<Said, BackupError> {
+    let metrics = ArchiveMetrics::new(database);
+    let looking = async {
+        let keeper = Keeper::open(config, archive, database, &metrics).await?;
+        let (bases, published) = keeper.look().await?;
+        Ok::<_, BackupError>((keeper, bases, published))
+    };
+    // Nothing is there yet that would have to be deleted.
+    let looked = stop.run_until_cancelled(Box::pin(looking)).await;
+    let (keeper, bases, published) = looked.unwrap_or(Err(BackupError::Cancelled))?;
     let display = ProgressDisplay::new(database, &());
-    let cancel = CancellationToken::new();
-    let manifest = keeper.take(&bases, &published, &display, &cancel).await?;
+    let manifest = keeper.take(&bases, &published, &display, stop).await?;
     drop(display);
     let taken = bases.find().await?.bases;
     let taken = taken.iter().find(|base| base.lsn == manifest.lsn);

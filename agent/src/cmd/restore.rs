@@ -109,7 +109,8 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
 async fn restore(config: &Config, args: &Args) -> Result<String, RestoreError> {
     let archive = config.archive.as_ref().ok_or(RestoreError::NoArchive)?;
     let options = options(config, args)?;
-    let store = Store::open(&archive.url, &archive.encryption).await?;
+    // It only reads there: a directory that is not there is an error, and no empty archive.
+    let store = Store::as_it_is(&archive.url, &archive.encryption).await?;
     let plan = restore::plan(config, &store, &options).await?;
     if args.plan {
         return Ok(match args.json {

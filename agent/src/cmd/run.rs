@@ -89,7 +89,10 @@ async fn serve(config: Config, leg: Leg) -> anyhow::Result<ExitCode> {
         fenced: false,
         failed: false,
     };
-    tokio::spawn(stop_on_signal(stop));
+    tokio::spawn(stop_on_signal(
+        stop,
+        "stopping: what has been received is still applied",
+    ));
     let code = supervisor.run().await;
     served.cancel();
     http.await
@@ -98,8 +101,8 @@ async fn serve(config: Config, leg: Leg) -> anyhow::Result<ExitCode> {
     Ok(code)
 }
 
-/// The first signal drains; the second ends the process at once, as `kill -9` would.
-async fn stop_on_signal(stop: CancellationToken) {
+/// The first SIGTERM or SIGINT asks to stop; the second ends the process at once, as `kill -9` would.
+pub(super) async fn stop_on_signal(stop: CancellationToken, saying: &'static str) {
     let (Ok(mut terminate), Ok(mut interrupt)) = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),
@@ -114,7 +117,7 @@ async fn stop_on_signal(stop: CancellationToken) {
         }
     };
     either().await;
-    tracing::info!("stopping: what has been received is still applied");
+    tracing::info!("{saying}");
     stop.cancel();
     either().await;
     std::process::abort();

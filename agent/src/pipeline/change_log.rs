@@ -12,14 +12,15 @@
 //!   under its own name.
 //! - The slot is not moved past what is in the spool or, where the archive is required, in the store. A spool that takes
 //!   nothing any more lets it go, and so does a log that cannot be read for long, unless the archive is required.
+//! - While another agent reads the slot, what is missing here may be in that one's spool: no gap is left for it.
 //! - The log moves on within a quarter of the RPO, or it is read apart; another half is what a segment may grow old.
 //!
 //! # What it does not do
 //! It moves no slot: the pipeline does, as far as this lets it.
 
 use std::fs;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, watch};
@@ -92,6 +93,7 @@ pub(super) struct ChangeLog {
     required: bool,
     look: Arc<Notify>,
     end: CancellationToken,
+    sessions: Arc<()>,
     task: AbortOnDropHandle<()>,
 }
 
@@ -106,18 +108,22 @@ impl ChangeLog {
         let (state, state_seen) = watch::channel(State::default());
         let (hold, hold_seen) = watch::channel(Hold::default());
         let (look, end) = (Arc::new(Notify::new()), CancellationToken::new());
+        let sessions = Arc::new(());
+        let metrics = ArchiveMetrics::new(database);
+        metrics.starts(super::now());
         let keeping = Keeping {
             config: Arc::clone(config),
             archive: archive.clone(),
             database: database.to_owned(),
             stream: config.stream(database),
-            metrics: ArchiveMetrics::new(database),
+            metrics,
             broken,
             state,
             hold,
             let_go: AtomicBool::new(false),
             look: Arc::clone(&look),
             end: end.clone(),
+            sessions: Arc::downgrade(&sessions),
         };
         Self {
             state: state_seen,
@@ -125,6 +131,7 @@ impl ChangeLog {
             required: archive.required,
             look,
             end,
+            sessions,
             task: AbortOnDropHandle::new(tokio::spawn(run(Arc::new(keeping)))),
         }
     }
@@ -139,6 +146,7 @@ impl ChangeLog {
             held: None,
             required: self.required,
             history,
+            _open: Arc::clone(&self.sessions),
         }
     }
 
@@ -159,6 +167,8 @@ pub(super) struct SessionLog {
     held: Option<Hold>,
     required: bool,
     history: History,
+    /// Tells that there is a session.
+    _open: Arc<()>,
 }
 
 impl SessionLog {
@@ -250,6 +260,10 @@ enum KeepError {
     Spool(#[from] SpoolError),
     #[error(transparent)]
     Apart(#[from] ApartError),
+    #[error(
+        "another agent reads the slot, and what is missing in this one's change log may be in its spool"
+    )]
+    Elsewhere,
 }
 
 impl KeepError {
@@ -258,6 +272,7 @@ impl KeepError {
             Self::Look(error) => error.class(),
             Self::Spool(error) => error.class(),
             Self::Apart(error) => error.class(),
+            Self::Elsewhere => Class::Transient,
         }
     }
 
@@ -266,13 +281,16 @@ impl KeepError {
             Self::Look(error) => error.hint(),
             Self::Spool(error) => error.hint(),
             Self::Apart(error) => error.hint(),
+            Self::Elsewhere => None,
         }
     }
 
     /// The pipeline says so itself, or it is how every database begins.
     fn is_said_elsewhere(&self) -> bool {
         match self {
-            Self::Look(SetupError::NotSent { .. }) | Self::Apart(ApartError::Ended) => true,
+            Self::Look(SetupError::NotSent { .. })
+            | Self::Apart(ApartError::Ended)
+            | Self::Elsewhere => true,
             Self::Look(error) => error.class() == Class::Transient,
             Self::Spool(_) | Self::Apart(_) => false,
         }
@@ -292,6 +310,8 @@ struct Keeping {
     let_go: AtomicBool,
     look: Arc<Notify>,
     end: CancellationToken,
+    /// One for the log and one for each session there is.
+    sessions: Weak<()>,
 }
 
 /// Keeps it until told to end, whatever happens.
@@ -507,6 +527,9 @@ impl Keeping {
             .in_store(Layout::new(&self.stream, found.history))
             .await;
         let leads_to = Chain::from(position, &stored).end;
+        if leads_to < found.confirmed && found.is_read && self.sessions.strong_count() < 2 {
+            return Err(KeepError::Elsewhere);
+        }
         let going_on = log.go_on_at(found.confirmed, leads_to).await;
         going_on.map_err(|_| ApartError::Ended.into())
     }

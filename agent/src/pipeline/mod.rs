@@ -366,8 +366,12 @@ impl CopyObserver for Observer<'_> {
     clippy::disallowed_methods,
     reason = "the edge: everything below takes the time as an argument"
 )]
+fn now() -> SystemTime {
+    SystemTime::now()
+}
+
 fn now_micros() -> Micros {
-    pg_micros(SystemTime::now())
+    pg_micros(now())
 }
 
 #[allow(

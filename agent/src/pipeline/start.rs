@@ -274,10 +274,10 @@ impl Pipeline {
         let (config, database) = (Arc::clone(&self.config), self.database.clone());
         let metrics = self.metrics.clone();
         tasks.spawn(async move {
-            let mut said = None;
+            let (mut said, mut archived) = (None, setup::Watch::default());
             loop {
                 tokio::time::sleep(LOOK_FOR_TABLES_EVERY).await;
-                let uncopied = match setup::uncopied(&config, &database).await {
+                let uncopied = match setup::uncopied(&config, &database, &mut archived).await {
                     Ok(uncopied) => uncopied,
                     // Neither the source nor the archive need be in reach all the time.
                     Err(error) => {

@@ -15,17 +15,61 @@ use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
 use super::replica::{self, Progress, Server};
 use super::table_sync;
-use crate::backup::{self, BackupError, LoadJob, Manifest, Ownership, Summary};
+use crate::backup::{self, BackupError, LoadJob, Manifest, Newest, Ownership};
+use crate::catalog::TableName;
 use crate::config::{Archive, Config};
 use crate::pg::{ConnInfo, PgError, PgLsn};
 use crate::snapshot::CopyObserver;
 use crate::store::Store;
 use crate::stream::StreamName;
 
+/// The archive of a stream, for whoever asks again and again what its newest base backup has.
+#[derive(Debug, Default)]
+pub struct Watch {
+    store: Option<Store>,
+    newest: Newest,
+}
+
+impl Watch {
+    /// The tables whose rows it holds; none before the first was taken.
+    pub(super) async fn tables(
+        &mut self,
+        archive: &Archive,
+        stream: &StreamName,
+        database: &str,
+    ) -> Result<Vec<TableName>, SetupError> {
+        let found = self.find(archive, stream).await;
+        let (_, found) = found.map_err(|source| in_archive(source, database))?;
+        let tables = found.map(|(_, manifest)| manifest.tables());
+        Ok(tables.unwrap_or_default())
+    }
+
+    async fn find(
+        &mut self,
+        archive: &Archive,
+        stream: &StreamName,
+    ) -> Result<(&Store, Option<(&str, &Manifest)>), BackupError> {
+        let store = match &mut self.store {
+            Some(store) => store,
+            // Whoever comes before `run` has made the directory finds an archive without a base.
+            none => none.insert(Store::open(&archive.url, &archive.encryption).await?),
+        };
+        let found = self.newest.find(store, stream).await?;
+        Ok((store, found))
+    }
+}
+
+fn in_archive(source: BackupError, database: &str) -> SetupError {
+    SetupError::Base {
+        database: database.to_owned(),
+        source: Box::new(source),
+    }
+}
+
 /// The newest base backup of a stream.
 pub(super) struct Base {
     store: Store,
-    summary: Summary,
+    prefix: String,
     pub(super) manifest: Manifest,
 }
 
@@ -35,24 +79,13 @@ pub(super) async fn newest(
     stream: &StreamName,
     database: &str,
 ) -> Result<Option<Base>, SetupError> {
-    find(archive, stream)
-        .await
-        .map_err(|source| SetupError::Base {
-            database: database.to_owned(),
-            source: Box::new(source),
-        })
-}
-
-async fn find(archive: &Archive, stream: &StreamName) -> Result<Option<Base>, BackupError> {
-    let store = Store::open(&archive.url, &archive.encryption).await?;
-    let Some(summary) = backup::newest(&store, stream).await? else {
-        return Ok(None);
-    };
-    let manifest = backup::manifest(&store, &summary.base).await?;
-    Ok(Some(Base {
-        store,
-        summary,
-        manifest,
+    let mut watch = Watch::default();
+    let found = watch.find(archive, stream).await;
+    let (store, found) = found.map_err(|source| in_archive(source, database))?;
+    Ok(found.map(|(prefix, manifest)| Base {
+        store: store.clone(),
+        prefix: prefix.to_owned(),
+        manifest: manifest.clone(),
     }))
 }
 
@@ -105,7 +138,7 @@ impl Base {
             .map_err(SetupError::sql(Side::Replica, "record the stream"))?;
         let job = LoadJob {
             store: &self.store,
-            base: &self.summary.base,
+            base: &self.prefix,
             manifest: &self.manifest,
             target,
             stream,
@@ -118,10 +151,8 @@ impl Base {
             let examined = backup::examine(&job, client).await?;
             backup::load(job, examined, observer, cancel).await
         };
-        loading.await.map_err(|source| SetupError::Base {
-            database: database.to_owned(),
-            source: Box::new(source),
-        })?;
+        let loaded = loading.await;
+        loaded.map_err(|source| in_archive(source, database))?;
         let progress = Progress {
             term: 1,
             batch: 0,

@@ -55,6 +55,7 @@ use std::time::SystemTime;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
+pub use base::Watch;
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
 pub use locale::{Locale, Provider};
@@ -263,7 +264,12 @@ impl<'a> Setup<'a> {
             None => replica::open(&replica_info, &stream).await?,
         };
         lock::take(&replica, Side::Replica, &stream).await?;
+        // In this order: the replica is never behind the slot, and the source never behind the replica. Another agent, which
+        // may go on until it is gone, must not look like a slot that somebody has moved.
+        let slot = source.slot().await?;
         let known = replica::known(&replica, &stream).await?;
+        let applied_of_them = heartbeat::beats(&replica, Side::Replica).await?;
+        let written = heartbeat::beats(&source.client, Side::Source).await?;
         let mut walsender = source.walsender().await?;
         let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
         let verdict = identity::verdict(&Observed {
@@ -271,14 +277,11 @@ impl<'a> Setup<'a> {
             database: database.to_owned(),
             source: cluster,
             source_lsn,
-            slot: source.slot().await?,
+            slot,
             noted: source.note().await?.map(|noted| noted.began),
             recorded: known.recorded,
             applied: known.progress.map(|progress| progress.end_lsn),
-            beats: (
-                heartbeat::beats(&source.client, Side::Source).await?,
-                heartbeat::beats(&replica, Side::Replica).await?,
-            ),
+            beats: (written, applied_of_them),
         })
         .map_err(|source| SetupError::Mismatch {
             database: database.to_owned(),

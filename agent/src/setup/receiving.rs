@@ -18,7 +18,7 @@ use std::time::Duration;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
-use super::base::{self, Base};
+use super::base::{self, Base, Watch};
 use super::error::{SetupError, Side};
 use super::identity::{self, Recorded};
 use super::replica::{self, Known, Progress, Server};
@@ -72,11 +72,15 @@ pub struct Uncopied {
 }
 
 /// Looks for tables that a replica beside a Kinesis stream lacks: at the source, or where it is out of reach in the
-/// newest base backup.
+/// newest base backup, which is read again when it is another one.
 ///
 /// # Errors
 /// [`SetupError`]
-pub async fn uncopied(config: &Config, database: &str) -> Result<Uncopied, SetupError> {
+pub async fn uncopied(
+    config: &Config,
+    database: &str,
+    archived: &mut Watch,
+) -> Result<Uncopied, SetupError> {
     let stream = config.stream(database);
     let source = config.source.conninfo.with_dbname(database);
     let (published, source_in_reach): (BTreeSet<TableName>, bool) =
@@ -89,9 +93,8 @@ pub async fn uncopied(config: &Config, database: &str) -> Result<Uncopied, Setup
             Err(error) if error.is_out_of_reach(Side::Source) => match &config.archive {
                 None => return Err(error),
                 Some(archive) => {
-                    let base = base::newest(archive, &stream, database).await?;
-                    let tables = base.map(|base| base.manifest.tables());
-                    (tables.into_iter().flatten().collect(), false)
+                    let tables = archived.tables(archive, &stream, database).await?;
+                    (tables.into_iter().collect(), false)
                 }
             },
             Err(error) => return Err(error),

@@ -98,6 +98,8 @@ pub struct Logged {
     pub history: History,
     /// The source has nothing before it any more.
     pub confirmed: PgLsn,
+    /// Somebody reads the slot.
+    pub is_read: bool,
     /// The term at which the source sends.
     pub term: i64,
     /// Whether values travel in binary form, as they do in the pipeline.
@@ -116,6 +118,7 @@ pub async fn logged(
     let source = Box::pin(SourceSide::open(config, database, cancel)).await?;
     let noted = source.note().await?.filter(|noted| noted.since.is_some());
     let slot = source.slot().await?;
+    let is_read = slot.as_ref().is_some_and(|slot| slot.active_pid.is_some());
     let both = noted.zip(slot.and_then(|slot| Some((slot.lost, slot.confirmed?))));
     let (noted, (lost, confirmed)) = both.ok_or_else(|| SetupError::NotSent {
         stream: source.stream.to_string(),
@@ -142,6 +145,7 @@ pub async fn logged(
     Ok(Logged {
         history: noted.history(),
         confirmed,
+        is_read,
         term: term(&source).await?,
         binary: travels && config.route == Route::Direct,
     })

@@ -18,7 +18,6 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::future::pending;
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -27,7 +26,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::task::spawn_blocking;
+use tokio_util::task::TaskTracker;
 
 use super::name::{self, TEMPORARY};
 use super::{Doing, Listed, ObjectSummary, Put, StoreError};
@@ -46,30 +45,39 @@ const CHUNK: usize = 1 << 20;
 #[derive(Clone, Debug)]
 pub(super) struct Directory {
     root: Arc<Path>,
+    background: TaskTracker,
 }
 
 impl Directory {
     /// The directory as it is: nothing is made, nothing removed.
     pub(super) fn as_it_is(root: &Path) -> Self {
-        Self { root: root.into() }
+        Self {
+            root: root.into(),
+            background: super::background(),
+        }
+    }
+
+    /// What goes on after those who wanted it are gone.
+    pub(super) fn background(&self) -> &TaskTracker {
+        &self.background
     }
 
     /// Makes the directory if it is not there, and removes what killed writers left.
     pub(super) async fn open(root: &Path) -> Result<Self, StoreError> {
         let directory = Self::as_it_is(root);
         let opened = directory.clone();
-        blocking(move || {
+        let making = directory.blocking(move || {
             make_durably(&opened.root)
                 .and_then(|()| opened.remove_left(SystemTime::now()))
                 .map_err(|source| opened.failed(Doing::Open, "", source))
-        })
-        .await?;
+        });
+        making.await?;
         Ok(directory)
     }
 
     pub(super) async fn put_new(&self, name: &str, body: Bytes) -> Result<Put, StoreError> {
         let (directory, name) = (self.clone(), name.to_owned());
-        blocking(move || {
+        self.blocking(move || {
             let put = || {
                 let (mut file, temporary) = directory.temporary()?;
                 file.write_all(&body)?;
@@ -84,7 +92,8 @@ impl Directory {
     pub(super) async fn create(&self, name: &str) -> Result<DirectoryWriter, StoreError> {
         let directory = self.clone();
         // Given up while the file is being made, its guard is dropped with the answer.
-        let (file, temporary) = blocking(move || directory.temporary())
+        let (file, temporary) = self
+            .blocking(move || directory.temporary())
             .await
             .map_err(|source| self.failed(Doing::Write, name, source))?;
         Ok(DirectoryWriter {
@@ -98,7 +107,7 @@ impl Directory {
 
     pub(super) async fn read(&self, name: &str) -> Result<DirectoryReader, StoreError> {
         let (directory, path) = (self.clone(), self.root.join(name));
-        let opened = blocking(move || match File::open(path) {
+        let opened = self.blocking(move || match File::open(path) {
             // A directory can be opened too, and is no object.
             Ok(file) => Ok(file.metadata()?.is_file().then_some(file)),
             Err(error) if is_absent(&error) => directory.must_be_there().map(|()| None),
@@ -124,7 +133,7 @@ impl Directory {
     ) -> Result<Vec<Listed>, StoreError> {
         let (directory, prefix) = (self.clone(), prefix.to_owned());
         let after = after.map(str::to_owned);
-        blocking(move || {
+        self.blocking(move || {
             directory
                 .walk(&prefix, after.as_deref())
                 .map_err(|source| directory.failed(Doing::List, &prefix, source))
@@ -134,12 +143,17 @@ impl Directory {
 
     pub(super) async fn delete(&self, name: &str) -> Result<(), StoreError> {
         let (directory, name) = (self.clone(), name.to_owned());
-        blocking(move || {
+        self.blocking(move || {
             directory
                 .remove(&name)
                 .map_err(|source| directory.failed(Doing::Delete, &name, source))
         })
         .await
+    }
+
+    /// Does what waits for the disk where waiting blocks nobody.
+    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        super::ended(self.background.spawn_blocking(work).await).await
     }
 
     /// A new temporary file and its guard.
@@ -367,7 +381,8 @@ impl DirectoryWriter {
         file.flush().await.map_err(failed)?;
         file.sync_all().await.map_err(failed)?;
         let (to, object) = (directory.clone(), name.clone());
-        let put = blocking(move || to.publish(&temporary, &object))
+        let put = directory
+            .blocking(move || to.publish(&temporary, &object))
             .await
             .map_err(failed)?;
         Ok((put, written))
@@ -440,16 +455,4 @@ fn is_absent(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
     )
-}
-
-/// Runs what waits for the disk where waiting blocks nobody.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime is shutting down, and this future with it.
-            Err(_) => pending().await,
-        },
-    }
 }

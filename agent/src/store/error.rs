@@ -143,6 +143,14 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// The disk of a directory has no room: waiting alone makes none.
+    pub fn is_full(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, Self::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
+    }
+}
+
 impl Classify for StoreError {
     fn class(&self) -> Class {
         match self {

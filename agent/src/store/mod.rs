@@ -10,6 +10,8 @@
 //! - **First come, first kept.** Of any number of writers of one name exactly one gets [`Put::Created`]; the
 //!   others get [`Put::Exists`] and have changed nothing. An answer that is lost on the way does not
 //!   turn one into the other: the object itself says who wrote it.
+//! - **Settled.** What a dropped write had under way comes to its end in the background; after [`Store::settle`] a listing
+//!   shows what is left of it.
 //! - **Bounded.** A writer or reader holds a few parts in memory, whatever the size of its object.
 //! - No secret is in an error or in a log line of this module.
 //!
@@ -26,9 +28,13 @@ mod s3;
 mod tests;
 mod url;
 
+use std::future::pending;
 use std::time::SystemTime;
 
 use bytes::{Bytes, BytesMut};
+use metrics::Counter;
+use tokio::task::JoinError;
+use tokio_util::task::TaskTracker;
 
 use self::directory::{Directory, DirectoryReader, DirectoryWriter};
 pub use self::error::{Doing, Refusal, StoreError};
@@ -124,6 +130,33 @@ impl Store {
         }
     }
 
+    /// Has every answer counted by which S3 asks for fewer requests; the first counter that is given stays.
+    pub fn count_throttled(&self, counter: Counter) {
+        match &self.0 {
+            Kind::S3(s3) => s3.count_throttled(counter),
+            // A disk is slow without a word.
+            Kind::Directory(_) => {}
+        }
+    }
+
+    /// Whether the bucket itself ends uploads that nobody completes; none where it may not be asked, or need not be.
+    pub async fn ends_abandoned_uploads(&self) -> Option<bool> {
+        match &self.0 {
+            Kind::S3(s3) => s3.ends_abandoned_uploads().await,
+            Kind::Directory(_) => None,
+        }
+    }
+
+    /// Waits until everything has ended that dropped writes and writers had under way: requests that were sent, uploads that
+    /// are aborted, files that get their names.
+    pub async fn settle(&self) {
+        let background = match &self.0 {
+            Kind::S3(s3) => s3.background(),
+            Kind::Directory(directory) => directory.background(),
+        };
+        background.wait().await;
+    }
+
     /// Writes an object that does not exist yet; one that exists is left as it is.
     ///
     /// Dropped before it is done, it has written all of the object or nothing.
@@ -131,6 +164,16 @@ impl Store {
         name::check(name)?;
         match &self.0 {
             Kind::S3(s3) => s3.put_new(name, body).await,
+            Kind::Directory(directory) => directory.put_new(name, body).await,
+        }
+    }
+
+    /// The same on the way that large objects take: on S3 as an upload in parts, here of one. An upload that finds the name
+    /// taken is aborted before this returns.
+    pub async fn put_new_in_parts(&self, name: &str, body: Bytes) -> Result<Put, StoreError> {
+        name::check(name)?;
+        match &self.0 {
+            Kind::S3(s3) => s3.put_new_in_parts(name, body).await,
             Kind::Directory(directory) => directory.put_new(name, body).await,
         }
     }
@@ -200,6 +243,26 @@ impl Store {
             Kind::S3(s3) => s3.delete(name).await,
             Kind::Directory(directory) => directory.delete(name).await,
         }
+    }
+}
+
+/// Where dropped writes come to their end.
+fn background() -> TaskTracker {
+    let tracker = TaskTracker::new();
+    // Only then does it ever count as empty; more may come all the same.
+    tracker.close();
+    tracker
+}
+
+/// What a task has come to that nothing cancels but the end of the runtime.
+async fn ended<T>(task: Result<T, JoinError>) -> T {
+    match task {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is shutting down, and this future with it.
+            Err(_) => pending().await,
+        },
     }
 }
 

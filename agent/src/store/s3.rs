@@ -10,10 +10,15 @@
 //! - Every request has a deadline that grows with what it sends, and at most [`ATTEMPTS`] attempts. One that
 //!   stands still is given up.
 //!
+//! - What a dropped writer began is brought to its end in the background: an upload is aborted, a request that was sent is
+//!   waited for.
+//!
 //! # What it does not do
 //! It creates no bucket and changes none. It does not look for the bucket's region. How a client finds its settings
 //! is in [`crate::aws`].
 
+mod attempts;
+mod lifecycle;
 mod read;
 mod refused;
 mod write;
@@ -26,7 +31,10 @@ use aws_sdk_s3::Client;
 use aws_sdk_s3::config;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use metrics::Counter;
+use tokio_util::task::TaskTracker;
 
+use self::attempts::{Conflicts, Throttled};
 pub(super) use self::read::S3Reader;
 pub(super) use self::write::S3Writer;
 use super::{Doing, Encryption, Listed, Refusal, StoreError, StoreUrl, name};
@@ -53,6 +61,8 @@ struct Place {
     /// Empty, or ends with a slash.
     prefix: String,
     encryption: Encryption,
+    throttled: Throttled,
+    background: TaskTracker,
 }
 
 /// The client's own representation is long, and holds what is none of a log's business.
@@ -82,7 +92,11 @@ impl S3 {
                 said: "the environment names no region".to_owned(),
             });
         };
-        let mut client = config::Builder::from(&environment.config).region(region);
+        let throttled = Throttled::default();
+        let mut client = config::Builder::from(&environment.config)
+            .region(region)
+            .retry_classifier(Conflicts)
+            .interceptor(throttled.clone());
         // Whoever serves S3 under a name of their own seldom has a name for every bucket too.
         client.set_force_path_style(environment.elsewhere.then_some(true));
         Ok(Self {
@@ -95,8 +109,20 @@ impl S3 {
                     format!("{prefix}/")
                 },
                 encryption: encryption.clone(),
+                throttled,
+                background: super::background(),
             }),
         })
+    }
+
+    /// Where answers are counted that ask for fewer requests.
+    pub(super) fn count_throttled(&self, counter: Counter) {
+        self.place.throttled.count_in(counter);
+    }
+
+    /// What goes on after those who wanted it are gone.
+    pub(super) fn background(&self) -> &TaskTracker {
+        &self.place.background
     }
 
     pub(super) async fn list(

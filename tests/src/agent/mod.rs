@@ -94,6 +94,7 @@ pub struct Agent {
     directory: PathBuf,
     config: AgentConfig,
     http_port: u16,
+    environment: Vec<(String, String)>,
 }
 
 impl Agent {
@@ -105,6 +106,7 @@ impl Agent {
             directory,
             config,
             http_port: free_port(),
+            environment: Vec::new(),
         };
         agent.write_config();
         agent
@@ -114,6 +116,12 @@ impl Agent {
     pub fn configure(&mut self, key: &str, value: &str) {
         self.config = self.config.clone().set(key, value);
         self.write_config();
+    }
+
+    /// Gives everything that it starts from now on these environment variables.
+    pub fn surround(&mut self, environment: &[(&str, &str)]) {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        self.environment = environment.iter().map(owned).collect();
     }
 
     fn write_config(&self) {
@@ -186,6 +194,7 @@ impl Agent {
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("HOME", &self.directory)
             .env("RUST_BACKTRACE", "1")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(create(&out))

@@ -202,19 +202,22 @@ impl Running {
 
     /// Peak resident memory so far, in bytes.
     pub fn peak_resident_bytes(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))
-            .expect("the agent is running");
+        self.peak_if_alive().expect("the agent is running")
+    }
+
+    /// The same, of a process that may have ended.
+    pub fn peak_if_alive(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).ok()?;
         let line = status
             .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:"))
-            .expect("Linux tells the peak");
+            .find_map(|line| line.strip_prefix("VmHWM:"))?;
         let kib: u64 = line
             .trim()
             .trim_end_matches("kB")
             .trim()
             .parse()
             .expect("the peak is a number of kB");
-        kib * 1024
+        Some(kib * 1024)
     }
 
     /// Waits until the process stands still: stopped by a signal, or by a fail point.

@@ -6,6 +6,7 @@
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 
 use super::S3;
+use super::attempts::Throttled;
 pub(super) use crate::aws::said;
 use crate::aws::{Failure, NoCredentials, failure, status};
 use crate::store::{Doing, Refusal, StoreError};
@@ -21,10 +22,15 @@ impl S3 {
                 object: self.url(name),
             };
         }
+        let refusal = sort(error);
+        // One of KMS, for instance, which has a status of its own.
+        if refusal == Refusal::Throttled && !status(error).is_some_and(Throttled::is_counted) {
+            self.place.throttled.count();
+        }
         StoreError::S3 {
             doing,
             object: self.url(name),
-            refusal: sort(error),
+            refusal,
             said: said(error),
         }
     }
@@ -127,7 +133,6 @@ fn by_answer(code: &str, message: &str, status: u16) -> Refusal {
     }
 }
 
-/// Why there are no credentials, if that is the reason.
 #[cfg(test)]
 mod tests {
     use super::*;

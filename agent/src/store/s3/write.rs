@@ -4,7 +4,7 @@
 //! - In memory are the part that is being gathered and those on their way, 40 MiB for an object below 8 GiB;
 //!   for larger ones parts grow, to 160 MiB in all at the end.
 //! - An upload is completed only with every part that was sent, under the checksum of the whole; otherwise it is
-//!   aborted, as well as that can be done while being dropped.
+//!   aborted, in the background where its writer was dropped.
 
 use std::mem;
 
@@ -15,9 +15,9 @@ use bytes::{Bytes, BytesMut};
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
-use super::refused::{is_gone, is_missing, is_taken, said};
+use super::refused::{is_gone, is_missing, is_taken};
 use super::{COMPLETE_WITHIN, S3, WRITER, patience, time_to_send, written_crc};
-use crate::store::{Doing, Encryption, ObjectSummary, Put, StoreError};
+use crate::store::{Doing, Encryption, ObjectSummary, Put, StoreError, ended};
 
 /// The smallest part; S3 takes none below 5 MiB but the last.
 const PART_BYTES: usize = 8 << 20;
@@ -58,11 +58,27 @@ impl S3 {
             .body(body.into())
             .customize()
             .config_override(deadline);
-        match Box::pin(request.send()).await {
+        // What was sent may arrive, whoever has given up waiting for it.
+        let sending = self.place.background.spawn(request.send());
+        match ended(sending.await).await {
             Ok(_) => Ok(Put::Created),
             Err(error) if is_taken(&error) => self.whose(name, &writer).await,
             Err(error) => Err(self.refused(Doing::Write, name, &error)),
         }
+    }
+
+    pub(in crate::store) async fn put_new_in_parts(
+        &self,
+        name: &str,
+        body: Bytes,
+    ) -> Result<Put, StoreError> {
+        let mut upload = Upload::begin(self, name).await?;
+        upload.send(body).await?;
+        let (put, _) = upload.complete().await?;
+        if put == Put::Exists {
+            upload.abort().await?;
+        }
+        Ok(put)
     }
 
     /// There is an object of this name. An earlier attempt of ours may have written it and its answer
@@ -160,7 +176,7 @@ impl S3Writer {
     }
 }
 
-/// Parts of an object that is not one yet. Dropped before it is complete, it is aborted.
+/// Parts of an object that is not one yet. Dropped before it is over, it is aborted.
 #[derive(Debug)]
 struct Upload {
     store: S3,
@@ -172,7 +188,8 @@ struct Upload {
     whole: ObjectSummary,
     sending: JoinSet<Result<CompletedPart, StoreError>>,
     stored: Vec<CompletedPart>,
-    complete: bool,
+    /// It was completed or aborted.
+    over: bool,
 }
 
 impl Upload {
@@ -204,7 +221,7 @@ impl Upload {
             whole: ObjectSummary::default(),
             sending: JoinSet::new(),
             stored: Vec::new(),
-            complete: false,
+            over: false,
         })
     }
 
@@ -258,17 +275,13 @@ impl Upload {
     async fn wait_for_one(&mut self) -> Result<(), StoreError> {
         match self.sending.join_next().await {
             None => {}
-            Some(Ok(stored)) => self.stored.push(stored?),
-            Some(Err(error)) => match error.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                // Only dropping the upload, or the runtime, cancels its tasks.
-                Err(_) => std::future::pending().await,
-            },
+            // Only dropping the upload, or the runtime, cancels its tasks.
+            Some(stored) => self.stored.push(ended(stored).await?),
         }
         Ok(())
     }
 
-    async fn complete(mut self) -> Result<(Put, ObjectSummary), StoreError> {
+    async fn complete(&mut self) -> Result<(Put, ObjectSummary), StoreError> {
         while !self.sending.is_empty() {
             self.wait_for_one().await?;
         }
@@ -300,8 +313,30 @@ impl Upload {
             }
             Err(error) => return Err(self.store.refused(Doing::Write, &self.name, &error)),
         };
-        self.complete = put == Put::Created;
+        self.over = put == Put::Created;
         Ok((put, self.whole))
+    }
+
+    /// Ends it without an object.
+    fn abort(&mut self) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
+        self.over = true;
+        let mut sending = mem::take(&mut self.sending);
+        let (store, name) = (self.store.clone(), self.name.clone());
+        let request = self
+            .store
+            .client
+            .abort_multipart_upload()
+            .bucket(self.store.bucket())
+            .key(self.store.key(&self.name))
+            .upload_id(&self.id);
+        async move {
+            // A part that arrives after the end of its upload is kept, and paid for.
+            sending.shutdown().await;
+            match Box::pin(request.send()).await {
+                Err(error) if !is_gone(&error) => Err(store.refused(Doing::Write, &name, &error)),
+                _ => Ok(()),
+            }
+        }
     }
 }
 
@@ -310,28 +345,16 @@ impl Drop for Upload {
         let Ok(runtime) = Handle::try_current() else {
             return;
         };
-        if self.complete {
+        if self.over {
             return;
         }
-        let mut sending = mem::take(&mut self.sending);
-        let url = self.store.url(&self.name);
-        let request = self
-            .store
-            .client
-            .abort_multipart_upload()
-            .bucket(self.store.bucket())
-            .key(self.store.key(&self.name))
-            .upload_id(&self.id);
-        runtime.spawn(async move {
-            // A part that arrives after the end of its upload is kept, and paid for.
-            sending.shutdown().await;
-            if let Err(error) = request.send().await
-                && !is_gone(&error)
-            {
-                let error = said(&error);
-                tracing::warn!(object = url, error, "unfinished upload not aborted");
+        let aborting = self.abort();
+        let aborting = async move {
+            if let Err(error) = aborting.await {
+                tracing::warn!(%error, "unfinished upload not aborted");
             }
-        });
+        };
+        self.store.place.background.spawn_on(aborting, &runtime);
     }
 }
 

@@ -1,0 +1,74 @@
+//! What is looked at after each attempt of the SDK at a request, the ones that it repeats by itself included.
+//!
+//! # What it does not do
+//! It decides nothing about pauses and numbers of attempts.
+
+use std::sync::{Arc, OnceLock};
+
+use aws_sdk_s3::config::interceptors::{FinalizerInterceptorContextRef, InterceptorContext};
+use aws_sdk_s3::config::retry::{ClassifyRetry, RetryAction};
+use aws_sdk_s3::config::{ConfigBag, Intercept, RuntimeComponents};
+use aws_sdk_s3::error::BoxError;
+use metrics::Counter;
+
+/// Another request for the same object is under way: most of the time our own, whose answer was lost. S3 asks for another
+/// attempt then, and the SDK would make none.
+#[derive(Debug)]
+pub(super) struct Conflicts;
+
+impl ClassifyRetry for Conflicts {
+    fn classify_retry(&self, context: &InterceptorContext) -> RetryAction {
+        let status = context.response().map(|answer| answer.status().as_u16());
+        match status {
+            Some(409) => RetryAction::transient_error(),
+            _ => RetryAction::NoActionIndicated,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        "conflicts"
+    }
+}
+
+/// Counts answers by which S3 asks for fewer requests.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Throttled(Arc<OnceLock<Counter>>);
+
+impl Throttled {
+    /// The first counter that is given stays.
+    pub(super) fn count_in(&self, counter: Counter) {
+        let _ = self.0.set(counter);
+    }
+
+    /// One more.
+    pub(super) fn count(&self) {
+        if let Some(counter) = self.0.get() {
+            counter.increment(1);
+        }
+    }
+
+    /// Whether an answer is counted here by its status. `SlowDown` has 503; so has "service unavailable", for which S3 wants the
+    /// same to be done.
+    pub(super) fn is_counted(status: u16) -> bool {
+        matches!(status, 429 | 503)
+    }
+}
+
+impl Intercept for Throttled {
+    fn name(&self) -> &'static str {
+        "throttled"
+    }
+
+    fn read_after_attempt(
+        &self,
+        context: &FinalizerInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let status = context.response().map(|answer| answer.status().as_u16());
+        if status.is_some_and(Self::is_counted) {
+            self.count();
+        }
+        Ok(())
+    }
+}
