@@ -25,6 +25,7 @@ mod copy;
 mod databases;
 mod disturbances;
 mod fencing;
+mod golden;
 mod harness;
 mod init;
 mod kinesis;

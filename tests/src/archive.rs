@@ -98,7 +98,11 @@ pub async fn position(source: &Client) -> String {
 
 /// Waits until the log in an archive reaches what is committed by now.
 pub async fn wait_archived(database: &Database, archive: &Path) {
-    let source = database.source().await;
+    wait_archived_at(&database.source().await, archive).await;
+}
+
+/// The same, of the database that a session is in.
+pub async fn wait_archived_at(source: &Client, archive: &Path) {
     let here = source.value("SELECT pg_current_wal_lsn()").await;
     let here: PgLsn = here
         .expect("the source has a position")
