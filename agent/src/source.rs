@@ -46,7 +46,7 @@ use crate::archive::ArchiveError;
 use crate::changelog::{Gap, UnpackError};
 use crate::error::{Class, Classify};
 use crate::failpoint;
-use crate::history::WentBack;
+use crate::history::{History, WentBack};
 use crate::kinesis::KinesisError;
 use crate::ledger::FlushLsn;
 use crate::pg::pgoutput::DecodeError;
@@ -163,6 +163,18 @@ pub enum SourceError {
     /// The source gives LSNs out a second time.
     #[error(transparent)]
     WentBack(#[from] WentBack),
+    /// The stream goes on from another slot.
+    #[error(
+        "stream {stream} was begun anew on the source: it is of history {successor} now, this replica of {ours}"
+    )]
+    BegunAnew {
+        /// The stream.
+        stream: StreamName,
+        /// What was received.
+        ours: History,
+        /// What comes now.
+        successor: History,
+    },
     /// The archive, which was to fill a gap of the Kinesis stream.
     #[error("fill a gap of the Kinesis stream from the archive")]
     Archive(#[from] ArchiveError),
@@ -185,6 +197,7 @@ impl Classify for SourceError {
             | Self::Contradiction { .. }
             | Self::TooMuchWaits { .. }
             | Self::WentBack(_)
+            | Self::BegunAnew { .. }
             | Self::Gap { .. } => Class::Definite,
             // What the next start finds says whether somebody is wanted.
             Self::Overtaken { .. } | Self::Behind { .. } | Self::Ended | Self::Silent { .. } => {
@@ -214,6 +227,11 @@ impl Classify for SourceError {
             Self::Archive(error) => error.hint(),
             Self::TooMuchWaits { .. } => Some(
                 "raise limits.spill_bytes (and give the disk that room), then start `dr-agent apply` again".to_owned(),
+            ),
+            Self::BegunAnew { .. } => Some(
+                "everything that the stream had before is applied. To follow it further, DROP DATABASE on the replica and start \
+                 `dr-agent apply`, which copies anew"
+                    .to_owned(),
             ),
             Self::WentBack(_) => Some(WentBack::HINT.to_owned()),
             Self::Gap { .. } => Some(

@@ -518,6 +518,32 @@ async fn a_slot_that_is_lost_is_not_created_anew_in_silence() {
     running
         .wait_for_log(&["is gone, by which the stream was sent since"])
         .await;
+    // Once a person has decided, it is begun anew, and nobody waits for a slot that is no more.
+    source
+        .run(&format!(
+            "DELETE FROM dr_agent.sending WHERE stream = '{stream}'"
+        ))
+        .await;
+    let mut applying = route.apply(&[]);
+    let running = route.run(&[]);
+    write(&route.database, 7).await;
+    applying.expect_exit(1).await;
+    applying
+        .wait_for_log(&["was begun anew on the source", "DROP DATABASE"])
+        .await;
+    let replica = route.database.replica_server().client("postgres").await;
+    replica
+        .run(&format!(
+            "DROP DATABASE {} WITH (FORCE)",
+            route.database.name
+        ))
+        .await;
+    let applying = route.apply(&[]);
+    applying.wait_for_streaming(&route.database.name).await;
+    write(&route.database, 8).await;
+    route.database.expect_equal().await;
+    running.stop().await;
+    applying.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -14,6 +14,8 @@
 //!   after it shows, however much of the stream is left: what waits for it is little.
 //! - That nothing is left before the tip is believed only of a stream that was seen to lead on from the position, or was read
 //!   from its oldest record on: where a reading begins is a guess by two clocks.
+//! - A stream that was begun anew, from another slot of the same source, is an error once everything before that was applied:
+//!   nothing of ours comes any more.
 //! - What waits stays within its limits. Where they are reached and the archive has what is missing, reading waits for it.
 //!
 //! # What it does not do
@@ -33,7 +35,9 @@ use super::shelf::{Kept, Shelf};
 use super::{IntakeLimits, LogIntake, Received, SourceError, SourcePosition};
 use crate::archive::Layout;
 use crate::batch::IN_FLIGHT_MAX;
-use crate::changelog::{self, Gap, Gather, Gathered, Part, UnpackError, Unpacker, VERSION, Worth};
+use crate::changelog::{
+    self, Gap, Gather, Gathered, Part, UnpackError, Unpacker, VERSION, Worth, history_of,
+};
 use crate::failpoint;
 use crate::history::History;
 use crate::kinesis::{Event, Kinesis, KinesisError, Records, StartAt};
@@ -163,6 +167,7 @@ pub async fn receive(
         since: wall_clock(),
         joined: false,
         warned: HashSet::new(),
+        successor: None,
     };
     let mut from = receiving.start_at();
     loop {
@@ -198,6 +203,8 @@ struct Receiving {
     joined: bool,
     /// What was ignored that should not be there, as far as it has been said.
     warned: HashSet<&'static str>,
+    /// The history of a later slot of our source, and by when its first record had arrived.
+    successor: Option<(History, Instant)>,
 }
 
 /// A gap that holds everything up.
@@ -275,7 +282,7 @@ impl Receiving {
     /// Takes records, and hands over what is complete with them.
     async fn records(&mut self, records: Records) -> Result<Flow, SourceError> {
         for record in records.data {
-            let Some(part) = self.needed(record)? else {
+            let Some(part) = self.needed(record, records.arrived_by)? else {
                 continue;
             };
             if let Some(next) = self.keep(&part, records.arrived_by).await?.break_value() {
@@ -286,7 +293,7 @@ impl Receiving {
     }
 
     /// The part that a record holds, if it is good for anything.
-    fn needed(&mut self, record: Bytes) -> Result<Option<Part>, SourceError> {
+    fn needed(&mut self, record: Bytes, arrived_by: Instant) -> Result<Option<Part>, SourceError> {
         let Ok(part) = changelog::decode(record) else {
             // If it was one of ours, the gap it leaves is noticed.
             self.ignore("unreadable", "is no change-log record");
@@ -311,6 +318,10 @@ impl Receiving {
                 return Ok(None);
             }
             Worth::OtherHistory => {
+                let (ours, other) = (self.settings.history, history_of(&part));
+                if other.system_identifier == ours.system_identifier && other.began > ours.began {
+                    self.successor.get_or_insert((other, arrived_by));
+                }
                 self.ignore(
                     "other_history",
                     "comes from another source under the same stream name, or from a slot before this one",
@@ -414,7 +425,18 @@ impl Receiving {
         }
         let Some(gap) = gap else {
             self.stalled = None;
-            return Ok(ON);
+            return match self.successor {
+                Some((successor, arrived_by))
+                    if self.until == Until::Stopped && at >= arrived_by =>
+                {
+                    Err(SourceError::BegunAnew {
+                        stream: self.settings.stream.clone(),
+                        ours: self.settings.history,
+                        successor,
+                    })
+                }
+                _ => Ok(ON),
+            };
         };
         let stalled = self.stalled_at(gap);
         if stalled.looked_lately() {
