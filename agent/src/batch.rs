@@ -38,6 +38,13 @@ impl Batch {
         self.last().commit_time
     }
 
+    /// The latest commit time in it. It need not be the last one's: a transaction that the source has of another node by logical
+    /// replication bears that one's time.
+    pub fn newest(&self) -> Micros {
+        let times = self.transactions.iter().map(|it| it.commit_time);
+        times.max().unwrap_or(Micros::MIN)
+    }
+
     fn last(&self) -> &Transaction {
         self.transactions
             .last()

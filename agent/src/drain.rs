@@ -175,7 +175,7 @@ impl StreamDrain<'_> {
             term: prepared.term - 1,
             start: prepared.end_lsn,
             commit_time: prepared.commit_time,
-            copied: prepared.batch == 0,
+            applied_at: prepared.applied_at,
             limits: IntakeLimits {
                 queue_bytes: limits.queue_bytes,
                 transaction_bytes: limits.transaction_bytes,

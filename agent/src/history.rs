@@ -41,7 +41,9 @@ impl WentBack {
     pub const HINT: &str = "the source, with its slot, was set back by a snapshot of its storage, and went on from there; the         replica and the archive may hold the only copy of what came after it, and `dr-agent promote` keeps it. To start over with         what the source has now: drop the slot, DELETE FROM dr_agent.sending on the source, DROP DATABASE on the replica, and         start the agents; the archive keeps both histories. If only a clock was wrong: start over as well";
 }
 
-/// Whether what comes a second time, before what is known, is what came the first time.
+/// Whether what comes a second time, before what is known, is what came the first time. `newest`: by when everything known had
+/// committed; the commit time of the last transaction is not enough, where that came to the source from another node and bears its
+/// time.
 ///
 /// # Errors
 /// [`WentBack`]

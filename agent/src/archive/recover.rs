@@ -14,28 +14,16 @@ use std::path::{Path, PathBuf};
 use super::layout::Span;
 use super::spool::{DAMAGED, SpoolError, at, complete, truncate};
 use crate::changelog::{Frames, Part, UnpackError, Unpacker, VERSION};
-use crate::lag::Micros;
 use crate::pg::PgLsn;
 
 /// How far behind damage it is looked for more.
 const BEYOND_BYTES: u64 = 64 << 20;
 
-/// A complete segment.
-#[derive(Debug)]
-pub(super) struct Kept {
-    /// Its file.
-    pub(super) path: PathBuf,
-    /// What it holds.
-    pub(super) span: Span,
-    /// When its last transaction committed.
-    pub(super) newest: Micros,
-}
-
 /// What became of a file.
 #[derive(Debug, Default)]
 pub(super) struct Recovered {
     /// The complete segment that it is now, if anything is left of it.
-    pub(super) segment: Option<Kept>,
+    pub(super) segment: Option<(PathBuf, Span)>,
     /// What was in it and is not any more.
     pub(super) missing: Option<Span>,
 }
@@ -62,11 +50,7 @@ pub(super) fn finished(path: &Path, span: Span) -> Result<Recovered, SpoolError>
     let whole = whole_batches(&mut file, path, span.start)?;
     if whole.bytes == length && whole.end == span.end {
         return Ok(Recovered {
-            segment: Some(Kept {
-                path: path.to_owned(),
-                span,
-                newest: whole.newest,
-            }),
+            segment: Some((path.to_owned(), span)),
             missing: None,
         });
     }
@@ -105,7 +89,7 @@ fn cut_off(
     file: &mut File,
     start: PgLsn,
     whole: &Whole,
-) -> Result<Option<Kept>, SpoolError> {
+) -> Result<Option<(PathBuf, Span)>, SpoolError> {
     if whole.bytes == 0 {
         fs::remove_file(path).map_err(at("remove", path))?;
         return Ok(None);
@@ -116,11 +100,7 @@ fn cut_off(
         end: whole.end,
     };
     let directory = path.parent().unwrap_or_else(|| Path::new("."));
-    Ok(Some(Kept {
-        path: complete(directory, path, span)?,
-        span,
-        newest: whole.newest,
-    }))
+    Ok(Some((complete(directory, path, span)?, span)))
 }
 
 /// The whole batches at the beginning of a file.
@@ -129,8 +109,6 @@ struct Whole {
     bytes: u64,
     /// Where the last of them ends.
     end: PgLsn,
-    /// The last commit time in them.
-    newest: Micros,
     /// Batches follow behind what cannot be read. Each was on disk before the next was begun, so that is not where a crash cut
     /// the last one off.
     is_damaged: bool,
@@ -142,7 +120,6 @@ fn whole_batches(file: &mut File, path: &Path, start: PgLsn) -> Result<Whole, Sp
     let mut whole = Whole {
         bytes: 0,
         end: start,
-        newest: Micros::MIN,
         is_damaged: false,
     };
     let mut block = vec![0; 1 << 16];
@@ -166,7 +143,6 @@ fn whole_batches(file: &mut File, path: &Path, start: PgLsn) -> Result<Whole, Sp
                 Ok(true) => {
                     whole.bytes = frames.taken();
                     whole.end = part.end_lsn.into();
-                    whole.newest = whole.newest.max(part.commit_time);
                 }
                 Ok(false) => {}
                 Err(source @ UnpackError::Version { .. }) => {

@@ -3,7 +3,7 @@
 //! ```text
 //! <directory>/<start>.open          being written; parts behind one another, uncompressed
 //! <directory>/<start>-<end>.log     complete, waiting for the store
-//! <directory>/<start>-<end>.taken   the last one that the store has taken: its last commit time, in microseconds since 2000
+//! <directory>/<start>-<end>.taken   empty: the last one that the store has taken
 //! <directory>/<start>-<end>.missing empty: of a segment that was damaged; to be read again
 //! ```
 //! One directory for each history. Its *position* is how far the log has come; what is appended begins there.
@@ -29,12 +29,12 @@ use bytes::BytesMut;
 
 use super::Chain;
 use super::layout::{Span, digits, parse_digits};
-use super::recover::{self, Kept, Recovered};
+use super::recover::{self, Recovered};
 use crate::batch::Batch;
 use crate::changelog::{Author, Compression, Packing, UnpackError, put_frame};
 use crate::error::{Class, Classify, disk_class};
 use crate::history::{WentBack, comes_again};
-use crate::lag::Micros;
+use crate::lag::{Micros, pg_micros};
 use crate::pg::PgLsn;
 use crate::spill::SpillError;
 
@@ -148,8 +148,6 @@ impl Classify for SpoolError {
 pub struct Segment {
     /// What it holds.
     pub span: Span,
-    /// When its last transaction committed.
-    newest: Micros,
     path: PathBuf,
     bytes: u64,
     used: Arc<AtomicU64>,
@@ -175,7 +173,7 @@ impl Segment {
         let mark = directory.join(format!("{}.{TAKEN}", self.span.name()));
         fs::rename(&self.path, &mark).map_err(at("rename", &self.path))?;
         self.used.fetch_sub(self.bytes, Ordering::Relaxed);
-        fs::write(&mark, self.newest.to_string()).map_err(at("empty", &mark))?;
+        File::create(&mark).map_err(at("empty", &mark))?;
         sync_directory(directory)?;
         for (path, span) in with_ending(directory, TAKEN)? {
             if span.end < self.span.end {
@@ -217,7 +215,7 @@ pub struct Spool {
     open: Option<Open>,
     /// How far the log has come.
     position: PgLsn,
-    /// When the last transaction committed that is in the log, as far as the spool remembers.
+    /// By when everything had committed that is in the log, as far as the spool remembers.
     newest: Option<Micros>,
     /// What is to be read again, in order.
     missing: Vec<Span>,
@@ -242,7 +240,6 @@ struct Open {
     file: File,
     path: PathBuf,
     span: Span,
-    newest: Micros,
     bytes: u64,
 }
 
@@ -266,7 +263,7 @@ impl Spool {
         make_durably(directory)?;
         let lock = lock(directory)?;
         let used = Arc::new(AtomicU64::new(0));
-        let mut waiting = Vec::new();
+        let (mut waiting, mut newest) = (Vec::new(), None);
         // Listed before anything is renamed: what is now complete must not be met once more.
         let entries = fs::read_dir(directory).map_err(at("list", directory))?;
         let paths: Result<Vec<PathBuf>, io::Error> =
@@ -281,12 +278,14 @@ impl Spool {
             if let Some(span) = recovered.missing {
                 mark_missing(directory, span)?;
             }
-            if let Some(Kept { path, span, newest }) = recovered.segment {
-                let bytes = fs::metadata(&path).map_err(at("look at", &path))?.len();
+            if let Some((path, span)) = recovered.segment {
+                let status = fs::metadata(&path).map_err(at("look at", &path))?;
+                let written = status.modified().map_err(at("look at", &path))?;
+                newest = newest.max(Some(pg_micros(written)));
+                let bytes = status.len();
                 used.fetch_add(bytes, Ordering::Relaxed);
                 waiting.push(Segment {
                     span,
-                    newest,
                     path,
                     bytes,
                     used: Arc::clone(&used),
@@ -296,14 +295,12 @@ impl Spool {
         waiting.sort_by_key(|segment| segment.span);
         let taken = with_ending(directory, TAKEN)?;
         let taken = taken.into_iter().max_by_key(|(_, span)| span.end);
-        let newest = waiting.iter().map(|segment| segment.newest);
-        let newest = newest.chain(taken.iter().filter_map(|(mark, _)| committed_at(mark)));
-        let newest = newest.max();
         let taken = taken.map(|(mark, span)| {
             let written = fs::metadata(&mark).and_then(|status| status.modified());
             written.map(|at| (span, at)).map_err(at("look at", &mark))
         });
         let taken = taken.transpose()?;
+        newest = newest.max(taken.map(|(_, at)| pg_micros(at)));
         let spans = waiting.iter().map(|segment| segment.span);
         let spans: Vec<Span> = spans.chain(taken.map(|(span, _)| span)).collect();
         let missing = with_ending(directory, MISSING)?;
@@ -419,9 +416,9 @@ impl Spool {
     /// # Errors
     /// [`SpoolError`]; nothing of the batch is in the spool then, and what was there before it still is.
     pub fn append(&mut self, author: &Author, batch: &Batch) -> Result<Appended, SpoolError> {
-        let (end_lsn, commit_time) = (batch.end_lsn(), batch.commit_time());
+        let (end_lsn, newest) = (batch.end_lsn(), batch.newest());
         if end_lsn <= self.position {
-            comes_again(end_lsn, commit_time, self.newest)?;
+            comes_again(end_lsn, newest, self.newest)?;
             return Ok(Appended::Known);
         }
         if batch.previous > self.position {
@@ -441,8 +438,7 @@ impl Spool {
                 self.used.fetch_add(written, Ordering::Relaxed);
                 open.bytes += written;
                 open.span.end = end_lsn;
-                open.newest = open.newest.max(commit_time);
-                self.newest = self.newest.max(Some(commit_time));
+                self.newest = self.newest.max(Some(newest));
                 self.position = end_lsn;
                 self.pass()?;
                 Ok(Appended::Now)
@@ -484,17 +480,11 @@ impl Spool {
         let path = complete(&self.directory, &open.path, open.span)?;
         Ok(Some(Segment {
             span: open.span,
-            newest: open.newest,
             path,
             bytes: open.bytes,
             used: Arc::clone(&self.used),
         }))
     }
-}
-
-/// When the last transaction of a segment committed that the store has taken. A mark that was cut short says nothing.
-fn committed_at(mark: &Path) -> Option<Micros> {
-    fs::read_to_string(mark).ok()?.parse().ok()
 }
 
 fn missing_mark(directory: &Path, span: Span) -> PathBuf {
@@ -534,7 +524,6 @@ fn begin(directory: &Path, start: PgLsn) -> Result<Open, SpoolError> {
         file,
         path,
         span: Span { start, end: start },
-        newest: Micros::MIN,
         bytes: 0,
     })
 }

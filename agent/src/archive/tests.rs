@@ -1,6 +1,7 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use proptest::prelude::*;
 
@@ -11,6 +12,7 @@ use crate::changelog::{Author, Frames, Unpacker};
 use crate::changes::ChangeCounts;
 use crate::error::{Class, Classify as _};
 use crate::history::History;
+use crate::lag::pg_micros;
 use crate::ledger::BatchNumber;
 use crate::pg::pgoutput::{Value, encode};
 use crate::stream::StreamName;
@@ -340,38 +342,55 @@ fn what_a_disk_has_spoilt_is_told_from_what_a_crash_has_cut_off() {
 
 /// A source that was set back to a snapshot of its storage gives LSNs out a second time, later.
 #[test]
+#[allow(
+    clippy::disallowed_methods,
+    reason = "the spool's files bear the time of their writing"
+)]
 fn what_comes_again_must_have_committed_when_it_did_also_after_the_store_has_taken_it() {
-    const MINUTE: i64 = 60_000_000;
-    let committed_at = |minutes: i64, previous, end| {
+    const SECOND: i64 = 1_000_000;
+    let now = pg_micros(SystemTime::now());
+    let committed_at = |seconds: i64, previous, end| {
         let mut batch = batch(previous, end, 1);
-        batch.transactions[0].commit_time = minutes * MINUTE;
+        batch.transactions[0].commit_time = now + seconds * SECOND;
         batch
     };
     let home = tempfile::tempdir().unwrap();
     let (mut spool, _) = open(home.path());
-    for end in [20, 30, 40] {
-        let new = committed_at(end as i64, end - 10, end);
+    for (seconds, end) in [(-20, 20), (-10, 30)] {
+        let new = committed_at(seconds, end - 10, end);
         spool.append(&author(), &new).unwrap();
     }
-    for is_taken in [false, true] {
-        if is_taken {
-            let (_, waiting) = {
+    // What the source has of another node bears that one's time.
+    let mut late = committed_at(0, 30, 40);
+    late.transactions
+        .extend(committed_at(-7_200, 40, 50).transactions);
+    spool.append(&author(), &late).unwrap();
+    for opened in ["the one that wrote it", "waiting", "taken"] {
+        match opened {
+            "waiting" => {
                 drop(spool);
-                open(home.path())
-            };
-            waiting
-                .into_iter()
-                .for_each(|segment| segment.taken().unwrap());
-            (spool, _) = open(home.path());
+                (spool, _) = open(home.path());
+            }
+            "taken" => {
+                drop(spool);
+                let waiting;
+                (spool, waiting) = open(home.path());
+                waiting
+                    .into_iter()
+                    .for_each(|segment| segment.taken().unwrap());
+                drop(spool);
+                (spool, _) = open(home.path());
+            }
+            _ => {}
         }
-        assert_eq!(spool.position(), lsn(40));
+        assert_eq!(spool.position(), lsn(50));
         // As another agent cut it, and by a clock that was set back a little since.
-        for minutes in [10, 30, 41] {
-            let again = spool.append(&author(), &committed_at(minutes, 10, 30));
-            assert_eq!(again.unwrap(), Appended::Known);
+        for seconds in [-7_200, -10, 0, 59] {
+            let again = spool.append(&author(), &committed_at(seconds, 10, 30));
+            assert_eq!(again.unwrap(), Appended::Known, "{opened}");
         }
         let error = spool
-            .append(&author(), &committed_at(42, 10, 30))
+            .append(&author(), &committed_at(600, 10, 30))
             .unwrap_err();
         assert!(matches!(error, SpoolError::WentBack(_)), "{error}");
         assert_eq!(error.class(), Class::Definite);

@@ -320,7 +320,7 @@ impl Pipeline {
             term: prepared.term,
             start: prepared.end_lsn,
             commit_time: prepared.commit_time,
-            copied: prepared.batch == 0,
+            applied_at: prepared.applied_at,
             limits: self.intake_limits(),
             archive: archive.map(|archive| (archive.url.clone(), archive.encryption.clone())),
             patience: (self.config.objectives.rpo * 2).max(PATIENCE_MIN),

@@ -158,6 +158,7 @@ impl Base {
             batch: 0,
             end_lsn: self.manifest.lsn,
             commit_time: Some(self.manifest.as_of.into()),
+            applied_at: None,
         };
         self.loaded(client, stream, &progress)
             .await

@@ -85,6 +85,7 @@ impl Setup<'_> {
             batch: 0,
             end_lsn: consistent_point,
             commit_time: Some(copied_at),
+            applied_at: None,
         })
     }
 

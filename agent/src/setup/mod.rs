@@ -95,6 +95,8 @@ pub struct Prepared {
     pub end_lsn: PgLsn,
     /// When the last applied transaction committed on the source.
     pub commit_time: Option<SystemTime>,
+    /// When it was applied, by the replica's clock, where an earlier start did.
+    pub applied_at: Option<SystemTime>,
     /// The source's timeline.
     pub timeline: i32,
     /// What the LSNs here are of.
@@ -369,6 +371,7 @@ impl<'a> Setup<'a> {
             batch: progress.batch,
             end_lsn: progress.end_lsn,
             commit_time: progress.commit_time,
+            applied_at: progress.applied_at,
             timeline: cluster.timeline,
             history,
             server_version: self.source.found.version,

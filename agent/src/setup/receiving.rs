@@ -392,6 +392,7 @@ impl<'a> Receiving<'a> {
             batch: progress.batch,
             end_lsn: progress.end_lsn,
             commit_time: progress.commit_time,
+            applied_at: progress.applied_at,
             timeline: recorded.cluster.timeline,
             history: recorded.history(),
             server_version: 0,

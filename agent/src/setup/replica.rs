@@ -214,6 +214,8 @@ pub(super) struct Progress {
     pub(super) end_lsn: PgLsn,
     /// When its last transaction committed on the source.
     pub(super) commit_time: Option<SystemTime>,
+    /// When it was applied, by the replica's clock; none for a copy of this start.
+    pub(super) applied_at: Option<SystemTime>,
 }
 
 /// Reads what the replica remembers; refuses a promoted one.
@@ -250,7 +252,7 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
         .map_err(sql)?;
     let progress = client
         .query_typed_opt(
-            "SELECT term, batch, end_lsn, commit_time FROM dr_agent.progress WHERE stream = $1",
+            "SELECT term, batch, end_lsn, commit_time, applied_at FROM dr_agent.progress WHERE stream = $1",
             &[(&stream.as_str(), Type::TEXT)],
         )
         .await
@@ -272,6 +274,7 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
             batch: row.get(1),
             end_lsn: row.get(2),
             commit_time: row.get(3),
+            applied_at: row.get(4),
         }),
     })
 }

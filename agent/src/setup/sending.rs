@@ -163,6 +163,7 @@ fn sent_from(
         batch: 0,
         end_lsn: start,
         commit_time: None,
+        applied_at: None,
         timeline: cluster.timeline,
         history,
         server_version: source.found.version,

@@ -79,10 +79,10 @@ pub struct StreamSettings {
     pub term: i64,
     /// Where to begin: the end of the last applied transaction.
     pub start: PgLsn,
-    /// When that committed on the source, where it is known, or was copied.
+    /// When that committed on the source, where it is known.
     pub commit_time: Option<SystemTime>,
-    /// Nothing was applied since it was copied: what lies before may have committed later than the copy was begun.
-    pub copied: bool,
+    /// When it was applied, where that is known: whatever lies before committed earlier.
+    pub applied_at: Option<SystemTime>,
     /// What may be held at a time, records that wait for others included.
     pub limits: IntakeLimits,
     /// Where a gap may be filled from.
@@ -140,6 +140,8 @@ pub async fn receive(
     let waiting = limits.queue_bytes / WAITING;
     limits.queue_bytes -= waiting;
     let layout = Layout::new(&settings.stream, settings.history);
+    let (applied_at, commit_time) = (settings.applied_at, settings.commit_time);
+    let applied_by = applied_at.map(|at| at.max(commit_time.unwrap_or(at)));
     let mut receiving = Receiving {
         gather: Gather::new(
             settings.stream.as_str(),
@@ -150,12 +152,7 @@ pub async fn receive(
         ),
         shelf: Shelf::new(&space, waiting),
         intake: LogIntake::telling(limits, settings.start, space, queue.clone(), position)
-            .committed_at(
-                settings
-                    .commit_time
-                    .filter(|_| !settings.copied)
-                    .map(pg_micros),
-            ),
+            .committed_by(applied_by.map(pg_micros)),
         queue,
         archive: FromArchive::new(settings.archive.clone(), layout),
         kinesis,

@@ -18,7 +18,7 @@ pub struct LogIntake {
     intake: Intake,
     /// The transaction has been handed over before.
     skipping: bool,
-    /// The last commit time of what was handed over, where it is known.
+    /// By when everything had committed that was handed over; none where nobody looks.
     newest: Option<Micros>,
 }
 
@@ -49,8 +49,8 @@ impl LogIntake {
         }
     }
 
-    /// The transaction that ends where this begins committed then.
-    pub(super) fn committed_at(mut self, time: Option<Micros>) -> Self {
+    /// Everything that ends where this begins, or before, had committed by then: what comes of it once more must have as well.
+    pub(super) fn committed_by(mut self, time: Option<Micros>) -> Self {
         self.newest = time;
         self
     }
@@ -89,7 +89,9 @@ impl LogIntake {
                     self.skipping = begin.final_lsn < self.intake.end_lsn();
                     match self.skipping {
                         true => self.comes_again(begin.final_lsn, begin.commit_time)?,
-                        false => self.newest = self.newest.max(Some(begin.commit_time)),
+                        false => {
+                            self.newest = self.newest.map(|at| at.max(begin.commit_time));
+                        }
                     }
                 }
             }
