@@ -16,8 +16,21 @@ use crate::pg::PgLsn;
 use crate::spill::{SpillError, SpillReader};
 use crate::txn::{Change, SourceRelation, Transaction};
 
-/// zstd's default: TPC-B takes a fifth of its bytes at it.
+/// zstd's default: TPC-B takes a fifth of its bytes at it, where batches are large.
 const ZSTD_LEVEL: i32 = 3;
+
+/// A part of at most so many bytes is compressed harder: there is little in it to refer back to, and it takes a millisecond.
+const SMALL_BYTES: usize = 64 << 10;
+
+/// For those.
+const ZSTD_LEVEL_SMALL: i32 = 9;
+
+fn level(bytes: usize) -> i32 {
+    match bytes <= SMALL_BYTES {
+        true => ZSTD_LEVEL_SMALL,
+        false => ZSTD_LEVEL,
+    }
+}
 
 /// Who writes: the same in every part.
 #[derive(Clone, Debug)]
@@ -124,7 +137,7 @@ impl<'b> Packing<'b> {
 
     fn compressed(&self, raw: Bytes) -> Bytes {
         match self.compression {
-            Compression::Zstd => zstd::bulk::compress(&raw, ZSTD_LEVEL)
+            Compression::Zstd => zstd::bulk::compress(&raw, level(raw.len()))
                 .expect("zstd compresses into memory")
                 .into(),
             Compression::None | Compression::Unspecified => raw,
