@@ -234,7 +234,7 @@ impl Log {
             spool,
             waiting,
             taken,
-        } = Spool::open(&settings.directory, settings.limits, start)?;
+        } = open(&settings, start)?;
         let first = waiting.first().map(|segment| segment.span.start);
         let first = first.map_or(spool.position(), |first| first.min(spool.position()));
         let (uploaded, uploaded_seen) = watch::channel(first);
@@ -336,7 +336,7 @@ pub async fn upload_leftover(
         spool,
         waiting,
         taken,
-    } = Spool::open(&settings.directory, settings.limits, PgLsn::from(0))?;
+    } = open(&settings, PgLsn::from(0))?;
     let directory = settings.directory.clone();
     let (complete, segments) = mpsc::unbounded_channel();
     send_waiting(&complete, waiting, spool.position());
@@ -352,6 +352,11 @@ pub async fn upload_leftover(
     uploading.run(segments).await;
     drop(spool);
     Spool::forget(&directory)
+}
+
+/// All that waits is read and checked, which takes its time where the store was away for long.
+fn open(settings: &LogSettings, start: PgLsn) -> Result<Opened, SpoolError> {
+    tokio::task::block_in_place(|| Spool::open(&settings.directory, settings.limits, start))
 }
 
 /// What the upload is given.

@@ -325,7 +325,7 @@ async fn run(keeping: Arc<Keeping>) {
         // Nobody else would notice: the sessions would go on, and the slot would keep WAL for a log that nobody writes.
         tracing::error!(
             database = keeping.database,
-            "the task that keeps the change log has ended by an error of dr-agent's own, which is above; it is begun anew"
+            "the task that keeps the change log has ended, by an error of dr-agent's own that is above; it is begun anew"
         );
         keeping.state.send_replace(State::default());
         tokio::time::sleep(keeping.config.limits.retry_max.min(PAUSE_AFTER_PANIC)).await;
@@ -358,7 +358,7 @@ impl Keeping {
             if open.take_if(|log| log.is_lost()).is_some() {
                 tracing::error!(
                     database = self.database,
-                    "a task of the change log has ended by an error of dr-agent's own, which is above; the spool is opened anew"
+                    "a task of the change log has ended, for the reason above; the spool is opened anew"
                 );
                 self.state.send_replace(State::default());
             }
