@@ -24,6 +24,7 @@ mod segment;
 mod spool;
 #[cfg(test)]
 mod tests;
+mod uploading;
 
 pub use chain::Chain;
 pub use error::ArchiveError;

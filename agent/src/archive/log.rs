@@ -12,30 +12,27 @@
 //! - The log has no gap that was not left on purpose ([`LogHandle::go_on_at`]), said aloud and counted.
 //! - Without `archive.required` the log never holds up whoever offers: what the spool cannot take is left out. With it, the
 //!   offer waits until there is room.
-//! - Segments reach the store in order, one at a time. Whatever the store says, it is asked again: only the spool's
-//!   limit ends that.
+//! - What is complete goes to the store by a task of its own ([`super::uploading`]).
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::chain::Chain;
-use super::segment::{Uploaded, upload};
 use super::spool::{Appended, Opened};
-use super::{ArchiveError, Layout, Segment, Span, Spool, SpoolError, SpoolLimits};
-use crate::backoff::{self, Decision};
+use super::uploading::{Item, Uploading, send_waiting};
+use super::{Layout, Span, Spool, SpoolError, SpoolLimits};
 use crate::batch::Batch;
 use crate::changelog::Author;
-use crate::error::{Class, Classify as _, chain};
+use crate::error::{Classify as _, chain};
 use crate::failpoint;
 use crate::history::History;
 use crate::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
-use crate::store::{Encryption, Store, StoreUrl};
+use crate::store::{Encryption, StoreUrl};
 
 /// Offers on their way.
 const OFFERS: usize = 8;
@@ -359,27 +356,6 @@ fn open(settings: &LogSettings, start: PgLsn) -> Result<Opened, SpoolError> {
     tokio::task::block_in_place(|| Spool::open(&settings.directory, settings.limits, start))
 }
 
-/// What the upload is given.
-#[derive(Debug)]
-enum Item {
-    Segment(Segment),
-    /// What lies before this is elsewhere, or nowhere: nobody waits for it.
-    GoOnAt(PgLsn),
-}
-
-/// What an earlier run has left. What is missing before `position` was left out on purpose; what is missing from there on is to
-/// come.
-fn send_waiting(to: &mpsc::UnboundedSender<Item>, waiting: Vec<Segment>, position: PgLsn) {
-    for segment in waiting {
-        let start = segment.span.start;
-        if start <= position {
-            // The receiver is here.
-            let _ = to.send(Item::GoOnAt(start));
-        }
-        let _ = to.send(Item::Segment(segment));
-    }
-}
-
 /// Batches into the spool.
 struct Writer {
     settings: LogSettings,
@@ -562,129 +538,4 @@ impl Writer {
             Err(error) => self.say(&error),
         }
     }
-}
-
-/// Segments into the store.
-struct Uploading {
-    settings: LogSettings,
-    /// How far the store has the log, without anything missing that is to come.
-    uploaded: watch::Sender<PgLsn>,
-    /// What it has beyond that.
-    stored: Vec<Span>,
-    metrics: ArchiveMetrics,
-    /// The last segment that an earlier run has brought there.
-    taken: Option<Span>,
-}
-
-impl Uploading {
-    async fn run(mut self, mut items: mpsc::UnboundedReceiver<Item>) {
-        let mut store = None;
-        while let Some(item) = items.recv().await {
-            let segment = match item {
-                Item::Segment(segment) => segment,
-                Item::GoOnAt(position) => {
-                    self.reached(position);
-                    continue;
-                }
-            };
-            let mut attempt = 0;
-            let uploaded = loop {
-                match self.upload(&mut store, &segment).await {
-                    Ok(uploaded) => break uploaded,
-                    Err(ArchiveError::Spool(error @ SpoolError::Damaged { .. })) => {
-                        // Whoever opens the spool anew keeps it aside, and reads the source again.
-                        tracing::error!(
-                            stream = self.settings.author.stream, error = %chain(&error), hint = error.hint(),
-                            "a segment cannot be archived"
-                        );
-                        return;
-                    }
-                    Err(error) => {
-                        attempt += 1;
-                        self.failed(&error, &segment, attempt).await;
-                    }
-                }
-            };
-            failpoint::hit("archive:uploaded");
-            let (span, end) = (segment.span, segment.span.end);
-            let (raw, stored) = (uploaded.raw_bytes, uploaded.stored_bytes);
-            self.metrics.segment(raw, stored, end, now());
-            if let Err(error) = segment.taken() {
-                // It is uploaded again after the next start, which does no harm.
-                tracing::warn!(stream = self.settings.author.stream, error = %chain(&error), "a segment stays in the spool");
-            }
-            self.stored.push(span);
-            self.reached(PgLsn::from(0));
-        }
-    }
-
-    /// The store has everything up to where it had, or up to `position`, and what was stored beyond.
-    fn reached(&mut self, position: PgLsn) {
-        let from = position.max(*self.uploaded.borrow());
-        let end = Chain::from(from, &self.stored).end;
-        self.stored.retain(|span| span.end > end);
-        self.uploaded.send_replace(end);
-    }
-
-    async fn upload(
-        &mut self,
-        store: &mut Option<Store>,
-        segment: &Segment,
-    ) -> Result<Uploaded, ArchiveError> {
-        let store = match store {
-            Some(store) => store,
-            None => {
-                let opened = Store::open(&self.settings.url, &self.settings.encryption).await?;
-                opened.count_throttled(self.metrics.throttled.clone());
-                self.recognize(&opened).await?;
-                store.insert(opened)
-            }
-        };
-        upload(store, &self.settings.layout, segment).await
-    }
-
-    /// A place that has lost what it took from here is another one: a file system that is not mounted, an emptied bucket.
-    async fn recognize(&mut self, store: &Store) -> Result<(), ArchiveError> {
-        let Some(taken) = self.taken else {
-            return Ok(());
-        };
-        let name = self.settings.layout.segment(taken);
-        if store.list(&name, None).await?.is_empty() {
-            return Err(ArchiveError::Lost { object: name });
-        }
-        self.taken = None;
-        Ok(())
-    }
-
-    /// Says so, and waits.
-    async fn failed(&self, error: &ArchiveError, segment: &Segment, attempt: u32) {
-        self.metrics.retries.increment(1);
-        let retry_max = self.settings.retry_max;
-        let decision = backoff::decide(error.class(), attempt, retry_max, rand::random());
-        let pause = match decision {
-            Decision::Retry(pause) => pause,
-            // A person is needed; whatever they do, it is seen soon.
-            Decision::Stop => retry_max,
-        };
-        let segment = segment.span.name();
-        let stream = &self.settings.author.stream;
-        let (hint, error_text) = (error.hint(), chain(error));
-        match error.class() {
-            Class::Transient => {
-                tracing::warn!(stream, segment, attempt, ?pause, error = %error_text, hint, "the archive did not take a segment; will retry");
-            }
-            Class::Definite | Class::Fenced => {
-                tracing::error!(stream, segment, attempt, ?pause, error = %error_text, hint, "the archive does not take a segment; will retry");
-            }
-        }
-        tokio::time::sleep(pause).await;
-    }
-}
-
-#[allow(
-    clippy::disallowed_methods,
-    reason = "only for a metric: when the archive last took something"
-)]
-fn now() -> SystemTime {
-    SystemTime::now()
 }
