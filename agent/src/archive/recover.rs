@@ -12,56 +12,40 @@ use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::layout::Span;
-use super::spool::{DAMAGED, SpoolError, at, complete, truncate};
+use super::spool::{DAMAGED, SpoolError, at, complete, mark_missing, truncate};
 use crate::changelog::{Frames, Part, UnpackError, Unpacker, VERSION};
 use crate::pg::PgLsn;
 
 /// How far behind damage it is looked for more.
 const BEYOND_BYTES: u64 = 64 << 20;
 
-/// What became of a file.
-#[derive(Debug, Default)]
-pub(super) struct Recovered {
-    /// The complete segment that it is now, if anything is left of it.
-    pub(super) segment: Option<(PathBuf, Span)>,
-    /// What was in it and is not any more.
-    pub(super) missing: Option<Span>,
-}
-
 /// What a killed agent was writing: the whole batches in it become a complete segment.
-pub(super) fn unfinished(path: &Path, start: PgLsn) -> Result<Recovered, SpoolError> {
+pub(super) fn unfinished(path: &Path, start: PgLsn) -> Result<Option<(PathBuf, Span)>, SpoolError> {
     let mut file = open(path)?;
     let whole = whole_batches(&mut file, path, start)?;
     if whole.is_damaged {
         keep_aside(path, whole.end)?;
     }
     // Nothing follows: the log goes on where it ends now.
-    let segment = cut_off(path, &mut file, start, &whole)?;
-    Ok(Recovered {
-        segment,
-        missing: None,
-    })
+    cut_off(path, &mut file, start, &whole)
 }
 
-/// A complete segment is as it was, unless the disk has spoilt it.
-pub(super) fn finished(path: &Path, span: Span) -> Result<Recovered, SpoolError> {
+/// A complete segment is as it was, unless the disk has spoilt it. What is missing then is marked before anything is cut off: a
+/// crash in between must not make it forgotten.
+pub(super) fn finished(path: &Path, span: Span) -> Result<Option<(PathBuf, Span)>, SpoolError> {
     let mut file = open(path)?;
     let length = file.metadata().map_err(at("look at", path))?.len();
     let whole = whole_batches(&mut file, path, span.start)?;
     if whole.bytes == length && whole.end == span.end {
-        return Ok(Recovered {
-            segment: Some((path.to_owned(), span)),
-            missing: None,
-        });
+        return Ok(Some((path.to_owned(), span)));
     }
     keep_aside(path, whole.end)?;
-    Ok(Recovered {
-        segment: cut_off(path, &mut file, span.start, &whole)?,
-        missing: Some(Span {
-            start: whole.end.min(span.end),
-            end: span.end,
-        }),
-    })
+    let missing = Span {
+        start: whole.end.min(span.end),
+        end: span.end,
+    };
+    mark_missing(path, missing)?;
+    cut_off(path, &mut file, span.start, &whole)
 }
 
 fn open(path: &Path) -> Result<File, SpoolError> {

@@ -29,7 +29,7 @@ use bytes::BytesMut;
 
 use super::Chain;
 use super::layout::{Span, digits, parse_digits};
-use super::recover::{self, Recovered};
+use super::recover;
 use crate::batch::Batch;
 use crate::changelog::{Author, Compression, Packing, UnpackError, put_frame};
 use crate::error::{Class, Classify, disk_class};
@@ -273,12 +273,9 @@ impl Spool {
             let recovered = match (ending, Span::parse(stem), parse_digits(stem)) {
                 (COMPLETE, Some(span), _) => recover::finished(&path, span)?,
                 (OPEN, _, Some(start)) => recover::unfinished(&path, start)?,
-                _ => Recovered::default(),
+                _ => None,
             };
-            if let Some(span) = recovered.missing {
-                mark_missing(directory, span)?;
-            }
-            if let Some((path, span)) = recovered.segment {
+            if let Some((path, span)) = recovered {
                 let status = fs::metadata(&path).map_err(at("look at", &path))?;
                 let written = status.modified().map_err(at("look at", &path))?;
                 newest = newest.max(Some(pg_micros(written)));
@@ -491,7 +488,9 @@ fn missing_mark(directory: &Path, span: Span) -> PathBuf {
     directory.join(format!("{}.{MISSING}", span.name()))
 }
 
-fn mark_missing(directory: &Path, span: Span) -> Result<(), SpoolError> {
+/// Marks what is missing of this segment.
+pub(super) fn mark_missing(segment: &Path, span: Span) -> Result<(), SpoolError> {
+    let directory = segment.parent().unwrap_or_else(|| Path::new("."));
     let mark = missing_mark(directory, span);
     File::create(&mark).map_err(at("create", &mark))?;
     sync_directory(directory)
