@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use dr_agent_tests::archive::{
     TABLES, agent, agent_at, archive, expect_state, first_base, note, protected, restore,
-    restore_again, segments, work,
+    restore_again, segments, wait_archived, work,
 };
 use dr_agent_tests::moto::{self, Moto, SECRET};
 use dr_agent_tests::site::{Database, Site};
@@ -111,14 +111,15 @@ async fn a_damaged_archive_is_an_error_that_names_the_object() {
     let (database, archive, agent, running) = protected(&site, "broken").await;
     let source = database.source().await;
     let before = note(&source).await;
-    for seed in 0..4 {
-        work(&source, 6, seed * 10).await;
-        let one_more = async || segments(&archive).len() > seed as usize;
-        wait_until("a segment of its own", PATIENCE, one_more).await;
-    }
+    wait_archived(&database, &archive).await;
+    let known = segments(&archive).len();
+    work(&source, 6, 0).await;
+    wait_archived(&database, &archive).await;
+    // The first one behind that moment, however many heartbeats made segments before it; more follow.
+    let victim = segments(&archive)[known].clone();
+    work(&source, 6, 10).await;
+    wait_archived(&database, &archive).await;
     running.stop().await;
-    let all = segments(&archive);
-    let victim = all[all.len() / 2].clone();
     let name = victim.file_name().unwrap().to_str().unwrap().to_owned();
     let good = fs::read(&victim).unwrap();
     let flipped = |at: usize| {
