@@ -143,6 +143,9 @@ async fn a_damaged_archive_is_an_error_that_names_the_object() {
         .await
         .expect_code(1)
         .expect_words(&["is missing", "goes on at"]);
+    // The list of objects tells so, before hours of loading.
+    let target = database.replica_server().client("missing").await;
+    assert!(target.holds("SELECT to_regclass('account') IS NULL").await);
     // Up to the gap everything is there.
     restore(&database, &agent, "until", &["--to-lsn", &before.lsn])
         .await

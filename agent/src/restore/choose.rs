@@ -4,7 +4,7 @@
 
 use super::RestoreError;
 use super::moment::Moment;
-use crate::archive::{Chain, Span};
+use crate::archive::{ArchiveError, Chain, Span};
 use crate::lag::Micros;
 use crate::pg::PgLsn;
 
@@ -38,17 +38,25 @@ pub(super) fn choose(bases: &[Base], moment: Moment) -> Result<Base, RestoreErro
 /// The segments that lead from a position to the moment.
 ///
 /// # Errors
-/// [`RestoreError::LogEnds`] where that can be told without reading them.
+/// As [`falls_short`], where that can be told without reading them: a base backup may take hours to load.
 pub(super) fn log(from: PgLsn, spans: &[Span], moment: Moment) -> Result<Chain, RestoreError> {
     let chain = Chain::from(from, spans);
     match moment {
-        Moment::Lsn(lsn) if chain.resumes.is_none() && chain.end < lsn => {
-            Err(RestoreError::LogEnds {
-                end: chain.end,
-                moment,
-            })
-        }
-        _ => Ok(chain),
+        // Which position that was, only the log knows.
+        Moment::Time(_) => Ok(chain),
+        Moment::Lsn(_) | Moment::End => falls_short(&chain, moment).map_or(Ok(chain), Err),
+    }
+}
+
+/// Why a chain in which nothing lies behind the moment does not lead there; none if it does.
+pub(super) fn falls_short(chain: &Chain, moment: Moment) -> Option<RestoreError> {
+    let from = chain.end;
+    match (moment, chain.resumes) {
+        (Moment::Lsn(lsn), _) if lsn <= from => None,
+        // Behind a gap there may be anything.
+        (_, next @ Some(_)) => Some(ArchiveError::Missing { from, next }.into()),
+        (Moment::End, None) => None,
+        (_, None) => Some(RestoreError::LogEnds { end: from, moment }),
     }
 }
 
@@ -146,5 +154,26 @@ mod tests {
         );
         assert!(log(lsn(100), &spans, Moment::Lsn(lsn(301))).is_err());
         assert!(log(lsn(100), &spans, Moment::Time(i64::MAX)).is_ok());
+        assert!(log(lsn(100), &spans, Moment::End).is_ok());
+    }
+
+    #[test]
+    fn so_is_one_with_a_gap_before_the_moment() {
+        let span = |start, end| Span {
+            start: lsn(start),
+            end: lsn(end),
+        };
+        let spans = [span(100, 200), span(250, 300)];
+        let reached = |moment| log(lsn(100), &spans, moment);
+        assert!(reached(Moment::Lsn(lsn(200))).is_ok());
+        for moment in [Moment::Lsn(lsn(201)), Moment::Lsn(lsn(300)), Moment::End] {
+            let error = reached(moment).unwrap_err();
+            assert!(
+                matches!(error, RestoreError::Archive(ArchiveError::Missing { .. })),
+                "{error}"
+            );
+        }
+        // It may lie before the gap.
+        assert!(reached(Moment::Time(i64::MAX)).is_ok());
     }
 }

@@ -18,9 +18,10 @@ use std::ops::ControlFlow;
 use bytes::Bytes;
 
 use super::RestoreError;
+use super::choose::falls_short;
 use super::moment::Moment;
 use super::target::Tables;
-use crate::archive::{ArchiveError, Chain, Layout, SegmentReader, Span};
+use crate::archive::{Chain, Layout, SegmentReader, Span};
 use crate::catalog::TableName;
 use crate::error::chain;
 use crate::lag::Micros;
@@ -113,19 +114,7 @@ impl Replay<'_> {
         if reading.is_behind() {
             return Ok(reading.told);
         }
-        match (self.moment, self.chain.resumes) {
-            (Moment::Lsn(lsn), _) if lsn <= self.chain.end => Ok(reading.told),
-            // Behind a gap there may be anything.
-            (_, Some(next)) => Err(RestoreError::Archive(ArchiveError::Missing {
-                from: self.chain.end,
-                next: Some(next),
-            })),
-            (Moment::End, None) => Ok(reading.told),
-            (moment, None) => Err(RestoreError::LogEnds {
-                end: self.chain.end,
-                moment,
-            }),
-        }
+        falls_short(self.chain, self.moment).map_or(Ok(reading.told), Err)
     }
 
     async fn segment(
