@@ -4,8 +4,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use dr_agent::archive::Span;
+use dr_agent::pg::PgLsn;
 use dr_agent_tests::agent::Agent;
 use dr_agent_tests::archive::{
     Moment, agent_at, archive, expect_state, files_below, first_base, note, protected, restore,
@@ -197,16 +199,34 @@ async fn a_replica_that_refuses_for_good_does_not_end_the_log() {
     running.stop().await;
 }
 
-/// Flips a bit of the largest file that waits in the spool.
+/// Flips a bit of the largest segment in a spool.
 fn damage(spool: &Path) {
-    let size = |file: &std::path::PathBuf| fs::metadata(file).unwrap().len();
-    let files = files_below(spool);
+    let size = |file: &PathBuf| fs::metadata(file).unwrap().len();
+    let files = segments_in(spool);
     let victim = files.iter().max_by_key(|file| size(file));
     let victim = victim.expect("something waits in the spool");
     let mut bytes = fs::read(victim).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     fs::write(victim, bytes).unwrap();
+}
+
+/// The complete ones.
+fn segments_in(spool: &Path) -> Vec<PathBuf> {
+    let mut files = files_below(spool);
+    files.retain(|file| file.extension().is_some_and(|ending| ending == "log"));
+    files
+}
+
+async fn wait_spooled(spool: &Path, moment: &Moment) {
+    let lsn: PgLsn = moment.lsn.parse().unwrap();
+    wait_until("the spool to have it in a segment", PATIENCE, || async {
+        segments_in(spool).iter().any(|file| {
+            let name = file.file_stem().and_then(|name| name.to_str());
+            Span::parse(name.unwrap()).is_some_and(|span| span.end >= lsn)
+        })
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -221,10 +241,14 @@ async fn what_is_damaged_in_the_spool_comes_from_the_source_again_while_that_has
     let source = database.source().await;
     take_away(&archive);
     let moments = work(&source, 12, 0).await;
-    database.expect_equal().await;
+    let spool = archive.with_file_name("spool");
+    wait_spooled(&spool, &moments[11]).await;
     running.kill();
     bring_back(&archive);
-    damage(&archive.with_file_name("spool"));
+    damage(&spool);
+    // What is missing is known before anything is cut off.
+    let mut armed = agent.start_with(&[("DR_AGENT_FAILPOINT", "archive:missing-marked")]);
+    armed.wait_for_exit(PATIENCE).await;
     let running = agent.start();
     running.wait_for_streaming(&database.name).await;
     let last = work(&source, 3, 100).await.pop().unwrap();
@@ -254,7 +278,8 @@ async fn what_is_damaged_in_the_spool_and_nowhere_else_is_a_gap_that_is_said_alo
     let source = database.source().await;
     take_away(&archive);
     let lost = work(&source, 12, 0).await.pop().unwrap();
-    database.expect_equal().await;
+    let spool = archive.with_file_name("spool");
+    wait_spooled(&spool, &lost).await;
     let forgotten = format!(
         "SELECT confirmed_flush_lsn >= '{}' FROM pg_replication_slots WHERE slot_name = '{}'",
         lost.lsn,
@@ -266,7 +291,7 @@ async fn what_is_damaged_in_the_spool_and_nowhere_else_is_a_gap_that_is_said_alo
     .await;
     running.kill();
     bring_back(&archive);
-    damage(&archive.with_file_name("spool"));
+    damage(&spool);
     let running = agent.start();
     running.wait_for_streaming(&database.name).await;
     running.wait_for_log(&["the change log has a gap"]).await;

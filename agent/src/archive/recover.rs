@@ -12,8 +12,9 @@ use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::layout::Span;
-use super::spool::{DAMAGED, SpoolError, at, complete, mark_missing, truncate};
+use super::spool::{DAMAGED, SpoolError, at, complete, directory_of, mark_missing, truncate};
 use crate::changelog::{Frames, Part, UnpackError, Unpacker, VERSION};
+use crate::failpoint;
 use crate::pg::PgLsn;
 
 /// How far behind damage it is looked for more.
@@ -44,7 +45,8 @@ pub(super) fn finished(path: &Path, span: Span) -> Result<Option<(PathBuf, Span)
         start: whole.end.min(span.end),
         end: span.end,
     };
-    mark_missing(path, missing)?;
+    mark_missing(directory_of(path), missing)?;
+    failpoint::hit("archive:missing-marked");
     cut_off(path, &mut file, span.start, &whole)
 }
 
@@ -59,7 +61,14 @@ fn open(path: &Path) -> Result<File, SpoolError> {
 
 fn keep_aside(path: &Path, from: PgLsn) -> Result<(), SpoolError> {
     let aside = path.with_extension(DAMAGED);
-    fs::copy(path, &aside).map_err(at("keep aside", path))?;
+    // After a crash the file may have been cut off already: what was found first is kept.
+    if !aside.exists() {
+        let copy = path.with_extension("copy");
+        fs::copy(path, &copy)
+            .and_then(|_| File::open(&copy)?.sync_all())
+            .and_then(|()| fs::rename(&copy, &aside))
+            .map_err(at("keep aside", path))?;
+    }
     tracing::error!(
         spool = %path.display(), kept = %aside.display(), %from,
         "the spool was damaged on disk: the change log is read anew from there, if the source still has it"
@@ -83,8 +92,7 @@ fn cut_off(
         start,
         end: whole.end,
     };
-    let directory = path.parent().unwrap_or_else(|| Path::new("."));
-    Ok(Some((complete(directory, path, span)?, span)))
+    Ok(Some((complete(directory_of(path), path, span)?, span)))
 }
 
 /// The whole batches at the beginning of a file.

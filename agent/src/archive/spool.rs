@@ -4,7 +4,8 @@
 //! <directory>/<start>.open          being written; parts behind one another, uncompressed
 //! <directory>/<start>-<end>.log     complete, waiting for the store
 //! <directory>/<start>-<end>.taken   empty: the last one that the store has taken
-//! <directory>/<start>-<end>.missing empty: of a segment that was damaged; to be read again
+//! <directory>/<start>-<end>.missing empty: what is to be read again of a segment that was damaged
+//! <directory>/<start>….damaged     such a segment, as it was found
 //! ```
 //! One directory for each history. Its *position* is how far the log has come; what is appended begins there.
 //!
@@ -169,7 +170,7 @@ impl Segment {
     /// # Errors
     /// [`SpoolError::Io`]
     pub fn taken(self) -> Result<(), SpoolError> {
-        let directory = self.path.parent().unwrap_or_else(|| Path::new("."));
+        let directory = directory_of(&self.path);
         let mark = directory.join(format!("{}.{TAKEN}", self.span.name()));
         fs::rename(&self.path, &mark).map_err(at("rename", &self.path))?;
         self.used.fetch_sub(self.bytes, Ordering::Relaxed);
@@ -368,7 +369,8 @@ impl Spool {
 
     /// Where what is here goes on, if something before it is to be read again.
     pub fn resumes_at(&self) -> Option<PgLsn> {
-        self.missing.first().map(|span| span.end)
+        let mut ends = self.missing.iter().map(|span| span.end);
+        ends.find(|end| *end > self.position)
     }
 
     /// The log goes on at `position`: what lies before it is elsewhere, or nowhere. The segment that is being written is complete
@@ -388,14 +390,20 @@ impl Spool {
         self.pass()
     }
 
-    /// Forgets what was missing before the position.
+    /// Forgets what was missing before the position: it is on disk again, or elsewhere. Once the store has taken it, nothing else
+    /// here would tell.
     fn pass(&mut self) -> Result<(), SpoolError> {
         while let Some(span) = self.missing.first().copied()
-            && span.end <= self.position
+            && span.start < self.position
         {
+            let start = self.position;
+            let rest = (start < span.end).then_some(Span { start, ..span });
+            if let Some(rest) = rest {
+                mark_missing(&self.directory, rest)?;
+            }
             let mark = missing_mark(&self.directory, span);
             fs::remove_file(&mark).map_err(at("remove", &mark))?;
-            self.missing.remove(0);
+            self.missing.splice(..1, rest);
         }
         Ok(())
     }
@@ -437,7 +445,6 @@ impl Spool {
                 open.span.end = end_lsn;
                 self.newest = self.newest.max(Some(newest));
                 self.position = end_lsn;
-                self.pass()?;
                 Ok(Appended::Now)
             }
             Err(WriteError::Room) => {
@@ -471,6 +478,7 @@ impl Spool {
     /// # Errors
     /// [`SpoolError`]
     pub fn close(&mut self) -> Result<Option<Segment>, SpoolError> {
+        self.pass()?;
         let Some(open) = self.open.take() else {
             return Ok(None);
         };
@@ -484,13 +492,16 @@ impl Spool {
     }
 }
 
+pub(super) fn directory_of(file: &Path) -> &Path {
+    file.parent().unwrap_or_else(|| Path::new("."))
+}
+
 fn missing_mark(directory: &Path, span: Span) -> PathBuf {
     directory.join(format!("{}.{MISSING}", span.name()))
 }
 
-/// Marks what is missing of this segment.
-pub(super) fn mark_missing(segment: &Path, span: Span) -> Result<(), SpoolError> {
-    let directory = segment.parent().unwrap_or_else(|| Path::new("."));
+/// Marks what is to be read again.
+pub(super) fn mark_missing(directory: &Path, span: Span) -> Result<(), SpoolError> {
     let mark = missing_mark(directory, span);
     File::create(&mark).map_err(at("create", &mark))?;
     sync_directory(directory)

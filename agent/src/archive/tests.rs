@@ -466,6 +466,45 @@ fn what_a_disk_has_spoilt_of_a_complete_segment_is_read_again_whatever_is_killed
 }
 
 #[test]
+fn what_was_read_again_and_taken_is_not_wanted_a_third_time() {
+    let home = tempfile::tempdir().unwrap();
+    let (mut spool, _) = open(home.path());
+    for previous in [10, 20, 30] {
+        let new = batch(previous, previous + 10, 1);
+        spool.append(&author(), &new).unwrap();
+    }
+    let victim = spool.close().unwrap().unwrap();
+    spool.append(&author(), &batch(40, 50, 1)).unwrap();
+    drop(spool);
+    fs::write(victim.path(), "spoilt").unwrap();
+    let (mut spool, waiting) = open(home.path());
+    assert_eq!(
+        (spool.position(), spool.resumes_at()),
+        (lsn(10), Some(lsn(40)))
+    );
+    waiting
+        .into_iter()
+        .for_each(|segment| segment.taken().unwrap());
+    // A crash behind each segment; the source may have forgotten what is in them.
+    for end in [20, 30, 40] {
+        let again = batch(end - 10, end, 1);
+        assert_eq!(spool.append(&author(), &again).unwrap(), Appended::Now);
+        let segment = spool.close().unwrap().unwrap();
+        segment.taken().unwrap();
+        drop(spool);
+        (spool, _) = open(home.path());
+        let (position, left) = match end {
+            40 => (50, None),
+            _ => (end, Some(lsn(40))),
+        };
+        assert_eq!(
+            (spool.position(), spool.resumes_at()),
+            (lsn(position), left)
+        );
+    }
+}
+
+#[test]
 fn a_full_spool_says_so_and_keeps_what_it_has() {
     let home = tempfile::tempdir().unwrap();
     let limits = SpoolLimits {
