@@ -6,9 +6,10 @@
 use std::fs;
 use std::time::Duration;
 
+use dr_agent::pg::PgLsn;
 use dr_agent_tests::archive::{
-    TABLES, agent, agent_at, archive, expect_state, first_base, note, protected, restore,
-    restore_again, segments, wait_archived, work,
+    TABLES, agent, agent_at, archive, bases, bring_back, expect_state, first_base, note, protected,
+    restore, restore_again, segments, take_away, wait_archived, work,
 };
 use dr_agent_tests::moto::{self, Moto, SECRET};
 use dr_agent_tests::site::{Database, Site};
@@ -192,10 +193,7 @@ async fn the_slot_waits_for_a_required_archive_and_for_no_other() {
         let running = agent.start();
         running.wait_for_streaming(&database.name).await;
         first_base(&running, &database).await;
-        // Away: a file stands where the directory was.
-        let away = archive.with_file_name("away");
-        fs::rename(&archive, &away).unwrap();
-        fs::write(&archive, "").unwrap();
+        take_away(&archive);
         let source = database.source().await;
         let confirmed = format!(
             "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{}'",
@@ -213,8 +211,7 @@ async fn the_slot_waits_for_a_required_archive_and_for_no_other() {
         } else {
             wait_until("the slot to move on", PATIENCE, || source.holds(&passed)).await;
         }
-        fs::remove_file(&archive).unwrap();
-        fs::rename(&away, &archive).unwrap();
+        bring_back(&archive);
         wait_until("the slot to move on", PATIENCE, || source.holds(&passed)).await;
         source.run("INSERT INTO bag VALUES ('later')").await;
         database.expect_equal().await;
@@ -239,14 +236,34 @@ async fn wait_until_forgotten(database: &Database) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backlog_is_read_and_the_replica_goes_on_while_a_required_archive_is_away() {
+    let site = Site::shared().await;
+    let (database, archive, mut agent, running) = protected(&site, "windows").await;
+    running.stop().await;
+    agent.configure("archive.required", "true");
+    agent.configure("limits.catch_up_bytes", "\"256KiB\"");
+    let source = database.source().await;
+    source
+        .run("INSERT INTO bag SELECT repeat(md5(g::text), 10) FROM generate_series(1, 5000) AS g")
+        .await;
+    take_away(&archive);
+    let running = agent.start();
+    running.wait_for_log(&["far behind"]).await;
+    running.wait_for_log(&["the backlog is read"]).await;
+    source.run("INSERT INTO bag VALUES ('live')").await;
+    database.expect_equal().await;
+    bring_back(&archive);
+    wait_until_forgotten(&database).await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_spool_leaves_a_gap_that_is_said_aloud() {
     let site = Site::shared().await;
     let (database, archive, mut agent, running) = protected(&site, "full").await;
     running.stop().await;
     agent.configure("archive.spool_bytes", "\"64KiB\"");
-    let away = archive.with_file_name("away");
-    fs::rename(&archive, &away).unwrap();
-    fs::write(&archive, "").unwrap();
+    take_away(&archive);
     let running = agent.start();
     running.wait_for_streaming(&database.name).await;
     let source = database.source().await;
@@ -259,30 +276,29 @@ async fn a_full_spool_leaves_a_gap_that_is_said_aloud() {
     // Replication does not care.
     database.expect_equal().await;
     wait_until_forgotten(&database).await;
-    fs::remove_file(&archive).unwrap();
-    fs::rename(&away, &archive).unwrap();
+    bring_back(&archive);
     running.wait_for_log(&["the change log has a gap"]).await;
     let labels = [("database", database.name.as_str())];
     running
         .wait_for_metric("dr_agent_archive_gaps_total", &labels, |gaps| gaps >= 1.0)
         .await;
-    source
-        .run("INSERT INTO bag VALUES ('behind the gap')")
-        .await;
-    database.expect_equal().await;
-    let behind = note(&source).await;
     // A base backup behind it is taken without being asked for.
     running
         .wait_for_log(&["taking a base backup", "gap behind the newest"])
         .await;
-    running.wait_for_log(&["base backup taken", "lsn="]).await;
+    wait_until("it to be there", PATIENCE, || async {
+        bases(&agent).await.len() == 2
+    })
+    .await;
+    let newest = bases(&agent).await.into_iter().max().unwrap();
+    let behind_the_gap = PgLsn::from(u64::from(newest) - 1).to_string();
     source.run("INSERT INTO bag VALUES ('later')").await;
     database.expect_equal().await;
     let later = note(&source).await;
     source.run("INSERT INTO bag VALUES ('latest')").await;
     database.expect_equal().await;
     running.stop().await;
-    restore(&database, &agent, "across", &["--to-lsn", &behind.lsn])
+    restore(&database, &agent, "across", &["--to-lsn", &behind_the_gap])
         .await
         .expect_code(1)
         .expect_words(&["is missing", "goes on at"]);
@@ -411,13 +427,9 @@ async fn a_new_table_brings_a_base_backup_and_verify_names_what_is_damaged() {
     source
         .run("CREATE TABLE added (id int PRIMARY KEY); INSERT INTO added SELECT generate_series(1, 10)")
         .await;
-    running
-        .wait_for_log(&[
-            "taking a base backup",
-            "tables that the newest one does not have",
-        ])
-        .await;
-    wait_until("a base backup behind that line", PATIENCE, || async {
+    // It is looked for twice a minute on the source, and then for a base backup that has it.
+    let deadline = 3 * PATIENCE;
+    wait_until("a base backup with the new table", deadline, || async {
         let log = running.log();
         let since = log.split("tables that the newest one does not have").nth(1);
         since.is_some_and(|since| since.contains("base backup taken"))
@@ -433,12 +445,7 @@ async fn a_new_table_brings_a_base_backup_and_verify_names_what_is_damaged() {
         .expect_code(0);
     let restored = database.replica_server().client("with_it").await;
     assert_eq!(restored.number("SELECT count(*) FROM added").await, 11);
-    let listed = agent.command(&["backup", "--list", "--json"]).await;
-    let bases = listed.expect_code(0).json()[0]["bases"]
-        .as_array()
-        .unwrap()
-        .len();
-    assert!(bases >= 2, "{}", listed.stdout);
+    assert!(bases(&agent).await.len() >= 2);
     agent
         .command(&["backup", "--verify"])
         .await

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use dr_agent::pg::PgLsn;
 use dr_agent::store::{Encryption, Store};
 use dr_agent_tests::agent::{Agent, Running};
-use dr_agent_tests::archive::{TABLES, agent_at, archive, expect_state, first_base, restore, work};
+use dr_agent_tests::archive::{
+    TABLES, agent_at, archive, expect_state, first_base, position, restore, work,
+};
 use dr_agent_tests::client::Client;
 use dr_agent_tests::faults::{Fault, FaultyProxy};
 use dr_agent_tests::moto::{self, Moto, SECRET};
@@ -90,7 +92,7 @@ async fn counted(running: &Running, database: &Database, name: &str) -> f64 {
 
 /// Waits until the archive's log reaches what is committed by now.
 async fn wait_uploaded(running: &Running, database: &Database, source: &Client) {
-    let here = source.value("SELECT pg_current_wal_lsn()").await.unwrap();
+    let here = position(source).await;
     let here = u64::from(here.parse::<PgLsn>().unwrap()) as f64;
     let labels = [("database", database.name.as_str()), ("sink", "archive")];
     running

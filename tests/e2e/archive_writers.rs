@@ -12,12 +12,12 @@ use dr_agent::history::History;
 use dr_agent::pg::PgLsn;
 use dr_agent_tests::agent::Agent;
 use dr_agent_tests::archive::{
-    Moment, TABLES, agent_at, archive, expect_state, files_below, first_base, protected, restore,
-    restore_again, segments, wait_archived, work,
+    Moment, TABLES, agent_at, archive, bring_back, expect_state, files_below, first_base,
+    protected, restore, restore_again, segments, take_away, wait_archived, work,
 };
 use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::{Database, Site};
-use dr_agent_tests::wait::{PATIENCE, wait_until};
+use dr_agent_tests::wait::PATIENCE;
 
 /// Every file below a directory, and what it holds.
 fn contents(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -208,21 +208,19 @@ async fn an_agent_that_moved_without_its_spool_overwrites_nothing() {
     for (round, agent) in [&here, &there, &here, &there].into_iter().enumerate() {
         for point in ["archive:uploaded", "archive:spooled", "apply:after-commit"] {
             // The store must not have what the replica has: not from before either, and then a file stands where it was.
-            let away = archive.with_file_name("away");
-            if point == "apply:after-commit" {
+            let is_away = point == "apply:after-commit";
+            if is_away {
                 let mut running = agent.start();
                 running.wait_for_streaming(&database.name).await;
                 database.expect_equal().await;
                 running.kill();
-                fs::rename(&archive, &away).unwrap();
-                fs::write(&archive, "").unwrap();
+                take_away(&archive);
             }
             let mut armed = agent.start_with(&[("DR_AGENT_FAILPOINT", point)]);
             moments.extend(work(&source, 3, 50 * round as u32).await);
             armed.wait_for_exit(PATIENCE).await;
-            if away.exists() {
-                fs::remove_file(&archive).unwrap();
-                fs::rename(&away, &archive).unwrap();
+            if is_away {
+                bring_back(&archive);
             }
             expect_kept(&kept, &archive);
             kept = contents(&archive);
@@ -253,21 +251,17 @@ async fn a_segment_under_another_name_is_named_or_does_no_harm() {
     let site = Site::shared().await;
     let (database, archive, agent, running) = protected(&site, "copied").await;
     let source = database.source().await;
-    let mut last = None;
+    let mut lasts = Vec::new();
     for seed in 0..4 {
-        let known = segments(&archive).len();
-        last = work(&source, 6, seed * 10).await.pop();
-        wait_until("another segment", PATIENCE, || async {
-            segments(&archive).len() > known
-        })
-        .await;
+        lasts.extend(work(&source, 6, seed * 10).await.pop());
+        wait_archived(&database, &archive).await;
     }
-    source.run("INSERT INTO bag VALUES ('later')").await;
-    database.expect_equal().await;
     running.stop().await;
-    let last = last.unwrap();
+    // In the midst of the work, however many heartbeats made segments before and behind it.
     let all = segments(&archive);
-    let middle = all.len() / 2;
+    let midst: PgLsn = lasts[1].lsn.parse().unwrap();
+    let middle = all.iter().position(|path| span(path).end >= midst).unwrap();
+    let last = lasts.pop().unwrap();
     let (one, two, three) = (
         span(&all[middle - 1]),
         span(&all[middle]),

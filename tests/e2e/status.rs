@@ -5,7 +5,8 @@ use std::fs;
 
 use dr_agent::archive::Span;
 use dr_agent::pg::PgLsn;
-use dr_agent_tests::archive::{note, protected, segments, work};
+use dr_agent_tests::agent::{Agent, Outcome};
+use dr_agent_tests::archive::{note, protected, segments, take_away, work};
 use dr_agent_tests::client::Client;
 use dr_agent_tests::site::Site;
 use dr_agent_tests::wait::{PATIENCE, wait_for};
@@ -28,8 +29,7 @@ async fn the_verdict_follows_the_agent_and_the_promotion() {
         .wait_for_metric("dr_agent_rpo_breached", &labels, |value| value == 0.0)
         .await;
 
-    let outcome = agent.command(&["status", "--json"]).await;
-    outcome.expect_code(0);
+    let outcome = verdict(&agent, 0).await;
     let status = outcome.json();
     assert_eq!(status["within_rpo"], true);
     let shown = &status["databases"][0];
@@ -45,16 +45,7 @@ async fn the_verdict_follows_the_agent_and_the_promotion() {
 
     running.kill();
     // Without an agent the lag grows past the RPO, and nobody measures it.
-    let outcome =
-        dr_agent_tests::wait::wait_for("a bad verdict", dr_agent_tests::wait::PATIENCE, || async {
-            let outcome = agent.command(&["status", "--json"]).await;
-            if outcome.code == Some(1) {
-                Ok(outcome)
-            } else {
-                Err(outcome.stdout)
-            }
-        })
-        .await;
+    let outcome = verdict(&agent, 1).await;
     let status = outcome.json();
     assert_eq!(status["within_rpo"], false);
     assert_eq!(status["agent"]["answers"], false);
@@ -66,6 +57,19 @@ async fn the_verdict_follows_the_agent_and_the_promotion() {
         .expect_code(0);
     let status = agent.command(&["status", "--json"]).await.json();
     assert_eq!(status["databases"][0]["state"], "promoted");
+}
+
+/// What `status` says once it exits so.
+async fn verdict(agent: &Agent, code: i32) -> Outcome {
+    wait_for("the verdict", PATIENCE, || async {
+        let outcome = agent.command(&["status", "--json"]).await;
+        if outcome.code == Some(code) {
+            Ok(outcome)
+        } else {
+            Err(outcome.stdout)
+        }
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -133,9 +137,7 @@ async fn the_archive_is_shown_as_a_restore_would_find_it() {
         .expect_words(&["GAP", gaps[0]["from_lsn"].as_str().unwrap()]);
 
     // What the store does not take waits in the spool; and without a store nothing is claimed of it.
-    let away = archive.with_file_name("away");
-    fs::rename(&archive, &away).unwrap();
-    fs::write(&archive, "").unwrap();
+    take_away(&archive);
     let mut running = agent.start();
     running.wait_for_streaming(&database.name).await;
     source.run("INSERT INTO bag VALUES ('waits')").await;

@@ -66,6 +66,27 @@ pub fn archive() -> PathBuf {
     directory_for("archive").join("objects")
 }
 
+/// A file stands where the archive was: nothing can be written there.
+pub fn take_away(archive: &Path) {
+    fs::write(archive.with_file_name("away"), "")
+        .expect("the directory above it can be written to");
+    exchange(archive);
+}
+
+/// Gives it back.
+pub fn bring_back(archive: &Path) {
+    exchange(archive);
+    fs::remove_file(archive.with_file_name("away")).expect("it is the file");
+}
+
+/// In one step: whoever writes there would make what is missing for a moment.
+fn exchange(archive: &Path) {
+    let away = archive.with_file_name("away");
+    let how = rustix::fs::RenameFlags::EXCHANGE;
+    rustix::fs::renameat_with(rustix::fs::CWD, archive, rustix::fs::CWD, &away, how)
+        .expect("both are there");
+}
+
 /// Every file below a directory, in order.
 pub fn files_below(directory: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
@@ -90,6 +111,15 @@ pub fn segments(archive: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// Where the base backups of an agent's only history begin, as it lists them.
+pub async fn bases(agent: &Agent) -> Vec<PgLsn> {
+    let listed = agent.command(&["backup", "--list", "--json"]).await;
+    let listed = listed.expect_code(0).json();
+    let bases = listed[0]["bases"].as_array().expect("it has some").iter();
+    let lsn = |base: &serde_json::Value| base["base"]["lsn"].as_str().expect("it has one").parse();
+    bases.map(|base| lsn(base).expect("it is an LSN")).collect()
+}
+
 /// Where the source's WAL is now: every commit so far lies before it.
 pub async fn position(source: &Client) -> String {
     let lsn = source.value("SELECT pg_current_wal_insert_lsn()").await;
@@ -103,7 +133,7 @@ pub async fn wait_archived(database: &Database, archive: &Path) {
 
 /// The same, of the database that a session is in.
 pub async fn wait_archived_at(source: &Client, archive: &Path) {
-    let here = source.value("SELECT pg_current_wal_lsn()").await;
+    let here = source.value("SELECT pg_current_wal_insert_lsn()").await;
     let here: PgLsn = here
         .expect("the source has a position")
         .parse()
@@ -122,13 +152,16 @@ pub async fn wait_archived_at(source: &Client, archive: &Path) {
 /// The source now. Nobody may write meanwhile.
 pub async fn note(source: &Client) -> Moment {
     let row = source
-        .rows("SELECT pg_current_wal_insert_lsn(), clock_timestamp() AT TIME ZONE 'UTC'")
+        .rows(
+            "SELECT pg_current_wal_insert_lsn(),
+                    to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')",
+        )
         .await
         .remove(0);
     let [lsn, time] = <[_; 2]>::try_from(row).expect("two columns were asked for");
     Moment {
         lsn: lsn.expect("the source has a position"),
-        time: format!("{}Z", time.expect("and a clock").replace(' ', "T")),
+        time: time.expect("and a clock"),
         state: source.value(STATE).await.unwrap_or_default(),
     }
 }

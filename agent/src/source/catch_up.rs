@@ -63,6 +63,10 @@ const BLOCK_BYTES: usize = 32 * 1024;
 /// Groups of rows between the session and the intake.
 const ROWS_AHEAD: usize = 4;
 
+/// The last window's changes are applied so soon. An archive that is required may be away for hours: the slot waits for it
+/// then, and the replica must not.
+const ACKNOWLEDGED_WITHIN: Duration = Duration::from_secs(5);
+
 /// A walsender of ours that was told to end needs a moment.
 const SLOT_FREE_MAX: Duration = Duration::from_secs(10);
 
@@ -116,8 +120,11 @@ async fn windows(
     loop {
         let positions = backlog.positions().await?;
         let Some(end) = positions.window(intake.end_lsn(), size, worth / NEARLY) else {
-            // The walsender would read again whatever is not acknowledged. A moment's wait costs less.
-            if !feedback.until(intake.end_lsn()).await? {
+            // The walsender would decode again whatever is not acknowledged. A moment's wait costs less.
+            if !feedback
+                .until(intake.end_lsn(), ACKNOWLEDGED_WITHIN)
+                .await?
+            {
                 return Ok(Next::End);
             }
             let positions = backlog.positions().await?;

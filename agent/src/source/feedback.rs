@@ -119,17 +119,20 @@ impl Feedback {
         Ok(())
     }
 
-    /// Waits until everything up to `position` is durable and the source knows; false once nobody will say so
-    /// any more.
-    pub(super) async fn until(&mut self, position: PgLsn) -> Result<bool, SourceError> {
+    /// Waits until everything up to `position` is durable, but no longer than `within`, and tells the source; false once
+    /// nobody will say so any more.
+    pub(super) async fn until(
+        &mut self,
+        position: PgLsn,
+        within: Duration,
+    ) -> Result<bool, SourceError> {
         let mut flush = self.flush.clone();
-        let reached = async move {
-            flush
-                .wait_for(|flush| flush.lsn() >= position)
-                .await
-                .is_ok()
+        let somebody_says = async move {
+            let durable = flush.wait_for(|flush| flush.lsn() >= position);
+            let waited = tokio::time::timeout(within, durable).await;
+            waited.map_or(true, |durable| durable.is_ok())
         };
-        if !self.during(reached).await? {
+        if !self.during(somebody_says).await? {
             return Ok(false);
         }
         self.send().await?;
