@@ -111,7 +111,10 @@ async fn a_backlog_is_read_in_windows_and_the_slot_follows_what_is_durable() {
     replica.run("COMMIT").await;
     running.wait_for_log(READ).await;
     wait_for_reader(&running, &database, "eager").await;
-    assert_eq!(source.number(copies).await, 0);
+    wait_until("the copy of the slot to be gone", PATIENCE, || async {
+        source.number(copies).await == 0
+    })
+    .await;
     database.expect_equal().await;
     // The walsender goes on where the windows ended.
     source.run("INSERT INTO large VALUES (0, 'after')").await;

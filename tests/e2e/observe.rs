@@ -115,7 +115,10 @@ async fn an_rpo_that_is_not_met_shows_while_the_replica_does_not_answer() {
     running
         .wait_for_metric("dr_agent_rpo_breached", &labels, |value| value == 0.0)
         .await;
-    agent.command(&["status"]).await.expect_code(0);
+    wait_until("the verdict to be good", PATIENCE, || async {
+        agent.command(&["status"]).await.code == Some(0)
+    })
+    .await;
 
     site.replica.pause();
     source.run("INSERT INTO t VALUES (1)").await;

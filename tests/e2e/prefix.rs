@@ -52,7 +52,7 @@ async fn prefix(agent_dies_first: bool, lanes: u16) {
     let enough = rng.random_range(100..1500);
     wait_until(
         "a random number of transactions to arrive",
-        PATIENCE,
+        5 * PATIENCE,
         || async { replica.number("SELECT count(*) FROM ledger").await >= enough },
     )
     .await;

@@ -264,7 +264,7 @@ async fn a_replica_promoted_while_the_source_goes_on_equals_it_as_of_one_commit(
     let workload = Workload::start(&route.database.source_url(), seed, 4);
     wait_until(
         "a random number of transactions to arrive",
-        PATIENCE,
+        5 * PATIENCE,
         || async { replica.number("SELECT count(*) FROM ledger").await >= enough },
     )
     .await;
@@ -281,10 +281,7 @@ async fn a_replica_promoted_while_the_source_goes_on_equals_it_as_of_one_commit(
     applying.expect_exit(3).await;
     // What the source still does goes into the stream, and no further.
     let so_far = workload.committed();
-    wait_until("more transactions on the source", PATIENCE, || async {
-        workload.committed() > so_far + 200
-    })
-    .await;
+    workload.wait_for_committed(so_far + 200).await;
     workload.stop().await;
     wait_sent(&source, slot.as_str()).await;
     route.apply(&[]).expect_exit(3).await;

@@ -56,7 +56,7 @@ async fn what_holds_anything_is_refused_and_left_as_it_is() {
         ),
     ];
     for (number, (statement, name)) in things.into_iter().enumerate() {
-        let target = format!("holding_{number}");
+        let target = format!("not_empty_{number}");
         server.create_database(&target).await;
         let client = server.client(&target).await;
         client.run(statement).await;
@@ -268,7 +268,7 @@ async fn a_damaged_base_is_named_and_leaves_a_target_that_the_next_restore_uses(
         restore(
             &database,
             &agent,
-            &format!("flawed_{number}"),
+            &format!("flawed_bag_{number}"),
             &["--to-lsn", &moment.lsn, "--table", "public.bag"],
         )
         .await

@@ -154,7 +154,11 @@ async fn a_large_transaction_that_is_rolled_back_leaves_nothing() {
 async fn savepoints_inside_a_large_transaction_are_rolled_back_and_released() {
     let scene = Scene::set("savepoints", "64kB").await;
     scene.source.run(&insert("large", -ROWS)).await;
-    scene.database.wait_caught_up().await;
+    // Counted once it is durable, a little later than it can be seen.
+    wait_until("the rows before to be counted", PATIENCE, || async {
+        scene.inserts_applied().await >= ROWS as f64
+    })
+    .await;
     let before = scene.inserts_applied().await;
     let large = scene.database.source().await;
     large.run("BEGIN").await;

@@ -27,10 +27,7 @@ const PGOUTPUT: [(&str, &str); 2] = [
 ];
 
 async fn source() -> PgServer {
-    let server = ServerOptions::source()
-        .set("wal_sender_timeout", "2s")
-        .start()
-        .await;
+    let server = ServerOptions::source().start().await;
     server
         .run(
             "postgres",

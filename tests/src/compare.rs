@@ -197,8 +197,11 @@ pub async fn wait_caught_up_within(
         .await
         .expect("the source has a position");
     let what = format!("the replica to apply everything before {lsn}");
+    // With several lanes the progress row shows a moment before what the others have prepared.
     let query = format!(
-        "SELECT end_lsn, end_lsn >= '{lsn}' FROM dr_agent.progress WHERE stream = {}",
+        "SELECT end_lsn, end_lsn >= '{lsn}' AND NOT EXISTS (
+                    SELECT FROM pg_prepared_xacts WHERE database = current_database() AND gid LIKE 'dr\\_agent:%')
+           FROM dr_agent.progress WHERE stream = {}",
         quote_literal(stream.as_str())
     );
     wait_for(&what, deadline, || async {

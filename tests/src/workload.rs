@@ -15,13 +15,14 @@
 //! repeatable in kind, not step by step.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::task::JoinHandle;
 
 use crate::client::Client;
+use crate::wait::{PATIENCE, wait_until};
 
 /// The tables, and the rows that always exist.
 const SCHEMA: &str = "
@@ -89,12 +90,15 @@ impl Workload {
 
     /// Lets `sessions` sessions loose on the database.
     pub fn start(url: &str, seed: u64, sessions: u32) -> Self {
+        static WORKLOADS: AtomicU32 = AtomicU32::new(0);
+        let workload = WORKLOADS.fetch_add(1, Ordering::Relaxed);
         let over = Arc::new(AtomicBool::new(false));
         let committed = Arc::new(AtomicU64::new(0));
         let sessions = (0..sessions)
             .map(|number| {
                 let session = Session {
                     url: url.to_owned(),
+                    workload,
                     number,
                     rng: StdRng::seed_from_u64(seed ^ (u64::from(number) << 32)),
                     over: Arc::clone(&over),
@@ -115,6 +119,14 @@ impl Workload {
         self.committed.load(Ordering::Relaxed)
     }
 
+    /// Waits until so many have committed: a slow machine takes its time.
+    pub async fn wait_for_committed(&self, least: u64) {
+        wait_until("the workload to get that far", 5 * PATIENCE, || async {
+            self.committed() >= least
+        })
+        .await;
+    }
+
     /// Lets every session finish its transaction, and adds up.
     pub async fn stop(self) -> Tally {
         self.over.store(true, Ordering::Relaxed);
@@ -130,6 +142,8 @@ impl Workload {
 
 struct Session {
     url: String,
+    /// Names of prepared transactions hold for a whole server.
+    workload: u32,
     number: u32,
     rng: StdRng,
     over: Arc<AtomicBool>,
@@ -176,13 +190,13 @@ impl Session {
         for _ in 0..self.rng.random_range(1..=5) {
             self.step(client, 0).await?;
         }
-        let session = self.number;
+        let (workload, session) = (self.workload, self.number);
         let ledger = format!("INSERT INTO ledger (session) VALUES ({session})");
         client.try_run(&ledger).await?;
         match self.rng.random_range(0..100) {
             0..10 => client.try_run("ROLLBACK").await.map(|()| false),
             10..20 => {
-                let name = format!("workload-{session}-{number}");
+                let name = format!("workload-{workload}-{session}-{number}");
                 client
                     .try_run(&format!("PREPARE TRANSACTION '{name}'"))
                     .await?;

@@ -48,9 +48,10 @@ impl ServerOptions {
         options
             .set("fsync", "off")
             .set("full_page_writes", "off")
-            .set("max_connections", "200")
-            .set("max_wal_senders", "40")
-            .set("max_replication_slots", "40")
+            .set("max_connections", "300")
+            // Tests that share a server leave their slots behind: there must be as many as there are tests.
+            .set("max_wal_senders", "100")
+            .set("max_replication_slots", "400")
             .set("shared_buffers", "64MB")
             .set("max_wal_size", "2GB")
             .set("jit", "off")
