@@ -100,6 +100,8 @@ async fn a_gap_is_filled_long_before_the_tip_is_read() {
 async fn a_backlog_larger_than_what_may_wait_does_not_wait_for_the_tip_either() {
     let site = Site::shared().await;
     let (kinesalite, _proxy, mut route) = with_a_gap(&site, "waits", Some(archive())).await;
+    // Many batches, however slow the machine is.
+    route.sender.configure("limits.batch_bytes", "\"256KiB\"");
     let running = route.run(&[]);
     running.wait_for_streaming(&route.database.name).await;
     let source = route.database.source().await;

@@ -4,7 +4,7 @@
 //! - The files have no names: whatever ends the process, they are gone.
 //! - A file ends at a certain size, and goes with the last part that waits in it: what has passed through takes no room.
 //! - Memory and disk stay within what they were given; the disk is shared with the spill files of large transactions, for
-//!   which some of it is left.
+//!   which some of it is left. A part that is larger than that has to go somewhere: alone, it is in memory.
 
 use std::fs::{self, File};
 use std::io;
@@ -149,7 +149,8 @@ impl Shelf {
     /// [`SpillError`]
     pub(super) fn put(&mut self, part: &Part) -> Result<Kept, SpillError> {
         let bytes = part.messages.len() as u64;
-        if self.memory.load(Ordering::Relaxed) + bytes <= self.memory_max {
+        let held = self.memory.load(Ordering::Relaxed);
+        if held == 0 || held + bytes <= self.memory_max {
             return Ok(Kept::Memory {
                 _share: Share::take(&self.memory, bytes),
                 part: part.clone(),
@@ -271,6 +272,17 @@ mod tests {
         }
         // Nothing that has a name.
         assert_eq!(fs::read_dir(home.path().join("spill")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_part_larger_than_everything_waits_alone() {
+        let home = tempfile::tempdir().unwrap();
+        let (_space, mut shelf) = shelf(&home, 10, 50);
+        for n in 0..3 {
+            let kept = shelf.put(&part(n)).unwrap();
+            assert!(shelf.put(&part(9)).is_err());
+            assert_eq!(kept.take().unwrap(), part(n));
+        }
     }
 
     #[test]
