@@ -34,7 +34,10 @@ async fn route(site: &Site, purpose: &str) -> (Kinesalite, KinesisProxy, Route) 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_sender_is_kept_away_while_the_first_reads_the_backlog_in_windows() {
     let site = Site::own().await;
-    let (_kinesalite, proxy, route) = route(&site, "second").await;
+    let (_kinesalite, proxy, mut route) = route(&site, "second").await;
+    // Too little for the backlog: what is not put holds the reading up in the middle of a window.
+    route.sender.configure("limits.queue_bytes", "\"64KiB\"");
+    route.sender.configure("limits.batch_changes", "50");
     let (running, applying) = route.start().await;
     running.stop().await;
     let source = route.database.source().await;
@@ -51,6 +54,7 @@ async fn a_second_sender_is_kept_away_while_the_first_reads_the_backlog_in_windo
         .await;
     // It did not get in because the first one had the slot after all.
     assert!(source.holds(&free).await);
+    assert!(!first.log().contains("the backlog is read"));
     first.kill();
     proxy.hold_puts(false);
     second.wait_for_streaming(&route.database.name).await;
