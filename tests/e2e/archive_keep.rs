@@ -91,6 +91,7 @@ async fn the_agent_itself_lets_old_bases_go_and_every_moment_within_the_retentio
         assert!(position(moment) >= oldest, "{} {oldest}", moment.lsn);
     }
     moments.retain(|(_, moment)| position(moment) >= oldest);
+    assert!(moments.len() >= 4, "{}", moments.len());
     let step = moments.len().div_ceil(5);
     for (i, (_, moment)) in moments.iter().enumerate().step_by(step) {
         let name = format!("promised_{i}");

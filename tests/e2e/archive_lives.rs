@@ -6,12 +6,11 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dr_agent::archive::Span;
 use dr_agent::pg::PgLsn;
 use dr_agent_tests::agent::Agent;
 use dr_agent_tests::archive::{
-    Moment, agent_at, archive, bring_back, expect_state, files_below, first_base, note, protected,
-    restore, take_away, wait_archived, work,
+    Moment, agent_at, archive, bases, bring_back, expect_state, files_below, first_base, note,
+    protected, restore, span, take_away, wait_archived, work,
 };
 use dr_agent_tests::rundir::directory_for;
 use dr_agent_tests::site::{Database, Site};
@@ -19,14 +18,7 @@ use dr_agent_tests::wait::{PATIENCE, wait_until};
 
 /// As an operator starts a stream over: everything goes but the archive.
 async fn forget(database: &Database) {
-    let stream = database.stream();
-    let source = database.source().await;
-    let gone =
-        format!("SELECT active_pid IS NULL FROM pg_replication_slots WHERE slot_name = '{stream}'");
-    wait_until("nobody to read the slot", PATIENCE, || source.holds(&gone)).await;
-    source
-        .run(&format!("SELECT pg_drop_replication_slot('{stream}')"))
-        .await;
+    database.drop_slot().await;
     let replica = database.replica_server().client("postgres").await;
     replica
         .run(&format!("DROP DATABASE {} WITH (FORCE)", database.name))
@@ -210,10 +202,7 @@ fn segments_in(spool: &Path) -> Vec<PathBuf> {
 async fn wait_spooled(spool: &Path, moment: &Moment) {
     let lsn: PgLsn = moment.lsn.parse().unwrap();
     wait_until("the spool to have it in a segment", PATIENCE, || async {
-        segments_in(spool).iter().any(|file| {
-            let name = file.file_stem().and_then(|name| name.to_str());
-            Span::parse(name.unwrap()).is_some_and(|span| span.end >= lsn)
-        })
+        segments_in(spool).iter().any(|file| span(file).end >= lsn)
     })
     .await;
 }
@@ -285,12 +274,11 @@ async fn what_is_damaged_in_the_spool_and_nowhere_else_is_a_gap_that_is_said_alo
     running.wait_for_streaming(&database.name).await;
     running.wait_for_log(&["the change log has a gap"]).await;
     // Behind what is missing, a base backup of its own.
-    let bases = || async {
+    let another = || async {
         work(&source, 1, 200).await;
-        let listed = agent.command(&["backup", "--list", "--json"]).await.json();
-        listed[0]["bases"].as_array().unwrap().len() == 2
+        bases(&agent).await.len() == 2
     };
-    wait_until("the next base backup", PATIENCE, bases).await;
+    wait_until("the next base backup", PATIENCE, another).await;
     let last = work(&source, 3, 300).await.pop().unwrap();
     wait_archived(&database, &archive).await;
     running.stop().await;

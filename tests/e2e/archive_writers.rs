@@ -13,7 +13,7 @@ use dr_agent::pg::PgLsn;
 use dr_agent_tests::agent::Agent;
 use dr_agent_tests::archive::{
     Moment, TABLES, agent_at, archive, bring_back, expect_state, files_below, first_base,
-    protected, restore, restore_again, segments, take_away, wait_archived, work,
+    protected, restore, restore_again, segments, span, take_away, wait_archived, work,
 };
 use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::{Database, Site};
@@ -106,10 +106,6 @@ async fn two_databases_share_an_archive_and_not_their_histories() {
         .expect_words(&words);
     let verified = first.command(&["backup", "--verify"]).await;
     verified.expect_code(1).expect_words(&words);
-}
-
-fn span(path: &Path) -> Span {
-    Span::parse(path.file_stem().unwrap().to_str().unwrap()).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

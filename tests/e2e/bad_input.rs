@@ -7,7 +7,7 @@ use dr_agent_tests::backup::Backup;
 use dr_agent_tests::http::Metrics;
 use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::{Database, Site};
-use dr_agent_tests::wait::{PATIENCE, wait_for, wait_until};
+use dr_agent_tests::wait::{PATIENCE, wait_for};
 
 const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT g, 'copied' FROM generate_series(1, 100) AS g";
 
@@ -278,12 +278,7 @@ async fn a_slot_that_was_dropped_or_recreated_is_never_used_silently() {
     let replica = database.replica().await;
     let before = replica.rows("SELECT * FROM dr_agent.progress").await;
     let stream = database.stream();
-    // The walsender notices in its own time that nobody listens any more.
-    let drop = format!("SELECT pg_drop_replication_slot('{stream}')");
-    wait_until("the slot to be dropped", PATIENCE, || async {
-        source.try_run(&drop).await.is_ok()
-    })
-    .await;
+    database.drop_slot().await;
     source
         .run("INSERT INTO t VALUES (1000, 'in the gap')")
         .await;

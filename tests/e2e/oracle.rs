@@ -57,7 +57,8 @@ async fn oracle(lanes: u16) {
     workload.wait_for_committed(500).await;
     let tally = workload.stop().await;
     eprintln!("{tally:?} with {KILLS} kills");
-    assert!(tally.rolled_back > 0, "{tally:?}");
+    // A tenth is rolled back on purpose.
+    assert!(tally.rolled_back > tally.committed / 20, "{tally:?}");
 
     running.wait_for_streaming(&database.name).await;
     database.expect_equal().await;

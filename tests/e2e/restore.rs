@@ -1,14 +1,12 @@
 //! Goal: a restore gives what the archive has, whatever the log went through, and says what it does not give.
 //! Method: archives that agents wrote under disturbances; restores into empty databases, compared with what the source held.
 
-use dr_agent::archive::Span;
 use dr_agent::pg::PgLsn;
-use dr_agent_tests::archive::{position, protected_with, restore_at, segments};
+use dr_agent_tests::archive::{position, protected_with, restore_at, wait_archived_to};
 use dr_agent_tests::client::Client;
 use dr_agent_tests::compare;
 use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::Site;
-use dr_agent_tests::wait::{PATIENCE, wait_until};
 
 /// Keys whose text and binary forms differ, keys for which they are the same, and values too large to be sent again.
 const KEYS: &str = "
@@ -72,14 +70,7 @@ async fn a_log_that_went_on_without_the_replica_is_restored_across_the_seam() {
     let end = position(&source).await;
     let lsn: PgLsn = end.parse().unwrap();
     let then = digests(&source).await;
-    wait_until("the archive to have it", PATIENCE, || async {
-        let ends = segments(&archive).into_iter().filter_map(|path| {
-            let name = path.file_stem()?.to_str()?.to_owned();
-            Span::parse(&name).map(|span| span.end)
-        });
-        ends.max() >= Some(lsn)
-    })
-    .await;
+    wait_archived_to(lsn, &archive).await;
     // The site is lost, and the replica has not come back.
     running.kill();
     drop(source);

@@ -510,12 +510,7 @@ async fn a_slot_that_is_lost_is_not_created_anew_in_silence() {
     applying.stop().await;
     let stream = route.database.stream();
     let source = route.database.source().await;
-    // The walsender notices in its own time that nobody listens any more.
-    let drop = format!("SELECT pg_drop_replication_slot('{stream}')");
-    wait_until("the slot to be dropped", PATIENCE, || async {
-        source.try_run(&drop).await.is_ok()
-    })
-    .await;
+    route.database.drop_slot().await;
     let mut running = route.run(&[]);
     running.expect_exit(1).await;
     running

@@ -435,8 +435,7 @@ async fn either_side_is_checked_where_it_does_not_see_the_other() {
         "slot_inactive",
         &["in the stream"],
     );
-    let drop_slot = format!("SELECT pg_drop_replication_slot('{}')", database.stream());
-    source.run(&drop_slot).await;
+    database.drop_slot().await;
     for agent in [&on_site, &both] {
         let outcome = check(agent).await;
         outcome.expect_code(1);

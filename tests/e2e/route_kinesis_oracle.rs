@@ -107,7 +107,8 @@ async fn nothing_is_lost_or_doubled_whichever_side_is_killed_while_calls_fail() 
     workload.wait_for_committed(300).await;
     let tally = workload.stop().await;
     eprintln!("{tally:?} with {KILLS} kills");
-    assert!(tally.rolled_back > 0, "{tally:?}");
+    // A tenth is rolled back on purpose.
+    assert!(tally.rolled_back > tally.committed / 20, "{tally:?}");
     over.store(true, Ordering::Relaxed);
     route.database.expect_equal().await;
     let replica = route.database.replica().await;
@@ -239,7 +240,7 @@ async fn half_a_batch_in_the_stream_is_never_applied_and_holds_nothing_up() {
     let mut there = Vec::new();
     loop {
         let now = half(&records::batches(&records::parts(&kinesis).await));
-        if now == there && !now.is_empty() {
+        if now == there {
             break;
         }
         there = now;

@@ -3,10 +3,9 @@
 
 use std::fs;
 
-use dr_agent::archive::Span;
 use dr_agent::pg::PgLsn;
 use dr_agent_tests::agent::{Agent, Outcome};
-use dr_agent_tests::archive::{note, protected, segments, take_away, work};
+use dr_agent_tests::archive::{note, protected, segments, span, take_away, work};
 use dr_agent_tests::client::Client;
 use dr_agent_tests::site::Site;
 use dr_agent_tests::wait::{PATIENCE, wait_for};
@@ -122,7 +121,7 @@ async fn the_archive_is_shown_as_a_restore_would_find_it() {
     running.kill();
     fs::remove_file(&victim).unwrap();
     let gaps = of_the_archive().await["gaps"].clone();
-    let span = Span::parse(victim.file_stem().unwrap().to_str().unwrap()).unwrap();
+    let span = span(&victim);
     assert_eq!(gaps.as_array().unwrap().len(), 1, "{gaps}");
     let lsn = |key: &str| gaps[0][key].as_str().unwrap().parse::<PgLsn>().unwrap();
     // The one before may reach into it: a batch that comes to the log twice is written from its beginning.

@@ -111,6 +111,12 @@ pub fn segments(archive: &Path) -> Vec<PathBuf> {
     found
 }
 
+/// What a segment holds, by its name.
+pub fn span(segment: &Path) -> Span {
+    let name = segment.file_stem().and_then(|name| name.to_str());
+    name.and_then(Span::parse).expect("it is a segment's name")
+}
+
 /// Where the base backups of an agent's only history begin, as it lists them.
 pub async fn bases(agent: &Agent) -> Vec<PgLsn> {
     let listed = agent.command(&["backup", "--list", "--json"]).await;
@@ -133,17 +139,14 @@ pub async fn wait_archived(database: &Database, archive: &Path) {
 
 /// The same, of the database that a session is in.
 pub async fn wait_archived_at(source: &Client, archive: &Path) {
-    let here = source.value("SELECT pg_current_wal_insert_lsn()").await;
-    let here: PgLsn = here
-        .expect("the source has a position")
-        .parse()
-        .expect("it is one");
-    // Something has to come behind it.
+    let here = position(source).await.parse().expect("it is an LSN");
+    wait_archived_to(here, archive).await;
+}
+
+/// Waits until the log in an archive reaches a position. Something has to come behind it.
+pub async fn wait_archived_to(here: PgLsn, archive: &Path) {
     wait_until("the archive to have it", PATIENCE, || async {
-        let ends = segments(archive).into_iter().filter_map(|path| {
-            let name = path.file_stem()?.to_str()?.to_owned();
-            Span::parse(&name).map(|span| span.end)
-        });
+        let ends = segments(archive).into_iter().map(|path| span(&path).end);
         ends.max() >= Some(here)
     })
     .await;

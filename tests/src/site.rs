@@ -20,6 +20,7 @@ use crate::agent::{Agent, AgentConfig, Running};
 use crate::client::Client;
 use crate::compare;
 use crate::server::{PgServer, ServerOptions};
+use crate::wait::{PATIENCE, wait_for};
 
 /// Two servers.
 pub struct Site {
@@ -166,6 +167,13 @@ impl Database {
     /// The slot, publication and progress row.
     pub fn stream(&self) -> dr_agent::stream::StreamName {
         dr_agent::stream::StreamName::new(&self.slot, &self.name)
+    }
+
+    /// Drops the slot. A walsender notices in its own time that nobody listens any more.
+    pub async fn drop_slot(&self) {
+        let source = self.source().await;
+        let drop = format!("SELECT pg_drop_replication_slot('{}')", self.stream());
+        wait_for("the slot to be dropped", PATIENCE, || source.try_run(&drop)).await;
     }
 
     /// Waits until the replica has everything, then compares every table in full.

@@ -466,6 +466,32 @@ fn what_a_disk_has_spoilt_of_a_complete_segment_is_read_again_whatever_is_killed
 }
 
 #[test]
+fn a_segment_kept_aside_is_not_replaced_by_what_a_crash_has_left_of_it() {
+    let home = tempfile::tempdir().unwrap();
+    let (mut spool, _) = open(home.path());
+    for previous in [10, 20] {
+        let new = batch(previous, previous + 10, 1);
+        spool.append(&author(), &new).unwrap();
+    }
+    let victim = spool.close().unwrap().unwrap();
+    drop(spool);
+    let mut spoilt = fs::read(victim.path()).unwrap();
+    *spoilt.last_mut().unwrap() ^= 1;
+    fs::write(victim.path(), &spoilt).unwrap();
+    let (spool, waiting) = open(home.path());
+    drop(spool);
+    // Cut off already, and not renamed yet.
+    fs::rename(waiting[0].path(), victim.path()).unwrap();
+    let (spool, _) = open(home.path());
+    assert_eq!(
+        (spool.position(), spool.resumes_at()),
+        (lsn(20), Some(lsn(30)))
+    );
+    let aside = victim.path().with_extension("damaged");
+    assert!(fs::read(aside).unwrap() == spoilt);
+}
+
+#[test]
 fn what_was_read_again_and_taken_is_not_wanted_a_third_time() {
     let home = tempfile::tempdir().unwrap();
     let (mut spool, _) = open(home.path());

@@ -99,6 +99,13 @@ mod tests {
         }
     }
 
+    fn span(start: u64, end: u64) -> Span {
+        Span {
+            start: lsn(start),
+            end: lsn(end),
+        }
+    }
+
     #[test]
     fn the_newest_base_before_the_moment_is_taken() {
         let bases = [base(100, 1_000), base(300, 3_000), base(200, 2_000)];
@@ -123,10 +130,6 @@ mod tests {
 
     #[test]
     fn what_lies_behind_the_moment_is_not_counted() {
-        let span = |start, end| Span {
-            start: lsn(start),
-            end: lsn(end),
-        };
         let spans = [span(100, 200), span(200, 300), span(300, 400)];
         let chain = Chain::from(lsn(100), &spans);
         let bases = [base(100, 1_000), base(250, 2_000)];
@@ -143,10 +146,6 @@ mod tests {
 
     #[test]
     fn a_log_that_ends_before_the_position_is_refused_before_anything_is_read() {
-        let span = |start, end| Span {
-            start: lsn(start),
-            end: lsn(end),
-        };
         let spans = [span(100, 200), span(200, 300)];
         assert_eq!(
             log(lsn(100), &spans, Moment::Lsn(lsn(300))).unwrap().spans,
@@ -159,10 +158,6 @@ mod tests {
 
     #[test]
     fn so_is_one_with_a_gap_before_the_moment() {
-        let span = |start, end| Span {
-            start: lsn(start),
-            end: lsn(end),
-        };
         let spans = [span(100, 200), span(250, 300)];
         let reached = |moment| log(lsn(100), &spans, moment);
         assert!(reached(Moment::Lsn(lsn(200))).is_ok());
