@@ -108,6 +108,15 @@ provide_packages() {
     PG_VERSION=$version
 }
 
+# Links with mold where it is or can be had: a quarter of a minute less for every large binary. Without it everything
+# works as well, only later.
+use_fast_linker() {
+    command -v mold >/dev/null || apt_install mold >/dev/null 2>&1 || true
+    if command -v mold >/dev/null; then
+        export RUSTFLAGS="${RUSTFLAGS:+$RUSTFLAGS }-C link-arg=-fuse-ld=mold"
+    fi
+}
+
 # Puts what stands in for AWS in the tests into a directory of its own, target/aws-stand-ins: moto_server (S3 and
 # Kinesis) into a virtual environment there, and kinesalite (Kinesis) below. The last step of each names the version,
 # so an interrupted or older one is made anew.
