@@ -1,9 +1,12 @@
 //! Goal: replication over a link between two sites: it keeps to its share of it, and distance breaks nothing.
-//! Method: a bandwidth limit, told by the lower bound it sets on time; a proxy that delays every byte while
-//! batches, large ones on lanes among them, are in flight and the link breaks.
+//! Method: a bandwidth limit, told by the lower bound it sets on time; many sessions that wait for their share at once, some of
+//! them given up, time and again; a proxy that delays every byte while batches, large ones on lanes among them, are in flight
+//! and the link breaks.
 
 use std::time::{Duration, Instant};
 
+use dr_agent_tests::agent::{Agent, AgentConfig};
+use dr_agent_tests::compare;
 use dr_agent_tests::proxy::Proxy;
 use dr_agent_tests::site::Site;
 use dr_agent_tests::workload::{BALANCED, Workload, seed};
@@ -32,6 +35,57 @@ async fn what_goes_to_the_replica_stays_within_the_bandwidth() {
     database.expect_equal().await;
     running.expect_quiet_log();
     running.stop().await;
+}
+
+/// Databases that share one bandwidth, and starts of an agent for them. `DR_AGENT_TEST_STARTS=50` for a soak.
+const SHARING: usize = 8;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_databases_share_one_bandwidth_start_after_start() {
+    let starts = std::env::var("DR_AGENT_TEST_STARTS").map_or(1, |starts| starts.parse().unwrap());
+    let site = Site::own().await;
+    for start in 0..starts {
+        let names: Vec<String> = (0..SHARING).map(|n| format!("share_{start}_{n}")).collect();
+        for name in &names {
+            site.source.create_database(name).await;
+            let fill = "CREATE TABLE t (id int PRIMARY KEY, v text);
+                        INSERT INTO t SELECT g, repeat(md5(g::text), 16) FROM generate_series(1, 150) AS g";
+            site.source.run(name, fill).await;
+        }
+        let listed: Vec<&str> = names.iter().map(String::as_str).collect();
+        let config = AgentConfig::new(&site.source.url("postgres"), &site.replica.url("postgres"));
+        let config = config.databases(&listed).slot(&format!("s{start}"));
+        let agent = Agent::new(config.clone().set("replica.bandwidth", "\"1MiB\""));
+        // Stopped while some still copy, and wait for their turn at that; the next start has the rest.
+        let running = agent.start();
+        running.wait_for_streaming(&names[3]).await;
+        running.stop().await;
+        let running = agent.start();
+        for name in &names {
+            running.wait_for_streaming(name).await;
+        }
+        for name in &names {
+            let more =
+                "INSERT INTO t SELECT g, repeat('x', 200) FROM generate_series(201, 400) AS g";
+            site.source.run(name, more).await;
+        }
+        for name in &names {
+            let (source, replica) =
+                tokio::join!(site.source.client(name), site.replica.client(name));
+            compare::expect_equal_when_caught_up(&source, &replica, &config.stream(name)).await;
+        }
+        running.stop().await;
+        println!("start {start} of {starts}");
+        for name in &names {
+            let slot = config.stream(name);
+            let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
+            site.source.run("postgres", &drop).await;
+            for server in [&site.source, &site.replica] {
+                let drop = format!("DROP DATABASE {name} WITH (FORCE)");
+                server.run("postgres", &drop).await;
+            }
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
