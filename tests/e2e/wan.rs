@@ -75,7 +75,7 @@ async fn many_databases_share_one_bandwidth_start_after_start() {
             compare::expect_equal_when_caught_up(&source, &replica, &config.stream(name)).await;
         }
         running.stop().await;
-        println!("start {start} of {starts}");
+        eprintln!("start {start} of {starts}");
         for name in &names {
             let slot = config.stream(name);
             let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
