@@ -9,6 +9,7 @@ use dr_agent_tests::agent::{Agent, AgentConfig};
 use dr_agent_tests::compare;
 use dr_agent_tests::proxy::Proxy;
 use dr_agent_tests::site::Site;
+use dr_agent_tests::wait::{PATIENCE, wait_for};
 use dr_agent_tests::workload::{BALANCED, Workload, seed};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -77,9 +78,13 @@ async fn many_databases_share_one_bandwidth_start_after_start() {
         running.stop().await;
         eprintln!("start {start} of {starts}");
         for name in &names {
-            let slot = config.stream(name);
-            let drop = format!("SELECT pg_drop_replication_slot('{slot}')");
-            site.source.run("postgres", &drop).await;
+            let postgres = site.source.client("postgres").await;
+            let drop = format!("SELECT pg_drop_replication_slot('{}')", config.stream(name));
+            // A walsender notices in its own time that nobody listens any more.
+            wait_for("the slot to be dropped", PATIENCE, || {
+                postgres.try_run(&drop)
+            })
+            .await;
             for server in [&site.source, &site.replica] {
                 let drop = format!("DROP DATABASE {name} WITH (FORCE)");
                 server.run("postgres", &drop).await;
