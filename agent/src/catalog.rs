@@ -160,7 +160,7 @@ impl Table {
 /// order. The in-band tables of schema `dr_agent` are among them, so that they are published and
 /// copied like any other; what else that schema holds, on a server that was a replica once, is not.
 pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
-    tables_with(client, "pg_table_size(c.oid)").await
+    tables_with(client, "coalesce(pg_table_size(c.oid), 0)").await
 }
 
 /// The same as [`tables`], with `bytes` 0. Reading a table's size opens it, which waits behind

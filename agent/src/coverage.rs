@@ -20,7 +20,7 @@ use tokio_postgres::Client;
 use crate::catalog::{Protection, Table, TableName, keyed_roots, tables_without_sizes};
 use crate::config::Config;
 use crate::listed;
-use crate::pg::PgError;
+use crate::pg::{Again, PgError};
 use crate::setup::publication::Wanted;
 use crate::stream::StreamName;
 
@@ -66,6 +66,16 @@ const EXAMPLES_MAX: usize = 5;
 
 /// Counts what is unprotected in the source database this client is connected to.
 pub async fn unprotected(client: &Client, config: &Config) -> Result<Vec<Unprotected>, PgError> {
+    let mut again = Again::default();
+    loop {
+        match count(client, config).await {
+            Err(error) if again.after(&error) => {}
+            found => return found,
+        }
+    }
+}
+
+async fn count(client: &Client, config: &Config) -> Result<Vec<Unprotected>, PgError> {
     let tables = tables_without_sizes(client).await?;
     let row = client
         .query_one("SELECT current_database()::text", &[])

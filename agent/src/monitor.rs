@@ -12,6 +12,8 @@
 //! It does not keep going after an error: a source that takes no heartbeat is not being replicated
 //! either. Its error ends the session like any other.
 
+mod sequences;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -77,14 +79,19 @@ pub async fn run(
                 continue;
             }
             _ = sequences.tick() => {
-                write_sequences(&client).await?;
+                sequences::write(&client).await?;
                 continue;
             }
             _ = wal.tick() => {
                 Report::Wal(observe_wal(&client, stream, disk.as_deref(), &mut rate).await?)
             }
             _ = cover.tick() => {
-                Report::Coverage(coverage::unprotected(&client, config).await?)
+                match coverage::unprotected(&client, config).await {
+                    Ok(unprotected) => Report::Coverage(unprotected),
+                    // Tables come and go too fast for this look.
+                    Err(error) if error.is_of_something_dropped() => continue,
+                    Err(error) => return Err(error),
+                }
             }
         };
         if reports.send(report).await.is_err() {
@@ -105,25 +112,6 @@ async fn write_heartbeat(client: &Client) -> Result<(), PgError> {
             "INSERT INTO dr_agent.heartbeat AS h (id, beat, written_at)
              VALUES (1, 1, clock_timestamp())
              ON CONFLICT (id) DO UPDATE SET beat = h.beat + 1, written_at = excluded.written_at",
-            &[],
-        )
-        .await?;
-    Ok(())
-}
-
-/// Writes the positions that differ from those written last. A sequence never called has none, and one
-/// whose position may not be read shows none either; coverage counts the latter.
-async fn write_sequences(client: &Client) -> Result<(), PgError> {
-    client
-        .execute(
-            "INSERT INTO dr_agent.sequence_state AS s
-                    (schema_name, sequence_name, last_value, is_called)
-             SELECT schemaname, sequencename, last_value, true FROM pg_catalog.pg_sequences
-              WHERE last_value IS NOT NULL AND schemaname <> 'dr_agent'
-             EXCEPT
-             SELECT schema_name, sequence_name, last_value, is_called FROM dr_agent.sequence_state
-             ON CONFLICT (schema_name, sequence_name)
-             DO UPDATE SET last_value = excluded.last_value, is_called = excluded.is_called",
             &[],
         )
         .await?;

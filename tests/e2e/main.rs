@@ -20,6 +20,7 @@ mod bad_input;
 mod by_hand;
 mod catch_up;
 mod check;
+mod churn;
 mod connection;
 mod copy;
 mod databases;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use tokio_postgres::{Client, Row};
 
 use crate::catalog::TableName;
-use crate::pg::PgError;
+use crate::pg::{Again, PgError};
 
 /// One table: what a row of it must look like and what may refuse it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,13 +72,23 @@ pub(super) struct Unique {
 /// Tables, foreign tables and views by name, without the system's own.
 pub(super) type Shapes = BTreeMap<TableName, Shape>;
 
-/// What all statements have in common: the user's tables and what could stand in their place.
+/// What all statements have in common: the user's tables and what could stand in their place. What is dropped while it is looked at has every right and no definition: the functions answer NULL.
 const FROM: &str = "pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace";
 const WHERE: &str = "c.relkind IN ('r', 'p', 'f', 'v', 'm') AND c.relpersistence <> 't'
     AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'";
 
 /// Reads every shape of the database this client is connected to.
 pub(super) async fn shapes(client: &Client) -> Result<Shapes, PgError> {
+    let mut again = Again::default();
+    loop {
+        match read(client).await {
+            Err(error) if again.after(&error) => {}
+            shapes => return shapes,
+        }
+    }
+}
+
+async fn read(client: &Client) -> Result<Shapes, PgError> {
     let mut shapes = relations(client).await?;
     columns(client, &mut shapes).await?;
     uniques(client, &mut shapes).await?;
@@ -90,15 +100,15 @@ pub(super) async fn shapes(client: &Client) -> Result<Shapes, PgError> {
 async fn relations(client: &Client) -> Result<Shapes, PgError> {
     let sql = format!(
         "SELECT n.nspname::text, c.relname::text, c.relkind::text,
-                c.relrowsecurity AND row_security_active(c.oid),
-                has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'),
-                has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'INSERT')
-                    AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE'),
+                c.relrowsecurity AND coalesce(row_security_active(c.oid), false),
+                coalesce(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'), true),
+                coalesce(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'INSERT')
+                    AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE'), true),
                 pg_has_role(c.relowner, 'USAGE'),
                 EXISTS (SELECT 1 FROM pg_depend d
                          WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
                            AND d.deptype = 'e'),
-                has_table_privilege(c.oid, 'TRUNCATE')
+                coalesce(has_table_privilege(c.oid, 'TRUNCATE'), true)
            FROM {FROM} WHERE {WHERE}"
     );
     let rows = client.query(&sql, &[]).await?;
@@ -149,9 +159,9 @@ async fn uniques(client: &Client, shapes: &mut Shapes) -> Result<(), PgError> {
     let sql = format!(
         "SELECT n.nspname::text, c.relname::text, x.relname::text, i.indisprimary, i.indisvalid,
                 CASE WHEN i.indisexclusion
-                     THEN ARRAY(SELECT pg_get_constraintdef(k.oid) FROM pg_constraint k
+                     THEN ARRAY(SELECT coalesce(pg_get_constraintdef(k.oid), '') FROM pg_constraint k
                                  WHERE k.conindid = i.indexrelid AND k.contype = 'x')
-                     ELSE ARRAY(SELECT pg_get_indexdef(i.indexrelid, k, true)
+                     ELSE ARRAY(SELECT coalesce(pg_get_indexdef(i.indexrelid, k, true), '')
                                   FROM generate_series(1, i.indnkeyatts::int) k ORDER BY k) END,
                 coalesce(pg_get_expr(i.indpred, i.indrelid), ''),
                 coalesce((to_jsonb(i)->>'indnullsnotdistinct')::boolean, false)
@@ -178,7 +188,7 @@ async fn uniques(client: &Client, shapes: &mut Shapes) -> Result<(), PgError> {
 async fn checks(client: &Client, shapes: &mut Shapes) -> Result<(), PgError> {
     let sql = format!(
         "SELECT n.nspname::text, c.relname::text,
-                k.conname || ': ' || pg_get_constraintdef(k.oid)
+                k.conname || ': ' || coalesce(pg_get_constraintdef(k.oid), '')
            FROM {FROM} JOIN pg_constraint k ON k.conrelid = c.oid AND k.contype = 'c'
           WHERE {WHERE} ORDER BY c.oid, k.conname"
     );

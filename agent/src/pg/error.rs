@@ -106,6 +106,7 @@ impl Classify for PgError {
             Self::Connect { .. } | Self::Closed | Self::Io(_) | Self::Timeout { .. } => {
                 Class::Transient
             }
+            Self::Server(_) if self.is_of_something_dropped() => Class::Transient,
             Self::Server(error) => sqlstate_class(&error.sqlstate),
             Self::Tls { .. } | Self::Password { .. } | Self::Protocol(_) => Class::Definite,
         }

@@ -4,6 +4,7 @@
 //! `tokio-postgres` ([`connect`]) and walsender ones, which that crate does not speak
 //! ([`replication`]). Both share [`ConnInfo`], TLS and password rules.
 
+mod again;
 mod connect;
 mod conninfo;
 mod dial;
@@ -18,6 +19,7 @@ mod stream;
 mod throttle;
 mod tls;
 
+pub(crate) use again::{Again, tells_of_a_drop};
 pub use connect::{Session, connect};
 pub use conninfo::{ConnInfo, ConnInfoError, Host};
 pub use error::{PgError, ServerError};

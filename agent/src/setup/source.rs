@@ -23,7 +23,7 @@ use super::table_sync::{Missed, Row};
 use crate::catalog::{self, Table, TableName};
 use crate::config::Config;
 use crate::listed::{self, Listed};
-use crate::pg::{ConnInfo, PgError, Session, connect};
+use crate::pg::{Again, ConnInfo, PgError, Session, connect};
 use crate::stream::StreamName;
 
 /// Schema `dr_agent` with the in-band tables.
@@ -73,9 +73,13 @@ pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Cli
 
 /// Reads what there is.
 pub(super) async fn observe(client: &Client, stream: &StreamName) -> Result<Observed, SetupError> {
-    read(client, stream)
-        .await
-        .map_err(SetupError::sql(Side::Source, "look at the database"))
+    let mut again = Again::default();
+    loop {
+        match read(client, stream).await {
+            Err(error) if again.after(&error) => {}
+            found => return found.map_err(SetupError::sql(Side::Source, "look at the database")),
+        }
+    }
 }
 
 async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError> {
@@ -118,7 +122,8 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
         may_create: facts.get(7),
         has_schema: facts.get(8),
         writes_in_band: client.query_one(WRITES_IN_BAND, &[]).await?.get(0),
-        tables: catalog::tables(client).await?,
+        // Without sizes: whoever has a table locked would be waited for.
+        tables: catalog::tables_without_sizes(client).await?,
         keyed_roots: catalog::keyed_roots(client).await?,
         not_owned: names(client, NOT_OWNED).await?,
         publication,

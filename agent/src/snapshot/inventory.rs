@@ -12,6 +12,7 @@ use super::layout::name_arrays;
 use super::roles::LackingRoles;
 use super::toc::Entry;
 use crate::catalog::TableName;
+use crate::pg::{Again, PgError};
 
 fn table(row: &Row, schema: usize) -> TableName {
     TableName {
@@ -321,7 +322,7 @@ impl ForeignKey {
 pub(crate) async fn foreign_keys(source: &Client) -> Result<Vec<ForeignKey>, CopyError> {
     const SQL: &str = "
         SELECT f.oid, n.nspname::text, c.relname::text, f.conname::text,
-               pg_get_userbyid(c.relowner)::text, pg_get_constraintdef(f.oid),
+               pg_get_userbyid(c.relowner)::text, coalesce(pg_get_constraintdef(f.oid), ''),
                ln.nspname::text, l.relname::text
           FROM pg_constraint f
           JOIN pg_class c ON c.oid = f.conrelid
@@ -331,10 +332,17 @@ pub(crate) async fn foreign_keys(source: &Client) -> Result<Vec<ForeignKey>, Cop
           JOIN pg_namespace ln ON ln.oid = l.relnamespace
          WHERE f.contype = 'f' AND f.conparentid = 0
          ORDER BY f.oid";
-    let rows = source
-        .query(SQL, &[])
-        .await
-        .map_err(CopyError::source("read the foreign keys"))?;
+    let mut again = Again::default();
+    let rows = loop {
+        match source.query(SQL, &[]).await.map_err(PgError::from) {
+            Ok(rows) => break rows,
+            Err(error) if again.after(&error) => {}
+            Err(source) => {
+                let doing = "read the foreign keys".to_owned();
+                return Err(CopyError::Source { doing, source });
+            }
+        }
+    };
     let mut keys: Vec<(u32, ForeignKey)> = Vec::new();
     for row in &rows {
         let oid: u32 = row.get(0);
