@@ -1,7 +1,7 @@
 //! What every client of AWS has in common: where it looks for its settings, its TLS, its deadlines, and how the words
 //! of a failed request are put on one line.
 //!
-//! Below `store/s3` and `kinesis`; knows neither. Each of them sorts the error codes of its own service.
+//! Below `store/s3` and `kinesis`; knows neither. The error codes of both are sorted in one place, `refusal`.
 //!
 //! # Invariants
 //! - No secret is in anything this module returns as text.
@@ -9,6 +9,8 @@
 //!
 //! # What it does not do
 //! It uses no HTTP proxy: `HTTPS_PROXY` is not read. It decides nothing about retries.
+
+mod refusal;
 
 use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +27,8 @@ use aws_sdk_kinesis::error::{ProvideErrorMetadata, SdkError};
 use aws_smithy_http_client::tls::{self, rustls_provider::CryptoMode};
 use aws_types::request_id::RequestId as _;
 use aws_types::service_config::ServiceConfigKey;
+
+pub use self::refusal::Refusal;
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
@@ -195,37 +199,31 @@ pub(crate) enum NoCredentials {
     Stale,
 }
 
-/// What a failed request comes to, before a service's own codes are looked at.
-pub(crate) enum Failure<'e> {
-    /// The service answered.
-    Answer {
-        code: &'e str,
-        message: &'e str,
-        status: u16,
-    },
-    /// There were no credentials to sign it with.
-    Credentials(NoCredentials),
-    /// It could not be made: an endpoint that is no URL, for instance.
-    Request,
-    /// It got no answer.
-    Silence,
-}
-
-/// Looks what a failed request comes to.
-pub(crate) fn failure<E>(error: &SdkError<E>) -> Failure<'_>
+/// Why a request failed.
+pub(crate) fn refusal<E>(error: &SdkError<E>) -> Refusal
 where
     E: ProvideErrorMetadata + Error + 'static,
 {
     match (error, without_credentials(error)) {
-        (SdkError::ServiceError(_), _) => Failure::Answer {
-            code: error.code().unwrap_or_default(),
-            message: error.message().unwrap_or_default(),
-            status: status(error).unwrap_or_default(),
-        },
-        (_, Some(lacking)) => Failure::Credentials(lacking),
-        (SdkError::ConstructionFailure(_), None) => Failure::Request,
-        (_, None) => Failure::Silence,
+        (SdkError::ServiceError(_), _) => Refusal::of(
+            error.code().unwrap_or_default(),
+            error.message().unwrap_or_default(),
+            status(error).unwrap_or_default(),
+        ),
+        (_, Some(NoCredentials::Missing)) => Refusal::Credentials,
+        (_, Some(NoCredentials::Stale)) => Refusal::StaleCredentials,
+        // An endpoint that is no URL, for instance.
+        (SdkError::ConstructionFailure(_), None) => Refusal::Invalid,
+        // Somebody answered what cannot be read.
+        (SdkError::ResponseError(_), None) => Refusal::Foreign,
+        (_, None) if distrusts(error) => Refusal::Certificate,
+        (_, None) => Refusal::Unavailable,
     }
+}
+
+/// Whether TLS ended because of the other side's certificate. What rustls says is all there is to go by.
+fn distrusts(error: &(dyn Error + 'static)) -> bool {
+    crate::error::chain(error).contains("invalid peer certificate")
 }
 
 /// Why there are no credentials, if that is the reason of an error.

@@ -30,7 +30,7 @@ use crate::backoff::{self, Decision};
 use crate::config::Config;
 use crate::error::{Class, Classify, chain};
 use crate::failpoint;
-use crate::kinesis::Kinesis;
+use crate::kinesis::{Kinesis, KinesisError};
 use crate::lag::pg_micros;
 use crate::ledger::BatchNumber;
 use crate::metrics::StreamMetrics;
@@ -234,14 +234,16 @@ async fn readable(stream: &str) -> Result<(), Failed> {
         loop {
             attempt += 1;
             let refused = kinesis.try_reading().await;
-            // What needs a person goes first.
-            let worst = refused
-                .into_iter()
-                .min_by_key(|error| error.class() == Class::Transient);
+            // What does not pass goes first, and is not waited for: nobody is fenced yet.
+            let worst = refused.into_iter().min_by_key(KinesisError::passes);
             let Some(error) = worst else {
                 return Ok(());
             };
-            match backoff::decide(error.class(), attempt, RETRY_MAX, rand::random()) {
+            let class = match error.passes() {
+                true => error.class(),
+                false => Class::Definite,
+            };
+            match backoff::decide(class, attempt, RETRY_MAX, rand::random()) {
                 Decision::Retry(pause) if tokio::time::Instant::now() + pause < deadline => {
                     tokio::time::sleep(pause).await;
                 }

@@ -16,6 +16,7 @@ const EXAMPLE: &str = include_str!("../../ops/dr-agent.toml");
 const PURE: &[&str] = &[
     "backoff.rs",
     "archive/chain.rs",
+    "aws/refusal.rs",
     "archive/layout.rs",
     "backup/manifest.rs",
     "backup/retention.rs",
@@ -104,6 +105,7 @@ const STRANGERS: &[(&str, &[&str])] = &[
     ),
     // Clients of AWS have their beginnings in common, and nothing else.
     ("aws.rs", &["store", "kinesis", "config", "cmd"]),
+    ("aws", &["store", "kinesis", "config", "cmd"]),
     // A base backup and its load have nothing to do with streaming.
     ("backup", &["pipeline", "sink", "promote", "cmd"]),
     // A promotion shares nothing with a running agent but the replica.

@@ -670,10 +670,10 @@ async fn a_full_channel_stops_reading_and_a_dropped_one_ends_it() {
     }
 }
 
-/// Whether an error is one that needs a person, names the stream and the permission, and holds no secret.
+/// Whether an error is one that somebody has to mend, names the stream and the permission, and holds no secret.
 fn denied(error: &KinesisError, permission: &str) {
     let text = format!("{} {error:?}", chain(error));
-    assert_eq!(error.class(), Class::Definite, "{text}");
+    assert_eq!(error.class(), Class::Transient, "{text}");
     assert_eq!(error.refusal(), Some(Refusal::Denied), "{text}");
     assert!(text.contains("stream changes"), "{text}");
     assert!(
@@ -746,7 +746,7 @@ async fn what_is_not_there_says_so_without_secrets() {
         for error in [described, put_there, read_once(&nowhere).await] {
             let text = format!("{error} {error:?} {nowhere:?}");
             assert_eq!(error.refusal(), Some(Refusal::NoStream), "{text}");
-            assert_eq!(error.class(), Class::Definite);
+            assert_eq!(error.class(), Class::Transient);
             assert!(text.contains("nowhere") && !text.contains(SECRET), "{text}");
         }
         assert_eq!(format!("{nowhere:?}"), r#"Kinesis("nowhere")"#);

@@ -15,6 +15,7 @@ mod archive_lives;
 mod archive_s3;
 mod archive_tidy;
 mod archive_writers;
+mod aws_refusals;
 mod backup;
 mod bad_input;
 mod by_hand;

@@ -351,6 +351,94 @@ async fn a_read_goes_on_where_it_broke_and_notices_damage() {
     damaged(&store).await;
 }
 
+/// A captive portal, a proxy's login page, a balancer that says 200 to everything: nothing of that is an object.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_s3_has_stored_read_and_listed_nothing() {
+    let (_moto, proxy, store) = spoilt().await;
+    let body = random(100_000);
+    let foreign = |error: &StoreError, what: &str| {
+        let is_foreign = matches!(
+            error,
+            StoreError::S3 {
+                refusal: Refusal::Foreign,
+                ..
+            }
+        );
+        assert!(is_foreign, "{what}: {error}");
+        assert_eq!(error.class(), Class::Transient, "{what}");
+        assert!(error.hint().unwrap().contains("portal"), "{what}");
+    };
+    const ETAG: &str = "ETag: \"5f4dcc3b5aa765d61d8327deb882cf99\"\r\n";
+    const SUM: &str = "ETag: \"5f4d\"\r\nx-amz-checksum-crc32c: AAAAAA==\r\n";
+    for page in ["", ETAG, SUM] {
+        proxy.spoil("PUT /archive/app/small", Fault::Page(page));
+        let error = store.put_new("small", body.clone()).await.unwrap_err();
+        foreign(&error, "put");
+        // The question whether it is there may go astray as well.
+        proxy.spoil("PUT /archive/app/small", Fault::Page(page));
+        proxy.spoil("HEAD /archive/app/small", Fault::Page(page));
+        let error = store.put_new("small", body.clone()).await.unwrap_err();
+        foreign(&error, "put and head");
+    }
+    let large = random((8 << 20) + 1);
+    for (line, page) in [
+        ("large?uploads", ""),
+        ("large?uploads", ETAG),
+        ("partNumber=1&", ""),
+        ("partNumber=1&", SUM),
+        ("partNumber=2&", ""),
+        ("large?uploadId", ""),
+        ("large?uploadId", ETAG),
+    ] {
+        proxy.spoil(line, Fault::Page(page));
+        let mut writer = store.create("large").await.unwrap();
+        let written = match writer.write(large.clone()).await {
+            Ok(()) => writer.finish().await.map(|_| ()),
+            Err(error) => Err(error),
+        };
+        foreign(&written.unwrap_err(), line);
+        store.settle().await;
+    }
+    assert_eq!(names(&store, "", None).await, Vec::<String>::new());
+    // One that does not tell the checksum, or the ETag, has stored it all the same.
+    for (n, header) in ["x-amz-checksum-crc32c", "etag"].into_iter().enumerate() {
+        let name = format!("small{n}");
+        proxy.spoil("PUT /archive/app/small", Fault::Strip(header));
+        let put = store.put_new(&name, body.clone()).await.unwrap();
+        assert_eq!(put, Put::Created, "{header}");
+        // Read back, a page is no object and half an object is not all of it.
+        for page in ["", ETAG, SUM] {
+            proxy.spoil("GET /archive/app/small", Fault::Page(page));
+            foreign(&store.get(&name).await.unwrap_err(), "get");
+        }
+        for header in ["etag", "content-length"] {
+            proxy.spoil("GET /archive/app/small", Fault::Strip(header));
+            foreign(&store.get(&name).await.unwrap_err(), header);
+        }
+        proxy.spoil("GET /archive/app/small", Fault::Shorten(500));
+        let error = store.get(&name).await.unwrap_err();
+        assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+        // What goes on from the beginning instead of where it broke.
+        proxy.spoil("GET /archive/app/small", Fault::BreakAfter(500));
+        proxy.spoil("GET /archive/app/small", Fault::Forget("range"));
+        foreign(&store.get(&name).await.unwrap_err(), "range");
+        assert_eq!(store.get(&name).await.unwrap(), body);
+    }
+    for fault in [
+        Fault::Page(""),
+        Fault::Page(ETAG),
+        Fault::Shorten(0),
+        Fault::Shorten(150),
+    ] {
+        proxy.spoil("GET /archive/?", fault);
+        foreign(&store.list("", None).await.unwrap_err(), "list");
+        proxy.spoil("GET /archive/?", fault);
+        foreign(&store.folders("").await.unwrap_err(), "folders");
+    }
+    assert_eq!(names(&store, "", None).await, ["small0", "small1"]);
+    assert_eq!(proxy.unused(), 0);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refusal_names_the_object_and_the_permission() {
     let (_moto, proxy, store) = spoilt().await;
@@ -367,7 +455,7 @@ async fn a_refusal_names_the_object_and_the_permission() {
         assert!(!text.contains(SECRET), "{text}");
         let hint = error.hint().unwrap();
         assert!(hint.contains(permission), "{hint}");
-        assert_eq!(error.class(), Class::Definite);
+        assert_eq!(error.class(), Class::Transient);
     };
     let body = Bytes::from_static(b"x");
     denied(

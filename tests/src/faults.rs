@@ -39,6 +39,12 @@ pub enum Fault {
     Slow(usize),
     /// The server does not see this header, written in lower case: as one that does not know it.
     Forget(&'static str),
+    /// The server never hears of it; the answer is 200 and a page of HTML, as of a portal, with these header lines besides.
+    Page(&'static str),
+    /// The answer lacks this header, written in lower case.
+    Strip(&'static str),
+    /// The answer's body ends after so many bytes, and its length says the same.
+    Shorten(usize),
 }
 
 /// A slow body passes so often in a second.
@@ -179,17 +185,47 @@ async fn carry(mut client: TcpStream, server: &Server, plan: &Mutex<Plan>) -> st
             }
         }
         Some(Fault::Forget(header)) => {
-            let (rest, body) = (head.lines(), request.split_off(head.len()));
-            let is_forgotten = |line: &str| {
-                let name = line.split_once(':').map(|(name, _)| name);
-                name.is_some_and(|name| name.eq_ignore_ascii_case(header))
-            };
-            let kept: Vec<&str> = rest.filter(|line| !is_forgotten(line)).collect();
-            let request = [(kept.join("\r\n") + "\r\n").as_bytes(), &body].concat();
+            let request = without(header, &request);
             client.write_all(&ask(server, &request).await?).await?;
+        }
+        Some(Fault::Page(headers)) => {
+            let body = "<html><body>Please log in</body></html>";
+            let head = format!(
+                "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n{headers}Content-Length: {}\r\n\r\n",
+                body.len()
+            );
+            client.write_all((head + body).as_bytes()).await?;
+        }
+        Some(Fault::Strip(header)) => {
+            let answer = ask(server, &request).await?;
+            client.write_all(&without(header, &answer)).await?;
+        }
+        Some(Fault::Shorten(bytes)) => {
+            let mut answer = without("content-length", &ask(server, &request).await?);
+            let length = format!("Content-Length: {bytes}\r\n");
+            answer.truncate(body_of(&answer) + bytes);
+            let line = answer
+                .windows(2)
+                .position(|bytes| bytes == b"\r\n")
+                .unwrap_or(0)
+                + 2;
+            answer.splice(line..line, length.into_bytes());
+            client.write_all(&answer).await?;
         }
     }
     client.shutdown().await
+}
+
+/// The message without a header.
+fn without(header: &str, message: &[u8]) -> Vec<u8> {
+    let (head, body) = message.split_at(body_of(message));
+    let head = String::from_utf8_lossy(head);
+    let is_it = |line: &str| {
+        let name = line.split_once(':').map(|(name, _)| name);
+        name.is_some_and(|name| name.eq_ignore_ascii_case(header))
+    };
+    let kept: Vec<&str> = head.lines().filter(|line| !is_it(line)).collect();
+    [(kept.join("\r\n") + "\r\n").as_bytes(), body].concat()
 }
 
 /// What passes at once.

@@ -12,7 +12,7 @@
 //!   else's is deleted.
 //! - Before an object is written again the store has answered that nothing is there of the attempt before. One that arrives
 //!   later still is in the way of the next attempt, and goes as well.
-//! - A store that is away is waited for, [`AWAY_MAX`] at most. A full disk is not: only what is discarded makes room there.
+//! - A store that is away is waited for, [`AWAY_MAX`] at most, one that refuses [`REFUSED_MAX`]. A full disk is not: only what is discarded makes room there.
 //! - What came to nothing is deleted, as far as the store answers. Nothing is, once the manifest is on its way: it may be there
 //!   whatever the answer was.
 //!
@@ -42,6 +42,9 @@ use crate::store::{Put, Store, StoreError};
 /// So long a store may be away before the base is given up. Meanwhile the snapshot holds back vacuum on the source, as any long
 /// query does; but beginning anew holds it back for all the time that the base has taken so far.
 const AWAY_MAX: Duration = Duration::from_secs(3600);
+
+/// So long what somebody has to mend may be: a change of rights or keys takes seconds to come into force.
+const REFUSED_MAX: Duration = Duration::from_secs(60);
 
 /// Objects that are deleted at the same time: a base may have thousands, and whoever stops waits for it.
 const DELETED_AT_ONCE: usize = 16;
@@ -289,15 +292,17 @@ fn pause(
     retry_max: Duration,
     jitter: f64,
 ) -> Option<Duration> {
-    let passes = match error {
-        BackupError::Store(_) => !error.is_full(),
+    let within = match error {
+        _ if error.is_full() => return None,
+        BackupError::Store(error) if error.passes() => AWAY_MAX,
+        BackupError::Store(_) => REFUSED_MAX,
         // One of our own that has arrived after all; before the first failure it is somebody else's.
-        BackupError::Exists { .. } => attempt > 1,
+        BackupError::Exists { .. } if attempt > 1 => AWAY_MAX,
         // Of the source, most of the time: its snapshot is gone.
-        _ => false,
+        _ => return None,
     };
     match backoff::decide(error.class(), attempt, retry_max, jitter) {
-        Decision::Retry(pause) if passes && ago + pause < AWAY_MAX => Some(pause),
+        Decision::Retry(pause) if ago + pause < within => Some(pause),
         Decision::Retry(_) | Decision::Stop => None,
     }
 }
@@ -376,7 +381,7 @@ mod tests {
         }
         let object = || "a".to_owned();
         for error in [
-            refused(Refusal::Denied),
+            refused(Refusal::Invalid),
             on_disk(io::ErrorKind::StorageFull),
             on_disk(io::ErrorKind::QuotaExceeded),
             crate::snapshot::CopyError::SnapshotLost.into(),
@@ -384,6 +389,10 @@ mod tests {
         ] {
             assert_eq!(after(&error, 1, Duration::ZERO), None, "{error}");
         }
+        // A right that was taken away and given back, or never given: who waits for an answer is not kept for an hour.
+        let denied = refused(Refusal::Denied);
+        assert!(after(&denied, 3, Duration::from_secs(5)).is_some());
+        assert_eq!(after(&denied, 9, REFUSED_MAX), None);
         let late = BackupError::Exists { object: object() };
         assert!(after(&late, 2, Duration::ZERO).is_some());
     }

@@ -21,7 +21,7 @@ use super::finding::{Finding, Place, Severity, Side, counted};
 use super::host;
 use crate::config::{Archive, Config};
 use crate::error::{Classify as _, chain};
-use crate::store::{Encryption, Put, Refusal, Store, StoreError, StoreUrl};
+use crate::store::{Encryption, Put, Store, StoreError, StoreUrl};
 
 /// What names of the objects written here begin with. A stream's objects are below its name, which has an underscore.
 const PROBES: &str = "check/";
@@ -248,13 +248,7 @@ async fn overwrites(store: &Store, name: &str) -> Vec<Flaw> {
 
 /// Whether only what was asked is refused, and another request may succeed.
 fn is_a_right(error: &StoreError) -> bool {
-    matches!(
-        error,
-        StoreError::S3 {
-            refusal: Refusal::Denied | Refusal::Kms,
-            ..
-        }
-    )
+    matches!(error, StoreError::S3 { refusal, .. } if refusal.is_a_right())
 }
 
 /// The directory, and whether its file system holds what may wait in it.

@@ -218,7 +218,7 @@ fn rights(reach: Reach, written: Option<&KinesisError>, read: &[KinesisError]) -
 
 /// `here`: the database of the command that needs it can be reached; `other`: so can the other's, and its command works.
 fn severity(error: &KinesisError, here: bool, other: bool) -> Severity {
-    let is_a_right = matches!(error.refusal(), Some(Refusal::Denied | Refusal::Kms));
+    let is_a_right = error.refusal().is_some_and(Refusal::is_a_right);
     match (is_a_right, here, other) {
         (false, ..) | (true, true, false) => Severity::Error,
         (true, true, true) => Severity::Warning,

@@ -61,7 +61,9 @@ impl Kinesis {
             let page = Box::pin(request.send())
                 .await
                 .map_err(|error| self.refused(Operation::ListShards, &error))?;
-            let ids = page.shards.unwrap_or_default();
+            // A stream has shards; an answer without any is another's.
+            let ids = page.shards.filter(|ids| !ids.is_empty());
+            let ids = ids.ok_or_else(|| self.incomplete(Operation::ListShards))?;
             shards.extend(ids.into_iter().map(|shard| shard.shard_id));
             token = page.next_token;
             if token.is_none() {

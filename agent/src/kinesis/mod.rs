@@ -14,7 +14,7 @@
 //! - A record may be delivered more than once, and put more than once when an answer is lost. None is left out.
 //! - Of one shard, records come in the shard's order, apart from repetitions. Nothing is said about the order over
 //!   shards.
-//! - The class of an error is decided in `error` and `refused`, and the pause by [`crate::backoff`].
+//! - The class of an error is decided in [`crate::aws`], and the pause by [`crate::backoff`].
 //! - No secret is in an error or in a log line of this module.
 //!
 //! # What it does not do

@@ -27,7 +27,6 @@ use super::calls::{Record, pack};
 use super::streak::Streak;
 use super::{Kinesis, KinesisError, Operation, Refusal};
 use crate::aws::within;
-use crate::error::{Class, Classify as _};
 
 /// Calls under way at the same time for one `put`.
 const CALLS_MAX: usize = 4;
@@ -56,11 +55,11 @@ struct Rest {
 impl Kinesis {
     /// Puts the records; returns once every one of them has been accepted.
     ///
-    /// Whatever is transient is tried again with growing pauses, without end: the caller bounds it by dropping the
+    /// Whatever passes by itself is tried again with growing pauses, without end: the caller bounds it by dropping the
     /// future. `on` hears of increments as they happen.
     ///
     /// # Errors
-    /// What needs a person: no stream, no right, a record that is too large. Any part of the records may have been
+    /// What somebody has to mend: no stream, no right, a record that is too large. Any part of the records may have been
     /// put then.
     pub async fn put(
         &self,
@@ -104,10 +103,10 @@ impl Kinesis {
                 return Ok(());
             };
             records = rest.records;
-            let definite = rest.error.class() != Class::Transient;
+            let ends = !rest.error.passes();
             on(PutStats {
                 requests: 1,
-                retried: if definite { 0 } else { records.len() as u64 },
+                retried: if ends { 0 } else { records.len() as u64 },
                 throttled: rest.throttled,
             });
             if rest.in_part {
@@ -175,8 +174,8 @@ impl Kinesis {
                 None => self.incomplete(Operation::PutRecords),
             };
             throttled += u64::from(error.refusal() == Some(Refusal::Throttled));
-            // Of several reasons the one that needs a person.
-            if reason.is_none() || error.class() != Class::Transient {
+            // Of several reasons the one that somebody has to mend.
+            if reason.is_none() || !error.passes() {
                 reason = Some(error);
             }
             refused.push(record);

@@ -129,10 +129,10 @@ type Place = Pin<Box<dyn Future<Output = Result<OwnedPermit<Event>, SendError<()
 impl Kinesis {
     /// Reads all shards into `events`, until its receiver is dropped.
     ///
-    /// What is transient is tried again without end. `on` hears of what happens.
+    /// What passes by itself is tried again without end. `on` hears of what happens.
     ///
     /// # Errors
-    /// What needs a person: no stream, no right.
+    /// What somebody has to mend: no stream, no right.
     pub async fn read(
         &self,
         from: StartAt,

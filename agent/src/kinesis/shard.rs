@@ -135,9 +135,14 @@ impl ShardReader {
             .limit(PAGE_RECORDS)
             .customize()
             .config_override(deadline);
-        Box::pin(request.send())
+        let answer = Box::pin(request.send())
             .await
-            .map_err(|error| self.kinesis.refused(Operation::GetRecords, &error))
+            .map_err(|error| self.kinesis.refused(Operation::GetRecords, &error))?;
+        // Without an iterator a shard is at its end: nobody but Kinesis may say so.
+        match answer.millis_behind_latest {
+            Some(_) => Ok(answer),
+            None => Err(self.kinesis.incomplete(Operation::GetRecords)),
+        }
     }
 
     /// A place behind the last record, or where the reader begins.

@@ -6,11 +6,12 @@
 //! - A streak is logged at its beginning, then at every tenth failure: not once per attempt. Throttling is the daily
 //!   bread of a stream near its limits, and is logged only when it lasts.
 //!
-//! - A clock that stays wrong needs a person, after a while. Credentials that stay old end what is tried here, not the agent:
-//!   the next client reads the files anew that they may come from.
+//! - What somebody has to mend (a right, a key, a stream) ends what is tried here at once, and not the agent: the pipeline shows
+//!   it and begins anew. So do, after a while, a clock that stays wrong, and credentials that stay old: the next client reads the
+//!   files anew that they may come from.
 //!
 //! # What it does not do
-//! It ends no other streak by itself: transient errors are tried again for ever.
+//! It ends no other streak by itself: what passes is tried again for ever.
 
 use std::time::Duration;
 
@@ -41,15 +42,15 @@ pub(super) struct Streak {
 }
 
 impl Streak {
-    /// One more: waits before the next attempt, or returns what needs a person. `shard` is for the log.
+    /// One more: waits before the next attempt, or returns what does not pass. `shard` is for the log.
     pub(super) async fn failed(
         &mut self,
         error: KinesisError,
         shard: Option<&str>,
     ) -> Result<(), KinesisError> {
         self.failures = self.failures.saturating_add(1);
-        if self.is_too_long(error.refusal(), Instant::now()) {
-            return Err(error.lasting());
+        if !error.passes() || self.is_too_long(error.refusal(), Instant::now()) {
+            return Err(error);
         }
         let attempt = self.failures;
         let pause = match decide(&error, attempt, rand::random()) {
@@ -153,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_stays_wrong_needs_a_person_and_old_credentials_another_client() {
+    fn a_clock_that_stays_wrong_and_old_credentials_need_another_client() {
         let start = Instant::now();
         let lasts = |streak: &mut Streak, refusal, seconds| {
             streak.is_too_long(Some(refusal), start + Duration::from_secs(seconds))
@@ -174,17 +175,15 @@ mod tests {
         }
         let mut streak = Streak::default();
         assert!((0..9000).all(|second| !lasts(&mut streak, Refusal::Unavailable, second)));
-        let clock = refused(Operation::PutRecords, Refusal::Clock);
-        assert_eq!(clock.class(), Class::Transient);
-        assert_eq!(clock.lasting().class(), Class::Definite);
-        let stale = refused(Operation::PutRecords, Refusal::StaleCredentials);
-        assert_eq!(stale.lasting().class(), Class::Transient);
     }
 
     #[tokio::test]
-    async fn what_needs_a_person_is_returned_at_once() {
-        let denied = refused(Operation::PutRecords, Refusal::Denied);
-        let error = Streak::default().failed(denied, None).await.unwrap_err();
-        assert_eq!(error.refusal(), Some(Refusal::Denied));
+    async fn what_somebody_has_to_mend_is_returned_at_once() {
+        for refusal in [Refusal::Denied, Refusal::Kms, Refusal::NoStream] {
+            let error = refused(Operation::PutRecords, refusal);
+            let error = Streak::default().failed(error, None).await.unwrap_err();
+            assert_eq!(error.refusal(), Some(refusal));
+            assert_eq!(error.class(), Class::Transient);
+        }
     }
 }

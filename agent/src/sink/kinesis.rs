@@ -12,7 +12,7 @@
 //! - Of a batch at most 12 MiB are in memory as records, however large it is.
 //!
 //! # What it does not do
-//! What is transient is retried in [`crate::kinesis`], for ever; a definite refusal ends the session.
+//! What passes by itself is retried in [`crate::kinesis`], for ever; what somebody has to mend ends the session.
 
 use std::sync::Arc;
 

@@ -1,10 +1,11 @@
 //! What can go wrong with a store, and what the operator can do about it. Pure.
 //!
-//! What S3 or the SDK say is sorted into a [`Refusal`] by `s3/refused.rs`; class and hint follow from it here.
+//! What S3 or the SDK say is sorted into a [`Refusal`] by [`crate::aws`]; the hint that only S3 can give is here.
 
 use std::fmt;
 use std::io;
 
+pub use crate::aws::Refusal;
 use crate::error::{Class, Classify};
 
 /// What was being done to an object.
@@ -30,51 +31,6 @@ impl fmt::Display for Doing {
             Self::Read => "read",
             Self::List => "list",
             Self::Delete => "delete",
-        })
-    }
-}
-
-/// Why S3 did not do it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// The credentials are good and do not allow it.
-    Denied,
-    /// There is no such bucket.
-    NoBucket,
-    /// The bucket is in another region, or no region is known.
-    Region,
-    /// There are no credentials, or S3 does not know them.
-    Credentials,
-    /// The credentials could not be fetched, or are no longer valid.
-    StaleCredentials,
-    /// The key of SSE-KMS cannot be used.
-    Kms,
-    /// This machine's clock is wrong.
-    Clock,
-    /// Too many requests.
-    Throttled,
-    /// No answer, or one that blames the server.
-    Unavailable,
-    /// Somebody else writes or deletes the same object at this moment.
-    Conflict,
-    /// Something this program does not know.
-    Unknown,
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Denied => "access denied",
-            Self::NoBucket => "no such bucket",
-            Self::Region => "wrong or unknown region",
-            Self::Credentials => "no valid credentials",
-            Self::StaleCredentials => "no current credentials",
-            Self::Kms => "the KMS key cannot be used",
-            Self::Clock => "the clock is wrong",
-            Self::Throttled => "too many requests",
-            Self::Unavailable => "S3 cannot be reached or does not work",
-            Self::Conflict => "another request for the same object is under way",
-            Self::Unknown => "refused",
         })
     }
 }
@@ -144,6 +100,14 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether it goes away by waiting alone: nobody has to give a right, or to make room.
+    pub fn passes(&self) -> bool {
+        match self {
+            Self::S3 { refusal, .. } => refusal.passes(),
+            other => other.class() == Class::Transient && !other.is_full(),
+        }
+    }
+
     /// The disk of a directory has no room: waiting alone makes none.
     pub fn is_full(&self) -> bool {
         use io::ErrorKind::{QuotaExceeded, StorageFull};
@@ -154,32 +118,20 @@ impl StoreError {
 impl Classify for StoreError {
     fn class(&self) -> Class {
         match self {
-            Self::Name { .. } | Self::NotFound { .. } | Self::TooLarge { .. } => Class::Definite,
-            Self::S3 { refusal, .. } => match refusal {
-                // A token that has expired is renewed by whoever issued it, without a restart.
-                Refusal::StaleCredentials
-                | Refusal::Throttled
-                | Refusal::Unavailable
-                | Refusal::Conflict => Class::Transient,
-                Refusal::Denied
-                | Refusal::NoBucket
-                | Refusal::Region
-                | Refusal::Credentials
-                | Refusal::Kms
-                | Refusal::Clock
-                | Refusal::Unknown => Class::Definite,
-            },
-            // A full disk heals; a missing right does not.
+            Self::Name { .. } | Self::TooLarge { .. } => Class::Definite,
+            Self::S3 { refusal, .. } => refusal.class(),
+            // A disk is emptied, a file system mounted or a right given while this runs; what a file system cannot do, it never
+            // will.
             Self::Io { source, .. } => match source.kind() {
-                io::ErrorKind::PermissionDenied
-                | io::ErrorKind::ReadOnlyFilesystem
-                | io::ErrorKind::AlreadyExists
+                io::ErrorKind::AlreadyExists
                 | io::ErrorKind::NotADirectory
                 | io::ErrorKind::IsADirectory
                 | io::ErrorKind::CrossesDevices
                 | io::ErrorKind::Unsupported => Class::Definite,
                 _ => Class::Transient,
             },
+            // Whoever lists again knows what there is.
+            Self::NotFound { .. } => Class::Transient,
             Self::Damaged { .. } | Self::Torn { .. } => Class::Transient,
         }
     }
@@ -190,7 +142,7 @@ impl Classify for StoreError {
             Self::NotFound { .. } => {
                 "it was deleted, or never archived here; check the URL of the archive and its retention"
             }
-            Self::S3 { refusal, doing, .. } => return Some(refusal.hint(*doing)),
+            Self::S3 { refusal, doing, .. } => return Some(hint(*refusal, *doing)),
             Self::Io { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                     "make room on the disk of the archive, or shorten its retention; it goes on by itself"
@@ -223,46 +175,30 @@ impl Classify for StoreError {
     }
 }
 
-impl Refusal {
-    fn hint(self, doing: Doing) -> String {
-        let hint = match self {
-            Self::Denied => {
-                let permission = match doing {
-                    Doing::Open | Doing::Write => "s3:PutObject and s3:AbortMultipartUpload",
-                    // Without s3:ListBucket S3 says "denied" where it would say "not there".
-                    Doing::Read => {
-                        "s3:GetObject, and s3:ListBucket to learn that an object does not exist,"
-                    }
-                    Doing::List => "s3:ListBucket (on the bucket itself)",
-                    Doing::Delete => "s3:DeleteObject",
-                };
-                return format!("allow the agent's role {permission} on the bucket and prefix");
-            }
-            Self::NoBucket => "create the bucket, or mend the URL of the archive",
-            Self::Region => "set AWS_REGION to the region of the bucket",
-            Self::Credentials => {
-                "give the agent credentials by the usual means: AWS_ACCESS_KEY_ID and \
-                 AWS_SECRET_ACCESS_KEY, a profile (credential_process for IAM Roles Anywhere), web identity, \
-                 or the role of the instance or container; SSO profiles are not supported"
-            }
-            Self::StaleCredentials => {
-                "check who issues the agent's credentials (instance metadata, STS, credential_process), or \
-                 replace a session token that has expired"
-            }
-            Self::Kms => {
-                "the key must be enabled, in the bucket's region, and allow the agent's role \
-                 kms:GenerateDataKey and kms:Decrypt"
-            }
-            Self::Clock => {
-                "set the clock of this machine (NTP): S3 accepts 15 minutes of difference"
-            }
-            Self::Throttled => "it is tried again; if it lasts, another client uses up the bucket",
-            Self::Unavailable => {
-                "it is tried again; if it lasts, check DNS, firewall and AWS_ENDPOINT_URL"
-            }
-            Self::Conflict => "it is tried again",
-            Self::Unknown => "the words of S3 above say what it does not accept",
-        };
-        hint.to_owned()
+fn hint(refusal: Refusal, doing: Doing) -> String {
+    match refusal {
+        Refusal::Denied => format!(
+            "allow the agent's role {} on the bucket and prefix; it is tried again",
+            permission(doing)
+        ),
+        Refusal::Forbidden => format!(
+            "who answered does not say why: the agent's role needs {} on the bucket and prefix, or a proxy or firewall on the \
+             way refused it; it is tried again",
+            permission(doing)
+        ),
+        Refusal::Throttled => {
+            "it is tried again; if it lasts, another client uses up the bucket".to_owned()
+        }
+        other => other.hint().to_owned(),
+    }
+}
+
+fn permission(doing: Doing) -> &'static str {
+    match doing {
+        Doing::Open | Doing::Write => "s3:PutObject and s3:AbortMultipartUpload",
+        // Without s3:ListBucket S3 says "denied" where it would say "not there".
+        Doing::Read => "s3:GetObject, and s3:ListBucket to learn that an object does not exist,",
+        Doing::List => "s3:ListBucket (on the bucket itself)",
+        Doing::Delete => "s3:DeleteObject",
     }
 }

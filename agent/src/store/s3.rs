@@ -7,6 +7,7 @@
 //! # Invariants
 //! - Every upload carries the CRC-32C of its bytes; S3 refuses others. What is read is compared with the one
 //!   S3 keeps.
+//! - A status of 200 alone says nothing: what is written, read and listed has to look like S3's.
 //! - Every request has a deadline that grows with what it sends, and at most [`ATTEMPTS`] attempts. One that
 //!   stands still is given up.
 //!
@@ -29,6 +30,7 @@ use std::time::Duration;
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config;
+use aws_sdk_s3::operation::list_objects_v2::ListObjectsV2Output;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use metrics::Counter;
@@ -141,6 +143,7 @@ impl S3 {
         let mut found = Vec::new();
         while let Some(page) = pages.next().await {
             let page = page.map_err(|error| self.refused(Doing::List, prefix, &error))?;
+            self.must_be_a_list(prefix, &page)?;
             for object in page.contents() {
                 let name = object
                     .key()
@@ -172,12 +175,23 @@ impl S3 {
         let mut found = Vec::new();
         while let Some(page) = pages.next().await {
             let page = page.map_err(|error| self.refused(Doing::List, prefix, &error))?;
+            self.must_be_a_list(prefix, &page)?;
             found.extend(page.common_prefixes().iter().filter_map(|common| {
                 let folder = common.prefix()?.strip_prefix(&below)?.strip_suffix('/')?;
                 Some(folder.to_owned())
             }));
         }
         Ok(found)
+    }
+
+    /// An empty answer is no empty bucket, and a page that is not the last says where the next one begins.
+    fn must_be_a_list(&self, prefix: &str, page: &ListObjectsV2Output) -> Result<(), StoreError> {
+        let breaks_off =
+            page.is_truncated() == Some(true) && page.next_continuation_token().is_none();
+        if page.name().is_none() || breaks_off {
+            return Err(self.foreign(Doing::List, prefix, "an answer that is no whole list"));
+        }
+        Ok(())
     }
 
     pub(super) async fn delete(&self, name: &str) -> Result<(), StoreError> {
@@ -270,7 +284,7 @@ mod tests {
         };
         let store = S3::open("bucket", "", &Encryption::Default, &settings).await;
         let error = store.unwrap().delete("a").await.unwrap_err();
-        assert!(error.to_string().contains("access denied"), "{error}");
+        assert!(error.to_string().contains("forbidden"), "{error}");
         let text = std::fs::read_to_string(log.path()).unwrap();
         assert!(text.contains("DEBUG"), "nothing was logged: {text}");
         assert!(!text.contains("the-secret"), "{text}");

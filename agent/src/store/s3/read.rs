@@ -5,7 +5,8 @@
 //! is done here.
 //!
 //! # Invariants
-//! - All bytes of one object, once and in order: what continues a read has the ETag of its beginning.
+//! - All bytes of one object, once and in order: what continues a read has the ETag of its beginning, and begins where it broke.
+//! - What is not from S3, a portal's page for instance, is no object, whatever its status.
 //! - The end is reported only when as many bytes came as S3 announced, and their CRC-32C is the object's,
 //!   where S3 keeps one of the whole.
 
@@ -65,9 +66,30 @@ impl S3 {
             .checksum_mode(ChecksumMode::Enabled)
             .set_range((from > 0).then(|| format!("bytes={from}-")))
             .set_if_match(etag);
-        Box::pin(request.send())
+        let answer = Box::pin(request.send())
             .await
-            .map_err(|error| self.refused(Doing::Read, name, &error))
+            .map_err(|error| self.refused(Doing::Read, name, &error))?;
+        match flaw(&answer, from) {
+            None => Ok(answer),
+            Some(flaw) => Err(self.foreign(Doing::Read, name, flaw)),
+        }
+    }
+}
+
+/// Why an answer is none of S3 to a request from there on.
+fn flaw(answer: &GetObjectOutput, from: u64) -> Option<&'static str> {
+    let range = answer.content_range().unwrap_or_default();
+    if answer.e_tag().is_none() || answer.content_length().is_none() {
+        Some("an answer without ETag or length")
+    } else if answer
+        .content_type()
+        .is_some_and(|kind| kind.starts_with("text/html"))
+    {
+        Some("a page of HTML")
+    } else if from > 0 && !range.starts_with(&format!("bytes {from}-")) {
+        Some("another part of the object than was asked for")
+    } else {
+        None
     }
 }
 

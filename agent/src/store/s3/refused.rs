@@ -1,14 +1,11 @@
-//! What S3 and the SDK say, sorted into [`Refusal`].
-//!
-//! Source: the list of error codes in the Amazon S3 API reference. The list of what goes away by itself is
-//! narrow on purpose; what is not known needs a person.
+//! What S3 and the SDK say, as errors of the store. The codes are sorted in [`crate::aws`].
 
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 
 use super::S3;
 use super::attempts::Throttled;
 pub(super) use crate::aws::said;
-use crate::aws::{Failure, NoCredentials, failure, status};
+use crate::aws::{refusal, status};
 use crate::store::{Doing, Refusal, StoreError};
 
 impl S3 {
@@ -22,7 +19,7 @@ impl S3 {
                 object: self.url(name),
             };
         }
-        let refusal = sort(error);
+        let refusal = refusal(error);
         // One of KMS, for instance, which has a status of its own.
         if refusal == Refusal::Throttled && !status(error).is_some_and(Throttled::is_counted) {
             self.place.throttled.count();
@@ -42,6 +39,16 @@ impl S3 {
             object: self.url(name),
             refusal: Refusal::Unavailable,
             said,
+        }
+    }
+
+    /// The answer is none that S3 gives: something on the way has answered in its place.
+    pub(super) fn foreign(&self, doing: Doing, name: &str, said: &str) -> StoreError {
+        StoreError::S3 {
+            doing,
+            object: self.url(name),
+            refusal: Refusal::Foreign,
+            said: said.to_owned(),
         }
     }
 
@@ -72,134 +79,58 @@ pub(super) fn is_gone<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
     error.code() == Some("NoSuchUpload")
 }
 
-fn sort<E>(error: &SdkError<E>) -> Refusal
-where
-    E: ProvideErrorMetadata + std::error::Error + 'static,
-{
-    match failure(error) {
-        Failure::Answer {
-            code,
-            message,
-            status,
-        } => by_answer(code, message, status),
-        Failure::Credentials(NoCredentials::Missing) => Refusal::Credentials,
-        Failure::Credentials(NoCredentials::Stale) => Refusal::StaleCredentials,
-        Failure::Request => Refusal::Unknown,
-        Failure::Silence => Refusal::Unavailable,
-    }
-}
-
-fn by_answer(code: &str, message: &str, status: u16) -> Refusal {
-    match code {
-        "AccessDenied" if message.contains("kms:") => Refusal::Kms,
-        "AccessDenied" | "AllAccessDisabled" | "InvalidPayer" => Refusal::Denied,
-        "NoSuchBucket" => Refusal::NoBucket,
-        "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "InvalidToken" | "NotSignedUp" => {
-            Refusal::Credentials
-        }
-        "ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired" => {
-            Refusal::StaleCredentials
-        }
-        "RequestTimeTooSkewed" => Refusal::Clock,
-        "PermanentRedirect"
-        | "TemporaryRedirect"
-        | "AuthorizationHeaderMalformed"
-        | "IllegalLocationConstraintException" => Refusal::Region,
-        "SlowDown"
-        | "Throttling"
-        | "ThrottlingException"
-        | "RequestLimitExceeded"
-        | "TooManyRequestsException"
-        | "KMS.ThrottlingException" => Refusal::Throttled,
-        _ if code.starts_with("KMS.") => Refusal::Kms,
-        // BadDigest and its like: the bytes were changed on their way.
-        "InternalError"
-        | "ServiceUnavailable"
-        | "RequestTimeout"
-        | "BadDigest"
-        | "IncompleteBody"
-        | "XAmzContentChecksumMismatch"
-        | "XAmzContentSHA256Mismatch" => Refusal::Unavailable,
-        "ConditionalRequestConflict" | "OperationAborted" => Refusal::Conflict,
-        // An answer to HEAD has no body, and one from a proxy in between has no code.
-        _ => match status {
-            301 | 307 | 308 => Refusal::Region,
-            403 => Refusal::Denied,
-            409 => Refusal::Conflict,
-            429 => Refusal::Throttled,
-            408 | 500..=599 => Refusal::Unavailable,
-            _ => Refusal::Unknown,
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::{Class, Classify as _};
+    use crate::error::Classify as _;
 
-    fn refused(code: &str, message: &str, status: u16) -> StoreError {
-        StoreError::S3 {
-            doing: Doing::Write,
+    fn refused(doing: Doing, code: &str, message: &str, status: u16) -> String {
+        let error = StoreError::S3 {
+            doing,
             object: "s3://bucket/a".to_owned(),
-            refusal: by_answer(code, message, status),
+            refusal: Refusal::of(code, message, status),
             said: code.to_owned(),
-        }
+        };
+        error.hint().unwrap()
     }
 
     #[test]
-    fn a_refusal_says_what_to_do_and_whether_to_wait() {
-        for (code, message, status, class, hint) in [
-            ("AccessDenied", "", 403, Class::Definite, "s3:PutObject"),
-            ("", "", 403, Class::Definite, "s3:PutObject"),
+    fn a_refusal_says_what_to_do() {
+        for (code, message, status, hint) in [
+            ("AccessDenied", "", 403, "s3:PutObject"),
+            ("", "", 403, "s3:PutObject"),
             (
                 "AccessDenied",
                 "not allowed: kms:GenerateDataKey",
                 403,
-                Class::Definite,
                 "kms:Decrypt",
             ),
-            ("KMS.DisabledException", "", 400, Class::Definite, "enabled"),
-            (
-                "NoSuchBucket",
-                "",
-                404,
-                Class::Definite,
-                "create the bucket",
-            ),
-            ("PermanentRedirect", "", 301, Class::Definite, "AWS_REGION"),
-            (
-                "InvalidAccessKeyId",
-                "",
-                403,
-                Class::Definite,
-                "AWS_ACCESS_KEY_ID",
-            ),
-            ("ExpiredToken", "", 400, Class::Transient, "expired"),
-            ("RequestTimeTooSkewed", "", 403, Class::Definite, "NTP"),
-            ("SlowDown", "", 503, Class::Transient, "tried again"),
-            (
-                "KMS.ThrottlingException",
-                "",
-                400,
-                Class::Transient,
-                "tried again",
-            ),
-            ("InternalError", "", 500, Class::Transient, "firewall"),
-            ("", "", 502, Class::Transient, "firewall"),
-            (
-                "ConditionalRequestConflict",
-                "",
-                409,
-                Class::Transient,
-                "tried again",
-            ),
-            ("InvalidRequest", "", 400, Class::Definite, "words of S3"),
+            ("KMS.DisabledException", "", 400, "enabled"),
+            ("NoSuchBucket", "", 404, "create the bucket"),
+            ("PermanentRedirect", "", 301, "AWS_REGION"),
+            ("InvalidAccessKeyId", "", 403, "AWS_ACCESS_KEY_ID"),
+            ("ExpiredToken", "", 400, "expired"),
+            ("RequestTimeTooSkewed", "", 403, "NTP"),
+            ("SlowDown", "", 503, "tried again"),
+            ("InternalError", "", 500, "firewall"),
+            ("ConditionalRequestConflict", "", 409, "tried again"),
+            ("InvalidRequest", "", 400, "words of AWS"),
         ] {
-            let error = refused(code, message, status);
-            assert_eq!(error.class(), class, "{code} {status}");
-            let given = error.hint().unwrap();
+            let given = refused(Doing::Write, code, message, status);
             assert!(given.contains(hint), "{code} {status}: {given}");
+        }
+    }
+
+    #[test]
+    fn what_was_not_denied_is_not_said_to_lack_a_right() {
+        let frozen = refused(Doing::Read, "InvalidObjectState", "", 403);
+        assert!(frozen.contains("restore-object"), "{frozen}");
+        let unknown = refused(Doing::Read, "OfNextYear", "", 403);
+        assert!(unknown.contains("words of AWS"), "{unknown}");
+        let mute = refused(Doing::Read, "", "", 403);
+        assert!(mute.contains("proxy"), "{mute}");
+        for hint in [frozen, unknown] {
+            assert!(!hint.contains("s3:GetObject"), "{hint}");
         }
     }
 }

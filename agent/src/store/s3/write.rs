@@ -5,9 +5,12 @@
 //!   for larger ones parts grow, to 160 MiB in all at the end.
 //! - An upload is completed only with every part that was sent, under the checksum of the whole; otherwise it is
 //!   aborted, in the background where its writer was dropped.
+//! - A success is believed only with the ETag and the checksum of what was sent, or when the object is there, whole and by us:
+//!   something on the way that says 200 has stored nothing.
 
 use std::mem;
 
+use aws_sdk_s3::operation::head_object::HeadObjectOutput;
 use aws_sdk_s3::types::{
     ChecksumAlgorithm, ChecksumType, CompletedMultipartUpload, CompletedPart, ServerSideEncryption,
 };
@@ -16,7 +19,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
 use super::refused::{is_gone, is_missing, is_taken};
-use super::{COMPLETE_WITHIN, S3, WRITER, patience, time_to_send, written_crc};
+use super::{COMPLETE_WITHIN, S3, WRITER, length, patience, time_to_send, written_crc};
 use crate::store::{Doing, Encryption, ObjectSummary, Put, StoreError, ended};
 
 /// The smallest part; S3 takes none below 5 MiB but the last.
@@ -43,6 +46,10 @@ impl S3 {
         body: Bytes,
     ) -> Result<Put, StoreError> {
         let writer = draw();
+        let sent = ObjectSummary {
+            bytes: body.len() as u64,
+            crc32c: crc32c::crc32c(&body),
+        };
         let deadline = patience(time_to_send(body.len()));
         let request = self
             .client
@@ -52,7 +59,7 @@ impl S3 {
             .if_none_match("*")
             .metadata(WRITER, &writer)
             .checksum_algorithm(ChecksumAlgorithm::Crc32C)
-            .checksum_crc32_c(written_crc(crc32c::crc32c(&body)))
+            .checksum_crc32_c(written_crc(sent.crc32c))
             .set_server_side_encryption(self.encryption())
             .set_ssekms_key_id(self.kms_key())
             .body(body.into())
@@ -61,7 +68,10 @@ impl S3 {
         // What was sent may arrive, whoever has given up waiting for it.
         let sending = self.place.background.spawn(request.send());
         match ended(sending.await).await {
-            Ok(_) => Ok(Put::Created),
+            Ok(answer) => {
+                let receipt = (answer.e_tag(), answer.checksum_crc32_c());
+                self.stored(name, &writer, receipt, sent).await
+            }
             Err(error) if is_taken(&error) => self.whose(name, &writer).await,
             Err(error) => Err(self.refused(Doing::Write, name, &error)),
         }
@@ -81,21 +91,53 @@ impl S3 {
         Ok(put)
     }
 
+    /// Whether what was said to be stored is: anything on the way can say 200. S3 gives the ETag and the checksum back; where
+    /// one does not, the object itself has to tell that it is there, whole and ours.
+    async fn stored(
+        &self,
+        name: &str,
+        writer: &str,
+        (etag, checksum): (Option<&str>, Option<&str>),
+        sent: ObjectSummary,
+    ) -> Result<Put, StoreError> {
+        if etag.is_some() && checksum == Some(&written_crc(sent.crc32c)) {
+            return Ok(Put::Created);
+        }
+        let head = self.head(name).await?;
+        match head
+            .is_some_and(|head| is_by(&head, writer) && length(head.content_length()) == sent.bytes)
+        {
+            true => Ok(Put::Created),
+            false => Err(self.foreign(
+                Doing::Write,
+                name,
+                "a success without ETag and checksum, and the object is not there as it was sent",
+            )),
+        }
+    }
+
     /// There is an object of this name. An earlier attempt of ours may have written it and its answer
     /// been lost.
     async fn whose(&self, name: &str, writer: &str) -> Result<Put, StoreError> {
-        let request = self.client.head_object().bucket(self.bucket());
-        let head = match Box::pin(request.key(self.key(name)).send()).await {
-            Ok(head) => head,
+        match self.head(name).await? {
+            Some(head) if is_by(&head, writer) => Ok(Put::Created),
+            Some(_) => Ok(Put::Exists),
             // Deleted meanwhile, or never there: then the upload was aborted by somebody else.
-            Err(error) if is_missing(&error) => return Err(self.gone(name)),
-            Err(error) => return Err(self.refused(Doing::Read, name, &error)),
-        };
-        let ours = head
-            .metadata()
-            .and_then(|metadata| metadata.get(WRITER))
-            .is_some_and(|found| found == writer);
-        Ok(if ours { Put::Created } else { Put::Exists })
+            None => Err(self.gone(name)),
+        }
+    }
+
+    /// What S3 has of an object besides its bytes; none if it is not there.
+    async fn head(&self, name: &str) -> Result<Option<HeadObjectOutput>, StoreError> {
+        let request = self.client.head_object().bucket(self.bucket());
+        match Box::pin(request.key(self.key(name)).send()).await {
+            Ok(head) if head.e_tag().is_none() => {
+                Err(self.foreign(Doing::Read, name, "an object without ETag"))
+            }
+            Ok(head) => Ok(Some(head)),
+            Err(error) if is_missing(&error) => Ok(None),
+            Err(error) => Err(self.refused(Doing::Read, name, &error)),
+        }
     }
 
     fn encryption(&self) -> Option<ServerSideEncryption> {
@@ -112,6 +154,14 @@ impl S3 {
             Encryption::Default | Encryption::S3 => None,
         }
     }
+}
+
+/// Whether the writer of this number wrote it.
+fn is_by(head: &HeadObjectOutput, writer: &str) -> bool {
+    let metadata = head.metadata();
+    metadata
+        .and_then(|metadata| metadata.get(WRITER))
+        .is_some_and(|found| found == writer)
 }
 
 /// A number that no other writer has.
@@ -209,8 +259,7 @@ impl Upload {
             .await
             .map_err(|error| store.refused(Doing::Write, name, &error))?;
         let Some(id) = begun.upload_id else {
-            let said = "the answer names no upload".to_owned();
-            return Err(store.broken(Doing::Write, name, said));
+            return Err(store.foreign(Doing::Write, name, "the answer names no upload"));
         };
         Ok(Self {
             store: store.clone(),
@@ -263,6 +312,17 @@ impl Upload {
                 .send()
                 .await
                 .map_err(|error| store.refused(Doing::Write, &name, &error))?;
+            // The whole is looked at in the end; a part that was never stored is noticed now, before it is completed.
+            let other = stored
+                .checksum_crc32_c()
+                .is_some_and(|said| said != written_crc(crc));
+            if stored.e_tag.is_none() || other {
+                return Err(store.foreign(
+                    Doing::Write,
+                    &name,
+                    "a part without ETag, or with another checksum",
+                ));
+            }
             Ok(CompletedPart::builder()
                 .part_number(number)
                 .set_e_tag(stored.e_tag)
@@ -306,7 +366,13 @@ impl Upload {
             .customize()
             .config_override(patience(COMPLETE_WITHIN));
         let put = match Box::pin(request.send()).await {
-            Ok(_) => Put::Created,
+            Ok(answer) => {
+                let receipt = (answer.e_tag(), answer.checksum_crc32_c());
+                let stored = self
+                    .store
+                    .stored(&self.name, &self.writer, receipt, self.whole);
+                stored.await?
+            }
             // The upload is gone when an attempt whose answer was lost has completed it.
             Err(error) if is_taken(&error) || is_gone(&error) => {
                 self.store.whose(&self.name, &self.writer).await?

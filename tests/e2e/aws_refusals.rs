@@ -1,0 +1,98 @@
+//! Goal: what AWS refuses for a while stops nothing for good: rights, keys, streams and credentials heal as networks do.
+//! Method: each side of route `kinesis` with a stream that refuses every call of one operation until the agent shows why; then it
+//! lets it through, and what was committed meanwhile arrives.
+
+use dr_agent_tests::kinesalite::Kinesalite;
+use dr_agent_tests::kinesis_faults::{Fault, KinesisProxy};
+use dr_agent_tests::route::{Route, STREAM};
+use dr_agent_tests::site::Site;
+use dr_agent_tests::streams;
+use dr_agent_tests::wait::{PATIENCE, wait_until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_is_shown_and_tried_again_until_it_heals() {
+    let site = Site::shared().await;
+    let database = site.database("refusal").await;
+    let source = database.source().await;
+    source.run("CREATE TABLE t (id int PRIMARY KEY)").await;
+    let kinesalite = Kinesalite::start().await;
+    streams::create(kinesalite.port(), STREAM, 1).await;
+    let proxy = KinesisProxy::start(kinesalite.port()).await;
+    let mut route = Route::new(database, proxy.port(), None);
+    for agent in [&mut route.sender, &mut route.applier] {
+        agent.configure("limits.retry_max", "\"500ms\"");
+    }
+    let (running, applying) = route.start().await;
+    let name = route.database.name.as_str();
+    for (n, (operation, fault, words)) in [
+        (
+            "PutRecords",
+            Fault::Refuse(400, "AccessDeniedException"),
+            "kinesis:PutRecords",
+        ),
+        (
+            "PutRecords",
+            Fault::RefuseRecords(|_| true, "KMSDisabledException"),
+            "kms:GenerateDataKey",
+        ),
+        (
+            "PutRecords",
+            Fault::Refuse(400, "ResourceNotFoundException"),
+            "create the stream",
+        ),
+        (
+            "PutRecords",
+            Fault::Refuse(400, "UnrecognizedClientException"),
+            "AWS_ACCESS_KEY_ID",
+        ),
+        (
+            "PutRecords",
+            Fault::Refuse(403, "OfNextYear"),
+            "words of AWS",
+        ),
+        (
+            "GetRecords",
+            Fault::Refuse(400, "KMSAccessDeniedException"),
+            "kms:Decrypt",
+        ),
+        (
+            "GetRecords",
+            Fault::Refuse(400, "AccessDeniedException"),
+            "kinesis:GetRecords",
+        ),
+        (
+            "ListShards",
+            Fault::Refuse(400, "AccessDeniedException"),
+            "kinesis:ListShards",
+        ),
+        (
+            "GetShardIterator",
+            Fault::Refuse(403, "InvalidClientTokenId"),
+            "AWS_ACCESS_KEY_ID",
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        proxy.spoil_every(operation, Some(fault));
+        let side = match operation {
+            "PutRecords" => &running,
+            _ => &applying,
+        };
+        if operation == "GetShardIterator" {
+            // A reader has one already.
+            proxy.spoil("GetRecords", Fault::Refuse(400, "ExpiredIteratorException"));
+        }
+        source.run(&format!("INSERT INTO t VALUES ({n})")).await;
+        wait_until("the refusal to be shown", PATIENCE, || async {
+            let shown = &side.status().await["databases"][0];
+            shown["state"] == "retrying" && shown["hint"].to_string().contains(words)
+        })
+        .await;
+        proxy.spoil_every(operation, None);
+        side.wait_for_streaming(name).await;
+        route.database.expect_equal().await;
+    }
+    running.stop().await;
+    applying.stop().await;
+}
