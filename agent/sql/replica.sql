@@ -1,6 +1,5 @@
 -- What dr-agent keeps on the replica, in every replicated database. Repeatable.
 CREATE SCHEMA IF NOT EXISTS dr_agent;
-COMMENT ON SCHEMA dr_agent IS 'dr-agent: progress of replication and promotion';
 
 -- How far the replica is: one row per stream, written in the same transaction as the data.
 CREATE TABLE IF NOT EXISTS dr_agent.progress (

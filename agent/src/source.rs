@@ -50,7 +50,7 @@ use crate::history::{History, WentBack};
 use crate::kinesis::KinesisError;
 use crate::ledger::FlushLsn;
 use crate::pg::pgoutput::DecodeError;
-use crate::pg::{ConnInfo, PgError, PgLsn, Session};
+use crate::pg::{ConnInfo, PgError, PgLsn};
 use crate::spill::{SpillError, SpillSpace};
 use crate::stream::StreamName;
 use crate::txn::{AssembleError, Transaction};
@@ -349,17 +349,4 @@ fn begins_at(settings: &SourceSettings, confirmed: PgLsn, start: PgLsn) -> Resul
         confirmed,
         start,
     })
-}
-
-/// Text output depends on these settings; the apply session ([`crate::sink::replica::session`]) reads
-/// with the same.
-fn text_form(session: Session) -> Session {
-    session
-        .set("client_encoding", "UTF8")
-        .set("DateStyle", "ISO, YMD")
-        .set("IntervalStyle", "postgres")
-        .set("TimeZone", "UTC")
-        .set("extra_float_digits", "3")
-        .set("bytea_output", "hex")
-        .set("lc_monetary", "C")
 }

@@ -43,6 +43,7 @@ const PURE: &[&str] = &[
     "net.rs",
     "net",
     "pg/pgoutput",
+    "pg/settings.rs",
     "plan.rs",
     "plan",
     "promote/plan.rs",
@@ -189,6 +190,35 @@ fn parts_name_only_whom_they_may_know() {
                     );
                 }
             }
+        }
+    }
+}
+
+/// A session begins with the settings of `pg/settings.rs`, which only these put into a start-up packet.
+#[test]
+fn no_session_is_opened_without_the_common_settings() {
+    let opened_by: [(&str, &[&str]); 4] = [
+        ("tokio_postgres::Config", &["pg/connect.rs"]),
+        ("tokio_postgres::connect", &[]),
+        ("startup_message(", &["pg/replication/startup.rs"]),
+        (
+            "\"PGOPTIONS\"",
+            &[
+                "pg/conninfo/environment.rs",
+                "pg/connect.rs",
+                "snapshot/tools.rs",
+            ],
+        ),
+    ];
+    for path in files("") {
+        let text = program(&path);
+        for (word, allowed) in opened_by {
+            let may = allowed.iter().any(|file| path.ends_with(file));
+            assert!(
+                may || !text.contains(word),
+                "{} names {word}",
+                path.display()
+            );
         }
     }
 }

@@ -50,6 +50,7 @@ mod route_kinesis_oracle;
 mod route_kinesis_senders;
 mod schema;
 mod set_back;
+mod settings;
 mod slot;
 mod status;
 mod store;

@@ -8,16 +8,15 @@
 
 use super::manifest::DataFile;
 use crate::catalog::{quote_ident, quote_literal};
+use crate::pg::settings::VALUES;
 use crate::snapshot::finish::Position;
-use crate::snapshot::session::VALUES;
 
 /// Fills the tables from the objects with rows. The tables of schema `dr_agent` are not for people.
 pub(super) fn load_data<'a>(files: impl Iterator<Item = (&'a str, &'a DataFile)>) -> String {
     let mut script = String::from(
         "-- Fills the tables of this base backup. Run by psql in the directory that holds it,\n\
          -- between pre-data.sql and post-data.sql; zstd must be on the PATH.\n\
-         \\set ON_ERROR_STOP on\n\
-         SET client_encoding = 'UTF8';\n",
+         \\set ON_ERROR_STOP on\n",
     );
     for (name, value) in VALUES {
         script.push_str(&format!("SET {name} = '{value}';\n"));

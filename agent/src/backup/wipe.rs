@@ -40,14 +40,8 @@ pub async fn wipe(client: &Client) -> Result<(), PgError> {
         SELECT CASE WHEN current_setting('server_version_num')::int >= 150000
                     THEN 'ALTER SCHEMA public OWNER TO pg_database_owner; GRANT USAGE ON SCHEMA public TO PUBLIC'
                     ELSE 'GRANT ALL ON SCHEMA public TO PUBLIC' END";
-    client
-        .batch_execute("SET session_replication_role = replica")
-        .await?;
     for row in client.query(STATEMENTS, &[]).await? {
         client.batch_execute(row.get(0)).await?;
     }
-    client
-        .batch_execute("RESET session_replication_role")
-        .await?;
     Ok(())
 }

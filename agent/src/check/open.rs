@@ -23,11 +23,9 @@ pub(super) async fn session(
 ) -> Result<Client, Finding> {
     let session = Session::new(name)
         .set("default_transaction_read_only", "on")
-        .set("search_path", "pg_catalog")
         .set("statement_timeout", "30s")
-        .set("lock_timeout", "5s")
-        .set("row_security", "off");
-    within(pg::connect(conninfo, &session))
+        .set("lock_timeout", "5s");
+    within(pg::connect_silently(conninfo, session))
         .await
         .map_err(|error| unreachable(at, &error))
 }

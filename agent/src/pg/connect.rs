@@ -4,53 +4,84 @@
 //! task that drives the connection.
 //!
 //! # Invariants
-//! - Settings of a [`Session`] hold from its first statement: they travel in the start-up packet.
+//! - Every session has the settings of [`super::settings`]: nobody can make a [`Session`] without.
+//! - Settings of a [`Session`] hold from its first statement: they travel in the start-up packet, or right behind it, where
+//!   nobody waits for the answer.
 //! - The connection's task ends when the client is dropped or the connection breaks, never earlier.
 
 use std::future::{Ready, poll_fn, ready};
 use std::io;
 
+use futures_util::TryStreamExt as _;
 use tokio_postgres::config::{SslMode, SslNegotiation};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
-use tokio_postgres::{AsyncMessage, Client, Connection};
+use tokio_postgres::{AsyncMessage, Client, Connection, SimpleQueryStream};
 
 use super::conninfo::{self, ConnInfo, Host};
 use super::dial::{Start, dial};
 use super::stream::PgStream;
-use super::{PgError, tls};
+use super::{PgError, settings, tls};
 
 /// What a session is for: its `application_name` and the settings it starts with.
 #[derive(Clone, Debug)]
 pub struct Session {
     /// `application_name`, see [`crate::stream::StreamName::application_name`].
-    pub application_name: String,
+    pub(super) application_name: String,
     /// Settings sent with the start-up packet, as `-c name=value`.
-    pub settings: Vec<(&'static str, String)>,
+    settings: Vec<(&'static str, String)>,
 }
 
 impl Session {
-    /// A session without settings of its own.
+    /// A session with the settings that all of ours have, and none of its own.
     pub fn new(application_name: impl Into<String>) -> Self {
+        let all = settings::all().map(|(name, value)| (name, value.to_owned()));
         Self {
             application_name: application_name.into(),
-            settings: Vec::new(),
+            settings: all.collect(),
         }
     }
 
-    /// Adds a setting.
+    /// A setting of its own, or another value for one that all have.
     #[must_use]
     pub fn set(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self = self.as_found(name);
         self.settings.push((name, value.into()));
         self
     }
 
+    /// Fires no triggers but those that are made to fire always. What writes to a replica is silent.
+    #[must_use]
+    pub fn silent(self) -> Self {
+        let (name, value) = settings::SILENT;
+        self.set(name, value)
+    }
+
+    /// Leaves one setting as any other session would find it.
+    #[must_use]
+    pub fn as_found(mut self, name: &'static str) -> Self {
+        self.settings.retain(|(other, _)| *other != name);
+        self
+    }
+
+    /// `PGAPPNAME` and `PGOPTIONS` of a program that connects to a server of this `server_version_num`.
+    pub fn libpq_environment(&self, conninfo: &ConnInfo, version: i32) -> [(String, String); 2] {
+        let mut session = self.clone();
+        for (name, value) in settings::later_options(version) {
+            session = session.set(name, *value);
+        }
+        [
+            ("PGAPPNAME".to_owned(), self.application_name.clone()),
+            ("PGOPTIONS".to_owned(), session.options(conninfo)),
+        ]
+    }
+
     /// The `options` of the start-up packet: those of the URL, then ours, which win.
-    pub(super) fn options(&self, conninfo: &ConnInfo) -> Option<String> {
+    pub(super) fn options(&self, conninfo: &ConnInfo) -> String {
         let mut options: Vec<String> = conninfo.options.iter().cloned().collect();
         for (name, value) in &self.settings {
             options.push(format!("-c {name}={}", escape_option(value)));
         }
-        Some(options.join(" ")).filter(|options| !options.is_empty())
+        options.join(" ")
     }
 }
 
@@ -74,6 +105,18 @@ fn escape_option(value: &str) -> String {
 /// what the server refused ([`PgError::Server`]).
 pub async fn connect(conninfo: &ConnInfo, session: &Session) -> Result<Client, PgError> {
     dial(conninfo, &Ordinary { conninfo, session }).await
+}
+
+/// The same, [silent](Session::silent) where the role may be. For sessions that have work to do also where it may not.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_silently(conninfo: &ConnInfo, session: Session) -> Result<Client, PgError> {
+    match connect(conninfo, &session.clone().silent()).await {
+        // insufficient_privilege: "permission denied to set parameter".
+        Err(error) if error.sqlstate() == Some("42501") => connect(conninfo, &session).await,
+        outcome => outcome,
+    }
 }
 
 struct Ordinary<'a> {
@@ -109,9 +152,7 @@ impl Start for Ordinary<'_> {
         if let Some(password) = password {
             config.password(password);
         }
-        if let Some(options) = self.session.options(self.conninfo) {
-            config.options(options);
-        }
+        config.options(self.session.options(self.conninfo));
         // The handshake is behind us. "Direct" makes the driver ask for none and hand the stream
         // straight to `AlreadyOpen`, from which it learns the channel binding.
         if stream.is_tls() {
@@ -123,7 +164,19 @@ impl Start for Ordinary<'_> {
         let (client, connection) = Box::pin(config.connect_raw(stream, AlreadyOpen))
             .await
             .map_err(|error| self.startup_error(host, error))?;
-        tokio::spawn(drive(connection, host.to_string()));
+        if !settings::were_taken(connection.parameter("DateStyle")) {
+            return Err(options_dropped(host));
+        }
+        let version = connection.parameter("server_version");
+        let later = match version
+            .and_then(settings::version_number)
+            .and_then(settings::later)
+        {
+            // Sent, and not waited for: whatever comes next on this session comes behind it.
+            Some(sql) => Some(client.simple_query_raw(sql).await?),
+            None => None,
+        };
+        tokio::spawn(drive(connection, later, host.to_string()));
         Ok(client)
     }
 
@@ -169,11 +222,42 @@ pub(super) fn no_channel_binding(host: &Host) -> PgError {
     }
 }
 
+pub(super) fn options_dropped(host: &Host) -> PgError {
+    PgError::OptionsDropped {
+        server: host.to_string(),
+    }
+}
+
 /// Drives the connection until the client is dropped. An error reaches the caller through the
 /// statement it interrupts, so here it is only worth a line for the curious.
-async fn drive(mut connection: Connection<PgStream, PgStream>, server: String) {
+///
+/// A session that refuses a setting of ours is ended: its values may mean something else.
+async fn drive(
+    mut connection: Connection<PgStream, PgStream>,
+    later: Option<SimpleQueryStream>,
+    server: String,
+) {
+    let mut later = later.map(|answers| Box::pin(answers.try_for_each(|_| ready(Ok(())))));
     loop {
-        match poll_fn(|cx| connection.poll_message(cx)).await {
+        let taken = async {
+            match &mut later {
+                Some(answers) => answers.await,
+                None => std::future::pending().await,
+            }
+        };
+        let message = tokio::select! {
+            biased;
+            message = poll_fn(|cx| connection.poll_message(cx)) => message,
+            taken = taken => {
+                later = None;
+                if let Err(error) = taken {
+                    tracing::warn!(%server, error = %PgError::from(error), "the server refused a setting of our session");
+                    return;
+                }
+                continue;
+            }
+        };
+        match message {
             Some(Ok(AsyncMessage::Notice(notice))) => {
                 tracing::debug!(%server, severity = notice.severity(), message = notice.message(), "notice");
             }
@@ -216,14 +300,31 @@ mod tests {
     #[test]
     fn settings_survive_the_servers_splitting_of_options() {
         let conninfo = ConnInfo::parse("postgres://u@h?options=-c%20geqo=off", None).unwrap();
-        let session = Session::new("x")
-            .set("DateStyle", "ISO, MDY")
-            .set("search_path", r#""a\b""#);
-        assert_eq!(
-            session.options(&conninfo).as_deref(),
-            Some(r#"-c geqo=off -c DateStyle=ISO,\ MDY -c search_path="a\\b""#)
-        );
-        let bare = ConnInfo::parse("postgres://u@h", None).unwrap();
-        assert_eq!(Session::new("x").options(&bare), None);
+        let session = Session::new("x").set("geqo_seed", r#""a\b c""#);
+        let options = session.options(&conninfo);
+        assert!(options.starts_with("-c geqo=off -c client_encoding=UTF8 -c search_path= -c "));
+        assert!(options.contains(r" -c DateStyle=ISO,\ YMD "));
+        assert!(options.ends_with(r#" -c geqo_seed="a\\b\ c""#));
+    }
+
+    #[test]
+    fn a_setting_of_a_sessions_own_replaces_the_common_one() {
+        let conninfo = ConnInfo::parse("postgres://u@h", None).unwrap();
+        let session = Session::new("x").set("lock_timeout", "5s").silent();
+        let options = session.options(&conninfo);
+        assert_eq!(options.matches("lock_timeout=").count(), 1);
+        assert!(options.contains("lock_timeout=5s -c session_replication_role=replica"));
+        let options = session.as_found("role").options(&conninfo);
+        assert!(!options.contains("-c role="));
+    }
+
+    #[test]
+    fn programs_get_the_same_and_what_their_server_knows() {
+        let conninfo = ConnInfo::parse("postgres://u@h", None).unwrap();
+        let session = Session::new("x");
+        let [_, (_, old)] = session.libpq_environment(&conninfo, 160_004);
+        assert_eq!(old, session.options(&conninfo));
+        let [_, (_, new)] = session.libpq_environment(&conninfo, 170_004);
+        assert!(new.ends_with(" -c transaction_timeout=0"));
     }
 }

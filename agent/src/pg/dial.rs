@@ -127,7 +127,10 @@ fn leads_to_next_host(error: &PgError) -> bool {
         }
         // cannot_connect_now: starting up, shutting down, in recovery without hot_standby.
         PgError::Server(error) => error.sqlstate == "57P03",
-        PgError::Tls { .. } | PgError::Password { .. } | PgError::Protocol(_) => false,
+        PgError::Tls { .. }
+        | PgError::Password { .. }
+        | PgError::OptionsDropped { .. }
+        | PgError::Protocol(_) => false,
     }
 }
 

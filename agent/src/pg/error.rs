@@ -68,6 +68,12 @@ pub enum PgError {
         /// Where it was looked for.
         reason: String,
     },
+    /// What stands between us and the server has dropped the settings of a session.
+    #[error("{server} does not give a session the settings it asks for")]
+    OptionsDropped {
+        /// `host:port`.
+        server: String,
+    },
     /// The server refused or failed.
     #[error("{} (SQLSTATE {})", .0.message, .0.sqlstate)]
     Server(Box<ServerError>),
@@ -108,7 +114,10 @@ impl Classify for PgError {
             }
             Self::Server(_) if self.is_of_something_dropped() => Class::Transient,
             Self::Server(error) => sqlstate_class(&error.sqlstate),
-            Self::Tls { .. } | Self::Password { .. } | Self::Protocol(_) => Class::Definite,
+            Self::Tls { .. }
+            | Self::Password { .. }
+            | Self::OptionsDropped { .. }
+            | Self::Protocol(_) => Class::Definite,
         }
     }
 
@@ -119,6 +128,12 @@ impl Classify for PgError {
                 return Some(
                     "the server is down, or a firewall, listen_addresses or the URL is in the way; \
                      it is tried again"
+                        .to_owned(),
+                );
+            }
+            Self::OptionsDropped { .. } => {
+                return Some(
+                    "a pooler that drops the start-up parameter `options` is in between: let the URL lead to the server itself"
                         .to_owned(),
                 );
             }

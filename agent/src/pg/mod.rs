@@ -13,6 +13,7 @@ pub mod leftover;
 mod password;
 pub mod pgoutput;
 pub mod replication;
+pub mod settings;
 pub mod slot;
 mod socket;
 mod stream;
@@ -20,7 +21,7 @@ mod throttle;
 mod tls;
 
 pub(crate) use again::{Again, tells_of_a_drop};
-pub use connect::{Session, connect};
+pub use connect::{Session, connect, connect_silently};
 pub use conninfo::{ConnInfo, ConnInfoError, Host};
 pub use error::{PgError, ServerError};
 pub use tokio_postgres::types::PgLsn;

@@ -215,13 +215,9 @@ async fn walk_edge(
 
 async fn connect(config: &Config, record: &Record) -> Result<Client, PromoteError> {
     let session = Session::new(record.stream.application_name("promote"))
-        .set("default_transaction_read_only", "off")
-        .set("search_path", "pg_catalog")
+        .silent()
         .set("statement_timeout", "30s")
         .set("lock_timeout", "10s")
-        // It holds the promotion's lock while others work.
-        .set("idle_session_timeout", "0")
-        .set("row_security", "off")
         // Durable here; a standby of the replica that is away must not hold up the promotion.
         .set("synchronous_commit", "local");
     pg::connect(&config.replica.conninfo.with_dbname(&record.name), &session)

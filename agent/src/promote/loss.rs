@@ -90,8 +90,7 @@ pub async fn ask(question: &Question<'_>) -> Answer {
 async fn ask_all(question: &Question<'_>, answer: &mut Answer) -> Result<(), String> {
     let session = Session::new(question.stream.application_name("promote"))
         .set("default_transaction_read_only", "on")
-        .set("statement_timeout", "10s")
-        .set("search_path", "pg_catalog");
+        .set("statement_timeout", "10s");
     let client = match timeout(CONNECT_WITHIN, pg::connect(question.conninfo, &session)).await {
         Ok(Ok(client)) => client,
         Ok(Err(error)) => return Err(format!("source unreachable: {}", chain(&error))),

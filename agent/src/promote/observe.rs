@@ -109,7 +109,7 @@ pub async fn observe(config: &Config, role: &str) -> Result<Observed, PromoteErr
         Databases::List(names) => (names.clone(), true),
         Databases::All => {
             let session = reading(&format!("{APPLICATION_PREFIX}{role}"));
-            let client = pg::connect(&config.replica.conninfo, &session)
+            let client = pg::connect_silently(&config.replica.conninfo, session)
                 .await
                 .doing("connect to the replica")?;
             (
@@ -142,7 +142,6 @@ fn reading(application_name: &str) -> Session {
     Session::new(application_name)
         .set("default_transaction_read_only", "on")
         .set("statement_timeout", "10s")
-        .set("search_path", "pg_catalog")
 }
 
 /// One database; `None` where it does not exist or is not replicated under our stream name.
@@ -153,12 +152,13 @@ async fn database(
 ) -> Result<Option<Database>, PromoteError> {
     let stream = config.stream(name);
     let session = reading(&stream.application_name(role));
-    let client = match pg::connect(&config.replica.conninfo.with_dbname(name), &session).await {
-        Ok(client) => client,
-        // invalid_catalog_name: no such database.
-        Err(error) if error.sqlstate() == Some("3D000") => return Ok(None),
-        Err(error) => return Err(error).doing("connect to the replica"),
-    };
+    let client =
+        match pg::connect_silently(&config.replica.conninfo.with_dbname(name), session).await {
+            Ok(client) => client,
+            // invalid_catalog_name: no such database.
+            Err(error) if error.sqlstate() == Some("3D000") => return Ok(None),
+            Err(error) => return Err(error).doing("connect to the replica"),
+        };
     // One moment for all of it: another promotion may be at work.
     client
         .batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")

@@ -229,11 +229,6 @@ pub(super) async fn add_deferred(
     client: &mut Client,
     record: &mut Record,
 ) -> Result<(), PromoteError> {
-    // Event triggers that came with the schema must not fire for it.
-    client
-        .batch_execute("SET session_replication_role = replica")
-        .await
-        .doing("add deferred constraints")?;
     match snapshot::run_deferred(client, &record.stream).await {
         Ok(0) => {}
         Ok(waiting) => record.warn(format!(
@@ -247,7 +242,7 @@ pub(super) async fn add_deferred(
         )),
     }
     client
-        .batch_execute("ROLLBACK; RESET session_replication_role")
+        .batch_execute("ROLLBACK")
         .await
         .doing("add deferred constraints")?;
     Ok(())
@@ -421,7 +416,8 @@ pub(super) async fn open(
         .await
         .doing("lift the read-only guard")?;
 
-    let session = Session::new(record.stream.application_name("promote"));
+    let session = Session::new(record.stream.application_name("promote"))
+        .as_found("default_transaction_read_only");
     let probe = pg::connect(&config.replica.conninfo.with_dbname(&record.name), &session)
         .await
         .doing("open a session like the users'")?;

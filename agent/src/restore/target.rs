@@ -87,9 +87,7 @@ pub(super) struct Owner<'a> {
 /// When it cannot be reached.
 pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Client, RestoreError> {
     let session = Session::new(stream.application_name("restoring"))
-        .set("statement_timeout", "0")
-        .set("default_transaction_read_only", "off")
-        .set("session_replication_role", "replica")
+        .silent()
         .set("client_min_messages", "warning");
     pg::connect(conninfo, &session)
         .await
@@ -260,9 +258,9 @@ pub(super) async fn begin(
             .map_err(&doing)?;
     }
     look(&transaction, owner).await?;
-    for statements in [replica_schema(), SCHEMA_SQL] {
+    for statements in [replica_schema(), SCHEMA_SQL.to_owned()] {
         transaction
-            .batch_execute(statements)
+            .batch_execute(&statements)
             .await
             .map_err(&doing)?;
     }

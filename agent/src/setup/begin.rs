@@ -46,9 +46,9 @@ impl Setup<'_> {
         source: &Cluster,
         history: &History,
     ) -> Result<(), SetupError> {
-        let settings = setting::of_source(&self.source.client, self.database).await?;
-        let warnings = setting::apply(&self.replica, &settings).await?;
-        self.source.warnings.extend(warnings);
+        let (settings, left) = setting::of_source(&self.source.client, self.database).await?;
+        let refused = setting::apply(&self.replica, &settings).await?;
+        self.source.warnings.extend(left.into_iter().chain(refused));
         let recorded = Recorded {
             cluster: *source,
             began: history.began,

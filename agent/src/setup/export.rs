@@ -11,10 +11,7 @@ pub(crate) async fn session(
     conninfo: &ConnInfo,
     application_name: String,
 ) -> Result<ReplicationConnection, PgError> {
-    let session = Session::new(application_name)
-        // The exported snapshot lives in an idle transaction.
-        .set("idle_in_transaction_session_timeout", "0")
-        .set("statement_timeout", "0");
+    let session = Session::new(application_name);
     ReplicationConnection::connect(conninfo, &session).await
 }
 

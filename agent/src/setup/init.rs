@@ -25,7 +25,7 @@ use super::publication::Wanted;
 use super::role::{self, Statement};
 use super::source_side::observe_slot;
 use super::table_sync::Missed;
-use super::{lock, replica, source, table_sync};
+use super::{lock, replica, schema, source, table_sync};
 use crate::catalog::{TableName, quote_ident, quote_literal};
 use crate::config::{Config, Route};
 use crate::pg::{ConnInfo, PgError};
@@ -252,7 +252,7 @@ impl Plan {
         };
         self.replica_server = on_server;
         if !has_schema {
-            self.replica.push(Statement::plain(replica::SCHEMA_SQL));
+            self.replica.push(Statement::plain(schema::statements()));
         }
         if managed && owner.as_deref() != Some(agent) {
             self.replica.push(Statement::plain(own_schema(agent)));

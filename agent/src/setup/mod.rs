@@ -43,6 +43,7 @@ mod recover;
 mod replica;
 mod resume;
 mod role;
+mod schema;
 mod sending;
 mod setting;
 mod slot;
@@ -78,8 +79,8 @@ use replica::Progress;
 use source_side::SourceSide;
 
 /// The SQL that creates schema `dr_agent` in a database that changes are applied to. Repeatable.
-pub fn replica_schema() -> &'static str {
-    replica::SCHEMA_SQL
+pub fn replica_schema() -> String {
+    schema::statements()
 }
 
 /// A database that streaming can start on.
@@ -290,7 +291,7 @@ impl<'a> Setup<'a> {
             source,
         })?;
 
-        replica::ensure_schema(&replica, &server).await?;
+        schema::ensure(&replica, &server.role).await?;
         let progress = match known.progress {
             Some(_) => recover::settle(&replica, &stream).await?,
             None => None,

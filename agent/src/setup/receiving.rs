@@ -24,7 +24,7 @@ use super::identity::{self, Recorded};
 use super::replica::{self, Known, Progress, Server};
 use super::source_side::{self, SourceSide};
 use super::table_sync::Missed;
-use super::{Prepared, Setup, locale, lock, recover, role, sending, slot, table_sync};
+use super::{Prepared, Setup, locale, lock, recover, role, schema, sending, slot, table_sync};
 use crate::catalog::TableName;
 use crate::config::Config;
 use crate::error::chain;
@@ -175,7 +175,7 @@ impl<'a> Receiving<'a> {
             drop(client);
             return self.first(&admin, &server).await;
         }
-        replica::ensure_schema(&client, &server).await?;
+        schema::ensure(&client, &server.role).await?;
         let progress = recover::settle(&client, &self.stream)
             .await?
             .expect("nobody else works on the stream, and it has progress");
@@ -278,7 +278,7 @@ impl<'a> Receiving<'a> {
             source.warnings.extend(created);
         }
         let (mut client, _) = self.open().await?;
-        replica::ensure_schema(&client, server).await?;
+        schema::ensure(&client, &server.role).await?;
         replica::guard(&mut client, self.database).await?;
         replica::require_empty(&client, self.database).await?;
         let mut walsender = source.walsender().await?;
@@ -303,7 +303,7 @@ impl<'a> Receiving<'a> {
     ) -> Result<Prepared, SetupError> {
         let created = base.create_database(admin, server, self.database).await?;
         let (mut client, known) = self.open().await?;
-        replica::ensure_schema(&client, server).await?;
+        schema::ensure(&client, &server.role).await?;
         replica::guard(&mut client, self.database).await?;
         let interrupted = known.recorded.is_some();
         let progress = base

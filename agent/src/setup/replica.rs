@@ -1,4 +1,4 @@
-//! The replica's part of the set-up: database, schema `dr_agent`, read-only guard, what is known.
+//! The replica's part of the set-up: database, read-only guard, what is known.
 //!
 //! # Invariants
 //! - A promoted replica is not touched: [`known`] is read before anything is written, and the guard
@@ -21,19 +21,14 @@ use super::note;
 use super::source::MAJOR_VERSIONS;
 use crate::catalog::{self, TableName, quote_ident};
 use crate::lag::{pg_micros, system_time};
-use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
+use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect_silently};
 use crate::stream::StreamName;
-
-/// Schema `dr_agent` of a replica.
-pub(super) const SCHEMA_SQL: &str = include_str!("../../sql/replica.sql");
 
 /// Opens a set-up session on the replica, past its read-only guard.
 pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Client, SetupError> {
-    let session = Session::new(stream.application_name("setup"))
-        .set("statement_timeout", "0")
-        .set("default_transaction_read_only", "off")
-        .set("client_min_messages", "warning");
-    connect(conninfo, &session)
+    let session =
+        Session::new(stream.application_name("setup")).set("client_min_messages", "warning");
+    connect_silently(conninfo, session)
         .await
         .map_err(SetupError::sql(Side::Replica, "connect"))
 }
@@ -341,23 +336,6 @@ async fn refuse_promoted(
             mode: row.get(2),
         }),
     }
-}
-
-/// Creates what schema `dr_agent` lacks.
-pub(super) async fn ensure_schema(client: &Client, server: &Server) -> Result<(), SetupError> {
-    let doing = "create schema dr_agent";
-    client.batch_execute(SCHEMA_SQL).await.map_err(|error| {
-        let error = PgError::from(error);
-        if error.sqlstate() == Some("42501") {
-            return SetupError::RightMissing {
-                side: Side::Replica,
-                role: server.role.clone(),
-                what: doing.to_owned(),
-                right: "ownership of the database and of schema dr_agent".to_owned(),
-            };
-        }
-        SetupError::sql(Side::Replica, doing)(error)
-    })
 }
 
 /// The statement of the read-only guard.

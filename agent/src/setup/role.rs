@@ -166,15 +166,19 @@ pub(super) fn statements(roles: &[Role], present: &[String]) -> Vec<Statement> {
             ))
         })
     });
-    let settings = missing.iter().flat_map(|role| {
-        let target = format!("ROLE {}", quote_ident(&role.name));
-        let one = move |(name, value): &(String, String)| setting::statement(&target, name, value);
-        role.settings.iter().map(one)
-    });
+    let settings = missing.iter().flat_map(|role| role.stored(false));
     create.chain(grants).chain(settings).collect()
 }
 
 impl Role {
+    /// The statements of its settings; those that are left to a person, or the others.
+    fn stored(&self, left: bool) -> impl Iterator<Item = Statement> {
+        let target = format!("ROLE {}", quote_ident(&self.name));
+        let settings = self.settings.iter();
+        let settings = settings.filter(move |(name, _)| setting::keeps_out(name) == left);
+        settings.map(move |(name, value)| setting::statement(&target, name, value))
+    }
+
     fn create(&self) -> Statement {
         let flag = |on: bool, word: &str| format!(" {}{word}", if on { "" } else { "NO" });
         let mut sql = format!("CREATE ROLE {} WITH", quote_ident(&self.name));
@@ -223,8 +227,11 @@ pub(super) async fn present(replica: &Client) -> Result<Vec<String>, SetupError>
 /// Adds the missing roles as far as our rights allow; returns a warning for each statement that they
 /// do not.
 pub(super) async fn ensure(admin: &Client, roles: &[Role]) -> Result<Vec<String>, SetupError> {
-    let mut warnings = Vec::new();
-    for statement in statements(roles, &present(admin).await?) {
+    let present = present(admin).await?;
+    let missing = roles.iter().filter(|role| !present.contains(&role.name));
+    let left = missing.flat_map(|role| role.stored(true));
+    let mut warnings: Vec<String> = left.map(|statement| setting::left(&statement)).collect();
+    for statement in statements(roles, &present) {
         let Err(error) = admin.batch_execute(&statement.sql).await else {
             continue;
         };

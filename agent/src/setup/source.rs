@@ -62,10 +62,7 @@ pub(super) struct Observed {
 
 /// Opens a set-up session on one database of the source.
 pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Client, SetupError> {
-    let session = Session::new(stream.application_name("setup"))
-        .set("lock_timeout", LOCK_TIMEOUT)
-        .set("statement_timeout", "0")
-        .set("default_transaction_read_only", "off");
+    let session = Session::new(stream.application_name("setup")).set("lock_timeout", LOCK_TIMEOUT);
     connect(conninfo, &session)
         .await
         .map_err(SetupError::sql(Side::Source, "connect"))

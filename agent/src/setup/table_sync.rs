@@ -175,9 +175,6 @@ async fn set_back(
                         WHERE contype = 'f' AND confrelid = to_regclass($1::text)
                           AND conrelid <> confrelid)";
     let mut transaction = client.transaction().await?;
-    transaction
-        .batch_execute("SET LOCAL session_replication_role = replica")
-        .await?;
     let replaced = tables.iter().filter(|(_, missed)| **missed == Missed::All);
     // Ours are not in a dump.
     let replaced = replaced.filter(|(table, _)| table.schema != "dr_agent");

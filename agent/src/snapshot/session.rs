@@ -2,9 +2,6 @@
 //! left behind where it wrote.
 //!
 //! # Invariants
-//! - Text means the same on both sides: dates, intervals, floats, money, time zone and encoding are
-//!   set alike.
-//! - Row security never hides a row: with it off, a policy that would apply is an error.
 //! - Before anything is written, the replica's sessions of an earlier copy of this stream are gone:
 //!   a `pg_restore` outlives an agent that was killed.
 //! - Sessions on the source are never ended: the one that exported the snapshot may be among them.
@@ -15,33 +12,6 @@ use super::error::CopyError;
 use super::tools::Environment;
 use crate::catalog::{quote_literal, server_version};
 use crate::pg::{ConnInfo, Session, connect, leftover};
-
-/// Settings that decide how values look as text.
-pub(crate) const VALUES: [(&str, &str); 10] = [
-    ("DateStyle", "ISO"),
-    ("IntervalStyle", "postgres"),
-    ("TimeZone", "UTC"),
-    ("extra_float_digits", "3"),
-    ("bytea_output", "hex"),
-    ("lc_monetary", "C"),
-    ("xmloption", "content"),
-    // Names in regclass and its kin come out with their schema, types of columns too.
-    ("search_path", "pg_catalog"),
-    ("row_security", "off"),
-    ("standard_conforming_strings", "on"),
-];
-
-const NO_TIMEOUTS: [(&str, &str); 2] = [
-    ("statement_timeout", "0"),
-    ("idle_in_transaction_session_timeout", "0"),
-];
-
-/// What lets us write to the replica before its promotion, without its triggers and foreign keys.
-const WRITING: [(&str, &str); 3] = [
-    ("default_transaction_read_only", "off"),
-    ("session_replication_role", "replica"),
-    ("check_function_bodies", "off"),
-];
 
 /// How long we wait for a table of the source. Whoever wants it exclusively may be waiting for a lock that another of our
 /// sessions holds, and nobody sees that deadlock: the application queues up behind both until we give in. The next
@@ -79,7 +49,6 @@ impl<'a> SourceSide<'a> {
                 doing: "ask for the version".to_owned(),
                 source,
             })?;
-        side.lift_transaction_timeout(&client).await?;
         Ok((side, client))
     }
 
@@ -95,34 +64,20 @@ impl<'a> SourceSide<'a> {
 
     /// What `pg_dump` needs to reach the source.
     pub(crate) fn environment(&self) -> Environment {
-        Environment::new(self.conninfo, &self.application_name, &[])
+        let session = Session::new(&self.application_name);
+        Environment::new(self.conninfo, &session, self.version_num)
     }
 
     /// A session in a read-only transaction that sees the exported snapshot.
     pub(crate) async fn at_snapshot(&self) -> Result<Client, CopyError> {
-        let mut session = Session::new(&self.application_name);
-        for (name, value) in VALUES.into_iter().chain(NO_TIMEOUTS) {
-            session = session.set(name, value);
-        }
-        let session = session.set("lock_timeout", SOURCE_LOCK_TIMEOUT);
+        let session = Session::new(&self.application_name).set("lock_timeout", SOURCE_LOCK_TIMEOUT);
         let opened = connect(self.conninfo, &session).await;
         let client = opened.map_err(|source| CopyError::Source {
             doing: "open a session".to_owned(),
             source,
         })?;
-        self.lift_transaction_timeout(&client).await?;
         self.see_snapshot(&client).await?;
         Ok(client)
-    }
-
-    async fn lift_transaction_timeout(&self, client: &Client) -> Result<(), CopyError> {
-        if self.version_num >= 170_000 {
-            client
-                .batch_execute("SET transaction_timeout = 0")
-                .await
-                .map_err(CopyError::source("set up a session"))?;
-        }
-        Ok(())
     }
 
     async fn see_snapshot(&self, client: &Client) -> Result<(), CopyError> {
@@ -179,7 +134,6 @@ impl<'a> ReplicaSide<'a> {
                 doing: "end the sessions of an earlier copy".to_owned(),
                 source: error,
             })?;
-        side.lift_transaction_timeout(&client).await?;
         Ok((side, client))
     }
 
@@ -190,32 +144,22 @@ impl<'a> ReplicaSide<'a> {
 
     /// What `pg_restore` needs to write.
     pub(crate) fn environment(&self) -> Environment {
-        Environment::new(self.conninfo, &self.application_name, &WRITING)
+        Environment::new(self.conninfo, &self.session(), self.version_num)
     }
 
     /// A session that may write.
     pub(crate) async fn open(&self) -> Result<Client, CopyError> {
-        let mut session = Session::new(&self.application_name);
-        for (name, value) in VALUES.into_iter().chain(NO_TIMEOUTS).chain(WRITING) {
-            session = session.set(name, value);
-        }
-        let session = session.set("lock_timeout", "0");
-        let opened = connect(self.conninfo, &session).await;
-        let client = opened.map_err(|source| CopyError::Replica {
+        let opened = connect(self.conninfo, &self.session()).await;
+        opened.map_err(|source| CopyError::Replica {
             doing: "open a session".to_owned(),
             source,
-        })?;
-        self.lift_transaction_timeout(&client).await?;
-        Ok(client)
+        })
     }
 
-    async fn lift_transaction_timeout(&self, client: &Client) -> Result<(), CopyError> {
-        if self.version_num >= 170_000 {
-            client
-                .batch_execute("SET transaction_timeout = 0")
-                .await
-                .map_err(CopyError::replica("set up a session"))?;
-        }
-        Ok(())
+    /// Functions may be restored before what their bodies name.
+    fn session(&self) -> Session {
+        Session::new(&self.application_name)
+            .silent()
+            .set("check_function_bodies", "off")
     }
 }

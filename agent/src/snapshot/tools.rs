@@ -15,7 +15,7 @@ use std::process::Stdio;
 use tokio::process::Command;
 
 use super::error::CopyError;
-use crate::pg::ConnInfo;
+use crate::pg::{ConnInfo, Session};
 
 /// A version of PostgreSQL's programs or server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -262,24 +262,12 @@ fn choose(candidates: Vec<Candidate>, source: &Version) -> Result<Tools, CopyErr
 pub(crate) struct Environment(Vec<(String, String)>);
 
 impl Environment {
-    /// For sessions that show as `application_name` and start with `settings`.
-    pub(super) fn new(
-        conninfo: &ConnInfo,
-        application_name: &str,
-        settings: &[(&str, &str)],
-    ) -> Self {
+    /// For sessions like this one with a server of this `server_version_num`.
+    pub(super) fn new(conninfo: &ConnInfo, session: &Session, version_num: i32) -> Self {
+        let own = session.libpq_environment(conninfo, version_num);
         let mut variables = conninfo.libpq_environment();
-        variables.retain(|(name, _)| name != "PGAPPNAME");
-        variables.push(("PGAPPNAME".to_owned(), application_name.to_owned()));
-        let own: Vec<String> = settings
-            .iter()
-            .map(|(name, value)| format!("-c {name}={value}"))
-            .collect();
-        let own = own.join(" ");
-        match variables.iter_mut().find(|(name, _)| name == "PGOPTIONS") {
-            Some((_, options)) => *options = format!("{options} {own}"),
-            None => variables.push(("PGOPTIONS".to_owned(), own)),
-        }
+        variables.retain(|(name, _)| own.iter().all(|(ours, _)| ours != name));
+        variables.extend(own);
         Self(variables)
     }
 }

@@ -37,7 +37,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::feedback::{Feedback, Listener, Slot, ticks};
 use super::intake::{Intake, Taken};
 use super::positions::{Positions, first_size};
-use super::{Next, Reader, SourceError, SourceSettings, begins_at, text_form};
+use super::{Next, Reader, SourceError, SourceSettings, begins_at};
 use crate::failpoint;
 use crate::ledger::FlushLsn;
 use crate::pg::{self, PgError, PgLsn, Session, slot};
@@ -224,8 +224,7 @@ struct Window {
 impl Backlog {
     /// A copy of our slot that begins at `start`: what is received need not be durable yet.
     async fn open(settings: &SourceSettings, start: PgLsn) -> Result<Self, SourceError> {
-        let session = text_form(Session::new(settings.stream.application_name("backlog")))
-            .set("statement_timeout", "0");
+        let session = Session::new(settings.stream.application_name("backlog"));
         let client = pg::connect(&settings.conninfo, &session).await?;
         // An earlier agent's session may not be gone yet, and its slot neither.
         const COPY: &str = "

@@ -13,7 +13,7 @@ use tokio::time::Sleep;
 use super::feedback::{Feedback, Listener, ticks};
 use super::intake::{Intake, Meanwhile as _, Taken};
 use super::pace::Pace;
-use super::{Behind, Next, Reader, SlotUse, SourceError, SourceSettings, begins_at, text_form};
+use super::{Behind, Next, Reader, SlotUse, SourceError, SourceSettings, begins_at};
 use crate::ledger::FlushLsn;
 use crate::pg::replication::{
     ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
@@ -49,7 +49,7 @@ async fn open(
         SlotUse::Own => "stream",
         SlotUse::Copy => "log",
     };
-    let session = text_form(Session::new(settings.stream.application_name(role)));
+    let session = Session::new(settings.stream.application_name(role));
     let mut connection = ReplicationConnection::connect(&settings.conninfo, &session).await?;
     let own = settings.stream.as_str();
     let slot = match settings.slot {

@@ -107,20 +107,6 @@ pub(super) fn created_slot(row: &Row) -> Result<CreatedSlot, PgError> {
     }
 }
 
-/// `server_version` as `server_version_num` has it: `15.18 (Debian …)` is 150018, `17beta1` 170000.
-pub(super) fn version_number(text: &str) -> Option<i32> {
-    let number = text
-        .split(|c: char| !c.is_ascii_digit() && c != '.')
-        .next()?;
-    let mut parts = number.split('.');
-    let major: i32 = parts.next()?.parse().ok()?;
-    let minor: i32 = match parts.next() {
-        Some(minor) => minor.parse().ok()?,
-        None => 0,
-    };
-    major.checked_mul(10_000)?.checked_add(minor)
-}
-
 fn lsn(command: &str, text: &str) -> Result<PgLsn, PgError> {
     text.parse().map_err(|_| unexpected(command, "LSN"))
 }
@@ -181,20 +167,5 @@ mod tests {
             start_replication("s", PgLsn::from(0), &[]),
             r#"START_REPLICATION SLOT "s" LOGICAL 0/0"#
         );
-    }
-
-    #[test]
-    fn versions_of_all_vendors_are_understood() {
-        let table = [
-            ("15.18 (Debian 15.18-1.pgdg12+1)", Some(150_018)),
-            ("14.0", Some(140_000)),
-            ("17beta1", Some(170_000)),
-            ("18devel", Some(180_000)),
-            ("", None),
-            ("99999999999.1", None),
-        ];
-        for (text, expected) in table {
-            assert_eq!(version_number(text), expected, "{text}");
-        }
     }
 }

@@ -36,6 +36,8 @@ pub struct ReplicationConnection {
     stream: PgStream,
     frames: Frames,
     server_version: i32,
+    /// The settings that were sent behind the start-up packet are not answered yet; nobody waited for that.
+    unanswered: bool,
 }
 
 /// Who the server is; the answer to `IDENTIFY_SYSTEM`.
@@ -132,6 +134,14 @@ impl ReplicationConnection {
     /// Not cancel-safe: a session whose query was abandoned must be dropped.
     pub async fn simple_query(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>, PgError> {
         self.send_query(sql).await?;
+        if std::mem::take(&mut self.unanswered) {
+            self.answer().await?;
+        }
+        self.answer().await
+    }
+
+    /// The answer to one query.
+    async fn answer(&mut self) -> Result<Vec<Vec<Option<String>>>, PgError> {
         let mut rows = Vec::new();
         let mut refused = None;
         loop {
@@ -169,6 +179,9 @@ impl ReplicationConnection {
     ) -> Result<(ReplicationReader, StatusSender), PgError> {
         let sql = command::start_replication(slot, start, options);
         self.send_query(&sql).await?;
+        if std::mem::take(&mut self.unanswered) {
+            self.answer().await?;
+        }
         match self.next_frame().await? {
             Frame::CopyBoth => {}
             Frame::Error(error) => return Err(PgError::Server(error)),

@@ -15,12 +15,11 @@ use postgres_protocol::message::frontend;
 use tokio::io::AsyncWriteExt as _;
 
 use super::ReplicationConnection;
-use super::command::version_number;
 use super::frames::{Frame, Frames};
-use crate::pg::connect::{no_channel_binding, password_missing};
+use crate::pg::connect::{no_channel_binding, options_dropped, password_missing};
 use crate::pg::conninfo::{ChannelBinding, ConnInfo, Host};
 use crate::pg::stream::PgStream;
-use crate::pg::{PgError, Session};
+use crate::pg::{PgError, Session, settings};
 
 /// What the start-up needs to know.
 pub(super) struct Startup<'a> {
@@ -70,16 +69,14 @@ impl Startup<'_> {
             frames: Frames::new(),
         };
         let options = self.session.options(self.conninfo);
-        let mut parameters = vec![
+        let parameters = vec![
             ("user", self.conninfo.user.as_str()),
             ("database", self.conninfo.dbname.as_str()),
             ("replication", "database"),
             ("client_encoding", "UTF8"),
             ("application_name", self.session.application_name.as_str()),
+            ("options", options.as_str()),
         ];
-        if let Some(options) = &options {
-            parameters.push(("options", options.as_str()));
-        }
         dialogue
             .send(|out| frontend::startup_message(parameters, out))
             .await?;
@@ -89,20 +86,31 @@ impl Startup<'_> {
         loop {
             match dialogue.receive().await? {
                 Frame::ParameterStatus { name, value } if name == "server_version" => {
-                    server_version = version_number(&value);
+                    server_version = settings::version_number(&value);
+                }
+                Frame::ParameterStatus { name, value } if name == "DateStyle" => {
+                    if !settings::were_taken(Some(&value)) {
+                        return Err(options_dropped(self.host));
+                    }
                 }
                 Frame::ParameterStatus { .. } | Frame::Done => {}
                 Frame::Ready => break,
                 other => return Err(other.unexpected("start-up")),
             }
         }
-        Ok(ReplicationConnection {
+        let mut connection = ReplicationConnection {
             stream: dialogue.stream,
             frames: dialogue.frames,
             server_version: server_version.ok_or_else(|| {
                 PgError::Protocol("the server does not tell its version".to_owned())
             })?,
-        })
+            unanswered: false,
+        };
+        if let Some(sql) = settings::later(connection.server_version) {
+            connection.send_query(sql).await?;
+            connection.unanswered = true;
+        }
+        Ok(connection)
     }
 
     async fn authenticate(&self, dialogue: &mut Dialogue) -> Result<(), PgError> {

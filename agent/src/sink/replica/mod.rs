@@ -439,28 +439,14 @@ where
     Ok(shortest)
 }
 
-/// The settings of an apply session. Values in text form must be read as the source wrote them
-/// ([`crate::source`] sets the same there), triggers and foreign keys have fired on the source already,
-/// and a plan must not depend on how many rows the first batches had.
+/// An apply session: triggers and foreign keys have fired on the source already, and a plan must not depend on how many rows the
+/// first batches had.
 pub fn session(stream: &StreamName) -> Session {
     Session::new(stream.application_name("apply"))
-        .set("session_replication_role", "replica")
-        .set("default_transaction_read_only", "off")
-        .set("search_path", "")
+        .silent()
         .set("synchronous_commit", "on")
         .set("plan_cache_mode", "force_generic_plan")
         .set("jit", "off")
-        .set("row_security", "off")
-        .set("statement_timeout", "0")
-        .set("lock_timeout", "0")
-        .set("idle_in_transaction_session_timeout", "0")
-        .set("client_encoding", "UTF8")
-        .set("DateStyle", "ISO, YMD")
-        .set("IntervalStyle", "postgres")
-        .set("TimeZone", "UTC")
-        .set("extra_float_digits", "3")
-        .set("lc_monetary", "C")
-        .set("xmloption", "content")
 }
 
 #[cfg(test)]
