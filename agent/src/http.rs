@@ -1,7 +1,7 @@
 //! The HTTP listener: `/metrics`, `/status`, `/healthz`, `/readyz` and a page for people.
 //!
 //! Read-only and without authentication, so it listens on loopback unless told otherwise. Nothing here
-//! asks a database: it shows what the pipelines last wrote.
+//! asks a database: it shows what the pipelines and the watch last wrote, as it is at the moment of asking.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -18,6 +18,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Objectives;
 use crate::status::{DatabaseStatus, Leg, Registry, State};
+use crate::watch::Side;
+use crate::{metrics, time};
 
 /// What the handlers read.
 #[derive(Clone)]
@@ -30,11 +32,25 @@ pub struct Shown {
     pub objectives: Objectives,
 }
 
+impl Shown {
+    fn databases(&self) -> Vec<DatabaseStatus> {
+        self.registry.read(time::now())
+    }
+}
+
 #[derive(Serialize)]
 struct Status {
     version: &'static str,
     objectives: StatusObjectives,
+    clock_offset_seconds: StatusClocks,
     databases: Vec<DatabaseStatus>,
+}
+
+/// How far the clock of a side is ahead of the agent's; null while it does not answer.
+#[derive(Serialize)]
+struct StatusClocks {
+    source: Option<f64>,
+    replica: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -56,7 +72,7 @@ pub async fn serve(
 ) -> std::io::Result<()> {
     let router = Router::new()
         .route("/", get(page))
-        .route("/metrics", get(metrics))
+        .route("/metrics", get(scraped))
         .route("/status", get(status))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
@@ -66,7 +82,8 @@ pub async fn serve(
         .await
 }
 
-async fn metrics(Shared(shown): Shared<Shown>) -> impl IntoResponse {
+async fn scraped(Shared(shown): Shared<Shown>) -> impl IntoResponse {
+    metrics::show(&shown.databases(), shown.registry.servers());
     shown.prometheus.run_upkeep();
     (
         [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
@@ -81,22 +98,40 @@ async fn status(Shared(shown): Shared<Shown>) -> impl IntoResponse {
             rpo_seconds: shown.objectives.rpo.as_secs_f64(),
             rto_seconds: shown.objectives.rto.as_secs_f64(),
         },
-        databases: shown.registry.read(),
+        clock_offset_seconds: StatusClocks {
+            source: shown.registry.servers().clock_offset_seconds(Side::Source),
+            replica: shown.registry.servers().clock_offset_seconds(Side::Replica),
+        },
+        databases: shown.databases(),
     })
 }
 
-/// The process is there and answers.
-async fn healthz() -> &'static str {
-    "ok\n"
+/// The process is there and answers; starting it again would mend nothing. Whether anything is protected is [`readyz`]'s.
+async fn healthz(Shared(shown): Shared<Shown>) -> String {
+    let databases = shown.databases();
+    let streaming = databases
+        .iter()
+        .filter(|database| database.state == State::Streaming);
+    format!(
+        "ok: the process answers; {} of {} databases stream, see /readyz\n",
+        streaming.count(),
+        databases.len()
+    )
 }
 
 /// Every database is streaming and within its RPO.
 async fn readyz(Shared(shown): Shared<Shown>) -> Response {
-    let databases = shown.registry.read();
+    let databases = shown.databases();
     let mut text = String::new();
     for database in &databases {
         if database.state != State::Streaming {
-            let _ = writeln!(text, "{}: {}", database.database, database.state.as_str());
+            let since = database.since.as_deref().unwrap_or("");
+            let _ = writeln!(
+                text,
+                "{}: {} since {since}",
+                database.database,
+                database.state.as_str()
+            );
         } else if database.rpo_breached {
             let _ = writeln!(text, "{}: RPO breached", database.database);
         }
@@ -112,7 +147,7 @@ async fn readyz(Shared(shown): Shared<Shown>) -> Response {
 }
 
 async fn page(Shared(shown): Shared<Shown>) -> impl IntoResponse {
-    Html(render(&shown.objectives, &shown.registry.read()))
+    Html(render(&shown.objectives, &shown.databases()))
 }
 
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;\
@@ -136,12 +171,20 @@ fn render(objectives: &Objectives, databases: &[DatabaseStatus]) -> String {
             .map_or_else(|| "unknown".to_owned(), bytes);
         let _ = write!(
             rows,
-            "<tr><td>{}</td><td class=\"{class}\">{verdict}</td><td>{}</td><td class=n>{lag}</td>\
+            "<tr><td>{}</td><td class=\"{class}\">{verdict}</td><td>{}<br><span class=hint>since {}</span></td><td class=n>{lag}</td>\
              <td class=n>{behind}</td><td class=n>{retained}</td><td><code>{}</code></td></tr>",
             escape(&database.database),
             database.state.as_str(),
+            database.since.as_deref().unwrap_or("the start"),
             escape(database.end_lsn.as_deref().unwrap_or("none")),
         );
+        if let Some(waits) = &database.waits_for {
+            let _ = write!(
+                rows,
+                "<tr><td></td><td colspan=6 class=bad>{}</td></tr>",
+                escape(waits)
+            );
+        }
         if let Some(error) = &database.error {
             let hint = database.hint.as_deref().unwrap_or("");
             let _ = write!(

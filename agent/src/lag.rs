@@ -1,7 +1,8 @@
 //! How far the replica trails the source, and whether that still meets the RPO.
 //!
 //! Pure: every instant is an argument, in microseconds since 2000-01-01 UTC, PostgreSQL's own
-//! epoch, on the source's clock as far as this host agrees with it (`check` measures the skew).
+//! epoch. Commit times are by the source's clock, everything else by the agent's time, which never goes back; a commit time
+//! is turned into the agent's time when it arrives ([`SourceClock`]), so a clock that is set later changes no age.
 //!
 //! # What lag means here
 //! The seconds of committed work that would be lost if the source vanished now. It is the largest of:
@@ -11,6 +12,8 @@
 //! lag grows.
 
 use std::time::Duration;
+
+use crate::clock::SourceClock;
 
 /// Microseconds since 2000-01-01 UTC.
 pub type Micros = i64;
@@ -36,7 +39,10 @@ pub fn system_time(at: Micros) -> std::time::SystemTime {
 pub struct Lag {
     heartbeat_every: Micros,
     rpo: Micros,
-    /// Commit time of the newest applied transaction and the delay with which it was applied.
+    source: SourceClock,
+    /// Up to which commit the replica was when this began, by the source's clock.
+    resumed: Option<Micros>,
+    /// When the newest applied transaction was committed and the delay with which it was applied.
     applied: Option<(Micros, Micros)>,
     received: Option<Micros>,
     queued_oldest: Option<Micros>,
@@ -62,44 +68,57 @@ impl Lag {
         Self {
             heartbeat_every: micros(heartbeat_every),
             rpo: micros(rpo),
+            source: SourceClock::default(),
+            resumed: None,
             applied: None,
             received: None,
             queued_oldest: None,
         }
     }
 
-    /// What the progress row says at start: the replica holds everything up to this commit.
+    /// The source's clock is this far ahead of the agent's time.
+    pub fn measured(&mut self, ahead: Micros) {
+        self.source.measured(ahead);
+    }
+
+    /// What the progress row says at start: the replica holds everything up to this commit. It counts until something is
+    /// applied.
     pub fn resume(&mut self, commit_time: Micros) {
-        self.applied = Some((commit_time, 0));
+        self.resumed = Some(commit_time);
     }
 
     /// A transaction committed at `commit_time` has arrived.
-    pub fn received(&mut self, commit_time: Micros) {
-        self.received = Some(commit_time);
+    pub fn received(&mut self, commit_time: Micros, now: Micros) {
+        self.source.arrived(commit_time, now);
+        self.received = Some(self.source.here(commit_time));
     }
 
-    /// The oldest transaction that waits, or none.
+    /// The commit time of the oldest transaction that waits, or none.
     pub fn queued(&mut self, oldest_commit_time: Option<Micros>) {
-        self.queued_oldest = oldest_commit_time;
+        self.queued_oldest = oldest_commit_time.map(|at| self.source.here(at));
     }
 
     /// A batch whose last transaction committed at `commit_time` is durable on the replica.
     pub fn applied(&mut self, commit_time: Micros, now: Micros) {
-        self.applied = Some((commit_time, (now - commit_time).max(0)));
-    }
-
-    /// Commit time of the newest applied transaction.
-    pub fn applied_commit_time(&self) -> Option<Micros> {
-        self.applied.map(|(commit_time, _)| commit_time)
+        self.source.arrived(commit_time, now);
+        let committed = self.source.here(commit_time);
+        self.applied = Some((committed, now - committed));
     }
 
     /// Judges at `now`.
     pub fn verdict(&self, now: Micros) -> Verdict {
-        let overdue = |commit_time: Micros| (now - commit_time - self.heartbeat_every).max(0);
+        // Before the next heartbeat is due nothing is overdue; no clock can make an age negative.
+        let overdue = |committed: Micros| (now - committed - self.heartbeat_every).max(0);
         let queued = self.queued_oldest.map_or(0, |oldest| (now - oldest).max(0));
+        let resumed = self.resumed.map(|commit_time| {
+            let committed = self.source.here(commit_time);
+            // Where the clock is not known yet it is not taken for news.
+            (committed.min(now), 0)
+        });
         let lag = self
             .applied
-            .map(|(commit_time, delay)| delay.max(queued).max(overdue(commit_time)));
+            .or(resumed)
+            .map(|(committed, delay)| delay.max(queued).max(overdue(committed)));
         Verdict {
             lag_seconds: lag.map(seconds),
             breached: lag.is_none_or(|lag| lag > self.rpo),
@@ -130,7 +149,7 @@ mod tests {
     #[test]
     fn an_idle_source_with_heartbeats_has_the_lag_of_its_last_heartbeat() {
         let mut lag = lag();
-        lag.received(100 * SECOND);
+        lag.received(100 * SECOND, 100 * SECOND);
         lag.applied(100 * SECOND, 100 * SECOND + 40_000);
         let verdict = lag.verdict(100 * SECOND + 900_000);
         assert_eq!(verdict.lag_seconds, Some(0.04));
@@ -159,6 +178,41 @@ mod tests {
     #[test]
     fn before_anything_is_applied_the_rpo_is_not_met() {
         assert!(lag().verdict(5 * SECOND).breached);
+    }
+
+    #[test]
+    fn a_clock_ten_minutes_off_on_either_side_changes_no_age() {
+        for ahead in [-600, 0, 600] {
+            let source = |second: i64| (second + ahead) * SECOND;
+            let mut lag = lag();
+            lag.measured(ahead * SECOND);
+            lag.applied(source(100), 101 * SECOND);
+            assert_eq!(lag.verdict(102 * SECOND).lag_seconds, Some(1.0));
+            assert_eq!(lag.verdict(141 * SECOND).lag_seconds, Some(40.0));
+            assert!(lag.verdict(141 * SECOND).breached);
+            // Set meanwhile: what was known keeps its age.
+            lag.measured((ahead - 600) * SECOND);
+            assert_eq!(lag.verdict(141 * SECOND).lag_seconds, Some(40.0));
+        }
+    }
+
+    #[test]
+    fn a_source_that_is_ahead_and_cannot_be_asked_shows_it_by_what_arrives() {
+        let mut lag = lag();
+        lag.received(700 * SECOND, 100 * SECOND);
+        lag.applied(700 * SECOND, 100 * SECOND + 50_000);
+        assert_eq!(lag.verdict(100 * SECOND + 100_000).lag_seconds, Some(0.05));
+        assert!(lag.verdict(140 * SECOND).breached);
+    }
+
+    #[test]
+    fn a_start_goes_by_the_progress_row_until_something_is_applied() {
+        let mut lag = lag();
+        lag.resume(700 * SECOND);
+        lag.measured(600 * SECOND);
+        assert_eq!(lag.verdict(150 * SECOND).lag_seconds, Some(49.0));
+        lag.applied(750 * SECOND, 150 * SECOND);
+        assert_eq!(lag.verdict(150 * SECOND).lag_seconds, Some(0.0));
     }
 
     #[test]

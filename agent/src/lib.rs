@@ -20,6 +20,7 @@ pub mod changelog;
 pub mod changes;
 pub mod check;
 pub mod cli;
+pub mod clock;
 pub mod cmd;
 pub mod config;
 pub mod coverage;
@@ -52,7 +53,9 @@ pub mod store;
 pub mod stream;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod time;
 pub mod txn;
+pub mod watch;
 
 /// The version, as in `dr_agent_build_info`.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

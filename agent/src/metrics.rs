@@ -14,7 +14,8 @@ use crate::error::Class;
 use crate::kinesis::{PutStats, ReadStats};
 use crate::pg::PgLsn;
 use crate::source::Reader;
-use crate::status::State;
+use crate::status::{DatabaseStatus, State};
+use crate::watch::{Servers, Side};
 
 /// Kind of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,17 +53,17 @@ pub const ALL: &[(&str, Kind, &str)] = &[
     (
         "dr_agent_lag_seconds",
         Kind::Gauge,
-        "Seconds of committed work that would be lost if the source vanished now; -1 while unknown",
+        "Seconds of committed work that would be lost if the source vanished now; NaN while unknown",
     ),
     (
         "dr_agent_lag_bytes",
         Kind::Gauge,
-        "WAL written on the source and not yet applied",
+        "WAL written on the source and not yet applied; NaN while the source does not answer",
     ),
     (
         "dr_agent_rpo_breached",
         Kind::Gauge,
-        "1 while the lag is above the RPO, or unknown",
+        "1 while the lag is above the RPO, or unknown, or an error that needs a person stands in the way",
     ),
     (
         "dr_agent_stage_lag_seconds",
@@ -123,6 +124,11 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         "dr_agent_source_disk_full_seconds",
         Kind::Gauge,
         "Seconds until the source's WAL disk is full at the current rate of writing, were nothing acknowledged any more; absent if unknown",
+    ),
+    (
+        "dr_agent_clock_offset_seconds",
+        Kind::Gauge,
+        "How far the clock of a side is ahead of the agent's; NaN while it does not answer",
     ),
     (
         "dr_agent_term",
@@ -453,12 +459,6 @@ impl StreamMetrics {
 #[derive(Clone)]
 pub struct DatabaseMetrics {
     database: String,
-    /// `dr_agent_lag_seconds`
-    pub lag_seconds: Gauge,
-    /// `dr_agent_lag_bytes`
-    pub lag_bytes: Gauge,
-    /// `dr_agent_rpo_breached`
-    pub rpo_breached: Gauge,
     /// `dr_agent_transactions_total`
     pub transactions: Counter,
     /// `dr_agent_net_changes_total`
@@ -473,8 +473,6 @@ pub struct DatabaseMetrics {
     pub spread_batches: Counter,
     /// `dr_agent_bytes_total{direction="received"}`
     pub bytes_received: Counter,
-    /// `dr_agent_slot_retained_bytes`
-    pub slot_retained_bytes: Gauge,
     /// `dr_agent_term`
     pub term: Gauge,
     /// `dr_agent_copy_rows_total`
@@ -491,9 +489,6 @@ impl DatabaseMetrics {
         let label = || database.to_owned();
         let metrics = Self {
             database: label(),
-            lag_seconds: gauge!("dr_agent_lag_seconds", "database" => label()),
-            lag_bytes: gauge!("dr_agent_lag_bytes", "database" => label()),
-            rpo_breached: gauge!("dr_agent_rpo_breached", "database" => label()),
             transactions: counter!("dr_agent_transactions_total", "database" => label()),
             net_changes: counter!("dr_agent_net_changes_total", "database" => label()),
             batches: counter!("dr_agent_batches_total", "database" => label()),
@@ -503,7 +498,6 @@ impl DatabaseMetrics {
             bytes_received: counter!(
                 "dr_agent_bytes_total", "database" => label(), "direction" => "received"
             ),
-            slot_retained_bytes: gauge!("dr_agent_slot_retained_bytes", "database" => label()),
             term: gauge!("dr_agent_term", "database" => label()),
             copy_rows: counter!("dr_agent_copy_rows_total", "database" => label()),
             copy_bytes: counter!("dr_agent_copy_bytes_total", "database" => label()),
@@ -511,15 +505,12 @@ impl DatabaseMetrics {
                 "dr_agent_sink_flush_lsn", "database" => label(), "sink" => "replica"
             ),
         };
-        metrics.lag_seconds.set(-1.0);
-        metrics.rpo_breached.set(1.0);
         for class in [Class::Transient, Class::Definite, Class::Fenced] {
             metrics.errors(class).absolute(0);
         }
         for kind in crate::changes::KINDS {
             metrics.changes(kind).absolute(0);
         }
-        metrics.state(State::Initializing);
         metrics.reader(Reader::default());
         metrics.copy_tables(0, 0);
         metrics
@@ -529,15 +520,6 @@ impl DatabaseMetrics {
         self.database.clone()
     }
 
-    /// Shows the state, one-hot.
-    pub fn state(&self, now: State) {
-        for state in State::ALL {
-            let value = if state == now { 1.0 } else { 0.0 };
-            gauge!("dr_agent_state", "database" => self.label(), "state" => state.as_str())
-                .set(value);
-        }
-    }
-
     /// Shows how the source is read, one-hot.
     pub fn reader(&self, now: Reader) {
         for reader in Reader::ALL {
@@ -545,12 +527,6 @@ impl DatabaseMetrics {
             gauge!("dr_agent_source_reader", "database" => self.label(), "reader" => reader.as_str())
                 .set(value);
         }
-    }
-
-    /// `dr_agent_stage_lag_seconds{stage}`
-    pub fn stage_lag(&self, stage: &'static str, seconds: f64) {
-        gauge!("dr_agent_stage_lag_seconds", "database" => self.label(), "stage" => stage)
-            .set(seconds);
     }
 
     /// `dr_agent_changes_total{kind}`
@@ -580,9 +556,48 @@ impl DatabaseMetrics {
         gauge!("dr_agent_unprotected_objects", "database" => self.label(), "kind" => kind)
             .set(count as f64);
     }
+}
 
-    /// `dr_agent_source_disk_full_seconds`
-    pub fn source_disk_full(&self, seconds: f64) {
-        gauge!("dr_agent_source_disk_full_seconds", "database" => self.label()).set(seconds);
+/// Sets the gauges that are worked out when somebody asks: nothing that stands still can go on looking well.
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "metrics; exact below 2^52, that is 4 PiB"
+)]
+pub fn show(databases: &[DatabaseStatus], servers: &Servers) {
+    let or_nan = |value: Option<f64>| value.unwrap_or(f64::NAN);
+    for status in databases {
+        let set = |name: &'static str, value: Option<f64>| {
+            gauge!(name, "database" => status.database.clone()).set(or_nan(value));
+        };
+        set("dr_agent_lag_seconds", status.lag_seconds);
+        set(
+            "dr_agent_lag_bytes",
+            status.lag_bytes.map(|bytes| bytes as f64),
+        );
+        let breached = f64::from(u8::from(status.rpo_breached));
+        set("dr_agent_rpo_breached", Some(breached));
+        let retained = status.slot_retained_bytes.map(|bytes| bytes as f64);
+        set("dr_agent_slot_retained_bytes", retained);
+        set(
+            "dr_agent_source_disk_full_seconds",
+            status.source_disk_full_seconds,
+        );
+        for (stage, seconds) in [
+            ("received", status.stages.received),
+            ("queued", Some(status.stages.queued)),
+            ("applied", status.stages.applied),
+        ] {
+            gauge!("dr_agent_stage_lag_seconds", "database" => status.database.clone(), "stage" => stage)
+                .set(or_nan(seconds));
+        }
+        for state in State::ALL {
+            let value = f64::from(u8::from(state == status.state));
+            gauge!("dr_agent_state", "database" => status.database.clone(), "state" => state.as_str())
+                .set(value);
+        }
+    }
+    for side in Side::ALL {
+        gauge!("dr_agent_clock_offset_seconds", "side" => side.as_str())
+            .set(or_nan(servers.clock_offset_seconds(side)));
     }
 }

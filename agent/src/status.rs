@@ -1,11 +1,31 @@
-//! What the outside may know of each pipeline: `/status`, the page, `/readyz`, `dr-agent status`.
+//! What the outside may know of each pipeline: `/metrics`, `/status`, the page, `/readyz`, `dr-agent status`.
+//!
+//! A pipeline writes down what happened and when; what that means is worked out when somebody asks ([`judge`]). So nothing
+//! here can stand still while time goes on: not when the pipeline waits, has ended, or has died.
+//!
+//! ```text
+//! pipeline ─▶ StatusCell ┐
+//! watch    ─▶ Servers    ┴▶ Registry::read(now) ─▶ /metrics /status /readyz /
+//! ```
 //!
 //! The JSON is a contract: fields are added, never renamed or removed.
+//!
+//! # Invariants
+//! - In every state that is not streaming the lag grows, or is unknown, and unknown is breached.
+//! - What needs a person is breached at once, and stays so until it streams again.
 
-use std::sync::{Arc, Mutex, PoisonError};
+mod judge;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+
+use crate::lag::{Lag, Micros};
+use crate::pg::PgLsn;
+use crate::watch::Servers;
+pub use judge::Stages;
+use judge::judge;
 
 /// The state of one pipeline.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +98,8 @@ pub struct DatabaseStatus {
     pub leg: Leg,
     /// What the pipeline is doing.
     pub state: State,
+    /// Since when, RFC 3339.
+    pub since: Option<String>,
     /// Fencing token.
     pub term: i64,
     /// Last applied batch.
@@ -90,71 +112,145 @@ pub struct DatabaseStatus {
     pub lag_seconds: Option<f64>,
     /// WAL written and not applied, in bytes; null while unknown.
     pub lag_bytes: Option<u64>,
-    /// Lag above the RPO, or unknown.
+    /// Lag above the RPO, or unknown, or it needs a person.
     pub rpo_breached: bool,
-    /// WAL the source keeps for the slot, in bytes.
+    /// WAL the source keeps for the slot, in bytes; null while the source does not answer.
     pub slot_retained_bytes: Option<u64>,
     /// Seconds until the source's disk is full if nothing were acknowledged any more.
     pub source_disk_full_seconds: Option<f64>,
+    /// What a session of ours waits for, on either server, and since when; null while none has for longer than a second or two.
+    pub waits_for: Option<String>,
     /// Objects that are not protected, by kind.
     pub unprotected: BTreeMap<&'static str, u64>,
     /// What went wrong last, with its causes; null while all is well.
     pub error: Option<String>,
     /// What to do about it.
     pub hint: Option<String>,
+    /// Lag by stage; on `/metrics` only.
+    #[serde(skip)]
+    pub stages: Stages,
+}
+
+/// What a pipeline has written down.
+#[derive(Debug)]
+struct Written {
+    status: DatabaseStatus,
+    since: Micros,
+    /// An error that needs a person has ended it, and it has not streamed since.
+    needs_a_person: bool,
+    lag: Lag,
+    /// The end of the source's WAL, as the stream itself told last.
+    told: Option<PgLsn>,
+    /// Up to where the sink is.
+    applied: Option<PgLsn>,
 }
 
 /// A slot for one database's status: the pipeline writes, HTTP reads.
 #[derive(Clone, Debug)]
-pub struct StatusCell(Arc<Mutex<DatabaseStatus>>);
+pub struct StatusCell {
+    written: Arc<Mutex<Written>>,
+    servers: Servers,
+}
 
 impl StatusCell {
-    /// A new pipeline.
-    pub fn new(database: &str, stream: &str, leg: Leg) -> Self {
-        Self(Arc::new(Mutex::new(DatabaseStatus {
+    /// A new pipeline, which has not applied anything yet.
+    pub fn new(database: &str, stream: &str, leg: Leg, lag: Lag, servers: &Servers) -> Self {
+        let status = DatabaseStatus {
             database: database.to_owned(),
             stream: stream.to_owned(),
             leg,
-            rpo_breached: true,
             ..DatabaseStatus::default()
-        })))
+        };
+        Self {
+            written: Arc::new(Mutex::new(Written {
+                status,
+                since: crate::time::now(),
+                needs_a_person: false,
+                lag,
+                told: None,
+                applied: None,
+            })),
+            servers: servers.clone(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Written> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes it.
     pub fn update(&self, change: impl FnOnce(&mut DatabaseStatus)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.lock().status);
     }
 
-    /// A copy of it.
-    pub fn read(&self) -> DatabaseStatus {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+    /// Another state begins.
+    pub fn enter(&self, state: State, now: Micros) {
+        let mut written = self.lock();
+        if written.status.state != state {
+            written.since = now;
+        }
+        written.status.state = state;
+        if state == State::Streaming {
+            written.needs_a_person = false;
+        }
+    }
+
+    /// An error that needs a person has ended it; or it is fenced, or died of a bug.
+    pub fn end(&self, state: State, now: Micros) {
+        self.enter(state, now);
+        self.lock().needs_a_person = true;
+    }
+
+    /// What is known of the lag. Outlives sessions: while one is being restored, the lag goes on growing from where it was.
+    pub fn lag(&self) -> Lag {
+        self.lock().lag.clone()
+    }
+
+    /// Takes over what a session knows.
+    pub fn progress(&self, lag: &Lag, told: Option<PgLsn>, applied: Option<PgLsn>) {
+        let mut written = self.lock();
+        written.lag.clone_from(lag);
+        written.told = told;
+        written.applied = applied.or(written.applied);
+    }
+
+    /// How far the source's clock is ahead, where that could be measured.
+    pub fn source_ahead(&self) -> Option<Micros> {
+        self.servers.source_ahead()
+    }
+
+    /// What it means at `now`.
+    pub fn read(&self, now: Micros) -> DatabaseStatus {
+        judge(&self.lock(), &self.servers.read(), now)
     }
 }
 
 /// Every pipeline of the process; databases may be added while it runs.
 #[derive(Clone, Debug, Default)]
-pub struct Registry(Arc<Mutex<Vec<StatusCell>>>);
+pub struct Registry {
+    cells: Arc<Mutex<Vec<StatusCell>>>,
+    servers: Servers,
+}
 
 impl Registry {
     /// Adds a pipeline.
     pub fn add(&self, cell: StatusCell) {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(cell);
+        self.lock().push(cell);
     }
 
-    /// A copy of every status, by database name.
-    pub fn read(&self) -> Vec<DatabaseStatus> {
-        let cells = self
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        let mut all: Vec<_> = cells.iter().map(StatusCell::read).collect();
+    /// What is known of the two servers.
+    pub fn servers(&self) -> &Servers {
+        &self.servers
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<StatusCell>> {
+        self.cells.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Every status as it is at `now`, by database name.
+    pub fn read(&self, now: Micros) -> Vec<DatabaseStatus> {
+        let cells = self.lock().clone();
+        let mut all: Vec<_> = cells.iter().map(|cell| cell.read(now)).collect();
         all.sort_by(|a, b| a.database.cmp(&b.database));
         all
     }

@@ -2,45 +2,18 @@
 //! Method: one test per row of "what bad input gets" that needs a person; each breaks one thing, looks for the words,
 //! repairs it, and compares everything once the agent has caught up.
 
-use dr_agent_tests::agent::{Agent, Outcome, Running, line_with};
+use dr_agent_tests::agent::{Agent, Outcome, Running};
 use dr_agent_tests::backup::Backup;
-use dr_agent_tests::http::Metrics;
 use dr_agent_tests::server::ServerOptions;
 use dr_agent_tests::site::{Database, Site};
-use dr_agent_tests::wait::{PATIENCE, wait_for};
 
 const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT g, 'copied' FROM generate_series(1, 100) AS g";
 
-/// Waits until the pipeline of the database has stopped for good, saying all these words on one
-/// line of the log. The process may have ended with code 1 or still serve its metrics.
+/// Waits until the pipeline of the database has stopped, saying all these words on one line of the log. The process goes on
+/// serving its metrics.
 async fn expect_stopped(running: &mut Running, database: &str, words: &[&str]) {
-    let what = format!("the pipeline of {database} to stop with {words:?}");
-    let labels = [("database", database), ("state", "stopped")];
-    let running = tokio::sync::Mutex::new(running);
-    wait_for(&what, PATIENCE, || async {
-        let mut running = running.lock().await;
-        let stopped = match running.exit_status() {
-            Some(status) => {
-                assert_eq!(
-                    status.code(),
-                    Some(1),
-                    "exit code of an agent that needs a person"
-                );
-                true
-            }
-            None => running.get("/metrics").await.is_ok_and(|answer| {
-                Metrics::parse(&answer.body).value("dr_agent_state", &labels) == Some(1.0)
-            }),
-        };
-        let log = running.log();
-        let said = line_with(&log, words).is_some();
-        if stopped && said {
-            Ok(())
-        } else {
-            Err(format!("stopped: {stopped}, said: {said}"))
-        }
-    })
-    .await;
+    running.wait_for_log(words).await;
+    running.wait_for_state(database, "stopped").await;
 }
 
 /// Starts anew, as an operator does after the repair, and compares everything.

@@ -52,6 +52,7 @@ mod schema;
 mod set_back;
 mod settings;
 mod slot;
+mod standing;
 mod status;
 mod store;
 mod streaming;

@@ -411,7 +411,7 @@ async fn what_the_stream_has_not_any_more_comes_out_of_the_archive_or_is_named()
     let running = poor.run(&[]);
     write(&poor.database, 6).await;
     let mut applying = poor.apply(&[]);
-    applying.expect_exit(1).await;
+    applying.expect_stopped(&route.database.name).await;
     let position = poor
         .database
         .replica()
@@ -512,7 +512,7 @@ async fn a_slot_that_is_lost_is_not_created_anew_in_silence() {
     let source = route.database.source().await;
     route.database.drop_slot().await;
     let mut running = route.run(&[]);
-    running.expect_exit(1).await;
+    running.expect_stopped(&route.database.name).await;
     running
         .wait_for_log(&["is gone, by which the stream was sent since"])
         .await;
@@ -525,7 +525,7 @@ async fn a_slot_that_is_lost_is_not_created_anew_in_silence() {
     let mut applying = route.apply(&[]);
     let running = route.run(&[]);
     write(&route.database, 7).await;
-    applying.expect_exit(1).await;
+    applying.expect_stopped(&route.database.name).await;
     applying
         .wait_for_log(&["was begun anew on the source", "DROP DATABASE"])
         .await;
@@ -591,7 +591,7 @@ async fn the_route_can_be_changed_and_changed_back() {
     running.stop().await;
     // Not while the stream has what the replica has not.
     let mut early = direct.start();
-    early.expect_exit(1).await;
+    early.expect_stopped(&database.name).await;
     let applying = route.apply(&[]);
     let sql = format!(
         "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{}'",

@@ -229,7 +229,7 @@ async fn what_nobody_has_is_named_from_where_to_where_and_not_looked_for_twice_b
     let named = format!("the changes from {from} to ");
     // Clocks may differ more than was allowed for: before it gives up, it reads everything.
     let mut applying = route.apply(&[]);
-    applying.expect_exit(1).await;
+    applying.expect_stopped(&route.database.name).await;
     let log = applying.log();
     let line = line_with(&log, &[&named, "no archive is configured"]).expect("it is named");
     let end = line
@@ -254,7 +254,7 @@ async fn what_nobody_has_is_named_from_where_to_where_and_not_looked_for_twice_b
         .run("UPDATE dr_agent.progress SET commit_time = commit_time - interval '2 days'")
         .await;
     let mut applying = route.apply(&[]);
-    applying.expect_exit(1).await;
+    applying.expect_stopped(&route.database.name).await;
     assert!(line_with(&applying.log(), &[&named]).is_some());
     assert!(begun("AT_TIMESTAMP") > 0);
     assert_eq!(begun("TRIM_HORIZON"), read_again);

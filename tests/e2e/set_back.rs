@@ -80,7 +80,7 @@ async fn a_source_that_was_set_back_with_its_slot_is_not_streamed_from() {
         .run("INSERT INTO t VALUES (1, 'second life'), (101, 'second life')")
         .await;
     let mut running = agent.start();
-    running.expect_exit(1).await;
+    running.expect_stopped(&database.name).await;
     let log = running.log();
     assert!(line_with(&log, &["heartbeats", "the source went back in time"]).is_some());
     let replica = database.replica().await;
@@ -129,7 +129,7 @@ async fn a_record_that_lies_before_others_and_committed_long_after_them_stops_ap
     put(first.commit_time).await;
     put(newest + 1_000_000).await;
     put(newest + 600_000_000).await;
-    applying.expect_exit(1).await;
+    applying.expect_stopped(&route.database.name).await;
     let log = applying.log();
     let committed = humantime::format_rfc3339_seconds(system_time(newest + 600_000_000));
     let words = [

@@ -131,6 +131,7 @@ pub(super) fn sending(
     }
     findings.extend(two_phase(at, name, slot));
     findings.push(match slot.confirmed_flush {
+        None if slot.active => being_created(at, name),
         None => at
             .note(
                 "slot_unfinished",
@@ -256,7 +257,7 @@ fn two_phase(at: &Place, name: &str, slot: &Slot) -> Option<Finding> {
 
 fn position(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Option<Finding> {
     let Some(progress) = &kept.progress else {
-        return Some(without_progress(at, name, kept));
+        return Some(without_progress(at, name, slot, kept));
     };
     let confirmed = slot.confirmed_flush?;
     if confirmed > progress.end_lsn {
@@ -292,7 +293,20 @@ fn position(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Option<Finding>
     })
 }
 
-fn without_progress(at: &Place, name: &str, kept: &Kept) -> Finding {
+/// A slot that somebody works on is nobody's leftover.
+fn being_created(at: &Place, name: &str) -> Finding {
+    at.note("slot_being_created", "is being created, or copied from, now")
+        .on(name)
+        .hint(
+            "that waits for every transaction that runs on the source, in any database, prepared ones included: what it \
+             waits for is said above, and by `dr-agent status`",
+        )
+}
+
+fn without_progress(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Finding {
+    if slot.active {
+        return being_created(at, name);
+    }
     if kept.origin.is_some() {
         return at
             .note(

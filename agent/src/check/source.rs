@@ -23,6 +23,7 @@ use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgError, Session};
 use crate::setup::publication::{Wanted, in_band_tables};
 use crate::stream::{APPLICATION_PREFIX, StreamName};
+use crate::watch::{self, waits};
 
 /// What was learned of the source server.
 #[derive(Debug)]
@@ -126,6 +127,15 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
         ));
     }
     findings.extend(settings::source_risks(&at, &server));
+    let waits = note_failure(
+        &at,
+        "look what dr-agent's sessions wait for",
+        findings,
+        waits::look(&client),
+    );
+    for found in waits.await.unwrap_or_default() {
+        findings.push(at.warning("waiting", found.text(watch::Side::Source)));
+    }
     findings.push(settings::replication_role(&at, &server));
     findings.push(
         at.note(

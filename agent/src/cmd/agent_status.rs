@@ -43,11 +43,18 @@ pub(super) struct AgentDatabase {
     pub(super) lag_bytes: Option<u64>,
     pub(super) rpo_breached: Option<bool>,
     pub(super) slot_retained_bytes: Option<u64>,
+    pub(super) since: Option<String>,
+    pub(super) waits_for: Option<String>,
     pub(super) error: Option<String>,
     pub(super) hint: Option<String>,
 }
 
 impl AgentDatabase {
+    /// It is there and nothing comes of it until a person does something.
+    pub(super) fn stands(&self) -> bool {
+        ["stopped", "fenced", "promoted"].contains(&self.state.as_str())
+    }
+
     /// What it says of lag and position is the Kinesis stream's and not the replica's.
     pub(super) fn sends(&self) -> bool {
         self.leg.as_deref() == Some(SEND)

@@ -1,18 +1,22 @@
 //! `dr-agent run` and `dr-agent apply`: a pipeline for every database, until told to stop.
 //!
-//! Pipelines share the HTTP listener and the configuration and nothing else. One that stops with a
-//! definite error leaves the others running and shows its error; when none runs any more the process
-//! ends, so that a service manager sees it.
+//! Pipelines share the HTTP listener, the watch of the two servers and the configuration, and nothing else. One that stops
+//! with a definite error leaves the others running, shows its error and looks again from time to time whether it was mended.
+//! So the process stays even when none streams any more: somebody has to go on saying so, with a lag that grows. It ends when
+//! it is told to, or once every pipeline is fenced, which no time mends.
+//!
+//! # Invariants
+//! - What a pipeline's task leaves behind when it dies of a bug is shown as stopped, and it is begun anew.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::sync::watch::channel;
+use tokio::task::{Id, JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{self, Decision};
@@ -20,13 +24,19 @@ use crate::backup;
 use crate::config::{Config, Databases, Route};
 use crate::error::{Classify as _, chain};
 use crate::http::{self, Shown};
+use crate::lag::Lag;
 use crate::metrics;
 use crate::pipeline::{End, Leg, Pipeline};
 use crate::setup;
-use crate::status::{self, Registry, StatusCell};
+use crate::status::{self, Registry, State, StatusCell};
+use crate::time;
+use crate::watch::{self, Side};
 
 /// How often the source is asked for new databases under `databases = ["*"]`.
 const DISCOVER_EVERY: Duration = Duration::from_secs(30);
+
+/// Before a pipeline that has died of a bug is begun anew.
+const PAUSE_AFTER_PANIC: Duration = Duration::from_secs(60);
 
 /// Exit code of a fenced agent.
 const FENCED: u8 = 3;
@@ -55,7 +65,7 @@ pub async fn apply(config: Config) -> anyhow::Result<ExitCode> {
     serve(config, Leg::Apply).await
 }
 
-/// Runs until stopped: 0 after SIGTERM or SIGINT, 3 once fenced, 1 once every pipeline has failed.
+/// Runs until stopped: 0 after SIGTERM or SIGINT, 3 once all are fenced, 1 where it cannot begin.
 async fn serve(config: Config, leg: Leg) -> anyhow::Result<ExitCode> {
     let config = Arc::new(config);
     let prometheus =
@@ -79,15 +89,26 @@ async fn serve(config: Config, leg: Leg) -> anyhow::Result<ExitCode> {
         objectives: config.objectives,
     };
     let http = tokio::spawn(http::serve(listener, shown, served.clone()));
+    for side in Side::ALL {
+        // Under route `kinesis` the sites need not see one another.
+        let expected = match (leg, side) {
+            (Leg::Send, Side::Replica) => continue,
+            (Leg::Apply, Side::Source) => true,
+            _ => false,
+        };
+        let (config, servers) = (Arc::clone(&config), registry.servers().clone());
+        tokio::spawn(watch::watch(side, config, servers, expected, stop.clone()));
+    }
     let mut supervisor = Supervisor {
         config,
         leg,
         registry,
         stop: stop.clone(),
         started: BTreeSet::new(),
+        cells: HashMap::new(),
         pipelines: JoinSet::new(),
         fenced: false,
-        failed: false,
+        died: false,
     };
     tokio::spawn(stop_on_signal(
         stop,
@@ -138,9 +159,11 @@ struct Supervisor {
     registry: Registry,
     stop: CancellationToken,
     started: BTreeSet<String>,
-    pipelines: JoinSet<(String, End)>,
+    /// Which pipeline a task is.
+    cells: HashMap<Id, (String, StatusCell)>,
+    pipelines: JoinSet<End>,
     fenced: bool,
-    failed: bool,
+    died: bool,
 }
 
 impl Supervisor {
@@ -154,16 +177,11 @@ impl Supervisor {
         loop {
             tokio::select! {
                 biased;
-                ended = self.pipelines.join_next() => match ended {
+                ended = self.pipelines.join_next_with_id() => match ended {
                     None => break,
                     Some(Ok((_, End::Stopped))) => {}
                     Some(Ok((_, End::Fenced))) => self.fenced = true,
-                    Some(Ok((_, End::Failed))) => self.failed = true,
-                    // A panic is a bug; the other databases are still worth protecting.
-                    Some(Err(error)) => {
-                        tracing::error!(%error, "a pipeline ended by a bug; please report it");
-                        self.failed = true;
-                    }
+                    Some(Err(error)) => self.died(&error),
                 },
                 _ = discover.tick(), if discovers && !self.stop.is_cancelled() => {
                     match setup::source_databases(&self.config).await {
@@ -176,7 +194,7 @@ impl Supervisor {
         }
         if self.fenced {
             ExitCode::from(FENCED)
-        } else if self.failed && !self.stop.is_cancelled() {
+        } else if self.died {
             ExitCode::FAILURE
         } else {
             ExitCode::SUCCESS
@@ -222,36 +240,68 @@ impl Supervisor {
             if !self.started.insert(database.clone()) {
                 continue;
             }
-            let stream = self.config.stream(&database);
-            let status = StatusCell::new(&database, stream.as_str(), shown(self.leg));
-            self.registry.add(status.clone());
-            let (broken, broken_at) = watch::channel(None);
+            let (config, leg) = (&self.config, shown(self.leg));
+            let stream = config.stream(&database);
+            let lag = Lag::new(config.source.heartbeat_every, config.objectives.rpo);
+            let servers = self.registry.servers();
+            let cell = StatusCell::new(&database, stream.as_str(), leg, lag, servers);
+            self.registry.add(cell.clone());
+            self.begin(database, cell, Duration::ZERO);
+        }
+    }
+
+    /// A panic is a bug; it is shown, the other databases are still worth protecting, and this one may be, too.
+    fn died(&mut self, error: &JoinError) {
+        let Some((database, cell)) = self.cells.remove(&error.id()) else {
+            return;
+        };
+        tracing::error!(database, %error, "a pipeline ended by a bug and is begun anew; please report it");
+        cell.end(State::Stopped, time::now());
+        cell.update(|status| {
+            status.error =
+                Some("it ended by a bug of dr-agent's own, which is in the log".to_owned());
+            status.hint = Some("please report it; it is begun anew within a minute".to_owned());
+        });
+        if self.stop.is_cancelled() {
+            self.died = true;
+        } else {
+            self.begin(database, cell, PAUSE_AFTER_PANIC);
+        }
+    }
+
+    /// Begins a database's pipeline after a pause.
+    fn begin(&mut self, database: String, cell: StatusCell, pause: Duration) {
+        let (broken, broken_at) = channel(None);
+        let (config, leg, stop) = (Arc::clone(&self.config), self.leg, self.stop.clone());
+        let known = (database.clone(), cell.clone());
+        let task = self.pipelines.spawn(async move {
+            if !pause.is_zero() && tokio::time::timeout(pause, stop.cancelled()).await.is_ok() {
+                return End::Stopped;
+            }
             let pipeline = Pipeline::new(
-                Arc::clone(&self.config),
-                self.leg,
+                Arc::clone(&config),
+                leg,
                 &database,
-                status,
-                self.stop.clone(),
+                cell,
+                stop.clone(),
                 broken,
             );
-            let (config, leg, stop) = (Arc::clone(&self.config), self.leg, self.stop.clone());
-            self.pipelines.spawn(async move {
-                // Base backups are taken for as long as the pipeline runs.
-                let backing_up = stop.child_token();
-                let keeping = async {
-                    // Whoever tails the source keeps the archive.
-                    if leg != Leg::Apply {
-                        backup::keep::keep(&config, &database, broken_at, &backing_up).await;
-                    }
-                };
-                let running = async {
-                    let end = Box::pin(pipeline.run()).await;
-                    backing_up.cancel();
-                    end
-                };
-                let ((), end) = tokio::join!(Box::pin(keeping), running);
-                (database, end)
-            });
-        }
+            // Base backups are taken for as long as the pipeline runs.
+            let backing_up = stop.child_token();
+            let keeping = async {
+                // Whoever tails the source keeps the archive.
+                if leg != Leg::Apply {
+                    backup::keep::keep(&config, &database, broken_at, &backing_up).await;
+                }
+            };
+            let running = async {
+                let end = Box::pin(pipeline.run()).await;
+                backing_up.cancel();
+                end
+            };
+            let ((), end) = tokio::join!(Box::pin(keeping), running);
+            end
+        });
+        self.cells.insert(task.id(), known);
     }
 }

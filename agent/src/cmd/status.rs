@@ -106,6 +106,10 @@ pub struct DatabaseStatus {
     pub leg: Option<String>,
     /// The agent's state of it, `promoted`, `missing`, or `no_agent` where no agent answers for it.
     pub state: String,
+    /// Since when the agent is in it.
+    pub since: Option<String>,
+    /// What a session of the agent waits for, on either server.
+    pub waits_for: Option<String>,
     /// Whether it is within the RPO.
     pub rpo: Verdict,
     /// Why it is not, where that is not plain from the lag.
@@ -281,7 +285,7 @@ struct Facts<'a> {
 fn judge(facts: &Facts<'_>) -> DatabaseStatus {
     let Facts { here, report, .. } = *facts;
     let promotion = here.and_then(|here| here.promotion.as_ref());
-    let age = |here: &Database| here.progress.commit_age_seconds.map(loss::seconds_lost);
+    let age = |here: &Database| here.progress.age_seconds();
     let lag_seconds = match (report, here) {
         // It knows how far the stream is, and the replica how far it is itself.
         (Some(report), Some(here)) if report.sends() => report
@@ -320,6 +324,11 @@ fn judge(facts: &Facts<'_>) -> DatabaseStatus {
                 Verdict::Breached,
                 Some("the initial copy is not complete: it cannot be promoted".to_owned()),
             )
+        } else if report.is_some_and(AgentDatabase::stands) {
+            (
+                Verdict::Breached,
+                Some("nothing replicates it until a person sees to it".to_owned()),
+            )
         } else if report.is_some_and(|report| report.rpo_breached == Some(true)) {
             (Verdict::Breached, None)
         } else {
@@ -340,6 +349,8 @@ fn judge(facts: &Facts<'_>) -> DatabaseStatus {
         stream: String::new(),
         leg: report.and_then(|report| report.leg.clone()),
         state: state.to_owned(),
+        since: report.and_then(|report| report.since.clone()),
+        waits_for: report.and_then(|report| report.waits_for.clone()),
         rpo,
         reason,
         lag_seconds,
@@ -437,8 +448,12 @@ impl DatabaseStatus {
         if let Some(bytes) = self.slot_retained_bytes {
             let _ = writeln!(out, "  the source keeps {bytes} bytes of WAL for it");
         }
+        if let Some(since) = &self.since {
+            let _ = writeln!(out, "  {} since {since}", self.state);
+        }
         for (label, text) in [
             ("", &self.reason),
+            ("", &self.waits_for),
             ("error: ", &self.error),
             ("hint: ", &self.hint),
         ] {
@@ -485,6 +500,33 @@ mod tests {
             agent_sessions: 0,
             prepared: 0,
         }
+    }
+
+    #[test]
+    fn what_needs_a_person_is_breached_whatever_its_lag() {
+        let here = applied(Some(0.0));
+        for (state, verdict) in [
+            ("initializing", Verdict::Met),
+            ("copying", Verdict::Met),
+            ("streaming", Verdict::Met),
+            ("retrying", Verdict::Met),
+            ("stopped", Verdict::Breached),
+            ("fenced", Verdict::Breached),
+            ("promoted", Verdict::Breached),
+        ] {
+            let mut report = streaming(Some(0.0));
+            report.state = state.to_owned();
+            assert_eq!(judged(Some(&here), Some(&report)).1, verdict, "{state}");
+        }
+    }
+
+    #[test]
+    fn a_replica_whose_clock_is_behind_does_not_make_the_last_commit_younger() {
+        let mut here = applied(Some(-500.0));
+        here.progress.applied_age_seconds = 100.0;
+        assert_eq!(judged(Some(&here), None).1, Verdict::Breached);
+        here.progress.applied_age_seconds = -1.0;
+        assert_eq!(judged(Some(&here), None).1, Verdict::Unknown);
     }
 
     fn streaming(lag: Option<f64>) -> AgentDatabase {

@@ -19,7 +19,8 @@
 //!
 //! # Invariants
 //! - The source task is sent what the ledger says is durable, nothing else.
-//! - A definite error stops this pipeline and no other; the process goes on as long as one runs.
+//! - A definite error stops this pipeline and no other. It stays, so that it is seen to have stopped, and looks every few
+//!   minutes whether the error was mended.
 
 mod apart;
 mod apply;
@@ -38,7 +39,7 @@ use crate::backoff::{self, Decision};
 use crate::catalog::TableName;
 use crate::config::Config;
 use crate::error::{Class, Classify, chain};
-use crate::lag::{Lag, Micros, pg_micros};
+use crate::lag::pg_micros;
 use crate::metrics::DatabaseMetrics;
 use crate::pg::PgLsn;
 use crate::setup::{self, Prepared, SetupError};
@@ -46,6 +47,7 @@ use crate::sink::replica::SinkError;
 use crate::snapshot::{CopyObserver, CopyPhase, ProgressDisplay};
 use crate::status::{State, StatusCell};
 use crate::stream::StreamName;
+use crate::time;
 use change_log::ChangeLog;
 use error::SessionError;
 
@@ -55,6 +57,9 @@ const QUEUE_TRANSACTIONS: usize = 16_384;
 
 /// How often lag is judged without news.
 const TICK: Duration = Duration::from_millis(250);
+
+/// How often it is looked whether an error that needs a person was mended: in so many times `limits.retry_max`.
+const LOOK_AGAIN: u32 = 10;
 
 /// A session that lasted this long was no failed attempt; the next error starts at the shortest pause.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
@@ -73,10 +78,8 @@ pub enum Leg {
 /// How a pipeline ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// It was told to stop and has drained.
+    /// It was told to stop and has drained, or stood stopped by an error that needs a person.
     Stopped,
-    /// An error needs a person.
-    Failed,
     /// The replica was promoted.
     Fenced,
 }
@@ -97,8 +100,6 @@ pub struct Pipeline {
     binary: bool,
     /// A table that the stream has and the replica has not, or has of another.
     uncopied: Option<TableName>,
-    /// Outlives sessions: while one is being restored, the lag goes on growing from where it was.
-    lag: Lag,
 }
 
 impl Pipeline {
@@ -113,7 +114,6 @@ impl Pipeline {
     ) -> Self {
         let stream = config.stream(database);
         let metrics = DatabaseMetrics::new(database);
-        let lag = Lag::new(config.source.heartbeat_every, config.objectives.rpo);
         let database = database.to_owned();
         Self {
             config,
@@ -127,7 +127,6 @@ impl Pipeline {
             change_log: None,
             binary: true,
             uncopied: None,
-            lag,
         }
     }
 
@@ -213,70 +212,36 @@ impl Pipeline {
                     database = %self.database, attempt, ?pause, error = %text, hint, "will retry"
                 );
                 let stopped = tokio::time::timeout(pause, self.stop.cancelled());
-                if self.watching(stopped).await.is_ok() {
+                if stopped.await.is_ok() {
                     self.enter(State::Stopped);
                     return Some(End::Stopped);
                 }
                 None
             }
             Decision::Stop if class == Class::Fenced => {
-                self.enter(State::Fenced);
+                self.status.end(State::Fenced, time::now());
                 tracing::error!(database = %self.database, error = %text, hint, "fenced");
                 Some(End::Fenced)
             }
             Decision::Stop => {
-                self.enter(State::Stopped);
-                tracing::error!(database = %self.database, error = %text, hint, "stopped");
+                self.status.end(State::Stopped, time::now());
+                let look_again = retry_max.saturating_mul(LOOK_AGAIN);
+                tracing::error!(database = %self.database, error = %text, hint, ?look_again, "stopped");
                 if self.change_log.is_some() && error.is_the_sinks() {
                     tracing::warn!(
                         database = %self.database,
-                        "the change log goes on into the archive; start the agent again once the error is mended"
+                        "the change log goes on into the archive meanwhile"
                     );
-                    self.watching(self.stop.cancelled()).await;
                 }
-                Some(End::Failed)
+                // Somebody may mend it, and the process has to say until then that nobody has.
+                let stopped = tokio::time::timeout(look_again, self.stop.cancelled());
+                stopped.await.is_ok().then_some(End::Stopped)
             }
         }
     }
 
     fn enter(&self, state: State) {
-        self.metrics.state(state);
-        self.status.update(|status| status.state = state);
-    }
-
-    /// Keeps the verdict on the lag up to date for as long as `waiting` takes.
-    async fn watching<T>(&self, waiting: impl Future<Output = T>) -> T {
-        tokio::pin!(waiting);
-        let mut tick = tokio::time::interval(TICK);
-        loop {
-            tokio::select! {
-                biased;
-                done = &mut waiting => return done,
-                _ = tick.tick() => self.judge(&self.lag),
-            }
-        }
-    }
-
-    /// Shows what the lag is now.
-    fn judge(&self, lag: &Lag) {
-        let verdict = lag.verdict(now_micros());
-        self.metrics
-            .lag_seconds
-            .set(verdict.lag_seconds.unwrap_or(-1.0));
-        self.metrics
-            .rpo_breached
-            .set(if verdict.breached { 1.0 } else { 0.0 });
-        if let Some(received) = verdict.received_seconds {
-            self.metrics.stage_lag("received", received);
-        }
-        self.metrics.stage_lag("queued", verdict.queued_seconds);
-        if let Some(applied) = verdict.lag_seconds {
-            self.metrics.stage_lag("applied", applied);
-        }
-        self.status.update(|status| {
-            status.lag_seconds = verdict.lag_seconds;
-            status.rpo_breached = verdict.breached;
-        });
+        self.status.enter(state, time::now());
     }
 
     /// From preparing to the first error; `Ok` once told to stop and drained.
@@ -289,7 +254,7 @@ impl Pipeline {
         let display = ProgressDisplay::new(&self.database, &observer);
         let preparing = self.prepare(&display);
         let stopped_or_prepared = self.stop.run_until_cancelled(preparing);
-        let Some(prepared) = self.watching(stopped_or_prepared).await else {
+        let Some(prepared) = stopped_or_prepared.await else {
             return Ok(());
         };
         let prepared = prepared?;
@@ -297,6 +262,11 @@ impl Pipeline {
         self.uncopied = None;
         for warning in &prepared.warnings {
             tracing::warn!(database = %self.database, "{warning}");
+        }
+        if let Some(commit_time) = prepared.commit_time {
+            let mut lag = self.status.lag();
+            lag.resume(pg_micros(commit_time));
+            self.status.progress(&lag, None, Some(prepared.end_lsn));
         }
         let mut streaming = self.start(&prepared).await?;
         self.metrics.term.set(as_f64(prepared.term.unsigned_abs()));
@@ -319,7 +289,7 @@ impl Pipeline {
         let mut lag = streaming.owned.lag;
         // What waited is dropped and will be received again.
         lag.queued(None);
-        self.lag = lag;
+        self.status.progress(&lag, None, None);
         outcome
     }
 
@@ -357,8 +327,7 @@ impl CopyObserver for Observer<'_> {
     fn table_ready(&self, _: &crate::catalog::TableName, _: u64) {}
 
     fn phase(&self, _: CopyPhase) {
-        self.metrics.state(State::Copying);
-        self.status.update(|status| status.state = State::Copying);
+        self.status.enter(State::Copying, time::now());
     }
 }
 
@@ -368,10 +337,6 @@ impl CopyObserver for Observer<'_> {
 )]
 fn now() -> SystemTime {
     SystemTime::now()
-}
-
-fn now_micros() -> Micros {
-    pg_micros(now())
 }
 
 #[allow(

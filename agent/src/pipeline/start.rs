@@ -21,11 +21,12 @@ use super::streaming::{Owned, Streaming};
 use super::{Leg, Pipeline, QUEUE_TRANSACTIONS};
 use crate::batch::{Batch, IN_FLIGHT_MAX, Spacing};
 use crate::changelog::Author;
+use crate::coverage::Unprotected;
 use crate::error::chain;
 use crate::kinesis::Kinesis;
 use crate::ledger::{BatchNumber, FlushLsn, Ledger};
 use crate::metrics::StreamMetrics;
-use crate::monitor::{self, Report};
+use crate::monitor;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::setup::{self, Prepared};
 use crate::sink::kinesis::KinesisSink;
@@ -136,7 +137,7 @@ impl Pipeline {
             batches,
             flush,
             held,
-            owned: Owned::new(&self.config, ledger, spacing, self.lag.clone()),
+            owned: Owned::new(&self.config, ledger, spacing, self.status.lag()),
         })
     }
 
@@ -258,7 +259,7 @@ impl Pipeline {
         });
     }
 
-    fn monitor(&self, reports: mpsc::Sender<Report>, tasks: &mut Tasks) {
+    fn monitor(&self, reports: mpsc::Sender<Vec<Unprotected>>, tasks: &mut Tasks) {
         let (config, stream) = (Arc::clone(&self.config), self.stream.clone());
         let source = self.source_info();
         tasks.spawn(async move {

@@ -13,18 +13,18 @@ use tokio::task::JoinSet;
 
 use super::change_log::SessionLog;
 use super::error::SessionError;
-use super::{Leg, Pipeline, TICK, as_f64, now_instant, now_micros};
+use super::{Leg, Pipeline, TICK, as_f64, now_instant};
 use crate::batch::{Batch, Queue, Ship, Spacing};
 use crate::changes::{ChangeCounts, KINDS};
 use crate::config::Config;
-use crate::coverage;
+use crate::coverage::{self, Unprotected};
 use crate::failpoint;
 use crate::lag::{Lag, Micros, system_time};
 use crate::ledger::{FlushLsn, Ledger};
-use crate::monitor::{Report, WalReport};
 use crate::pg::PgLsn;
 use crate::sink::replica::Outcome;
 use crate::source::{Reader, Received, SourcePosition};
+use crate::time;
 
 /// The sink that takes batches: the replica, or the Kinesis stream.
 const SINK: usize = 0;
@@ -34,7 +34,7 @@ const SINK: usize = 0;
 enum Action {
     Received(Received),
     Outcome(Outcome),
-    Report(Report),
+    Covered(Vec<Unprotected>),
     /// The change log lets the slot move up to here, or anywhere.
     Held(Option<PgLsn>),
     Tick,
@@ -52,7 +52,7 @@ pub(super) struct Streaming<'p> {
     pub(super) tasks: JoinSet<Option<SessionError>>,
     pub(super) transactions: mpsc::Receiver<Received>,
     pub(super) outcomes: mpsc::Receiver<Outcome>,
-    pub(super) reports: mpsc::Receiver<Report>,
+    pub(super) reports: mpsc::Receiver<Vec<Unprotected>>,
     pub(super) position: watch::Receiver<SourcePosition>,
     pub(super) batches: mpsc::Sender<Arc<Batch>>,
     pub(super) flush: watch::Sender<FlushLsn>,
@@ -75,7 +75,6 @@ pub(super) struct Owned {
     /// When the next batch is due that is not full and waits behind others.
     due: Option<Instant>,
     pub(super) lag: Lag,
-    wal: Option<WalReport>,
     unpublished_at_start: Option<u64>,
     phase: Phase,
     bytes_counted: u64,
@@ -104,7 +103,6 @@ impl Owned {
             shipped_at: now_instant(),
             due: None,
             lag,
-            wal: None,
             unpublished_at_start: None,
             phase: Phase::Running,
             bytes_counted: 0,
@@ -185,7 +183,7 @@ impl Streaming<'_> {
                 _ => Action::Tick,
             },
             () = at(self.owned.due) => Action::Due,
-            Some(report) = self.reports.recv() => Action::Report(report),
+            Some(unprotected) = self.reports.recv() => Action::Covered(unprotected),
             position = held(self.held.as_mut()) => Action::Held(position),
             // 5. More work; not while draining.
             Some(received) = self.transactions.recv(), if running => Action::Received(received),
@@ -196,23 +194,20 @@ impl Streaming<'_> {
         let owned = &mut self.owned;
         match action {
             Action::Received(received) => {
-                owned.lag.received(received.transaction.commit_time);
+                let now = time::now();
+                owned.lag.received(received.transaction.commit_time, now);
                 owned.queue.push(received.transaction);
                 owned.permits.push_back(received.permit);
                 // Take what else has arrived: it belongs into the same batch.
                 while let Ok(received) = self.transactions.try_recv() {
-                    owned.lag.received(received.transaction.commit_time);
+                    owned.lag.received(received.transaction.commit_time, now);
                     owned.queue.push(received.transaction);
                     owned.permits.push_back(received.permit);
                 }
                 Ok(())
             }
             Action::Outcome(outcome) => self.durable(outcome),
-            Action::Report(Report::Wal(wal)) => {
-                owned.wal = Some(wal);
-                Ok(())
-            }
-            Action::Report(Report::Coverage(unprotected)) => self.cover(&unprotected),
+            Action::Covered(unprotected) => self.cover(&unprotected),
             Action::Held(position) => {
                 if let Some(flush) = owned.ledger.hold(position) {
                     failpoint::hit("pipeline:before-acknowledge");
@@ -253,7 +248,7 @@ impl Streaming<'_> {
         }
         owned.shipped_oldest.pop_front();
         owned.permits.drain(..batch.transactions.len());
-        owned.lag.applied(batch.commit_time(), now_micros());
+        owned.lag.applied(batch.commit_time(), time::now());
         let metrics = &self.pipeline.metrics;
         metrics.batches.increment(1);
         metrics.batch_apply_seconds.record(took.as_secs_f64());
@@ -284,7 +279,7 @@ impl Streaming<'_> {
         Ok(())
     }
 
-    fn cover(&mut self, unprotected: &[coverage::Unprotected]) -> Result<(), SessionError> {
+    fn cover(&mut self, unprotected: &[Unprotected]) -> Result<(), SessionError> {
         for found in unprotected {
             self.pipeline.metrics.unprotected(found.kind, found.count);
         }
@@ -314,7 +309,6 @@ impl Streaming<'_> {
                 .copied()
                 .or_else(|| owned.queue.oldest_commit_time()),
         );
-        self.pipeline.judge(&owned.lag);
         let position = *self.position.borrow();
         let metrics = &self.pipeline.metrics;
         metrics
@@ -328,24 +322,11 @@ impl Streaming<'_> {
         if self.leg != Leg::Send {
             metrics.replica_flush_lsn.set(lsn_number(sunk));
         }
-        let written = owned.wal.map(|wal| wal.written).max(position.wal_end);
-        let behind = written.map(|written| u64::from(written).saturating_sub(u64::from(sunk)));
-        if let Some(behind) = behind {
-            metrics.lag_bytes.set(as_f64(behind));
+        let status = &self.pipeline.status;
+        if let Some(ahead) = status.source_ahead() {
+            owned.lag.measured(ahead);
         }
-        let retained = owned.wal.and_then(|wal| wal.retained);
-        if let Some(retained) = retained {
-            metrics.slot_retained_bytes.set(as_f64(retained));
-        }
-        let disk_full = owned.wal.and_then(|wal| wal.disk_full_seconds);
-        if let Some(seconds) = disk_full {
-            metrics.source_disk_full(seconds);
-        }
-        self.pipeline.status.update(|status| {
-            status.lag_bytes = behind;
-            status.slot_retained_bytes = retained;
-            status.source_disk_full_seconds = disk_full;
-        });
+        status.progress(&owned.lag, position.wal_end, Some(sunk));
     }
 }
 

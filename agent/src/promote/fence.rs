@@ -107,7 +107,8 @@ async fn try_raise(client: &mut Client, record: &mut Record) -> Result<bool, PgE
              RETURNING term, batch, end_lsn,
                  to_char(commit_time AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
                  to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
-                 extract(epoch FROM clock_timestamp() - commit_time)::float8",
+                 extract(epoch FROM clock_timestamp() - commit_time)::float8,
+                 extract(epoch FROM clock_timestamp() - applied_at)::float8",
             &[&record.stream.as_str()],
         )
         .await?;
@@ -121,7 +122,7 @@ async fn try_raise(client: &mut Client, record: &mut Record) -> Result<bool, PgE
     record.detail.fenced_lsn.clone_from(&report.end_lsn);
     report.commit_time = row.get(3);
     report.fenced_at = row.get(4);
-    report.rpo_seconds = row.get::<_, Option<f64>>(5).map(super::loss::seconds_lost);
+    record.loses(row.get(5), row.get(6));
     record.insert_fenced(&tx).await?;
     tx.commit().await?;
     Ok(true)

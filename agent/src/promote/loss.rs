@@ -69,6 +69,13 @@ pub fn seconds_lost(age_seconds: f64) -> f64 {
     (age_seconds.max(0.0) * 1000.0).round() / 1000.0
 }
 
+/// How old a commit is at least, of its age by the clocks of source and replica and its age by the replica's alone, which
+/// counts from when it was applied. A clock that is behind makes neither of them younger than the other.
+pub fn age(since_commit: Option<f64>, since_applied: f64) -> Option<f64> {
+    let age = since_commit?.max(since_applied);
+    (age >= 0.0).then(|| seconds_lost(age))
+}
+
 /// Asks the source.
 pub async fn ask(question: &Question<'_>) -> Answer {
     let mut answer = Answer::default();
@@ -351,6 +358,21 @@ mod tests {
     #[test]
     fn a_transaction_cut_off_before_its_commit_is_not_counted() {
         assert_eq!(counted(0, &[begin(), relation(1, "public"), insert(1)]), 0);
+    }
+
+    #[test]
+    fn a_clock_that_is_behind_makes_no_loss_smaller() {
+        for (since_commit, since_applied, age_is) in [
+            (Some(3.0), 2.9, Some(3.0)),
+            // The replica is ten minutes behind, then ten minutes ahead.
+            (Some(-597.0), 2.9, Some(2.9)),
+            (Some(603.0), 2.9, Some(603.0)),
+            // It was set back since.
+            (Some(-597.0), -597.1, None),
+            (None, 2.9, None),
+        ] {
+            assert_eq!(age(since_commit, since_applied), age_is);
+        }
     }
 
     #[test]

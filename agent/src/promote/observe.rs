@@ -14,7 +14,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio_postgres::Client;
 
 use super::state::State;
-use super::{Detail, Doing, PromoteError};
+use super::{Detail, Doing, PromoteError, loss};
 use crate::catalog::{self, TableName};
 use crate::config::{Config, Databases};
 use crate::pg::{self, PgLsn, Session};
@@ -38,6 +38,13 @@ pub struct Progress {
     pub commit_age_seconds: Option<f64>,
     /// Seconds since anything was applied, both on the replica's clock.
     pub applied_age_seconds: f64,
+}
+
+impl Progress {
+    /// How old the last applied commit is at least; none where a clock was set and nothing can be said.
+    pub fn age_seconds(&self) -> Option<f64> {
+        loss::age(self.commit_age_seconds, self.applied_age_seconds)
+    }
 }
 
 /// What `dr_agent.table_sync` says of the initial copy.

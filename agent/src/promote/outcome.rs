@@ -137,7 +137,7 @@ pub(super) async fn planned(
             end_lsn: database.progress.end_lsn.to_string(),
             batch: database.progress.batch,
             commit_time: database.progress.commit_time.clone(),
-            rpo_seconds: database.progress.commit_age_seconds.map(loss::seconds_lost),
+            rpo_seconds: database.progress.age_seconds(),
             ..DatabaseReport::default()
         };
         if options.plan && !database.state().is_fenced() {

@@ -30,6 +30,8 @@ use crate::stream::{APPLICATION_PREFIX, StreamName};
 const COLUMN_WITHIN: &str = "5s";
 /// How long storing a state may take: somebody may have locked the table.
 const STORE_WITHIN: Duration = Duration::from_secs(30);
+/// A replica's clock that is behind the source's by less, in seconds, is not worth a warning.
+const CLOCKS_AGREE_WITHIN: f64 = 1.0;
 /// Sequences named in a warning; beyond it they are counted.
 const NAMED_MAX: usize = 5;
 
@@ -73,7 +75,8 @@ pub(super) async fn read_progress(
         .query_opt(
             "SELECT batch, end_lsn,
                     to_char(commit_time AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
-                    extract(epoch FROM $2::text::timestamptz - commit_time)::float8
+                    extract(epoch FROM $2::text::timestamptz - commit_time)::float8,
+                    extract(epoch FROM $2::text::timestamptz - applied_at)::float8
                FROM dr_agent.progress WHERE stream = $1",
             &[&record.stream.as_str(), &record.detail.database.fenced_at],
         )
@@ -90,7 +93,7 @@ pub(super) async fn read_progress(
     report.batch = row.get(0);
     report.end_lsn = row.get::<_, PgLsn>(1).to_string();
     report.commit_time = row.get(2);
-    report.rpo_seconds = row.get::<_, Option<f64>>(3).map(super::loss::seconds_lost);
+    record.loses(row.get(3), row.get(4));
     Ok(())
 }
 
@@ -109,6 +112,18 @@ pub(super) async fn settle_prepared(
 }
 
 impl Record {
+    /// Takes over how long ago the last applied transaction was committed, and was applied, when the term was raised.
+    pub(super) fn loses(&mut self, since_commit: Option<f64>, since_applied: f64) {
+        self.detail.database.rpo_seconds = super::loss::age(since_commit, since_applied);
+        let ahead = since_commit.map_or(0.0, |since_commit| since_applied - since_commit);
+        if ahead > CLOCKS_AGREE_WITHIN {
+            self.warn(format!(
+                "the last transaction was applied {ahead:.1} s before it was committed: the replica's clock is at least that \
+                 much behind the source's, so the seconds lost are counted from when it was applied"
+            ));
+        }
+    }
+
     /// Where the replica is, as far as the record knows.
     pub(super) fn end_lsn(&self) -> Result<PgLsn, PromoteError> {
         let end_lsn = &self.detail.database.end_lsn;

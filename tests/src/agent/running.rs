@@ -101,6 +101,13 @@ impl Running {
         );
     }
 
+    /// Waits until a database has stopped by an error that needs a person, and ends the process, which goes on saying so.
+    pub async fn expect_stopped(&mut self, database: &str) {
+        self.wait_for_state(database, "stopped").await;
+        self.ask_to_stop();
+        self.expect_exit(0).await;
+    }
+
     /// Waits for the end, which must be by a signal: a fail point aborts, and nothing else may have been quicker.
     pub async fn expect_death_by_signal(&mut self) {
         let status = self.wait_for_exit(PATIENCE).await;
