@@ -24,6 +24,7 @@ mod segment;
 mod spool;
 #[cfg(test)]
 mod tests;
+mod unzstd;
 mod uploading;
 
 pub use chain::Chain;

@@ -15,6 +15,7 @@ const EXAMPLE: &str = include_str!("../../ops/dr-agent.toml");
 /// argument.
 const PURE: &[&str] = &[
     "backoff.rs",
+    "archive/unzstd.rs",
     "archive/chain.rs",
     "aws/refusal.rs",
     "archive/layout.rs",

@@ -55,9 +55,15 @@ impl Month {
         for (manifest, days) in manifests.iter().zip(AGES) {
             let base = manifest.strip_suffix("manifest.json").unwrap();
             let mut manifest = backup::manifest(&store, base).await.unwrap();
-            manifest.as_of -= Duration::from_secs(days * 24 * 3600);
+            let age = Duration::from_secs(days * 24 * 3600);
+            manifest.as_of -= age;
+            manifest.started_at -= age;
+            manifest.finished_at -= age;
             let path = archive.join(base).join("manifest.json");
-            fs::write(path, manifest.to_json().unwrap()).unwrap();
+            fs::write(&path, manifest.to_json().unwrap()).unwrap();
+            // By the store's clock as well.
+            let file = fs::File::options().append(true).open(path).unwrap();
+            file.set_modified(manifest.finished_at.into()).unwrap();
         }
         Self {
             database,

@@ -9,6 +9,7 @@
 
 mod archive;
 mod archive_alone;
+mod archive_damage;
 mod archive_history;
 mod archive_keep;
 mod archive_lives;

@@ -45,6 +45,8 @@ pub enum Fault {
     Strip(&'static str),
     /// The answer's body ends after so many bytes, and its length says the same.
     Shorten(usize),
+    /// The answer says that it is of this date.
+    Dated(&'static str),
 }
 
 /// A slow body passes so often in a second.
@@ -61,6 +63,8 @@ struct Server {
 struct Plan {
     /// A fault, and what the first line of its request contains.
     faults: Vec<(&'static str, Fault)>,
+    /// For every such request.
+    always: Vec<(String, Fault)>,
     /// The heads of all requests so far.
     heads: Vec<String>,
 }
@@ -111,6 +115,14 @@ impl FaultyProxy {
         lock(&self.plan).faults.push((line, fault));
     }
 
+    /// Spoils every request whose first line contains `line` from now on, or none any more.
+    pub fn spoil_every(&self, line: &str, fault: Option<Fault>) {
+        let mut plan = lock(&self.plan);
+        plan.always.retain(|(part, _)| part != line);
+        plan.always
+            .extend(fault.map(|fault| (line.to_owned(), fault)));
+    }
+
     /// The faults that no request has met yet.
     pub fn unused(&self) -> usize {
         lock(&self.plan).faults.len()
@@ -141,7 +153,9 @@ async fn carry(mut client: TcpStream, server: &Server, plan: &Mutex<Plan>) -> st
         let line = head.lines().next().unwrap_or_default();
         let found = plan.faults.iter().position(|(part, _)| line.contains(part));
         plan.heads.push(head.to_ascii_lowercase());
-        found.map(|at| plan.faults.remove(at).1)
+        let always = plan.always.iter().find(|(part, _)| line.contains(part));
+        let always = always.map(|(_, fault)| *fault);
+        found.map(|at| plan.faults.remove(at).1).or(always)
     };
     let rate = match fault {
         Some(Fault::Slow(rate)) => Some(rate),
@@ -199,6 +213,15 @@ async fn carry(mut client: TcpStream, server: &Server, plan: &Mutex<Plan>) -> st
         Some(Fault::Strip(header)) => {
             let answer = ask(server, &request).await?;
             client.write_all(&without(header, &answer)).await?;
+        }
+        Some(Fault::Dated(date)) => {
+            let answer = without("date", &ask(server, &request).await?);
+            let line = answer.windows(2).position(|bytes| bytes == b"\r\n");
+            let (line, rest) = answer.split_at(line.map_or(0, |end| end + 2));
+            let date = format!("Date: {date}\r\n");
+            client
+                .write_all(&[line, date.as_bytes(), rest].concat())
+                .await?;
         }
         Some(Fault::Shorten(bytes)) => {
             let mut answer = without("content-length", &ask(server, &request).await?);

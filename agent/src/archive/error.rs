@@ -83,6 +83,20 @@ impl ArchiveError {
     }
 }
 
+impl ArchiveError {
+    /// Whether it says something about one object, while the archive is there and may give others.
+    pub fn is_of_one_object(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_of_one_object(),
+            Self::Damaged { .. }
+            | Self::Record { .. }
+            | Self::Frames { .. }
+            | Self::Foreign { .. } => true,
+            Self::Spool(_) | Self::Lost { .. } | Self::Missing { .. } => false,
+        }
+    }
+}
+
 impl Classify for ArchiveError {
     fn class(&self) -> Class {
         match self {

@@ -12,6 +12,7 @@ use std::io::{Read as _, Write as _};
 
 use bytes::Bytes;
 
+use super::unzstd::Unzstd;
 use super::{ArchiveError, Layout, Segment, Span, SpoolError};
 use crate::changelog::{Frames, Part, Unpacker, history_of};
 use crate::history::History;
@@ -149,14 +150,18 @@ fn encoder() -> std::io::Result<zstd::stream::write::Encoder<'static, Vec<u8>>> 
     Ok(encoder)
 }
 
-/// Reads a segment and checks all of it.
+/// Reads a segment and checks all of it, the checksum behind its last byte included: whoever only reads it can do without, since
+/// every record has one of its own.
 ///
 /// # Errors
 /// [`ArchiveError`]
 pub async fn verify(store: &Store, layout: &Layout, span: Span) -> Result<(), ArchiveError> {
     let mut reader = SegmentReader::open(store, layout, span).await?;
     while reader.next_messages().await?.is_some() {}
-    Ok(())
+    match reader.decoder.is_whole() {
+        true => Ok(()),
+        false => Err(reader.damaged("it does not end where its compressed data ends".to_owned())),
+    }
 }
 
 /// A segment that is being read.
@@ -168,7 +173,7 @@ pub struct SegmentReader {
     object: ObjectReader,
     /// Of the object, not yet decompressed.
     compressed: Bytes,
-    decoder: zstd::stream::write::Decoder<'static, Vec<u8>>,
+    decoder: Unzstd,
     frames: Frames,
     unpacker: Unpacker,
     /// The end of the last batch that is complete.
@@ -183,11 +188,9 @@ impl SegmentReader {
     /// When the store does not give it.
     pub async fn open(store: &Store, layout: &Layout, span: Span) -> Result<Self, ArchiveError> {
         let name = layout.segment(span);
-        let decoder = zstd::stream::write::Decoder::new(Vec::new()).map_err(|error| {
-            ArchiveError::Damaged {
-                object: name.clone(),
-                reason: error.to_string(),
-            }
+        let decoder = Unzstd::new().map_err(|error| ArchiveError::Damaged {
+            object: name.clone(),
+            reason: error.to_string(),
         })?;
         Ok(Self {
             object: store.read(&name).await?,
@@ -237,13 +240,9 @@ impl SegmentReader {
             }
             let length = self.compressed.len().min(COMPRESSED_BYTES);
             let bytes = self.compressed.split_to(length);
-            let decoded = self
-                .decoder
-                .write_all(&bytes)
-                .and_then(|()| self.decoder.flush());
+            let frames = &mut self.frames;
+            let decoded = self.decoder.push(&bytes, |raw| frames.push(raw));
             decoded.map_err(|error| self.damaged(error.to_string()))?;
-            self.frames.push(self.decoder.get_ref());
-            self.decoder.get_mut().clear();
         }
     }
 

@@ -193,6 +193,19 @@ impl Refusal {
         matches!(self, Self::Denied | Self::Forbidden | Self::Kms)
     }
 
+    /// Whether it says something about one object and nothing about the others: its key, its class, its own rights.
+    pub(crate) fn is_of_one_object(self) -> bool {
+        matches!(
+            self,
+            Self::Denied
+                | Self::Forbidden
+                | Self::Kms
+                | Self::Frozen
+                | Self::Invalid
+                | Self::Unknown
+        )
+    }
+
     /// What is to be done about it.
     pub(crate) fn class(self) -> Class {
         match self {

@@ -8,12 +8,12 @@ use jiff::Timestamp;
 
 use super::prune::{Pruned, ended, prune};
 use super::repository::{self, Found};
-use super::retention::Segment;
+use super::retention::{self, Segment};
 use super::{BackupError, verify};
 use crate::archive::{self, ArchiveError, Chain, Layout, Span};
 use crate::error::chain;
 use crate::pg::PgLsn;
-use crate::store::{Listed, Store, StoreError};
+use crate::store::{Listed, Store};
 use crate::stream::StreamName;
 
 /// The archive of one history.
@@ -88,7 +88,8 @@ impl Bases {
                 bytes: object.bytes,
             })
             .collect();
-        let (bases, now) = (self.layout.bases(), Timestamp::now());
+        let bases = self.layout.bases();
+        let now = agreed(&self.store).await?;
         prune(&self.store, &bases, &log, now, retention, dry_run).await
     }
 
@@ -101,21 +102,32 @@ impl Bases {
         retention: Duration,
         dry_run: bool,
     ) -> Result<Pruned, BackupError> {
-        ended(all, Timestamp::now(), retention, dry_run).await
+        match all.first() {
+            None => Ok(Pruned::default()),
+            Some(first) => ended(all, agreed(&first.store).await?, retention, dry_run).await,
+        }
     }
 
-    /// Reads everything back; what is wrong is said, and the rest is read all the same. `settled`: what was written longer ago
+    /// Reads everything back; what is wrong is said, and the rest is read all the same. Without a flaw every moment that is
+    /// promised can be restored: from the oldest base backup to the end of the log. `is_last`: no other history began after this
+    /// one. `settled`: what was written longer ago
     /// must have its log, which may still be on its way for what is younger.
     ///
     /// # Errors
     /// Where the store is away: that says nothing about what is in it.
-    pub async fn verify(&self, settled: Duration) -> Result<Verified, BackupError> {
+    pub async fn verify(&self, settled: Duration, is_last: bool) -> Result<Verified, BackupError> {
         let found = self.find().await?;
         let mut flaws: Vec<String> = found
             .unusable
             .iter()
             .map(|base| format!("base backup {} cannot be used: {}", base.base, base.reason))
             .collect();
+        // An earlier history that ended before its first base backup promises nothing.
+        if found.bases.is_empty() && (is_last || !found.objects.is_empty()) {
+            flaws.push(
+                "there is no base backup that can be used: nothing can be restored".to_owned(),
+            );
+        }
         for base in &found.bases {
             match verify(&self.store, &base.base).await {
                 Ok(_) => {}
@@ -126,23 +138,24 @@ impl Bases {
             }
         }
         let log = self.log(PgLsn::from(0)).await?;
-        let spans: Vec<Span> = log.iter().map(|(span, _)| *span).collect();
-        for span in &spans {
-            match archive::verify(&self.store, &self.layout, *span).await {
-                Ok(()) => {}
-                Err(ArchiveError::Store(error))
-                    if !matches!(error, StoreError::NotFound { .. }) =>
-                {
+        let segments = log.len();
+        let mut sound = Vec::new();
+        for (span, object) in log {
+            match archive::verify(&self.store, &self.layout, span).await {
+                Ok(()) => sound.push((span, object)),
+                Err(ArchiveError::Store(error)) if !error.is_of_one_object() => {
                     return Err(error.into());
                 }
                 Err(error) => flaws.push(chain(&error)),
             }
         }
+        // What cannot be read leads nowhere, whatever its name says.
+        let spans: Vec<Span> = sound.iter().map(|(span, _)| *span).collect();
         flaws.extend(missing(&found, &spans, Timestamp::now(), settled));
-        let last = log.iter().max_by_key(|(span, _)| span.end);
+        let last = sound.iter().max_by_key(|(span, _)| span.end);
         Ok(Verified {
             bases: found.bases.len(),
-            segments: log.len(),
+            segments,
             end: last.map(|(span, object)| {
                 let written_at = object.written_at.and_then(|at| at.try_into().ok());
                 (span.end, written_at)
@@ -150,6 +163,16 @@ impl Bases {
             flaws,
         })
     }
+}
+
+/// What time it is, by this machine's clock and the store's.
+///
+/// # Errors
+/// [`BackupError::Clocks`] where they contradict each other: nothing is deleted by a clock that may be wrong.
+async fn agreed(store: &Store) -> Result<Timestamp, BackupError> {
+    let (here, there) = (Timestamp::now(), store.clock().await);
+    let there = there.and_then(|there| there.try_into().ok());
+    retention::agreed(here, there).map_err(|there| BackupError::Clocks { here, there })
 }
 
 /// From the oldest base on the log must lead to its end, and past every base that is not quite young.
@@ -193,6 +216,7 @@ mod tests {
             lsn: lsn(at),
             as_of: time,
             finished_at: time,
+            begun_at: None,
             server_version: 150_018,
             tables: 1,
             rows: 1,

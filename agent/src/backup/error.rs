@@ -119,6 +119,14 @@ pub enum BackupError {
         /// Rows in the answer to COPY.
         stored: u64,
     },
+    /// What is old, two clocks see differently.
+    #[error("nothing is deleted: this machine's clock says {here:.0}, the store's {there:.0}")]
+    Clocks {
+        /// This machine's.
+        here: jiff::Timestamp,
+        /// The store's.
+        there: jiff::Timestamp,
+    },
     /// The caller's token was cancelled.
     #[error("the backup was stopped")]
     Cancelled,
@@ -198,7 +206,7 @@ impl Classify for BackupError {
             Self::Store(error) => error.class(),
             Self::Tables(error) => error.class(),
             // The next attempt has an LSN of its own.
-            Self::Exists { .. } | Self::Cancelled => Class::Transient,
+            Self::Exists { .. } | Self::Clocks { .. } | Self::Cancelled => Class::Transient,
             Self::Local { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Class::Transient,
                 _ => Class::Definite,
@@ -263,6 +271,9 @@ impl Classify for BackupError {
             }
             Self::RowCount { .. } => {
                 "nothing of this part was kept; a rule or a trigger of the new database may drop rows"
+            }
+            Self::Clocks { .. } => {
+                "set the clock that is wrong (NTP); archive.retention lets go of what is old, and by a wrong clock everything may be"
             }
             Self::Cancelled => return None,
         };

@@ -139,6 +139,16 @@ impl Manifest {
         self.objects.iter().find(|object| object.name == name)
     }
 
+    /// Whether it is of the stream and history in whose place it was found; what has no such place is not judged.
+    pub(super) fn belongs_to(&self, base: &str) -> bool {
+        let mut folders = base.split('/');
+        let place = folders.next().zip(folders.next());
+        place.is_none_or(|(stream, history)| match history.parse::<History>() {
+            Ok(history) => self.stream == stream && self.history() == history,
+            Err(_) => true,
+        })
+    }
+
     /// How long it took, by the agent's clock; none of a clock that went back.
     pub fn took(&self) -> Duration {
         let took = self.finished_at.duration_since(self.started_at);

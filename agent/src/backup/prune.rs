@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::bases::Bases;
 use super::error::BackupError;
 use super::manifest;
-use super::repository::{self, Found};
+use super::repository::{self, Found, Summary};
 use super::retention::{self, Base, Holdings, Life, Segment};
 use crate::failpoint;
 use crate::pg::PgLsn;
@@ -65,7 +65,7 @@ pub async fn prune(
         .iter()
         .map(|base| Base {
             lsn: base.lsn,
-            as_of: base.as_of,
+            as_of: base.counts_from(),
         })
         .collect();
     let unusable = || found.unusable.iter().map(|base| base.lsn);
@@ -127,7 +127,7 @@ pub(super) async fn ended(
         let objects = history.store.list(&history.layout.root(), None).await?;
         lives.push(Life {
             written_at: newest(&objects),
-            first_base: bases.bases.iter().map(|base| base.as_of).min(),
+            first_base: bases.bases.iter().map(Summary::counts_from).min(),
         });
         found.push((bases, objects));
     }

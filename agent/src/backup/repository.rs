@@ -7,14 +7,16 @@
 //!   think that it was never there, and it must not keep anybody from the others.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::SystemTime;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde::Serialize;
 
 use super::error::{BackupError, Flaw};
 use super::manifest::{self, Manifest, Object};
-use super::object::{self, Summing};
+use super::object::{self, Sum, Summing};
 use crate::archive::Layout;
+use crate::error::{Classify as _, chain};
 use crate::history::History;
 use crate::pg::PgLsn;
 use crate::store::{Listed, Store, StoreError};
@@ -42,6 +44,9 @@ pub struct Summary {
     /// When it was finished, by the agent's clock.
     #[serde(serialize_with = "text")]
     pub finished_at: jiff::Timestamp,
+    /// When it was begun, by the store's clock.
+    #[serde(skip)]
+    pub begun_at: Option<jiff::Timestamp>,
     /// The source's `server_version_num`.
     pub server_version: i32,
     /// Tables.
@@ -59,7 +64,7 @@ fn text<S: serde::Serializer>(value: &impl ToString, to: S) -> Result<S::Ok, S::
 }
 
 impl Summary {
-    fn new(base: String, manifest: &Manifest) -> Self {
+    fn new(base: String, manifest: &Manifest, written_at: Option<SystemTime>) -> Self {
         let mut tables: Vec<_> = manifest.data().map(|(_, data)| &data.table).collect();
         tables.sort();
         tables.dedup();
@@ -68,12 +73,21 @@ impl Summary {
             lsn: manifest.lsn,
             as_of: manifest.as_of,
             finished_at: manifest.finished_at,
+            begun_at: written_at
+                .and_then(|at| jiff::Timestamp::try_from(at.checked_sub(manifest.took())?).ok()),
             server_version: manifest.server_version,
             tables: tables.len(),
             rows: manifest.data().map(|(_, data)| data.rows).sum(),
             raw_bytes: manifest.data().map(|(_, data)| data.raw_bytes).sum(),
             bytes: manifest.bytes(),
         }
+    }
+
+    /// Since when it counts for the retention: of what the source's and the store's clock say the later. One that was wrong must
+    /// not make a base look old.
+    pub(super) fn counts_from(&self) -> jiff::Timestamp {
+        self.begun_at
+            .map_or(self.as_of, |begun_at| begun_at.max(self.as_of))
     }
 }
 
@@ -126,21 +140,46 @@ pub async fn find(store: &Store, bases: &str) -> Result<Found, BackupError> {
         let lsn = PgLsn::from(lsn);
         let base = base(bases, lsn);
         let its_manifest = format!("{base}{}", manifest::NAME);
-        if !listed.iter().any(|object| object.name == its_manifest) {
+        let Some(its_manifest) = listed.iter().find(|object| object.name == its_manifest) else {
             continue;
-        }
+        };
         match manifest(store, &base).await {
-            Ok(manifest) => found.bases.push(Summary::new(base, &manifest)),
-            Err(BackupError::Manifest { reason, .. }) => {
-                found.unusable.push(Unusable { base, lsn, reason });
+            Ok(manifest) => {
+                let summary = Summary::new(base, &manifest, its_manifest.written_at);
+                found.bases.push(summary);
             }
             // Somebody has tidied up meanwhile.
             Err(BackupError::NotFound { .. }) => {}
-            Err(error) => return Err(error),
+            Err(error) => {
+                let reason = unusable(error)?;
+                found.unusable.push(Unusable { base, lsn, reason });
+            }
         }
     }
     found.objects = objects;
     Ok(found)
+}
+
+/// Why a base whose manifest could not be read cannot be used. One that the store keeps back (frozen, its key disabled, its disk
+/// block bad) says nothing about the others.
+///
+/// # Errors
+/// Where the store itself is away: then nothing is known of any base.
+fn unusable(error: BackupError) -> Result<String, BackupError> {
+    match error {
+        BackupError::Manifest { reason, .. } => Ok(reason),
+        BackupError::Store(error) if error.is_of_one_object() => Ok(unreadable(&error)),
+        error => Err(error),
+    }
+}
+
+fn unreadable(error: &StoreError) -> String {
+    let hint = error.hint().map(|hint| format!(" ({hint})"));
+    format!(
+        "it cannot be read: {}{}",
+        chain(error),
+        hint.unwrap_or_default()
+    )
 }
 
 fn lsn_of(bases: &str, name: &str) -> Option<u64> {
@@ -208,11 +247,14 @@ impl Newest {
                 }
                 // A leftover, or one that is being taken.
                 Err(BackupError::NotFound { .. }) => {}
-                Err(BackupError::Manifest { reason, .. }) => {
-                    warn(&base, &reason);
+                // What cannot be read now may be readable at the next look; what is damaged stays so.
+                Err(error @ BackupError::Store(_)) => {
+                    warn(&base, &unusable(error)?);
+                }
+                Err(error) => {
+                    warn(&base, &unusable(error)?);
                     self.unusable.insert(base);
                 }
-                Err(error) => return Err(error),
             }
         }
         self.known = found;
@@ -239,7 +281,16 @@ pub async fn manifest(store: &Store, base: &str) -> Result<Manifest, BackupError
         }
         other => other?,
     };
-    Manifest::from_json(&json).map_err(|reason| BackupError::Manifest { object, reason })
+    let manifest =
+        Manifest::from_json(&json).and_then(|manifest| match manifest.belongs_to(base) {
+            true => Ok(manifest),
+            false => Err(format!(
+                "it is of stream {} and history {}: somebody copied it there",
+                manifest.stream,
+                manifest.history()
+            )),
+        });
+    manifest.map_err(|reason| BackupError::Manifest { object, reason })
 }
 
 /// Reads everything of a base back and compares it with the manifest, which is returned.
@@ -304,26 +355,33 @@ pub(super) fn flaws(base: &str, manifest: &Manifest, listed: &[Listed]) -> Vec<F
 }
 
 async fn check(store: &Store, base: &str, object: &Object) -> Result<Option<Flaw>, BackupError> {
-    let mut reader = match object::read(store, base, &object.name).await {
+    let flaw = match summed(store, base, &object.name).await {
+        Ok(sum) => sum.flaw(&object.sum),
         // Deleted since it was listed.
         Err(BackupError::Damaged { mut flaws, .. }) => return Ok(flaws.pop()),
-        other => other?,
+        Err(BackupError::Store(error)) if error.is_of_one_object() => Some(unreadable(&error)),
+        Err(error) => return Err(error),
     };
-    let mut summing = Summing::default();
-    while let Some(piece) = reader.next().await? {
-        summing.add(&piece);
-    }
-    let flaw = summing.sum().flaw(&object.sum);
     Ok(flaw.map(|reason| Flaw {
         object: object.name.clone(),
         reason,
     }))
 }
 
+async fn summed(store: &Store, base: &str, object: &str) -> Result<Sum, BackupError> {
+    let mut reader = object::read(store, base, object).await?;
+    let mut summing = Summing::default();
+    while let Some(piece) = reader.next().await? {
+        summing.add(&piece);
+    }
+    Ok(summing.sum())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::backup::manifest::tests::example;
+    use crate::lag::system_time;
     use crate::store::{Encryption, StoreUrl};
 
     fn listed(name: &str, bytes: u64) -> Listed {
@@ -361,7 +419,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let url = StoreUrl::Directory(home.path().to_owned());
         let store = Store::open(&url, &Encryption::Default).await.unwrap();
-        let stream = StreamName::new("dr", "app");
+        let stream = StreamName::new("dr_agent", "app");
         let of = |began: i64| {
             let history = History {
                 system_identifier: 7312,
@@ -383,10 +441,14 @@ mod tests {
             let found = newest.find(&store, &stream).await.unwrap();
             found.map(|(base, _)| base.to_owned())
         };
-        let whole = || example().to_json().unwrap();
+        let whole = |began: i64| {
+            let mut manifest = example();
+            manifest.began = system_time(began).try_into().unwrap();
+            manifest.to_json().unwrap()
+        };
         assert_eq!(found().await, None);
-        put(1, 10, whole()).await;
-        put(1, 20, whole()).await;
+        put(1, 10, whole(1)).await;
+        put(1, 20, whole(1)).await;
         assert_eq!(found().await, Some(prefix(1, 20)));
         // It is not read again, nor is an older one at all; one without a manifest is nobody's.
         std::fs::write(manifest_of(1, 20), "damaged").unwrap();
@@ -396,13 +458,16 @@ mod tests {
         assert_eq!(found().await, Some(prefix(1, 20)));
         put(1, 40, "damaged".to_owned()).await;
         assert_eq!(found().await, Some(prefix(1, 20)));
-        put(1, 50, whole()).await;
+        put(1, 50, whole(1)).await;
         assert_eq!(found().await, Some(prefix(1, 50)));
         std::fs::remove_file(manifest_of(1, 50)).unwrap();
         assert_eq!(found().await, None);
+        // One of another history leads nowhere, wherever somebody has copied it.
+        put(1, 70, whole(2)).await;
+        assert_eq!(found().await, None);
         // Of a history that began later.
-        put(2, 5, whole()).await;
-        put(1, 60, whole()).await;
+        put(2, 5, whole(2)).await;
+        put(1, 60, whole(1)).await;
         assert_eq!(found().await, Some(prefix(2, 5)));
     }
 

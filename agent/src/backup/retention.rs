@@ -16,6 +16,8 @@
 //! - A whole history goes when nothing has been written of it for as long as the retention, and a later one has a base that
 //!   is older than that: then no moment within the retention needs it.
 //!
+//! - Two clocks have to agree, this machine's and the store's, before anything goes ([`agreed`]).
+//!
 //! # What it does not do
 //! It does not look whether the log is whole.
 
@@ -62,6 +64,22 @@ pub struct Holdings<'a> {
     pub leftovers: &'a [PgLsn],
     /// The change log, in any order.
     pub log: &'a [Segment],
+}
+
+/// Two clocks may differ so much: nothing is kept for so short a time that it would matter.
+const CLOCKS_APART: Duration = Duration::from_secs(600);
+
+/// The time by which to delete, of what this machine's clock and the store's say: the earlier. Where the store says none, one
+/// clock is all there is.
+///
+/// # Errors
+/// What the store says, where they contradict each other: one of them is wrong, and nobody knows which.
+pub fn agreed(here: Timestamp, store: Option<Timestamp>) -> Result<Timestamp, Timestamp> {
+    match store {
+        Some(there) if here.duration_since(there).unsigned_abs() > CLOCKS_APART => Err(there),
+        Some(there) => Ok(here.min(there)),
+        None => Ok(here),
+    }
 }
 
 /// What may go.
@@ -267,6 +285,19 @@ mod tests {
         assert_eq!(gone(25), []);
         assert_eq!(gone(27), [PgLsn::from(20)]);
         assert_eq!(gone(24 * 30), [PgLsn::from(20)]);
+    }
+
+    #[test]
+    fn nothing_is_deleted_by_a_clock_that_the_store_contradicts() {
+        let day = 24 * HOUR;
+        let apart = CLOCKS_APART.as_secs();
+        let judge = |here: u64, there: u64| agreed(at(here), Some(at(there)));
+        assert_eq!(judge(50 * day, 30 * day), Err(at(30 * day)));
+        assert_eq!(judge(30 * day, 50 * day), Err(at(50 * day)));
+        assert_eq!(judge(day, day + apart + 1), Err(at(day + apart + 1)));
+        assert_eq!(judge(day + 9, day), Ok(at(day)));
+        assert_eq!(judge(day, day + apart), Ok(at(day)));
+        assert_eq!(agreed(at(day), None), Ok(at(day)));
     }
 
     proptest! {

@@ -36,7 +36,7 @@ const AT_A_TIME: usize = 8;
 pub struct ArchiveStatus {
     /// Base backups; none can be restored from before the first.
     pub bases: Option<usize>,
-    /// Base backups that nobody can restore from: their manifests are damaged.
+    /// Base backups that nobody can restore from now: their manifests are damaged, or cannot be read.
     pub unusable_bases: Option<usize>,
     /// Position of the newest base backup.
     pub base_lsn: Option<String>,
@@ -156,7 +156,7 @@ impl ArchiveStatus {
         if let Some(unusable) = self.unusable_bases.filter(|unusable| *unusable > 0) {
             let _ = writeln!(
                 out,
-                "  archive: {unusable} DAMAGED base backups; `dr-agent backup --list` names them"
+                "  archive: {unusable} base backups that CANNOT BE USED; `dr-agent backup --list` names them"
             );
         }
         if let (Some(lsn), Some(as_of)) = (&self.base_lsn, &self.base_as_of) {

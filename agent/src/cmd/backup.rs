@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::run::stop_on_signal;
 use crate::archive::{Chain, Span};
 use crate::backup::keep::Keeper;
-use crate::backup::{self, BackupError, Bases, Found, Pruned, Summary};
+use crate::backup::{self, BackupError, Bases, Found, Pruned, Summary, Verified};
 use crate::config::{Archive, Config, Databases};
 use crate::error::{Classify, chain};
 use crate::metrics::ArchiveMetrics;
@@ -261,10 +261,21 @@ async fn look(
 ) -> Result<Vec<Said>, BackupError> {
     let all = Bases::all(store, &named.stream).await?;
     if all.is_empty() && !args.prune {
+        let flaws = match args.verify {
+            true => vec!["there is nothing: nothing can be restored"],
+            false => Vec::new(),
+        };
         return Ok(vec![Said {
-            text: format!("{}: no base backup", named.name()),
-            json: named.json(json!({ "history": null, "bases": [], "segments": 0 })),
-            sound: true,
+            text: match args.verify {
+                true => format!(
+                    "{}: nothing is there: NOTHING CAN BE RESTORED",
+                    named.name()
+                ),
+                false => format!("{}: no base backup", named.name()),
+            },
+            json: named
+                .json(json!({ "history": null, "bases": [], "segments": 0, "flaws": flaws })),
+            sound: flaws.is_empty(),
         }]);
     }
     let mut said = Vec::new();
@@ -281,7 +292,9 @@ async fn look(
             said.push(listed(bases, named, &name, &bases.find().await?, &spans));
         } else if args.verify {
             // What was written lately is in the store after one RPO, if all is well.
-            said.push(verify(bases, named, &name, config.objectives.rpo * 2).await?);
+            let is_last = all.last().is_some_and(|last| last.layout == bases.layout);
+            let verified = bases.verify(config.objectives.rpo * 2, is_last).await?;
+            said.push(verdict(bases, named, &name, verified));
         } else {
             pruned = pruned.and(bases.prune(retention, args.dry_run).await?);
         }
@@ -374,14 +387,11 @@ fn listed(bases: &Bases, named: &Named, name: &str, found: &Found, spans: &[Span
     }
 }
 
-async fn verify(
-    bases: &Bases,
-    named: &Named,
-    name: &str,
-    settled: std::time::Duration,
-) -> Result<Said, BackupError> {
-    let verified = bases.verify(settled).await?;
+fn verdict(bases: &Bases, named: &Named, name: &str, verified: Verified) -> Said {
     let verdict = match verified.flaws.as_slice() {
+        [] if verified.bases == 0 => {
+            "it ended before its first base backup: nothing of it can be restored".to_owned()
+        }
         [] => "sound".to_owned(),
         flaws => format!("DAMAGED\n  {}", flaws.join("\n  ")),
     };
@@ -389,7 +399,7 @@ async fn verify(
         let when = written_at.map(|at| format!(", written at {at:.0}"));
         format!(", the log up to {lsn}{}", when.unwrap_or_default())
     });
-    Ok(Said {
+    Said {
         text: format!(
             "{name}: {} base backups and {} segments read{}: {verdict}",
             verified.bases,
@@ -403,5 +413,5 @@ async fn verify(
             "flaws": verified.flaws,
         })),
         sound: verified.flaws.is_empty(),
-    })
+    }
 }

@@ -156,6 +156,17 @@ impl Directory {
         super::ended(self.background.spawn_blocking(work).await).await
     }
 
+    /// What a file gets as its time that is written now.
+    pub(super) async fn clock(&self) -> Option<SystemTime> {
+        let directory = self.clone();
+        self.blocking(move || {
+            let (mut file, _guard) = directory.temporary().ok()?;
+            file.write_all(b"time").ok()?;
+            file.metadata().ok()?.modified().ok()
+        })
+        .await
+    }
+
     /// A new temporary file and its guard.
     fn temporary(&self) -> io::Result<(File, Temporary)> {
         let path = self

@@ -108,6 +108,15 @@ impl StoreError {
         }
     }
 
+    /// Whether it says something about one object, while the store is there and may give others.
+    pub fn is_of_one_object(&self) -> bool {
+        match self {
+            Self::S3 { refusal, .. } => refusal.is_of_one_object(),
+            Self::NotFound { .. } | Self::Damaged { .. } | Self::Io { .. } => true,
+            Self::Name { .. } | Self::Torn { .. } | Self::TooLarge { .. } => false,
+        }
+    }
+
     /// The disk of a directory has no room: waiting alone makes none.
     pub fn is_full(&self) -> bool {
         use io::ErrorKind::{QuotaExceeded, StorageFull};

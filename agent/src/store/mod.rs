@@ -147,6 +147,15 @@ impl Store {
         }
     }
 
+    /// What time it is by the store's own clock: of the last answer of S3, of the file system for a directory. None where it does
+    /// not tell.
+    pub async fn clock(&self) -> Option<SystemTime> {
+        match &self.0 {
+            Kind::S3(s3) => s3.clock(),
+            Kind::Directory(directory) => directory.clock().await,
+        }
+    }
+
     /// Waits until everything has ended that dropped writes and writers had under way: requests that were sent, uploads that
     /// are aborted, files that get their names.
     pub async fn settle(&self) {

@@ -26,7 +26,7 @@ mod write;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config;
@@ -36,7 +36,7 @@ use base64::prelude::BASE64_STANDARD;
 use metrics::Counter;
 use tokio_util::task::TaskTracker;
 
-use self::attempts::{Conflicts, Throttled};
+use self::attempts::{Clock, Conflicts, Throttled};
 pub(super) use self::read::S3Reader;
 pub(super) use self::write::S3Writer;
 use super::{Doing, Encryption, Listed, Refusal, StoreError, StoreUrl, name};
@@ -64,6 +64,7 @@ struct Place {
     prefix: String,
     encryption: Encryption,
     throttled: Throttled,
+    clock: Clock,
     background: TaskTracker,
 }
 
@@ -94,11 +95,12 @@ impl S3 {
                 said: "the environment names no region".to_owned(),
             });
         };
-        let throttled = Throttled::default();
+        let (throttled, clock) = (Throttled::default(), Clock::default());
         let mut client = config::Builder::from(&environment.config)
             .region(region)
             .retry_classifier(Conflicts)
-            .interceptor(throttled.clone());
+            .interceptor(throttled.clone())
+            .interceptor(clock.clone());
         // Whoever serves S3 under a name of their own seldom has a name for every bucket too.
         client.set_force_path_style(environment.elsewhere.then_some(true));
         Ok(Self {
@@ -112,6 +114,7 @@ impl S3 {
                 },
                 encryption: encryption.clone(),
                 throttled,
+                clock,
                 background: super::background(),
             }),
         })
@@ -120,6 +123,11 @@ impl S3 {
     /// Where answers are counted that ask for fewer requests.
     pub(super) fn count_throttled(&self, counter: Counter) {
         self.place.throttled.count_in(counter);
+    }
+
+    /// What the last answer leads to.
+    pub(super) fn clock(&self) -> Option<SystemTime> {
+        self.place.clock.now()
     }
 
     /// What goes on after those who wanted it are gone.

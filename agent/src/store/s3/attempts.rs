@@ -3,12 +3,14 @@
 //! # What it does not do
 //! It decides nothing about pauses and numbers of attempts.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Instant, SystemTime};
 
 use aws_sdk_s3::config::interceptors::{FinalizerInterceptorContextRef, InterceptorContext};
 use aws_sdk_s3::config::retry::{ClassifyRetry, RetryAction};
 use aws_sdk_s3::config::{ConfigBag, Intercept, RuntimeComponents};
 use aws_sdk_s3::error::BoxError;
+use aws_sdk_s3::primitives::{DateTime, DateTimeFormat};
 use metrics::Counter;
 
 /// Another request for the same object is under way: most of the time our own, whose answer was lost. S3 asks for another
@@ -51,6 +53,41 @@ impl Throttled {
     /// same to be done.
     pub(super) fn is_counted(status: u16) -> bool {
         matches!(status, 429 | 503)
+    }
+}
+
+/// What S3's answers say that the time is.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Clock(Arc<Mutex<Option<(SystemTime, Instant)>>>);
+
+impl Clock {
+    /// None before the first answer.
+    pub(super) fn now(&self) -> Option<SystemTime> {
+        let said = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        said.and_then(|(time, at)| time.checked_add(at.elapsed()))
+    }
+}
+
+impl Intercept for Clock {
+    fn name(&self) -> &'static str {
+        "clock"
+    }
+
+    fn read_after_attempt(
+        &self,
+        context: &FinalizerInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let date = context
+            .response()
+            .and_then(|answer| answer.headers().get("date"));
+        let time = date.and_then(|date| DateTime::from_str(date, DateTimeFormat::HttpDate).ok());
+        if let Some(time) = time.and_then(|time| SystemTime::try_from(time).ok()) {
+            let said = Some((time, tokio::time::Instant::now().into_std()));
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = said;
+        }
+        Ok(())
     }
 }
 
