@@ -66,6 +66,21 @@ CREATE TABLE IF NOT EXISTS dr_agent.promotion (
     detail     jsonb NOT NULL DEFAULT '{}'
 );
 
+-- Large values on their way into a row, piece by piece: written, used and deleted within one apply transaction. Never compressed,
+-- never in the WAL.
+CREATE UNLOGGED TABLE IF NOT EXISTS dr_agent.large_value (
+    number bigint NOT NULL,
+    bytes  bytea NOT NULL
+);
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_catalog.pg_attribute
+                WHERE attrelid = 'dr_agent.large_value'::pg_catalog.regclass AND attname = 'bytes' AND attstorage <> 'e') THEN
+        ALTER TABLE dr_agent.large_value ALTER COLUMN bytes SET STORAGE EXTERNAL;
+    END IF;
+END
+$$;
+
 -- In-band tables; the same as in source.sql.
 CREATE TABLE IF NOT EXISTS dr_agent.heartbeat (
     id         smallint PRIMARY KEY DEFAULT 1 CHECK (id = 1),

@@ -59,7 +59,54 @@ pub enum KeyOrder {
     Bytes,
 }
 
-/// A value that outlives the message it came in.
+/// What has the values of one row.
+pub trait RowValues {
+    /// In column order.
+    fn values(&self) -> impl Iterator<Item = Value<'_>>;
+
+    /// One of them, to outlive the row: the same memory.
+    fn share(&self, value: &[u8]) -> Bytes;
+
+    /// What they take together, at least.
+    fn bytes(&self) -> usize;
+}
+
+impl RowValues for Tuple {
+    fn values(&self) -> impl Iterator<Item = Value<'_>> {
+        Tuple::values(self)
+    }
+
+    fn share(&self, value: &[u8]) -> Bytes {
+        Tuple::share(self, value).unwrap_or_else(|| Bytes::copy_from_slice(value))
+    }
+
+    fn bytes(&self) -> usize {
+        self.wire_bytes()
+    }
+}
+
+impl RowValues for Row {
+    fn values(&self) -> impl Iterator<Item = Value<'_>> {
+        Row::values(self)
+    }
+
+    fn share(&self, value: &[u8]) -> Bytes {
+        let filled = || {
+            let mut filled = self.filled.iter();
+            filled.find_map(|(_, filled)| pgoutput::share(filled.bytes()?, value))
+        };
+        let shared = self.tuple.share(value).or_else(filled);
+        shared.unwrap_or_else(|| Bytes::copy_from_slice(value))
+    }
+
+    fn bytes(&self) -> usize {
+        let filled = self.filled.iter();
+        let filled = filled.filter_map(|(_, value)| Some(value.bytes()?.len()));
+        self.tuple.wire_bytes() + filled.sum::<usize>()
+    }
+}
+
+/// A value that outlives its place in a row; it keeps the message alive that it came in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OwnedValue {
     /// NULL.
@@ -71,12 +118,19 @@ pub enum OwnedValue {
 }
 
 impl OwnedValue {
-    fn of(value: Value<'_>) -> Option<Self> {
+    fn of(value: Value<'_>, row: &impl RowValues) -> Option<Self> {
         match value {
             Value::Null => Some(Self::Null),
-            Value::Text(bytes) => Some(Self::Text(Bytes::copy_from_slice(bytes))),
-            Value::Binary(bytes) => Some(Self::Binary(Bytes::copy_from_slice(bytes))),
+            Value::Text(bytes) => Some(Self::Text(row.share(bytes))),
+            Value::Binary(bytes) => Some(Self::Binary(row.share(bytes))),
             Value::UnchangedToast => None,
+        }
+    }
+
+    fn bytes(&self) -> Option<&Bytes> {
+        match self {
+            Self::Null => None,
+            Self::Text(bytes) | Self::Binary(bytes) => Some(bytes),
         }
     }
 
@@ -133,19 +187,15 @@ impl Row {
     }
 
     /// Takes values for what this row left out from `earlier`, at the positions `allowed` admits.
-    fn fill_from<'a>(
-        &mut self,
-        earlier: impl Iterator<Item = Value<'a>>,
-        allowed: impl Fn(usize) -> bool,
-    ) {
+    fn fill_from(&mut self, earlier: &impl RowValues, allowed: impl Fn(usize) -> bool) {
         let unsent = self.unsent();
         if unsent.is_empty() {
             return;
         }
-        for (position, value) in earlier.enumerate() {
+        for (position, value) in earlier.values().enumerate() {
             if unsent.binary_search(&position).is_ok() && allowed(position) {
                 self.filled
-                    .extend(OwnedValue::of(value).map(|value| (position, value)));
+                    .extend(OwnedValue::of(value, earlier).map(|value| (position, value)));
             }
         }
         self.filled.sort_by_key(|(position, _)| *position);
@@ -484,12 +534,10 @@ impl Folded {
         // What the old row tells of values the new one left out: all of it under REPLICA IDENTITY
         // FULL, otherwise the key's columns.
         match &old {
-            Some(OldTuple::Full(old)) => new.fill_from(old.values(), |_| true),
+            Some(OldTuple::Full(old)) => new.fill_from(old, |_| true),
             Some(OldTuple::Key(old)) => {
                 let columns = self.key.columns.clone();
-                new.fill_from(old.values(), |at| {
-                    columns.iter().any(|key| key.position == at)
-                });
+                new.fill_from(old, |at| columns.iter().any(|key| key.position == at));
             }
             None => {}
         }
@@ -519,7 +567,7 @@ impl Folded {
                 NetChange::Insert(earlier)
                 | NetChange::Update(earlier)
                 | NetChange::Replace { new: earlier, .. } => {
-                    new.fill_from(earlier.values(), |_| true);
+                    new.fill_from(earlier, |_| true);
                     *earlier = new;
                 }
                 NetChange::Delete(_) => {
@@ -543,7 +591,7 @@ impl Folded {
             | NetChange::Replace { new: earlier, .. },
         ) = self.folding.get(&old_key)
         {
-            new.fill_from(earlier.values(), |_| true);
+            new.fill_from(earlier, |_| true);
         }
         if !new.unsent().is_empty() {
             // A TOAST value is only on the replica: the row there must keep its identity.

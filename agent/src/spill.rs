@@ -29,8 +29,8 @@ pub use self::reader::SpillReader;
 pub use self::writer::{SpillWriter, Spills};
 use crate::error::{Class, Classify, disk_class};
 
-/// From version 2 on a record names the (sub)transaction that made the change.
-const FRAME_VERSION: u32 = 2;
+/// From version 2 on a record names the (sub)transaction that made the change; from 3 on the messages follow their frame.
+const FRAME_VERSION: u32 = 3;
 
 /// What can go wrong with a spill file.
 #[derive(Debug, thiserror::Error)]

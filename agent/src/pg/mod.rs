@@ -5,6 +5,7 @@
 //! ([`replication`]). Both share [`ConnInfo`], TLS and password rules.
 
 mod again;
+pub mod binary;
 mod connect;
 mod conninfo;
 mod dial;

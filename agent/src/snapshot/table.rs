@@ -244,12 +244,20 @@ async fn pass_through(
     let mut rows_told = 0;
     let mut chunk = BytesMut::with_capacity(CHUNK_BYTES);
     while let Some(message) = stream.next().await {
-        let message = message.map_err(reading())?;
+        let mut message = message.map_err(reading())?;
         rows.see(&message);
-        chunk.extend_from_slice(&message);
-        if chunk.len() >= CHUNK_BYTES {
-            let sent = chunk.len() as u64;
+        // A large row is not copied: it goes on in pieces of the message, behind what has gathered.
+        let large = message.len() >= CHUNK_BYTES;
+        if !large {
+            chunk.extend_from_slice(&message);
+        }
+        if large || chunk.len() >= CHUNK_BYTES {
+            let sent = (chunk.len() + if large { message.len() } else { 0 }) as u64;
             sink.send(chunk.split().freeze()).await.map_err(writing())?;
+            while large && !message.is_empty() {
+                let piece = message.split_to(message.len().min(CHUNK_BYTES));
+                sink.send(piece).await.map_err(writing())?;
+            }
             observer.copied(rows.rows - rows_told, sent);
             (rows_told, bytes) = (rows.rows, bytes + sent);
         }

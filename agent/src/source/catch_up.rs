@@ -15,12 +15,12 @@
 //! - The function puts a window's changes into a temporary file on the source before it returns the first. No
 //!   window ends further than [`REACH_MAX`](super::positions) from where its decoding begins, so the file holds no more
 //!   than so much WAL does, whatever the transactions are; values that were stored compressed take more there.
+//! - A change of more than [`CHANGE_BYTES_MAX`] ends the windows: the walsender goes on from the end of the last whole transaction.
 //! - The query holds a snapshot, which keeps VACUUM from its work: a window that is not taken within
 //!   [`WINDOW_TIME_MAX`] is given up.
 //! - Whatever the source refuses here is no error of the replication: the walsender goes on from the end of
 //!   the last whole transaction.
 
-use std::ops::ControlFlow;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,6 +53,9 @@ const WINDOW_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// What a window may be expected to take: far enough below that a busy replica does not end it.
 const WINDOW_TIME: Duration = Duration::from_secs(20);
+
+/// A larger change is left to the walsender, whose messages are in memory once; a row of a result is there three times.
+const CHANGE_BYTES_MAX: usize = 4 << 20;
 
 /// Rows handed on at a time, at most; usually as many as one read of the socket brought.
 const ROWS_MAX: usize = 512;
@@ -142,11 +145,16 @@ async fn windows(
         intake.here.reader = Reader::CatchUp;
         intake.tell();
         let began = Instant::now();
-        if take(backlog.window(end), intake, &mut feedback)
-            .await?
-            .is_break()
-        {
-            return Ok(Next::End);
+        match take(backlog.window(end), intake, &mut feedback).await? {
+            Ended::Read => {}
+            Ended::Unwanted => return Ok(Next::End),
+            Ended::TooLarge => {
+                tracing::info!(
+                    stream = %settings.stream,
+                    "a change is too large for a window; the walsender goes on"
+                );
+                return Ok(Next::OnlyWalsender);
+            }
         }
         failpoint::hit("source:window-taken");
         size = next_size(size, began.elapsed());
@@ -184,7 +192,7 @@ async fn take(
     mut window: Window,
     intake: &mut Intake,
     feedback: &mut Feedback,
-) -> Result<ControlFlow<()>, SourceError> {
+) -> Result<Ended, SourceError> {
     let mut due = ticks();
     loop {
         tokio::select! {
@@ -194,7 +202,7 @@ async fn take(
                 let Some(rows) = rows else { break };
                 for data in rows {
                     if intake.take(data, feedback).await? == Taken::Unwanted {
-                        return Ok(ControlFlow::Break(()));
+                        return Ok(Ended::Unwanted);
                     }
                 }
                 intake.tell();
@@ -202,7 +210,7 @@ async fn take(
         }
     }
     match window.reading.await {
-        Ok(read) => Ok(ControlFlow::Continue(read?)),
+        Ok(read) => Ok(read?),
         Err(_) => Err(SourceError::Ended),
     }
 }
@@ -218,7 +226,18 @@ struct Backlog {
 /// One window that is being read.
 struct Window {
     rows: mpsc::Receiver<Vec<Bytes>>,
-    reading: AbortOnDropHandle<Result<(), PgError>>,
+    reading: AbortOnDropHandle<Result<Ended, PgError>>,
+}
+
+/// How a window ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    /// Everything was handed over.
+    Read,
+    /// Before a change that is too large for a window.
+    TooLarge,
+    /// Nobody wants transactions any more.
+    Unwanted,
 }
 
 impl Backlog {
@@ -264,7 +283,8 @@ impl Backlog {
     /// Begins to read up to the first commit at or beyond `end`.
     fn window(&self, end: PgLsn) -> Window {
         let sql = format!(
-            "COPY (SELECT data FROM pg_catalog.pg_logical_slot_get_binary_changes('{}', '{end}', NULL, {})) \
+            "COPY (SELECT CASE WHEN pg_catalog.length(data) <= {CHANGE_BYTES_MAX} THEN data END \
+             FROM pg_catalog.pg_logical_slot_get_binary_changes('{}', '{end}', NULL, {})) \
              TO STDOUT (FORMAT binary)",
             self.slot, self.options
         );
@@ -290,30 +310,35 @@ async fn rows_of(
     client: &Client,
     sql: &str,
     sender: mpsc::Sender<Vec<Bytes>>,
-) -> Result<(), PgError> {
+) -> Result<Ended, PgError> {
     let copy = client.copy_out(sql).await?;
     let rows = BinaryCopyOutStream::new(copy, &[Type::BYTEA]);
     let mut groups = pin!(rows.ready_chunks(ROWS_MAX));
     // One block of memory for many rows.
     let mut block = BytesMut::new();
     while let Some(group) = groups.next().await {
-        let group: Result<Vec<Bytes>, tokio_postgres::Error> = group
-            .into_iter()
-            .map(|row| {
-                let row = row?;
-                let data: &[u8] = row.try_get(0)?;
-                if block.capacity() < data.len() {
-                    block.reserve(BLOCK_BYTES.max(data.len()));
-                }
-                block.put_slice(data);
-                Ok(block.split().freeze())
-            })
-            .collect();
-        if sender.send(group?).await.is_err() {
-            break;
+        let mut data = Vec::with_capacity(group.len());
+        let mut ended = None;
+        for row in group {
+            let row = row?;
+            let Some(change) = row.try_get::<Option<&[u8]>>(0)? else {
+                ended = Some(Ended::TooLarge);
+                break;
+            };
+            if block.capacity() < change.len() {
+                block.reserve(BLOCK_BYTES.max(change.len()));
+            }
+            block.put_slice(change);
+            data.push(block.split().freeze());
+        }
+        if sender.send(data).await.is_err() {
+            return Ok(Ended::Unwanted);
+        }
+        if let Some(ended) = ended {
+            return Ok(ended);
         }
     }
-    Ok(())
+    Ok(Ended::Read)
 }
 
 #[cfg(test)]

@@ -14,12 +14,17 @@ use super::{FRAME_VERSION, SpillError, SpillFile};
 use crate::pg::pgoutput::{self, Message};
 use crate::txn::{Change, Relations, SourceRelation};
 
+/// No frame is larger: it holds a few changes, or one, and PostgreSQL sends none of 2 GiB.
+const FRAME_BYTES_MAX: usize = 2 << 30;
+
 /// A spill file that is being read.
 #[derive(Debug)]
 pub struct SpillReader {
     path: PathBuf,
     file: BufReader<File>,
     sequence: u64,
+    /// The frame that comes next, as far as its header says.
+    next: Option<Frame>,
     relations: HashMap<u32, Arc<SourceRelation>>,
     aborted: Arc<HashSet<u32>>,
 }
@@ -35,14 +40,26 @@ impl SpillReader {
             path: spill.path.clone(),
             file: BufReader::with_capacity(1 << 16, file),
             sequence: 0,
+            next: None,
             relations: HashMap::new(),
             aborted: Arc::clone(&spill.aborted),
         })
     }
 
+    /// What the next frame takes in memory; `None` at the end.
+    pub fn next_bytes(&mut self) -> Result<Option<u64>, SpillError> {
+        if self.next.is_none() {
+            self.next = self.next_frame()?;
+        }
+        Ok(self.next.as_ref().map(|frame| frame.raw_bytes))
+    }
+
     /// The surviving changes of the next frame in order, possibly none; `None` at the end.
     pub fn next_changes(&mut self) -> Result<Option<Vec<Change>>, SpillError> {
-        let Some(frame) = self.next_frame()? else {
+        if self.next_bytes()?.is_none() {
+            return Ok(None);
+        }
+        let Some(frame) = self.next.take() else {
             return Ok(None);
         };
         if frame.version != FRAME_VERSION || frame.sequence != self.sequence {
@@ -52,15 +69,29 @@ impl SpillReader {
             )));
         }
         self.sequence += 1;
-        let capacity = usize::try_from(frame.raw_bytes)
-            .unwrap_or(usize::MAX)
-            .min(2 << 30);
-        let raw = zstd::bulk::decompress(&frame.messages, capacity)
-            .map_err(|error| self.damaged(error.to_string()))?;
+        let raw = self.raw_of(&frame)?;
         if raw.len() as u64 != frame.raw_bytes || crc32c::crc32c(&raw) != frame.crc32c {
             return Err(self.damaged("checksum differs".to_owned()));
         }
         self.parse(Bytes::from(raw)).map(Some)
+    }
+
+    /// The bytes that follow a frame's header, decompressed as they are read.
+    fn raw_of(&mut self, frame: &Frame) -> Result<Vec<u8>, SpillError> {
+        let mut raw = Vec::new();
+        let length = usize::try_from(frame.raw_bytes).unwrap_or(usize::MAX);
+        if length > FRAME_BYTES_MAX || raw.try_reserve_exact(length).is_err() {
+            return Err(self.damaged(format!("a frame of {length} bytes")));
+        }
+        let decompressing = zstd::stream::read::Decoder::with_buffer(&mut self.file);
+        let read = decompressing.and_then(|decompressing| {
+            let mut within = decompressing.single_frame().take(frame.raw_bytes + 1);
+            within.read_to_end(&mut raw)
+        });
+        match read {
+            Ok(_) => Ok(raw),
+            Err(error) => Err(self.damaged(error.to_string())),
+        }
     }
 
     fn next_frame(&mut self) -> Result<Option<Frame>, SpillError> {
@@ -117,6 +148,8 @@ impl SpillReader {
             let relations = match decoded {
                 Message::Relation(relation) => {
                     let id = relation.id;
+                    // Copied: descriptions are kept for long, and must not keep their frame.
+                    let message = Bytes::copy_from_slice(&message);
                     self.relations
                         .insert(id, Arc::new(SourceRelation { relation, message }));
                     continue;

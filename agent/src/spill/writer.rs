@@ -1,12 +1,13 @@
 //! Writes spill files: one writer per transaction, and all writers of a connection together.
 //!
 //! # Invariants
-//! - What is gathered for frames that are not written yet takes at most [`GATHERING_MAX`] frames (and what
-//!   one change is larger than a frame), however many transactions are open.
+//! - What is gathered for frames that are not written yet takes at most [`GATHERING_MAX`] frames, however many
+//!   transactions are open.
+//! - A change that fills a frame by itself is written from where it is: no copy of it is made, compressed or not.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{self, Write};
 use std::sync::Arc;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -142,10 +143,10 @@ impl SpillWriter {
                     .is_some_and(|known| Arc::ptr_eq(known, relation))
                 {
                     self.described.insert(id, Arc::clone(relation));
-                    self.gather(NOBODY, &relation.message);
+                    self.gather(NOBODY, &relation.message)?;
                 }
             }
-            self.gather(maker, &change.message);
+            self.gather(maker, &change.message)?;
             if self.gathered.len() >= FRAME_BYTES {
                 self.write_frame()?;
             }
@@ -162,41 +163,89 @@ impl SpillWriter {
         Ok(self.spill)
     }
 
-    fn gather(&mut self, maker: u32, message: &[u8]) {
+    fn gather(&mut self, maker: u32, message: &[u8]) -> Result<(), SpillError> {
+        let length = u32::try_from(message.len()).expect("PostgreSQL messages are below 2 GiB");
+        let mut head = [0; 8];
+        head[..4].copy_from_slice(&length.to_be_bytes());
+        head[4..].copy_from_slice(&maker.to_be_bytes());
+        if message.len() >= FRAME_BYTES {
+            let gathered = std::mem::take(&mut self.gathered);
+            return self.write(&[&gathered, &head, message]);
+        }
         if self.gathered.capacity() == 0 {
             // A little more, so that the change that fills it does not make it grow.
             self.gathered.reserve(FRAME_BYTES + FRAME_BYTES / 16);
         }
-        let length = u32::try_from(message.len()).expect("PostgreSQL messages are below 2 GiB");
-        self.gathered.put_u32(length);
-        self.gathered.put_u32(maker);
+        self.gathered.put_slice(&head);
         self.gathered.put_slice(message);
+        Ok(())
     }
 
     fn write_frame(&mut self) -> Result<(), SpillError> {
-        let raw = &self.gathered[..];
-        let at = |source| SpillError::Io {
-            doing: "write",
-            path: self.spill.path.clone(),
-            source,
-        };
-        let compressed = zstd::bulk::compress(raw, ZSTD_LEVEL).map_err(at)?;
+        // Given back, not kept for the next frame: there may be many writers.
+        let raw = std::mem::take(&mut self.gathered);
+        self.write(&[&raw])
+    }
+
+    /// Writes one frame of these bytes.
+    fn write(&mut self, raw: &[&[u8]]) -> Result<(), SpillError> {
         let frame = Frame {
             version: FRAME_VERSION,
             sequence: self.sequence,
-            raw_bytes: raw.len() as u64,
-            crc32c: crc32c::crc32c(raw),
-            messages: Bytes::from(compressed),
+            raw_bytes: raw.iter().map(|part| part.len() as u64).sum(),
+            crc32c: raw
+                .iter()
+                .fold(0, |sum, part| crc32c::crc32c_append(sum, part)),
+            messages: Bytes::new(),
         };
-        let encoded = frame.encode_length_delimited_to_vec();
-        let size = encoded.len() as u64;
-        let room = &self.spill.room;
-        room.take(size, room.limit())?;
-        self.spill.bytes += size;
-        self.file.write_all(&encoded).map_err(at)?;
+        let mut within = WithinRoom {
+            file: &self.file,
+            spill: &mut self.spill,
+            full: None,
+        };
+        let written = write_frame(&frame, raw, &mut within);
+        let full = within.full.take();
         self.sequence += 1;
-        // Given back, not kept for the next frame: there may be many writers.
-        self.gathered = BytesMut::new();
+        written.map_err(|source| {
+            full.unwrap_or(SpillError::Io {
+                doing: "write",
+                path: self.spill.path.clone(),
+                source,
+            })
+        })
+    }
+}
+
+fn write_frame(frame: &Frame, raw: &[&[u8]], out: &mut WithinRoom<'_>) -> io::Result<()> {
+    out.write_all(&frame.encode_length_delimited_to_vec())?;
+    let mut compressing = zstd::stream::write::Encoder::new(out, ZSTD_LEVEL)?;
+    for part in raw {
+        compressing.write_all(part)?;
+    }
+    compressing.finish().map(|_| ())
+}
+
+/// The file, as far as `limits.spill_bytes` reach.
+struct WithinRoom<'w> {
+    file: &'w File,
+    spill: &'w mut SpillFile,
+    full: Option<SpillError>,
+}
+
+impl Write for WithinRoom<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let room = &self.spill.room;
+        let size = bytes.len() as u64;
+        if let Err(full) = room.take(size, room.limit()) {
+            self.full = Some(full);
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.spill.bytes += size;
+        self.file.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }

@@ -30,7 +30,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 
 use super::descriptions::Descriptions;
-use super::open::{CommitPoint, Complete, Open, Pending};
+use super::open::{self, CommitPoint, Complete, Open, Pending};
 use super::{AssembleError, Change, Relations, SourceRelation};
 use crate::pg::PgLsn;
 use crate::pg::pgoutput::{self, Message, Relation, StreamAbort};
@@ -321,7 +321,7 @@ impl Assembler {
     ) -> Result<(), AssembleError> {
         let streamed = self.block.and_then(|xid| self.streamed.get_mut(&xid));
         if let (Some(streamed), Some(maker)) = (streamed, maker) {
-            let message = streamed.open.keep(&data);
+            let message = streamed.open.keep(data);
             streamed.open.push(maker, Change { relations, message });
             return Ok(());
         }
@@ -331,10 +331,9 @@ impl Assembler {
         })?;
         // The connection's blocks may be full of streamed messages, which are copied out of them; a small
         // transaction among those would keep a block alive that nobody has counted.
-        let message = if self.streamed.is_empty() {
-            data
-        } else {
-            Bytes::copy_from_slice(&data)
+        let message = match self.streamed.is_empty() || open::is_alone(&data) {
+            true => data,
+            false => Bytes::copy_from_slice(&data),
         };
         open.push(open.xid, Change { relations, message });
         Ok(())

@@ -26,6 +26,14 @@ use crate::pg::pgoutput;
 /// connection's blocks alive, which hold messages of other transactions as well.
 const BLOCK_BYTES: usize = 32 * 1024;
 
+/// A message of this size that has its memory to itself, as one with a large value comes, is not copied.
+const ALONE_BYTES: usize = 1 << 20;
+
+/// Whether a message is large, and nobody else's memory.
+pub(super) fn is_alone(message: &Bytes) -> bool {
+    message.len() >= ALONE_BYTES && message.is_unique()
+}
+
 /// A transaction without its end.
 #[derive(Debug)]
 pub(super) struct Open {
@@ -101,11 +109,16 @@ impl Open {
     }
 
     /// The message of a streamed block as it would be outside of one, in memory of this transaction.
-    pub(super) fn keep(&mut self, streamed: &[u8]) -> Bytes {
+    pub(super) fn keep(&mut self, streamed: Bytes) -> Bytes {
+        let streamed = match streamed.try_into_mut() {
+            Ok(owned) if owned.len() >= ALONE_BYTES => return pgoutput::without_xid(owned),
+            Ok(small) => small.freeze(),
+            Err(shared) => shared,
+        };
         if self.block.capacity() < streamed.len() {
             self.block = BytesMut::with_capacity(BLOCK_BYTES.max(streamed.len()));
         }
-        pgoutput::put_without_xid(streamed, &mut self.block);
+        pgoutput::put_without_xid(&streamed, &mut self.block);
         self.block.split().freeze()
     }
 

@@ -214,16 +214,29 @@ impl Running {
 
     /// The same, of a process that may have ended.
     pub fn peak_if_alive(&self) -> Option<u64> {
+        self.memory("VmHWM:")
+    }
+
+    /// Resident memory now, in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        self.memory("VmRSS:").expect("the agent is running")
+    }
+
+    /// From here on the peak is counted anew.
+    pub fn forget_peak(&self) {
+        let path = format!("/proc/{}/clear_refs", self.pid());
+        fs::write(path, "5").expect("the agent is ours and running");
+    }
+
+    fn memory(&self, which: &str) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).ok()?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix(which))?;
         let kib: u64 = line
             .trim()
             .trim_end_matches("kB")
             .trim()
             .parse()
-            .expect("the peak is a number of kB");
+            .expect("memory is a number of kB");
         Some(kib * 1024)
     }
 

@@ -8,7 +8,7 @@
 //!   field does.
 //! - Nothing is reserved on the word of a count: a count is first compared with the bytes behind it.
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
 
 use super::error::DecodeError;
 use super::message::{
@@ -64,13 +64,22 @@ pub fn row_change(data: &[u8], streamed: bool) -> Option<(Option<u32>, u32)> {
     }
 }
 
+/// Bytes in front of a streamed message's own: what it is, and the transaction that it is of.
+const KIND_BYTES: usize = 1;
+const XID_BYTES: usize = 4;
+
+/// The same as [`put_without_xid`] does, in place.
+pub fn without_xid(mut streamed: BytesMut) -> Bytes {
+    let kind = streamed[0];
+    streamed.advance(XID_BYTES);
+    streamed[0] = kind;
+    streamed.freeze()
+}
+
 /// Writes a change or description of a streamed block as it would be outside of one.
 ///
 /// The message must be one that [`decode`] or [`row_change`] has understood as `streamed`.
 pub fn put_without_xid(streamed: &[u8], out: &mut BytesMut) {
-    const KIND_BYTES: usize = 1;
-    const XID_BYTES: usize = 4;
-
     let (kind, rest) = streamed.split_at(KIND_BYTES);
     out.extend_from_slice(kind);
     out.extend_from_slice(&rest[XID_BYTES..]);

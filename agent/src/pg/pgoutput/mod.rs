@@ -28,10 +28,10 @@ mod message;
 mod tests;
 mod tuple;
 
-pub use decode::{decode, kind, put_without_xid, row_change};
+pub use decode::{decode, kind, put_without_xid, row_change, without_xid};
 pub use error::DecodeError;
 pub use message::{
     Begin, Column, Commit, CommitPrepared, LogicalMessage, Message, MessageKind, OldTuple, Prepare,
     Relation, ReplicaIdentity, RollbackPrepared, StreamAbort, StreamCommit,
 };
-pub use tuple::{Form, Tuple, Value, Values};
+pub use tuple::{Form, Tuple, Value, Values, share};

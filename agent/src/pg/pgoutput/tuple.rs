@@ -126,10 +126,22 @@ impl Tuple {
         }
     }
 
+    /// One of the values, to outlive the tuple: the same memory. `None` for bytes that are not of this tuple.
+    pub fn share(&self, value: &[u8]) -> Option<Bytes> {
+        share(&self.bytes, value)
+    }
+
     /// Bytes the tuple takes in the message, count and lengths included.
     pub fn wire_bytes(&self) -> usize {
         Self::COUNT_BYTES + self.bytes.len()
     }
+}
+
+/// The part of `whole` that `part` is, without a copy.
+pub fn share(whole: &Bytes, part: &[u8]) -> Option<Bytes> {
+    let (whole_at, part_at) = (whole.as_ptr_range(), part.as_ptr_range());
+    let within = whole_at.start <= part_at.start && part_at.end <= whole_at.end;
+    within.then(|| whole.slice_ref(part))
 }
 
 /// Shows the size only: row values belong in no log.

@@ -122,6 +122,7 @@ impl Frames {
             match header.tag() {
                 COPY_DATA_TAG => {
                     let mut data = self.buffer.split_to(length).freeze();
+                    self.leave_oversized();
                     data.advance(5);
                     return Ok(Some(Frame::CopyData(data)));
                 }
@@ -176,6 +177,14 @@ impl Frames {
             Poll::Ready(Ok(buffer.len() - before))
         })
         .await
+    }
+
+    /// The block of an oversized message is its message's alone: whoever drops that gives the memory back.
+    fn leave_oversized(&mut self) {
+        if self.oversized && self.buffer.is_empty() {
+            self.buffer = BytesMut::new();
+            self.oversized = false;
+        }
     }
 
     /// Makes sure that the next read has room: for the rest of the message that has begun, or for

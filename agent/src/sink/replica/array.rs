@@ -7,6 +7,7 @@
 use bytes::{BufMut as _, BytesMut};
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 
+use super::large::Reading;
 use crate::pg::pgoutput::Value;
 
 /// In which form a column's values travel.
@@ -16,10 +17,15 @@ pub(super) enum Form {
     Text,
     /// The element type's own array.
     Native,
+    /// The value's number, as `bigint[]`: it was sent ahead ([`super::large`]).
+    Ahead(Reading),
 }
 
 /// OID of `text`, the element type of arrays in text form.
 const TEXT_OID: u32 = 25;
+
+/// OID of `bigint`, the type of a large value's number.
+const INT8_OID: u32 = 20;
 
 /// Array header of `array_recv`: dimensions, flags, element type, length, lower bound.
 const HEADER_BYTES: usize = 20;
@@ -81,11 +87,20 @@ impl ArrayBuilder {
         self.form.unwrap_or(Form::Text)
     }
 
+    /// Appends the number of a value that was sent ahead; the column then has no others.
+    pub(super) fn push_ahead(&mut self, number: i64, reading: Reading) {
+        self.form = Some(Form::Ahead(reading));
+        self.length += 1;
+        self.bytes.put_i32(8);
+        self.bytes.put_i64(number);
+    }
+
     /// Closes the array. `element_oid` is the element type on the replica, for the native form.
     pub(super) fn finish(mut self, element_oid: u32) -> ArrayParameter {
         let element = match self.form() {
             Form::Text => TEXT_OID,
             Form::Native => element_oid,
+            Form::Ahead(_) => INT8_OID,
         };
         let mut header = &mut self.bytes[..HEADER_BYTES];
         header.put_i32(1);

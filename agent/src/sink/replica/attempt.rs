@@ -58,7 +58,7 @@ pub(super) enum Parts<'p> {
         ended: bool,
     },
     /// Folded here and now.
-    Folding(Folding<'p, 'p>),
+    Folding(Box<Folding<'p, 'p>>),
 }
 
 impl<'p> Parts<'p> {

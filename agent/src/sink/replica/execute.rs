@@ -16,10 +16,11 @@ use tokio_postgres::{Client, Statement};
 
 use super::SinkError;
 use super::array::{ArrayBuilder, ArrayParameter, Form};
-use super::chain::Chain;
+use super::chain::{Chain, while_settling};
+use super::large::{self, LARGE_BYTES, LargeValue, Reading};
 use super::sql::{self, Sent};
 use super::target::{Target, Targets};
-use crate::net::{NetChange, Row, RowChange, RowKey, Stage, Step, TableChanges};
+use crate::net::{NetChange, Row, RowChange, RowKey, RowValues, Stage, Step, TableChanges};
 use crate::pg::pgoutput::{Tuple, Value};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +70,7 @@ enum Ready<S> {
         arrays: Vec<ArrayParameter>,
         rows: i64,
         inserts_into: Option<String>,
+        ahead: Vec<LargeValue>,
     },
     Text(String),
 }
@@ -76,6 +78,8 @@ enum Ready<S> {
 /// The statements of some steps, ready to be sent.
 pub(super) struct Execution {
     statements: Vec<Ready<Statement>>,
+    /// Takes large values in, where there are any.
+    copy: Option<Statement>,
 }
 
 impl Execution {
@@ -105,11 +109,12 @@ impl Execution {
                 }
             }
         }
+        let copy = building.has_ahead().then(|| large::COPY.to_owned());
         let texts = building.ready.iter().filter_map(|ready| match ready {
             Ready::Rows { statement, .. } => Some(statement),
             Ready::Text(_) => None,
         });
-        statements.prepare(client, texts).await?;
+        statements.prepare(client, texts.chain(&copy)).await?;
         let ready = building.ready.into_iter().map(|ready| match ready {
             Ready::Text(text) => Ready::Text(text),
             Ready::Rows {
@@ -117,34 +122,38 @@ impl Execution {
                 arrays,
                 rows,
                 inserts_into,
+                ahead,
             } => Ready::Rows {
                 statement: statements.prepared[&statement].clone(),
                 arrays,
                 rows,
                 inserts_into,
+                ahead,
             },
         });
         Ok(Self {
             statements: ready.collect(),
+            copy: copy.map(|text| statements.prepared[&text].clone()),
         })
     }
 
     /// Sends the statements behind what the chain already holds.
     pub(super) async fn send(self, client: &Arc<Client>, chain: &mut Chain) {
         for ready in self.statements {
-            let client = Arc::clone(client);
             match ready {
-                Ready::Text(text) => {
-                    chain
-                        .send(async move { client.batch_execute(&text).await })
-                        .await;
-                }
+                Ready::Text(text) => send_text(client, text, chain).await,
                 Ready::Rows {
                     statement,
                     arrays,
                     rows,
                     inserts_into,
+                    ahead,
                 } => {
+                    let remove = !ahead.is_empty();
+                    if let Some(copy) = &self.copy {
+                        send_ahead(client, copy, ahead, chain).await;
+                    }
+                    let client_of_rows = Arc::clone(client);
                     chain
                         .send(async move {
                             let mut parameters: Vec<&(dyn ToSql + Sync)> = Vec::new();
@@ -153,7 +162,7 @@ impl Execution {
                             if inserts_into.is_none() || arrays.is_empty() {
                                 parameters.push(&rows);
                             }
-                            let found = client.execute(&statement, &parameters).await?;
+                            let found = client_of_rows.execute(&statement, &parameters).await?;
                             let expected = rows.unsigned_abs();
                             match inserts_into {
                                 Some(table) if found != expected => Err(SinkError::Swallowed {
@@ -165,8 +174,35 @@ impl Execution {
                             }
                         })
                         .await;
+                    if remove {
+                        send_text(client, large::REMOVE.to_owned(), chain).await;
+                    }
                 }
             }
+        }
+    }
+}
+
+async fn send_text(client: &Arc<Client>, text: String, chain: &mut Chain) {
+    let client = Arc::clone(client);
+    chain
+        .send(async move { client.batch_execute(&text).await })
+        .await;
+}
+
+/// Sends values ahead, one after the other, while the answers of what was sent before them come.
+async fn send_ahead(
+    client: &Arc<Client>,
+    copy: &Statement,
+    ahead: Vec<LargeValue>,
+    chain: &mut Chain,
+) {
+    for value in ahead {
+        let sent = while_settling(std::iter::once(&mut *chain), value.send(client, copy)).await;
+        if let Err(error) = sent {
+            // What failed before it, which may be why, counts first.
+            chain.send(async move { Err::<(), _>(error) }).await;
+            return;
         }
     }
 }
@@ -178,6 +214,12 @@ struct Building {
 }
 
 impl Building {
+    /// Whether values are to be sent ahead.
+    fn has_ahead(&self) -> bool {
+        let mut ready = self.ready.iter();
+        ready.any(|ready| matches!(ready, Ready::Rows { ahead, .. } if !ahead.is_empty()))
+    }
+
     fn table(&mut self, target: &Target, table: &TableChanges) -> Result<(), SinkError> {
         for stage in &table.stages {
             match stage {
@@ -211,16 +253,14 @@ impl Building {
                 .iter()
                 .map(|column| column.position)
                 .collect();
-            let values = deletes.iter().map(|old| old.values());
-            self.rows(target, Verb::Delete, &key, values, deletes.len())?;
+            self.rows(target, Verb::Delete, &key, &deletes)?;
         }
         for (unsent, updates) in updates {
             let sent: Vec<usize> = target
                 .written()
                 .filter(|position| !unsent.contains(position))
                 .collect();
-            let values = updates.iter().map(|row| row.values());
-            self.rows(target, Verb::Update, &sent, values, updates.len())?;
+            self.rows(target, Verb::Update, &sent, &updates)?;
         }
         self.inserts(target, &inserts)
     }
@@ -230,8 +270,7 @@ impl Building {
             return Ok(());
         }
         let sent: Vec<usize> = target.written().collect();
-        let values = rows.iter().map(|row| row.values());
-        self.rows(target, Verb::Insert, &sent, values, rows.len())
+        self.rows(target, Verb::Insert, &sent, rows)
     }
 
     /// One by one, except that inserts that follow one another go together.
@@ -253,16 +292,43 @@ impl Building {
         self.inserts(target, &inserts)
     }
 
-    /// A statement over many rows: `positions` of each row's values.
-    fn rows<'v>(
+    /// Statements over many rows: `positions` of each row's values. Nearly always it is one; rows whose large values are in
+    /// other columns have another.
+    fn rows<R: RowValues>(
         &mut self,
         target: &Target,
         verb: Verb,
         positions: &[usize],
-        rows: impl Iterator<Item = impl Iterator<Item = Value<'v>>>,
-        count: usize,
+        rows: &[&R],
     ) -> Result<(), SinkError> {
-        let (sent, arrays) = columns(target, positions, rows)?;
+        if rows.iter().all(|row| row.bytes() < LARGE_BYTES) {
+            return self.alike(target, verb, positions, rows, &[]);
+        }
+        let mut alike: BTreeMap<Vec<usize>, Vec<&R>> = BTreeMap::new();
+        for row in rows {
+            let large = large_positions(target, positions, *row);
+            alike.entry(large).or_default().push(*row);
+        }
+        for (large, rows) in alike {
+            self.alike(target, verb, positions, &rows, &large)?;
+        }
+        Ok(())
+    }
+
+    /// A statement over rows whose values at `large` are sent ahead.
+    fn alike<R: RowValues>(
+        &mut self,
+        target: &Target,
+        verb: Verb,
+        positions: &[usize],
+        rows: &[&R],
+        large: &[usize],
+    ) -> Result<(), SinkError> {
+        let Columns {
+            sent,
+            arrays,
+            ahead,
+        } = columns(target, positions, rows, large)?;
         let text = match verb {
             Verb::Insert => sql::insert(target, &sent),
             Verb::Update => sql::update(target, &sent),
@@ -271,8 +337,9 @@ impl Building {
         self.ready.push(Ready::Rows {
             statement: text,
             arrays,
-            rows: i64::try_from(count).expect("a batch has fewer than 2^63 rows"),
+            rows: i64::try_from(rows.len()).expect("a batch has fewer than 2^63 rows"),
             inserts_into: (verb == Verb::Insert).then(|| target.table.to_string()),
+            ahead,
         });
         Ok(())
     }
@@ -290,16 +357,23 @@ impl Building {
                 .collect()
         };
         let old_is_null = nulls(&identifying, old.values());
-        let (old, mut arrays) = columns(target, &identifying, std::iter::once(old.values()))?;
+        let Columns {
+            sent: old,
+            mut arrays,
+            ..
+        } = columns(target, &identifying, &[old], &[])?;
+        let mut ahead = Vec::new();
         let text = if let Some(new) = new {
             let unsent = new.unsent();
             let written: Vec<usize> = target
                 .written()
                 .filter(|position| !unsent.contains(position))
                 .collect();
-            let new = columns(target, &written, std::iter::once(new.values()))?;
-            arrays.extend(new.1);
-            sql::update_one(target, &old, &old_is_null, &new.0)
+            let large = large_positions(target, &written, new);
+            let new = columns(target, &written, &[new], &large)?;
+            arrays.extend(new.arrays);
+            ahead = new.ahead;
+            sql::update_one(target, &old, &old_is_null, &new.sent)
         } else {
             sql::delete_one(target, &old, &old_is_null)
         };
@@ -308,6 +382,7 @@ impl Building {
             arrays,
             rows: 1,
             inserts_into: None,
+            ahead,
         });
         Ok(())
     }
@@ -321,20 +396,47 @@ fn nulls<'v>(positions: &[usize], values: impl Iterator<Item = Value<'v>>) -> Ve
         .collect()
 }
 
-/// Turns rows into one array per column of `positions`, which are sorted.
-fn columns<'v>(
+/// Positions of the values that are sent ahead.
+fn large_positions(target: &Target, positions: &[usize], row: &impl RowValues) -> Vec<usize> {
+    let values = row.values().enumerate();
+    let large = values.filter(|(position, value)| {
+        positions.binary_search(position).is_ok()
+            && Reading::of(*value, &target.columns[*position]).is_some()
+    });
+    large.map(|(position, _)| position).collect()
+}
+
+/// Rows as the parameters of one statement.
+struct Columns {
+    sent: Vec<Sent>,
+    arrays: Vec<ArrayParameter>,
+    ahead: Vec<LargeValue>,
+}
+
+/// Turns rows into one array per column of `positions`, which are sorted; the values at `large` are sent ahead.
+fn columns<R: RowValues>(
     target: &Target,
     positions: &[usize],
-    rows: impl Iterator<Item = impl Iterator<Item = Value<'v>>>,
-) -> Result<(Vec<Sent>, Vec<ArrayParameter>), SinkError> {
+    rows: &[&R],
+    large: &[usize],
+) -> Result<Columns, SinkError> {
     let mut builders: Vec<ArrayBuilder> = positions.iter().map(|_| ArrayBuilder::new()).collect();
+    let mut ahead: Vec<LargeValue> = Vec::new();
     for row in rows {
         let mut wanted = positions.iter().zip(&mut builders).peekable();
-        for (at, value) in row.enumerate() {
+        for (at, value) in row.values().enumerate() {
             let Some((position, builder)) = wanted.next_if(|(position, _)| **position == at) else {
                 continue;
             };
             let column = &target.columns[*position];
+            if large.contains(&at)
+                && let Some(reading) = Reading::of(value, column)
+            {
+                let number = i64::try_from(ahead.len()).expect("a batch has fewer than 2^63 rows");
+                ahead.extend(LargeValue::of(number, value, *row));
+                builder.push_ahead(number, reading);
+                continue;
+            }
             let value = match value {
                 Value::Binary(label) if column.is_enum => Value::Text(label),
                 value => value,
@@ -361,5 +463,9 @@ fn columns<'v>(
             .map_or(0, |n| n.element_oid);
         arrays.push(builder.finish(element));
     }
-    Ok((sent, arrays))
+    Ok(Columns {
+        sent,
+        arrays,
+        ahead,
+    })
 }

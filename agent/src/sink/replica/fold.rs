@@ -8,6 +8,7 @@
 //!
 //! # Invariants
 //! - Batches and their segments come out in the order they went in; the last of a batch says so.
+//! - Of segments with a large value that come from a spill file, one is in memory at a time.
 //! - What cannot be folded comes out as an error in its place. The lanes decide.
 //!
 //! # What it does not do
@@ -16,10 +17,11 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_postgres::Client;
 
 use super::SinkError;
+use super::large::LARGE_BYTES;
 use super::relations::Relations;
 use super::segment::{Segment, SegmentLimits, Segments};
 use super::target::{Targets, address};
@@ -44,6 +46,8 @@ pub(super) struct Folded {
     pub(super) net_changes: u64,
     /// Whether the batch ends with it.
     pub(super) last: bool,
+    /// Goes when it has been sent; then the next one with a large value may come.
+    pub(super) room: Option<OwnedSemaphorePermit>,
 }
 
 /// One segment of a batch on its way to the lanes.
@@ -61,6 +65,8 @@ pub(super) struct Folder {
     catalog: Arc<Client>,
     relations: Relations,
     segment: SegmentLimits,
+    /// For one segment with a large value.
+    large: Arc<Semaphore>,
 }
 
 impl Folder {
@@ -69,6 +75,7 @@ impl Folder {
             catalog,
             relations,
             segment,
+            large: Arc::new(Semaphore::new(1)),
         }
     }
 
@@ -126,11 +133,21 @@ pub(super) struct Folding<'f, 'b> {
 impl Folding<'_, '_> {
     /// The next segment; `None` at the end of the batch.
     pub(super) async fn next(&mut self) -> Result<Option<Folded>, SinkError> {
+        let room = match self.segments.next_bytes()? >= LARGE_BYTES as u64 {
+            true => {
+                let large = Arc::clone(&self.folder.large);
+                let room = large.acquire_owned().await;
+                Some(room.expect("the semaphore is never closed"))
+            }
+            false => None,
+        };
         let Some(segment) = self.segments.next()? else {
             return Ok(None);
         };
         self.ended = self.segments.is_at_end();
-        self.fold(&segment).await.map(Some)
+        let mut folded = self.fold(&segment).await?;
+        folded.room = room;
+        Ok(Some(folded))
     }
 
     /// Leaves out what the copy already holds, looks up where the rest goes, and folds it.
@@ -149,6 +166,7 @@ impl Folding<'_, '_> {
             targets: relations.targets.of_each(relations_of(&steps)),
             net_changes: net::count(&steps),
             last: self.ended,
+            room: None,
             steps,
         })
     }

@@ -26,11 +26,13 @@
 
 mod array;
 mod attempt;
+mod boxed;
 mod chain;
 mod error;
 mod execute;
 mod fold;
 mod lane;
+mod large;
 mod relations;
 mod segment;
 mod sql;
@@ -368,7 +370,7 @@ impl ReplicaSink {
     async fn again(&mut self, batch: &Batch, path: Path) -> Result<Applied, SinkError> {
         let mut path = path;
         loop {
-            let mut parts = Parts::Folding(self.folder.begin(batch, path));
+            let mut parts = Parts::Folding(Box::new(self.folder.begin(batch, path)));
             let attempt = Attempt::new(&self.settings, &mut self.lanes[..1], batch, path);
             match attempt.run(&mut parts).await {
                 Err(error) if path == Path::Fast && error.is_for_the_slow_path() => {

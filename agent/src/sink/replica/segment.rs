@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 
+use super::large::LARGE_BYTES;
 use crate::pg::PgLsn;
 use crate::spill::{SpillError, SpillReader};
 use crate::txn::{Change, Transaction};
@@ -66,6 +67,21 @@ impl<'b> Segments<'b> {
         }
     }
 
+    /// What the next segment takes in memory at least, where it comes from a spill file.
+    pub(super) fn next_bytes(&mut self) -> Result<u64, SpillError> {
+        if self.reading.is_none()
+            && let Some([transaction]) = self.waiting.front()
+            && let Some(spill) = &transaction.spilled
+        {
+            self.reading = Some((spill.reader()?, transaction));
+            self.waiting.pop_front();
+        }
+        match &mut self.reading {
+            Some((reader, _)) => Ok(reader.next_bytes()?.unwrap_or(0)),
+            None => Ok(0),
+        }
+    }
+
     /// The next segment; `None` at the end of the batch.
     pub(super) fn next(&mut self) -> Result<Option<Segment<'b>>, SpillError> {
         loop {
@@ -103,6 +119,13 @@ fn read_part(reader: &mut SpillReader, limits: SegmentLimits) -> Result<Vec<Chan
     let mut part: Vec<Change> = Vec::new();
     let mut bytes = 0;
     while bytes < limits.bytes && (part.len() as u64) < limits.changes {
+        // A large value comes alone: whoever asks for it has made room.
+        let large = reader
+            .next_bytes()?
+            .is_some_and(|next| next >= LARGE_BYTES as u64);
+        if large && !part.is_empty() {
+            break;
+        }
         let Some(changes) = reader.next_changes()? else {
             break;
         };

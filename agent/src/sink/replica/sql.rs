@@ -217,6 +217,7 @@ fn unnest(target: &Target, sent: &[Sent], offset: usize, alias: &str) -> String 
         let number = offset + i + 1;
         let array = match (sent.form, &target.columns[sent.position].native) {
             (Form::Native, Some(native)) => native.array_sql.as_str(),
+            (Form::Ahead(_), _) => "pg_catalog.int8[]",
             _ => "pg_catalog.text[]",
         };
         format!("pg_catalog.unnest(${number}::{array}) AS c{i}")
@@ -226,8 +227,17 @@ fn unnest(target: &Target, sent: &[Sent], offset: usize, alias: &str) -> String 
 
 fn value(target: &Target, sent: Sent, alias: &str, i: usize) -> String {
     match sent.form {
-        Form::Native => format!("{alias}.c{i}"),
+        Form::Native => match &target.columns[sent.position] {
+            column if column.native.as_ref().is_some_and(|native| native.is_boxed) => {
+                format!("{alias}.c{i}::{}", column.type_sql)
+            }
+            _ => format!("{alias}.c{i}"),
+        },
         Form::Text => format!("{alias}.c{i}::{}", target.columns[sent.position].type_sql),
+        Form::Ahead(reading) => reading.sql(
+            &format!("{alias}.c{i}"),
+            &target.columns[sent.position].type_sql,
+        ),
     }
 }
 
@@ -285,6 +295,7 @@ mod tests {
             native: native.then(|| Native {
                 array_sql: format!("{type_sql}[]"),
                 element_oid: 23,
+                is_boxed: false,
             }),
             is_enum: false,
             is_generated: false,

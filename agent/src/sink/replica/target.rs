@@ -4,15 +4,16 @@
 //! their order may differ. Types are the replica's: it casts.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use futures_util::future::try_join_all;
 use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 
-use super::SinkError;
+use super::{SinkError, boxed};
 use crate::catalog::{TableName, quote_ident};
 use crate::net::{Key, KeyColumn, KeyOrder};
+use crate::pg::binary;
 use crate::pg::pgoutput::ReplicaIdentity;
 use crate::plan::Spread;
 use crate::txn::SourceRelation;
@@ -48,6 +49,8 @@ pub(super) struct Native {
     pub(super) array_sql: String,
     /// The element type on the replica.
     pub(super) element_oid: u32,
+    /// The element type is a domain of ours ([`boxed`]).
+    pub(super) is_boxed: bool,
 }
 
 /// Where a relation goes.
@@ -155,7 +158,13 @@ struct ReplicaColumn {
 }
 
 /// `$1` is the schema, `$2` the table. Domains are followed down to their base type.
-const COLUMNS: &str = "
+static COLUMNS: LazyLock<String> = LazyLock::new(|| {
+    COLUMNS_OF
+        .replace("{travels}", &binary::travels("y"))
+        .replace("{array}", &binary::array_travels("y"))
+});
+
+const COLUMNS_OF: &str = "
     WITH RECURSIVE t AS (
         SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')
@@ -169,8 +178,7 @@ const COLUMNS: &str = "
     SELECT a.attname::text, pg_catalog.format_type(a.atttypid, -1),
            a.attgenerated <> '', a.attidentity = 'a',
            y.oid, y.typtype = 'e',
-           y.typtype IN ('b', 'r', 'm') AND y.typcategory <> 'A' AND y.oid < 10000
-               AND y.typname <> 'tsquery' AND y.typname NOT LIKE 'reg%' AND y.typarray <> 0,
+           {travels} AND (y.typarray <> 0 OR y.typcategory = 'A'),
            pg_catalog.format_type(y.oid, -1) || '[]',
            (SELECT n.nspname::text
               FROM pg_opclass k
@@ -194,7 +202,13 @@ const COLUMNS: &str = "
                'date'::regtype, 'time'::regtype, 'timestamp'::regtype, 'timestamptz'::regtype,
                'uuid'::regtype, 'macaddr'::regtype)
                OR y.oid IN ('text'::regtype, 'varchar'::regtype)
-                   AND coalesce(l.collisdeterministic, true)
+                   AND coalesce(l.collisdeterministic, true),
+           CASE WHEN {array} THEN (SELECT e.typname::text FROM pg_type e WHERE e.oid = y.typelem) END,
+           CASE WHEN {array} THEN (
+               SELECT d.oid FROM pg_type e
+                 JOIN pg_type d ON d.typname = 'array_of_' || e.typname AND d.typtype = 'd' AND d.typbasetype = y.oid
+                 JOIN pg_namespace n ON n.oid = d.typnamespace AND n.nspname = 'dr_agent'
+                WHERE e.oid = y.typelem) END
       FROM chain
       JOIN pg_type y ON y.oid = chain.type AND y.typtype <> 'd'
       JOIN t ON true
@@ -244,10 +258,15 @@ async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, Sink
     let named: [(&(dyn ToSql + Sync), Type); 2] =
         [(&table.schema, Type::TEXT), (&table.name, Type::TEXT)];
     let of_table: [(&(dyn ToSql + Sync), Type); 1] = [(&sql, Type::TEXT)];
-    let (rows, unique) = tokio::try_join!(
-        client.query_typed(COLUMNS, &named),
+    let (mut rows, unique) = tokio::try_join!(
+        client.query_typed(&COLUMNS, &named),
         client.query_typed(UNIQUE, &of_table),
     )?;
+    let missing = boxed::missing(&rows);
+    if !missing.is_empty() {
+        boxed::create(client, &missing).await?;
+        rows = client.query_typed(&COLUMNS, &named).await?;
+    }
     if rows.is_empty() && !exists(client, &table).await? {
         return Err(SinkError::TableMissing { table });
     }
@@ -313,17 +332,21 @@ async fn exists(client: &Client, table: &TableName) -> Result<bool, SinkError> {
 
 fn replica_column(row: &tokio_postgres::Row) -> ReplicaColumn {
     let base_oid: u32 = row.get(4);
-    // The same rule as in `setup::form`, which decides for the stream; this catches what changed since.
+    // The rule by which `setup::form` decides for the stream; this catches what changed since.
     let travels: bool = row.get(6);
     ReplicaColumn {
         column: TargetColumn {
             name: quote_ident(row.get(0)),
             type_sql: row.get(1),
             is_enum: row.get(5),
-            native: travels.then(|| Native {
-                array_sql: row.get(7),
-                element_oid: base_oid,
-            }),
+            native: match boxed::of(row) {
+                Some(native) => native,
+                None => travels.then(|| Native {
+                    array_sql: row.get(7),
+                    element_oid: base_oid,
+                    is_boxed: false,
+                }),
+            },
             is_generated: row.get(2),
             is_identity_always: row.get(3),
             equality_schema: row.get::<_, Option<&str>>(8).map(quote_ident),
