@@ -41,3 +41,7 @@ CREATE TABLE IF NOT EXISTS dr_agent.sending (
     since             pg_lsn,                       -- where it begins; NULL while it is being created
     listing           boolean NOT NULL DEFAULT false -- the publication was altered: does decoding go by it already?
 );
+-- The publication's row as it was when it was last looked at, and how often it was altered by somebody else: what it published
+-- in between, nobody knows.
+ALTER TABLE dr_agent.sending ADD COLUMN IF NOT EXISTS publication_xmin text;
+ALTER TABLE dr_agent.sending ADD COLUMN IF NOT EXISTS altered integer NOT NULL DEFAULT 0;

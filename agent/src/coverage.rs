@@ -42,13 +42,18 @@ pub const UNPUBLISHED_TABLE: &str = "unpublished_table";
 /// pipeline starts again to say so.
 pub const RELISTED_TABLE: &str = "relisted_table";
 
+/// Tables that are published and have lost their key or replica identity: their UPDATE and DELETE fail on the source until the
+/// pipeline has mended it, which it does at once.
+pub const UNIDENTIFIED_TABLE: &str = "unidentified_table";
+
 /// Every kind, in the order of the answer.
-pub const KINDS: [&str; 11] = [
+pub const KINDS: [&str; 12] = [
     "keyless_table",
     "excluded_table",
     "unlogged_table",
     UNPUBLISHED_TABLE,
     RELISTED_TABLE,
+    UNIDENTIFIED_TABLE,
     "extension_table",
     "foreign_table",
     "materialized_view",
@@ -83,7 +88,7 @@ async fn count(client: &Client, config: &Config) -> Result<Vec<Unprotected>, PgE
     let stream = config.stream(row.get(0));
     let listed = listed(client, stream.as_str()).await?;
     let wanted = Wanted::of(&tables, &keyed_roots(client).await?, config);
-    let mut all = of_tables(&wanted, &listed);
+    let mut all = of_tables(&tables, &wanted, &listed);
     all.push(relisted(client, &stream).await?);
     all.extend(of_catalog(client).await?);
     all.sort_by_key(|one| KINDS.iter().position(|kind| *kind == one.kind));
@@ -136,7 +141,7 @@ pub(crate) async fn listed(
 }
 
 /// Sorts the tables into the kinds that concern tables.
-fn of_tables(wanted: &Wanted, listed: &BTreeSet<TableName>) -> Vec<Unprotected> {
+fn of_tables(tables: &[Table], wanted: &Wanted, listed: &BTreeSet<TableName>) -> Vec<Unprotected> {
     let mut keyless = Vec::new();
     let mut excluded = Vec::new();
     let mut unlogged = Vec::new();
@@ -152,6 +157,22 @@ fn of_tables(wanted: &Wanted, listed: &BTreeSet<TableName>) -> Vec<Unprotected> 
         .push(name.to_string());
     }
     let is_listed = |table: &Table| listed.contains(&table.root) || listed.contains(&table.name);
+    let is_named = |name: &TableName| {
+        let mut tables = tables.iter();
+        tables.any(|table| table.name == *name && is_listed(table))
+    };
+    let keyless_of = wanted.unpublished.iter().filter(|(_, why)| {
+        matches!(
+            why,
+            Protection::KeylessExcluded | Protection::KeylessRefused
+        )
+    });
+    let unidentified: Vec<String> = keyless_of
+        .map(|(name, _)| name)
+        .chain(&wanted.identity_full)
+        .filter(|name| is_named(name))
+        .map(ToString::to_string)
+        .collect();
     let unpublished: Vec<String> = wanted
         .published
         .iter()
@@ -163,6 +184,7 @@ fn of_tables(wanted: &Wanted, listed: &BTreeSet<TableName>) -> Vec<Unprotected> 
         ("excluded_table", excluded),
         ("unlogged_table", unlogged),
         (UNPUBLISHED_TABLE, unpublished),
+        (UNIDENTIFIED_TABLE, unidentified),
     ]
     .into_iter()
     .map(|(kind, names)| unprotected_tables(kind, names))
@@ -198,7 +220,7 @@ async fn of_catalog(client: &Client) -> Result<Vec<Unprotected>, PgError> {
     );
     let rows = client.query(&sql, &[]).await?;
     let mut found: Vec<Unprotected> = Vec::new();
-    for kind in &KINDS[5..] {
+    for kind in &KINDS[6..] {
         let row = rows.iter().find(|row| row.get::<_, &str>(0) == *kind);
         found.push(Unprotected {
             kind,
@@ -259,10 +281,26 @@ mod tests {
             table("s.log", "s.log", Identity::Missing),
         ];
         let listed = BTreeSet::from([name("s.m")]);
-        let found = of_tables(&wanted(&tables, &config("")), &listed);
+        let found = of_tables(&tables, &wanted(&tables, &config("")), &listed);
         assert_eq!(count(&found, "unpublished_table"), 1);
         assert_eq!(count(&found, "keyless_table"), 1);
         assert_eq!(count(&found, "excluded_table"), 0);
+    }
+
+    #[test]
+    fn a_published_table_that_lost_its_identity_is_named_whatever_the_configuration_does_with_it() {
+        let tables = [
+            table("s.m1", "s.m", Identity::Missing),
+            table("s.log", "s.log", Identity::Missing),
+            table("s.never", "s.never", Identity::Missing),
+            table("s.a", "s.a", Identity::Key),
+        ];
+        let listed = BTreeSet::from([name("s.m"), name("s.log"), name("s.a")]);
+        for keyless in ["full", "exclude", "refuse"] {
+            let config = config(&format!("keyless = \"{keyless}\""));
+            let found = of_tables(&tables, &wanted(&tables, &config), &listed);
+            assert_eq!(count(&found, UNIDENTIFIED_TABLE), 2, "{keyless}");
+        }
     }
 
     #[test]
@@ -277,7 +315,7 @@ mod tests {
             table("s.a", "s.a", Identity::Key),
         ];
         let listed = BTreeSet::from([name("s.a")]);
-        let found = of_tables(&wanted(&tables, &config), &listed);
+        let found = of_tables(&tables, &wanted(&tables, &config), &listed);
         let total: u64 = found.iter().map(|one| one.count).sum();
         assert_eq!(total, 3);
         assert_eq!(count(&found, "unlogged_table"), 1);
@@ -290,7 +328,7 @@ mod tests {
         let tables: Vec<Table> = (0..9)
             .map(|n| table(&format!("s.t{n}"), &format!("s.t{n}"), Identity::Key))
             .collect();
-        let found = of_tables(&wanted(&tables, &config("")), &BTreeSet::new());
+        let found = of_tables(&tables, &wanted(&tables, &config("")), &BTreeSet::new());
         let one = found.iter().find(|one| one.count == 9).unwrap();
         assert_eq!(one.examples.len(), EXAMPLES_MAX);
     }

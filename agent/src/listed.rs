@@ -2,9 +2,10 @@
 //! a table's changes.
 //!
 //! A name tells neither: a table may be dropped and another created under its name, two may be renamed into one another's
-//! place, one may be taken out of the publication and put back. Its changes in the stream look the same before and after. So a
-//! table is *listed as* something: its oid, and the rows of `pg_publication_rel` and `pg_inherits` by which it is published, none
-//! of which comes back once it is gone. `dr_agent.listed` on the source has this for every published table; it is published
+//! place, one may be taken out of the publication and put back, or be published in part for a while. Its changes in the stream
+//! look the same before and after. So a table is *listed as* something: its oid, the rows of `pg_publication_rel` and
+//! `pg_inherits` by which it is published, none of which comes back once it is gone (a row filter or a column list is another
+//! row), and how often somebody altered the publication itself (`publish`, `publish_via_partition_root`), where that ever happened. `dr_agent.listed` on the source has this for every published table; it is published
 //! itself and written in the transaction that alters the publication. A change of it is a marker, which stands in the stream
 //! where the changes that are missing would have stood.
 //!
@@ -80,8 +81,18 @@ const TABLE: (&str, &str) = ("dr_agent", "listed");
 /// Its columns, in order.
 const COLUMNS: [&str; 4] = ["stream", "schema_name", "table_name", "listed_as"];
 
-/// What the catalog says: schema, name, listed as.
-fn current(stream: &StreamName) -> String {
+/// How often somebody has altered what the publication publishes, so far: the row of `pg_publication` is another one.
+fn altered(stream: &StreamName) -> String {
+    format!(
+        "SELECT s.altered + (s.publication_xmin <> p.xmin::text)::int
+           FROM dr_agent.sending s, pg_publication p
+          WHERE s.stream = {name} AND p.pubname = {name} AND s.publication_xmin IS NOT NULL",
+        name = quote_literal(stream.as_str())
+    )
+}
+
+/// What the catalog says: schema, name, listed as; with the number of alterations that `altered` asks for.
+fn current(stream: &StreamName, altered: &str) -> String {
     format!(
         "WITH RECURSIVE part (oid, way) AS (
              SELECT r.prrelid, r.oid::text FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
@@ -89,9 +100,10 @@ fn current(stream: &StreamName) -> String {
               UNION ALL
              SELECT i.inhrelid, part.way || '>' || i.inhparent || '.' || i.xmin
                FROM part JOIN pg_class c ON c.oid = part.oid AND c.relkind = 'p'
-               JOIN pg_inherits i ON i.inhparent = part.oid)
+               JOIN pg_inherits i ON i.inhparent = part.oid),
+         altered (suffix) AS (SELECT coalesce('@' || nullif(({altered}), 0), ''))
          SELECT n.nspname::text, c.relname::text,
-                c.oid || ':' || string_agg(part.way, ',' ORDER BY part.way COLLATE \"C\")
+                c.oid || ':' || string_agg(part.way, ',' ORDER BY part.way COLLATE \"C\") || (SELECT suffix FROM altered)
            FROM part JOIN pg_class c ON c.oid = part.oid AND c.relkind = 'r'
            JOIN pg_namespace n ON n.oid = c.relnamespace
           GROUP BY n.nspname, c.relname, c.oid",
@@ -99,19 +111,35 @@ fn current(stream: &StreamName) -> String {
     )
 }
 
+/// Takes the publication as it is now for one that publishes what is wanted: it was altered by us, in the same transaction, and
+/// nothing was missed.
+pub fn acknowledge(stream: &StreamName) -> String {
+    format!(
+        "UPDATE dr_agent.sending SET publication_xmin = (SELECT xmin::text FROM pg_publication WHERE pubname = {name})
+          WHERE stream = {name}",
+        name = quote_literal(stream.as_str())
+    )
+}
+
 /// Brings the stream's rows of `dr_agent.listed` to what the catalog says. Repeatable.
 pub fn note(stream: &StreamName) -> String {
+    // All parts of a statement see what was there before it.
     format!(
         "WITH current (schema_name, table_name, listed_as) AS ({current}),
      gone AS (
          DELETE FROM dr_agent.listed AS l WHERE stream = {name}
             AND NOT EXISTS (SELECT 1 FROM current AS c
-                             WHERE (c.schema_name, c.table_name) = (l.schema_name, l.table_name)))
+                             WHERE (c.schema_name, c.table_name) = (l.schema_name, l.table_name))),
+     seen AS (
+         UPDATE dr_agent.sending AS s SET publication_xmin = p.xmin::text,
+                altered = s.altered + coalesce((s.publication_xmin <> p.xmin::text)::int, 0)
+           FROM pg_publication p
+          WHERE s.stream = {name} AND p.pubname = {name} AND s.publication_xmin IS DISTINCT FROM p.xmin::text)
 INSERT INTO dr_agent.listed AS l (stream, schema_name, table_name, listed_as)
 SELECT {name}, * FROM current
     ON CONFLICT (stream, schema_name, table_name) DO UPDATE SET listed_as = EXCLUDED.listed_as
  WHERE l.listed_as <> EXCLUDED.listed_as",
-        current = current(stream),
+        current = current(stream, &altered(stream)),
         name = quote_literal(stream.as_str())
     )
 }
@@ -121,7 +149,16 @@ SELECT {name}, * FROM current
 /// # Errors
 /// When the source refuses.
 pub async fn read(client: &Client, stream: &StreamName) -> Result<Listed, PgError> {
-    rows(client, &current(stream)).await
+    const COUNTS: &str = "
+        SELECT EXISTS (SELECT 1 FROM pg_attribute
+                        WHERE attrelid = to_regclass('dr_agent.sending') AND attname = 'altered')";
+    let counts: bool = client.query_one(COUNTS, &[]).await?.get(0);
+    let altered = match counts {
+        true => altered(stream),
+        // Before the set-up, or before that of this version.
+        false => "0".to_owned(),
+    };
+    rows(client, &current(stream, &altered)).await
 }
 
 /// What was noted last; nothing before the table is there.

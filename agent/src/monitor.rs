@@ -4,7 +4,7 @@
 //!   measured end to end;
 //! - every `source.sequences`: positions of sequences that moved, since logical decoding does not carry
 //!   them;
-//! - every 30 seconds: what is not protected.
+//! - every 30 seconds, and within 2 when tables, indexes or publications changed: what is not protected.
 //!
 //! # What it does not do
 //! It does not keep going after an error: a source that takes no heartbeat is not being replicated
@@ -16,7 +16,7 @@ mod sequences;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_postgres::Client;
 
 use crate::config::Config;
@@ -24,6 +24,8 @@ use crate::coverage::{self, Unprotected};
 use crate::pg::{self, ConnInfo, PgError, Session};
 use crate::stream::StreamName;
 
+/// What is not protected is looked at when the catalogs changed, which costs next to nothing to ask, and every now and then.
+const CATALOGS_EVERY: Duration = Duration::from_secs(2);
 const COVERAGE_EVERY: Duration = Duration::from_secs(30);
 
 /// A monitor query that takes longer than this has met a lock or a server in trouble.
@@ -43,7 +45,8 @@ pub async fn run(
     let client = pg::connect(conninfo, &session).await?;
     let mut heartbeat = every(config.source.heartbeat_every);
     let mut sequences = every(config.source.sequences_every);
-    let mut cover = every(COVERAGE_EVERY);
+    let mut cover = every(CATALOGS_EVERY);
+    let mut covered = Covered::default();
     loop {
         let report = tokio::select! {
             biased;
@@ -56,12 +59,17 @@ pub async fn run(
                 sequences::write(&client).await?;
                 continue;
             }
-            _ = cover.tick() => match coverage::unprotected(&client, config).await {
-                Ok(unprotected) => unprotected,
-                // Tables come and go too fast for this look.
-                Err(error) if error.is_of_something_dropped() => continue,
-                Err(error) => return Err(error),
-            },
+            _ = cover.tick() => {
+                if !covered.is_old(catalog_changes(&client).await?) {
+                    continue;
+                }
+                match coverage::unprotected(&client, config).await {
+                    Ok(unprotected) => unprotected,
+                    // Tables come and go too fast for this look.
+                    Err(error) if error.is_of_something_dropped() => continue,
+                    Err(error) => return Err(error),
+                }
+            }
         };
         if reports.send(report).await.is_err() {
             return Ok(());
@@ -85,4 +93,35 @@ async fn write_heartbeat(client: &Client) -> Result<(), PgError> {
         )
         .await?;
     Ok(())
+}
+
+/// How often the rows of the catalogs were changed that say what is protected. Statistics are written a second late, and not at
+/// all without `track_counts`.
+async fn catalog_changes(client: &Client) -> Result<i64, PgError> {
+    const SQL: &str = "
+        SELECT coalesce(sum(pg_stat_get_tuples_inserted(oid) + pg_stat_get_tuples_updated(oid)
+                            + pg_stat_get_tuples_deleted(oid)), 0)::bigint
+          FROM pg_class
+         WHERE oid IN ('pg_class'::regclass, 'pg_index'::regclass, 'pg_inherits'::regclass,
+                       'pg_publication'::regclass, 'pg_publication_rel'::regclass)";
+    Ok(client.query_one(SQL, &[]).await?.get(0))
+}
+
+/// When what is not protected was looked at, and what the catalogs were then.
+#[derive(Debug, Default)]
+struct Covered {
+    last: Option<(Instant, i64)>,
+}
+
+impl Covered {
+    fn is_old(&mut self, changes: i64) -> bool {
+        #[allow(clippy::disallowed_methods, reason = "the edge")]
+        let now = Instant::now();
+        let is_fresh = |(at, then): (Instant, i64)| then == changes && now - at < COVERAGE_EVERY;
+        if self.last.is_some_and(is_fresh) {
+            return false;
+        }
+        self.last = Some((now, changes));
+        true
+    }
 }

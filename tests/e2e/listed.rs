@@ -43,13 +43,18 @@ async fn swap(source: &Client) {
         .await;
 }
 
-/// Who copies says why.
+/// Whoever sees it first, the monitor or the sink.
 async fn copied_again(running: &Running, database: &Database) {
-    let name = &database.name;
-    running
-        .wait_for_log(&["public.t", "listed anew", "not copied yet"])
-        .await;
-    running.wait_for_streaming(name).await;
+    let (source, replica) = (database.source().await, database.replica().await);
+    let rows = "SELECT md5(string_agg(t::text, ',' ORDER BY id)) FROM t";
+    wait_until("the table to be copied again", PATIENCE, || async {
+        // It may not be there for a moment.
+        let there = replica.try_rows(rows).await;
+        let there = there.ok().and_then(|rows| rows.first()?.first()?.clone());
+        there == source.value(rows).await
+    })
+    .await;
+    running.wait_for_streaming(&database.name).await;
     database.expect_equal().await;
 }
 

@@ -35,6 +35,7 @@ mod kinesis;
 mod lanes;
 mod large;
 mod listed;
+mod narrowed;
 mod observe;
 mod oracle;
 mod prefix;

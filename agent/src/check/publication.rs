@@ -93,7 +93,7 @@ pub(super) fn judge(
                     some_of(&missing)
                 ),
             )
-            .hint("restart dr-agent run: it publishes tables that are new, and they are copied"),
+            .hint("dr-agent run publishes and copies them by itself; its log says what is in the way if it does not"),
         );
     }
     let extra: Vec<&TableName> = publication.tables.difference(wanted).collect();
@@ -139,11 +139,24 @@ fn shape(at: &Place, publication: &Publication) -> Vec<Finding> {
             some_of(&publication.filtered)
         ));
     }
+    let mendable = !publication.all_tables && publication.schemas.is_empty();
+    let hint = match mendable {
+        true => {
+            "somebody altered it: changes are missing on the replica. dr-agent run mends it within seconds and copies again \
+             what was published in part; start it if it does not run"
+        }
+        false => {
+            "DROP PUBLICATION …; dr-agent run creates its own, or set source.slot to another name"
+        }
+    };
     wrong
         .into_iter()
         .map(|what| {
-            at.error("publication_shape", format!("was not made by dr-agent: {what}"))
-                .hint("DROP PUBLICATION …; dr-agent run creates its own, or set source.slot to another name")
+            at.error(
+                "publication_shape",
+                format!("was not made by dr-agent: {what}"),
+            )
+            .hint(hint)
         })
         .collect()
 }

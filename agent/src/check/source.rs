@@ -471,7 +471,7 @@ fn ownership(
         .filter(|unit| found.shapes.get(*unit).is_some_and(|shape| !shape.owned))
         .collect();
     if foreign.is_empty() {
-        return None;
+        return later_tables(at, role, found);
     }
     let text = format!(
         "the role does not own {}: {}",
@@ -489,6 +489,35 @@ fn ownership(
     Some(finding.hint(format!(
         "GRANT the owning role TO {role}; or run `dr-agent init --source-url` once as a superuser"
     )))
+}
+
+/// Everything is published, by `init`; what the same owners create later will not be.
+fn later_tables(at: &Place, role: &str, found: &SourceDatabase) -> Option<Finding> {
+    let foreign: Vec<&TableName> = found
+        .wanted
+        .published
+        .iter()
+        .map(|table| &table.name)
+        .filter(|name| found.shapes.get(*name).is_some_and(|shape| !shape.owned))
+        .collect();
+    if foreign.is_empty() {
+        return None;
+    }
+    Some(
+        at.warning(
+            "owner_right",
+            format!(
+                "the role does not act for the owners of {}: {}; tables that they create later will not be published, nor \
+                 protected",
+                counted(foreign.len(), "table"),
+                some_of(&foreign)
+            ),
+        )
+        .hint(format!(
+            "GRANT the owning role TO {role} (`dr-agent init --source-url` does it for owners that are no superuser); or let an \
+             owner that is no superuser own the tables; or run `dr-agent init` again after new tables"
+        )),
+    )
 }
 
 /// Age of the oldest transaction that may hold an id, in seconds. Other roles' sessions show only to
@@ -537,6 +566,11 @@ async fn unprotected(at: &Place, client: &Client, config: &Config) -> Vec<Findin
                 "extension's configuration table",
                 "not replicated",
                 "repeat on the replica what you changed in them",
+            ),
+            coverage::RELISTED_TABLE => (
+                "table",
+                "published in part, or not at all, for a while: what changed then is missing on the replica",
+                "dr-agent run notices it within seconds and copies them again; start it if it does not run",
             ),
             "foreign_table" => (
                 "foreign table",

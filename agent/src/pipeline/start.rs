@@ -137,7 +137,13 @@ impl Pipeline {
             batches,
             flush,
             held,
-            owned: Owned::new(&self.config, ledger, spacing, self.status.lag()),
+            owned: Owned::new(
+                &self.config,
+                ledger,
+                spacing,
+                self.status.lag(),
+                prepared.left_out,
+            ),
         })
     }
 

@@ -75,7 +75,8 @@ pub(super) struct Owned {
     /// When the next batch is due that is not full and waits behind others.
     due: Option<Instant>,
     pub(super) lag: Lag,
-    unpublished_at_start: Option<u64>,
+    /// Tables that could not be published when the session began.
+    left_out: u64,
     phase: Phase,
     bytes_counted: u64,
     /// As last shown.
@@ -92,7 +93,13 @@ enum Phase {
 }
 
 impl Owned {
-    pub(super) fn new(config: &Config, ledger: Ledger, spacing: Spacing, lag: Lag) -> Self {
+    pub(super) fn new(
+        config: &Config,
+        ledger: Ledger,
+        spacing: Spacing,
+        lag: Lag,
+        left_out: u64,
+    ) -> Self {
         let limits = &config.limits;
         Self {
             ledger,
@@ -103,7 +110,7 @@ impl Owned {
             shipped_at: now_instant(),
             due: None,
             lag,
-            unpublished_at_start: None,
+            left_out,
             phase: Phase::Running,
             bytes_counted: 0,
             reader: None,
@@ -289,14 +296,17 @@ impl Streaming<'_> {
                 .map(|found| (found.kind, found.count))
                 .collect();
         });
-        let new = [coverage::UNPUBLISHED_TABLE, coverage::RELISTED_TABLE];
-        let found = unprotected.iter().filter(|found| new.contains(&found.kind));
-        let unpublished = found.map(|found| found.count).sum();
-        let before = *self.owned.unpublished_at_start.get_or_insert(unpublished);
-        if unpublished > before {
-            return Err(SessionError::NewTable);
+        let count = |kind: &str| {
+            let found = unprotected.iter().find(|found| found.kind == kind);
+            found.map_or(0, |found| found.count)
+        };
+        let new = count(coverage::UNPUBLISHED_TABLE) > self.owned.left_out
+            || count(coverage::RELISTED_TABLE) > 0
+            || count(coverage::UNIDENTIFIED_TABLE) > 0;
+        match new {
+            true => Err(SessionError::NewTable),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// Invariant maintenance after every action: what the outside sees is what is.

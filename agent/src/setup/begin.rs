@@ -31,7 +31,9 @@ impl Setup<'_> {
             return Err(SetupError::Keyless(refused));
         }
         self.source.found.require_listing(&self.source.stream)?;
-        self.source.publish().await?;
+        let tables = self.source.wanted.published.len();
+        self.source.found.require_room_to_copy(tables)?;
+        self.source.publish(true).await?;
         let history = slot::begin(&self.source, source).await?;
         self.take_over(source, &history).await?;
         let copied_at = self.source_time().await?;

@@ -28,6 +28,7 @@ use super::table_sync::Missed;
 use super::{lock, replica, schema, source, table_sync};
 use crate::catalog::{TableName, quote_ident, quote_literal};
 use crate::config::{Config, Route};
+use crate::listed;
 use crate::pg::{ConnInfo, PgError};
 use crate::stream::StreamName;
 
@@ -499,20 +500,77 @@ async fn source_statements(
             statements.push(format!("ALTER ROLE {agent_sql} BYPASSRLS"));
         }
     }
-    statements.extend(found.statements(stream, wanted)?);
+    if is_other {
+        let owners = owners_lacking(client, agent, wanted).await.map_err(sql)?;
+        statements.extend(grants_of_owners(&owners, &agent_sql, found.version));
+    }
+    let said = found.said(stream);
+    let pieces = found.pieces(stream, wanted)?;
+    statements.extend(pieces.iter().map(|piece| piece.sql(&said)));
     if is_other {
         let owners = source::owners(client, stream).await.map_err(sql)?;
         if owners.schema.as_deref() != Some(agent) {
             statements.push(own_schema(agent));
         }
         if owners.publication.as_deref() != Some(agent) {
+            // In one transaction: another owner of it is nothing that was missed.
             statements.push(format!(
-                "ALTER PUBLICATION {} OWNER TO {agent_sql}",
-                quote_ident(stream.as_str())
+                "BEGIN;\n{};\nALTER PUBLICATION {} OWNER TO {agent_sql};\n{};\nCOMMIT",
+                listed::note(stream),
+                quote_ident(stream.as_str()),
+                listed::acknowledge(stream)
             ));
         }
     }
     Ok(statements.into_iter().map(Statement::plain).collect())
+}
+
+/// A role that owns published tables, and in whose name the agent does not act.
+struct Owner {
+    name: String,
+    superuser: bool,
+}
+
+/// Only its owner may publish a table, tables that are created later included.
+async fn owners_lacking(
+    client: &Client,
+    agent: &str,
+    wanted: &Wanted,
+) -> Result<Vec<Owner>, PgError> {
+    // A role that does not exist yet has no rights at all.
+    const SQL: &str = "
+        SELECT DISTINCT r.rolname::text, r.rolsuper
+          FROM unnest($2::text[], $3::text[]) AS wanted (s, t)
+          JOIN pg_namespace n ON n.nspname = wanted.s
+          JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.t
+          JOIN pg_roles r ON r.oid = c.relowner
+         WHERE r.rolname <> $1 AND n.nspname <> 'dr_agent'
+           AND NOT coalesce((SELECT pg_has_role(a.oid, r.oid, 'USAGE') FROM pg_roles a WHERE a.rolname = $1), false)
+         ORDER BY 1";
+    let tables = wanted.published.iter().map(|table| &table.name);
+    let (schemas, names): (Vec<&str>, Vec<&str>) = tables
+        .map(|name| (name.schema.as_str(), name.name.as_str()))
+        .unzip();
+    let rows = client.query(SQL, &[&agent, &schemas, &names]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| Owner {
+            name: row.get(0),
+            superuser: row.get(1),
+        })
+        .collect())
+}
+
+fn grants_of_owners(owners: &[Owner], agent_sql: &str, version: i32) -> Vec<String> {
+    let inherit = match version >= 160_000 {
+        true => " WITH INHERIT TRUE",
+        false => "",
+    };
+    // Membership of a superuser is the right to become one; `check` says what becomes of its tables.
+    let owners = owners.iter().filter(|owner| !owner.superuser);
+    owners
+        .map(|owner| format!("GRANT {} TO {agent_sql}{inherit}", quote_ident(&owner.name)))
+        .collect()
 }
 
 /// Gives schema `dr_agent`, its tables and its function to the agent.

@@ -31,12 +31,14 @@ mod heartbeat;
 pub mod identity;
 pub(crate) mod locale;
 pub mod publication;
+mod publishing;
 
 mod base;
 mod begin;
 mod error;
 mod init;
 mod lock;
+mod lock_table;
 pub(crate) mod note;
 mod receiving;
 mod recover;
@@ -113,6 +115,8 @@ pub struct Prepared {
     pub binary: bool,
     /// Tables that stay unprotected, and why.
     pub unpublished: Vec<(TableName, Protection)>,
+    /// Tables that are to be published and cannot be now.
+    pub left_out: u64,
     /// What is not as it should be and does not keep the stream from running.
     pub warnings: Vec<String>,
     /// The right to work on the stream, where something else than the replica's progress has to keep others away.
@@ -379,6 +383,7 @@ impl<'a> Setup<'a> {
             synced: table_sync::synced(rows),
             as_of,
             binary,
+            left_out: self.source.left_out,
             unpublished: self.source.wanted.unpublished,
             warnings: self.source.warnings,
             stream: self.source.stream,

@@ -89,6 +89,22 @@ impl Wanted {
         }
     }
 
+    /// Leaves out tables that could not be given REPLICA IDENTITY FULL: published, their UPDATE and DELETE would fail.
+    pub fn without_identity(
+        &mut self,
+        failed: &BTreeSet<TableName>,
+        tables: &[Table],
+        keyed_roots: &BTreeSet<TableName>,
+    ) {
+        self.identity_full.retain(|name| !failed.contains(name));
+        self.published.retain(|table| !failed.contains(&table.name));
+        self.units.retain(|unit| !failed.contains(unit));
+        let failed = failed.iter().cloned();
+        self.unpublished
+            .extend(failed.map(|name| (name, Protection::KeylessExcluded)));
+        self.withhold_wholes_with_a_keyless_part(tables, keyed_roots);
+    }
+
     /// The tables that nobody has decided about.
     pub fn refused(&self) -> Vec<TableName> {
         self.unpublished
@@ -154,17 +170,12 @@ impl Publication {
         self.units.contains(&table.name) || self.units.contains(&table.root)
     }
 
-    /// What keeps it from ever being ours, or from having been sound all the time.
+    /// What keeps it from ever being ours.
     pub fn defect(&self) -> Option<&'static str> {
         if self.all_tables {
             Some("it is FOR ALL TABLES")
         } else if self.schemas {
             Some("it publishes whole schemas")
-        } else if !self.options_sound {
-            Some(
-                "it does not publish insert, update, delete and truncate under the names of the \
-                 partitions",
-            )
         } else {
             None
         }
@@ -192,58 +203,108 @@ fn options(version: i32) -> &'static str {
     }
 }
 
-/// What brings a publication to what is wanted; nothing where it is so already.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Alter {
-    /// Settles keyless tables, before they are listed.
-    pub before: Vec<String>,
-    /// Creates or alters the publication.
-    pub publication: Vec<String>,
+/// One transaction on the way to what is wanted. It locks the tables it names, and no more at a time than the lock table of the
+/// server has room for beside everybody else's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// Has nothing to do with the publication.
+    Statement(String),
+    /// Creates or alters the publication, and locks no table of the user's.
+    Alter(String),
+    /// Gives a keyless table REPLICA IDENTITY FULL, before it is listed.
+    Full(TableName),
+    /// Lists tables, or takes them off the list.
+    List {
+        /// `ALTER PUBLICATION … ADD TABLE`
+        head: String,
+        /// Which.
+        tables: Vec<TableName>,
+    },
 }
 
-/// The statements that are missing.
-pub fn statements(
+impl Piece {
+    /// The SQL, with what has to be said in the same transaction where the publication is altered.
+    pub fn sql(&self, said: &[String]) -> String {
+        let alter = match self {
+            Self::Statement(sql) => return sql.clone(),
+            Self::Full(table) => {
+                return format!("ALTER TABLE {} REPLICA IDENTITY FULL", table.sql());
+            }
+            Self::Alter(sql) => sql.clone(),
+            Self::List { head, tables } => format!("{head} {}", list(tables.iter())),
+        };
+        let mut all = vec![alter];
+        all.extend_from_slice(said);
+        format!("BEGIN;\n{};\nCOMMIT", all.join(";\n"))
+    }
+
+    /// The tables it is about.
+    pub fn tables(&self) -> &[TableName] {
+        match self {
+            Self::Statement(_) | Self::Alter(_) => &[],
+            Self::Full(table) => std::slice::from_ref(table),
+            Self::List { tables, .. } => tables,
+        }
+    }
+
+    /// The same for one table at a time; nothing where it is so already.
+    pub fn one_by_one(&self) -> Vec<Self> {
+        match self {
+            Self::List { head, tables } if tables.len() > 1 => tables
+                .iter()
+                .map(|table| Self::List {
+                    head: head.clone(),
+                    tables: vec![table.clone()],
+                })
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// What is missing. `at_once` tables are locked at a time.
+pub fn pieces(
     stream: &StreamName,
     found: Option<&Publication>,
     wanted: &Wanted,
     version: i32,
-) -> Alter {
+    at_once: usize,
+) -> Vec<Piece> {
     let options = options(version);
     let name = quote_ident(stream.as_str());
-    let before = wanted
+    let mut pieces: Vec<Piece> = wanted
         .identity_full
         .iter()
-        .map(|table| format!("ALTER TABLE {} REPLICA IDENTITY FULL", table.sql()))
+        .cloned()
+        .map(Piece::Full)
         .collect();
-    let mut alter = Alter {
-        before,
-        publication: Vec::new(),
+    let nothing = Publication::default();
+    let found = found.unwrap_or_else(|| {
+        let in_band = in_band_tables();
+        pieces.push(Piece::Alter(format!(
+            "CREATE PUBLICATION {name} FOR TABLE {} WITH ({options})",
+            list(in_band.iter())
+        )));
+        &nothing
+    });
+    let created = pieces.iter().any(|piece| matches!(piece, Piece::Alter(_)));
+    if !created && (!found.options_sound || found.hides_generated) {
+        pieces.push(Piece::Alter(format!(
+            "ALTER PUBLICATION {name} SET ({options})"
+        )));
+    }
+    let mut some = |verb: &str, tables: Vec<TableName>| {
+        pieces.extend(tables.chunks(at_once.max(1)).map(|tables| Piece::List {
+            head: format!("ALTER PUBLICATION {name} {verb} TABLE"),
+            tables: tables.to_vec(),
+        }));
     };
-    let Some(found) = found else {
-        let units = list(wanted.units.iter());
-        alter.publication.push(format!(
-            "CREATE PUBLICATION {name} FOR TABLE {units} WITH ({options})"
-        ));
-        return alter;
-    };
-    if !found.options_sound || found.hides_generated {
-        alter
-            .publication
-            .push(format!("ALTER PUBLICATION {name} SET ({options})"));
-    }
-    let surplus = list(found.surplus(wanted));
-    if !surplus.is_empty() {
-        alter
-            .publication
-            .push(format!("ALTER PUBLICATION {name} DROP TABLE {surplus}"));
-    }
-    let missing = list(found.missing(wanted));
-    if !missing.is_empty() {
-        alter
-            .publication
-            .push(format!("ALTER PUBLICATION {name} ADD TABLE {missing}"));
-    }
-    alter
+    some("DROP", found.surplus(wanted).cloned().collect());
+    let in_band = in_band_tables();
+    let missing = found.missing(wanted);
+    let missing = missing.filter(|unit| !(created && in_band.contains(unit)));
+    some("ADD", missing.cloned().collect());
+    pieces
 }
 
 /// The statement that changes nothing and makes running walsenders and decoders look again.
@@ -342,14 +403,21 @@ mod tests {
         assert_eq!(units(&wanted), ["ok"]);
         let stream = StreamName::new("dr_agent", "app");
         let full = Wanted::of(&tables, &none, &config("keyless = \"full\""));
-        let alter = statements(&stream, None, &full, 150_000);
+        let said = ["SELECT 1".to_owned()];
+        let all = pieces(&stream, None, &full, 150_000, 1);
+        let all: Vec<String> = all.iter().map(|piece| piece.sql(&said)).collect();
         assert_eq!(
-            alter.before,
-            ["ALTER TABLE \"public\".\"log\" REPLICA IDENTITY FULL"]
+            all[0],
+            "ALTER TABLE \"public\".\"log\" REPLICA IDENTITY FULL"
         );
-        let [create] = alter.publication.try_into().unwrap();
-        assert!(create.starts_with("CREATE PUBLICATION \"dr_agent_app\" FOR TABLE ONLY"));
-        assert!(create.contains("ONLY \"dr_agent\".\"heartbeat\""));
+        assert!(all[1].starts_with("BEGIN;\nCREATE PUBLICATION \"dr_agent_app\" FOR TABLE ONLY"));
+        assert!(all[1].contains("ONLY \"dr_agent\".\"heartbeat\""));
+        assert_eq!(
+            all[2..],
+            ["log", "ok"].map(|table| format!(
+                "BEGIN;\nALTER PUBLICATION \"dr_agent_app\" ADD TABLE ONLY \"public\".\"{table}\";\nSELECT 1;\nCOMMIT"
+            ))
+        );
     }
 
     #[test]
@@ -365,23 +433,39 @@ mod tests {
             units: wanted.units.clone(),
             ..Publication::default()
         };
-        assert_eq!(
-            statements(&stream, Some(&found), &wanted, 150_000),
-            Alter::default()
-        );
+        let pieces = |found: &Publication| pieces(&stream, Some(found), &wanted, 150_000, 200);
+        assert_eq!(pieces(&found), []);
         found.units.remove(&name("a"));
         found.filtered.insert(name("a"));
         found.units.insert(name("gone"));
         assert!(!found.publishes(&tables[0]));
         assert!(found.publishes(&tables[1]));
-        assert_eq!(
-            statements(&stream, Some(&found), &wanted, 150_000).publication,
-            [
-                "ALTER PUBLICATION \"dr_agent_app\" DROP TABLE ONLY \"public\".\"gone\", ONLY \
-                 \"public\".\"a\"",
-                "ALTER PUBLICATION \"dr_agent_app\" ADD TABLE ONLY \"public\".\"a\"",
-            ]
-        );
+        let list = |verb: &str, tables: &[&str]| Piece::List {
+            head: format!("ALTER PUBLICATION \"dr_agent_app\" {verb} TABLE"),
+            tables: tables.iter().map(|table| name(table)).collect(),
+        };
+        let both = [list("DROP", &["gone", "a"]), list("ADD", &["a"])];
+        assert_eq!(pieces(&found), both);
+        found.options_sound = false;
+        let set = "ALTER PUBLICATION \"dr_agent_app\" SET (publish = 'insert, update, delete, truncate', \
+                   publish_via_partition_root = false)";
+        assert_eq!(pieces(&found)[0], Piece::Alter(set.to_owned()));
+    }
+
+    #[test]
+    fn a_table_that_got_no_identity_splits_the_whole_and_stays_out() {
+        let tables = [
+            table("k_1", "k", Identity::Key),
+            table("k_2", "k", Identity::Missing),
+            table("log", "log", Identity::Missing),
+        ];
+        let keyed = BTreeSet::from([name("k")]);
+        let mut wanted = Wanted::of(&tables, &keyed, &config("keyless = \"full\""));
+        assert_eq!(units(&wanted), ["k", "log"]);
+        let failed = BTreeSet::from([name("k_2"), name("log")]);
+        wanted.without_identity(&failed, &tables, &keyed);
+        assert_eq!(units(&wanted), ["k_1"]);
+        assert!(wanted.identity_full.is_empty());
     }
 
     #[test]

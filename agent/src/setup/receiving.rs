@@ -388,6 +388,7 @@ impl<'a> Receiving<'a> {
     ) -> Result<Prepared, SetupError> {
         let rows = table_sync::rows(client, &self.stream).await?;
         Ok(Prepared {
+            left_out: 0,
             term: progress.term,
             batch: progress.batch,
             end_lsn: progress.end_lsn,

@@ -46,7 +46,7 @@ impl Setup<'_> {
             ));
             table_sync::reset(&mut self.replica, &self.source.stream, &missed).await?;
         }
-        self.source.publish().await?;
+        self.source.publish(false).await?;
         slot::make_the_list_known(&self.source, walsender).await?;
         self.forget_unfinished().await?;
         self.copy_the_rest(walsender, &ready, &missed).await

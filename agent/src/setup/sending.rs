@@ -70,7 +70,7 @@ async fn prepare(
                 return Err(SetupError::Keyless(refused));
             }
             source.found.require_listing(&source.stream)?;
-            source.publish().await?;
+            source.publish(true).await?;
             let history = slot::begin(&source, &cluster).await?;
             let snapshot = slot::create(&source, &mut walsender, drop_slot).await?;
             (snapshot.consistent_point, history)
@@ -78,7 +78,7 @@ async fn prepare(
         Verdict::Resume => {
             source.found.require_unaltered(&source.stream)?;
             source.leave_out_what_cannot_be_published();
-            source.publish().await?;
+            source.publish(false).await?;
             slot::make_the_list_known(&source, &mut walsender).await?;
             let confirmed = slot.and_then(|slot| slot.confirmed);
             let both = confirmed.zip(noted.map(|noted| noted.history()));
@@ -171,6 +171,7 @@ fn sent_from(
         as_of,
         // Whoever reads it cannot ask for text once something came that does not travel.
         binary: false,
+        left_out: source.left_out,
         unpublished: std::mem::take(&mut source.wanted.unpublished),
         warnings: std::mem::take(&mut source.warnings),
         stream: source.stream.clone(),

@@ -23,6 +23,7 @@ use super::identity::{Cluster, Recorded};
 use super::source_side::SourceSide;
 use super::{export, note, publication, source};
 use crate::history::History;
+use crate::listed;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
 use crate::pg::slot;
 
@@ -101,8 +102,15 @@ async fn drop(
 }
 
 async fn touch(source: &SourceSide<'_>) -> Result<(), SetupError> {
-    let touch = [publication::touch(&source.stream, source.found.version)];
-    source::execute(&source.client, Side::Source, &touch).await
+    let stream = &source.stream;
+    // What somebody else altered before counts; this alteration does not.
+    let touch = format!(
+        "BEGIN;\n{};\n{};\n{};\nCOMMIT",
+        listed::note(stream),
+        publication::touch(stream, source.found.version),
+        listed::acknowledge(stream)
+    );
+    source::execute(&source.client, Side::Source, &[touch]).await
 }
 
 /// Creating a slot waits for the transactions then running, as long as nobody stops the agent.

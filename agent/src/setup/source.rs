@@ -17,8 +17,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
+use super::lock_table::LockTable;
 use super::note;
-use super::publication::{self, Publication, Wanted};
+use super::publication::{self, Piece, Publication, Wanted};
 use super::table_sync::{Missed, Row};
 use crate::catalog::{self, Table, TableName};
 use crate::config::Config;
@@ -47,6 +48,7 @@ pub(super) struct Observed {
     in_recovery: bool,
     may_replicate: bool,
     may_create: bool,
+    locks: LockTable,
     has_schema: bool,
     writes_in_band: bool,
     pub(super) tables: Vec<Table>,
@@ -91,6 +93,13 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
                to_regclass('dr_agent.heartbeat') IS NOT NULL
                AND to_regclass('dr_agent.sequence_state') IS NOT NULL
                AND to_regclass('dr_agent.listed') IS NOT NULL
+               AND EXISTS (SELECT 1 FROM pg_attribute
+                            WHERE attrelid = to_regclass('dr_agent.sending') AND attname = 'altered'),
+               current_setting('max_locks_per_transaction')::bigint, 1
+               + current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint
+               + coalesce(current_setting('autovacuum_worker_slots', true),
+                          current_setting('autovacuum_max_workers'))::bigint
+               + current_setting('max_worker_processes')::bigint + current_setting('max_wal_senders')::bigint
           FROM pg_roles r WHERE r.rolname = current_user";
     const WRITES_IN_BAND: &str = "
         SELECT coalesce(bool_and(has_schema_privilege(n.oid, 'USAGE')
@@ -106,6 +115,11 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'";
     let facts = client.query_one(FACTS, &[]).await?;
     let version = facts.get(2);
+    let number = |column| usize::try_from(facts.get::<_, i64>(column)).unwrap_or(1);
+    let locks = LockTable {
+        per_transaction: number(9),
+        transactions: number(10),
+    };
     let found = read_publication(client, stream, version).await?;
     let (publication, owns_publication) = found.unzip();
     Ok(Observed {
@@ -117,6 +131,7 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
         in_recovery: facts.get(5),
         may_replicate: facts.get(6),
         may_create: facts.get(7),
+        locks,
         has_schema: facts.get(8),
         writes_in_band: client.query_one(WRITES_IN_BAND, &[]).await?.get(0),
         // Without sizes: whoever has a table locked would be waited for.
@@ -243,6 +258,24 @@ impl Observed {
         Ok(())
     }
 
+    /// Refuses a copy of that many tables for which the server's lock table has no room beside everybody else's locks.
+    pub(super) fn require_room_to_copy(&self, tables: usize) -> Result<(), SetupError> {
+        match self.locks.lacks(tables) {
+            None => Ok(()),
+            Some(wanted) => Err(SetupError::Unfit {
+                side: Side::Source,
+                what: format!(
+                    "max_locks_per_transaction = {} gives its lock table no room for a copy of {tables} tables",
+                    self.locks.per_transaction
+                ),
+                hint: format!(
+                    "each is locked twice while the schema is read, and without room the application's own transactions would \
+                     fail: ALTER SYSTEM SET max_locks_per_transaction = {wanted}, and restart the server"
+                ),
+            }),
+        }
+    }
+
     /// Refuses a publication of our name that can never list exactly what we choose.
     pub(super) fn require_listing(&self, stream: &StreamName) -> Result<(), SetupError> {
         match &self.publication {
@@ -313,12 +346,12 @@ impl Observed {
             .collect()
     }
 
-    /// Every statement that is missing, in order; or the right that is.
-    pub(super) fn statements(
+    /// Everything that is missing, in order; or the right that is.
+    pub(super) fn pieces(
         &self,
         stream: &StreamName,
         wanted: &Wanted,
-    ) -> Result<Vec<String>, SetupError> {
+    ) -> Result<Vec<Piece>, SetupError> {
         let lacks = |what: &str, right: String| {
             Err(SetupError::RightMissing {
                 side: Side::Source,
@@ -344,34 +377,40 @@ impl Observed {
                 tables: foreign.into_iter().collect(),
             });
         }
-        let alter =
-            publication::statements(stream, self.publication.as_ref(), wanted, self.version);
         if self.publication.is_none() && !self.may_create {
             return lacks("create the publication", create_right());
         }
-        if !alter.publication.is_empty() && !self.owns_publication {
+        let missing = publication::pieces(
+            stream,
+            self.publication.as_ref(),
+            wanted,
+            self.version,
+            self.locks.at_once(),
+        );
+        let is_altered = missing.iter().any(|piece| !matches!(piece, Piece::Full(_)));
+        if is_altered && !self.owns_publication {
             return Err(self.publication_is_not_ours(stream));
         }
-        let note = listed::note(stream);
-        let mut statements = Vec::new();
+        let mut pieces = Vec::new();
         if !self.has_schema {
-            statements.push(SCHEMA_SQL.to_owned());
+            pieces.push(Piece::Statement(SCHEMA_SQL.to_owned()));
+        }
+        if !self.has_schema || !is_altered && self.listed != self.noted {
             // Of a publication that is there already: nothing was missed.
-            statements.push(note.clone());
+            pieces.push(Piece::Statement(listed::note(stream)));
         }
-        statements.extend(alter.before);
-        if !alter.publication.is_empty() {
-            // What is not published in between must not look published.
-            let mut all = alter.publication;
-            all.push(note);
-            if self.forgets_publication_changes() {
-                all.push(note::list_is_new(stream));
-            }
-            statements.push(format!("BEGIN;\n{};\nCOMMIT", all.join(";\n")));
-        } else if self.has_schema && self.listed != self.noted {
-            statements.push(note);
+        pieces.extend(missing);
+        Ok(pieces)
+    }
+
+    /// What is said in every transaction that alters the publication: what is not published in between must not look
+    /// published.
+    pub(super) fn said(&self, stream: &StreamName) -> Vec<String> {
+        let mut said = vec![listed::note(stream)];
+        if self.forgets_publication_changes() {
+            said.push(note::list_is_new(stream));
         }
-        Ok(statements)
+        said
     }
 
     /// Only its owner may alter a publication.
@@ -464,6 +503,10 @@ mod tests {
             in_recovery: false,
             may_replicate: true,
             may_create: true,
+            locks: LockTable {
+                per_transaction: 64,
+                transactions: 122,
+            },
             has_schema: true,
             writes_in_band: true,
             tables: Vec::new(),
@@ -507,11 +550,11 @@ mod tests {
         });
         let mut seen = observed();
         seen.may_create = false;
-        let error = seen.statements(&stream, &wanted).unwrap_err();
+        let error = seen.pieces(&stream, &wanted).unwrap_err();
         assert!(error.to_string().contains("CREATE on database app"));
         let mut seen = observed();
         seen.not_owned = wanted.units.clone();
-        let error = seen.statements(&stream, &wanted).unwrap_err();
+        let error = seen.pieces(&stream, &wanted).unwrap_err();
         assert!(matches!(error, SetupError::NotOwner { .. }));
         // Listed already: nothing to own.
         seen.publication = Some(Publication {
@@ -519,10 +562,7 @@ mod tests {
             units: wanted.units.clone(),
             ..Publication::default()
         });
-        assert_eq!(
-            seen.statements(&stream, &wanted).unwrap(),
-            Vec::<String>::new()
-        );
+        assert_eq!(seen.pieces(&stream, &wanted).unwrap(), []);
     }
 
     #[test]
@@ -535,14 +575,18 @@ mod tests {
         let mut wanted = Wanted::default();
         wanted.units.insert(table.clone());
         let mut seen = observed();
-        let note = listed::note(&stream);
-        let [create] = seen
-            .statements(&stream, &wanted)
-            .unwrap()
-            .try_into()
-            .unwrap();
-        assert!(create.starts_with("BEGIN;\nCREATE PUBLICATION"), "{create}");
-        assert!(create.ends_with(&format!(";\n{note};\nCOMMIT")), "{create}");
+        let note = Piece::Statement(listed::note(&stream));
+        let pieces = seen.pieces(&stream, &wanted).unwrap();
+        let said = seen.said(&stream);
+        assert_eq!(said, [listed::note(&stream)]);
+        for (piece, begins) in pieces
+            .iter()
+            .zip(["BEGIN;\nCREATE PUBLICATION", "BEGIN;\nALTER PUBLICATION"])
+        {
+            let sql = piece.sql(&said);
+            assert!(sql.starts_with(begins), "{sql}");
+            assert!(sql.ends_with(&format!(";\n{};\nCOMMIT", said[0])), "{sql}");
+        }
         seen.publication = Some(Publication {
             options_sound: true,
             units: wanted.units.clone(),
@@ -550,14 +594,14 @@ mod tests {
         });
         let listed_as = ListedAs::new("7:70".to_owned());
         seen.listed.insert(table, listed_as);
-        let statements = seen.statements(&stream, &wanted).unwrap();
-        assert_eq!(statements, std::slice::from_ref(&note));
+        let pieces = seen.pieces(&stream, &wanted).unwrap();
+        assert_eq!(pieces, std::slice::from_ref(&note));
         seen.noted = seen.listed.clone();
-        assert!(seen.statements(&stream, &wanted).unwrap().is_empty());
+        assert!(seen.pieces(&stream, &wanted).unwrap().is_empty());
         // What an earlier version has published was not missed.
         seen.has_schema = false;
-        let statements = seen.statements(&stream, &wanted).unwrap();
-        assert_eq!(statements, [SCHEMA_SQL.to_owned(), note]);
+        let pieces = seen.pieces(&stream, &wanted).unwrap();
+        assert_eq!(pieces, [Piece::Statement(SCHEMA_SQL.to_owned()), note]);
     }
 
     #[test]

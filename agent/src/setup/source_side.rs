@@ -15,7 +15,9 @@ use tokio_util::sync::CancellationToken;
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Slot};
 use super::note::{self, Note};
+use super::publication::Piece;
 use super::publication::Wanted;
+use super::publishing::Publishing;
 use super::{export, source};
 use crate::catalog::{Protection, TableName};
 use crate::config::Config;
@@ -31,6 +33,8 @@ pub(super) struct SourceSide<'a> {
     pub(super) client: Client,
     pub(super) found: source::Observed,
     pub(super) wanted: Wanted,
+    /// Tables that are to be published and cannot be now.
+    pub(super) left_out: u64,
     pub(super) warnings: Vec<String>,
     pub(super) cancel: &'a CancellationToken,
 }
@@ -54,6 +58,7 @@ impl<'a> SourceSide<'a> {
             info,
             client,
             found,
+            left_out: 0,
             warnings: Vec::new(),
             cancel,
         })
@@ -79,10 +84,32 @@ impl<'a> SourceSide<'a> {
         note::read(&self.client, &self.stream).await
     }
 
-    /// Brings the source's schema and publication to what is wanted.
-    pub(super) async fn publish(&mut self) -> Result<(), SetupError> {
-        let statements = self.found.statements(&self.stream, &self.wanted)?;
-        source::execute(&self.client, Side::Source, &statements).await?;
+    /// Brings the source's schema and publication to what is wanted. A table that is gone meanwhile is left out. So is, unless
+    /// everything `must` be listed, one that cannot be listed now, because somebody has it locked or for any other reason: it is
+    /// said, and tried again with the next look.
+    pub(super) async fn publish(&mut self, must: bool) -> Result<(), SetupError> {
+        let publishing = Publishing {
+            client: &self.client,
+            must,
+        };
+        let full = self.found.pieces(&self.stream, &self.wanted)?;
+        let full = full
+            .into_iter()
+            .filter(|piece| matches!(piece, Piece::Full(_)));
+        let said = self.found.said(&self.stream);
+        let mut left_out = publishing.run(full.collect(), &said).await?;
+        let failed: BTreeSet<TableName> = left_out.keys().cloned().collect();
+        let (tables, roots) = (&self.found.tables, &self.found.keyed_roots);
+        self.wanted.without_identity(&failed, tables, roots);
+        let mut rest = self.found.pieces(&self.stream, &self.wanted)?;
+        rest.retain(|piece| !matches!(piece, Piece::Full(_)));
+        left_out.extend(publishing.run(rest, &said).await?);
+        self.left_out += left_out.len() as u64;
+        for (table, why) in left_out {
+            self.warnings.push(format!(
+                "{table} cannot be published now, it is tried again: {why}"
+            ));
+        }
         // The in-band tables may be new; they are copied like any other.
         self.look_again().await
     }
@@ -123,6 +150,7 @@ impl<'a> SourceSide<'a> {
             return;
         }
         let left_out: BTreeSet<TableName> = self.wanted.leave_out(&foreign).into_iter().collect();
+        self.left_out += left_out.len() as u64;
         self.warnings.push(format!(
             "not protected, because role \"{}\" does not own them and may not publish them; run \
              `dr-agent init --source-url URL` with a role that may: {}",
