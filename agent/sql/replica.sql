@@ -102,6 +102,14 @@ CREATE TABLE IF NOT EXISTS dr_agent.listed (
     listed_as   text NOT NULL,
     PRIMARY KEY (stream, schema_name, table_name)
 );
+CREATE TABLE IF NOT EXISTS dr_agent.coverage (
+    stream    text NOT NULL,
+    kind      text NOT NULL,
+    protected boolean NOT NULL,
+    objects   bigint NOT NULL,
+    names     text NOT NULL,    -- a JSON list; empty where there are too many
+    PRIMARY KEY (stream, kind, protected)
+);
 
 -- The compare-and-set that begins every apply transaction: ordering, exactly-once and fencing in
 -- one comparison. It raises instead of returning, so that a chain of pipelined statements fails

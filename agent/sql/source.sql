@@ -31,6 +31,17 @@ CREATE TABLE IF NOT EXISTS dr_agent.listed (
     PRIMARY KEY (stream, schema_name, table_name)
 );
 
+-- What the source has, by kind and name (protected), and what of it is not protected. Told in-band, so that it is known where the
+-- source is not there to be asked.
+CREATE TABLE IF NOT EXISTS dr_agent.coverage (
+    stream    text NOT NULL,
+    kind      text NOT NULL,
+    protected boolean NOT NULL,
+    objects   bigint NOT NULL,
+    names     text NOT NULL,    -- a JSON list; empty where there are too many
+    PRIMARY KEY (stream, kind, protected)
+);
+
 -- The slots that are read here, by stream. Not published: it says which history the source is in, and a source that was
 -- restored says so by it.
 CREATE TABLE IF NOT EXISTS dr_agent.sending (

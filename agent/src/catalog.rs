@@ -196,7 +196,7 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                                WHERE a.attrelid = c.oid AND a.attgenerated = 'v') AS virtual) v
          WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
-           AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state', 'listed'))
+           AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state', 'listed', 'coverage'))
          ORDER BY 1, 2"
     );
     let rows = client.query_typed(&sql, &[]).await?;

@@ -4,6 +4,9 @@
 //! seconds, so it reads catalogs only, opens no user table, waits for no lock, and stops counting
 //! large objects at a limit.
 //!
+//! The monitor also tells it in-band (`inventory`), so that the replica can say by itself what is not protected (`kept`) when
+//! the source is gone.
+//!
 //! # Invariants
 //! - Every kind is in the answer, with 0 where there is none: a gauge that was set goes back.
 //! - What is counted is either not on the replica at all or not kept up to date there.
@@ -12,6 +15,9 @@
 //! - It does not count what the initial copy takes along and what changes by DDL only (views,
 //!   functions, triggers, policies): DDL is not replicated in this version, which `check` says once.
 //! - It does not count roles: they belong to the server, not to a database; `check` compares them.
+
+mod inventory;
+mod kept;
 
 use std::collections::BTreeSet;
 
@@ -23,6 +29,8 @@ use crate::listed;
 use crate::pg::{Again, PgError};
 use crate::setup::publication::Wanted;
 use crate::stream::StreamName;
+pub use inventory::tell;
+pub use kept::{Coverage, NOT_COPIED, NotProtected, of};
 
 /// The unprotected objects of one kind in one database.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,7 +75,7 @@ pub const KINDS: [&str; 12] = [
 pub const LARGE_OBJECTS_MAX: u64 = 100_000;
 
 /// How many names of a kind are returned.
-const EXAMPLES_MAX: usize = 5;
+const EXAMPLES_MAX: usize = 100;
 
 /// Counts what is unprotected in the source database this client is connected to.
 pub async fn unprotected(client: &Client, config: &Config) -> Result<Vec<Unprotected>, PgError> {
@@ -325,11 +333,12 @@ mod tests {
 
     #[test]
     fn examples_are_few_and_the_count_is_whole() {
-        let tables: Vec<Table> = (0..9)
+        let tables: Vec<Table> = (0..EXAMPLES_MAX + 4)
             .map(|n| table(&format!("s.t{n}"), &format!("s.t{n}"), Identity::Key))
             .collect();
         let found = of_tables(&tables, &wanted(&tables, &config("")), &BTreeSet::new());
-        let one = found.iter().find(|one| one.count == 9).unwrap();
+        let one = found.iter().find(|one| one.count > 0).unwrap();
         assert_eq!(one.examples.len(), EXAMPLES_MAX);
+        assert_eq!(one.count, EXAMPLES_MAX as u64 + 4);
     }
 }

@@ -4,7 +4,8 @@
 //!   measured end to end;
 //! - every `source.sequences`: positions of sequences that moved, since logical decoding does not carry
 //!   them;
-//! - every 30 seconds, and within 2 when tables, indexes or publications changed: what is not protected.
+//! - every 30 seconds, and within 2 when tables, indexes or publications changed: what there is, and what of it is not
+//!   protected.
 //!
 //! # What it does not do
 //! It does not keep going after an error: a source that takes no heartbeat is not being replicated
@@ -21,6 +22,7 @@ use tokio_postgres::Client;
 
 use crate::config::Config;
 use crate::coverage::{self, Unprotected};
+use crate::error::chain;
 use crate::pg::{self, ConnInfo, PgError, Session};
 use crate::stream::StreamName;
 
@@ -63,7 +65,7 @@ pub async fn run(
                 if !covered.is_old(catalog_changes(&client).await?) {
                     continue;
                 }
-                match coverage::unprotected(&client, config).await {
+                match cover_all(&client, config, stream).await {
                     Ok(unprotected) => unprotected,
                     // Tables come and go too fast for this look.
                     Err(error) if error.is_of_something_dropped() => continue,
@@ -75,6 +77,23 @@ pub async fn run(
             return Ok(());
         }
     }
+}
+
+/// Looks what is not protected, and tells the replica, with what there is. A source that refuses the latter is still
+/// replicated, and the replica says that it does not know.
+async fn cover_all(
+    client: &Client,
+    config: &Config,
+    stream: &StreamName,
+) -> Result<Vec<Unprotected>, PgError> {
+    let unprotected = coverage::unprotected(client, config).await?;
+    match coverage::tell(client, stream, &unprotected).await {
+        Err(error) if error.sqlstate().is_some() => {
+            tracing::warn!(%stream, error = %chain(&error), "what there is cannot be told to the replica");
+        }
+        told => told?,
+    }
+    Ok(unprotected)
 }
 
 fn every(period: Duration) -> tokio::time::Interval {

@@ -25,6 +25,7 @@ mod check;
 mod churn;
 mod connection;
 mod copy;
+mod coverage;
 mod databases;
 mod disturbances;
 mod fencing;

@@ -609,7 +609,7 @@ async fn unprotected(at: &Place, client: &Client, config: &Config) -> Vec<Findin
         let text = format!(
             "{}{more}: {what} ({})",
             counted(number, noun),
-            one.examples.join(", ")
+            some_of(&one.examples)
         );
         findings.push(at.warning(one.kind, text).hint(hint));
     }

@@ -27,12 +27,16 @@ use super::agent_status::{self, AgentDatabase};
 use super::archive_status::{self, ArchiveStatus};
 use super::kinesis_status::{self, KinesisStatus};
 use crate::config::{Config, Databases, Route};
+use crate::coverage::Coverage;
 use crate::error::chain;
 use crate::promote::loss::{self, Answer};
 use crate::promote::observe::{self, Database, Observed};
 
 /// For all databases together, under route `kinesis`.
 const REPLICA_WITHIN: Duration = Duration::from_secs(15);
+
+/// Names of a kind that are shown; the JSON has more.
+const NAMES_SHOWN: usize = 5;
 
 /// The leg of an agent that puts changes into a Kinesis stream.
 pub(super) const SEND: &str = "send";
@@ -132,6 +136,8 @@ pub struct DatabaseStatus {
     pub promotion: Option<String>,
     /// Tables whose initial copy is not complete.
     pub tables_not_ready: Option<i64>,
+    /// What a failover would bring, and what not, as the replica knows it; null where it does not answer.
+    pub coverage: Option<Coverage>,
     /// What the agent complains of.
     pub error: Option<String>,
     /// What to do about it.
@@ -365,6 +371,7 @@ fn judge(facts: &Facts<'_>) -> DatabaseStatus {
         commit_time: progress.and_then(|progress| progress.commit_time.clone()),
         promotion: promotion.map(|stored| stored.state.to_string()),
         tables_not_ready: not_ready,
+        coverage: here.map(|here| here.coverage.clone()),
         error: report
             .and_then(|report| report.error.clone())
             .or_else(|| facts.answer.and_then(|answer| answer.unknown.clone())),
@@ -442,6 +449,12 @@ impl DatabaseStatus {
                 "  applied up to {end_lsn} ({commit}), batch {batch}, term {term}"
             );
         }
+        if let Some(coverage) = &self.coverage {
+            let _ = writeln!(out, "  protected: {}", coverage.verdict());
+            for one in &coverage.missing {
+                let _ = writeln!(out, "    not protected: {}", one.text(NAMES_SHOWN));
+            }
+        }
         if let Some(promotion) = &self.promotion {
             let _ = writeln!(out, "  promotion: {promotion}");
         }
@@ -499,6 +512,7 @@ mod tests {
             sequences: 0,
             agent_sessions: 0,
             prepared: 0,
+            coverage: Coverage::default(),
         }
     }
 

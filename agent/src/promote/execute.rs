@@ -277,6 +277,8 @@ async fn state_loss(
         Some(_) => "the source did not answer",
     };
     record.detail.database.take_answer(answer);
+    // As far as the drain has led.
+    record.detail.database.coverage = observe::coverage(client, &record.stream).await?;
     Ok(note.to_owned())
 }
 

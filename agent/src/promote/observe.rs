@@ -17,6 +17,8 @@ use super::state::State;
 use super::{Detail, Doing, PromoteError, loss};
 use crate::catalog::{self, TableName};
 use crate::config::{Config, Databases};
+use crate::coverage::{self, Coverage};
+use crate::error::chain;
 use crate::pg::{self, PgLsn, Session};
 use crate::stream::{APPLICATION_PREFIX, StreamName};
 
@@ -90,6 +92,8 @@ pub struct Database {
     pub agent_sessions: i64,
     /// Prepared transactions of agents.
     pub prepared: i64,
+    /// What is not protected, as far as it is known here.
+    pub coverage: Coverage,
 }
 
 impl Database {
@@ -209,11 +213,14 @@ async fn database(
         )
         .await
         .doing("count sequences and sessions")?;
+    let table_sync = table_sync(&client, &stream).await?;
+    let promotion = promotion(&client, &stream).await?;
     Ok(Some(Database {
         name: name.to_owned(),
-        table_sync: table_sync(&client, &stream).await?,
-        promotion: promotion(&client, &stream).await?,
+        table_sync,
+        promotion,
         progress,
+        coverage: coverage(&client, &stream).await?,
         stream,
         sequences: counts.get(0),
         agent_sessions: counts.get(1),
@@ -293,6 +300,22 @@ pub(super) async fn not_ready(
         name: row.get(1),
     });
     Ok(tables.collect())
+}
+
+/// What is not protected. Whatever keeps it from being read, it keeps nothing from being promoted.
+pub(super) async fn coverage(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<Coverage, PromoteError> {
+    let mut not_copied = not_ready(client, stream).await?;
+    not_copied.retain(|table| table.schema != "dr_agent");
+    match coverage::of(client, stream, &not_copied).await {
+        Ok(coverage) => Ok(coverage),
+        Err(error) => {
+            tracing::warn!(%stream, error = %chain(&error), "what is not protected cannot be read");
+            Ok(Coverage::default())
+        }
+    }
 }
 
 /// The promotion row of a stream.

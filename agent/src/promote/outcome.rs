@@ -138,6 +138,7 @@ pub(super) async fn planned(
             batch: database.progress.batch,
             commit_time: database.progress.commit_time.clone(),
             rpo_seconds: database.progress.age_seconds(),
+            coverage: database.coverage.clone(),
             ..DatabaseReport::default()
         };
         if options.plan && !database.state().is_fenced() {

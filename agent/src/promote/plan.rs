@@ -273,6 +273,7 @@ mod tests {
             sequences: 0,
             agent_sessions: 0,
             prepared: 0,
+            coverage: crate::coverage::Coverage::default(),
         }
     }
 

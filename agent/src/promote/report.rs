@@ -13,6 +13,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::loss::Answer;
+use crate::coverage::Coverage;
 
 /// How the command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,6 +103,8 @@ pub struct DatabaseReport {
     pub source_answered: bool,
     /// Why `lost_bytes` or `lost_transactions` is unknown.
     pub loss_unknown: Option<String>,
+    /// What a failover brings, and what not: as the source told it in-band, compared with what is here.
+    pub coverage: Coverage,
     /// Prepared transactions of older agents, or of a drain that was killed, that were committed.
     pub prepared_committed: u64,
     /// … that were rolled back.
@@ -177,6 +180,11 @@ impl Report {
         self.rpo_met = self
             .rpo_seconds
             .map(|seconds| seconds <= self.rpo_objective_seconds);
+        let copied = |database: &DatabaseReport| database.coverage.not_copied() == 0;
+        if !self.databases.iter().all(copied) {
+            // Tables without their rows are a loss without a number, and no objective allows it.
+            (self.rpo_seconds, self.rpo_met) = (None, Some(false));
+        }
     }
 
     /// The report for people.
@@ -244,12 +252,16 @@ impl Report {
     }
 }
 
+/// Names of a kind in the text; the JSON has more.
+const NAMES_SHOWN: usize = 5;
+
 fn verdict(seconds: Option<f64>, objective: f64, met: Option<bool>, unknown: &str) -> String {
     match (seconds, met) {
         (Some(seconds), Some(met)) => {
             let word = if met { "met" } else { "MISSED" };
             format!("{seconds:.2} s, objective {objective} s: {word}")
         }
+        (None, Some(false)) => format!("whole tables are missing, objective {objective} s: MISSED"),
         _ => format!("{unknown}, objective {objective} s"),
     }
 }
@@ -257,6 +269,9 @@ fn verdict(seconds: Option<f64>, objective: f64, met: Option<bool>, unknown: &st
 impl DatabaseReport {
     /// Seconds lost at most: 0 where the source said that nothing is missing.
     pub fn loss_seconds(&self) -> Option<f64> {
+        if self.coverage.not_copied() > 0 {
+            return None;
+        }
         if self.lost_transactions == Some(0) && !self.lost_transactions_at_least {
             return Some(0.0);
         }
@@ -282,11 +297,12 @@ impl DatabaseReport {
             .commit_time
             .as_deref()
             .unwrap_or("no transaction applied yet");
-        let _ = writeln!(
-            out,
-            "  equals the source as of   {} ({commit_time})",
-            self.end_lsn
-        );
+        let equals = match self.coverage.is_whole() {
+            true => "equals the source as of",
+            false => "has the source up to",
+        };
+        let _ = writeln!(out, "  {equals:<25} {} ({commit_time})", self.end_lsn);
+        self.write_coverage(out);
         if self.fenced_at.is_some() || planned {
             let label = if planned { "would be lost now" } else { "lost" };
             let _ = writeln!(out, "  {label:<25} {}", self.loss_text());
@@ -309,9 +325,32 @@ impl DatabaseReport {
         }
     }
 
+    fn write_coverage(&self, out: &mut String) {
+        let coverage = &self.coverage;
+        let _ = writeln!(out, "  {:<25} {}", "protected", coverage.verdict());
+        for one in &coverage.missing {
+            let _ = writeln!(
+                out,
+                "  {:<25} {}",
+                "NOT as on the source",
+                one.text(NAMES_SHOWN)
+            );
+        }
+    }
+
     /// One sentence: what the replica does not have.
     pub fn loss_text(&self) -> String {
         let mut parts = Vec::new();
+        let tables = self.coverage.not_copied();
+        if tables > 0 {
+            let noun = match tables {
+                1 => "table that was",
+                _ => "tables that were",
+            };
+            parts.push(format!(
+                "everything in {tables} {noun} never copied; of the others"
+            ));
+        }
         if let Some(transactions) = self.lost_transactions {
             let least = if self.lost_transactions_at_least {
                 "at least "
@@ -335,6 +374,7 @@ impl DatabaseReport {
                 ));
             }
             Some(_) => {}
+            None if tables > 0 => {}
             None => parts.push("seconds unknown: no transaction was applied yet".to_owned()),
         }
         if let Some(reason) = &self.loss_unknown {
@@ -347,6 +387,7 @@ impl DatabaseReport {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::coverage::NotProtected;
 
     fn report(databases: Vec<DatabaseReport>) -> Report {
         Report {
@@ -409,6 +450,53 @@ mod tests {
             ..quiet
         };
         assert_eq!(counted.loss_seconds(), Some(4000.0));
+    }
+
+    #[test]
+    fn nothing_equals_the_source_while_something_is_missing_or_not_known() {
+        let whole = Coverage {
+            known: true,
+            tables: Some(2),
+            protected: Some(2),
+            missing: Vec::new(),
+        };
+        let mut one = lost(Some(1.0), Some(0));
+        one.coverage = whole.clone();
+        let text = |one: &DatabaseReport| report(vec![one.clone()]).text();
+        assert!(text(&one).contains("equals the source as of"));
+        assert!(text(&one).contains("2 of 2 tables"));
+        one.coverage.missing.push(NotProtected {
+            kind: "missing_sequence".into(),
+            count: 1,
+            names: vec!["public.late".into()],
+        });
+        assert!(!text(&one).contains("equals"));
+        assert!(text(&one).contains("NOT as on the source      missing sequence: 1 (public.late)"));
+        one.coverage = Coverage::default();
+        assert!(!text(&one).contains("equals") && text(&one).contains("not known"));
+    }
+
+    #[test]
+    fn tables_that_were_never_copied_are_a_loss_without_a_number() {
+        let mut one = lost(Some(1.0), Some(0));
+        one.coverage.missing.push(NotProtected {
+            kind: crate::coverage::NOT_COPIED.into(),
+            count: 3,
+            names: Vec::new(),
+        });
+        assert!(
+            one.loss_text().starts_with("everything in 3 tables"),
+            "{}",
+            one.loss_text()
+        );
+        let mut all = report(vec![one, lost(Some(1.0), Some(0))]);
+        all.judge(Some(1.0));
+        assert_eq!((all.rpo_seconds, all.rpo_met), (None, Some(false)));
+        assert!(
+            all.text().contains("whole tables are missing"),
+            "{}",
+            all.text()
+        );
     }
 
     #[test]
