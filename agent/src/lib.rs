@@ -43,6 +43,7 @@ pub mod prepared;
 pub mod promote;
 pub mod replay;
 pub mod restore;
+pub(crate) mod sequence_look;
 pub mod setup;
 pub mod sink;
 pub mod snapshot;

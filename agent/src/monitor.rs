@@ -12,8 +12,6 @@
 //! either. Its error ends the session like any other. What has to be known whether something streams or not is
 //! [`crate::watch`]'s.
 
-mod sequences;
-
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -24,6 +22,7 @@ use crate::config::Config;
 use crate::coverage::{self, Unprotected};
 use crate::error::chain;
 use crate::pg::{self, ConnInfo, PgError, Session};
+use crate::sequence_look::{self, Notes};
 use crate::stream::StreamName;
 
 /// What is not protected is looked at when the catalogs changed, which costs next to nothing to ask, and every now and then.
@@ -45,6 +44,7 @@ pub async fn run(
         // Waiting for a synchronous standby would turn its outage into ours.
         .set("synchronous_commit", "local");
     let client = pg::connect(conninfo, &session).await?;
+    let mut noted = Notes::read(&client).await?;
     let mut heartbeat = every(config.source.heartbeat_every);
     let mut sequences = every(config.source.sequences_every);
     let mut cover = every(CATALOGS_EVERY);
@@ -58,7 +58,8 @@ pub async fn run(
                 continue;
             }
             _ = sequences.tick() => {
-                sequences::write(&client).await?;
+                let look = sequence_look::read(&client).await?;
+                noted.write(&client, &look).await?;
                 continue;
             }
             _ = cover.tick() => {

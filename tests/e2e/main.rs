@@ -42,6 +42,7 @@ mod oracle;
 mod prefix;
 mod promote;
 mod promote_kinesis;
+mod promote_sequences;
 mod restore;
 mod restore_target;
 mod restore_told;

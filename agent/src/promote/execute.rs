@@ -195,7 +195,7 @@ async fn walk_edge(
         Action::StateLoss => state_loss(begun.config, client, record).await?,
         Action::SetSequences => {
             steps::add_deferred(client, record).await?;
-            steps::set_sequences(client, record).await?
+            steps::set_sequences(begun.config, client, record).await?
         }
         Action::Open => {
             let now = || Timestamp::now().to_string();
@@ -254,14 +254,7 @@ async fn state_loss(
     client: &Client,
     record: &mut Record,
 ) -> Result<String, PromoteError> {
-    let system_identifier = client
-        .query_opt(
-            "SELECT system_identifier FROM dr_agent.stream WHERE stream = $1",
-            &[&record.stream.as_str()],
-        )
-        .await
-        .doing("read dr_agent.stream")?
-        .map(|row| row.get(0));
+    let system_identifier = steps::system_identifier(client, record).await?;
     let end_lsn = record.end_lsn()?;
     let answer = loss::ask(&loss::Question {
         conninfo: &config.source.conninfo.with_dbname(&record.name),

@@ -8,6 +8,7 @@
 //! - The source is asked, never needed: every question has a time limit, and a failure turns into a
 //!   sentence of the report.
 //! - The slot is only peeked at: nothing is consumed, so it can still be salvaged from.
+//! - Transactions that the source has committed without flushing them count, too.
 //! - A server that is not the source we followed is not believed.
 
 use std::collections::HashMap;
@@ -22,6 +23,7 @@ use tokio_postgres::types::ToSql;
 use crate::error::chain;
 use crate::pg::pgoutput::{self, DecodeError, Message};
 use crate::pg::{self, ConnInfo, PgError, PgLsn, Session};
+use crate::sequence_look::{self, Look};
 use crate::stream::StreamName;
 
 /// How long the source may take to accept a connection.
@@ -30,8 +32,13 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(3);
 const SLOT_FREE_WITHIN: Duration = Duration::from_secs(5);
 /// How long everything together may take: the users are waiting.
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
+/// How long what was committed may take to be flushed, where it cannot be made to.
+const FLUSHED_WITHIN: Duration = Duration::from_secs(2);
 /// Counting stops after this many changes.
 const CHANGES_MAX: i32 = 100_000;
+
+const OTHER_SERVER: &str = "another server answers at source.url";
+const STANDBY: &str = "the server at source.url is a standby now";
 
 /// What the source said.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -94,19 +101,46 @@ pub async fn ask(question: &Question<'_>) -> Answer {
     answer
 }
 
-async fn ask_all(question: &Question<'_>, answer: &mut Answer) -> Result<(), String> {
-    let session = Session::new(question.stream.application_name("promote"))
+/// Asks the source where its sequences stand.
+///
+/// # Errors
+/// Why that is not known, in words.
+pub(super) async fn sequences(
+    conninfo: &ConnInfo,
+    stream: &StreamName,
+    system_identifier: Option<String>,
+) -> Result<Look, String> {
+    let asking = async {
+        let client = connect(conninfo, stream).await?;
+        let (identifier, lsn) = identity(&client).await.map_err(|error| chain(&error))?;
+        if system_identifier.is_some_and(|expected| expected != identifier) {
+            return Err(OTHER_SERVER.to_owned());
+        }
+        lsn.ok_or(STANDBY)?;
+        sequence_look::read(&client)
+            .await
+            .map_err(|error| chain(&error))
+    };
+    timeout(ANSWER_WITHIN, asking)
+        .await
+        .unwrap_or_else(|_| Err(format!("no answer within {ANSWER_WITHIN:?}")))
+}
+
+async fn connect(conninfo: &ConnInfo, stream: &StreamName) -> Result<Client, String> {
+    let session = Session::new(stream.application_name("promote"))
         .set("default_transaction_read_only", "on")
         .set("statement_timeout", "10s");
-    let client = match timeout(CONNECT_WITHIN, pg::connect(question.conninfo, &session)).await {
-        Ok(Ok(client)) => client,
-        Ok(Err(error)) => return Err(format!("source unreachable: {}", chain(&error))),
-        Err(_) => {
-            return Err(format!(
-                "source unreachable: no connection within {CONNECT_WITHIN:?}"
-            ));
-        }
-    };
+    match timeout(CONNECT_WITHIN, pg::connect(conninfo, &session)).await {
+        Ok(Ok(client)) => Ok(client),
+        Ok(Err(error)) => Err(format!("source unreachable: {}", chain(&error))),
+        Err(_) => Err(format!(
+            "source unreachable: no connection within {CONNECT_WITHIN:?}"
+        )),
+    }
+}
+
+async fn ask_all(question: &Question<'_>, answer: &mut Answer) -> Result<(), String> {
+    let client = connect(question.conninfo, question.stream).await?;
     answer.alive = true;
     let (identifier, lsn) = identity(&client).await.map_err(|error| chain(&error))?;
     if question
@@ -115,14 +149,15 @@ async fn ask_all(question: &Question<'_>, answer: &mut Answer) -> Result<(), Str
         .is_some_and(|expected| *expected != identifier)
     {
         answer.alive = false;
-        return Err("another server answers at source.url".to_owned());
+        return Err(OTHER_SERVER.to_owned());
     }
-    let lsn = lsn.ok_or("the server at source.url is a standby now")?;
+    let lsn = lsn.ok_or(STANDBY)?;
     answer.bytes = Some(u64::from(lsn).saturating_sub(question.end_lsn.into()));
     if question.count {
+        let flushed = flush(&client).await.map_err(|error| chain(&error))?;
         let counted = count(&client, question).await?;
         answer.transactions = Some(counted.transactions);
-        answer.at_least = counted.changes >= CHANGES_MAX as u64;
+        answer.at_least = !flushed || counted.changes >= CHANGES_MAX as u64;
     }
     Ok(())
 }
@@ -131,12 +166,40 @@ async fn identity(client: &Client) -> Result<(String, Option<PgLsn>), PgError> {
     let row = client
         .query_one(
             "SELECT system_identifier::text,
-                    CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_lsn() END
+                    CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_insert_lsn() END
                FROM pg_control_system()",
             &[],
         )
         .await?;
     Ok((row.get(0), row.get(1)))
+}
+
+/// Has everything flushed that is committed by now: without synchronous_commit it is not, and a slot shows what is flushed only. An
+/// empty message is committed for it, which nobody reads. Returns whether it is known to have worked.
+async fn flush(client: &Client) -> Result<bool, PgError> {
+    let committed: PgLsn = client
+        .query_one("SELECT pg_current_wal_insert_lsn()", &[])
+        .await?
+        .get(0);
+    let message =
+        "SET synchronous_commit = local; SELECT pg_logical_emit_message(true, 'dr_agent', '')";
+    if let Err(error) = client.batch_execute(message).await.map_err(PgError::from) {
+        tracing::debug!(
+            error = chain(&error),
+            "the source's WAL writer is waited for"
+        );
+    }
+    let deadline = Instant::now() + FLUSHED_WITHIN;
+    loop {
+        let flushed: PgLsn = client
+            .query_one("SELECT pg_current_wal_flush_lsn()", &[])
+            .await?
+            .get(0);
+        if flushed >= committed || Instant::now() >= deadline {
+            return Ok(flushed >= committed);
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// Waits for the slot, then counts what it still holds.

@@ -14,6 +14,7 @@
 //! - Hooks run only once every database is open, so that no user is led to half a server.
 //! - Never imports `pipeline`: a promotion shares nothing with a running agent but the replica.
 
+mod ahead;
 mod draining;
 pub mod execute;
 mod fence;
@@ -28,8 +29,9 @@ mod settle;
 pub mod state;
 mod steps;
 
+pub use ahead::set_sequences_ahead;
 pub use draining::{Asked, Drain, DrainError, Drained, End};
-pub use steps::{Detail, set_sequences_ahead};
+pub use steps::Detail;
 
 use crate::error::{Class, Classify};
 use crate::pg::PgError;

@@ -10,30 +10,30 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
-use tokio_postgres::types::{Oid, ToSql};
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Transaction};
 
+use super::ahead::{self, Setting};
 use super::report::{DatabaseReport, Report, StepReport};
-use super::sequences::{self, Facts};
+use super::sequences::Since;
 use super::state::State;
-use super::{Doing, PromoteError};
+use super::{Doing, PromoteError, loss};
 use crate::catalog::{TableName, quote_ident};
 use crate::config::Config;
 use crate::error::chain;
+use crate::failpoint;
 use crate::pg::{self, PgError, PgLsn, Session};
 use crate::prepared::{self, Settled};
+use crate::sequence_look::Notes;
 use crate::snapshot;
 use crate::stream::{APPLICATION_PREFIX, StreamName};
 
-/// How long one look for the furthest value of a column may take. With an index, as keys have, it takes
-/// milliseconds; without one the users do not wait for a scan of a large table.
-const COLUMN_WITHIN: &str = "5s";
 /// How long storing a state may take: somebody may have locked the table.
 const STORE_WITHIN: Duration = Duration::from_secs(30);
 /// A replica's clock that is behind the source's by less, in seconds, is not worth a warning.
 const CLOCKS_AGREE_WITHIN: f64 = 1.0;
-/// Sequences named in a warning; beyond it they are counted.
-const NAMED_MAX: usize = 5;
+/// Sequences named in the report; beyond it they are counted there, and named in the log.
+const NAMED_MAX: u64 = 100;
 
 /// `dr_agent.promotion.detail`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -51,6 +51,14 @@ pub struct Detail {
     pub fenced_lsn: String,
     /// Tables that were never copied, whose changes are left out.
     pub left_out: Vec<TableName>,
+    /// The source was asked where its sequences stand, and has answered.
+    pub sequences_asked: bool,
+    /// Sequences up to this oid are set.
+    pub sequences_after: u32,
+    /// Sequences with a warning in the report.
+    pub sequences_named: u64,
+    /// … and beyond what it holds.
+    pub sequences_unnamed: u64,
     /// This database's part of the report.
     pub database: DatabaseReport,
     /// The whole report, once the hooks have run.
@@ -230,14 +238,6 @@ fn json(detail: &Detail) -> String {
     serde_json::to_string(detail).expect("plain data with text keys always serializes")
 }
 
-struct Sequence {
-    oid: Oid,
-    name: TableName,
-    facts: Facts,
-    /// Columns it feeds.
-    columns: Vec<(TableName, String)>,
-}
-
 /// Adds the constraints of the initial copy that waited for the stream. One that cannot be added is
 /// a warning: a database without one of its constraints is worth more than none.
 pub(super) async fn add_deferred(
@@ -263,157 +263,115 @@ pub(super) async fn add_deferred(
     Ok(())
 }
 
-/// Sets every sequence ahead; returns what to note.
+/// Sets every sequence ahead; returns what to note. Stored piece by piece, so that a repeat goes on.
 pub(super) async fn set_sequences(
+    config: &Config,
     client: &Client,
     record: &mut Record,
 ) -> Result<String, PromoteError> {
-    let (set, warnings) = set_sequences_ahead(client)
+    let doing = "set sequences ahead";
+    let asked = ask_for_sequences(config, client, record).await?;
+    let since = match record.detail.sequences_asked {
+        true => Since::Asked,
+        false => {
+            let fenced_at = record.detail.database.fenced_at.as_deref();
+            ahead::since_last_look(client, record.stream.as_str(), fenced_at)
+                .await
+                .doing(doing)?
+        }
+    };
+    let mut setting = Setting::begin(client, record.detail.sequences_after, since)
         .await
-        .doing("set sequences ahead")?;
-    let more = warnings.len().saturating_sub(NAMED_MAX);
-    for warning in warnings.into_iter().take(NAMED_MAX) {
-        record.warn(format!("sequence {warning}"));
+        .doing(doing)?;
+    while let Some(piece) = setting.next().await.doing(doing)? {
+        record.detail.sequences_after = piece.last;
+        record.detail.database.sequences_set += piece.set;
+        name_sequences(record, piece.warnings);
+        record.store(client, record.state).await?;
+        failpoint::hit("promote:sequences");
     }
-    if more > 0 {
-        record.warn(format!("{more} more sequences need a look"));
-    }
-    record.detail.database.sequences_set = set;
-    Ok(format!("{set} sequences set ahead"))
-}
-
-/// Sets every sequence of a database ahead of what the source may have given out; returns how many, and what a
-/// person should look at.
-///
-/// # Errors
-/// When the database refuses.
-pub async fn set_sequences_ahead(client: &Client) -> Result<(u64, Vec<String>), PgError> {
-    let mut set = 0_u64;
-    let mut warnings = Vec::new();
+    let missing = setting.missing().await.doing(doing)?;
+    name_sequences(record, missing);
     client
-        .batch_execute(&format!("SET statement_timeout = '{COLUMN_WITHIN}'"))
-        .await?;
-    for mut sequence in all_sequences(client).await? {
-        for (table, column) in &sequence.columns {
-            match furthest(client, table, column, sequence.facts.increment > 0).await {
-                Ok(value) => sequence.facts.column = further(&sequence.facts, value),
-                // Not worth the users' waiting, and not worth hiding either.
-                Err(error) => warnings.push(format!(
-                    "{}: {table}.{column} could not be read ({})",
-                    sequence.name,
-                    chain(&error)
-                )),
-            }
-        }
-        let target = sequences::target(&sequence.facts);
-        if let Some(warning) = target.warning {
-            warnings.push(format!("{}: {warning}", sequence.name));
-        }
-        if let Some(value) = target.value {
-            client
-                .execute(
-                    "SELECT setval($1::oid::regclass, $2, true)",
-                    &[&sequence.oid, &value],
-                )
-                .await?;
-            set += 1;
-        }
+        .batch_execute("RESET statement_timeout; RESET lock_timeout")
+        .await
+        .doing(doing)?;
+    if let more @ 1.. = record.detail.sequences_unnamed {
+        record.warn(format!(
+            "{more} more sequences need a look: the log of this command names them"
+        ));
     }
-    client.batch_execute("RESET statement_timeout").await?;
-    Ok((set, warnings))
+    let set = record.detail.database.sequences_set;
+    Ok(match (asked, since) {
+        (Some(reason), _) => {
+            format!("{set} sequences set ahead; the source could not be asked: {reason}")
+        }
+        (None, Since::Asked) => {
+            format!("{set} sequences set ahead of where the source said they stand")
+        }
+        (None, Since::Seconds(age)) => {
+            format!(
+                "{set} sequences set ahead of what may have been given out in {age:.0} s since the last look at the source"
+            )
+        }
+    })
 }
 
-fn further(facts: &Facts, value: Option<i64>) -> Option<i64> {
-    match (facts.column, value) {
-        (Some(a), Some(b)) if facts.increment > 0 => Some(a.max(b)),
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
+/// Warns of sequences: the first of them in the report, all of them in the log.
+fn name_sequences(record: &mut Record, warnings: Vec<String>) {
+    for warning in warnings {
+        if record.detail.sequences_named < NAMED_MAX {
+            record.detail.sequences_named += 1;
+            record.warn(format!("sequence {warning}"));
+        } else {
+            record.detail.sequences_unnamed += 1;
+            tracing::warn!(database = record.name, "sequence {warning}");
+        }
     }
 }
 
-/// All sequences but temporary and our own, with the columns that own them (serial, identity) or
-/// use them as a default. Partitions are left out where their root is there.
-async fn all_sequences(client: &Client) -> Result<Vec<Sequence>, PgError> {
-    const SQL: &str = "
-        WITH used AS (
-            SELECT d.objid AS seq, d.refobjid AS rel, d.refobjsubid AS att
-              FROM pg_depend d
-             WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
-               AND d.deptype IN ('a', 'i') AND d.refobjsubid > 0
-            UNION
-            SELECT d.refobjid, a.adrelid, a.adnum
-              FROM pg_depend d JOIN pg_attrdef a ON a.oid = d.objid
-             WHERE d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_class'::regclass
-        )
-        SELECT c.oid, n.nspname, c.relname, s.seqincrement, s.seqmin, s.seqmax, s.seqstart, s.seqcache,
-               s.seqcycle, k.last_value, pg_sequence_last_value(c.oid),
-               coalesce(u.schemas, '{}'), coalesce(u.tables, '{}'), coalesce(u.columns, '{}')
-          FROM pg_sequence s
-          JOIN pg_class c ON c.oid = s.seqrelid
-          JOIN pg_namespace n ON n.oid = c.relnamespace
-          LEFT JOIN dr_agent.sequence_state k ON k.schema_name = n.nspname AND k.sequence_name = c.relname
-          LEFT JOIN LATERAL (
-               SELECT array_agg(tn.nspname::text) AS schemas, array_agg(t.relname::text) AS tables,
-                      array_agg(a.attname::text) AS columns
-                 FROM used
-                 JOIN pg_class t ON t.oid = used.rel AND t.relkind IN ('r', 'p')
-                 JOIN pg_namespace tn ON tn.oid = t.relnamespace
-                 JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = used.att AND NOT a.attisdropped
-                 JOIN pg_type y ON y.oid = a.atttypid
-                WHERE used.seq = c.oid
-                  AND coalesce(nullif(y.typbasetype, 0), y.oid) IN
-                      ('int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'numeric'::regtype)
-                  AND NOT (t.relispartition AND EXISTS (
-                      SELECT 1 FROM used root
-                       WHERE root.seq = used.seq AND root.rel = pg_partition_root(t.oid)))
-          ) u ON true
-         WHERE c.relpersistence <> 't' AND n.nspname <> 'dr_agent'
-         ORDER BY 2, 3";
-    let rows = client.query(SQL, &[]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| Sequence {
-            oid: row.get(0),
-            name: TableName {
-                schema: row.get(1),
-                name: row.get(2),
-            },
-            facts: Facts {
-                increment: row.get(3),
-                min: row.get(4),
-                max: row.get(5),
-                start: row.get(6),
-                cache: row.get(7),
-                cycle: row.get(8),
-                known: row.get(9),
-                here: row.get(10),
-                column: None,
-            },
-            columns: row
-                .get::<_, Vec<String>>(11)
-                .into_iter()
-                .zip(row.get::<_, Vec<String>>(12))
-                .zip(row.get::<_, Vec<String>>(13))
-                .map(|((schema, name), column)| (TableName { schema, name }, column))
-                .collect(),
-        })
-        .collect())
-}
-
-/// The largest (or smallest) value of a column.
-async fn furthest(
+/// Takes one more look at the source, where it answers; returns why it could not.
+async fn ask_for_sequences(
+    config: &Config,
     client: &Client,
-    table: &TableName,
-    column: &str,
-    ascending: bool,
-) -> Result<Option<i64>, PgError> {
-    let function = if ascending { "max" } else { "min" };
-    let sql = format!(
-        "SELECT trunc({function}({}))::bigint FROM {}",
-        quote_ident(column),
-        table.sql()
-    );
-    Ok(client.query_one(&sql, &[]).await?.get(0))
+    record: &mut Record,
+) -> Result<Option<String>, PromoteError> {
+    if record.detail.sequences_asked || !record.detail.database.source_answered {
+        return Ok(None);
+    }
+    let conninfo = config.source.conninfo.with_dbname(&record.name);
+    let look = match loss::sequences(
+        &conninfo,
+        &record.stream,
+        system_identifier(client, record).await?,
+    )
+    .await
+    {
+        Ok(look) => look,
+        Err(reason) => return Ok(Some(reason)),
+    };
+    let doing = "note where the source's sequences stand";
+    let mut notes = Notes::read(client).await.doing(doing)?;
+    let look = look.nowhere_behind(&notes);
+    notes.add(client, &look).await.doing(doing)?;
+    record.detail.sequences_asked = true;
+    record.store(client, record.state).await?;
+    Ok(None)
+}
+
+/// The source that was followed, where that was noted.
+pub(super) async fn system_identifier(
+    client: &Client,
+    record: &Record,
+) -> Result<Option<String>, PromoteError> {
+    let row = client
+        .query_opt(
+            "SELECT system_identifier FROM dr_agent.stream WHERE stream = $1",
+            &[&record.stream.as_str()],
+        )
+        .await
+        .doing("read dr_agent.stream")?;
+    Ok(row.map(|row| row.get(0)))
 }
 
 /// Lifts the guard, then stores `opened` by an ordinary write of a new session.

@@ -217,7 +217,7 @@ async fn finish(
     backup::refresh_views(&options.target, stream, &kept.views, &gathering).await?;
     warnings.extend(gathering.into_left_out());
     failpoint::hit("restore:views-filled");
-    let sequences = crate::promote::set_sequences_ahead(client).await;
+    let sequences = crate::promote::set_sequences_ahead(client, stream.as_str()).await;
     let (sequences, of_sequences) = sequences.map_err(RestoreError::target("set sequences"))?;
     let of_sequences = of_sequences.into_iter();
     warnings.extend(of_sequences.map(|warning| format!("sequence {warning}")));
