@@ -131,6 +131,10 @@ BEGIN
     END IF;
     SELECT term, end_lsn INTO found_term, found_lsn
       FROM dr_agent.progress WHERE stream = the_stream;
+    IF found_term IS NULL THEN
+        RAISE EXCEPTION 'dr_agent.progress has no row of stream %', the_stream
+            USING ERRCODE = 'DR004';
+    END IF;
     IF found_term IS DISTINCT FROM my_term THEN
         RAISE EXCEPTION 'the replica is at term %, this agent at term %', found_term, my_term
             USING ERRCODE = 'DR001';
@@ -148,6 +152,10 @@ DECLARE
     found_term bigint;
 BEGIN
     SELECT term INTO found_term FROM dr_agent.progress WHERE stream = the_stream;
+    IF found_term IS NULL THEN
+        RAISE EXCEPTION 'dr_agent.progress has no row of stream %', the_stream
+            USING ERRCODE = 'DR004';
+    END IF;
     IF found_term IS DISTINCT FROM my_term THEN
         RAISE EXCEPTION 'the replica is at term %, this agent at term %', found_term, my_term
             USING ERRCODE = 'DR001';

@@ -38,7 +38,17 @@ pub struct WentBack {
 
 impl WentBack {
     /// What a person does about it.
-    pub const HINT: &str = "the source, with its slot, was set back by a snapshot of its storage, and went on from there; the         replica and the archive may hold the only copy of what came after it, and `dr-agent promote` keeps it. To start over with         what the source has now: drop the slot, DELETE FROM dr_agent.sending on the source, DROP DATABASE on the replica, and         start the agents; the archive keeps both histories. If only a clock was wrong: start over as well";
+    pub fn hint() -> String {
+        format!(
+            "the source, with its slot, was set back by a snapshot of its storage, and went on from there; the replica and the \
+             archive may hold the only copy of what came after it, and `dr-agent promote` keeps it. To go on with what the \
+             source has now, also if only a clock was wrong; the archive keeps both histories. {}",
+            crate::remedy::start_over_with(
+                Some("drop the slot and the row of dr_agent.sending on the source"),
+                "start the agents"
+            )
+        )
+    }
 }
 
 /// Whether what comes a second time, before what is known, is what came the first time. `newest`: by when everything known had

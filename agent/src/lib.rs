@@ -41,6 +41,7 @@ pub mod pipeline;
 pub mod plan;
 pub mod prepared;
 pub mod promote;
+pub mod remedy;
 pub mod replay;
 pub mod restore;
 pub(crate) mod sequence_look;

@@ -51,6 +51,7 @@ use crate::kinesis::KinesisError;
 use crate::ledger::FlushLsn;
 use crate::pg::pgoutput::DecodeError;
 use crate::pg::{ConnInfo, PgError, PgLsn};
+use crate::remedy;
 use crate::spill::{SpillError, SpillSpace};
 use crate::stream::StreamName;
 use crate::txn::{AssembleError, Transaction};
@@ -228,18 +229,19 @@ impl Classify for SourceError {
             Self::TooMuchWaits { .. } => Some(
                 "raise limits.spill_bytes (and give the disk that room), then start `dr-agent apply` again".to_owned(),
             ),
-            Self::BegunAnew { .. } => Some(
-                "everything that the stream had before is applied. To follow it further, DROP DATABASE on the replica and start \
-                 `dr-agent apply`, which copies anew"
-                    .to_owned(),
-            ),
-            Self::WentBack(_) => Some(WentBack::HINT.to_owned()),
-            Self::Gap { .. } => Some(
-                "if the archive gets it later (its spool may still be uploading), start `dr-agent apply` again. Otherwise \
-                 DROP DATABASE on the replica and let `dr-agent apply` begin anew, from the source or from a base \
-                 backup taken since; or `dr-agent promote --skip-drain`, if this is the bad day"
-                    .to_owned(),
-            ),
+            Self::BegunAnew { .. } => Some(format!(
+                "everything that the stream had before is applied. {}",
+                remedy::start_over_with(None, "`dr-agent apply`, which copies anew")
+            )),
+            Self::WentBack(_) => Some(WentBack::hint()),
+            Self::Gap { .. } => Some(format!(
+                "if the archive gets it later (its spool may still be uploading), start `dr-agent apply` again; if this is the \
+                 bad day, `dr-agent promote --skip-drain`. {}",
+                remedy::start_over_with(
+                    None,
+                    "`dr-agent apply`, which copies anew, from the source or from a base backup taken since"
+                )
+            )),
             Self::Decode(_) | Self::Contradiction { .. } => Some(
                 "the record is not what dr-agent wrote; report it with the versions of both agents".to_owned(),
             ),

@@ -48,6 +48,10 @@ const PURE: &[&str] = &[
     "pg/settings.rs",
     "plan.rs",
     "plan",
+    "remedy.rs",
+    "setup/identity.rs",
+    "setup/mismatch.rs",
+    "setup/timeline.rs",
     "promote/plan.rs",
     "promote/report.rs",
     "promote/sequences.rs",
@@ -223,6 +227,83 @@ fn no_session_is_opened_without_the_common_settings() {
                 path.display()
             );
         }
+    }
+}
+
+/// The string literals of a program, without what continues a line.
+fn literals(program: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut rest = program;
+    while let Some(at) = rest.find('"') {
+        // A character that is a quote.
+        if rest[..at].ends_with('\'') || rest[..at].ends_with("'\\") {
+            rest = &rest[at + 1..];
+            continue;
+        }
+        let mut literal = String::new();
+        let mut end = at + 1;
+        let mut escaped = false;
+        for (offset, c) in rest[at + 1..].char_indices() {
+            end = at + 1 + offset + c.len_utf8();
+            match c {
+                _ if escaped => escaped = false,
+                '\\' => escaped = true,
+                '"' => break,
+                _ => literal.push(c),
+            }
+        }
+        found.push(literal.split_whitespace().collect::<Vec<_>>().join(" "));
+        rest = &rest[end..];
+    }
+    found
+}
+
+/// On the bad day the replica is the only copy: what removes something is worded in one place, with its condition first.
+#[test]
+fn no_hint_destroys_what_may_be_the_only_copy() {
+    const REMOVES: &[&str] = &[
+        "DROP DATABASE",
+        "drop the database",
+        "drop this database",
+        "the database on the replica",
+        "DELETE its row",
+        "DELETE FROM dr_agent",
+        "TRUNCATE it",
+    ];
+    /// What says when that loses nothing; or a statement of ours, no advice.
+    const HARMLESS: &[&str] = &[
+        "nobody needs",
+        "IF EXISTS",
+        "WHERE stream = ",
+        "USING unnest",
+    ];
+    for path in files("") {
+        if path.ends_with("remedy.rs") {
+            continue;
+        }
+        for literal in literals(&program(&path)) {
+            let Some(words) = REMOVES.iter().find(|words| literal.contains(**words)) else {
+                continue;
+            };
+            let condition = HARMLESS
+                .iter()
+                .filter_map(|words| literal.find(words))
+                .min();
+            assert!(
+                condition.is_some(),
+                "{}: {words:?} without a condition; see remedy.rs: {literal}",
+                path.display()
+            );
+        }
+    }
+    let advice = README
+        .split("\n| ")
+        .filter(|row| row.contains("DROP DATABASE"));
+    for row in advice {
+        assert!(
+            row.contains("start over") || row.contains("nobody needs"),
+            "README: {row}"
+        );
     }
 }
 

@@ -444,7 +444,7 @@ async fn either_side_is_checked_where_it_does_not_see_the_other() {
             "error",
             "source",
             "slot_missing",
-            &["DELETE FROM dr_agent.sending", "dr-agent apply"],
+            &["dr_agent.sending", "nobody needs", "dr-agent apply"],
         );
     }
 }

@@ -40,6 +40,7 @@ pub mod route;
 pub mod rundir;
 pub mod server;
 pub mod site;
+pub mod standby;
 pub mod streams;
 pub mod wait;
 pub mod workload;

@@ -137,7 +137,7 @@ impl Classify for SpoolError {
             Self::Damaged { .. } => Some(
                 "the disk, or its controller, or memory is failing: look there; what the source still has is read again".to_owned(),
             ),
-            Self::WentBack(_) => Some(WentBack::HINT.to_owned()),
+            Self::WentBack(_) => Some(WentBack::hint()),
             Self::Spill(error) => error.hint(),
             Self::Record { source, .. } => source.hint(),
         }

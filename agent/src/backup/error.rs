@@ -258,7 +258,7 @@ impl Classify for BackupError {
                  soon: `dr-agent backup`"
             }
             Self::NotEmpty { .. } => {
-                "drop the database, create it again from template0, and start again"
+                "load into a database that is created for it: CREATE DATABASE … TEMPLATE template0"
             }
             Self::UnknownTable { .. } => {
                 "name tables as schema.table, as in the base's manifest.json"

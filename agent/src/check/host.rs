@@ -11,15 +11,28 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::finding::{Finding, Place, Side};
+use super::server::Server;
+use super::{service_user, startable};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
 use crate::snapshot;
 
 /// Looks at everything. `source_version_num` is the source's version, where it is known.
-pub(super) async fn look(config: &Config, source_version_num: Option<i32>) -> Vec<Finding> {
+pub(super) async fn look(
+    config: &Config,
+    source_version_num: Option<i32>,
+    replica: Option<&Server>,
+) -> Vec<Finding> {
     let at = Place::server(Side::Agent);
     let mut findings = Vec::new();
     findings.push(tools(&at, config, source_version_num).await);
+    findings.extend(service_user::look(&at, config));
+    if let (Ok(version), Some(replica)) = (
+        snapshot::find_tools_version(&config.copy, source_version_num.unwrap_or(140_000)).await,
+        replica,
+    ) {
+        findings.extend(startable::tools(&at, version, replica));
+    }
     findings.push(spill(&at, &config.limits.spill_directory));
     findings.push(http(&at, config).await);
     findings

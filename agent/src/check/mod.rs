@@ -18,7 +18,8 @@
 //! - Nothing can hold it up: connections, statements, locks and the archive have limits.
 //!
 //! # What it does not do
-//! It does not look at rows, at free disk space but the spool's, or at what only `run` can find out by doing it.
+//! It does not look at rows, at free disk space but the spool's, or at what only `run` can find out by doing it. What `run` decides
+//! before it writes is decided here by the same code ([`crate::setup::rehearse`]).
 
 mod archive;
 mod compare;
@@ -31,18 +32,25 @@ mod publication;
 mod reach;
 mod replica;
 mod server;
+mod service_user;
 mod settings;
 mod shape;
 mod slot;
 mod source;
+mod startable;
 mod text;
 
 use crate::config::{Config, Databases, Route};
+use crate::error::{Class, Classify as _, chain};
 use crate::pg::PgError;
+use crate::setup;
 use reach::Reach;
 
 pub use finding::{Finding, Place, Report, Severity, Side};
 pub use text::{Style, render};
+
+/// How long it may take to look whether a start would be refused.
+const REHEARSAL_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// Checks everything. Never fails: what goes wrong is among the findings.
 pub async fn check(config: &Config) -> Report {
@@ -52,12 +60,29 @@ pub async fn check(config: &Config) -> Report {
     let reach = Reach::of(&findings);
     reach::excuse(config, reach, &mut findings);
     let version = source.as_ref().map(|source| source.server.version_num);
-    findings.extend(host::look(config, version).await);
+    findings.extend(
+        host::look(
+            config,
+            version,
+            replica.as_ref().map(|replica| &replica.server),
+        )
+        .await,
+    );
     reach::excuse_tools(config, reach, &mut findings);
     if let (Some(source), Some(replica)) = (&source, &replica) {
         findings.extend(pair::servers(config, source, replica));
     }
     let names = databases(config, source.as_ref(), replica.as_ref());
+    if let Some(replica) = &replica {
+        let at = Place::server(Side::Replica);
+        let lanes = config.replica.lanes;
+        findings.extend(startable::connections(
+            &at,
+            &replica.server,
+            names.len(),
+            lanes,
+        ));
+    }
     if let Some(archive) = &config.archive {
         let writes = reach.tails(&config.route);
         findings.extend(Box::pin(archive::look(config, archive, names.len(), writes)).await);
@@ -96,9 +121,38 @@ pub async fn check(config: &Config) -> Report {
                     (replica, there.as_ref()),
                 ));
             }
+            // What is an error already need not be found a second time.
+            if !findings
+                .iter()
+                .any(|finding| finding.severity == Severity::Error)
+            {
+                findings.extend(Box::pin(start(config, &name)).await);
+            }
         }
     }
     Report::new(findings)
+}
+
+/// What a start would be refused for, decided by what decides it there.
+async fn start(config: &Config, name: &str) -> Option<Finding> {
+    let at = Place::database(Side::Both, name);
+    let rehearsal = tokio::time::timeout(REHEARSAL_MAX, setup::rehearse(config, name)).await;
+    let error = match rehearsal {
+        Ok(Ok(())) => return Some(at.ok("start", "would not be refused")),
+        Ok(Err(error)) => error,
+        Err(_) => return Some(at.note("start", "could not be rehearsed in time")),
+    };
+    let finding = match error.class() {
+        // Another agent runs, as a rule.
+        Class::Transient => return None,
+        Class::Definite | Class::Fenced => {
+            at.error("start", format!("would be refused: {}", chain(&error)))
+        }
+    };
+    Some(match error.hint() {
+        Some(hint) => finding.hint(hint),
+        None => finding,
+    })
 }
 
 /// The databases to look at. While the source is away the list comes from the configuration, or else

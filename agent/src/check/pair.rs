@@ -12,8 +12,10 @@ use super::settings;
 use super::shape::Shapes;
 use super::slot::{self, Kept};
 use super::source::{Source, SourceDatabase};
+use super::startable;
 use crate::catalog::TableName;
 use crate::config::{Config, Route};
+use crate::remedy;
 
 /// Compares the servers.
 pub(super) fn servers(config: &Config, source: &Source, replica: &Replica) -> Vec<Finding> {
@@ -66,6 +68,10 @@ pub(super) fn database(
     let stream = config.stream(name);
     let nothing = Kept::default();
     let kept = there.map_or(&nothing, |there| &there.kept);
+    // It is a primary of its own now, which has been said: what differs from the source is no fault of it.
+    if kept.promotion.is_some() {
+        return Vec::new();
+    }
     let slot = source
         .slots
         .iter()
@@ -85,6 +91,7 @@ pub(super) fn database(
         kept,
         &source.server,
         here.wal_end,
+        slot.is_some_and(|slot| slot.synced),
         applier,
     ));
     let installed = there.map_or(&[][..], |there| &there.extensions);
@@ -94,6 +101,21 @@ pub(super) fn database(
         &replica.available,
         installed,
     ));
+    let uninstalled = here.extensions.iter().map(|(name, _)| name.as_str());
+    let uninstalled = uninstalled.filter(|name| !installed.iter().any(|(there, _)| there == name));
+    findings.extend(
+        uninstalled
+            .filter_map(|name| startable::preloaded(&at, name, &source.server, &replica.server)),
+    );
+    if kept.progress.is_none() {
+        let there = Place::database(Side::Replica, name);
+        findings.extend(startable::newer_features(
+            &there,
+            &here.features,
+            &replica.server,
+        ));
+        findings.extend(startable::locks(&there, &replica.server, here.relations.1));
+    }
     let locale = |databases: &[super::server::Database]| {
         databases
             .iter()
@@ -131,10 +153,11 @@ pub(super) fn publication(
         "publication_missing",
         "was dropped, and changes since then are missing on the replica for good",
     );
-    Some(finding.on(name).hint(
-        "drop the slot on the source (SELECT pg_drop_replication_slot(slot_name)) and the database on \
-         the replica, then start dr-agent run, which copies it again",
-    ))
+    Some(
+        finding
+            .on(name)
+            .hint(remedy::start_over(&remedy::drop_slot(name))),
+    )
 }
 
 fn extensions(
@@ -268,7 +291,7 @@ fn tables(
                 same += usize::from(found.is_empty());
                 findings.extend(found);
             }
-            None => findings.extend(missing(at, name, kept, applier)),
+            None => findings.extend(missing(at, name, kept)),
         }
     }
     findings.extend(copy_state(at, kept, applier));
@@ -304,20 +327,22 @@ fn strangers(at: &Place, shapes: &Shapes, applier: &str) -> Option<Finding> {
         ),
     );
     Some(finding.hint(format!(
-        "if nobody needs them, DROP DATABASE on the replica; {applier} creates it"
+        "replica.url leads to a database that somebody uses, or one that was renamed or promoted: {applier} refuses it, and \
+         nothing is written there. Let replica.url lead elsewhere, or rename what is there"
     )))
 }
 
 /// A table that the replica lacks: before its copy that is as it should be.
-fn missing(at: &Place, name: &TableName, kept: &Kept, applier: &str) -> Option<Finding> {
+fn missing(at: &Place, name: &TableName, kept: &Kept) -> Option<Finding> {
     if kept.progress.is_none() || kept.copying.contains(name) {
         return None;
     }
     let finding = if kept.copied.contains(name) {
-        at.error("table_missing", "was copied once and is gone from the replica")
-            .hint(format!(
-                "create it again on the replica and fill it, or drop the database there and let {applier} copy all"
-            ))
+        at.error(
+            "table_missing",
+            "was copied once and is gone from the replica",
+        )
+        .hint(remedy::copy_again(Some(&name.name)))
     } else {
         at.warning(
             "table_new",

@@ -59,10 +59,12 @@ pub(super) struct Role {
     pub(super) replication: bool,
     /// CREATEDB.
     pub(super) createdb: bool,
+    /// CONNECTION LIMIT; below zero there is none.
+    pub(super) connection_limit: i32,
 }
 
 /// The settings that are judged.
-const SETTINGS: [&str; 9] = [
+const SETTINGS: [&str; 16] = [
     "wal_level",
     "max_replication_slots",
     "max_wal_senders",
@@ -72,6 +74,13 @@ const SETTINGS: [&str; 9] = [
     "synchronous_standby_names",
     "max_prepared_transactions",
     "shared_preload_libraries",
+    "output_plugin_libraries",
+    "max_connections",
+    "superuser_reserved_connections",
+    "reserved_connections",
+    "max_locks_per_transaction",
+    "autovacuum_max_workers",
+    "max_worker_processes",
 ];
 
 /// Where the server's WAL ends; `None` on a standby.
@@ -93,7 +102,8 @@ pub(super) async fn server(client: &Client) -> Result<Server, PgError> {
                       AND pg_has_role(r.oid, m.oid, 'MEMBER')),
                r.rolcreatedb,
                CASE WHEN NOT pg_is_in_recovery() THEN
-                    ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int END
+                    ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int END,
+               r.rolconnlimit
           FROM pg_roles r WHERE r.rolname = current_user";
     let row = client.query_one(SQL, &[]).await?;
     let settings = client
@@ -123,6 +133,7 @@ pub(super) async fn server(client: &Client) -> Result<Server, PgError> {
             superuser: row.get(5),
             replication: row.get(6),
             createdb: row.get(7),
+            connection_limit: row.get(9),
         },
         settings: settings
             .iter()
@@ -146,6 +157,8 @@ pub(super) struct Slot {
     pub(super) wal_status: String,
     /// Why the server gave it up, on versions that tell.
     pub(super) invalidation: Option<String>,
+    /// It came along when its server, a standby, was promoted: `failover` and `synced` (17 and later), and not temporary.
+    pub(super) synced: bool,
     /// Decodes two-phase transactions at PREPARE.
     pub(super) two_phase: bool,
     /// What has been acknowledged.
@@ -164,7 +177,9 @@ pub(super) async fn slots(client: &Client) -> Result<Vec<Slot>, PgError> {
                confirmed_flush_lsn,
                CASE WHEN NOT pg_is_in_recovery() THEN
                     pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint END,
-               safe_wal_size
+               safe_wal_size,
+               coalesce((to_jsonb(s) ->> 'synced')::boolean AND (to_jsonb(s) ->> 'failover')::boolean, false)
+               AND NOT temporary
           FROM pg_replication_slots s ORDER BY 1";
     let rows = client.query(SQL, &[]).await?;
     Ok(rows
@@ -176,6 +191,7 @@ pub(super) async fn slots(client: &Client) -> Result<Vec<Slot>, PgError> {
             active: row.get(3),
             wal_status: row.get(4),
             invalidation: row.get(5),
+            synced: row.get(10),
             two_phase: row.get(6),
             confirmed_flush: row.get(7),
             retained_bytes: row.get(8),

@@ -3,6 +3,7 @@
 //! Reads catalogs only, in one statement per kind of object and not per table. The session's
 //! `search_path` must be `pg_catalog`, so that type names are written alike on both sides.
 
+use super::startable::Feature;
 use std::collections::BTreeMap;
 
 use tokio_postgres::{Client, Row};
@@ -225,4 +226,57 @@ fn name(row: &Row) -> TableName {
         schema: row.get(0),
         name: row.get(1),
     }
+}
+/// What is there that not every supported version can have, by the version that brought it.
+pub(super) async fn features(client: &Client) -> Result<Vec<Feature>, PgError> {
+    // Columns that not every version has are read through jsonb, where a missing one is NULL.
+    const SQL: &str = "
+        WITH found(since, what, example) AS (
+            SELECT 18, 'a virtual generated column', attrelid::regclass::text || '.' || attname
+              FROM pg_attribute WHERE attgenerated = 'v' AND NOT attisdropped
+            UNION ALL
+            SELECT f.since, f.what, c.conname::text
+              FROM pg_constraint c
+             CROSS JOIN LATERAL (VALUES
+                   (18, 'a constraint that is NOT ENFORCED', to_jsonb(c) ->> 'conenforced' = 'false'),
+                   (18, 'a key WITHOUT OVERLAPS or with PERIOD', to_jsonb(c) ->> 'conperiod' = 'true'),
+                   (18, 'a NOT NULL that is NOT VALID', c.contype = 'n' AND NOT c.convalidated),
+                   (15, 'SET NULL or SET DEFAULT of some columns', to_jsonb(c) ->> 'confdelsetcols' IS NOT NULL)
+             ) AS f(since, what, has) WHERE f.has
+            UNION ALL
+            SELECT 17, 'the privilege MAINTAIN', c.oid::regclass::text
+              FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+             WHERE a.privilege_type = 'MAINTAIN' AND a.grantee <> c.relowner
+               AND c.relnamespace <> 'pg_catalog'::regnamespace
+            UNION ALL
+            SELECT 16, 'a collation with rules', collname::text
+              FROM pg_collation c WHERE to_jsonb(c) ->> 'collicurules' IS NOT NULL
+            UNION ALL
+            SELECT 15, 'an index with NULLS NOT DISTINCT', indexrelid::regclass::text
+              FROM pg_index i WHERE to_jsonb(i) ->> 'indnullsnotdistinct' = 'true'
+            UNION ALL
+            SELECT 15, 'a view with security_invoker', oid::regclass::text
+              FROM pg_class WHERE relkind = 'v' AND reloptions::text LIKE '%security_invoker=%')
+        SELECT since, what, min(example) FROM found GROUP BY 1, 2 ORDER BY 1 DESC, 2";
+    let rows = client.query(SQL, &[]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| Feature {
+            since: row.get(0),
+            what: row.get(1),
+            example: row.get(2),
+        })
+        .collect())
+}
+
+/// How many relations `pg_dump` locks, and how many the creation of the schema does, each in one transaction.
+pub(super) async fn locked_relations(client: &Client) -> Result<(i64, i64), PgError> {
+    const SQL: &str = "
+        SELECT count(*) FILTER (WHERE relkind IN ('r', 'p')),
+               count(*) FILTER (WHERE relkind IN ('r', 'p', 'S', 'v', 'm', 'f'))
+               + 2 * count(*) FILTER (WHERE reltoastrelid <> 0)
+          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'";
+    let row = client.query_one(SQL, &[]).await?;
+    Ok((row.get(0), row.get(1)))
 }

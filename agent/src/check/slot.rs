@@ -15,6 +15,8 @@ use super::finding::{Finding, Place};
 use super::server::{Server, Slot};
 use crate::catalog::{TableName, quote_literal};
 use crate::pg::PgLsn;
+use crate::remedy::{self, SLOT_TOO};
+use crate::setup::raise;
 
 /// What the replica keeps about one stream in schema `dr_agent`.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -42,10 +44,13 @@ pub(super) struct Progress {
     pub(super) age_seconds: f64,
 }
 
-/// What must be dropped before everything can be copied again.
-const COPY_AGAIN: &str = "changes are missing on the replica for good: drop the slot on the source \
-     (SELECT pg_drop_replication_slot(slot_name)) and the database on the replica, then start \
-     dr-agent run, which copies it again";
+/// What to do about changes that are missing for good.
+fn copy_again(name: &str) -> String {
+    format!("{MISSING} {}", remedy::start_over(&remedy::drop_slot(name)))
+}
+
+const MISSING: &str =
+    "changes are missing on the replica, and the source does not have them any more.";
 
 /// Judges the slot `name` of database `database`.
 pub(super) fn judge(
@@ -69,13 +74,13 @@ pub(super) fn judge(
                     ),
                 )
                 .on(name)
-                .hint(
-                    "changes are missing on the replica for good: drop the database on the replica, then \
-                     start dr-agent run, which copies it again",
-                ),
+                .hint(format!(
+                    "{MISSING} If the source is not in use or not sound, dr-agent promote keeps what there is. {}",
+                    remedy::start_over_with(None, "`dr-agent run`")
+                )),
         }];
     };
-    if let Some(finding) = unusable(at, name, database, slot, COPY_AGAIN) {
+    if let Some(finding) = unusable(at, name, database, slot, &copy_again(name)) {
         return vec![finding];
     }
     let mut findings: Vec<Finding> = two_phase(at, name, slot).into_iter().collect();
@@ -176,20 +181,21 @@ pub(super) fn apart(
             progress.end_lsn
         ),
     );
-    Some(finding.on(name).hint(
-        "changes are missing on the replica for good: drop the database on the replica, then start dr-agent run, \
-         and dr-agent apply, which copies it again",
-    ))
+    Some(finding.on(name).hint(format!(
+        "{MISSING} {}",
+        remedy::start_over_with(None, "`dr-agent run`, and `dr-agent apply`")
+    )))
 }
 
 /// What must be dropped before everything can be sent again.
 fn send_again(name: &str) -> String {
-    format!(
-        "changes since then cannot be had any more: drop the slot on the source if it is there (SELECT \
-         pg_drop_replication_slot(slot_name)), DELETE FROM dr_agent.sending WHERE stream = {} there, and the database on \
-         the replica; then start dr-agent run, and dr-agent apply, which copies it again",
+    let also = format!(
+        "{} if it is there and the row {} of dr_agent.sending there",
+        remedy::drop_slot(name),
         quote_literal(name)
-    )
+    );
+    let over = remedy::start_over_with(Some(&also), "`dr-agent run`, and `dr-agent apply`");
+    format!("changes since then cannot be had any more. {over}")
 }
 
 fn elsewhere(at: &Place, name: &str, noted: &Noted, source: &Server) -> Option<Finding> {
@@ -239,7 +245,8 @@ fn unusable(
             .map(|reason| format!(" ({reason})"))
             .unwrap_or_default();
         let finding = at.error("slot_lost", format!("was given up by the source{why}"));
-        return Some(finding.on(name).hint(begin_again));
+        let why = raise(slot.invalidation.as_deref());
+        return Some(finding.on(name).hint(format!("{why}. {begin_again}")));
     }
     None
 }
@@ -268,7 +275,7 @@ fn position(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Option<Finding>
                 progress.end_lsn
             ),
         );
-        return Some(finding.on(name).hint(COPY_AGAIN));
+        return Some(finding.on(name).hint(copy_again(name)));
     }
     let age = format!("{:.0} s", progress.age_seconds.max(0.0));
     Some(if slot.active {
@@ -321,10 +328,11 @@ fn without_progress(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Finding
         "exists, and this replica knows nothing of it: it may belong to another dr-agent",
     )
     .on(name)
-    .hint(
-        "if another agent uses it, set source.slot to another name; if it is left over, \
-         SELECT pg_drop_replication_slot(slot_name) on the source",
-    )
+    .hint(format!(
+        "if another agent uses it, set source.slot to another name; if it is left over from a replica that is not there any \
+         more, {}",
+        remedy::drop_slot(name)
+    ))
 }
 
 fn retained(at: &Place, name: &str, slot: &Slot) -> Finding {
@@ -359,6 +367,7 @@ pub(super) fn origin(
     kept: &Kept,
     source: &Server,
     wal_end: Option<PgLsn>,
+    synced: bool,
     applier: &str,
 ) -> Option<Finding> {
     let (kept_identifier, kept_timeline) = kept.origin.as_ref()?;
@@ -369,8 +378,8 @@ pub(super) fn origin(
             format!("the replica was copied from system {kept_identifier}, the source is {here}"),
         );
         return Some(finding.hint(format!(
-            "correct source.url; if the source was rebuilt on purpose, drop the database on the \
-             replica and let {applier} copy it again"
+            "correct source.url; the replica may hold the only copy of what its own source had. {}",
+            remedy::start_over_with(Some(SLOT_TOO), applier)
         )));
     }
     if let (Some(lsn), Some(progress)) = (wal_end, &kept.progress)
@@ -385,22 +394,32 @@ pub(super) fn origin(
             ),
         );
         return Some(finding.hint(format!(
-            "the replica may hold the only copy of what came after: dr-agent promote keeps it; \
-             otherwise drop the slot and the database on the replica and let {applier} copy again"
+            "the replica may hold the only copy of what came after: dr-agent promote keeps it. {}",
+            remedy::start_over_with(Some(SLOT_TOO), applier)
         )));
     }
     match source.timeline {
+        Some(timeline) if timeline > *kept_timeline && synced => Some(
+            at.warning(
+                "timeline_followed",
+                format!(
+                    "the source failed over to its standby (timeline {timeline}, the replica followed {kept_timeline}), and the \
+                     slot has come along"
+                ),
+            )
+            .hint(format!("start {applier}: it goes on if that has everything that was applied, and says so if not")),
+        ),
         Some(timeline) if timeline != *kept_timeline => Some(
             at.error(
                 "timeline_changed",
                 format!(
                     "the source is on timeline {timeline}, the replica followed timeline {kept_timeline}: \
-                     the source was restored or promoted in between"
+                     the source was restored or promoted in between, and the slot did not come along"
                 ),
             )
             .hint(format!(
-                "the two may hold different transactions: drop slot and replica database and let \
-                 {applier} copy again"
+                "the two may hold different transactions, and the replica the only copy of some: dr-agent promote keeps it. {}",
+                remedy::start_over_with(Some(SLOT_TOO), applier)
             )),
         ),
         _ => Some(at.ok("source_identity", format!("is the source of this replica ({here})"))),
@@ -415,8 +434,8 @@ pub(super) fn promotion(at: &Place, kept: &Kept, applier: &str) -> Option<Findin
         format!("a promotion ({mode}) was started at {started_at}, its state is \"{state}\""),
     );
     Some(finding.hint(format!(
-        "{applier} will not write here; to replicate into it again, drop this database and let \
-         {applier} copy it"
+        "it takes writes of its own, is the primary now, and {applier} will not write here: stop that agent for good. To \
+         protect the new primary, set up an agent with a replica elsewhere"
     )))
 }
 
@@ -604,6 +623,7 @@ mod tests {
                 &kept(100),
                 &source,
                 Some(PgLsn::from(lsn)),
+                false,
                 "dr-agent run",
             )
             .map(|f| f.code)

@@ -13,6 +13,7 @@ use super::server::{self, Database, Server, Slot};
 use super::settings;
 use super::shape::{self, Shapes};
 use super::slot::{self, Noted};
+use super::startable::{self, Feature};
 use super::{note_failure, open, pair};
 use crate::catalog::{self, Protection, Table, TableName};
 use crate::config::{Config, Databases, Route};
@@ -57,6 +58,10 @@ pub(super) struct SourceDatabase {
     pub(super) wal_end: Option<PgLsn>,
     /// Under route `kinesis`: since when it has been sent.
     pub(super) noted: Option<Noted>,
+    /// What it has that came with a newer version than the oldest.
+    pub(super) features: Vec<Feature>,
+    /// Relations that `pg_dump` locks, and those that its schema creates.
+    pub(super) relations: (i64, i64),
 }
 
 /// Looks at the server. `None` when it cannot be reached; the findings say why.
@@ -105,6 +110,7 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
     };
 
     findings.extend(settings::version(&at, &server));
+    findings.extend(startable::output_plugin(&at, &server));
     findings.push(settings::selected(&at, &selected));
     let walsenders = note_failure(
         &at,
@@ -224,6 +230,8 @@ pub(super) async fn database(
         findings.extend(oldest.and_then(|seconds| old_transaction(&at, seconds)));
     }
     findings.extend(unprotected(&at, &client, config).await);
+    findings.extend(startable::locks(&at, &source.server, found.relations.0));
+    findings.extend(startable::encoding(&at, &entry.locale.encoding));
     Some(found)
 }
 
@@ -250,6 +258,22 @@ async fn read(
         has_publication: false,
         wal_end: None,
         noted: None,
+        features: note_failure(
+            at,
+            "look for newer features",
+            findings,
+            shape::features(client),
+        )
+        .await
+        .unwrap_or_default(),
+        relations: note_failure(
+            at,
+            "count the relations",
+            findings,
+            shape::locked_relations(client),
+        )
+        .await
+        .unwrap_or_default(),
     })
 }
 

@@ -99,8 +99,9 @@ fn of_sink(error: &SinkError) -> Option<String> {
             "something else moved the progress row; run the same command again: it goes on from where that is now"
         }
         SinkError::Diverged(_) | SinkError::Swallowed { .. } => {
-            "somebody wrote to the replica, or a trigger there fires ALWAYS; put back the rows it concerns, then run the same \
-             command again"
+            "the row is not there as the source had it: a trigger of the replica that fires ALWAYS, somebody who wrote there, or \
+             an error of dr-agent. Put back the rows it concerns, then run the same command again; or --skip-drain opens the \
+             replica as it is"
         }
         SinkError::TableMissing { .. } | SinkError::ColumnMissing { .. } => {
             "DDL is not replicated: run the same DDL on the replica (SET default_transaction_read_only = off), then run the \

@@ -143,10 +143,7 @@ impl Classify for PgError {
             "28P01" => {
                 "the password is wrong; it comes from password_file, PGPASSWORD or ~/.pgpass"
             }
-            "28000" => {
-                "pg_hba.conf or the role's attributes do not let us in; a replication \
-                        connection needs LOGIN and REPLICATION"
-            }
+            "28000" => refused_at_the_door(&error.message),
             "42501" => "the role lacks a right; `dr-agent check` lists every one it needs",
             "3D000" => "the database does not exist",
             "53100" => "the server's disk is full; free space, the agent goes on by itself",
@@ -157,6 +154,42 @@ impl Classify for PgError {
         };
         Some(ours.to_owned())
     }
+}
+
+/// What to do about invalid_authorization_specification, which has many causes; the message tells them apart, where it is English.
+fn refused_at_the_door(message: &str) -> &'static str {
+    let causes = [
+        (
+            "pg_hba.conf",
+            "pg_hba.conf of that server has no line that lets this role into this database from here; a logical replication \
+             connection goes by the line of its database. After a change: SELECT pg_reload_conf()",
+        ),
+        (
+            "client certificate",
+            "pg_hba.conf demands a client certificate: sslcert and sslkey in the URL",
+        ),
+        (
+            "certificate authentication",
+            "the client certificate (sslcert) is not that of this role: see pg_ident.conf and clientname in pg_hba.conf",
+        ),
+        (
+            "not permitted to log in",
+            "the role needs the attribute LOGIN: ALTER ROLE … LOGIN",
+        ),
+        (
+            "set role",
+            "a stored setting `role` (ALTER ROLE or ALTER DATABASE … SET role) names a role that ours may not become: RESET it",
+        ),
+        (
+            "does not exist",
+            "there is no such role on that server: correct the URL, or create it (`dr-agent init` does)",
+        ),
+    ];
+    let found = causes.iter().find(|(words, _)| message.contains(words));
+    found.map_or(
+        "pg_hba.conf or the role's attributes do not let us in; the message above says which",
+        |(_, hint)| hint,
+    )
 }
 
 impl From<tokio_postgres::Error> for PgError {
@@ -187,5 +220,47 @@ impl From<tokio_postgres::Error> for PgError {
             Some(cause) => Self::Io(io::Error::new(cause.kind(), cause.to_string())),
             None => Self::Protocol(error.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(sqlstate: &str, message: &str) -> String {
+        let error = ServerError {
+            sqlstate: sqlstate.to_owned(),
+            message: message.to_owned(),
+            ..ServerError::default()
+        };
+        PgError::Server(Box::new(error)).hint().unwrap_or_default()
+    }
+
+    #[test]
+    fn who_is_not_let_in_is_told_by_whom() {
+        let cases = [
+            (
+                "no pg_hba.conf entry for host \"10.0.0.7\", user \"dr\", database \"app\", no encryption",
+                "pg_reload_conf",
+            ),
+            (
+                "pg_hba.conf rejects connection for host \"10.0.0.7\"",
+                "pg_reload_conf",
+            ),
+            ("role \"dr\" does not exist", "no such role"),
+            ("role \"dr\" is not permitted to log in", "LOGIN"),
+            ("connection requires a valid client certificate", "sslcert"),
+            (
+                "certificate authentication failed for user \"dr\"",
+                "pg_ident.conf",
+            ),
+            ("permission denied to set role \"app\"", "RESET"),
+            ("Rolle »dr« existiert nicht", "the message above"),
+        ];
+        for (message, words) in cases {
+            let hint = refused("28000", message);
+            assert!(hint.contains(words), "{message}: {hint}");
+        }
+        assert!(refused("28P01", "password authentication failed").contains("password"));
     }
 }

@@ -29,6 +29,8 @@ pub struct SlotState {
     pub safe_wal_size: Option<i64>,
     /// Why the server made it unusable, where its version (16 and later) tells.
     pub invalidation_reason: Option<String>,
+    /// A standby keeps it in step with its primary's, or did until it was promoted (17 and later), and it is no temporary one.
+    pub synced: bool,
 }
 
 impl SlotState {
@@ -48,7 +50,9 @@ pub async fn slot_state(client: &Client, name: &str) -> Result<Option<SlotState>
                     confirmed_flush_lsn, restart_lsn, wal_status, safe_wal_size,
                     coalesce(to_jsonb(s) ->> 'invalidation_reason',
                              CASE WHEN to_jsonb(s) ->> 'conflicting' = 'true'
-                                  THEN 'conflicting with recovery' END)
+                                  THEN 'conflicting with recovery' END),
+                    coalesce((to_jsonb(s) ->> 'synced')::boolean AND (to_jsonb(s) ->> 'failover')::boolean, false)
+                    AND NOT temporary
              FROM pg_catalog.pg_replication_slots AS s WHERE slot_name = $1",
             &[&name],
         )
@@ -66,6 +70,7 @@ pub async fn slot_state(client: &Client, name: &str) -> Result<Option<SlotState>
         wal_status: row.try_get(6)?,
         safe_wal_size: row.try_get(7)?,
         invalidation_reason: row.try_get(8)?,
+        synced: row.try_get(9)?,
     }))
 }
 

@@ -92,6 +92,9 @@ impl SessionError {
             }
             Self::Setup(
                 SetupError::ReplicaNotEmpty { .. }
+                | SetupError::ReplicaIsSource { .. }
+                | SetupError::ReplicaOfAnother { .. }
+                | SetupError::ProgressGone { .. }
                 | SetupError::ReplicaTableMissing(_)
                 | SetupError::Copy { .. },
             ) => true,

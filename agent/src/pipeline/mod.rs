@@ -51,6 +51,9 @@ use crate::time;
 use change_log::ChangeLog;
 use error::SessionError;
 
+/// How long a start may take to end that was told to stop.
+const TAKE_BACK_WITHIN: Duration = Duration::from_secs(5);
+
 /// Transactions between the source task and here. Their bytes are bounded by `limits.queue_bytes`; this
 /// only bounds how many tiny ones.
 const QUEUE_TRANSACTIONS: usize = 16_384;
@@ -252,11 +255,20 @@ impl Pipeline {
             status: &self.status,
         };
         let display = ProgressDisplay::new(&self.database, &observer);
-        let preparing = self.prepare(&display);
-        let stopped_or_prepared = self.stop.run_until_cancelled(preparing);
+        let mut preparing = Box::pin(self.prepare(&display));
+        let stopped_or_prepared = async {
+            match self.stop.run_until_cancelled(&mut preparing).await {
+                Some(prepared) => Some(prepared),
+                // A first start that is not to go on takes back what it has written.
+                None => tokio::time::timeout(TAKE_BACK_WITHIN, preparing).await.ok(),
+            }
+        };
         let Some(prepared) = stopped_or_prepared.await else {
             return Ok(());
         };
+        if self.stop.is_cancelled() {
+            return Ok(());
+        }
         let prepared = prepared?;
         drop(display);
         self.uncopied = None;

@@ -236,7 +236,7 @@ impl Classify for RestoreError {
                  still runs, the next segment may be on its way"
             }
             Self::TooFar { .. } | Self::OtherTables => {
-                "drop the database, create it anew and restore into that"
+                "restore into another database, created for it: CREATE DATABASE … TEMPLATE template0"
             }
             Self::NotEmpty { .. } => {
                 "restore builds an empty database: create one (CREATE DATABASE … TEMPLATE template0)"
@@ -246,7 +246,7 @@ impl Classify for RestoreError {
             }
             Self::Encoding { wanted, .. } => {
                 return Some(format!(
-                    "drop the database, and CREATE DATABASE … TEMPLATE template0 ENCODING {} LC_COLLATE {} LC_CTYPE {}",
+                    "restore into a database created by CREATE DATABASE … TEMPLATE template0 ENCODING {} LC_COLLATE {} LC_CTYPE {}",
                     quote_literal(&wanted.encoding),
                     quote_literal(&wanted.collate),
                     quote_literal(&wanted.ctype),

@@ -11,9 +11,10 @@
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
+use super::begin::First;
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
-use super::replica::{self, Progress, Server};
+use super::replica::Progress;
 use super::table_sync;
 use crate::backup::{self, BackupError, LoadJob, Manifest, Newest, Ownership};
 use crate::catalog::TableName;
@@ -101,41 +102,16 @@ impl Base {
         }
     }
 
-    /// Creates the database if it is not there.
-    pub(super) async fn create_database(
-        &self,
-        admin: &Client,
-        server: &Server,
-        database: &str,
-    ) -> Result<Option<String>, SetupError> {
-        if server.has_database {
-            return Ok(None);
-        }
-        replica::create_database(admin, server, database, &self.manifest.locale).await
-    }
-
-    /// Loads it into the replica's database; `interrupted`: an earlier load left something there.
+    /// Loads it into the replica's database; what an interrupted load left there is removed.
     pub(super) async fn load(
         &self,
         config: &Config,
-        stream: &StreamName,
-        target: &ConnInfo,
+        (stream, target): (&StreamName, &ConnInfo),
         client: &mut Client,
-        interrupted: bool,
+        first: &mut First,
         (observer, cancel): (&dyn CopyObserver, &CancellationToken),
     ) -> Result<Progress, SetupError> {
         let database = target.dbname();
-        if interrupted {
-            tracing::info!(database, "an earlier load was interrupted: begins anew");
-            backup::wipe(client).await.map_err(SetupError::sql(
-                Side::Replica,
-                "remove what an interrupted load left",
-            ))?;
-        }
-        replica::require_empty(client, database).await?;
-        replica::record(client, stream, &self.recorded())
-            .await
-            .map_err(SetupError::sql(Side::Replica, "record the stream"))?;
         let job = LoadJob {
             store: &self.store,
             base: &self.prefix,
@@ -147,12 +123,22 @@ impl Base {
             ownership: Ownership::IfPossible,
             views: true,
         };
-        let loading = async {
-            let examined = backup::examine(&job, client).await?;
-            backup::load(job, examined, observer, cancel).await
-        };
-        let loaded = loading.await;
-        loaded.map_err(|source| in_archive(source, database))?;
+        let examined = backup::examine(&job, client).await;
+        let examined = examined.map_err(|source| in_archive(source, database))?;
+        first
+            .take(client, (database, stream), &self.recorded())
+            .await?;
+        first.begun();
+        if first.is_interrupted() {
+            tracing::info!(database, "an earlier load was interrupted: begins anew");
+            backup::wipe(client).await.map_err(SetupError::sql(
+                Side::Replica,
+                "remove what an interrupted load left",
+            ))?;
+        }
+        backup::load(job, examined, observer, cancel)
+            .await
+            .map_err(|source| in_archive(source, database))?;
         let progress = Progress {
             term: 1,
             batch: 0,

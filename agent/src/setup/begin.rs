@@ -1,22 +1,154 @@
 //! The first start of a stream, or one that repeats an interrupted first start: everything is copied.
 //!
+//! ```text
+//! judge ▶ database ▶ publication ▶ schema dr_agent, guard, stream row ▶ slot ▶ roles, settings ▶ progress row ▶ copy
+//!         └──────────────────── failed here: taken back ──────────────────────────────────────┘
+//! ```
+//!
 //! # Invariants
-//! - The replica's database holds no table that is not ours.
+//! - The replica's database holds nothing that is not ours, and that is judged before anything is written ([`super::target`]).
 //! - The source's note that a history begins, then stream row, slot, progress row: see [`super`] for what each crash in
 //!   between means.
 //! - Publication before slot: every transaction that the slot decodes began after the publication
 //!   was there.
+//! - What fails before the progress row leaves both sides as they were ([`super::undo`]).
 
 use std::time::SystemTime;
 
+use tokio_postgres::Client;
+
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
-use super::replica::{self, Progress};
-use super::{Setup, setting, slot, table_sync};
+use super::locale::Locale;
+use super::replica::{self, Known, Progress, Server};
+use super::target::{self, HalfLoaded, Target};
+use super::undo::Undo;
+use super::{Setup, lock, role, schema, setting, slot, table_sync};
 use crate::catalog::TableName;
 use crate::history::History;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection};
-use crate::pg::{PgError, PgLsn};
+use crate::pg::{ConnInfo, PgError, PgLsn};
+use crate::stream::StreamName;
+
+/// The replica's side of a first start: judged, and on its way to be written.
+pub(super) struct First {
+    admin: Client,
+    server: Server,
+    target: Target,
+    /// The replica's database, where it is there already; locked.
+    opened: Option<Client>,
+    locale: Locale,
+    /// An earlier start has begun here.
+    interrupted: bool,
+    half_loaded: HalfLoaded,
+    /// This start has created the database.
+    created: bool,
+    /// Rows may be there: nothing is taken back any more.
+    begun: bool,
+}
+
+impl First {
+    /// Refuses what is in the way; nothing was written yet.
+    pub(super) async fn judge(
+        (admin, server): (Client, Server),
+        opened: Option<Client>,
+        known: &Known,
+        (database, stream): (&str, &StreamName),
+        (locale, half_loaded): (Locale, HalfLoaded),
+    ) -> Result<Self, SetupError> {
+        let target = match &opened {
+            Some(client) => target::observe(client, &server, stream).await?,
+            None => target::of_a_new_database(&admin, &server).await?,
+        };
+        let first = Self {
+            interrupted: known.recorded.is_some(),
+            admin,
+            server,
+            target,
+            opened,
+            locale,
+            half_loaded,
+            created: false,
+            begun: false,
+        };
+        let judged = (&first.target, half_loaded);
+        target::judge(database, stream, &first.server, known, judged)?;
+        Ok(first)
+    }
+
+    /// The replica's database, created where it is not there, and locked; and what the operator should know.
+    pub(super) async fn database(
+        &mut self,
+        info: &ConnInfo,
+        (database, stream): (&str, &StreamName),
+    ) -> Result<(Client, Option<String>), SetupError> {
+        if let Some(client) = self.opened.take() {
+            return Ok((client, None));
+        }
+        let created =
+            replica::create_database(&self.admin, &self.server, database, &self.locale).await?;
+        self.created = created.by_us;
+        match self.enter(info, (database, stream)).await {
+            Ok(client) => Ok((client, created.warning)),
+            Err(error) => {
+                if self.created {
+                    replica::drop_database(&self.admin, database).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn enter(
+        &self,
+        info: &ConnInfo,
+        (database, stream): (&str, &StreamName),
+    ) -> Result<Client, SetupError> {
+        let client = replica::open(info, stream).await?;
+        lock::take(&client, Side::Replica, stream).await?;
+        // Somebody may have been quicker.
+        let known = replica::known(&client, stream).await?;
+        let target = target::observe(&client, &self.server, stream).await?;
+        target::contents(database, stream, &known, (&target, self.half_loaded))?;
+        Ok(client)
+    }
+
+    /// Leaves the replica as it was found; from the first row on, as it is.
+    pub(super) async fn abandon(&self, replica: Client, (database, stream): (&str, &StreamName)) {
+        if self.begun {
+            return;
+        }
+        let undo = Undo::of_replica(database, stream, &self.target);
+        undo.take_back(&replica, Side::Replica).await;
+        drop(replica);
+        if self.created {
+            replica::drop_database(&self.admin, database).await;
+        }
+    }
+
+    /// Makes the replica's database ours, read-only for others, and records whose replica it is.
+    pub(super) async fn take(
+        &self,
+        replica: &mut Client,
+        (database, stream): (&str, &StreamName),
+        recorded: &Recorded,
+    ) -> Result<(), SetupError> {
+        schema::ensure(replica, &self.server.role).await?;
+        replica::guard(replica, database).await?;
+        let recorded = replica::record(replica, stream, recorded).await;
+        recorded.map_err(SetupError::sql(Side::Replica, "record the stream"))
+    }
+
+    /// Whether what an interrupted start has left is to be removed.
+    pub(super) fn is_interrupted(&self) -> bool {
+        self.interrupted
+    }
+
+    /// Rows come from here on.
+    pub(super) fn begun(&mut self) {
+        self.begun = true;
+    }
+}
 
 impl Setup<'_> {
     pub(super) async fn begin(
@@ -24,39 +156,95 @@ impl Setup<'_> {
         walsender: &mut ReplicationConnection,
         source: &Cluster,
         drop_slot: bool,
+        first: &mut First,
     ) -> Result<(Progress, History), SetupError> {
-        replica::require_empty(&self.replica, self.database).await?;
-        let refused = self.source.wanted.refused();
-        if !refused.is_empty() {
-            return Err(SetupError::Keyless(refused));
-        }
-        self.source.found.require_listing(&self.source.stream)?;
-        let tables = self.source.wanted.published.len();
-        self.source.found.require_room_to_copy(tables)?;
-        self.source.publish(true).await?;
-        let history = slot::begin(&self.source, source).await?;
-        self.take_over(source, &history).await?;
-        let copied_at = self.source_time().await?;
-        let snapshot = slot::create(&self.source, walsender, drop_slot).await?;
-        let progress = self.first_copy(&snapshot, copied_at).await?;
+        let of_source = self.source.undo().await?;
+        let writing = self.write_first(walsender, source, drop_slot, first).await;
+        let (snapshot, progress, history) = match writing {
+            Ok(written) => written,
+            Err(error) => {
+                of_source.take_back(&self.source.client, Side::Source).await;
+                return Err(error);
+            }
+        };
+        first.begun();
+        self.copy(self.source.wanted.published.clone(), &snapshot, true)
+            .await?;
         Ok((progress, history))
     }
 
-    /// Takes the database's settings over, and records whose replica this is.
-    pub(super) async fn take_over(
+    /// Everything before the first row.
+    async fn write_first(
         &mut self,
+        walsender: &mut ReplicationConnection,
         source: &Cluster,
-        history: &History,
-    ) -> Result<(), SetupError> {
-        let (settings, left) = setting::of_source(&self.source.client, self.database).await?;
-        let refused = setting::apply(&self.replica, &settings).await?;
-        self.source.warnings.extend(left.into_iter().chain(refused));
+        drop_slot: bool,
+        first: &mut First,
+    ) -> Result<(CreatedSlot, Progress, History), SetupError> {
+        self.source.publish(true).await?;
+        let history = slot::begin(&self.source, source).await?;
         let recorded = Recorded {
             cluster: *source,
             began: history.began,
         };
-        let recorded = replica::record(&self.replica, &self.source.stream, &recorded).await;
-        recorded.map_err(SetupError::sql(Side::Replica, "record the stream"))
+        let place = (self.database, &self.source.stream);
+        first.take(&mut self.replica, place, &recorded).await?;
+        let copied_at = self.source_time().await?;
+        let snapshot = slot::create(&self.source, walsender, drop_slot).await?;
+        let progress = self.first_row(first, &snapshot, copied_at).await?;
+        Ok((snapshot, progress, history))
+    }
+
+    /// The same where the slot is somebody else's, up to the progress row.
+    pub(super) async fn write_first_rows(
+        &mut self,
+        walsender: &mut ReplicationConnection,
+        recorded: &Recorded,
+        first: &mut First,
+    ) -> Result<(CreatedSlot, Progress), SetupError> {
+        let place = (self.database, &self.source.stream);
+        first.take(&mut self.replica, place, recorded).await?;
+        let copied_at = self.source_time().await?;
+        let snapshot = slot::snapshot(&self.source, walsender).await?;
+        let progress = self.first_row(first, &snapshot, copied_at).await?;
+        first.begun();
+        Ok((snapshot, progress))
+    }
+
+    /// Roles and settings of the source, then the progress row: from there on rows are copied. Until the first batch, the loss
+    /// at a promotion is counted from `copied_at`.
+    async fn first_row(
+        &mut self,
+        first: &First,
+        snapshot: &CreatedSlot,
+        copied_at: SystemTime,
+    ) -> Result<Progress, SetupError> {
+        self.carry_over(first).await?;
+        let consistent_point = snapshot.consistent_point;
+        let recorded = self.record_progress(consistent_point, copied_at).await;
+        recorded.map_err(SetupError::sql(Side::Replica, "record the progress"))?;
+        Ok(Progress {
+            term: 1,
+            batch: 0,
+            end_lsn: consistent_point,
+            commit_time: Some(copied_at),
+            applied_at: None,
+        })
+    }
+
+    /// Takes over the source's roles, the database's owner and settings.
+    async fn carry_over(&mut self, first: &First) -> Result<(), SetupError> {
+        let roles = role::of_source(&self.source.client).await?;
+        let roles = role::ensure(&first.admin, &roles).await?;
+        self.source.warnings.extend(roles);
+        if first.created || first.interrupted {
+            let owner = &first.locale.owner;
+            replica::own_database(&first.admin, &first.server, self.database, owner).await?;
+        }
+        let (settings, left) = setting::of_source(&self.source.client, self.database).await?;
+        let refused = setting::apply(&self.replica, &settings).await?;
+        self.source.warnings.extend(left.into_iter().chain(refused));
+        Ok(())
     }
 
     /// What the source's clock says. Everything committed by then is in the snapshot of a slot that is created afterwards.
@@ -69,26 +257,6 @@ impl Setup<'_> {
         asked
             .map(|row| row.get(0))
             .map_err(|error| SetupError::sql(Side::Source, "ask for the time")(error.into()))
-    }
-
-    /// Copies everything at a snapshot. Until the first batch, the loss at a promotion is counted from `copied_at`.
-    pub(super) async fn first_copy(
-        &mut self,
-        snapshot: &CreatedSlot,
-        copied_at: SystemTime,
-    ) -> Result<Progress, SetupError> {
-        let consistent_point = snapshot.consistent_point;
-        let recorded = self.record_progress(consistent_point, copied_at).await;
-        recorded.map_err(SetupError::sql(Side::Replica, "record the progress"))?;
-        self.copy(self.source.wanted.published.clone(), snapshot, true)
-            .await?;
-        Ok(Progress {
-            term: 1,
-            batch: 0,
-            end_lsn: consistent_point,
-            commit_time: Some(copied_at),
-            applied_at: None,
-        })
     }
 
     async fn record_progress(

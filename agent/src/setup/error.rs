@@ -4,11 +4,12 @@
 
 use std::fmt;
 
-use super::identity::Mismatch;
+use super::mismatch::Mismatch;
 use crate::backup::BackupError;
 use crate::catalog::TableName;
 use crate::error::{Class, Classify};
 use crate::pg::PgError;
+use crate::remedy::{self, SLOT_TOO, start_over};
 use crate::snapshot::CopyError;
 
 /// Which server is meant.
@@ -117,13 +118,51 @@ pub enum SetupError {
     /// There is something in the replica's database that we have not put there.
     #[error(
         "replica: database \"{database}\" is not empty: {} of unknown origin: {}",
-        count(.tables.len(), "table"), some(.tables)
+        count(.objects.len(), "object"), some(.objects)
     )]
     ReplicaNotEmpty {
         /// The database.
         database: String,
-        /// Tables found.
-        tables: Vec<TableName>,
+        /// Objects found.
+        objects: Vec<String>,
+    },
+    /// The database under `replica.url` is the source of streams itself.
+    #[error(
+        "replica: database \"{database}\" is itself a source, of {}", some(.streams)
+    )]
+    ReplicaIsSource {
+        /// The database.
+        database: String,
+        /// The streams that are sent from it.
+        streams: Vec<String>,
+    },
+    /// The database under `source.url` is a replica, which only its agent writes to.
+    #[error("source: it is itself the replica of {}, and was not promoted", some(.streams))]
+    SourceIsReplica {
+        /// The streams that are applied there.
+        streams: Vec<String>,
+    },
+    /// The database is the replica of a stream of another name.
+    #[error(
+        "replica: database \"{database}\" is the replica of {}, not of {stream}", some(.others)
+    )]
+    ReplicaOfAnother {
+        /// The database.
+        database: String,
+        /// Our stream.
+        stream: String,
+        /// Those it is of.
+        others: Vec<String>,
+    },
+    /// The tables are there, and where they stand is not known any more.
+    #[error(
+        "replica: the progress row of stream \"{stream}\" in database \"{database}\" is gone; its tables are there"
+    )]
+    ProgressGone {
+        /// The database.
+        database: String,
+        /// The stream.
+        stream: String,
     },
     /// Somebody dropped or renamed tables on the replica.
     #[error("replica: {} missing: {}", count(.0.len(), "table"), some(.0))]
@@ -233,6 +272,10 @@ impl Classify for SetupError {
             | Self::Keyless(_)
             | Self::PublicationAltered { .. }
             | Self::ReplicaNotEmpty { .. }
+            | Self::ReplicaIsSource { .. }
+            | Self::SourceIsReplica { .. }
+            | Self::ReplicaOfAnother { .. }
+            | Self::ProgressGone { .. }
             | Self::ReplicaTableMissing(_) => Class::Definite,
         }
     }
@@ -253,10 +296,11 @@ impl Classify for SetupError {
             Self::NothingToCopyFrom { .. } => "let source.url lead to the source from here as well, or give both sides an \
                 [archive] and wait for the first base backup; it is retried"
                 .to_owned(),
-            Self::NewTableElsewhere { .. } => "let source.url lead to the source from here until the table is copied; or DROP \
-                DATABASE on the replica once the archive's newest base backup has the table, and let `dr-agent apply` \
-                begin anew from it; or leave the table out (source.exclude, on both sides)"
-                .to_owned(),
+            Self::NewTableElsewhere { .. } => format!(
+                "let source.url lead to the source from here until the table is copied; or leave the table out \
+                 (source.exclude, on both sides). Once the archive's newest base backup has the table, another way: {}",
+                remedy::start_over_with(None, "`dr-agent apply`, which begins anew from it")
+            ),
             Self::Unfit { hint, .. } => hint.clone(),
             Self::RightMissing { side, right, .. } => format!(
                 "grant {right}, or run `dr-agent init --{side}-url URL` once with a role that has \
@@ -272,25 +316,34 @@ impl Classify for SetupError {
                 source.exclude"
                 .to_owned(),
             Self::PublicationAltered { publication, .. } => format!(
-                "changes may have been missed. To start over, run DROP DATABASE for this database \
-                 on the replica and SELECT pg_drop_replication_slot('{publication}') on the source \
-                 (DROP PUBLICATION {publication} as well if it is still there), then `dr-agent run`"
+                "changes may have been missed since. {}",
+                start_over(&format!(
+                    "{} (DROP PUBLICATION {publication} as well if it is still there)",
+                    remedy::drop_slot(publication)
+                ))
             ),
             Self::Promoted { .. } => "it takes writes of its own and is not touched. Stop this \
                 agent for good; to protect the new primary, set up an agent next to it with a fresh \
                 replica"
                 .to_owned(),
-            Self::ReplicaNotEmpty { database, .. } => format!(
-                "the copy goes into an empty database: drop what is there (DROP DATABASE \
-                 \"{database}\" on the replica if it holds nothing of value) or point replica.url \
-                 at another server"
+            Self::ReplicaNotEmpty { .. } => "replica.url leads to a database that somebody uses, or one that was renamed or \
+                promoted: nothing was written there. Point replica.url at another server, or rename what is there; the copy \
+                goes into an empty database, or one that is not there yet"
+                .to_owned(),
+            Self::SourceIsReplica { .. } | Self::ReplicaIsSource { .. } => "source.url and replica.url may be swapped: nothing was written there. Let \
+                source.url lead to the server that applications write to, and replica.url to the one that is kept ready"
+                .to_owned(),
+            Self::ReplicaOfAnother { .. } => "source.slot was changed, or the database renamed: nothing was written there. \
+                Give source.slot and the database their names back; or let the copy go into another database or server"
+                .to_owned(),
+            Self::ProgressGone { .. } => format!(
+                "somebody deleted it: {}. Put the row back if you know it (a backup of the replica has it). {}",
+                remedy::STAY,
+                start_over(SLOT_TOO)
             ),
             Self::ReplicaTableMissing(tables) => format!(
-                "the replica was changed by somebody. To have a table copied again, forget it there \
-                 (SET default_transaction_read_only = off; DELETE FROM dr_agent.table_sync WHERE \
-                 table_name = '{}'), then `dr-agent run`; or DROP DATABASE there, drop the slot on \
-                 the source, and start over",
-                tables.first().map_or("…", |table| &table.name)
+                "they were copied once and are gone from the replica. {}",
+                remedy::copy_again(tables.first().map(|table| table.name.as_str()))
             ),
             Self::RightLost { .. } => {
                 "it is taken again; if that repeats, look for what ends sessions: idle_session_timeout, a pooler, a firewall"
@@ -307,15 +360,15 @@ impl Classify for SetupError {
 /// How many names an error lists before it counts the rest.
 const NAMES_MAX: usize = 8;
 
-fn some(tables: &[TableName]) -> String {
-    let mut text = tables
+fn some(names: &[impl fmt::Display]) -> String {
+    let mut text = names
         .iter()
         .take(NAMES_MAX)
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join(", ");
-    if tables.len() > NAMES_MAX {
-        text.push_str(&format!(" and {} more", tables.len() - NAMES_MAX));
+    if names.len() > NAMES_MAX {
+        text.push_str(&format!(" and {} more", names.len() - NAMES_MAX));
     }
     text
 }

@@ -13,9 +13,10 @@
 //! # What it does not do
 //! It knows nothing of promotions: a promoted replica is refused before this is asked.
 
-use crate::error::{Class, Classify};
+use super::mismatch::Mismatch;
+use super::timeline::{Branch, Fork};
 use crate::history::History;
-use crate::lag::{Micros, system_time};
+use crate::lag::Micros;
 use crate::pg::PgLsn;
 use crate::pg::slot::SlotState;
 use crate::stream::StreamName;
@@ -39,6 +40,8 @@ pub struct Observed {
     pub recorded: Option<Recorded>,
     /// How far the replica is: `dr_agent.progress.end_lsn`.
     pub applied: Option<PgLsn>,
+    /// How the source's timeline came about, oldest first; asked for only where it is not the recorded one.
+    pub branches: Vec<Branch>,
     /// How many heartbeats the source has written, and of how many the replica knows: `dr_agent.heartbeat.beat`.
     pub beats: (Option<i64>, Option<i64>),
 }
@@ -50,6 +53,13 @@ pub struct Cluster {
     pub system_identifier: u64,
     /// Raised by every promotion and point-in-time recovery of the source.
     pub timeline: i32,
+}
+
+impl Cluster {
+    /// Whether `found` is the same cluster on a later timeline.
+    pub(super) fn is_promoted(&self, found: &Self) -> bool {
+        self.system_identifier == found.system_identifier && self.timeline < found.timeline
+    }
 }
 
 /// What a replica has recorded of where it comes from.
@@ -84,12 +94,18 @@ pub struct Slot {
     pub confirmed: Option<PgLsn>,
     /// Its WAL is gone: `wal_status = 'lost'`.
     pub lost: bool,
+    /// Why, where the server's version tells.
+    pub reason: Option<String>,
+    /// A standby kept it in step with its primary's (17 and later): `failover` and `synced`, and not temporary.
+    pub synced: bool,
 }
 
 impl From<SlotState> for Slot {
     fn from(state: SlotState) -> Self {
         Self {
             lost: state.is_lost(),
+            synced: state.synced,
+            reason: state.invalidation_reason,
             plugin: state.plugin,
             database: state.database,
             active_pid: state.active_pid,
@@ -109,134 +125,8 @@ pub enum Verdict {
     },
     /// Slot and progress fit together.
     Resume,
-}
-
-/// Why the slot, the source and the replica do not belong together.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Mismatch {
-    /// Another cluster answers under the source's URL.
-    #[error(
-        "the source has system identifier {found}, the replica was copied from a source with \
-         {recorded}"
-    )]
-    SystemIdentifier {
-        /// What the replica was set up from.
-        recorded: u64,
-        /// Who answers now.
-        found: u64,
-    },
-    /// The source was promoted or recovered to a point in time since.
-    #[error("the source is on timeline {found}, the replica was copied from timeline {recorded}")]
-    Timeline {
-        /// What the replica was set up from.
-        recorded: i32,
-        /// Who answers now.
-        found: i32,
-    },
-    /// The source has less WAL than the replica has applied.
-    #[error(
-        "the source's WAL ends at {source_lsn}, the replica has already applied up to {applied}: \
-         the source went back in time"
-    )]
-    BackInTime {
-        /// The source's flushed WAL position.
-        source_lsn: PgLsn,
-        /// The replica's progress.
-        applied: PgLsn,
-    },
-    /// The source, with its slot, is as it was before, and its WAL is longer than what was applied.
-    #[error(
-        "the source knows of {found} heartbeats, the replica has applied {applied}: the source went back in time"
-    )]
-    FewerHeartbeats {
-        /// What the source has written.
-        found: i64,
-        /// What the replica has of it.
-        applied: i64,
-    },
-    /// The replica has progress, the slot is gone.
-    #[error("replication slot \"{slot}\" is gone; the replica is at {applied}")]
-    SlotLost {
-        /// The slot.
-        slot: StreamName,
-        /// The replica's progress.
-        applied: PgLsn,
-    },
-    /// The stream was sent from here, and the slot is gone.
-    #[error("replication slot \"{slot}\" is gone, by which the stream was sent since {since}")]
-    SendingSlotLost {
-        /// The slot.
-        slot: StreamName,
-        /// Where it began.
-        since: PgLsn,
-    },
-    /// The slot is there, the WAL it needs is not.
-    #[error(
-        "replication slot \"{slot}\" was invalidated: the WAL after {applied} was removed \
-         (wal_status = lost)"
-    )]
-    SlotInvalidated {
-        /// The slot.
-        slot: StreamName,
-        /// The replica's progress.
-        applied: PgLsn,
-    },
-    /// The slot has confirmed more than we ever acknowledged.
-    #[error(
-        "replication slot \"{slot}\" stands at {confirmed}, the replica at {applied}: it was \
-         recreated or advanced by somebody else, and the changes between are not in it"
-    )]
-    SlotRecreated {
-        /// The slot.
-        slot: StreamName,
-        /// `confirmed_flush_lsn`.
-        confirmed: PgLsn,
-        /// The replica's progress.
-        applied: PgLsn,
-    },
-    /// Another replica was set up under this name since.
-    #[error(
-        "replication slot \"{slot}\" was created for another replica: the source has noted {}, this replica \
-         {}", history(*.noted), history(*.recorded)
-    )]
-    HistoryChanged {
-        /// The slot.
-        slot: StreamName,
-        /// When the source's history began.
-        noted: Micros,
-        /// When the replica's did.
-        recorded: Micros,
-    },
-    /// A slot of our name that this replica knows nothing of.
-    #[error("replication slot \"{slot}\" exists already, and this replica knows nothing of it")]
-    SlotOccupied {
-        /// The slot.
-        slot: StreamName,
-    },
-    /// A slot of our name that cannot be ours.
-    #[error("replication slot \"{slot}\" is not ours: {what}")]
-    SlotForeign {
-        /// The slot.
-        slot: StreamName,
-        /// Its plugin, database or kind.
-        what: String,
-    },
-    /// Somebody else is streaming from the slot.
-    #[error("replication slot \"{slot}\" is in use by process {pid} of the source")]
-    SlotActive {
-        /// The slot.
-        slot: StreamName,
-        /// The walsender.
-        pid: i32,
-    },
-}
-
-/// When a history began, for people.
-fn history(began: Micros) -> impl std::fmt::Display {
-    format!(
-        "a slot of {}",
-        humantime::format_rfc3339_seconds(system_time(began))
-    )
+    /// The same, on another timeline: the source failed over to its standby, which has everything that was applied.
+    Follow,
 }
 
 /// Decides what this start may do.
@@ -273,11 +163,9 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
             applied,
         });
     }
-    if recorded.cluster.timeline != seen.source.timeline {
-        return Err(Mismatch::Timeline {
-            recorded: recorded.cluster.timeline,
-            found: seen.source.timeline,
-        });
+    let follows = recorded.cluster.timeline != seen.source.timeline;
+    if follows {
+        is_in_history(seen, recorded, applied)?;
     }
     let slot = seen.slot.as_ref().ok_or_else(|| Mismatch::SlotLost {
         slot: slot_name(),
@@ -294,6 +182,7 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
         return Err(Mismatch::SlotInvalidated {
             slot: slot_name(),
             applied,
+            reason: slot.reason.clone(),
         });
     }
     // Where the source's note is gone as well, somebody has made its schema anew.
@@ -313,7 +202,40 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
             confirmed,
             applied,
         }),
+        Some(_) if follows => if_free(seen, Verdict::Follow),
         Some(_) => if_free(seen, Verdict::Resume),
+    }
+}
+
+/// Whether everything up to `applied` is part of the timeline that the source is on now, and its slot has come along.
+fn is_in_history(seen: &Observed, recorded: &Recorded, applied: PgLsn) -> Result<(), Mismatch> {
+    let (from, to) = (recorded.cluster.timeline, seen.source.timeline);
+    match Fork::of(&seen.branches, from) {
+        Fork::At(forked) if forked >= applied => {}
+        Fork::At(forked) => {
+            return Err(Mismatch::ForkedBefore {
+                recorded: from,
+                found: to,
+                forked,
+                applied,
+            });
+        }
+        Fork::Unknown => {
+            return Err(Mismatch::Timeline {
+                recorded: from,
+                found: to,
+            });
+        }
+    }
+    match &seen.slot {
+        Some(slot) if slot.synced => Ok(()),
+        // A slot of that name that somebody has created since begins where it was created.
+        Some(_) => Err(Mismatch::SlotNotSynced {
+            slot: seen.stream.clone(),
+            found: to,
+        }),
+        // It says itself that it is gone.
+        None => Ok(()),
     }
 }
 
@@ -390,90 +312,10 @@ pub(super) fn same_cluster(recorded: &Cluster, found: &Cluster) -> Result<(), Mi
     Ok(())
 }
 
-impl Classify for Mismatch {
-    fn class(&self) -> Class {
-        match self {
-            // A walsender that has not noticed our death ends by itself (wal_sender_timeout).
-            Self::SlotActive { .. } => Class::Transient,
-            Self::SystemIdentifier { .. }
-            | Self::Timeline { .. }
-            | Self::BackInTime { .. }
-            | Self::FewerHeartbeats { .. }
-            | Self::SlotLost { .. }
-            | Self::SendingSlotLost { .. }
-            | Self::SlotInvalidated { .. }
-            | Self::SlotRecreated { .. }
-            | Self::HistoryChanged { .. }
-            | Self::SlotOccupied { .. }
-            | Self::SlotForeign { .. } => Class::Definite,
-        }
-    }
-
-    fn hint(&self) -> Option<String> {
-        const START_OVER: &str = "To start over, run DROP DATABASE for this database on the \
-            replica";
-        const SLOT_TOO: &str = "drop the slot on the source if it is there";
-        const THEN: &str = "then `dr-agent run`";
-        let drop_slot =
-            |slot: &StreamName| format!("SELECT pg_drop_replication_slot('{slot}') on the source");
-        Some(match self {
-            Self::SystemIdentifier { .. } => format!(
-                "check source.url: it leads to another cluster, or one restored by a dump. \
-                 {START_OVER}, {SLOT_TOO}, {THEN}"
-            ),
-            Self::Timeline { .. } => format!(
-                "the source failed over to its standby or was restored; what the replica applied \
-                 may not be in its history. {START_OVER}, {SLOT_TOO}, {THEN}; if the replica is \
-                 the one to keep, `dr-agent promote` instead"
-            ),
-            Self::BackInTime { .. } => format!(
-                "the source was restored from an older backup; the replica may hold the only copy \
-                 of what came after it: `dr-agent promote` keeps it. {START_OVER}, {SLOT_TOO}, \
-                 {THEN}"
-            ),
-            Self::FewerHeartbeats { .. } => format!(
-                "the source was set back by a snapshot of its storage, and wrote on from there; the replica may hold the only \
-                 copy of what came after it: `dr-agent promote` keeps it. {START_OVER}, {SLOT_TOO}, {THEN}"
-            ),
-            Self::SlotLost { .. } => {
-                format!("the changes since then cannot be had any more. {START_OVER}, {THEN}")
-            }
-            Self::SendingSlotLost { slot, .. } => format!(
-                "the changes since then cannot be had any more. To start over, run DELETE FROM dr_agent.sending \
-                 WHERE stream = '{slot}' on the source and DROP DATABASE for this database on the replica, {THEN} \
-                 here and `dr-agent apply` there"
-            ),
-            Self::SlotInvalidated { slot, .. } => format!(
-                "raise max_slot_wal_keep_size on the source. {START_OVER} and {}, {THEN}",
-                drop_slot(slot)
-            ),
-            Self::SlotRecreated { slot, .. } => {
-                format!("{START_OVER} and {}, {THEN}", drop_slot(slot))
-            }
-            Self::HistoryChanged { .. } => format!(
-                "if that other replica is in use, give this one another source.slot. {START_OVER}, {SLOT_TOO}, {THEN}"
-            ),
-            Self::SlotOccupied { slot } => format!(
-                "if another dr-agent uses it, give this one another source.slot; if it is left over \
-                 from a replica that was dropped, run {}, {THEN}",
-                drop_slot(slot)
-            ),
-            Self::SlotForeign { slot, .. } => format!(
-                "choose another source.slot, or run {} if nobody needs it",
-                drop_slot(slot)
-            ),
-            Self::SlotActive { .. } => {
-                "another agent is running, or a session of this one has not \
-                ended yet (wal_sender_timeout); it is retried"
-                    .to_owned()
-            }
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::{Class, Classify as _};
 
     fn cluster(system_identifier: u64, timeline: i32) -> Cluster {
         Cluster {
@@ -489,6 +331,8 @@ mod tests {
             active_pid: None,
             confirmed: Some(PgLsn::from(confirmed)),
             lost: false,
+            reason: None,
+            synced: false,
         }
     }
 
@@ -506,6 +350,7 @@ mod tests {
                 began: 5,
             }),
             applied: Some(PgLsn::from(100)),
+            branches: Vec::new(),
             beats: (Some(50), Some(48)),
         }
     }
@@ -568,6 +413,71 @@ mod tests {
             restored_and_promoted,
             Err(Mismatch::BackInTime { .. })
         ));
+    }
+
+    /// The source is on timeline 2 now, which forked at `forked`; slot synced or not.
+    fn promoted(seen: &mut Observed, forked: u64, synced: bool) {
+        seen.source.timeline = 2;
+        seen.branches = vec![Branch {
+            timeline: 1,
+            ends: PgLsn::from(forked),
+        }];
+        seen.slot = Some(Slot { synced, ..slot(90) });
+    }
+
+    #[test]
+    fn a_clean_failover_of_the_source_is_followed_where_nothing_can_be_missing() {
+        type Change = fn(&mut Observed);
+        let follow: [Change; 3] = [
+            |seen| promoted(seen, 150, true),
+            // Forked at the very position.
+            |seen| promoted(seen, 100, true),
+            // Twice in a row.
+            |seen| {
+                promoted(seen, 150, true);
+                seen.source.timeline = 3;
+                seen.branches.push(Branch {
+                    timeline: 2,
+                    ends: PgLsn::from(180),
+                });
+            },
+        ];
+        for change in follow {
+            assert_eq!(after(change), Ok(Verdict::Follow));
+        }
+    }
+
+    #[test]
+    fn any_other_change_of_the_timeline_is_refused_by_its_cause() {
+        let behind = after(|seen| promoted(seen, 99, true));
+        assert!(matches!(behind, Err(Mismatch::ForkedBefore { .. })));
+        let not_synced = after(|seen| promoted(seen, 150, false));
+        assert!(matches!(not_synced, Err(Mismatch::SlotNotSynced { .. })));
+        let gone = after(|seen| {
+            promoted(seen, 150, true);
+            seen.slot = None;
+        });
+        assert!(matches!(gone, Err(Mismatch::SlotLost { .. })));
+        let lost = after(|seen| {
+            promoted(seen, 150, true);
+            seen.slot.as_mut().unwrap().lost = true;
+        });
+        assert!(matches!(lost, Err(Mismatch::SlotInvalidated { .. })));
+        let ahead = after(|seen| {
+            promoted(seen, 150, true);
+            seen.slot.as_mut().unwrap().confirmed = Some(PgLsn::from(101));
+        });
+        assert!(matches!(ahead, Err(Mismatch::SlotRecreated { .. })));
+        let not_an_ancestor = after(|seen| {
+            promoted(seen, 150, true);
+            seen.branches[0].timeline = 4;
+        });
+        assert!(matches!(not_an_ancestor, Err(Mismatch::Timeline { .. })));
+        let in_use = after(|seen| {
+            promoted(seen, 150, true);
+            seen.slot.as_mut().unwrap().active_pid = Some(42);
+        });
+        assert!(matches!(in_use, Err(Mismatch::SlotActive { .. })));
     }
 
     /// A snapshot of its storage was brought back: slot, timeline and identifier are the same, and WAL there is enough.
@@ -669,16 +579,5 @@ mod tests {
             (seen.recorded, seen.applied) = (None, None);
         });
         assert!(matches!(somebody_elses, Err(Mismatch::SlotOccupied { .. })));
-    }
-
-    #[test]
-    fn every_mismatch_says_what_to_do_next() {
-        let error = after(|seen| seen.slot = Some(slot(101))).unwrap_err();
-        let hint = error.hint().unwrap();
-        assert!(hint.contains("DROP DATABASE"), "{hint}");
-        assert!(
-            hint.contains("pg_drop_replication_slot('dr_agent_app')"),
-            "{hint}"
-        );
     }
 }

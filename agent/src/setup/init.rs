@@ -18,17 +18,21 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
+use super::agent_role::{self, Agent, own_schema};
 use super::error::{SetupError, Side};
-use super::identity::Mismatch;
+use super::identity::{self, Observed};
 use super::locale::{self, Locale};
+use super::mismatch::Mismatch;
 use super::publication::Wanted;
 use super::role::{self, Statement};
 use super::source_side::observe_slot;
 use super::table_sync::Missed;
-use super::{lock, replica, schema, source, table_sync};
-use crate::catalog::{TableName, quote_ident, quote_literal};
+use super::target::{self, HalfLoaded, Target};
+use super::undo::Undo;
+use super::{heartbeat, lock, note, replica, schema, sending, source, table_sync};
+use crate::catalog::TableName;
 use crate::config::{Config, Route};
-use crate::listed;
+use crate::error::chain;
 use crate::pg::{ConnInfo, PgError};
 use crate::stream::StreamName;
 
@@ -49,6 +53,8 @@ pub struct Privileged {
 pub struct Plan {
     database: String,
     stream: StreamName,
+    /// Where it is run.
+    at: Privileged,
     /// In the source's database.
     source: Vec<Statement>,
     /// Whether the replica was looked at.
@@ -61,6 +67,8 @@ pub struct Plan {
     missed: BTreeMap<TableName, Missed>,
     locale: Option<Locale>,
     warnings: Vec<String>,
+    /// What is taken back where not all of it succeeds: on the source, in the replica's database, of its roles.
+    undo: (Undo, Undo, Undo),
 }
 
 /// The replica, as far as a plan looks at it.
@@ -69,6 +77,7 @@ struct Seen {
     server: replica::Server,
     inside: Option<Client>,
     known: replica::Known,
+    target: Target,
 }
 
 async fn see(
@@ -87,11 +96,16 @@ async fn see(
         Some(client) => replica::known(client, stream).await?,
         None => replica::Known::default(),
     };
+    let target = match &inside {
+        Some(client) => target::observe(client, &server, stream).await?,
+        None => target::of_a_new_database(&admin, &server).await?,
+    };
     Ok(Seen {
         admin,
         server,
         inside,
         known,
+        target,
     })
 }
 
@@ -131,10 +145,17 @@ pub async fn plan(
         seen.server.require(&source, &found.started_at)?;
     }
 
+    judge(config, database, &stream, (&client, &found), seen.as_ref()).await?;
+
     let mut wanted = found.wanted(config);
+    let of_source = Undo::of_source(&client, &stream, &found, &wanted).await?;
+    let of_replica = seen
+        .as_ref()
+        .map(|seen| Undo::of_replica(database, &stream, &seen.target));
     let mut plan = Plan {
         database: database.to_owned(),
         stream: stream.clone(),
+        at: privileged.clone(),
         source: Vec::new(),
         with_replica: seen.is_some(),
         replica_server: Vec::new(),
@@ -142,6 +163,7 @@ pub async fn plan(
         missed: BTreeMap::new(),
         locale: None,
         warnings: Vec::new(),
+        undo: (of_source, of_replica.unwrap_or_default(), Undo::default()),
     };
     let refused = wanted.refused();
     let begun = seen.as_ref().filter(|seen| seen.known.progress.is_some());
@@ -155,7 +177,7 @@ pub async fn plan(
         None if !refused.is_empty() => return Err(SetupError::Keyless(refused)),
         None => found.require_listing(&stream)?,
     }
-    plan.source = source_statements(config, &client, &found, &wanted, &stream).await?;
+    plan.source = agent_role::source_statements(config, &client, &found, &wanted, &stream).await?;
     match seen {
         Some(seen) => plan.plan_replica(config, &seen, &client, found.version).await?,
         None => plan.warnings.push(
@@ -164,6 +186,59 @@ pub async fn plan(
         ),
     }
     Ok(plan)
+}
+
+/// Refuses what `run` would refuse: `init` must not prepare what cannot begin, and least of all somebody else's server.
+async fn judge(
+    config: &Config,
+    database: &str,
+    stream: &StreamName,
+    (source, found): (&Client, &source::Observed),
+    seen: Option<&Seen>,
+) -> Result<(), SetupError> {
+    source::refuse_replica(source).await?;
+    if let Some(seen) = seen.filter(|seen| seen.known.progress.is_none()) {
+        let judged = (&seen.target, HalfLoaded::Removed);
+        target::contents(database, stream, &seen.known, judged)?;
+    }
+    let slot = observe_slot(source, stream).await?;
+    let noted = note::read(source, stream).await?;
+    let (cluster, source_lsn) = source::identify(source).await?;
+    let verdict = match (config.route == Route::Direct, seen) {
+        (true, Some(seen)) => {
+            let mut beats = (heartbeat::beats(source, Side::Source).await?, None);
+            if let Some(inside) = &seen.inside {
+                beats.1 = heartbeat::beats(inside, Side::Replica).await?;
+            }
+            identity::verdict(&Observed {
+                stream: stream.clone(),
+                database: database.to_owned(),
+                source: cluster,
+                source_lsn,
+                slot,
+                noted: noted.map(|noted| noted.began),
+                recorded: seen.known.recorded,
+                applied: seen.known.progress.map(|progress| progress.end_lsn),
+                branches: source::branches(source, &cluster, seen.known.recorded.as_ref()).await?,
+                beats,
+            })
+        }
+        _ => sending::verdict(stream, database, slot.as_ref(), noted.as_ref(), &cluster),
+    };
+    match verdict {
+        // It is set up and runs.
+        Ok(_) | Err(Mismatch::SlotActive { .. }) => {}
+        Err(source) => {
+            return Err(SetupError::Mismatch {
+                database: database.to_owned(),
+                source,
+            });
+        }
+    }
+    match seen.is_none_or(|seen| seen.known.progress.is_none()) {
+        true => source::require_slots(source, stream).await,
+        false => found.require_unaltered(stream),
+    }
 }
 
 impl Plan {
@@ -205,27 +280,12 @@ impl Plan {
         let (admin, server, inside) = (&seen.admin, &seen.server, seen.inside.as_ref());
         let doing = "look at the agent's role";
         let agent = config.replica.conninfo.user();
-        let agent_sql = quote_ident(agent);
         let rights = Agent::observe(admin, agent)
             .await
             .map_err(SetupError::sql(Side::Replica, doing))?;
+        let is_other = agent != server.role;
         let mut on_server = Vec::new();
-        let is_other = agent != server.role && !rights.superuser;
-        let attributes = if is_other && server.superuser {
-            // Said in the plan, so that whoever reads it knows why.
-            " LOGIN SUPERUSER /* it writes as every owner, past triggers and row security */"
-        } else {
-            " LOGIN"
-        };
-        if !rights.exists {
-            on_server.push(Statement::plain(format!(
-                "CREATE ROLE {agent_sql}{attributes}"
-            )));
-        } else if is_other && server.superuser {
-            on_server.push(Statement::plain(format!(
-                "ALTER ROLE {agent_sql}{attributes}"
-            )));
-        }
+        on_server.extend(rights.create(agent, server).filter(|_| is_other));
         let roles = role::of_source(source).await?;
         let present = role::present(admin).await?;
         let others: Vec<role::Role> = roles
@@ -233,17 +293,42 @@ impl Plan {
             .filter(|role| role.name != agent)
             .collect();
         on_server.extend(role::statements(&others, &present));
-        let managed = is_other && !server.superuser;
-        if managed {
-            on_server.extend(self.grants(&others, server, &rights, &agent_sql));
+        self.undo.2 = Undo::of_roles(&role::missing(&others, agent, &present));
+        if is_other {
+            let row_security = agent_role::has_row_security(source)
+                .await
+                .map_err(SetupError::sql(Side::Source, "look for row security"))?;
+            let (grants, warning) = rights.grants(agent, &others, server, row_security);
+            on_server.extend(grants);
+            self.warnings.extend(warning);
         }
+        let managed = is_other && !rights.superuser;
+        // The agent guards the database, which takes its ownership, or that of a role that it is a member of.
+        let acts_as = |owner: &str| {
+            let mut theirs = others.iter().filter(|role| !role.superuser);
+            owner == agent || theirs.any(|role| role.name == owner)
+        };
         if inside.is_none() {
             let locale = locale::locale(source, source_version)
                 .await
                 .map_err(SetupError::sql(Side::Source, "read the locale"))?;
             let candidates = locale.create_database(&self.database, server.version);
             on_server.extend(candidates.into_iter().take(1).map(Statement::plain));
+            let owner = match (is_other, acts_as(&locale.owner)) {
+                (true, true) => Some(locale.owner.as_str()),
+                (true, false) => Some(agent),
+                (false, _) => server.superuser.then_some(locale.owner.as_str()),
+            };
+            on_server
+                .extend(owner.map(|owner| {
+                    Statement::plain(replica::owner_statement(&self.database, owner))
+                }));
             self.locale = Some(locale);
+        } else if managed && !acts_as(&seen.target.owner) {
+            on_server.push(Statement::plain(replica::owner_statement(
+                &self.database,
+                agent,
+            )));
         }
         let (has_schema, owner) = match inside {
             Some(client) => Agent::schema(client)
@@ -269,79 +354,92 @@ impl Plan {
         Ok(())
     }
 
-    /// What an agent that cannot be a superuser, as on a managed service, needs to write as the
-    /// source's roles.
-    fn grants(
-        &mut self,
-        roles: &[role::Role],
-        server: &replica::Server,
-        rights: &Agent,
-        agent_sql: &str,
-    ) -> Vec<Statement> {
-        let mut grants = Vec::new();
-        if server.version < 150_000 {
-            self.warnings.push(format!(
-                "PostgreSQL 14 lets only a superuser set session_replication_role; run ALTER ROLE \
-                 {agent_sql} SUPERUSER on the replica"
-            ));
-        } else if !rights.sets_replication_role {
-            grants.push(Statement::plain(format!(
-                "GRANT SET ON PARAMETER session_replication_role TO {agent_sql}"
-            )));
-        }
-        for role in roles {
-            // Membership of a superuser is the right to become one.
-            if !role.superuser && !rights.member_of.contains(&role.name) {
-                grants.push(Statement::plain(format!(
-                    "GRANT {} TO {agent_sql}",
-                    quote_ident(&role.name)
-                )));
-            }
-        }
-        grants
-    }
-
-    /// Runs what was planned. Returns what the operator should know.
+    /// Runs what was planned, or nothing of it. Returns what the operator should know.
     pub async fn execute(&self, privileged: &Privileged) -> Result<Vec<String>, SetupError> {
         let mut warnings = self.warnings.clone();
-        if self.with_replica {
-            warnings.extend(self.execute_on_replica(privileged).await?);
-        }
         let source =
             source::open(&privileged.source.with_dbname(&self.database), &self.stream).await?;
-        for statement in &self.source {
-            execute(&source, Side::Source, statement).await?;
+        let mut executing = self.execute_on_source(&source).await;
+        if executing.is_ok() && self.with_replica {
+            executing = match self.execute_on_replica(privileged).await {
+                Ok(more) => {
+                    warnings.extend(more);
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            };
         }
-        Ok(warnings)
+        match executing {
+            Ok(()) => Ok(warnings),
+            Err(error) => {
+                self.undo.0.take_back(&source, Side::Source).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn execute_on_source(&self, source: &Client) -> Result<(), SetupError> {
+        for statement in &self.source {
+            execute(source, Side::Source, statement).await?;
+        }
+        Ok(())
     }
 
     async fn execute_on_replica(&self, privileged: &Privileged) -> Result<Vec<String>, SetupError> {
-        let mut warnings = Vec::new();
         let admin = replica::open(&privileged.replica, &self.stream).await?;
-        let server = replica::Server::observe(&admin, &self.database).await?;
+        let mut created = false;
+        let executing = self.execute_there(&admin, privileged, &mut created).await;
+        if executing.is_err() {
+            if created {
+                replica::drop_database(&admin, &self.database).await;
+            }
+            self.undo.2.take_back(&admin, Side::Replica).await;
+        }
+        executing
+    }
+
+    async fn execute_there(
+        &self,
+        admin: &Client,
+        privileged: &Privileged,
+        created: &mut bool,
+    ) -> Result<Vec<String>, SetupError> {
+        let mut warnings = Vec::new();
+        let server = replica::Server::observe(admin, &self.database).await?;
         for statement in &self.replica_server {
             if statement.sql.starts_with("CREATE DATABASE ") {
                 if let Some(locale) = &self.locale {
-                    warnings.extend(
-                        replica::create_database(&admin, &server, &self.database, locale).await?,
-                    );
+                    let database =
+                        replica::create_database(admin, &server, &self.database, locale).await?;
+                    *created = database.by_us;
+                    warnings.extend(database.warning);
                 }
                 continue;
             }
-            execute(&admin, Side::Replica, statement).await?;
+            match execute(admin, Side::Replica, statement).await {
+                // A role of a managed service gives what it may.
+                Err(error) if !server.superuser && statement.sql.starts_with("GRANT ") => {
+                    warnings.push(format!("{}; it is: {statement}", chain(&error)));
+                }
+                executed => executed?,
+            }
         }
-        let mut inside = replica::open(
-            &privileged.replica.with_dbname(&self.database),
-            &self.stream,
-        )
-        .await?;
+        let there = &privileged.replica.with_dbname(&self.database);
+        let mut inside = replica::open(there, &self.stream).await?;
         lock::take(&inside, Side::Replica, &self.stream).await?;
         replica::known(&inside, &self.stream).await?;
-        for statement in &self.replica {
-            execute(&inside, Side::Replica, statement).await?;
+        let executing = self.execute_inside(&mut inside).await;
+        if executing.is_err() {
+            self.undo.1.take_back(&inside, Side::Replica).await;
         }
-        table_sync::reset(&mut inside, &self.stream, &self.missed).await?;
-        Ok(warnings)
+        executing.map(|()| warnings)
+    }
+
+    async fn execute_inside(&self, inside: &mut Client) -> Result<(), SetupError> {
+        for statement in &self.replica {
+            execute(inside, Side::Replica, statement).await?;
+        }
+        table_sync::reset(inside, &self.stream, &self.missed).await
     }
 
     /// Whether everything is there.
@@ -356,41 +454,69 @@ impl Plan {
 }
 
 impl fmt::Display for Plan {
-    /// A script for `psql` on each side, without secrets.
+    /// A script for `psql`, without secrets.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let database = quote_ident(&self.database);
-        writeln!(f, "-- On the source, in database {database}:")?;
-        show(f, &self.source)?;
+        let database = &self.database;
+        writeln!(f, "\\set ON_ERROR_STOP on")?;
+        let at = self.at.source.with_dbname(database);
+        let to_source = format!("On the source, in database {database}:");
+        show(f, &to_source, &at, "SET lock_timeout = '2s'", &self.source)?;
         if !self.with_replica {
             return Ok(());
         }
-        writeln!(f, "\n-- On the replica's server:")?;
-        show(f, &self.replica_server)?;
-        writeln!(f, "\n-- On the replica, in database {database}:")?;
-        show(f, &self.replica)?;
+        let on_server = "On the replica's server:";
+        show(f, on_server, &self.at.replica, OPEN, &self.replica_server)?;
+        let at = self.at.replica.with_dbname(database);
+        let in_database = format!("On the replica, in database {database}:");
+        show(f, &in_database, &at, OPEN, &self.replica)?;
         for (table, missed) in &self.missed {
             let why = match missed {
                 Missed::Changes => {
-                    "was not in the publication for a while: it is emptied and copied again"
+                    "was not in the publication for a while: init empties it, and it is copied again"
                 }
                 Missed::All => {
-                    "is another table under the same name: it is dropped (or emptied, where something depends on it) and copied"
+                    "is another table under the same name: init drops it (or empties it, where something depends on it), and it is copied"
                 }
             };
-            writeln!(f, "-- {table} {why}")?;
+            writeln!(f, "-- {} {why}", one_line(&table.to_string()))?;
         }
         Ok(())
     }
 }
 
-fn show(f: &mut fmt::Formatter<'_>, statements: &[Statement]) -> fmt::Result {
+/// What lets a session past the guard.
+const OPEN: &str = "SET default_transaction_read_only = off";
+
+/// A comment must end with its line.
+fn one_line(text: &str) -> String {
+    text.replace(['\n', '\r'], " ")
+}
+
+fn show(
+    f: &mut fmt::Formatter<'_>,
+    title: &str,
+    at: &ConnInfo,
+    first: &str,
+    statements: &[Statement],
+) -> fmt::Result {
+    writeln!(f, "\n-- {}", one_line(title))?;
     if statements.is_empty() {
         return writeln!(f, "-- nothing to do");
     }
+    // psql takes off one layer of quotes.
+    let at = at
+        .without_password()
+        .replace('\\', "\\\\")
+        .replace('\'', "\\'");
+    writeln!(f, "\\connect '{at}'\n{first};")?;
     for statement in statements {
         let text = statement.to_string();
         let text = text.trim_end().trim_end_matches(';');
-        writeln!(f, "{text};")?;
+        // A setting for one transaction, taken from there.
+        match text.starts_with("SELECT set_config(") {
+            true => writeln!(f, "BEGIN;\n{text};\nCOMMIT;")?,
+            false => writeln!(f, "{text};")?,
+        }
     }
     Ok(())
 }
@@ -407,192 +533,4 @@ async fn execute(client: &Client, side: Side, statement: &Statement) -> Result<(
             error,
         )),
     }
-}
-
-/// The agent's own role on one side, as it is.
-#[derive(Debug, Default)]
-struct Agent {
-    exists: bool,
-    superuser: bool,
-    replication: bool,
-    bypass_rls: bool,
-    sets_replication_role: bool,
-    member_of: Vec<String>,
-}
-
-impl Agent {
-    async fn observe(client: &Client, name: &str) -> Result<Self, PgError> {
-        const SQL: &str = "
-            SELECT rolsuper, rolreplication, rolbypassrls,
-                   ARRAY(SELECT g.rolname::text FROM pg_auth_members m
-                           JOIN pg_roles g ON g.oid = m.roleid WHERE m.member = r.oid),
-                   current_setting('server_version_num')::int
-              FROM pg_roles r WHERE rolname = $1";
-        let Some(row) = client.query_opt(SQL, &[&name]).await? else {
-            return Ok(Self::default());
-        };
-        let sets_replication_role = row.get::<_, i32>(4) >= 150_000
-            && client
-                .query_one(
-                    "SELECT has_parameter_privilege($1::name, 'session_replication_role', 'SET')",
-                    &[&name],
-                )
-                .await?
-                .get(0);
-        Ok(Self {
-            exists: true,
-            superuser: row.get(0),
-            replication: row.get(1),
-            bypass_rls: row.get(2),
-            member_of: row.get(3),
-            sets_replication_role,
-        })
-    }
-
-    /// Whether schema `dr_agent` is complete on this replica, and who owns it.
-    async fn schema(client: &Client) -> Result<(bool, Option<String>), PgError> {
-        const SQL: &str = "
-            SELECT (SELECT count(*) FROM pg_class c WHERE c.relnamespace = n.oid
-                       AND c.relname IN ('progress', 'stream', 'table_sync', 'promotion',
-                                         'schema_sync', 'heartbeat', 'sequence_state',
-                                         'listed', 'coverage')) = 9
-                   AND EXISTS (SELECT 1 FROM pg_proc p
-                                WHERE p.pronamespace = n.oid AND p.proname = 'advance'),
-                   pg_get_userbyid(n.nspowner)::text
-              FROM pg_namespace n WHERE n.nspname = 'dr_agent'";
-        let row = client.query_opt(SQL, &[]).await?;
-        Ok(row.map_or((false, None), |row| (row.get(0), row.get(1))))
-    }
-}
-
-/// What the source needs: schema and publication, and for an agent that runs with fewer rights than
-/// `init` its role, its grants and its ownership.
-async fn source_statements(
-    config: &Config,
-    client: &Client,
-    found: &source::Observed,
-    wanted: &Wanted,
-    stream: &StreamName,
-) -> Result<Vec<Statement>, SetupError> {
-    let doing = "look at the agent's role";
-    let sql = |error| SetupError::sql(Side::Source, doing)(error);
-    let agent = config.source.conninfo.user();
-    let agent_sql = quote_ident(agent);
-    let rights = Agent::observe(client, agent).await.map_err(sql)?;
-    let mut statements = Vec::new();
-    if !rights.exists {
-        statements.push(format!("CREATE ROLE {agent_sql} LOGIN REPLICATION"));
-    } else if !rights.replication && !rights.superuser {
-        statements.push(format!("ALTER ROLE {agent_sql} REPLICATION"));
-    }
-    let is_other = agent != found.role && !rights.superuser;
-    if is_other {
-        for group in ["pg_read_all_data", "pg_monitor"] {
-            if !rights.member_of.iter().any(|name| name == group) {
-                statements.push(format!("GRANT {group} TO {agent_sql}"));
-            }
-        }
-        const ROW_SECURITY: &str = "SELECT EXISTS (SELECT 1 FROM pg_class WHERE relrowsecurity)";
-        let row_security = client.query_one(ROW_SECURITY, &[]).await;
-        let row_security: bool = row_security.map_err(|error| sql(error.into()))?.get(0);
-        if row_security && !rights.bypass_rls {
-            // Otherwise the copy of a table with row security fails.
-            statements.push(format!("ALTER ROLE {agent_sql} BYPASSRLS"));
-        }
-    }
-    if is_other {
-        let owners = owners_lacking(client, agent, wanted).await.map_err(sql)?;
-        statements.extend(grants_of_owners(&owners, &agent_sql, found.version));
-    }
-    let said = found.said(stream);
-    let pieces = found.pieces(stream, wanted)?;
-    statements.extend(pieces.iter().map(|piece| piece.sql(&said)));
-    if is_other {
-        let owners = source::owners(client, stream).await.map_err(sql)?;
-        if owners.schema.as_deref() != Some(agent) {
-            statements.push(own_schema(agent));
-        }
-        if owners.publication.as_deref() != Some(agent) {
-            // In one transaction: another owner of it is nothing that was missed.
-            statements.push(format!(
-                "BEGIN;\n{};\nALTER PUBLICATION {} OWNER TO {agent_sql};\n{};\nCOMMIT",
-                listed::note(stream),
-                quote_ident(stream.as_str()),
-                listed::acknowledge(stream)
-            ));
-        }
-    }
-    Ok(statements.into_iter().map(Statement::plain).collect())
-}
-
-/// A role that owns published tables, and in whose name the agent does not act.
-struct Owner {
-    name: String,
-    superuser: bool,
-}
-
-/// Only its owner may publish a table, tables that are created later included.
-async fn owners_lacking(
-    client: &Client,
-    agent: &str,
-    wanted: &Wanted,
-) -> Result<Vec<Owner>, PgError> {
-    // A role that does not exist yet has no rights at all.
-    const SQL: &str = "
-        SELECT DISTINCT r.rolname::text, r.rolsuper
-          FROM unnest($2::text[], $3::text[]) AS wanted (s, t)
-          JOIN pg_namespace n ON n.nspname = wanted.s
-          JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.t
-          JOIN pg_roles r ON r.oid = c.relowner
-         WHERE r.rolname <> $1 AND n.nspname <> 'dr_agent'
-           AND NOT coalesce((SELECT pg_has_role(a.oid, r.oid, 'USAGE') FROM pg_roles a WHERE a.rolname = $1), false)
-         ORDER BY 1";
-    let tables = wanted.published.iter().map(|table| &table.name);
-    let (schemas, names): (Vec<&str>, Vec<&str>) = tables
-        .map(|name| (name.schema.as_str(), name.name.as_str()))
-        .unzip();
-    let rows = client.query(SQL, &[&agent, &schemas, &names]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| Owner {
-            name: row.get(0),
-            superuser: row.get(1),
-        })
-        .collect())
-}
-
-fn grants_of_owners(owners: &[Owner], agent_sql: &str, version: i32) -> Vec<String> {
-    let inherit = match version >= 160_000 {
-        true => " WITH INHERIT TRUE",
-        false => "",
-    };
-    // Membership of a superuser is the right to become one; `check` says what becomes of its tables.
-    let owners = owners.iter().filter(|owner| !owner.superuser);
-    owners
-        .map(|owner| format!("GRANT {} TO {agent_sql}{inherit}", quote_ident(&owner.name)))
-        .collect()
-}
-
-/// Gives schema `dr_agent`, its tables and its function to the agent.
-fn own_schema(agent: &str) -> String {
-    let ident = quote_ident(agent);
-    let literal = quote_literal(agent);
-    format!(
-        "DO $own$
-DECLARE
-    object text;
-BEGIN
-    ALTER SCHEMA dr_agent OWNER TO {ident};
-    FOR object IN
-        SELECT format('TABLE dr_agent.%I', relname) FROM pg_class
-         WHERE relnamespace = 'dr_agent'::regnamespace AND relkind = 'r'
-        UNION ALL
-        SELECT 'FUNCTION ' || oid::regprocedure FROM pg_proc
-         WHERE pronamespace = 'dr_agent'::regnamespace
-    LOOP
-        EXECUTE format('ALTER %s OWNER TO %I', object, {literal});
-    END LOOP;
-END
-$own$"
-    )
 }

@@ -3,9 +3,9 @@
 //! The first step of every pipeline, at every start and whenever a table appears:
 //!
 //! ```text
-//! observe both sides ▶ refuse what a person must settle ▶ identity::verdict
-//!     Begin   empty replica? ▶ publication ▶ stream row ▶ slot, and a snapshot where it begins
-//!                            ▶ progress row ▶ copy everything at that snapshot
+//! observe both sides ▶ identity::verdict, target::judge: refuse what a person must settle
+//!     Begin   database ▶ publication ▶ stream row ▶ slot, and a snapshot where it begins ▶ roles, settings
+//!                      ▶ progress row ▶ copy everything at that snapshot
 //!     Resume  settle what a killed agent left ▶ missed tables back to pending ▶ publication ▶ copy what is not ready at the
 //!             snapshot of a temporary slot
 //! ```
@@ -18,7 +18,8 @@
 //!   nothing was copied, and the slot may be dropped).
 //! - A table that was unlisted for a while is set back to `pending` before it is listed again: once
 //!   listed, nothing would show that its changes were missed.
-//! - A promoted replica is refused before anything is written, on either side.
+//! - Everything is judged before anything is written, on either side. What a first start has written and could not finish is
+//!   taken back ([`undo`]).
 //! - One agent at a time: an advisory lock on the replica is held to the end (`lock`).
 //!
 //! # What it does not do
@@ -33,12 +34,15 @@ pub(crate) mod locale;
 pub mod publication;
 mod publishing;
 
+mod agent_role;
 mod base;
 mod begin;
+mod direct;
 mod error;
 mod init;
 mod lock;
 mod lock_table;
+mod mismatch;
 pub(crate) mod note;
 mod receiving;
 mod recover;
@@ -52,6 +56,9 @@ mod slot;
 mod source;
 mod source_side;
 mod table_sync;
+mod target;
+pub mod timeline;
+mod undo;
 
 use std::time::SystemTime;
 
@@ -62,12 +69,14 @@ pub use base::Watch;
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
 pub use locale::{Locale, Provider};
+pub use mismatch::Mismatch;
+pub(crate) use mismatch::raise;
 pub use receiving::{Uncopied, prepare_draining, prepare_receiving, uncopied};
 pub use role::Statement;
 pub use sending::{Logged, logged, prepare_sending};
 
 use crate::catalog::{self, Protection, Table, TableName};
-use crate::config::{Config, Databases};
+use crate::config::{Config, Databases, Route};
 use crate::failpoint;
 use crate::history::History;
 use crate::listed::{Copied, Listed};
@@ -75,7 +84,7 @@ use crate::pg::replication::CreatedSlot;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
 use crate::snapshot::{self, CopyJob, CopyObserver};
 use crate::stream::StreamName;
-use identity::{Cluster, Observed, Recorded, Verdict};
+use identity::Cluster;
 use lock::Right;
 use replica::Progress;
 use source_side::SourceSide;
@@ -220,7 +229,21 @@ pub async fn prepare(
     observer: &dyn CopyObserver,
     cancel: &CancellationToken,
 ) -> Result<Prepared, SetupError> {
-    Box::pin(Setup::run(config, database, uncopied, observer, cancel)).await
+    Box::pin(direct::prepare(
+        config, database, uncopied, observer, cancel,
+    ))
+    .await
+}
+
+/// Looks whether a start would be refused, and writes nothing: what `check` asks.
+///
+/// # Errors
+/// What [`prepare`], or [`prepare_sending`] under route `kinesis`, would refuse.
+pub async fn rehearse(config: &Config, database: &str) -> Result<(), SetupError> {
+    match config.route {
+        Route::Direct => Box::pin(direct::rehearse(config, database)).await,
+        Route::Kinesis { .. } => Box::pin(sending::rehearse(config, database)).await,
+    }
 }
 
 /// The sessions and findings that the steps share.
@@ -232,99 +255,7 @@ struct Setup<'a> {
     observer: &'a dyn CopyObserver,
 }
 
-impl<'a> Setup<'a> {
-    async fn run(
-        config: &'a Config,
-        database: &'a str,
-        uncopied: Option<&TableName>,
-        observer: &'a dyn CopyObserver,
-        cancel: &'a CancellationToken,
-    ) -> Result<Prepared, SetupError> {
-        let stream = config.stream(database);
-        let replica_info = config.replica.conninfo.with_dbname(database);
-
-        // First of all, and without the source, which may be gone for good: was it promoted?
-        let admin = replica::open(&config.replica.conninfo, &stream).await?;
-        let server = replica::Server::observe(&admin, database).await?;
-        let mut opened = None;
-        if server.has_database {
-            let client = replica::open(&replica_info, &stream).await?;
-            replica::known(&client, &stream).await?;
-            opened = Some(client);
-        }
-
-        let mut source = SourceSide::open(config, database, cancel).await?;
-        server.require(&source.info.to_string(), &source.found.started_at)?;
-        let roles = role::of_source(&source.client).await?;
-        source.warnings.extend(role::ensure(&admin, &roles).await?);
-        if !server.has_database {
-            let locale = locale::locale(&source.client, source.found.version)
-                .await
-                .map_err(SetupError::sql(Side::Source, "read the locale"))?;
-            let created = replica::create_database(&admin, &server, database, &locale).await?;
-            source.warnings.extend(created);
-        }
-        drop(admin);
-
-        let mut replica = match opened {
-            Some(client) => client,
-            None => replica::open(&replica_info, &stream).await?,
-        };
-        lock::take(&replica, Side::Replica, &stream).await?;
-        // In this order: the replica is never behind the slot, and the source never behind the replica. Another agent, which
-        // may go on until it is gone, must not look like a slot that somebody has moved.
-        let slot = source.slot().await?;
-        let known = replica::known(&replica, &stream).await?;
-        let applied_of_them = heartbeat::beats(&replica, Side::Replica).await?;
-        let written = heartbeat::beats(&source.client, Side::Source).await?;
-        let mut walsender = source.walsender().await?;
-        let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
-        let verdict = identity::verdict(&Observed {
-            stream: stream.clone(),
-            database: database.to_owned(),
-            source: cluster,
-            source_lsn,
-            slot,
-            noted: source.note().await?.map(|noted| noted.began),
-            recorded: known.recorded,
-            applied: known.progress.map(|progress| progress.end_lsn),
-            beats: (written, applied_of_them),
-        })
-        .map_err(|source| SetupError::Mismatch {
-            database: database.to_owned(),
-            source,
-        })?;
-
-        schema::ensure(&replica, &server.role).await?;
-        let progress = match known.progress {
-            Some(_) => recover::settle(&replica, &stream).await?,
-            None => None,
-        };
-        replica::guard(&mut replica, database).await?;
-        let mut setup = Setup {
-            database,
-            source,
-            replica_info,
-            replica,
-            observer,
-        };
-        let (progress, history) = match verdict {
-            Verdict::Begin { drop_slot } => {
-                setup.begin(&mut walsender, &cluster, drop_slot).await?
-            }
-            Verdict::Resume => {
-                let recorded = known.recorded.map(Recorded::history);
-                let both = progress.zip(recorded);
-                setup.resume(&mut walsender, uncopied).await?;
-                both.expect("the verdict is Resume only where there is progress")
-            }
-        };
-        let from = (cluster, history);
-        // From here on every transaction of another agent would fail, or ours: both begin at the progress row.
-        let (prepared, _) = setup.finish(from, progress, source_lsn).await?;
-        Ok(prepared)
-    }
-
+impl Setup<'_> {
     /// Copies tables at the snapshot that was exported; its connection has to stay idle and open.
     async fn copy(
         &self,

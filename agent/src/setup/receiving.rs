@@ -10,6 +10,7 @@
 //! # Invariants
 //! - The source only has to be reachable while something is copied from it.
 //! - A first copy begins behind the slot: what commits after it is in the stream.
+//! - A first copy is judged before anything is written, and what was written before its first row is taken back when it fails.
 //! - One agent at a time: an advisory lock is held for as long as what is returned.
 
 use std::collections::BTreeSet;
@@ -19,12 +20,14 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::base::{self, Base, Watch};
+use super::begin::First;
 use super::error::{SetupError, Side};
 use super::identity::{self, Recorded};
 use super::replica::{self, Known, Progress, Server};
 use super::source_side::{self, SourceSide};
 use super::table_sync::Missed;
-use super::{Prepared, Setup, locale, lock, recover, role, schema, sending, slot, table_sync};
+use super::target::HalfLoaded;
+use super::{Prepared, Setup, lock, recover, schema, sending, table_sync};
 use crate::catalog::TableName;
 use crate::config::Config;
 use crate::error::chain;
@@ -153,6 +156,15 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
     receiving.prepared(&client, recorded, progress, as_of).await
 }
 
+/// The replica, looked at and not yet written to.
+struct Sides {
+    admin: Client,
+    server: Server,
+    /// Its database, locked.
+    opened: Option<Client>,
+    known: Known,
+}
+
 struct Receiving<'a> {
     config: &'a Config,
     database: &'a str,
@@ -167,14 +179,21 @@ impl<'a> Receiving<'a> {
         let admin = replica::open(&self.config.replica.conninfo, &self.stream).await?;
         let server = Server::observe(&admin, self.database).await?;
         server.require_fit()?;
-        if !server.has_database {
-            return self.first(&admin, &server).await;
+        let mut replica = Sides {
+            admin,
+            server,
+            opened: None,
+            known: Known::default(),
+        };
+        if !replica.server.has_database {
+            return self.first(replica).await;
         }
         let (mut client, known) = self.open().await?;
         if known.progress.is_none() {
-            drop(client);
-            return self.first(&admin, &server).await;
+            (replica.opened, replica.known) = (Some(client), known);
+            return self.first(replica).await;
         }
+        let server = replica.server;
         schema::ensure(&client, &server.role).await?;
         let progress = recover::settle(&client, &self.stream)
             .await?
@@ -233,10 +252,10 @@ impl<'a> Receiving<'a> {
     }
 
     /// The first copy.
-    async fn first(self, admin: &Client, server: &Server) -> Result<Prepared, SetupError> {
+    async fn first(self, replica: Sides) -> Result<Prepared, SetupError> {
         let unreachable = match self.reach_source().await {
             Ok((source, history)) => {
-                return self.first_from_source(source, history, admin, server).await;
+                return self.first_from_source(source, history, replica).await;
             }
             Err(error) if error.is_out_of_reach(Side::Source) => error,
             Err(error) => return Err(error),
@@ -251,7 +270,7 @@ impl<'a> Receiving<'a> {
         match base::newest(archive, &self.stream, self.database).await? {
             Some(base) => {
                 tracing::info!(database = self.database, base = %base.manifest.lsn, source = why, "the source cannot be reached from here: the first copy comes out of the archive");
-                self.first_from_base(&base, admin, server).await
+                self.first_from_base(&base, replica).await
             }
             None => Err(SetupError::NothingToCopyFrom {
                 database: self.database.to_owned(),
@@ -264,58 +283,63 @@ impl<'a> Receiving<'a> {
         self,
         mut source: SourceSide<'a>,
         recorded: Recorded,
-        admin: &Client,
-        server: &Server,
+        replica: Sides,
     ) -> Result<Prepared, SetupError> {
-        server.require(&source.info.to_string(), &source.found.started_at)?;
-        let roles = role::of_source(&source.client).await?;
-        source.warnings.extend(role::ensure(admin, &roles).await?);
-        if !server.has_database {
-            let locale = locale::locale(&source.client, source.found.version)
-                .await
-                .map_err(SetupError::sql(Side::Source, "read the locale"))?;
-            let created = replica::create_database(admin, server, self.database, &locale).await?;
-            source.warnings.extend(created);
-        }
-        let (mut client, _) = self.open().await?;
-        schema::ensure(&client, &server.role).await?;
-        replica::guard(&mut client, self.database).await?;
-        replica::require_empty(&client, self.database).await?;
+        let url = source.info.to_string();
+        replica.server.require(&url, &source.found.started_at)?;
+        let how = (source.locale().await?, HalfLoaded::Refused);
+        let place = (self.database, &self.stream);
+        let (known, both) = (replica.known, (replica.admin, replica.server));
+        let mut first = First::judge(both, replica.opened, &known, place, how).await?;
         let mut walsender = source.walsender().await?;
         let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
         source.look_again().await?;
-        let mut setup = self.setup(source, client);
+        let (client, warning) = first.database(&self.replica_info, place).await?;
+        source.warnings.extend(warning);
         let history = recorded.history();
-        setup.take_over(&cluster, &history).await?;
-        let copied_at = setup.source_time().await?;
-        let snapshot = slot::snapshot(&setup.source, &mut walsender).await?;
-        let progress = setup.first_copy(&snapshot, copied_at).await?;
+        let mut setup = self.setup(source, client);
+        let recorded = Recorded {
+            cluster,
+            began: history.began,
+        };
+        let writing = setup.write_first_rows(&mut walsender, &recorded, &mut first);
+        let (snapshot, progress) = match writing.await {
+            Ok(written) => written,
+            Err(error) => {
+                first
+                    .abandon(setup.replica, (setup.database, &setup.source.stream))
+                    .await;
+                return Err(error);
+            }
+        };
+        drop(first);
+        let published = setup.source.wanted.published.clone();
+        setup.copy(published, &snapshot, true).await?;
         let from = (cluster, history);
         let (prepared, client) = setup.finish(from, progress, source_lsn).await?;
         prepared.holding(client, Side::Replica).await
     }
 
-    async fn first_from_base(
-        self,
-        base: &Base,
-        admin: &Client,
-        server: &Server,
-    ) -> Result<Prepared, SetupError> {
-        let created = base.create_database(admin, server, self.database).await?;
-        let (mut client, known) = self.open().await?;
-        schema::ensure(&client, &server.role).await?;
-        replica::guard(&mut client, self.database).await?;
-        let interrupted = known.recorded.is_some();
-        let progress = base
-            .load(
-                self.config,
-                &self.stream,
-                &self.replica_info,
-                &mut client,
-                interrupted,
-                (self.observer, self.cancel),
-            )
-            .await?;
+    async fn first_from_base(self, base: &Base, replica: Sides) -> Result<Prepared, SetupError> {
+        let place = (self.database, &self.stream);
+        let (known, both) = (replica.known, (replica.admin, replica.server));
+        let how = (base.manifest.locale.clone(), HalfLoaded::Removed);
+        let mut first = First::judge(both, replica.opened, &known, place, how).await?;
+        let (mut client, created) = first.database(&self.replica_info, place).await?;
+        let begun = base.load(
+            self.config,
+            (&self.stream, &self.replica_info),
+            &mut client,
+            &mut first,
+            (self.observer, self.cancel),
+        );
+        let progress = match begun.await {
+            Ok(progress) => progress,
+            Err(error) => {
+                first.abandon(client, place).await;
+                return Err(error);
+            }
+        };
         let mut prepared = self
             .prepared(&client, base.recorded(), progress, progress.end_lsn)
             .await?

@@ -3,7 +3,7 @@
 //! # Invariants
 //! - A promoted replica is not touched: [`known`] is read before anything is written, and the guard
 //!   is set under a lock that a promotion has to wait for.
-//! - A database that holds tables of unknown origin is never written to.
+//! - A database that holds anything of unknown origin is never written to ([`super::target`]).
 //!
 //! # What it does not do
 //! User tables are created and filled by [`crate::snapshot`]; roles are in [`super::role`].
@@ -40,7 +40,7 @@ pub(super) struct Server {
     pub(super) role: String,
     pub(super) superuser: bool,
     pub(super) has_database: bool,
-    may_create_database: bool,
+    pub(super) may_create_database: bool,
     in_recovery: bool,
     started_at: String,
 }
@@ -109,47 +109,48 @@ fn unfit(what: String, hint: &str) -> Result<(), SetupError> {
     })
 }
 
-/// Creates the database; returns a warning where the source's locale is not to be had.
+/// What became of a database that was not there.
+#[derive(Debug, Default)]
+pub(super) struct Created {
+    /// This start has created it, and not another one meanwhile.
+    pub(super) by_us: bool,
+    /// The source's locale is not to be had there.
+    pub(super) warning: Option<String>,
+}
+
+/// Creates the database.
 pub(super) async fn create_database(
     admin: &Client,
     server: &Server,
     database: &str,
     locale: &Locale,
-) -> Result<Option<String>, SetupError> {
+) -> Result<Created, SetupError> {
     let doing = format!("create database \"{database}\"");
-    if !server.may_create_database {
-        return Err(SetupError::RightMissing {
-            side: Side::Replica,
-            role: server.role.clone(),
-            what: doing,
-            right: format!(
-                "the attribute CREATEDB (ALTER ROLE {} CREATEDB)",
-                server.role
-            ),
-        });
-    }
     let candidates = locale.create_database(database, server.version);
     let mut refused = PgError::Protocol("no locale left to try".to_owned());
     for (position, statement) in candidates.iter().enumerate() {
         let error = match admin.batch_execute(statement).await {
             Ok(()) => {
-                own_database(admin, server, database, &locale.owner).await?;
                 let is_exact = position == 0 && locale.is_known(server.version);
-                return Ok((!is_exact).then(|| {
+                let warning = (!is_exact).then(|| {
                     format!(
                         "the replica's server does not have the source's locale {}; database \
                          \"{database}\" was created by {statement}. Text without a COLLATE of its \
                          own sorts differently there",
                         locale.name()
                     )
-                }));
+                });
+                return Ok(Created {
+                    by_us: true,
+                    warning,
+                });
             }
             Err(error) => PgError::from(error),
         };
         match error.sqlstate() {
             // duplicate_database, and where two are at it at the same time unique_violation: another start, or the session
             // of one that was killed, has created it meanwhile.
-            Some("42P04" | "23505") => return Ok(None),
+            Some("42P04" | "23505") => return Ok(Created::default()),
             // wrong_object_type and invalid_parameter_value: "invalid locale name".
             Some("42809" | "22023") => refused = error,
             _ => return Err(SetupError::sql(Side::Replica, &doing)(error)),
@@ -158,8 +159,26 @@ pub(super) async fn create_database(
     Err(SetupError::sql(Side::Replica, &doing)(refused))
 }
 
+/// Drops a database that this start has created and not begun to fill.
+pub(super) async fn drop_database(admin: &Client, database: &str) {
+    let sql = format!("DROP DATABASE IF EXISTS {}", quote_ident(database));
+    if let Err(error) = admin.batch_execute(&sql).await {
+        let error = PgError::from(error);
+        tracing::warn!(database, %error, "the database that a failed start has created stays");
+    }
+}
+
+/// Gives a database to a role.
+pub(super) fn owner_statement(database: &str, owner: &str) -> String {
+    format!(
+        "ALTER DATABASE {} OWNER TO {}",
+        quote_ident(database),
+        quote_ident(owner)
+    )
+}
+
 /// Gives the database to its owner on the source, which a superuser may without losing a right.
-async fn own_database(
+pub(super) async fn own_database(
     admin: &Client,
     server: &Server,
     database: &str,
@@ -168,12 +187,11 @@ async fn own_database(
     if !server.superuser || owner == server.role {
         return Ok(());
     }
-    let sql = format!(
-        "ALTER DATABASE {} OWNER TO {}",
-        quote_ident(database),
-        quote_ident(owner)
-    );
-    match admin.batch_execute(&sql).await.map_err(PgError::from) {
+    match admin
+        .batch_execute(&owner_statement(database, owner))
+        .await
+        .map_err(PgError::from)
+    {
         // undefined_object: the role could not be created, which has been said already.
         Err(error) if error.sqlstate() != Some("42704") => Err(SetupError::sql(
             Side::Replica,
@@ -300,6 +318,22 @@ pub(super) async fn record(
     Ok(())
 }
 
+/// Records that the source is on a later timeline, whose history has everything that was applied.
+pub(super) async fn follow(
+    client: &Client,
+    stream: &StreamName,
+    timeline: i32,
+) -> Result<(), SetupError> {
+    client
+        .execute(
+            "UPDATE dr_agent.stream SET timeline = $2 WHERE stream = $1",
+            &[&stream.as_str(), &timeline],
+        )
+        .await
+        .map_err(|error| SetupError::sql(Side::Replica, "record the timeline")(error.into()))?;
+    Ok(())
+}
+
 /// Notes that every table is here that the source publishes at `as_of`. A later start without the source goes by it.
 pub(super) async fn note_tables(
     client: &Client,
@@ -382,37 +416,6 @@ pub(super) async fn guard(client: &mut Client, database: &str) -> Result<(), Set
     transaction.commit().await.map_err(sql)
 }
 
-/// Refuses a database that holds tables: the first copy goes into an empty one.
-pub(super) async fn require_empty(client: &Client, database: &str) -> Result<(), SetupError> {
-    const SQL: &str = "
-        SELECT n.nspname, c.relname
-          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE c.relkind IN ('r', 'p', 'f')
-           AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname NOT IN ('information_schema', 'dr_agent')
-           AND NOT EXISTS (SELECT 1 FROM pg_depend d
-                            WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
-                              AND d.deptype = 'e')
-         ORDER BY 1, 2";
-    let tables: Vec<TableName> = client
-        .query(SQL, &[])
-        .await
-        .map_err(|error| SetupError::sql(Side::Replica, "look for tables")(error.into()))?
-        .iter()
-        .map(|row| TableName {
-            schema: row.get(0),
-            name: row.get(1),
-        })
-        .collect();
-    if tables.is_empty() {
-        Ok(())
-    } else {
-        Err(SetupError::ReplicaNotEmpty {
-            database: database.to_owned(),
-            tables,
-        })
-    }
-}
-
 /// The tables of the replica's database.
 pub(super) async fn tables(client: &Client) -> Result<BTreeSet<TableName>, SetupError> {
     let tables = catalog::tables(client)
@@ -422,20 +425,28 @@ pub(super) async fn tables(client: &Client) -> Result<BTreeSet<TableName>, Setup
 }
 
 #[cfg(test)]
+impl Server {
+    /// One that has the database, and a role without attributes.
+    pub(super) fn testing(version: i32, role: &str) -> Self {
+        Self {
+            version,
+            role: role.to_owned(),
+            superuser: false,
+            has_database: true,
+            may_create_database: false,
+            in_recovery: false,
+            started_at: "1.5".to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn one_server_under_two_urls_is_refused() {
-        let server = Server {
-            version: 150_000,
-            role: "dr".to_owned(),
-            superuser: true,
-            has_database: false,
-            may_create_database: true,
-            in_recovery: false,
-            started_at: "1.5".to_owned(),
-        };
+        let server = Server::testing(150_000, "dr");
         assert!(server.require("localhost", "1.5").is_err());
         assert!(server.require("localhost", "1.6").is_ok());
     }

@@ -149,6 +149,13 @@ async fn read(source: &Client) -> Result<Vec<Role>, PgError> {
     Ok(roles)
 }
 
+/// The roles that these statements and that of the agent's own role make.
+pub(super) fn missing(roles: &[Role], agent: &str, present: &[String]) -> Vec<String> {
+    let names = roles.iter().map(|role| role.name.as_str()).chain([agent]);
+    let missing = names.filter(|name| !present.iter().any(|there| there == name));
+    missing.map(str::to_owned).collect()
+}
+
 /// The statements that add the missing roles: the roles, then memberships, then stored settings.
 pub(super) fn statements(roles: &[Role], present: &[String]) -> Vec<Statement> {
     let missing: Vec<&Role> = roles
@@ -209,7 +216,7 @@ impl Role {
         let mut shown = sql.clone();
         if let Some(hash) = &self.password {
             sql.push_str(&format!(" PASSWORD {}", quote_literal(hash)));
-            shown.push_str(" PASSWORD '(the hash stored on the source)'");
+            shown.push_str(" /* init gives it the password hash of the source as well, which is not printed */");
         }
         Statement { sql, shown }
     }
@@ -251,6 +258,20 @@ pub(super) async fn ensure(admin: &Client, roles: &[Role]) -> Result<Vec<String>
 }
 
 #[cfg(test)]
+impl Role {
+    /// One that owns something.
+    pub(super) fn testing(name: &str, superuser: bool) -> Self {
+        Self {
+            name: name.to_owned(),
+            superuser,
+            inherit: true,
+            connection_limit: -1,
+            ..Self::default()
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -277,6 +298,10 @@ mod tests {
         );
         assert!(statement.sql.contains("SCRAM-SHA-256$"));
         assert!(!statement.shown.contains("SCRAM"), "{}", statement.shown);
+        assert!(
+            !statement.shown.contains(" PASSWORD "),
+            "no placeholder that would become a password"
+        );
         assert!(!statement.sql.contains("SUPERUSER"));
     }
 

@@ -9,6 +9,7 @@
 //! # Invariants
 //! - A slot that was there and is gone is refused: its successor would leave a gap in the stream that only the
 //!   other side could notice.
+//! - A first start is judged before anything is written; what it has written and could not finish is taken back.
 //! - One agent at a time sends a stream: it holds the right to it on the source (`lock`), because nothing else keeps a
 //!   second one away while the first reads a backlog in windows.
 //!
@@ -16,13 +17,15 @@
 //! It copies nothing: rows that are there before the slot reach the replica through [`super::receiving`].
 
 use super::error::{SetupError, Side};
-use super::identity::{self, Cluster, Mismatch, Recorded, Slot, Verdict};
+use super::identity::{self, Cluster, Recorded, Slot, Verdict};
+use super::mismatch::Mismatch;
 use super::note::Note;
 use super::source_side::{self, SourceSide};
 use super::{Prepared, form, lock, slot};
 use crate::config::{Config, Route};
 use crate::history::History;
 use crate::pg::PgLsn;
+use crate::pg::replication::ReplicationConnection;
 use crate::stream::StreamName;
 use tokio_util::sync::CancellationToken;
 
@@ -65,17 +68,15 @@ async fn prepare(
     })?;
     let (start, history) = match verdict {
         Verdict::Begin { drop_slot } => {
-            let refused = source.wanted.refused();
-            if !refused.is_empty() {
-                return Err(SetupError::Keyless(refused));
+            source.judge().await?;
+            let undo = source.undo().await?;
+            let begun = begin(&mut source, &mut walsender, &cluster, drop_slot).await;
+            if begun.is_err() {
+                undo.take_back(&source.client, Side::Source).await;
             }
-            source.found.require_listing(&source.stream)?;
-            source.publish(true).await?;
-            let history = slot::begin(&source, &cluster).await?;
-            let snapshot = slot::create(&source, &mut walsender, drop_slot).await?;
-            (snapshot.consistent_point, history)
+            begun?
         }
-        Verdict::Resume => {
+        Verdict::Resume | Verdict::Follow => {
             source.found.require_unaltered(&source.stream)?;
             source.leave_out_what_cannot_be_published();
             source.publish(false).await?;
@@ -89,6 +90,42 @@ async fn prepare(
     sent_from(&mut source, &cluster, history, source_lsn, (start, term))
         .holding(source.client, Side::Source)
         .await
+}
+
+/// Looks and judges as a start does, and writes nothing.
+pub(super) async fn rehearse(config: &Config, database: &str) -> Result<(), SetupError> {
+    let cancel = CancellationToken::new();
+    let source = SourceSide::open(config, database, &cancel).await?;
+    let mut walsender = source.walsender().await?;
+    let (cluster, _) = source_side::identify(&mut walsender).await?;
+    let (slot, noted) = (source.slot().await?, source.note().await?);
+    let verdict = verdict(
+        &source.stream,
+        database,
+        slot.as_ref(),
+        noted.as_ref(),
+        &cluster,
+    );
+    match verdict.map_err(|source| SetupError::Mismatch {
+        database: database.to_owned(),
+        source,
+    })? {
+        Verdict::Begin { .. } => source.judge().await,
+        Verdict::Resume | Verdict::Follow => source.found.require_unaltered(&source.stream),
+    }
+}
+
+/// Publication, history and slot; returns where the slot begins.
+async fn begin(
+    source: &mut SourceSide<'_>,
+    walsender: &mut ReplicationConnection,
+    cluster: &Cluster,
+    drop_slot: bool,
+) -> Result<(PgLsn, History), SetupError> {
+    source.publish(true).await?;
+    let history = slot::begin(source, cluster).await?;
+    let snapshot = slot::create(source, walsender, drop_slot).await?;
+    Ok((snapshot.consistent_point, history))
 }
 
 /// Where the change log of a database can be read from.
@@ -119,6 +156,7 @@ pub async fn logged(
     let noted = source.note().await?.filter(|noted| noted.since.is_some());
     let slot = source.slot().await?;
     let is_read = slot.as_ref().is_some_and(|slot| slot.active_pid.is_some());
+    let lost_by = slot.as_ref().and_then(|slot| slot.reason.clone());
     let both = noted.zip(slot.and_then(|slot| Some((slot.lost, slot.confirmed?))));
     let (noted, (lost, confirmed)) = both.ok_or_else(|| SetupError::NotSent {
         stream: source.stream.to_string(),
@@ -135,6 +173,7 @@ pub async fn logged(
         return Err(mismatch(Mismatch::SlotInvalidated {
             slot: source.stream.clone(),
             applied: confirmed,
+            reason: lost_by,
         }));
     }
     let travels = form::binary_travels(&source.client, &source.stream).await;
@@ -180,7 +219,7 @@ fn sent_from(
 }
 
 /// Whether the slot can be gone on with.
-fn verdict(
+pub(super) fn verdict(
     stream: &StreamName,
     database: &str,
     slot: Option<&Slot>,
@@ -214,6 +253,7 @@ fn verdict(
         Some(confirmed) if slot.lost => Err(Mismatch::SlotInvalidated {
             slot: stream.clone(),
             applied: confirmed,
+            reason: slot.reason.clone(),
         }),
         Some(_) => Ok(Verdict::Resume),
     }
@@ -276,6 +316,8 @@ mod tests {
             active_pid: None,
             confirmed: confirmed.map(lsn),
             lost: false,
+            reason: None,
+            synced: false,
         }
     }
 

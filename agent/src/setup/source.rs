@@ -15,16 +15,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use super::error::{SetupError, Side};
+use super::identity::{Cluster, Recorded};
 use super::lock_table::LockTable;
 use super::note;
 use super::publication::{self, Piece, Publication, Wanted};
 use super::table_sync::{Missed, Row};
+use super::timeline::{self, Branch};
 use crate::catalog::{self, Table, TableName};
 use crate::config::Config;
 use crate::listed::{self, Listed};
-use crate::pg::{Again, ConnInfo, PgError, Session, connect};
+use crate::pg::{Again, ConnInfo, PgError, PgLsn, Session, connect};
 use crate::stream::StreamName;
 
 /// Schema `dr_agent` with the in-band tables.
@@ -48,6 +51,8 @@ pub(super) struct Observed {
     in_recovery: bool,
     may_replicate: bool,
     may_create: bool,
+    /// Schema `dr_agent` is there, complete or not.
+    pub(super) has_namespace: bool,
     locks: LockTable,
     has_schema: bool,
     writes_in_band: bool,
@@ -100,7 +105,8 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
                + current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint
                + coalesce(current_setting('autovacuum_worker_slots', true),
                           current_setting('autovacuum_max_workers'))::bigint
-               + current_setting('max_worker_processes')::bigint + current_setting('max_wal_senders')::bigint
+               + current_setting('max_worker_processes')::bigint + current_setting('max_wal_senders')::bigint,
+               to_regnamespace('dr_agent') IS NOT NULL
           FROM pg_roles r WHERE r.rolname = current_user";
     const WRITES_IN_BAND: &str = "
         SELECT coalesce(bool_and(has_schema_privilege(n.oid, 'USAGE')
@@ -134,6 +140,7 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
         may_create: facts.get(7),
         locks,
         has_schema: facts.get(8),
+        has_namespace: facts.get(11),
         writes_in_band: client.query_one(WRITES_IN_BAND, &[]).await?.get(0),
         // Without sizes: whoever has a table locked would be waited for.
         tables: catalog::tables_without_sizes(client).await?,
@@ -281,7 +288,12 @@ impl Observed {
     pub(super) fn require_listing(&self, stream: &StreamName) -> Result<(), SetupError> {
         match &self.publication {
             Some(publication) if publication.all_tables || publication.schemas => {
-                self.require_unaltered(stream)
+                let what = publication.defect().unwrap_or("it lists something else");
+                Err(SetupError::Unfit {
+                    side: Side::Source,
+                    what: format!("publication \"{stream}\" is there already, and is not ours: {what}"),
+                    hint: "give source.slot another name, or drop that publication if nobody subscribes to it".to_owned(),
+                })
             }
             _ => Ok(()),
         }
@@ -442,6 +454,84 @@ impl Observed {
     }
 }
 
+/// Refuses a source without room for the stream's slot and for the temporary one that exports a snapshot. Temporary slots of
+/// others do not count: they go by themselves.
+pub(super) async fn require_slots(client: &Client, stream: &StreamName) -> Result<(), SetupError> {
+    const ROOM: &str = "
+        SELECT current_setting('max_replication_slots')::int,
+               (SELECT count(*) FROM pg_replication_slots WHERE NOT temporary AND slot_name <> $1)::int";
+    let row = client
+        .query_typed_one(ROOM, &[(&stream.as_str(), Type::TEXT)])
+        .await
+        .map_err(|error| SetupError::sql(Side::Source, "count the slots")(error.into()))?;
+    let (all, taken): (i32, i32) = (row.get(0), row.get(1));
+    if all - taken >= 2 {
+        return Ok(());
+    }
+    Err(SetupError::Unfit {
+        side: Side::Source,
+        what: format!("{taken} of {all} replication slots are taken, and two more are needed"),
+        hint: format!(
+            "raise max_replication_slots on the source to at least {} and restart it, or drop slots that nobody uses",
+            taken + 2
+        ),
+    })
+}
+
+/// Refuses a source that is itself a replica, and was not promoted: its agent writes there, and nobody else may.
+pub(super) async fn refuse_replica(client: &Client) -> Result<(), SetupError> {
+    const HAS: &str = "
+        SELECT to_regclass('dr_agent.progress') IS NOT NULL AND to_regclass('dr_agent.promotion') IS NOT NULL";
+    const OF: &str = "
+        SELECT stream FROM dr_agent.progress WHERE NOT EXISTS (SELECT FROM dr_agent.promotion) ORDER BY 1";
+    let sql = |error: tokio_postgres::Error| {
+        SetupError::sql(Side::Source, "look for schema dr_agent")(error.into())
+    };
+    let has = client.query_typed_one(HAS, &[]).await.map_err(sql)?;
+    if !has.get::<_, bool>(0) {
+        return Ok(());
+    }
+    let rows = client.query_typed(OF, &[]).await.map_err(sql)?;
+    let streams: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    match streams.is_empty() {
+        true => Ok(()),
+        false => Err(SetupError::SourceIsReplica { streams }),
+    }
+}
+
+/// Who the source is, and where its WAL stands: what IDENTIFY_SYSTEM says, for a role that need not replicate.
+pub(super) async fn identify(client: &Client) -> Result<(Cluster, PgLsn), SetupError> {
+    const WHO: &str = "
+        SELECT (SELECT system_identifier::text FROM pg_control_system()),
+               ('x' || left(pg_walfile_name(pg_current_wal_flush_lsn()), 8))::bit(32)::int,
+               pg_current_wal_flush_lsn()";
+    let asking = SetupError::sql(Side::Source, "identify the system");
+    let row = match client.query_one(WHO, &[]).await {
+        Ok(row) => row,
+        Err(error) => return Err(asking(error.into())),
+    };
+    let cluster = note::cluster(&row).map_err(asking)?;
+    Ok((cluster, row.get(2)))
+}
+
+/// How the source's timeline came about, where it is later than what was recorded; unknown to a role that may not read the file.
+pub(super) async fn branches(
+    client: &Client,
+    now: &Cluster,
+    recorded: Option<&Recorded>,
+) -> Result<Vec<Branch>, SetupError> {
+    const HISTORY: &str = "
+        SELECT pg_read_file('pg_wal/' || lpad(upper(to_hex($1::int)), 8, '0') || '.history', 0, 1000000, true)";
+    if !recorded.is_some_and(|recorded| recorded.cluster.is_promoted(now)) {
+        return Ok(Vec::new());
+    }
+    let read = client.query_one(HISTORY, &[&now.timeline]).await;
+    let content: Option<String> = read.ok().and_then(|row| row.get(0));
+    Ok(content
+        .map(|content| timeline::parse(&content))
+        .unwrap_or_default())
+}
+
 /// Who owns what the agent has to be able to alter.
 #[derive(Debug, Default)]
 pub(super) struct Owners {
@@ -508,6 +598,7 @@ mod tests {
                 per_transaction: 64,
                 transactions: 122,
             },
+            has_namespace: true,
             has_schema: true,
             writes_in_band: true,
             tables: Vec::new(),

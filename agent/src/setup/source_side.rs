@@ -14,10 +14,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Slot};
+use super::locale::{self, Locale};
 use super::note::{self, Note};
 use super::publication::Piece;
 use super::publication::Wanted;
 use super::publishing::Publishing;
+use super::timeline::{self, Branch};
+use super::undo::Undo;
 use super::{export, source};
 use crate::catalog::{Protection, TableName};
 use crate::config::Config;
@@ -82,6 +85,35 @@ impl<'a> SourceSide<'a> {
     /// What the source remembers of the stream's slot.
     pub(super) async fn note(&self) -> Result<Option<Note>, SetupError> {
         note::read(&self.client, &self.stream).await
+    }
+
+    /// Refuses what a first start cannot do; nothing was written yet.
+    pub(super) async fn judge(&self) -> Result<(), SetupError> {
+        let refused = self.wanted.refused();
+        if !refused.is_empty() {
+            return Err(SetupError::Keyless(refused));
+        }
+        self.found.require_listing(&self.stream)?;
+        let tables = self.wanted.published.len();
+        self.found.require_room_to_copy(tables)?;
+        self.found.pieces(&self.stream, &self.wanted)?;
+        if !self.found.owns_publication {
+            return Err(self.found.publication_is_not_ours(&self.stream));
+        }
+        source::refuse_replica(&self.client).await?;
+        source::require_slots(&self.client, &self.stream).await
+    }
+
+    /// What a first start takes back when it fails; asked before it writes.
+    pub(super) async fn undo(&self) -> Result<Undo, SetupError> {
+        Undo::of_source(&self.client, &self.stream, &self.found, &self.wanted).await
+    }
+
+    /// How the database orders and classifies characters, and whose it is.
+    pub(super) async fn locale(&self) -> Result<Locale, SetupError> {
+        locale::locale(&self.client, self.found.version)
+            .await
+            .map_err(SetupError::sql(Side::Source, "read the locale"))
     }
 
     /// Brings the source's schema and publication to what is wanted. A table that is gone meanwhile is left out. So is, unless
@@ -189,6 +221,19 @@ pub(super) async fn identify(
         timeline: identity.timeline,
     };
     Ok((cluster, identity.xlogpos))
+}
+
+/// How a timeline of the source came about; unknown where its history file is gone.
+pub(super) async fn branches(
+    walsender: &mut ReplicationConnection,
+    timeline: i32,
+) -> Result<Vec<Branch>, SetupError> {
+    match walsender.timeline_history(timeline).await {
+        Ok(content) => Ok(timeline::parse(&content)),
+        // undefined_file
+        Err(error) if error.sqlstate() == Some("58P01") => Ok(Vec::new()),
+        Err(error) => Err(SetupError::sql(Side::Source, "read the timeline's history")(error)),
+    }
 }
 
 pub(super) fn names<'t>(tables: impl IntoIterator<Item = &'t TableName>) -> String {

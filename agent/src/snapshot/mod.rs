@@ -95,6 +95,25 @@ pub async fn find_tools(
     Ok(tools.to_string())
 }
 
+/// Their version, major and minor.
+///
+/// # Errors
+/// As [`find_tools`].
+pub async fn find_tools_version(
+    settings: &CopySettings,
+    source_version_num: i32,
+) -> Result<(i32, i32), CopyError> {
+    let tools = tools::Tools::find(settings.pg_bin.as_deref(), source_version_num).await?;
+    let minor = tools
+        .version
+        .text
+        .split('.')
+        .nth(1)
+        .and_then(|minor| minor.parse().ok());
+    let major = i32::try_from(tools.version.major).unwrap_or(0);
+    Ok((major, minor.unwrap_or(0)))
+}
+
 /// Copies schema and rows; returns when every table of the job is `ready`.
 ///
 /// # Errors

@@ -316,7 +316,7 @@ impl PgServer {
         let text = fs::read_to_string(self.data.join("postmaster.pid")).unwrap_or_default();
         let mut lines = text.lines();
         lines.next() == Some(pid.to_string().as_str())
-            && lines.nth(6).map(str::trim) == Some("ready")
+            && matches!(lines.nth(6).map(str::trim), Some("ready" | "standby"))
     }
 
     async fn shut_down(&self, how: Stop) {

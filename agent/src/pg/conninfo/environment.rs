@@ -73,6 +73,36 @@ impl ConnInfo {
     }
 }
 
+impl ConnInfo {
+    /// The same as one connection string, without a password: for a script that a person runs with `psql`.
+    pub fn without_password(&self) -> String {
+        const KEYWORDS: [(&str, &str); 11] = [
+            ("PGHOST", "host"),
+            ("PGHOSTADDR", "hostaddr"),
+            ("PGPORT", "port"),
+            ("PGUSER", "user"),
+            ("PGDATABASE", "dbname"),
+            ("PGSSLMODE", "sslmode"),
+            ("PGTARGETSESSIONATTRS", "target_session_attrs"),
+            ("PGPASSFILE", "passfile"),
+            ("PGSSLROOTCERT", "sslrootcert"),
+            ("PGSSLCERT", "sslcert"),
+            ("PGSSLKEY", "sslkey"),
+        ];
+        let environment = self.libpq_environment();
+        let pair = |(name, keyword): &(&str, &str)| {
+            let (_, value) = environment.iter().find(|(there, _)| there == name)?;
+            let value = value.replace('\\', "\\\\").replace('\'', "\\'");
+            Some(format!("{keyword}='{value}'"))
+        };
+        KEYWORDS
+            .iter()
+            .filter_map(pair)
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::ConnInfo;

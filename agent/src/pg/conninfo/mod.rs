@@ -18,7 +18,7 @@ mod syntax;
 
 use std::fmt;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::throttle::Bandwidth;
@@ -207,6 +207,22 @@ impl ConnInfo {
     /// The hosts in the order in which they are tried.
     pub fn hosts(&self) -> &[Host] {
         &self.hosts
+    }
+
+    /// The files that it names, which whoever connects must be able to read.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let roots = self
+            .ssl_root_cert
+            .as_ref()
+            .filter(|word| word.as_path() != Path::new("system"));
+        let all = [
+            self.password_file.as_ref(),
+            self.passfile.as_ref(),
+            roots,
+            self.ssl_cert.as_ref(),
+            self.ssl_key.as_ref(),
+        ];
+        all.into_iter().flatten().cloned().collect()
     }
 
     /// The role we connect as.

@@ -94,6 +94,17 @@ impl ReplicationConnection {
         command::system_identity(&row)
     }
 
+    /// The history file of a timeline: where it left those before it. The first timeline has none.
+    ///
+    /// # Errors
+    /// `58P01` when the file is not there.
+    pub async fn timeline_history(&mut self, timeline: i32) -> Result<String, PgError> {
+        let row = self
+            .one_row(&format!("TIMELINE_HISTORY {timeline}"))
+            .await?;
+        Ok(row.into_iter().nth(1).flatten().unwrap_or_default())
+    }
+
     /// Creates a logical slot for `pgoutput`.
     ///
     /// Waits until every transaction then running has ended, which may take as long as they do.

@@ -16,7 +16,10 @@ use rustls::crypto::{
 };
 use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::{CertificateError, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use rustls::{
+    AlertDescription, CertificateError, DigitallySignedStruct, Error, RootCertStore,
+    SignatureScheme,
+};
 use sha2::{Digest as _, Sha256, Sha384, Sha512};
 use x509_cert::Certificate;
 use x509_cert::der::oid::ObjectIdentifier;
@@ -239,10 +242,7 @@ const ECDSA_WITH_SHA_1: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840
 pub(super) fn explain(error: &Error) -> String {
     let Error::InvalidCertificate(certificate) = error else {
         return match error {
-            Error::AlertReceived(alert) => format!(
-                "the server ended the handshake ({alert:?}); it may ask for a client certificate \
-                 (sslcert, sslkey) or refuse ours"
-            ),
+            Error::AlertReceived(alert) => ended_by_the_server(*alert),
             other => other.to_string(),
         };
     };
@@ -263,6 +263,36 @@ pub(super) fn explain(error: &Error) -> String {
     }
 }
 
+/// A server of PostgreSQL never ends a handshake for want of a client certificate: that it says afterwards, as SQLSTATE 28000.
+fn ended_by_the_server(alert: AlertDescription) -> String {
+    let why = match alert {
+        AlertDescription::HandshakeFailure
+        | AlertDescription::InsufficientSecurity
+        | AlertDescription::IllegalParameter => {
+            "it shares no way to sign or to encrypt with us: its certificate has a key of a kind that is not understood here \
+             (P-521 and RSA-PSS are not; RSA, P-256, P-384 and Ed25519 are), or ssl_ciphers leaves nothing in common"
+        }
+        AlertDescription::ProtocolVersion => {
+            "it speaks no TLS 1.2 or 1.3: see ssl_min_protocol_version and ssl_max_protocol_version there"
+        }
+        AlertDescription::UnknownCA
+        | AlertDescription::BadCertificate
+        | AlertDescription::UnsupportedCertificate
+        | AlertDescription::CertificateRevoked
+        | AlertDescription::CertificateExpired
+        | AlertDescription::CertificateUnknown
+        | AlertDescription::AccessDenied
+        | AlertDescription::DecryptError => {
+            "it refuses our client certificate (sslcert): see ssl_ca_file and ssl_crl_file there"
+        }
+        AlertDescription::CertificateRequired => {
+            "it demands a client certificate: sslcert and sslkey in the URL"
+        }
+        _ => "its log says why",
+    };
+    format!("the server ended the handshake ({alert:?}): {why}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -270,6 +300,32 @@ mod tests {
         BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair,
         PKCS_ECDSA_P384_SHA384, PKCS_ED25519,
     };
+
+    #[test]
+    fn an_alert_is_explained_by_what_it_says() {
+        let cases = [
+            (AlertDescription::HandshakeFailure, "P-521"),
+            (AlertDescription::ProtocolVersion, "TLS 1.2"),
+            (
+                AlertDescription::UnknownCA,
+                "refuses our client certificate",
+            ),
+            (
+                AlertDescription::CertificateRequired,
+                "demands a client certificate",
+            ),
+            (AlertDescription::InternalError, "its log"),
+        ];
+        for (alert, words) in cases {
+            let text = explain(&Error::AlertReceived(alert));
+            assert!(text.contains(words), "{text}");
+            assert_eq!(
+                text.contains("sslcert"),
+                words.contains("client certificate"),
+                "{text}"
+            );
+        }
+    }
 
     fn authority() -> CertifiedIssuer<'static, KeyPair> {
         let mut params = CertificateParams::default();

@@ -5,6 +5,7 @@ use crate::error::{Class, Classify};
 use crate::net::FoldError;
 use crate::pg::PgError;
 use crate::plan::Unplannable;
+use crate::remedy;
 use crate::spill::SpillError;
 
 /// What can stop a batch on its way into the replica.
@@ -13,6 +14,9 @@ pub enum SinkError {
     /// The replica was promoted, or another agent has a higher term.
     #[error("fenced")]
     Fenced(#[source] PgError),
+    /// The progress row was deleted: where the replica stands is not known any more.
+    #[error("the replica's progress row is gone")]
+    ProgressGone(#[source] PgError),
     /// Somebody else moved the progress row under the same term.
     #[error("the replica's progress row is not where this agent left it")]
     PositionMismatch(#[source] PgError),
@@ -92,6 +96,7 @@ impl SinkError {
         match self {
             Self::Refused { .. } | Self::Diverged(_) | Self::Fold(_) => true,
             Self::Fenced(_)
+            | Self::ProgressGone(_)
             | Self::PositionMismatch(_)
             | Self::Swallowed { .. }
             | Self::TableMissing { .. }
@@ -133,6 +138,7 @@ impl From<PgError> for SinkError {
             "DR001" => Self::Fenced(error),
             "DR002" => Self::PositionMismatch(error),
             "DR003" => Self::Diverged(error),
+            "DR004" => Self::ProgressGone(error),
             // Class 23, integrity constraint violation.
             state if state.starts_with("23") => Self::Refused {
                 table: server.table.clone().unwrap_or_else(|| "a table".to_owned()),
@@ -165,7 +171,8 @@ impl Classify for SinkError {
             Self::Spill(error) => error.class(),
             // A pipeline asks the source for text, and does not get here.
             Self::BinaryForm { .. } => Class::Definite,
-            Self::PositionMismatch(_)
+            Self::ProgressGone(_)
+            | Self::PositionMismatch(_)
             | Self::Diverged(_)
             | Self::Swallowed { .. }
             | Self::TableMissing { .. }
@@ -184,10 +191,19 @@ impl Classify for SinkError {
             Self::PositionMismatch(_) => {
                 "another agent applies the same stream to this replica; stop one of them"
             }
+            Self::ProgressGone(_) => {
+                return Some(format!(
+                    "somebody deleted it: {}. Put the row back if you know it (a backup of the replica has it). {}",
+                    remedy::STAY,
+                    remedy::start_over(remedy::SLOT_TOO)
+                ));
+            }
             Self::Diverged(_) | Self::Swallowed { .. } => {
-                "somebody wrote to the replica, or a trigger there fires ALWAYS; find out who, then \
-                 copy the table again: DELETE its row from dr_agent.table_sync on the replica, \
-                 TRUNCATE it there, and start the agent"
+                return Some(format!(
+                    "the row is not there as the source had it: a trigger of the replica that fires ALWAYS, somebody who wrote \
+                     there, or an error of dr-agent; if nobody did, report it with the table's definition. {}",
+                    remedy::copy_again(None)
+                ));
             }
             Self::TableMissing { .. } | Self::ColumnMissing { .. } => {
                 "DDL is not replicated: run the same DDL on the replica (SET \
@@ -196,7 +212,7 @@ impl Classify for SinkError {
             }
             Self::Refused { .. } => {
                 "the replica has a constraint, or rows, that the source does not have; compare \
-                 with `dr-agent check`, mend the replica, then start the agent again"
+                 with `dr-agent check`, mend the replica, then start the agent again. If both sides are alike, report it"
             }
             Self::Fold(_) => "the change stream contradicts itself; report it",
             Self::BinaryForm { .. } => {

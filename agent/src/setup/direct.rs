@@ -1,0 +1,267 @@
+//! Route `direct`: one agent sets both sides up. Both are observed, then judged, and only then written to.
+//!
+//! # Invariants
+//! - A promoted replica is refused without the source, which may be gone for good.
+//! - Nothing is written on either side before [`identity::verdict`] and, for a first start, [`super::target::judge`] and
+//!   [`SourceSide::judge`] have agreed.
+
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+
+use super::begin::First;
+use super::error::{SetupError, Side};
+use super::identity::{self, Cluster, Observed, Recorded, Verdict};
+use super::replica::{self, Known, Progress, Server};
+use super::source_side::{self, SourceSide};
+use super::target::HalfLoaded;
+use super::{Prepared, Setup, heartbeat, lock, recover, role, schema};
+use crate::catalog::TableName;
+use crate::config::Config;
+use crate::history::History;
+use crate::pg::replication::ReplicationConnection;
+use crate::pg::{ConnInfo, PgLsn};
+use crate::snapshot::CopyObserver;
+use crate::stream::StreamName;
+
+/// See [`super::prepare`].
+pub(super) async fn prepare(
+    config: &Config,
+    database: &str,
+    uncopied: Option<&TableName>,
+    observer: &dyn CopyObserver,
+    cancel: &CancellationToken,
+) -> Result<Prepared, SetupError> {
+    let opened = open(config, database, observer, cancel, lock::take).await?;
+    let Opened {
+        sides,
+        replica,
+        mut walsender,
+        seen,
+    } = opened;
+    let (setup, progress, history) = match (seen.verdict, replica) {
+        (Verdict::Resume | Verdict::Follow, Some(replica)) => {
+            if seen.verdict == Verdict::Follow {
+                replica::follow(&replica, &sides.source.stream, seen.cluster.timeline).await?;
+                tracing::warn!(
+                    database,
+                    timeline = seen.cluster.timeline,
+                    "the source failed over to its standby, which has everything that was applied: going on there"
+                );
+            }
+            sides
+                .go_on(&mut walsender, replica, &seen.known, uncopied)
+                .await?
+        }
+        (Verdict::Begin { drop_slot }, replica) => {
+            let from = (&seen.known, &seen.cluster, drop_slot);
+            sides.begin(&mut walsender, replica, from).await?
+        }
+        (Verdict::Resume | Verdict::Follow, None) => {
+            unreachable!("there is no progress without a replica")
+        }
+    };
+    let from = (seen.cluster, history);
+    // From here on every transaction of another agent would fail, or ours: both begin at the progress row.
+    let (prepared, _) = setup.finish(from, progress, seen.source_lsn).await?;
+    Ok(prepared)
+}
+
+/// Looks and judges as a start does, and writes nothing; see [`super::rehearse`].
+pub(super) async fn rehearse(config: &Config, database: &str) -> Result<(), SetupError> {
+    let cancel = CancellationToken::new();
+    let opened = open(config, database, &(), &cancel, async |_, _, _| Ok(())).await?;
+    let Sides {
+        source,
+        admin,
+        server,
+        ..
+    } = opened.sides;
+    if matches!(opened.seen.verdict, Verdict::Begin { .. }) {
+        source.judge().await?;
+        let place = (database, &source.stream);
+        let how = (source.locale().await?, HalfLoaded::Refused);
+        let known = &opened.seen.known;
+        First::judge((admin, server), opened.replica, known, place, how).await?;
+        return Ok(());
+    }
+    source.found.require_unaltered(&source.stream)
+}
+
+/// Both sides with what they say.
+struct Opened<'a> {
+    sides: Sides<'a>,
+    /// The replica's database, where it is there.
+    replica: Option<Client>,
+    walsender: ReplicationConnection,
+    seen: Seen,
+}
+
+/// Opens both sides and looks at them; `lock` takes the right to the stream where there is a database to take it in.
+async fn open<'a>(
+    config: &'a Config,
+    database: &'a str,
+    observer: &'a dyn CopyObserver,
+    cancel: &'a CancellationToken,
+    lock: impl AsyncFnOnce(&Client, Side, &StreamName) -> Result<(), SetupError>,
+) -> Result<Opened<'a>, SetupError> {
+    let stream = config.stream(database);
+    let replica_info = config.replica.conninfo.with_dbname(database);
+
+    // First of all, and without the source: was it promoted?
+    let admin = replica::open(&config.replica.conninfo, &stream).await?;
+    let server = Server::observe(&admin, database).await?;
+    let mut replica = None;
+    if server.has_database {
+        let client = replica::open(&replica_info, &stream).await?;
+        replica::known(&client, &stream).await?;
+        replica = Some(client);
+    }
+
+    let source = SourceSide::open(config, database, cancel).await?;
+    server.require(&source.info.to_string(), &source.found.started_at)?;
+    if let Some(client) = &replica {
+        lock(client, Side::Replica, &stream).await?;
+    }
+    let mut walsender = source.walsender().await?;
+    let seen = look(&source, replica.as_ref(), &mut walsender, database).await?;
+    let sides = Sides {
+        database,
+        source,
+        replica_info,
+        admin,
+        server,
+        observer,
+    };
+    Ok(Opened {
+        sides,
+        replica,
+        walsender,
+        seen,
+    })
+}
+
+/// What both sides say.
+struct Seen {
+    known: Known,
+    cluster: Cluster,
+    source_lsn: PgLsn,
+    verdict: Verdict,
+}
+
+/// In this order: the replica is never behind the slot, and the source never behind the replica. Another agent, which may go on
+/// until it is gone, must not look like a slot that somebody has moved.
+async fn look(
+    source: &SourceSide<'_>,
+    replica: Option<&Client>,
+    walsender: &mut ReplicationConnection,
+    database: &str,
+) -> Result<Seen, SetupError> {
+    let slot = source.slot().await?;
+    let (mut known, mut applied_of_them) = (Known::default(), None);
+    if let Some(client) = replica {
+        known = replica::known(client, &source.stream).await?;
+        applied_of_them = heartbeat::beats(client, Side::Replica).await?;
+    }
+    let written = heartbeat::beats(&source.client, Side::Source).await?;
+    let (cluster, source_lsn) = source_side::identify(walsender).await?;
+    let branches = match known.recorded {
+        Some(recorded) if recorded.cluster.is_promoted(&cluster) => {
+            source_side::branches(walsender, cluster.timeline).await?
+        }
+        _ => Vec::new(),
+    };
+    let verdict = identity::verdict(&Observed {
+        stream: source.stream.clone(),
+        database: database.to_owned(),
+        source: cluster,
+        source_lsn,
+        slot,
+        noted: source.note().await?.map(|noted| noted.began),
+        recorded: known.recorded,
+        applied: known.progress.map(|progress| progress.end_lsn),
+        branches,
+        beats: (written, applied_of_them),
+    })
+    .map_err(|source| SetupError::Mismatch {
+        database: database.to_owned(),
+        source,
+    })?;
+    Ok(Seen {
+        known,
+        cluster,
+        source_lsn,
+        verdict,
+    })
+}
+
+/// Both sides, looked at and not yet written to.
+struct Sides<'a> {
+    database: &'a str,
+    source: SourceSide<'a>,
+    replica_info: ConnInfo,
+    admin: Client,
+    server: Server,
+    observer: &'a dyn CopyObserver,
+}
+
+impl<'a> Sides<'a> {
+    /// The first start, or one that repeats an interrupted first start.
+    async fn begin(
+        mut self,
+        walsender: &mut ReplicationConnection,
+        replica: Option<Client>,
+        (known, cluster, drop_slot): (&Known, &Cluster, bool),
+    ) -> Result<(Setup<'a>, Progress, History), SetupError> {
+        self.source.judge().await?;
+        let how = (self.source.locale().await?, HalfLoaded::Refused);
+        let place = (self.database, &self.source.stream);
+        let both = (self.admin, self.server);
+        let mut first = First::judge(both, replica, known, place, how).await?;
+        let (replica, warning) = first.database(&self.replica_info, place).await?;
+        self.source.warnings.extend(warning);
+        let mut setup = Setup {
+            database: self.database,
+            source: self.source,
+            replica_info: self.replica_info,
+            replica,
+            observer: self.observer,
+        };
+        match setup.begin(walsender, cluster, drop_slot, &mut first).await {
+            Ok((progress, history)) => Ok((setup, progress, history)),
+            Err(error) => {
+                let place = (setup.database, &setup.source.stream);
+                first.abandon(setup.replica, place).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Every later start.
+    async fn go_on(
+        mut self,
+        walsender: &mut ReplicationConnection,
+        mut replica: Client,
+        known: &Known,
+        uncopied: Option<&TableName>,
+    ) -> Result<(Setup<'a>, Progress, History), SetupError> {
+        self.source.found.require_unaltered(&self.source.stream)?;
+        let roles = role::of_source(&self.source.client).await?;
+        let roles = role::ensure(&self.admin, &roles).await?;
+        self.source.warnings.extend(roles);
+        drop(self.admin);
+        schema::ensure(&replica, &self.server.role).await?;
+        let progress = recover::settle(&replica, &self.source.stream).await?;
+        replica::guard(&mut replica, self.database).await?;
+        let mut setup = Setup {
+            database: self.database,
+            source: self.source,
+            replica_info: self.replica_info,
+            replica,
+            observer: self.observer,
+        };
+        setup.resume(walsender, uncopied).await?;
+        let both = progress.zip(known.recorded.map(Recorded::history));
+        let (progress, history) = both.expect("the verdict is Resume only where there is progress");
+        Ok((setup, progress, history))
+    }
+}
