@@ -90,7 +90,8 @@ pub enum Identity {
     Key,
     /// REPLICA IDENTITY FULL: the whole old row.
     Full,
-    /// None: published, the source's own UPDATE and DELETE would fail.
+    /// None: published, the source's own UPDATE and DELETE would fail. A key with a stored generated column is none before
+    /// 18: such a column is not sent, and what is left of the key may stand for several rows.
     Missing,
 }
 
@@ -105,6 +106,8 @@ pub struct Table {
     pub root: TableName,
     /// How its old rows are identified.
     pub identity: Identity,
+    /// It has a key, and a column of it is generated and not sent.
+    pub generated_key: bool,
     /// Has a VIRTUAL generated column (18 and later). Published with REPLICA IDENTITY FULL, its UPDATE and
     /// DELETE would fail on the source; only a key helps.
     pub virtual_generated: bool,
@@ -175,18 +178,20 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                CASE WHEN c.relreplident = 'f' AND NOT v.virtual THEN 'full'
                     WHEN c.relreplident = 'i' AND EXISTS (
                          SELECT 1 FROM pg_index i
-                          WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid) THEN 'key'
+                          WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid)
+                         THEN CASE WHEN k.hidden THEN 'missing' ELSE 'key' END
                     WHEN c.relreplident = 'd' AND EXISTS (
                          SELECT 1 FROM pg_index i
                           WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid
-                            AND i.indimmediate) THEN 'key'
+                            AND i.indimmediate)
+                         THEN CASE WHEN k.hidden THEN 'missing' ELSE 'key' END
                     ELSE 'missing' END,
                c.relpersistence = 'u',
                {bytes},
                EXISTS (SELECT 1 FROM pg_depend d
                         WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
                           AND d.deptype = 'e'),
-               v.virtual, c.oid
+               v.virtual, c.oid, k.hidden AND c.relreplident <> 'f'
           FROM pg_class c
           JOIN pg_namespace n ON n.oid = c.relnamespace
           JOIN pg_class r ON r.oid = coalesce(pg_partition_root(c.oid), c.oid)
@@ -194,6 +199,14 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
          CROSS JOIN LATERAL (
                SELECT EXISTS (SELECT 1 FROM pg_attribute a
                                WHERE a.attrelid = c.oid AND a.attgenerated = 'v') AS virtual) v
+         CROSS JOIN LATERAL (
+               SELECT current_setting('server_version_num')::int < 180000 AND EXISTS (
+                      SELECT 1 FROM pg_index i
+                        JOIN pg_attribute a ON a.attrelid = i.indrelid
+                             AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1])
+                       WHERE i.indrelid = c.oid AND a.attgenerated <> ''
+                         AND CASE c.relreplident WHEN 'i' THEN i.indisreplident
+                                                 WHEN 'd' THEN i.indisprimary END) AS hidden) k
          WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
            AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state', 'listed', 'coverage'))
@@ -221,6 +234,7 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
             bytes: row.get(6),
             of_extension: row.get(7),
             virtual_generated: row.get(8),
+            generated_key: row.get(10),
         })
         .filter(|table: &Table| !table.of_extension)
         .collect())
@@ -233,7 +247,11 @@ pub async fn keyed_roots(client: &Client) -> Result<BTreeSet<TableName>, PgError
           FROM pg_class c
           JOIN pg_namespace n ON n.oid = c.relnamespace
           JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary AND i.indisvalid
-         WHERE c.relkind = 'p' AND NOT c.relispartition";
+         WHERE c.relkind = 'p' AND NOT c.relispartition
+           AND (current_setting('server_version_num')::int >= 180000 OR NOT EXISTS (
+                SELECT 1 FROM pg_attribute a
+                 WHERE a.attrelid = c.oid AND a.attgenerated <> ''
+                   AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1])))";
     let rows = client.query_typed(SQL, &[]).await?;
     Ok(rows
         .iter()

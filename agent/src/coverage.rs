@@ -255,6 +255,7 @@ mod tests {
     fn table(text: &str, root: &str, identity: Identity) -> Table {
         Table {
             virtual_generated: false,
+            generated_key: false,
             oid: 7,
             name: name(text),
             root: name(root),

@@ -416,6 +416,7 @@ mod tests {
     fn here(names: &[&str]) -> SourceDatabase {
         let tables = names.iter().map(|one| Table {
             virtual_generated: false,
+            generated_key: false,
             oid: 7,
             name: name(one),
             root: name(one),

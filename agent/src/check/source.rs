@@ -373,12 +373,21 @@ fn keyless(
             ),
             _ => continue,
         };
+        let what = match table.generated_key {
+            // Before 18.
+            true => what.replace(
+                "has no key",
+                "has no key that travels (a generated column is part of it)",
+            ),
+            false => what.to_owned(),
+        };
         findings.push(
             at.finding(severity, "keyless_table", what)
                 .on(&table.name)
                 .hint(OPTIONS),
         );
-        if published.contains(&table.name) || published.contains(&table.root) {
+        let is_published = published.contains(&table.name) || published.contains(&table.root);
+        if is_published && !table.generated_key {
             findings.push(
                 at.error(
                     "keyless_published",

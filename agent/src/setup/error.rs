@@ -311,7 +311,7 @@ impl Classify for SetupError {
                 ours"
                 .to_owned(),
             Self::Keyless(_) => "published like this, their UPDATE and DELETE would fail on the \
-                source. Add a primary key; or set source.keyless = \"full\" (REPLICA IDENTITY FULL, \
+                source; a key with a generated column is none before 18, which does not send it. Add a primary key; or set source.keyless = \"full\" (REPLICA IDENTITY FULL, \
                 slower); or source.keyless = \"exclude\" (left out, unprotected); or name them in \
                 source.exclude"
                 .to_owned(),

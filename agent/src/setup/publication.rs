@@ -344,6 +344,7 @@ mod tests {
     fn table(table: &str, root: &str, identity: Identity) -> Table {
         Table {
             virtual_generated: false,
+            generated_key: false,
             oid: 7,
             name: name(table),
             root: name(root),

@@ -752,6 +752,7 @@ mod tests {
     fn testing_table(name: TableName) -> Table {
         Table {
             virtual_generated: false,
+            generated_key: false,
             oid: 7,
             root: name.clone(),
             name,
