@@ -168,7 +168,10 @@ $$;
 CREATE OR REPLACE FUNCTION dr_agent.expect(touched bigint, wanted bigint, the_table text, doing text)
 RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    IF touched <> wanted THEN
+    IF touched <> wanted AND doing = 'insert' THEN
+        RAISE EXCEPTION '% of % rows to insert into % were taken', touched, wanted, the_table
+            USING ERRCODE = 'DR005';
+    ELSIF touched <> wanted THEN
         RAISE EXCEPTION '% of % rows to % in % are not on the replica',
             wanted - touched, wanted, doing, the_table USING ERRCODE = 'DR003';
     END IF;
@@ -187,6 +190,7 @@ DECLARE
     referred  oid[];
     wholes    oid[];
     one       oid;
+    is_left   boolean;
 BEGIN
     LOOP
         SELECT coalesce(array_agg(DISTINCT c.oid), '{}') INTO wholes
@@ -204,6 +208,11 @@ BEGIN
     END LOOP;
     FOREACH one IN ARRAY kept LOOP
         EXECUTE 'DELETE FROM ONLY ' || one::regclass;
+        -- A trigger that fires ALWAYS can keep rows.
+        EXECUTE 'SELECT EXISTS (SELECT FROM ONLY ' || one::regclass || ')' INTO is_left;
+        IF is_left THEN
+            RAISE EXCEPTION 'rows of % are left after they were deleted', one::regclass USING ERRCODE = 'DR003';
+        END IF;
     END LOOP;
     IF remaining <> '{}' THEN
         EXECUTE 'TRUNCATE '

@@ -45,7 +45,8 @@ impl Batch {
         times.max().unwrap_or(Micros::MIN)
     }
 
-    fn last(&self) -> &Transaction {
+    /// Its last transaction.
+    pub fn last(&self) -> &Transaction {
         self.transactions
             .last()
             .expect("a batch has at least one transaction")

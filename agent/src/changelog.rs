@@ -9,7 +9,7 @@
 //! way that changes can take.
 //!
 //! # Invariants
-//! - A batch is described by itself: it brings the Relation messages its changes need.
+//! - A batch is described by itself: it brings the Relation messages its changes need, and the Type messages those need.
 //! - What comes out of [`decode`] and [`Unpacker`] is, byte for byte, what went in, or an error.
 //! - Bytes that somebody else wrote cost no more memory than their own length and [`PART_BYTES_MAX`].
 

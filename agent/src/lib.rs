@@ -22,6 +22,7 @@ pub mod check;
 pub mod cli;
 pub mod clock;
 pub mod cmd;
+pub mod computed;
 pub mod config;
 pub mod coverage;
 pub mod drain;

@@ -9,6 +9,8 @@
 //! delete + insert = replace            a key change    = delete of the old key and insert of the new
 //! ```
 //!
+//! Of a table without a key equal rows are counted instead: [`Multiset`].
+//!
 //! # Invariants
 //! - Executing the steps in order gives the same rows as executing the changes one by one: a property
 //!   test holds it against a serial replay.
@@ -25,11 +27,16 @@
 //! folding cannot explain (an insert over a row it has just seen inserted) is an error, and the batch
 //! takes the slow path, whose verdict counts.
 
+mod multiset;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use bytes::Bytes;
+
+pub use multiset::Multiset;
+use multiset::Rows;
 
 use crate::pg::pgoutput::{self, DecodeError, Form, Message, OldTuple, Tuple, Value};
 use crate::txn::{Change, Relations, SourceRelation};
@@ -220,23 +227,13 @@ pub enum NetChange {
     },
 }
 
-/// A change that is carried out by itself, in order.
+/// A key change that leaves a value on the replica, which is carried out by itself.
 #[derive(Clone, Debug)]
-pub enum RowChange {
-    /// A new row.
-    Insert(Row),
-    /// One row equal to `old` in the identifying columns gets new values.
-    Update {
-        /// The key, or the whole old row of a table without a key.
-        old: Tuple,
-        /// The new row.
-        new: Row,
-    },
-    /// One row equal to `old` in the identifying columns goes.
-    Delete {
-        /// The key, or the whole old row of a table without a key.
-        old: Tuple,
-    },
+pub struct KeyChange {
+    /// Holds the old key.
+    pub old: Tuple,
+    /// The new row.
+    pub new: Row,
 }
 
 /// The key of a row as bytes, among values of one form equal exactly when the key's values are; see [`KeyOrder`] for their
@@ -248,8 +245,10 @@ pub type RowKey = Box<[u8]>;
 pub enum Stage {
     /// One net change per key, sorted by key.
     Keyed(Vec<(RowKey, NetChange)>),
-    /// One by one.
-    Ordered(Vec<RowChange>),
+    /// One row.
+    Move(KeyChange),
+    /// Of a table without a key.
+    Multiset(Multiset),
 }
 
 /// The changes of one table between two barriers, or as far as it is described the same and its values have one form.
@@ -344,8 +343,9 @@ pub fn serial<'a>(
 /// How many net changes the steps hold.
 pub fn count(steps: &[Step]) -> u64 {
     let of_stage = |stage: &Stage| match stage {
-        Stage::Keyed(rows) => rows.len(),
-        Stage::Ordered(rows) => rows.len(),
+        Stage::Keyed(rows) => rows.len() as u64,
+        Stage::Move(_) => 1,
+        Stage::Multiset(rows) => rows.count(),
     };
     steps
         .iter()
@@ -355,7 +355,7 @@ pub fn count(steps: &[Step]) -> u64 {
                 .iter()
                 .flat_map(|table| &table.stages)
                 .map(of_stage)
-                .sum::<usize>() as u64,
+                .sum::<u64>(),
         })
         .sum()
 }
@@ -377,6 +377,8 @@ struct Folded {
     stages: Vec<Stage>,
     /// The keyed stage that is being folded, behind the complete ones.
     folding: HashMap<RowKey, NetChange>,
+    /// The rows of a table without a key.
+    rows: Rows,
 }
 
 impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
@@ -415,6 +417,7 @@ impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
                     form: None,
                     stages: Vec::new(),
                     folding: HashMap::new(),
+                    rows: Rows::default(),
                 });
                 self.index.insert(id, self.tables.len() - 1);
                 self.tables.len() - 1
@@ -457,7 +460,7 @@ impl Folded {
             Message::Insert { new, .. } => {
                 let new = self.complete(Row::new(self.fits(new)?))?;
                 if self.is_keyless() {
-                    self.ordered().push(RowChange::Insert(new));
+                    self.rows.insert(all_bytes(new.values()), new);
                     return Ok(());
                 }
                 self.insert(new)
@@ -470,7 +473,7 @@ impl Folded {
                 let (OldTuple::Key(old) | OldTuple::Full(old)) = old;
                 let old = self.fits(old)?;
                 if self.is_keyless() {
-                    self.ordered().push(RowChange::Delete { old });
+                    self.rows.delete((all_bytes(old.values()), old));
                     return Ok(());
                 }
                 let key = self.key_bytes(old.values())?;
@@ -545,7 +548,9 @@ impl Folded {
         if self.is_keyless() {
             let table = self.relation.display_name();
             let old = old.ok_or(FoldError::NoIdentity { table })?;
-            self.ordered().push(RowChange::Update { old, new });
+            let new = self.complete(new)?;
+            let bytes = all_bytes(new.values());
+            self.rows.update((all_bytes(old.values()), old), bytes, new);
             return Ok(());
         }
         let new_key = self.key_bytes(new.values())?;
@@ -596,8 +601,7 @@ impl Folded {
         if !new.unsent().is_empty() {
             // A TOAST value is only on the replica: the row there must keep its identity.
             self.close();
-            self.stages
-                .push(Stage::Ordered(vec![RowChange::Update { old, new }]));
+            self.stages.push(Stage::Move(KeyChange { old, new }));
             return Ok(());
         }
         self.delete(old_key, old)?;
@@ -628,8 +632,12 @@ impl Folded {
         Ok(())
     }
 
-    /// Closes the keyed stage that is being folded.
+    /// Closes the stage that is being folded.
     fn close(&mut self) {
+        if !self.rows.is_empty() {
+            let rows = std::mem::take(&mut self.rows).finish();
+            self.stages.push(Stage::Multiset(rows));
+        }
         if self.folding.is_empty() {
             return;
         }
@@ -643,17 +651,6 @@ impl Folded {
         TableChanges {
             relation: self.relation,
             stages: self.stages,
-        }
-    }
-
-    fn ordered(&mut self) -> &mut Vec<RowChange> {
-        self.close();
-        if !matches!(self.stages.last(), Some(Stage::Ordered(_))) {
-            self.stages.push(Stage::Ordered(Vec::new()));
-        }
-        match self.stages.last_mut() {
-            Some(Stage::Ordered(rows)) => rows,
-            _ => unreachable!("an ordered stage was pushed above"),
         }
     }
 
@@ -686,6 +683,15 @@ impl Folded {
         }
         Ok(bytes.into_boxed_slice())
     }
+}
+
+/// The bytes of a row without a key: equal exactly when all of its values are.
+fn all_bytes<'v>(values: impl Iterator<Item = Value<'v>>) -> RowKey {
+    let mut bytes = Vec::new();
+    for value in values {
+        append_key_value(&mut bytes, KeyOrder::Bytes, value);
+    }
+    bytes.into_boxed_slice()
 }
 
 /// Appends one key value; false if the value is not there.

@@ -185,7 +185,7 @@ impl Planner {
     fn ranges(&self, stages: &[Stage]) -> Option<Vec<RowKey>> {
         let keys = stages.iter().filter_map(|stage| match stage {
             Stage::Keyed(rows) => Some(rows),
-            Stage::Ordered(_) => None,
+            Stage::Move(_) | Stage::Multiset(_) => None,
         });
         let keys = keys.max_by_key(|rows| rows.len())?;
         let bound = |lane: usize| keys[keys.len() * lane / self.lanes].0.clone();

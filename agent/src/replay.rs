@@ -110,6 +110,8 @@ impl Sessions {
             listed_by: target.listed_by.clone(),
             as_of: target.as_of,
             left_out: target.left_out,
+            sends_generated: true,
+            domains: None,
         };
         let (sink, batches) = ReplicaSink::connect(target.conninfo, settings, synced).await?;
         Ok(Self { sink, batches })

@@ -34,5 +34,9 @@ pub(crate) fn table(id: u32, name: &str, columns: &[&str]) -> Relation {
 /// The relation with the message that describes it.
 pub(crate) fn relation(relation: Relation) -> Arc<SourceRelation> {
     let message = crate::pg::pgoutput::encode::relation(&relation);
-    Arc::new(SourceRelation { relation, message })
+    Arc::new(SourceRelation {
+        relation,
+        message,
+        types: crate::txn::Named::new(),
+    })
 }

@@ -13,6 +13,7 @@ mod descriptions;
 mod open;
 #[cfg(test)]
 mod tests;
+mod types;
 
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ use bytes::Bytes;
 
 pub use self::assembler::{Assembler, Ended};
 pub use self::open::{Complete, Pending};
+pub use self::types::{FIRST_NAMED_OID, Named, TypeName, TypeNames};
 use crate::changes::ChangeCounts;
 use crate::error::{Class, Classify};
 use crate::lag::Micros;
@@ -32,11 +34,23 @@ use crate::spill::SpillFile;
 pub struct SourceRelation {
     /// The decoded description.
     pub relation: Relation,
-    /// The message itself; it precedes the relation's first change in a spill file.
+    /// The message itself.
     pub message: Bytes,
+    /// What the source calls the types of its columns that are not PostgreSQL's own.
+    pub types: Named,
 }
 
 impl SourceRelation {
+    /// The messages that describe it, in the order in which they precede its first change wherever changes are kept.
+    pub fn messages(&self) -> impl Iterator<Item = Bytes> {
+        types::messages(&self.types).chain(std::iter::once(self.message.clone()))
+    }
+
+    /// Whether the two say the same.
+    pub fn says_what(&self, other: &Self) -> bool {
+        self.message == other.message && self.types == other.types
+    }
+
     /// `schema.name`, for messages.
     pub fn display_name(&self) -> String {
         format!("{}.{}", self.schema(), self.relation.name)

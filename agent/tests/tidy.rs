@@ -45,6 +45,7 @@ const PURE: &[&str] = &[
     "net.rs",
     "net",
     "pg/pgoutput",
+    "pg/redact.rs",
     "pg/settings.rs",
     "plan.rs",
     "plan",
@@ -63,6 +64,7 @@ const PURE: &[&str] = &[
     "txn/assembler.rs",
     "txn/descriptions.rs",
     "txn/open.rs",
+    "txn/types.rs",
 ];
 
 /// What a part may not name, and why it would be wrong.

@@ -11,7 +11,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use criterion::{Criterion, Throughput};
 use dr_agent::net::{self, Key, KeyColumn, KeyOrder};
 use dr_agent::pg::pgoutput::{self, Message};
-use dr_agent::txn::{Change, Relations, SourceRelation};
+use dr_agent::txn::{Change, Named, Relations, SourceRelation};
 
 /// Transactions of the batch: as many as gather while a replica is busy.
 const TRANSACTIONS: u32 = 5_000;
@@ -160,7 +160,11 @@ fn relations() -> Vec<Arc<SourceRelation>> {
     let described = TABLES.iter().map(|table| {
         let message = relation(table);
         match pgoutput::decode(&message, false) {
-            Ok(Message::Relation(relation)) => Arc::new(SourceRelation { relation, message }),
+            Ok(Message::Relation(relation)) => Arc::new(SourceRelation {
+                relation,
+                message,
+                types: Named::new(),
+            }),
             other => panic!("not a description of a relation: {other:?}"),
         }
     });

@@ -11,7 +11,7 @@ const TABLE: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t 
 
 /// Waits until the pipeline of the database has stopped, saying all these words on one line of the log. The process goes on
 /// serving its metrics.
-async fn expect_stopped(running: &mut Running, database: &str, words: &[&str]) {
+pub(crate) async fn expect_stopped(running: &mut Running, database: &str, words: &[&str]) {
     running.wait_for_log(words).await;
     running.wait_for_state(database, "stopped").await;
 }

@@ -37,6 +37,7 @@ mod kinesis;
 mod lanes;
 mod large;
 mod listed;
+mod misfit;
 mod narrowed;
 mod observe;
 mod oracle;

@@ -188,9 +188,11 @@ impl<'b> Packing<'b> {
             let id = relation.relation.id;
             let known = self.described.get(&id);
             // A spill file describes its relations anew: equal is enough.
-            if known.is_none_or(|known| known.message != relation.message) {
+            if known.is_none_or(|known| !known.says_what(relation)) {
                 self.described.insert(id, Arc::clone(relation));
-                self.message(&relation.message);
+                for message in relation.messages() {
+                    self.message(&message);
+                }
             }
         }
         self.message(&change.message);

@@ -8,7 +8,7 @@ use crate::kinesis::KinesisError;
 use crate::pg::PgError;
 use crate::replay::ReplayError;
 use crate::setup::SetupError;
-use crate::sink::replica::SinkError;
+use crate::sink::replica::{Misfit, SinkError};
 use crate::source::SourceError;
 use crate::spill::SpillError;
 
@@ -91,14 +91,22 @@ fn of_source(error: &SourceError) -> Option<String> {
 }
 
 fn of_sink(error: &SinkError) -> Option<String> {
-    let hint = match error {
+    let hint = match error.cause() {
         SinkError::Fenced(_) => {
             "another promotion has raised the term since: see `dr-agent promote --failover --plan`"
         }
         SinkError::PositionMismatch(_) => {
             "something else moved the progress row; run the same command again: it goes on from where that is now"
         }
-        SinkError::Diverged(_) | SinkError::Swallowed { .. } => {
+        SinkError::Swallowed(_) => {
+            "a trigger or a rule of the replica's that fires ALWAYS does away with rows: ENABLE it there without ALWAYS, then run \
+             the same command again"
+        }
+        SinkError::Unfit(unfit) if unfit.why != Misfit::KeyNotSent => {
+            "DDL is not replicated: make the same ALTER TABLE on the replica (SET default_transaction_read_only = off), then run \
+             the same command again: it goes on where it stopped"
+        }
+        SinkError::Diverged(_) => {
             "the row is not there as the source had it: a trigger of the replica that fires ALWAYS, somebody who wrote there, or \
              an error of dr-agent. Put back the rows it concerns, then run the same command again; or --skip-drain opens the \
              replica as it is"

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use proptest::prelude::*;
 
-use super::{Key, KeyColumn, KeyOrder, NetChange, Row, RowChange, RowKey, Stage, Step};
+use super::{Key, KeyChange, KeyColumn, KeyOrder, NetChange, Row, RowKey, Stage, Step};
 use crate::pg::pgoutput::{Form, Value, encode};
 use crate::testing::{relation, table};
 use crate::txn::{Change, Relations, SourceRelation};
@@ -197,7 +197,7 @@ pub(crate) enum Statement<'s> {
     Deletes(Vec<i64>),
     Updates(Vec<&'s Row>),
     Inserts(Vec<&'s Row>),
-    One(&'s RowChange),
+    Move(&'s KeyChange),
     Truncate,
 }
 
@@ -211,9 +211,8 @@ pub(crate) fn statements(steps: &[Step]) -> Vec<Statement<'_>> {
                 for stage in tables.iter().flat_map(|table| &table.stages) {
                     match stage {
                         Stage::Keyed(net) => keyed_statements(net, &mut statements),
-                        Stage::Ordered(changes) => {
-                            statements.extend(changes.iter().map(Statement::One));
-                        }
+                        Stage::Move(change) => statements.push(Statement::Move(change)),
+                        Stage::Multiset(_) => panic!("the model's table has a key"),
                     }
                 }
             }
@@ -274,7 +273,7 @@ fn key_of<'v>(mut values: impl Iterator<Item = Value<'v>>) -> i64 {
 pub(crate) fn carry_out(rows: &mut BTreeMap<i64, ModelRow>, statement: &Statement<'_>) {
     match statement {
         Statement::Truncate => rows.clear(),
-        Statement::One(change) => execute_one(rows, change),
+        Statement::Move(change) => execute_one(rows, change),
         Statement::Deletes(keys) => {
             for key in keys {
                 assert!(
@@ -301,10 +300,7 @@ pub(crate) fn carry_out(rows: &mut BTreeMap<i64, ModelRow>, statement: &Statemen
     }
 }
 
-fn execute_one(rows: &mut BTreeMap<i64, ModelRow>, change: &RowChange) {
-    let RowChange::Update { old, new } = change else {
-        panic!("with a key only key changes go one by one")
-    };
+fn execute_one(rows: &mut BTreeMap<i64, ModelRow>, KeyChange { old, new }: &KeyChange) {
     let key = number(old.values().next().unwrap()).unwrap();
     let mut row = rows.remove(&key).expect("updates a row that is not there");
     assign(&mut row, new);

@@ -77,32 +77,105 @@ proptest! {
     }
 }
 
-#[test]
-fn a_table_without_a_key_is_carried_out_in_order() {
-    let mut source = Source::new(&BTreeMap::new());
-    let row = texts((1, 2, 3));
-    let row = values(&row, true);
-    source.say(encode::insert(1, &row));
-    source.say(encode::insert(1, &row));
-    source.say(encode::delete(1, (b'O', &row)));
-    source.say(encode::update(1, Some((b'O', &row)), &row));
+/// What is left of the changes of a table without a key.
+fn multiset(source: &Source) -> Multiset {
     let steps = fold(&source.changes, &keyless).unwrap();
-    assert_eq!(count(&steps), 4);
-    let [Step::Tables(tables)] = steps.as_slice() else {
-        panic!("one step")
+    match steps.as_slice() {
+        [] => Multiset::default(),
+        [Step::Tables(tables)] => match tables[0].stages.as_slice() {
+            [Stage::Multiset(rows)] => rows.clone(),
+            stages => panic!("one stage: {stages:?}"),
+        },
+        steps => panic!("one step: {steps:?}"),
+    }
+}
+
+fn row_of<'v>(values: impl Iterator<Item = Value<'v>>) -> i64 {
+    number(values.into_iter().next().unwrap()).unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// Without a key, whatever is done to rows that are often equal: carried out in three statements on the rows there were
+    /// before, the outcome is what the changes one by one come to.
+    #[test]
+    fn rows_without_a_key_are_counted(
+        before in proptest::collection::vec(0i64..4, 0..8),
+        operations in proptest::collection::vec((0u8..3, 0i64..5, 0i64..5), 0..40),
+    ) {
+        let mut truth = before.clone();
+        let mut source = Source::new(&BTreeMap::new());
+        for (what, a, b) in operations {
+            let (old, new) = (texts((a, 0, 0)), texts((b, 0, 0)));
+            let (old, new) = (values(&old, true), values(&new, true));
+            let place = truth.iter().position(|row| *row == a);
+            match (what, place) {
+                (0, _) => {
+                    truth.push(b);
+                    source.say(encode::insert(1, &new));
+                }
+                (1, Some(place)) => {
+                    truth[place] = b;
+                    source.say(encode::update(1, Some((b'O', &old)), &new));
+                }
+                (2, Some(place)) => {
+                    truth.remove(place);
+                    source.say(encode::delete(1, (b'O', &old)));
+                }
+                _ => {}
+            }
+        }
+        let outcome = multiset(&source);
+        let mut rows = before;
+        let take = |rows: &mut Vec<i64>, row: i64| {
+            let place = rows.iter().position(|there| *there == row);
+            rows.remove(place.expect("a row that was there before"));
+        };
+        for (old, copies) in &outcome.deletes {
+            (0..*copies).for_each(|_| take(&mut rows, row_of(old.values())));
+        }
+        let mut came = Vec::new();
+        for (old, news) in &outcome.updates {
+            for new in news {
+                take(&mut rows, row_of(old.values()));
+                came.push(row_of(new.values()));
+            }
+        }
+        rows.extend(came);
+        rows.extend(outcome.inserts.iter().map(|row| row_of(row.values())));
+        rows.sort_unstable();
+        truth.sort_unstable();
+        prop_assert_eq!(rows, truth);
+    }
+}
+
+#[test]
+fn of_a_table_without_a_key_rows_of_the_batch_fold_and_equal_ones_go_together() {
+    let [a, b, c] = [1, 2, 3].map(|n| texts((n, 0, 0)));
+    let [a, b, c] = [&a, &b, &c].map(|row| values(row, true));
+    let mut source = Source::new(&BTreeMap::new());
+    source.say(encode::insert(1, &a));
+    source.say(encode::delete(1, (b'O', &a)));
+    source.say(encode::delete(1, (b'O', &a)));
+    source.say(encode::delete(1, (b'O', &a)));
+    source.say(encode::update(1, Some((b'O', &b)), &c));
+    source.say(encode::update(1, Some((b'O', &b)), &c));
+    source.say(encode::update(1, Some((b'O', &c)), &a));
+    let outcome = multiset(&source);
+    let [(gone, 2)] = outcome.deletes.as_slice() else {
+        panic!("two copies go: {outcome:?}")
     };
-    let [Stage::Ordered(changes)] = tables[0].stages.as_slice() else {
-        panic!("one stage")
+    assert_eq!(row_of(gone.values()), 1);
+    let [(old, news)] = outcome.updates.as_slice() else {
+        panic!("equal rows change together: {outcome:?}")
     };
-    assert!(matches!(
-        changes.as_slice(),
-        [
-            RowChange::Insert(_),
-            RowChange::Insert(_),
-            RowChange::Delete { .. },
-            RowChange::Update { .. }
-        ]
-    ));
+    assert_eq!(row_of(old.values()), 2);
+    let mut news: Vec<i64> = news.iter().map(|new| row_of(new.values())).collect();
+    news.sort_unstable();
+    assert_eq!(news, [1, 3]);
+    assert!(outcome.inserts.is_empty());
+    assert_eq!(outcome.count(), 4);
 }
 
 #[test]
@@ -216,7 +289,7 @@ fn without_a_key_rows_of_two_forms_are_in_order_too() {
         panic!("one step")
     };
     let inserts = |table: &TableChanges| match table.stages.as_slice() {
-        [Stage::Ordered(changes)] => changes.len(),
+        [Stage::Multiset(rows)] => rows.inserts.len(),
         stages => panic!("one stage: {stages:?}"),
     };
     assert_eq!(tables.iter().map(inserts).collect::<Vec<_>>(), [2, 1]);

@@ -7,6 +7,7 @@ use std::error::Error as _;
 use std::io;
 use std::time::Duration;
 
+use super::redact;
 use crate::error::{Class, Classify, sqlstate_class};
 
 /// An error message of the server.
@@ -16,7 +17,7 @@ pub struct ServerError {
     pub severity: String,
     /// Five characters; PostgreSQL documentation, appendix "PostgreSQL Error Codes".
     pub sqlstate: String,
-    /// The primary message; data exceptions (class 22) quote values, so theirs is replaced.
+    /// The primary message; data exceptions (class 22) quote values, so of theirs only what holds none is kept.
     pub message: String,
     /// The server's hint.
     pub hint: Option<String>,
@@ -33,7 +34,10 @@ impl ServerError {
     /// for type integer: …").
     pub(super) fn hide_values(&mut self) {
         if self.sqlstate.starts_with("22") {
-            "the server refused a value".clone_into(&mut self.message);
+            self.message = match redact::without_value(&self.message) {
+                Some(rest) => format!("the server refused a value: {rest}"),
+                None => "the server refused a value".to_owned(),
+            };
         }
     }
 }

@@ -96,6 +96,7 @@ impl SessionError {
                 | SetupError::ReplicaOfAnother { .. }
                 | SetupError::ProgressGone { .. }
                 | SetupError::ReplicaTableMissing(_)
+                | SetupError::Computed(_)
                 | SetupError::Copy { .. },
             ) => true,
             Self::Sink(_) | Self::KinesisSink(_) | Self::Kinesis(_) | Self::Deferred(_) => true,
@@ -107,7 +108,9 @@ impl SessionError {
     pub(super) fn is_expected(&self) -> bool {
         matches!(
             self,
-            Self::NewTable | Self::NotCopied { .. } | Self::Sink(SinkError::TableNotCopied { .. })
+            Self::NewTable
+                | Self::NotCopied { .. }
+                | Self::Sink(SinkError::TableNotCopied { .. } | SinkError::DomainNotKnown { .. })
         )
     }
 }

@@ -7,7 +7,7 @@
 //! Apply    Kinesis   ▶ … ▶ replica
 //! ```
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +20,9 @@ use super::error::SessionError;
 use super::streaming::{Owned, Streaming};
 use super::{Leg, Pipeline, QUEUE_TRANSACTIONS};
 use crate::batch::{Batch, IN_FLIGHT_MAX, Spacing};
+use crate::catalog::TableName;
 use crate::changelog::Author;
+use crate::computed::Which;
 use crate::coverage::Unprotected;
 use crate::error::chain;
 use crate::kinesis::Kinesis;
@@ -28,7 +30,7 @@ use crate::ledger::{BatchNumber, FlushLsn, Ledger};
 use crate::metrics::StreamMetrics;
 use crate::monitor;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::setup::{self, Prepared};
+use crate::setup::{self, Prepared, SetupError};
 use crate::sink::kinesis::KinesisSink;
 use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
 use crate::source::{
@@ -120,10 +122,14 @@ impl Pipeline {
             Leg::Whole | Leg::Send => {
                 self.tail(prepared, space, received, flush_seen, position, &mut tasks);
                 self.monitor(reports, &mut tasks);
+                if leg == Leg::Whole {
+                    self.look_for_alterations(prepared, &mut tasks);
+                }
             }
             Leg::Apply => {
                 self.receive(prepared, space, received, position, &mut tasks)?;
                 self.look_for_tables(&mut tasks);
+                self.look_for_alterations(prepared, &mut tasks);
             }
         }
         Ok(Streaming {
@@ -186,6 +192,11 @@ impl Pipeline {
                 listed_by: self.stream.clone(),
                 as_of: prepared.as_of,
                 left_out: HashSet::new(),
+                sends_generated: prepared.sends_generated(),
+                domains: prepared
+                    .computed
+                    .as_ref()
+                    .map(|computed| computed.domains().clone()),
             },
         )
         .await?;
@@ -273,6 +284,34 @@ impl Pipeline {
                 .await
                 .err()
                 .map(SessionError::Monitor)
+        });
+    }
+
+    /// What columns are computed from is in no record of the stream.
+    fn look_for_alterations(&self, prepared: &Prepared, tasks: &mut Tasks) {
+        let (config, database) = (Arc::clone(&self.config), self.database.clone());
+        let tables = prepared.synced.iter().map(|(table, _)| table.clone());
+        let tables: BTreeSet<TableName> = tables.collect();
+        let mut seen = prepared.computed.clone();
+        let which = match seen.is_some() {
+            true => Which::Generated,
+            false => Which::All,
+        };
+        tasks.spawn(async move {
+            loop {
+                tokio::time::sleep(LOOK_FOR_TABLES_EVERY).await;
+                match setup::altered(&config, &database, seen.as_ref(), &tables, which).await {
+                    Ok(None) => {}
+                    Ok(Some((_, Some(difference)))) => {
+                        return Some(SetupError::Computed(Box::new(difference)).into());
+                    }
+                    Ok(Some((computed, None))) => seen = Some(computed),
+                    // Under route `kinesis` the source need not be in reach.
+                    Err(error) => {
+                        tracing::debug!(database, error = %chain(&error), "no look for alterations");
+                    }
+                }
+            }
         });
     }
 

@@ -11,7 +11,7 @@ use crate::pg::pgoutput::DecodeError;
 use crate::pg::{ConnInfoError, PgError, PgLsn};
 use crate::replay::ReplayError;
 use crate::setup::Locale;
-use crate::sink::replica::SinkError;
+use crate::sink::replica::{Misfit, SinkError};
 use crate::source::SourceError;
 use crate::spill::SpillError;
 use crate::store::StoreError;
@@ -207,20 +207,27 @@ impl Classify for RestoreError {
             Self::Store(error) => return error.hint(),
             Self::Source(error) => return error.hint(),
             Self::Spill(error) => return error.hint(),
-            Self::Replay(ReplayError::Sink(SinkError::TableNotCopied { .. })) => {
-                "the table came after this base backup, or took the place of another one or was not published for a while behind \
-                 it, and what is missing of it is in no log: restore to a moment behind the next base backup (dr-agent backup \
-                 --list), or before that; or all other tables, with --table"
-            }
-            Self::Replay(ReplayError::Sink(SinkError::BinaryForm { .. })) => {
-                "the column's type was changed after this base backup, and DDL is in no log: restore to a moment before \
-                 that, or behind the next base backup"
-            }
-            // What the sink would say is of a replica.
-            Self::Replay(ReplayError::Sink(SinkError::Diverged(_))) => {
-                "the change log does not fit this base backup: read both with dr-agent backup --verify, restore a moment \
-                 that another base backup leads to, and report it"
-            }
+            Self::Replay(ReplayError::Sink(error)) => match error.cause() {
+                SinkError::TableNotCopied { .. } => {
+                    "the table came after this base backup, or took the place of another one or was not published for a while \
+                     behind it, and what is missing of it is in no log: restore to a moment behind the next base backup \
+                     (dr-agent backup --list), or before that; or all other tables, with --table"
+                }
+                SinkError::BinaryForm { .. } => {
+                    "the column's type was changed after this base backup, and DDL is in no log: restore to a moment before \
+                     that, or behind the next base backup"
+                }
+                SinkError::Unfit(unfit) if unfit.why != Misfit::KeyNotSent => {
+                    "the column's type was changed after this base backup, and DDL is in no log: restore to a moment before \
+                     that, or behind the next base backup; or make the same ALTER TABLE here and run the same command again"
+                }
+                // What the sink would say is of a replica.
+                SinkError::Diverged(_) => {
+                    "the change log does not fit this base backup: read both with dr-agent backup --verify, restore a moment \
+                     that another base backup leads to, and report it"
+                }
+                _ => return error.hint(),
+            },
             Self::Replay(error) => return error.hint(),
             Self::NoArchive => "write [archive] with its url",
             Self::WhichDatabase(_) => "name one with --database",

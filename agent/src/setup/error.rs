@@ -7,6 +7,7 @@ use std::fmt;
 use super::mismatch::Mismatch;
 use crate::backup::BackupError;
 use crate::catalog::TableName;
+use crate::computed::Difference;
 use crate::error::{Class, Classify};
 use crate::pg::PgError;
 use crate::remedy::{self, SLOT_TOO, start_over};
@@ -207,6 +208,9 @@ pub enum SetupError {
         /// Why the source and the archive cannot.
         why: String,
     },
+    /// A column is computed from something else on the source, or of another domain, which the stream does not tell.
+    #[error("{0}")]
+    Computed(Box<Difference>),
     /// A table has come that the replica does not have, and its source cannot be asked.
     #[error("table {table} is new on the source, which cannot be reached from here to copy it")]
     NewTableElsewhere {
@@ -276,6 +280,7 @@ impl Classify for SetupError {
             | Self::SourceIsReplica { .. }
             | Self::ReplicaOfAnother { .. }
             | Self::ProgressGone { .. }
+            | Self::Computed(_)
             | Self::ReplicaTableMissing(_) => Class::Definite,
         }
     }
@@ -340,6 +345,12 @@ impl Classify for SetupError {
                 "somebody deleted it: {}. Put the row back if you know it (a backup of the replica has it). {}",
                 remedy::STAY,
                 start_over(SLOT_TOO)
+            ),
+            Self::Computed(difference) => format!(
+                "DDL is not replicated: make the same ALTER TABLE on the replica (SET default_transaction_read_only = off), \
+                 then start the agent again. Where a column became a generated one, or ceased to be one, copy the table again \
+                 as well. {}",
+                remedy::copy_again(Some(&difference.table.name))
             ),
             Self::ReplicaTableMissing(tables) => format!(
                 "they were copied once and are gone from the replica. {}",

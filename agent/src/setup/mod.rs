@@ -60,6 +60,7 @@ mod target;
 pub mod timeline;
 mod undo;
 
+use std::collections::BTreeSet;
 use std::time::SystemTime;
 
 use tokio_postgres::Client;
@@ -76,6 +77,7 @@ pub use role::Statement;
 pub use sending::{Logged, logged, prepare_sending};
 
 use crate::catalog::{self, Protection, Table, TableName};
+use crate::computed::{self, Computed, Difference, Which};
 use crate::config::{Config, Databases, Route};
 use crate::failpoint;
 use crate::history::History;
@@ -120,6 +122,8 @@ pub struct Prepared {
     /// Where the source's WAL stood before the list of tables was read: a table that is not on it and
     /// changes later than this is new.
     pub as_of: PgLsn,
+    /// What the source's columns are computed from, where that was compared with the replica's.
+    pub computed: Option<Computed>,
     /// Whether values may travel in binary form.
     pub binary: bool,
     /// Tables that stay unprotected, and why.
@@ -133,6 +137,11 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    /// Whether a source may send generated columns; of one that is not known it may be.
+    pub fn sends_generated(&self) -> bool {
+        self.server_version == 0 || self.server_version >= 180_000
+    }
+
     /// With the right that this session has taken.
     async fn holding(mut self, client: Client, side: Side) -> Result<Self, SetupError> {
         self.right = Some(Right::held_by(client, side).await?);
@@ -218,6 +227,32 @@ pub async fn published(
     }))
 }
 
+/// What the source's columns are computed from, if that is not what was `seen`, and what of these tables is not so on the
+/// replica.
+///
+/// # Errors
+/// When either side does not answer.
+pub async fn altered(
+    config: &Config,
+    database: &str,
+    seen: Option<&Computed>,
+    tables: &BTreeSet<TableName>,
+    which: Which,
+) -> Result<Option<(Computed, Option<Difference>)>, SetupError> {
+    const DOING: &str = "look up what columns are computed from";
+    let stream = config.stream(database);
+    let source = source::open(&config.source.conninfo.with_dbname(database), &stream).await?;
+    let computed = computed::read(&source).await;
+    let computed = computed.map_err(SetupError::sql(Side::Source, DOING))?;
+    if seen == Some(&computed) {
+        return Ok(None);
+    }
+    let replica = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
+    let difference = computed::difference(&computed, &replica, tables, which).await;
+    let difference = difference.map_err(SetupError::sql(Side::Replica, DOING))?;
+    Ok(Some((computed, difference)))
+}
+
 /// Brings `database` to where streaming can start. Repeatable, whatever was killed before.
 ///
 /// `uncopied` is a table that the stream has shown not to be on the replica, or to be another one. `observer` is told how the
@@ -300,6 +335,22 @@ impl Setup<'_> {
                 "look up the types of published columns",
             ))?;
         let rows = table_sync::rows(&self.replica, &self.source.stream).await?;
+        let tables = rows.iter().map(|row| row.table.clone()).collect();
+        let computed = computed::read(&self.source.client)
+            .await
+            .map_err(SetupError::sql(
+                Side::Source,
+                "look up what columns are computed from",
+            ))?;
+        let difference =
+            computed::difference(&computed, &self.replica, &tables, Which::Generated).await;
+        let difference = difference.map_err(SetupError::sql(
+            Side::Replica,
+            "look up what columns are computed from",
+        ))?;
+        if let Some(difference) = difference {
+            return Err(SetupError::Computed(Box::new(difference)));
+        }
         replica::note_tables(&self.replica, &self.source.stream, as_of).await?;
         failpoint::hit("setup:tables-noted");
         let prepared = Prepared {
@@ -313,6 +364,7 @@ impl Setup<'_> {
             server_version: self.source.found.version,
             synced: table_sync::synced(rows),
             as_of,
+            computed: Some(computed),
             binary,
             left_out: self.source.left_out,
             unpublished: self.source.wanted.unpublished,

@@ -423,6 +423,7 @@ impl<'a> Receiving<'a> {
             server_version: 0,
             synced: table_sync::synced(rows),
             as_of,
+            computed: None,
             binary: false,
             unpublished: Vec::new(),
             warnings: Vec::new(),

@@ -208,6 +208,7 @@ fn sent_from(
         server_version: source.found.version,
         synced: Vec::new(),
         as_of,
+        computed: None,
         // Whoever reads it cannot ask for text once something came that does not travel.
         binary: false,
         left_out: source.left_out,

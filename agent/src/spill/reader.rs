@@ -12,7 +12,7 @@ use prost::Message as _;
 
 use super::{FRAME_VERSION, SpillError, SpillFile};
 use crate::pg::pgoutput::{self, Message};
-use crate::txn::{Change, Relations, SourceRelation};
+use crate::txn::{Change, Relations, SourceRelation, TypeNames};
 
 /// No frame is larger: it holds a few changes, or one, and PostgreSQL sends none of 2 GiB.
 const FRAME_BYTES_MAX: usize = 2 << 30;
@@ -26,6 +26,7 @@ pub struct SpillReader {
     /// The frame that comes next, as far as its header says.
     next: Option<Frame>,
     relations: HashMap<u32, Arc<SourceRelation>>,
+    types: TypeNames,
     aborted: Arc<HashSet<u32>>,
 }
 
@@ -42,6 +43,7 @@ impl SpillReader {
             sequence: 0,
             next: None,
             relations: HashMap::new(),
+            types: TypeNames::default(),
             aborted: Arc::clone(&spill.aborted),
         })
     }
@@ -146,12 +148,21 @@ impl SpillReader {
             let decoded = pgoutput::decode(&message, false)
                 .map_err(|error| self.damaged(error.to_string()))?;
             let relations = match decoded {
+                Message::Type {
+                    oid, schema, name, ..
+                } => {
+                    self.types.tell(oid, schema, name);
+                    continue;
+                }
                 Message::Relation(relation) => {
-                    let id = relation.id;
-                    // Copied: descriptions are kept for long, and must not keep their frame.
-                    let message = Bytes::copy_from_slice(&message);
-                    self.relations
-                        .insert(id, Arc::new(SourceRelation { relation, message }));
+                    let described = SourceRelation {
+                        types: self.types.of(&relation),
+                        relation,
+                        // Copied: descriptions are kept for long, and must not keep their frame.
+                        message: Bytes::copy_from_slice(&message),
+                    };
+                    let id = described.relation.id;
+                    self.relations.insert(id, Arc::new(described));
                     continue;
                 }
                 Message::Insert { relation, .. }

@@ -143,7 +143,9 @@ impl SpillWriter {
                     .is_some_and(|known| Arc::ptr_eq(known, relation))
                 {
                     self.described.insert(id, Arc::clone(relation));
-                    self.gather(NOBODY, &relation.message)?;
+                    for message in relation.messages() {
+                        self.gather(NOBODY, &message)?;
+                    }
                 }
             }
             self.gather(maker, &change.message)?;

@@ -31,7 +31,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::descriptions::Descriptions;
 use super::open::{self, CommitPoint, Complete, Open, Pending};
-use super::{AssembleError, Change, Relations, SourceRelation};
+use super::{AssembleError, Change, Relations, SourceRelation, TypeNames};
 use crate::pg::PgLsn;
 use crate::pg::pgoutput::{self, Message, Relation, StreamAbort};
 
@@ -52,6 +52,7 @@ pub enum Ended {
 pub struct Assembler {
     /// What holds for every transaction that has not described the relation itself.
     described: Descriptions,
+    types: TypeNames,
     arrivals: u64,
     /// Between Begin and Commit: the transaction, and where it commits.
     whole: Option<(Open, PgLsn)>,
@@ -73,6 +74,7 @@ impl Assembler {
     pub fn new(start: PgLsn) -> Self {
         Self {
             described: Descriptions::default(),
+            types: TypeNames::default(),
             arrivals: 0,
             whole: None,
             streamed: HashMap::new(),
@@ -129,9 +131,11 @@ impl Assembler {
                     relations.iter().map(|id| self.relation(*id)).collect();
                 self.change(xid, Relations::Truncate(relations?), data)?;
             }
-            // Types name what Relation messages already identify by OID; origins and logical
-            // messages carry no rows.
-            Message::Type { .. } | Message::Origin { .. } | Message::Message { .. } => {}
+            Message::Type {
+                oid, schema, name, ..
+            } => self.types.tell(oid, schema, name),
+            // Origins and logical messages carry no rows.
+            Message::Origin { .. } | Message::Message { .. } => {}
             Message::BeginPrepare(_)
             | Message::Prepare(_)
             | Message::CommitPrepared(_)
@@ -283,9 +287,10 @@ impl Assembler {
     /// The source often repeats a description unchanged (after TRUNCATE, for one, and for every streamed
     /// transaction); keeping the one we have keeps what others have learnt about it.
     fn describe(&mut self, relation: Relation, data: &Bytes) {
+        let types = self.types.of(&relation);
         let known = std::iter::once(&self.described)
             .chain(self.streamed.values().map(|streamed| &streamed.described))
-            .find_map(|described| described.same(&relation));
+            .find_map(|described| described.same(&relation, &types));
         let relation = known.unwrap_or_else(|| {
             // Copied, so that it does not keep the connection's whole read buffer alive.
             let message = if self.block.is_some() {
@@ -295,7 +300,11 @@ impl Assembler {
             } else {
                 Bytes::copy_from_slice(data)
             };
-            Arc::new(SourceRelation { relation, message })
+            Arc::new(SourceRelation {
+                relation,
+                message,
+                types,
+            })
         });
         self.arrivals += 1;
         let described = match self.block.and_then(|xid| self.streamed.get_mut(&xid)) {

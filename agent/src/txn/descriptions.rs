@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::SourceRelation;
+use super::{Named, SourceRelation};
 use crate::pg::pgoutput::Relation;
 
 /// The newest description of each relation, by its id.
@@ -40,9 +40,9 @@ impl Descriptions {
     }
 
     /// The description known for this id, if it says the same.
-    pub(super) fn same(&self, relation: &Relation) -> Option<Arc<SourceRelation>> {
+    pub(super) fn same(&self, relation: &Relation, types: &Named) -> Option<Arc<SourceRelation>> {
         self.get(relation.id)
-            .filter(|known| known.relation == *relation)
+            .filter(|known| known.relation == *relation && known.types == *types)
     }
 
     /// Takes over what a committed transaction described, where it is newer.

@@ -25,7 +25,7 @@ pub(super) enum Form {
 const TEXT_OID: u32 = 25;
 
 /// OID of `bigint`, the type of a large value's number.
-const INT8_OID: u32 = 20;
+pub(super) const INT8_OID: u32 = 20;
 
 /// Array header of `array_recv`: dimensions, flags, element type, length, lower bound.
 const HEADER_BYTES: usize = 20;

@@ -22,7 +22,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::mpsc;
 
 use super::chain::{Chain, while_settling};
-use super::fold::{Folded, Folding, Path, Work};
+use super::fold::{Folded, Folding, Work};
 use super::lane::Lane;
 use super::{Applied, SinkError, SinkSettings, sql};
 use crate::batch::Batch;
@@ -31,20 +31,21 @@ use crate::lag::system_time;
 use crate::net::Step;
 use crate::plan::{Part, Planner};
 use crate::prepared::{Prepared, Verdict};
+use crate::txn::Transaction;
 
 /// Lanes of one batch never wait for one another by design ([`crate::plan`]). A trigger that the replica
 /// alone has could make them: two-phase commit would hide that from the deadlock detector.
 const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '10s'";
 
-/// Begins the transaction that carries the progress row.
-pub(super) fn begin(settings: &SinkSettings, batch: &Batch) -> String {
+/// Begins the transaction that carries the progress row: of a batch up to this transaction of it.
+pub(super) fn begin(settings: &SinkSettings, batch: &Batch, last: &Transaction) -> String {
     let advance = sql::advance(
         settings.stream.as_str(),
         settings.term,
         batch.previous,
         batch.number.0,
-        batch.end_lsn(),
-        system_time(batch.commit_time()),
+        last.end_lsn,
+        system_time(last.commit_time),
     );
     format!("BEGIN; {advance}")
 }
@@ -102,7 +103,6 @@ pub(super) struct Attempt<'a> {
     settings: &'a SinkSettings,
     lanes: &'a mut [Lane],
     batch: &'a Batch,
-    path: Path,
     planner: Planner,
     /// By lane; `None` while it has no share.
     chains: Vec<Option<Chain>>,
@@ -110,12 +110,7 @@ pub(super) struct Attempt<'a> {
 }
 
 impl<'a> Attempt<'a> {
-    pub(super) fn new(
-        settings: &'a SinkSettings,
-        lanes: &'a mut [Lane],
-        batch: &'a Batch,
-        path: Path,
-    ) -> Self {
+    pub(super) fn new(settings: &'a SinkSettings, lanes: &'a mut [Lane], batch: &'a Batch) -> Self {
         Self {
             planner: Planner::new(lanes.len()),
             chains: lanes.iter().map(|_| None).collect(),
@@ -123,7 +118,6 @@ impl<'a> Attempt<'a> {
             settings,
             lanes,
             batch,
-            path,
         }
     }
 
@@ -145,7 +139,7 @@ impl<'a> Attempt<'a> {
         }
         Ok(Applied {
             net_changes,
-            slow_path: self.path == Path::Slow,
+            slow_path: false,
             spread,
         })
     }
@@ -190,7 +184,7 @@ impl<'a> Attempt<'a> {
     /// Begins the lane's transaction.
     async fn open(&mut self, number: usize) {
         let mut begin = match number {
-            0 => begin(self.settings, self.batch),
+            0 => begin(self.settings, self.batch, self.batch.last()),
             _ => {
                 let hold = sql::hold(self.settings.stream.as_str(), self.settings.term);
                 format!("BEGIN; {hold}")
@@ -198,9 +192,6 @@ impl<'a> Attempt<'a> {
         };
         if self.lanes.len() > 1 {
             begin = format!("{begin}; {LOCK_TIMEOUT}");
-        }
-        if self.path == Path::Slow {
-            begin.push_str("; SET CONSTRAINTS ALL DEFERRED");
         }
         let mut chain = Chain::default();
         self.lanes[number].sql(begin, &mut chain).await;

@@ -1,9 +1,12 @@
 //! What can stop a batch on its way into the replica.
 
+use std::fmt;
+
+use super::unfit::{Misfit, Unfit};
 use crate::catalog::TableName;
 use crate::error::{Class, Classify};
 use crate::net::FoldError;
-use crate::pg::PgError;
+use crate::pg::{PgError, PgLsn};
 use crate::plan::Unplannable;
 use crate::remedy;
 use crate::spill::SpillError;
@@ -23,16 +26,9 @@ pub enum SinkError {
     /// A row to be updated or deleted is not on the replica.
     #[error("the replica has diverged")]
     Diverged(#[source] PgError),
-    /// The replica lost or gained rows while we inserted.
-    #[error("inserting into {table} touched {found} rows instead of {expected}")]
-    Swallowed {
-        /// `schema.table`.
-        table: String,
-        /// Rows sent.
-        expected: u64,
-        /// Rows the replica says it took.
-        found: u64,
-    },
+    /// An INSERT touched another number of rows than it had: a trigger or a rule of the replica's did away with them.
+    #[error("the replica did not take a row")]
+    Swallowed(#[source] PgError),
     /// A table of the stream is not on the replica.
     #[error("table {table} is not on the replica")]
     TableMissing {
@@ -47,11 +43,20 @@ pub enum SinkError {
         /// Which column.
         column: String,
     },
+    /// Rows of a table of the stream cannot be applied to the replica's table of that name.
+    #[error("{0}")]
+    Unfit(Box<Unfit>),
     /// A table appeared on the source after the last look, or took the place of another, or was not published for a while: it
     /// must be copied first.
     #[error("table {table} is new on the source, or listed anew, and not copied yet")]
     TableNotCopied {
         /// Which one.
+        table: TableName,
+    },
+    /// A column is of a domain that came after the source was asked what its domains are.
+    #[error("table {table} has a column of a domain that is new on the source")]
+    DomainNotKnown {
+        /// Which table.
         table: TableName,
     },
     /// A value came in the binary form of a type that the column does not have here.
@@ -76,6 +81,9 @@ pub enum SinkError {
         #[source]
         source: PgError,
     },
+    /// One of the others, and where in the stream.
+    #[error("{0}")]
+    At(Box<Place>, #[source] Box<SinkError>),
     /// The batch has to go through one lane.
     #[error(transparent)]
     Unplannable(#[from] Unplannable),
@@ -90,19 +98,89 @@ pub enum SinkError {
     Pg(#[source] PgError),
 }
 
+/// A change of the source that cannot be applied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The table.
+    pub table: TableName,
+    /// The column, as in SQL, and its type on the replica, where it is a value that is refused.
+    pub column: Option<(String, String)>,
+    /// Where the source's transaction committed; what comes before it is applied.
+    pub commit_lsn: PgLsn,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "stopped at a change of {}", self.table)?;
+        if let Some((column, type_sql)) = &self.column {
+            write!(f, ", value of column {column} of type {type_sql}")?;
+        }
+        write!(
+            f,
+            ", in the transaction that committed at {}",
+            self.commit_lsn
+        )
+    }
+}
+
 impl SinkError {
-    /// Whether the changes might still go in one by one.
+    /// The same, and where.
+    pub(super) fn at(self, place: Place) -> Self {
+        Self::At(Box::new(place), Box::new(self))
+    }
+
+    /// What is wrong, wherever it is.
+    pub fn cause(&self) -> &Self {
+        match self {
+            Self::At(_, cause) => cause.cause(),
+            other => other,
+        }
+    }
+
+    /// The one table whose changes are in the way.
+    pub fn table(&self) -> Option<&TableName> {
+        match self {
+            Self::At(place, _) => Some(&place.table),
+            Self::Unfit(unfit) => Some(&unfit.table),
+            Self::TableMissing { table }
+            | Self::ColumnMissing { table, .. }
+            | Self::TableNotCopied { table } => Some(table),
+            _ => None,
+        }
+    }
+
+    /// Whether the server refused a value: data exceptions, and checks of a domain, which it says no table of.
+    pub(super) fn is_of_a_value(&self) -> bool {
+        let (Self::Pg(PgError::Server(server))
+        | Self::Refused {
+            source: PgError::Server(server),
+            ..
+        }) = self
+        else {
+            return false;
+        };
+        server.sqlstate.starts_with("22")
+            || server.sqlstate.starts_with("23") && server.table.is_none()
+    }
+
+    /// Whether the changes might still go in part by part, or at least those before the one that is in the way.
     pub(super) fn is_for_the_slow_path(&self) -> bool {
         match self {
-            Self::Refused { .. } | Self::Diverged(_) | Self::Fold(_) => true,
+            Self::Refused { .. }
+            | Self::Diverged(_)
+            | Self::Fold(_)
+            | Self::Swallowed(_)
+            | Self::Unfit(_)
+            | Self::TableMissing { .. }
+            | Self::ColumnMissing { .. } => true,
+            Self::Pg(error @ PgError::Server(_)) => error.class() == Class::Definite,
             Self::Fenced(_)
             | Self::ProgressGone(_)
             | Self::PositionMismatch(_)
-            | Self::Swallowed { .. }
-            | Self::TableMissing { .. }
-            | Self::ColumnMissing { .. }
             | Self::TableNotCopied { .. }
+            | Self::DomainNotKnown { .. }
             | Self::BinaryForm { .. }
+            | Self::At(..)
             | Self::Unplannable(_)
             | Self::Interrupted
             | Self::Spill(_)
@@ -139,6 +217,7 @@ impl From<PgError> for SinkError {
             "DR002" => Self::PositionMismatch(error),
             "DR003" => Self::Diverged(error),
             "DR004" => Self::ProgressGone(error),
+            "DR005" => Self::Swallowed(error),
             // Class 23, integrity constraint violation.
             state if state.starts_with("23") => Self::Refused {
                 table: server.table.clone().unwrap_or_else(|| "a table".to_owned()),
@@ -163,18 +242,20 @@ impl Classify for SinkError {
     fn class(&self) -> Class {
         match self {
             Self::Fenced(_) => Class::Fenced,
-            // Starting again cures it: the copy is made.
-            Self::TableNotCopied { .. } => Class::Transient,
+            // Starting again cures it: the copy is made, the source is asked.
+            Self::TableNotCopied { .. } | Self::DomainNotKnown { .. } => Class::Transient,
             // Never seen outside: one lane takes over, or the session ends with another error first.
             Self::Unplannable(_) | Self::Interrupted => Class::Transient,
             Self::Pg(error) => error.class(),
             Self::Spill(error) => error.class(),
+            Self::At(_, cause) => cause.class(),
             // A pipeline asks the source for text, and does not get here.
             Self::BinaryForm { .. } => Class::Definite,
             Self::ProgressGone(_)
             | Self::PositionMismatch(_)
             | Self::Diverged(_)
-            | Self::Swallowed { .. }
+            | Self::Swallowed(_)
+            | Self::Unfit(_)
             | Self::TableMissing { .. }
             | Self::ColumnMissing { .. }
             | Self::Fold(_)
@@ -198,7 +279,32 @@ impl Classify for SinkError {
                     remedy::start_over(remedy::SLOT_TOO)
                 ));
             }
-            Self::Diverged(_) | Self::Swallowed { .. } => {
+            Self::Swallowed(_) => {
+                "a trigger or a rule of the replica's that fires ALWAYS does away with rows: ALTER TABLE … ENABLE \
+                 TRIGGER (or RULE) there without ALWAYS, then start the agent again; it resumes where it stopped"
+            }
+            Self::Unfit(unfit) => match unfit.why {
+                Misfit::GeneratedHere => {
+                    return Some(format!(
+                        "DDL is not replicated: make the same ALTER TABLE on the replica (SET \
+                         default_transaction_read_only = off), then start the agent again. If the transaction of that ALTER \
+                         TABLE changed rows of the table before it, copy it again as well. {}",
+                        remedy::copy_again(Some(&unfit.table.name))
+                    ));
+                }
+                Misfit::Type { .. } => {
+                    "DDL is not replicated: make the same ALTER TABLE on the replica (SET \
+                     default_transaction_read_only = off), then start the agent again; it stands right before the \
+                     first change of the altered table"
+                }
+                Misfit::KeyNotSent => {
+                    return Some(format!(
+                        "ALTER TABLE … REPLICA IDENTITY FULL on the source, or leave the table out with source.exclude. {}",
+                        remedy::copy_again(Some(&unfit.table.name))
+                    ));
+                }
+            },
+            Self::Diverged(_) => {
                 return Some(format!(
                     "the row is not there as the source had it: a trigger of the replica that fires ALWAYS, somebody who wrote \
                      there, or an error of dr-agent; if nobody did, report it with the table's definition. {}",
@@ -214,14 +320,22 @@ impl Classify for SinkError {
                 "the replica has a constraint, or rows, that the source does not have; compare \
                  with `dr-agent check`, mend the replica, then start the agent again. If both sides are alike, report it"
             }
+            Self::Fold(FoldError::NoIdentity { .. }) => {
+                "the source's table has no key that is sent: ALTER TABLE … REPLICA IDENTITY FULL there, then copy it \
+                 again, or leave it out with source.exclude"
+            }
             Self::Fold(_) => "the change stream contradicts itself; report it",
+            Self::At(_, cause) => return cause.hint(),
             Self::BinaryForm { .. } => {
                 "the column has another type than on the source when the change was logged, and DDL is in no log: give \
                  it that type with ALTER TABLE, then the same command again"
             }
             Self::Pg(error) => return error.hint(),
             Self::Spill(error) => return error.hint(),
-            Self::TableNotCopied { .. } | Self::Unplannable(_) | Self::Interrupted => return None,
+            Self::TableNotCopied { .. }
+            | Self::DomainNotKnown { .. }
+            | Self::Unplannable(_)
+            | Self::Interrupted => return None,
         };
         Some(text.to_owned())
     }

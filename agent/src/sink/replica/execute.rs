@@ -4,8 +4,9 @@
 //! batch goes out in one piece.
 //!
 //! # Invariants
-//! Within a keyed stage deletes go first, then updates, then inserts, each sorted by key. Updates that
-//! send the same columns share a statement; a column that is only on the replica is in none.
+//! Within a stage deletes go first, then updates, then inserts, with a key each sorted by it. Updates that
+//! send the same columns share a statement; a column that is only on the replica is in none. Every statement says how many
+//! rows it must touch, and the server counts them before anything is committed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -15,12 +16,15 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Statement};
 
 use super::SinkError;
-use super::array::{ArrayBuilder, ArrayParameter, Form};
+use super::array::{ArrayBuilder, ArrayParameter, Form, INT8_OID};
 use super::chain::{Chain, while_settling};
+use super::keyless::{self, Nulls};
 use super::large::{self, LARGE_BYTES, LargeValue, Reading};
 use super::sql::{self, Sent};
 use super::target::{Target, Targets};
-use crate::net::{NetChange, Row, RowChange, RowKey, RowValues, Stage, Step, TableChanges};
+use crate::net::{
+    KeyChange, Multiset, NetChange, Row, RowKey, RowValues, Stage, Step, TableChanges,
+};
 use crate::pg::pgoutput::{Tuple, Value};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +73,6 @@ enum Ready<S> {
         statement: S,
         arrays: Vec<ArrayParameter>,
         rows: i64,
-        inserts_into: Option<String>,
         ahead: Vec<LargeValue>,
     },
     Text(String),
@@ -121,13 +124,11 @@ impl Execution {
                 statement,
                 arrays,
                 rows,
-                inserts_into,
                 ahead,
             } => Ready::Rows {
                 statement: statements.prepared[&statement].clone(),
                 arrays,
                 rows,
-                inserts_into,
                 ahead,
             },
         });
@@ -146,7 +147,6 @@ impl Execution {
                     statement,
                     arrays,
                     rows,
-                    inserts_into,
                     ahead,
                 } => {
                     let remove = !ahead.is_empty();
@@ -158,20 +158,8 @@ impl Execution {
                         .send(async move {
                             let mut parameters: Vec<&(dyn ToSql + Sync)> = Vec::new();
                             parameters.extend(arrays.iter().map(|a| a as &(dyn ToSql + Sync)));
-                            // An insert of rows without columns counts them, as every other verb does.
-                            if inserts_into.is_none() || arrays.is_empty() {
-                                parameters.push(&rows);
-                            }
-                            let found = client_of_rows.execute(&statement, &parameters).await?;
-                            let expected = rows.unsigned_abs();
-                            match inserts_into {
-                                Some(table) if found != expected => Err(SinkError::Swallowed {
-                                    table,
-                                    expected,
-                                    found,
-                                }),
-                                _ => Ok(()),
-                            }
+                            parameters.push(&rows);
+                            client_of_rows.execute(&statement, &parameters).await
                         })
                         .await;
                     if remove {
@@ -224,7 +212,8 @@ impl Building {
         for stage in &table.stages {
             match stage {
                 Stage::Keyed(rows) => self.keyed(target, rows)?,
-                Stage::Ordered(changes) => self.ordered(target, changes)?,
+                Stage::Move(change) => self.one(target, change)?,
+                Stage::Multiset(rows) => self.multiset(target, rows)?,
             }
         }
         Ok(())
@@ -257,7 +246,7 @@ impl Building {
         }
         for (unsent, updates) in updates {
             let sent: Vec<usize> = target
-                .written()
+                .updated_by()
                 .filter(|position| !unsent.contains(position))
                 .collect();
             self.rows(target, Verb::Update, &sent, &updates)?;
@@ -273,23 +262,90 @@ impl Building {
         self.rows(target, Verb::Insert, &sent, rows)
     }
 
-    /// One by one, except that inserts that follow one another go together.
-    fn ordered(&mut self, target: &Target, changes: &[RowChange]) -> Result<(), SinkError> {
-        let mut inserts: Vec<&Row> = Vec::new();
-        for change in changes {
-            match change {
-                RowChange::Insert(row) => inserts.push(row),
-                RowChange::Update { old, new } => {
-                    self.inserts(target, &std::mem::take(&mut inserts))?;
-                    self.one(target, old, Some(new))?;
-                }
-                RowChange::Delete { old } => {
-                    self.inserts(target, &std::mem::take(&mut inserts))?;
-                    self.one(target, old, None)?;
-                }
+    /// Deletes, updates, inserts. A row whose identity column gets another value, which an UPDATE cannot give it, goes and
+    /// comes; it goes apart from the others, which may be equal to it.
+    fn multiset(&mut self, target: &Target, rows: &Multiset) -> Result<(), SinkError> {
+        let deletes = rows.deletes.iter().map(|(old, copies)| (old, *copies));
+        self.delete_equal(target, &deletes.collect::<Vec<_>>())?;
+        let fixed: Vec<usize> = target
+            .written()
+            .filter(|position| target.columns[*position].is_identity_always)
+            .collect();
+        let stays = |old: &Tuple, new: &Row| is_equal_at(&fixed, old.values(), new.values());
+        // By the columns whose new values are sent ahead; nearly always none.
+        let mut same: BTreeMap<Vec<usize>, Vec<(&Tuple, Vec<&Row>)>> = BTreeMap::new();
+        let (mut replaced, mut inserts) = (Vec::new(), Vec::new());
+        let written: Vec<usize> = target.written().collect();
+        for (old, news) in &rows.updates {
+            let (stay, go): (Vec<&Row>, Vec<&Row>) = news.iter().partition(|new| stays(old, new));
+            if !go.is_empty() {
+                replaced.push((old, go.len() as u64));
+                inserts.extend(go);
+            }
+            let mut alike: BTreeMap<Vec<usize>, Vec<&Row>> = BTreeMap::new();
+            for new in stay {
+                let large = match new.bytes() < LARGE_BYTES {
+                    true => Vec::new(),
+                    false => large_positions(target, &written, new),
+                };
+                alike.entry(large).or_default().push(new);
+            }
+            for (large, news) in alike {
+                same.entry(large).or_default().push((old, news));
             }
         }
+        self.delete_equal(target, &replaced)?;
+        for (large, rows) in same {
+            self.update_equal(target, &rows, &large)?;
+        }
+        inserts.extend(&rows.inserts);
         self.inserts(target, &inserts)
+    }
+
+    fn delete_equal(&mut self, target: &Target, rows: &[(&Tuple, u64)]) -> Result<(), SinkError> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let written: Vec<usize> = target.written().collect();
+        let olds: Vec<&Tuple> = rows.iter().map(|(old, _)| *old).collect();
+        let nulls = nulls(&written, &olds);
+        let Columns {
+            sent, mut arrays, ..
+        } = columns(target, &written, &olds, &[])?;
+        arrays.push(numbers(0..rows.len() as u64));
+        arrays.push(numbers(rows.iter().map(|(_, copies)| *copies)));
+        let count: u64 = rows.iter().map(|(_, copies)| copies).sum();
+        let text = keyless::delete(target, &sent, &nulls);
+        self.push(text, arrays, count, Vec::new());
+        Ok(())
+    }
+
+    fn update_equal(
+        &mut self,
+        target: &Target,
+        rows: &[(&Tuple, Vec<&Row>)],
+        large: &[usize],
+    ) -> Result<(), SinkError> {
+        let written: Vec<usize> = target.written().collect();
+        let each = || {
+            let kinds = rows.iter().zip(0..);
+            kinds.flat_map(|((old, news), kind)| {
+                let copies = news.iter().zip(1..);
+                copies.map(move |(new, copy)| (*old, *new, kind, copy))
+            })
+        };
+        let olds: Vec<&Tuple> = each().map(|(old, ..)| old).collect();
+        let news: Vec<&Row> = each().map(|(_, new, ..)| new).collect();
+        let nulls = nulls(&written, &olds);
+        let old = columns(target, &written, &olds, &[])?;
+        let new = columns(target, &written, &news, large)?;
+        let mut arrays = old.arrays;
+        arrays.extend(new.arrays);
+        arrays.push(numbers(each().map(|(.., kind, _)| kind)));
+        arrays.push(numbers(each().map(|(.., copy)| copy)));
+        let text = keyless::update(target, &old.sent, &nulls, &new.sent);
+        self.push(text, arrays, news.len() as u64, new.ahead);
+        Ok(())
     }
 
     /// Statements over many rows: `positions` of each row's values. Nearly always it is one; rows whose large values are in
@@ -334,66 +390,109 @@ impl Building {
             Verb::Update => sql::update(target, &sent),
             Verb::Delete => sql::delete(target, &sent),
         };
-        self.ready.push(Ready::Rows {
-            statement: text,
-            arrays,
-            rows: i64::try_from(rows.len()).expect("a batch has fewer than 2^63 rows"),
-            inserts_into: (verb == Verb::Insert).then(|| target.table.to_string()),
-            ahead,
-        });
+        self.push(text, arrays, rows.len() as u64, ahead);
         Ok(())
     }
 
-    /// A statement over one row, identified by `old`; a delete without `new`.
-    fn one(&mut self, target: &Target, old: &Tuple, new: Option<&Row>) -> Result<(), SinkError> {
-        let identifying: Vec<usize> = if target.key.columns.is_empty() {
-            target.written().collect()
-        } else {
-            target
-                .key
-                .columns
-                .iter()
-                .map(|column| column.position)
-                .collect()
-        };
-        let old_is_null = nulls(&identifying, old.values());
-        let Columns {
-            sent: old,
-            mut arrays,
-            ..
-        } = columns(target, &identifying, &[old], &[])?;
-        let mut ahead = Vec::new();
-        let text = if let Some(new) = new {
-            let unsent = new.unsent();
-            let written: Vec<usize> = target
-                .written()
-                .filter(|position| !unsent.contains(position))
-                .collect();
-            let large = large_positions(target, &written, new);
-            let new = columns(target, &written, &[new], &large)?;
-            arrays.extend(new.arrays);
-            ahead = new.ahead;
-            sql::update_one(target, &old, &old_is_null, &new.sent)
-        } else {
-            sql::delete_one(target, &old, &old_is_null)
-        };
+    /// A statement that must touch so many rows.
+    fn push(
+        &mut self,
+        statement: String,
+        arrays: Vec<ArrayParameter>,
+        rows: u64,
+        ahead: Vec<LargeValue>,
+    ) {
         self.ready.push(Ready::Rows {
-            statement: text,
+            statement,
             arrays,
-            rows: 1,
-            inserts_into: None,
+            rows: i64::try_from(rows).expect("a batch has fewer than 2^63 rows"),
             ahead,
         });
+    }
+
+    /// A key change of one row.
+    fn one(&mut self, target: &Target, change: &KeyChange) -> Result<(), SinkError> {
+        let KeyChange { old, new } = change;
+        let key: Vec<usize> = target
+            .key
+            .columns
+            .iter()
+            .map(|column| column.position)
+            .collect();
+        let unsent = new.unsent();
+        let written: Vec<usize> = target
+            .written()
+            .filter(|position| !unsent.contains(position))
+            .collect();
+        let fixed = |position: &usize| target.columns[*position].is_identity_always;
+        let (known, unknown): (Vec<usize>, Vec<usize>) = written
+            .iter()
+            .filter(|position| fixed(position))
+            .partition(|position| target.is_key(**position));
+        let is_replaced = !unknown.is_empty() || !is_equal_at(&known, old.values(), new.values());
+        let large = large_positions(target, &written, new);
+        let old = columns(target, &key, &[old], &[])?;
+        let new = columns(target, &written, &[new], &large)?;
+        let mut arrays = old.arrays;
+        arrays.extend(new.arrays);
+        let text = sql::move_one(target, &old.sent, &new.sent, is_replaced);
+        self.push(text, arrays, 1, new.ahead);
         Ok(())
     }
 }
 
-fn nulls<'v>(positions: &[usize], values: impl Iterator<Item = Value<'v>>) -> Vec<bool> {
-    values
+/// Which of the rows have NULL in each of the columns.
+fn nulls(positions: &[usize], rows: &[&Tuple]) -> Vec<Nulls> {
+    let mut counts = vec![0; positions.len()];
+    for row in rows {
+        let mut wanted = positions.iter().zip(&mut counts).peekable();
+        for (at, value) in row.values().enumerate() {
+            if let Some((_, count)) = wanted.next_if(|(position, _)| **position == at) {
+                *count += usize::from(matches!(value, Value::Null));
+            }
+        }
+    }
+    let verdict = |count| match count {
+        0 => Nulls::None,
+        count if count == rows.len() => Nulls::All,
+        _ => Nulls::Some,
+    };
+    counts.into_iter().map(verdict).collect()
+}
+
+fn is_equal_at<'v>(
+    positions: &[usize],
+    a: impl Iterator<Item = Value<'v>>,
+    b: impl Iterator<Item = Value<'v>>,
+) -> bool {
+    a.zip(b)
         .enumerate()
-        .filter(|(position, _)| positions.binary_search(position).is_ok())
-        .map(|(_, value)| matches!(value, Value::Null))
-        .collect()
+        .all(|(at, (a, b))| a == b || positions.binary_search(&at).is_err())
+}
+
+fn numbers(numbers: impl Iterator<Item = u64>) -> ArrayParameter {
+    let mut builder = ArrayBuilder::new();
+    for number in numbers {
+        let number = Value::Binary(&number.to_be_bytes());
+        builder.push(number).expect("all are in binary form");
+    }
+    builder.finish(INT8_OID)
+}
+
+/// Whether a row's values are such as the replica's types take, column by column: statements, each with its parameter, by the
+/// position of the column.
+pub(super) fn probes(
+    target: &Target,
+    row: &Tuple,
+) -> Result<Vec<(usize, String, ArrayParameter)>, SinkError> {
+    let is_sent = |at: &usize| !matches!(row.values().nth(*at), None | Some(Value::UnchangedToast));
+    let mut probes = Vec::new();
+    for at in target.written().filter(is_sent) {
+        let Columns { sent, arrays, .. } = columns(target, &[at], &[row], &[])?;
+        let one = sent.into_iter().zip(arrays);
+        probes.extend(one.map(|(sent, array)| (at, sql::probe(target, sent), array)));
+    }
+    Ok(probes)
 }
 
 /// Positions of the values that are sent ahead.

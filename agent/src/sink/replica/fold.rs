@@ -14,6 +14,7 @@
 //! # What it does not do
 //! It changes nothing on the replica.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -21,13 +22,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_postgres::Client;
 
 use super::SinkError;
+use super::array::ArrayParameter;
 use super::large::LARGE_BYTES;
 use super::relations::Relations;
 use super::segment::{Segment, SegmentLimits, Segments};
-use super::target::{Targets, address};
+use super::target::{Target, Targets, address};
 use crate::batch::Batch;
 use crate::net::{self, Step};
-use crate::txn::SourceRelation;
+use crate::pg::PgLsn;
+use crate::txn::{Change, SourceRelation};
 
 /// How changes become steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,13 +83,59 @@ impl Folder {
     }
 
     /// Begins with a batch.
-    pub(super) fn begin<'b>(&mut self, batch: &'b Batch, path: Path) -> Folding<'_, 'b> {
-        self.relations.trim();
+    pub(super) fn begin<'b>(&mut self, batch: &'b Batch) -> Folding<'_, 'b> {
+        self.trim();
         Folding {
             segments: Segments::new(&batch.transactions, self.segment),
             folder: self,
-            path,
             ended: false,
+        }
+    }
+
+    /// Forgets what it knows if that is too much. Not between [`Folder::wanted`] and [`Folder::steps`].
+    pub(super) fn trim(&mut self) {
+        self.relations.trim();
+    }
+
+    /// What is in memory at the same time.
+    pub(super) fn limits(&self) -> SegmentLimits {
+        self.segment
+    }
+
+    /// Leaves out what the copy already holds, and looks up where the rest goes.
+    pub(super) async fn wanted<'c>(
+        &mut self,
+        changes: impl Iterator<Item = (PgLsn, &'c Change)>,
+    ) -> Result<Vec<Cow<'c, Change>>, SinkError> {
+        self.relations.wanted(&self.catalog, changes).await
+    }
+
+    /// Changes that are wanted as steps, and where these go.
+    pub(super) fn steps<'c>(
+        &self,
+        changes: impl Iterator<Item = &'c Change>,
+        path: Path,
+    ) -> Result<(Vec<Step>, Targets), SinkError> {
+        let targets = &self.relations.targets;
+        let key_of = |relation: &Arc<SourceRelation>| targets.of(relation).key.clone();
+        let steps = match path {
+            Path::Fast => net::fold(changes, &key_of)?,
+            Path::Slow => net::serial(changes, &key_of)?,
+        };
+        let targets = targets.of_each(relations_of(&steps));
+        Ok((steps, targets))
+    }
+
+    /// Where the changes of a relation go that are wanted.
+    pub(super) fn target(&self, relation: &Arc<SourceRelation>) -> Arc<Target> {
+        Arc::clone(self.relations.targets.of(relation))
+    }
+
+    /// Whether the replica refuses a value in a statement that only reads.
+    pub(super) async fn refuses(&self, sql: &str, value: &ArrayParameter) -> bool {
+        match self.catalog.query(sql, &[value]).await {
+            Ok(_) => false,
+            Err(error) => SinkError::from(error).is_of_a_value(),
         }
     }
 
@@ -97,7 +146,7 @@ impl Folder {
         work: mpsc::Sender<Work>,
     ) {
         while let Some(batch) = batches.recv().await {
-            let mut folding = self.begin(&batch, Path::Fast);
+            let mut folding = self.begin(&batch);
             loop {
                 let (folded, last) = match folding.next().await {
                     Ok(Some(folded)) => (Ok(folded), folding.ended),
@@ -126,7 +175,6 @@ impl Folder {
 pub(super) struct Folding<'f, 'b> {
     folder: &'f mut Folder,
     segments: Segments<'b>,
-    path: Path,
     ended: bool,
 }
 
@@ -150,20 +198,12 @@ impl Folding<'_, '_> {
         Ok(Some(folded))
     }
 
-    /// Leaves out what the copy already holds, looks up where the rest goes, and folds it.
     async fn fold(&mut self, segment: &Segment<'_>) -> Result<Folded, SinkError> {
-        let relations = &mut self.folder.relations;
-        let wanted = relations
-            .wanted(&self.folder.catalog, segment.changes())
-            .await?;
-        let key_of = |relation: &Arc<SourceRelation>| relations.targets.of(relation).key.clone();
+        let wanted = self.folder.wanted(segment.changes()).await?;
         let changes = wanted.iter().map(|change| &**change);
-        let steps = match self.path {
-            Path::Fast => net::fold(changes, &key_of)?,
-            Path::Slow => net::serial(changes, &key_of)?,
-        };
+        let (steps, targets) = self.folder.steps(changes, Path::Fast)?;
         Ok(Folded {
-            targets: relations.targets.of_each(relations_of(&steps)),
+            targets,
             net_changes: net::count(&steps),
             last: self.ended,
             room: None,

@@ -3,8 +3,8 @@
 //! ```text
 //! batch ─▶ Folder ─▶ net changes ─┬▶ small: lane 0, pipelined behind the batches before it
 //!          (a task,  (steps)      └▶ large: Planner ─▶ every lane ─▶ PREPARE … ─▶ COMMIT PREPARED lane 0, then the rest
-//!           ahead)                      refused by a constraint, or not foldable
-//!                                       └─▶ net::serial, one change at a time on lane 0 (slow path)
+//!           ahead)                      refused, or not foldable
+//!                                       └─▶ divide: part by part on lane 0 (slow path)
 //! ```
 //! [`ReplicaSink::next`] is the whole of it: it takes work, sends it, and hands out one outcome per batch,
 //! in order.
@@ -28,15 +28,18 @@ mod array;
 mod attempt;
 mod boxed;
 mod chain;
+mod divide;
 mod error;
 mod execute;
 mod fold;
+mod keyless;
 mod lane;
 mod large;
 mod relations;
 mod segment;
 mod sql;
 mod target;
+mod unfit;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -53,13 +56,14 @@ use crate::pg::{self, ConnInfo, Session};
 use crate::stream::StreamName;
 use attempt::{Attempt, Parts};
 use chain::{Chain, while_settling};
-use fold::{Folded, Folder, Path, Work};
+use fold::{Folded, Folder, Work};
 use lane::Lane;
 use relations::Relations;
 
-pub use error::SinkError;
+pub use error::{Place, SinkError};
 pub use relations::Synced;
 pub use segment::SegmentLimits;
+pub use unfit::{Misfit, Unfit};
 
 /// What a replica needs for one net change, in microseconds: between ten and thirty where it was
 /// measured. Only used to weigh it against a round trip.
@@ -269,7 +273,7 @@ impl ReplicaSink {
         let before = self.in_flight.iter_mut().map(|sent| &mut sent.chain);
         let execution = while_settling(before, preparing).await?;
         let mut chain = Chain::default();
-        let begin = attempt::begin(&self.settings, batch);
+        let begin = attempt::begin(&self.settings, batch, batch.last());
         self.lanes[0].sql(begin, &mut chain).await;
         self.lanes[0].send(execution, &mut chain).await;
         failpoint::hit("apply:before-commit");
@@ -304,7 +308,7 @@ impl ReplicaSink {
         }
     }
 
-    /// A batch was refused as a whole: it is replayed change by change, and what was sent behind it, which
+    /// A batch was refused as a whole: it is applied part by part, and what was sent behind it, which
     /// found the progress row elsewhere, is sent again.
     async fn replay(&mut self, first: InFlight, refused: &SinkError) {
         let mut behind: Vec<InFlight> = self.in_flight.drain(..).collect();
@@ -317,11 +321,14 @@ impl ReplicaSink {
         tracing::debug!(
             batch = first.batch.number.0,
             reason = %crate::error::chain(refused),
-            "folded batch refused, replaying its changes one by one"
+            "folded batch refused, applying it part by part"
         );
-        let mut path = Path::Slow;
+        let mut is_refused = true;
         for sent in std::iter::once(first).chain(behind) {
-            let result = self.again(&sent.batch, path).await;
+            let result = match is_refused {
+                true => self.divided(&sent.batch).await,
+                false => self.again(&sent.batch).await,
+            };
             let failed = result.is_err();
             self.done.push_back(Outcome {
                 batch: sent.batch,
@@ -331,7 +338,7 @@ impl ReplicaSink {
             if failed {
                 return;
             }
-            path = Path::Fast;
+            is_refused = false;
         }
     }
 
@@ -341,7 +348,7 @@ impl ReplicaSink {
         let batch = Arc::clone(&work.batch);
         let lanes = self.lanes_for(&work);
         let mut received = Parts::received(work, &mut self.work);
-        let attempt = Attempt::new(&self.settings, &mut self.lanes[..lanes], &batch, Path::Fast);
+        let attempt = Attempt::new(&self.settings, &mut self.lanes[..lanes], &batch);
         let result = attempt.run(&mut received).await;
         received.skip_the_rest().await;
         let result = match result {
@@ -354,9 +361,9 @@ impl ReplicaSink {
                     reason = %crate::error::chain(&error),
                     "batch refused on several lanes, applying it on one"
                 );
-                self.again(&batch, Path::Fast).await
+                self.again(&batch).await
             }
-            Err(error) if error.is_for_the_slow_path() => self.again(&batch, Path::Slow).await,
+            Err(error) if error.is_for_the_slow_path() => self.divided(&batch).await,
             Err(error) => Err(error),
         };
         Outcome {
@@ -367,18 +374,19 @@ impl ReplicaSink {
     }
 
     /// Applies a batch on lane 0, folding it again.
-    async fn again(&mut self, batch: &Batch, path: Path) -> Result<Applied, SinkError> {
-        let mut path = path;
-        loop {
-            let mut parts = Parts::Folding(Box::new(self.folder.begin(batch, path)));
-            let attempt = Attempt::new(&self.settings, &mut self.lanes[..1], batch, path);
-            match attempt.run(&mut parts).await {
-                Err(error) if path == Path::Fast && error.is_for_the_slow_path() => {
-                    path = Path::Slow;
-                }
-                result => return result,
-            }
+    async fn again(&mut self, batch: &Batch) -> Result<Applied, SinkError> {
+        let mut parts = Parts::Folding(Box::new(self.folder.begin(batch)));
+        let attempt = Attempt::new(&self.settings, &mut self.lanes[..1], batch);
+        match attempt.run(&mut parts).await {
+            Err(error) if error.is_for_the_slow_path() => self.divided(batch).await,
+            result => result,
         }
+    }
+
+    /// Applies a batch on lane 0 that was refused as a whole.
+    async fn divided(&mut self, batch: &Batch) -> Result<Applied, SinkError> {
+        let lane = &mut self.lanes[0];
+        Box::pin(divide::apply(&self.settings, lane, &mut self.folder, batch)).await
     }
 }
 

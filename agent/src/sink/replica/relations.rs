@@ -4,6 +4,9 @@
 //! would double them.
 //!
 //! # Invariants
+//! - A change of a table that does not fit the replica's (`super::unfit`) is named by an error, too. Only where the same
+//!   transaction goes on to describe the table anew does what was described before not count: the replica has long had the
+//!   ALTER TABLE between the two, or will get it for the sake of the later one.
 //! - A table that is not on the list is named by an error before a change of it that may count is left out; so is one that
 //!   is not the one that was copied any more. Only who names it to be left out gets on without it.
 
@@ -33,6 +36,10 @@ pub struct Synced {
     pub as_of: PgLsn,
     /// Tables that are not on the list, and whose changes are left out all the same.
     pub left_out: HashSet<TableName>,
+    /// Whether a column that comes may be a generated one of the source's.
+    pub sends_generated: bool,
+    /// What each domain of the source is, by its OID, as [`crate::computed`] says it; `None` where the source cannot be asked.
+    pub domains: Option<HashMap<u32, String>>,
 }
 
 /// What is known of one description of a relation.
@@ -93,12 +100,41 @@ impl Relations {
                     unknown.push(Arc::clone(relation));
                 }
             }
-            wanted.push(change);
+            wanted.push((commit_lsn, change));
         }
         if !unknown.is_empty() {
-            self.targets.load(client, &unknown).await?;
+            self.targets.load(client, &unknown, &self.synced).await?;
         }
-        Ok(wanted)
+        self.fitting(&wanted)?;
+        Ok(wanted.into_iter().map(|(_, change)| change).collect())
+    }
+
+    /// Refuses what does not fit.
+    fn fitting(&self, wanted: &[(PgLsn, Cow<'_, Change>)]) -> Result<(), SinkError> {
+        if !self.targets.any_unfit() {
+            return Ok(());
+        }
+        let mut last: HashMap<(u64, u32), usize> = HashMap::new();
+        for (at, change) in wanted {
+            for relation in change.relations() {
+                last.insert((u64::from(*at), relation.relation.id), address(relation));
+            }
+        }
+        for (at, change) in wanted {
+            for relation in change.relations() {
+                let is_last = last[&(u64::from(*at), relation.relation.id)] == address(relation);
+                let unfit = &self.targets.of(relation).unfit;
+                if is_last && self.targets.of(relation).newer && *at >= self.synced.as_of {
+                    return Err(SinkError::DomainNotKnown {
+                        table: self.targets.of(relation).table.clone(),
+                    });
+                }
+                if let Some(unfit) = unfit.as_ref().filter(|_| is_last) {
+                    return Err(SinkError::Unfit(Box::new(unfit.clone())));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn applied<'c>(
@@ -223,6 +259,8 @@ mod tests {
             listed_by: StreamName::new("dr_agent", "app"),
             as_of: lsn(100),
             left_out: HashSet::from([name("left_out")]),
+            sends_generated: false,
+            domains: None,
         })
     }
 

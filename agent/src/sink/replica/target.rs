@@ -1,7 +1,7 @@
 //! Targets: where each relation of the stream goes on the replica, column by column.
 //!
 //! Looked up once per description of a relation and kept for the session. Columns are matched by name;
-//! their order may differ. Types are the replica's: it casts.
+//! their order may differ. Their types may not: [`super::unfit`] judges that.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
@@ -10,17 +10,14 @@ use futures_util::future::try_join_all;
 use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 
-use super::{SinkError, boxed};
+use super::unfit::{self, Misfit, ReplicaType, Unfit};
+use super::{SinkError, Synced, boxed};
 use crate::catalog::{TableName, quote_ident};
 use crate::net::{Key, KeyColumn, KeyOrder};
 use crate::pg::binary;
-use crate::pg::pgoutput::ReplicaIdentity;
+use crate::pg::pgoutput::{Column, ReplicaIdentity};
 use crate::plan::Spread;
-use crate::txn::SourceRelation;
-
-/// OIDs below this belong to PostgreSQL itself and mean the same on every server
-/// (`FirstNormalObjectId` in `src/include/access/transam.h`).
-const FIRST_NORMAL_OID: u32 = 16384;
+use crate::txn::{FIRST_NAMED_OID, SourceRelation, TypeName};
 
 /// A column of the relation on the replica.
 #[derive(Clone, Debug)]
@@ -29,13 +26,15 @@ pub(super) struct TargetColumn {
     pub(super) name: String,
     /// The type for a cast, qualified, without length or precision.
     pub(super) type_sql: String,
+    /// The same with them.
+    pub(super) full_type_sql: String,
     /// How values in binary form travel; `None` if they cannot.
     pub(super) native: Option<Native>,
     /// An enum: its binary form is its label, that is, text.
     pub(super) is_enum: bool,
     /// The replica computes it.
     pub(super) is_generated: bool,
-    /// GENERATED ALWAYS AS IDENTITY: can be inserted, but not updated.
+    /// GENERATED ALWAYS AS IDENTITY: a value can be given to a new row only.
     pub(super) is_identity_always: bool,
     /// The schema of the type's `=`, quoted; `None` if it has none that an index could use. Others (that
     /// of `box` compares areas) need not even find a value equal to itself.
@@ -64,12 +63,30 @@ pub(super) struct Target {
     pub(super) key: Key,
     /// How its rows may be spread over lanes.
     pub(super) spread: Spread,
+    /// Columns that the source does not have, quoted, without those the replica computes.
+    pub(super) only_here: Vec<String>,
+    /// Why nothing may be applied here.
+    pub(super) unfit: Option<Unfit>,
+    /// A column of it is of a domain that came after the source was asked for its domains.
+    pub(super) newer: bool,
 }
 
 impl Target {
     /// Positions of the columns that are sent to the replica.
     pub(super) fn written(&self) -> impl Iterator<Item = usize> {
         (0..self.columns.len()).filter(|position| !self.columns[*position].is_generated)
+    }
+
+    /// Positions of the columns that a row with a key is updated by: those that are written, and its key.
+    pub(super) fn updated_by(&self) -> impl Iterator<Item = usize> {
+        let is_wanted =
+            |position: &usize| !self.columns[*position].is_generated || self.is_key(*position);
+        (0..self.columns.len()).filter(is_wanted)
+    }
+
+    /// Whether a column beside the key can be given a value to a new row only.
+    pub(super) fn is_fixed(&self, position: usize) -> bool {
+        self.columns[position].is_identity_always && !self.is_key(position)
     }
 
     pub(super) fn is_key(&self, position: usize) -> bool {
@@ -128,6 +145,12 @@ impl Targets {
         trimmed
     }
 
+    /// Whether something is known that does not fit.
+    pub(super) fn any_unfit(&self) -> bool {
+        let mut targets = self.known.values();
+        targets.any(|(_, target)| target.unfit.is_some() || target.newer)
+    }
+
     /// Whether the relation is known.
     pub(super) fn has(&self, relation: &Arc<SourceRelation>) -> bool {
         self.known.contains_key(&address(relation))
@@ -138,8 +161,11 @@ impl Targets {
         &mut self,
         client: &Client,
         relations: &[Arc<SourceRelation>],
+        synced: &Synced,
     ) -> Result<(), SinkError> {
-        let targets = relations.iter().map(|relation| load(client, relation));
+        let targets = relations
+            .iter()
+            .map(|relation| load(client, relation, synced));
         let targets = try_join_all(targets).await?;
         for (relation, target) in relations.iter().zip(targets) {
             let known = (Arc::clone(relation), Arc::new(target));
@@ -151,8 +177,9 @@ impl Targets {
 
 struct ReplicaColumn {
     column: TargetColumn,
-    base_oid: u32,
+    found: ReplicaType,
     in_primary_key: bool,
+    in_identity_index: bool,
     /// Values that are equal are the same bytes.
     equal_is_identical: bool,
 }
@@ -196,7 +223,7 @@ const COLUMNS_OF: &str = "
                     OR k.opcintype = 'anymultirange'::regtype AND y.typtype = 'm'
                     OR k.opcintype = 'text'::regtype AND y.oid = 'varchar'::regtype)
              LIMIT 1),
-           coalesce(a.attnum = ANY (i.indkey), false),
+           coalesce(a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]), false),
            y.typtype = 'e' OR y.oid IN ('bool'::regtype, 'bytea'::regtype,
                'name'::regtype, 'int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'oid'::regtype,
                'date'::regtype, 'time'::regtype, 'timestamp'::regtype, 'timestamptz'::regtype,
@@ -208,13 +235,23 @@ const COLUMNS_OF: &str = "
                SELECT d.oid FROM pg_type e
                  JOIN pg_type d ON d.typname = 'array_of_' || e.typname AND d.typtype = 'd' AND d.typbasetype = y.oid
                  JOIN pg_namespace n ON n.oid = d.typnamespace AND n.nspname = 'dr_agent'
-                WHERE e.oid = y.typelem) END
+                WHERE e.oid = y.typelem) END,
+           coalesce(a.attnum = ANY (r.indkey[0:r.indnkeyatts - 1]), false),
+           a.atttypid, a.atttypmod, s.nspname::text, y.typname::text, x.typname::text,
+           pg_catalog.format_type(a.atttypid, a.atttypmod),
+           CASE WHEN w.typtype = 'd' THEN 'of domain ' || v.nspname || '.' || w.typname || ' over '
+                || pg_catalog.format_type(w.typbasetype, w.typtypmod) END
       FROM chain
       JOIN pg_type y ON y.oid = chain.type AND y.typtype <> 'd'
+      JOIN pg_namespace s ON s.oid = y.typnamespace
+      LEFT JOIN pg_type x ON x.oid = y.typelem AND y.typcategory = 'A'
       JOIN t ON true
       JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = chain.attnum
+      JOIN pg_type w ON w.oid = a.atttypid
+      JOIN pg_namespace v ON v.oid = w.typnamespace
       LEFT JOIN pg_collation l ON l.oid = a.attcollation
       LEFT JOIN pg_index i ON i.indrelid = t.oid AND i.indisprimary AND i.indimmediate AND i.indisvalid
+      LEFT JOIN pg_index r ON r.indrelid = t.oid AND r.indisreplident AND r.indisvalid
      ORDER BY a.attnum";
 
 /// Unique and exclusion constraints of the table and its partitions, each as the sorted names of its
@@ -248,7 +285,11 @@ fn spread(unique: &[tokio_postgres::Row], key: &[(String, bool)]) -> Spread {
     }
 }
 
-async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, SinkError> {
+async fn load(
+    client: &Client,
+    relation: &SourceRelation,
+    synced: &Synced,
+) -> Result<Target, SinkError> {
     let table = TableName {
         schema: relation.schema().to_owned(),
         name: relation.relation.name.clone(),
@@ -282,45 +323,126 @@ async fn load(client: &Client, relation: &SourceRelation) -> Result<Target, Sink
     let mut columns = Vec::new();
     let mut key = Key::default();
     let mut key_columns = Vec::new();
+    let (mut unfit, mut newer) = (None, false);
     for (position, sent) in relation.relation.columns.iter().enumerate() {
-        let Some(mut found) = on_replica.remove(&sent.name) else {
+        let Some(mut column) = on_replica.remove(&sent.name) else {
             return Err(SinkError::ColumnMissing {
                 table,
                 column: sent.name.clone(),
             });
         };
-        if sent.type_oid < FIRST_NORMAL_OID
-            && found.base_oid < FIRST_NORMAL_OID
-            && sent.type_oid != found.base_oid
+        if unfit.is_none() && unfit::differs(sent, &relation.types, &column.found) {
+            let why = type_misfit(client, relation, sent, &column.found).await?;
+            unfit = Some(misfit(&table, &sent.name, why));
+        }
+        if let (Some(domains), true) = (&synced.domains, column.found.is_domain) {
+            let there = domains.get(&sent.type_oid);
+            newer |= there.is_none();
+            let is_other = there.filter(|there| Some(*there) != column.found.domain.as_ref());
+            if let Some(there) = is_other.filter(|_| unfit.is_none()) {
+                let why = Misfit::Type {
+                    source: there.clone(),
+                    replica: column.found.domain.clone().unwrap_or_default(),
+                };
+                unfit = Some(misfit(&table, &sent.name, why));
+            }
+        }
+        if unfit.is_none() && column.column.is_generated && !synced.sends_generated {
+            unfit = Some(misfit(&table, &sent.name, Misfit::GeneratedHere));
+        }
+        let base_oid = column.found.base_oid;
+        if sent.type_oid < FIRST_NAMED_OID
+            && base_oid < FIRST_NAMED_OID
+            && sent.type_oid != base_oid
         {
-            // Another type on the replica, say a wider integer: text is cast, binary is not.
-            found.column.native = None;
+            // Another type on the replica: text is cast, binary is not.
+            column.column.native = None;
         }
         if if full {
-            found.in_primary_key
+            column.in_primary_key
         } else {
             sent.is_key
         } {
-            let order = match found.base_oid {
+            let order = match base_oid {
                 20 | 21 | 23 => KeyOrder::Integer,
                 _ => KeyOrder::Bytes,
             };
             key.columns.push(KeyColumn { position, order });
-            key_columns.push((sent.name.clone(), found.equal_is_identical));
+            key_columns.push((sent.name.clone(), column.equal_is_identical));
         }
-        columns.push(found.column);
+        columns.push(column.column);
     }
     if full && key.columns.len() != primary_key {
         key.columns.clear();
         key_columns.clear();
     }
-    let spread = spread(&unique, &key_columns);
+    if let Some(column) = key_not_sent(relation.relation.identity, &on_replica) {
+        unfit.get_or_insert_with(|| misfit(&table, column, Misfit::KeyNotSent));
+    }
+    let only_here = on_replica.into_values().map(|it| it.column);
     Ok(Target {
+        spread: spread(&unique, &key_columns),
+        only_here: only_here
+            .filter(|column| !column.is_generated)
+            .map(|column| column.name)
+            .collect(),
         table,
         columns,
         key,
-        spread,
+        unfit,
+        newer,
     })
+}
+
+fn misfit(table: &TableName, column: &str, why: Misfit) -> Unfit {
+    Unfit {
+        table: table.clone(),
+        column: column.to_owned(),
+        why,
+    }
+}
+
+/// Says both types, PostgreSQL's own in the replica's words.
+async fn type_misfit(
+    client: &Client,
+    relation: &SourceRelation,
+    sent: &Column,
+    found: &ReplicaType,
+) -> Result<Misfit, SinkError> {
+    let source = match unfit::shown(sent, &relation.types, found) {
+        Some(shown) => shown,
+        None => client
+            .query_typed_one(
+                "SELECT pg_catalog.format_type($1, $2)",
+                &[
+                    (&sent.type_oid, Type::OID),
+                    (&sent.type_modifier, Type::INT4),
+                ],
+            )
+            .await?
+            .get(0),
+    };
+    Ok(Misfit::Type {
+        source,
+        replica: found.sql.clone(),
+    })
+}
+
+/// A generated column of the key that the source did not send: below 18 it sends none. What is left of the key may stand
+/// for several rows. `unsent` are the columns that did not come.
+fn key_not_sent(
+    identity: ReplicaIdentity,
+    unsent: &HashMap<String, ReplicaColumn>,
+) -> Option<&String> {
+    let in_key = |column: &ReplicaColumn| match identity {
+        ReplicaIdentity::Default => column.in_primary_key,
+        ReplicaIdentity::Index => column.in_identity_index,
+        ReplicaIdentity::Full | ReplicaIdentity::Nothing => false,
+    };
+    unsent
+        .iter()
+        .find(|(_, column)| column.column.is_generated && in_key(column))
+        .map(|(name, _)| name)
 }
 
 async fn exists(client: &Client, table: &TableName) -> Result<bool, SinkError> {
@@ -332,12 +454,14 @@ async fn exists(client: &Client, table: &TableName) -> Result<bool, SinkError> {
 
 fn replica_column(row: &tokio_postgres::Row) -> ReplicaColumn {
     let base_oid: u32 = row.get(4);
+    let type_oid: u32 = row.get(14);
     // The rule by which `setup::form` decides for the stream; this catches what changed since.
     let travels: bool = row.get(6);
     ReplicaColumn {
         column: TargetColumn {
             name: quote_ident(row.get(0)),
             type_sql: row.get(1),
+            full_type_sql: row.get(19),
             is_enum: row.get(5),
             native: match boxed::of(row) {
                 Some(native) => native,
@@ -351,8 +475,21 @@ fn replica_column(row: &tokio_postgres::Row) -> ReplicaColumn {
             is_identity_always: row.get(3),
             equality_schema: row.get::<_, Option<&str>>(8).map(quote_ident),
         },
-        base_oid,
+        found: ReplicaType {
+            oid: type_oid,
+            modifier: row.get(15),
+            is_domain: type_oid != base_oid,
+            base: TypeName {
+                schema: row.get(16),
+                name: row.get(17),
+            },
+            base_oid,
+            element: row.get(18),
+            sql: row.get(19),
+            domain: row.get(20),
+        },
         in_primary_key: row.get(9),
+        in_identity_index: row.get(13),
         equal_is_identical: row.get(10),
     }
 }
