@@ -31,6 +31,7 @@ const PURE: &[&str] = &[
     "kinesis/progress.rs",
     "restore/choose.rs",
     "restore/moment.rs",
+    "snapshot/owners.rs",
     "snapshot/roles.rs",
     "store/error.rs",
     "store/name.rs",

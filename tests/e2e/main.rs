@@ -7,6 +7,7 @@
     reason = "these are tests: a panic is how they fail"
 )]
 
+mod agent_role;
 mod archive;
 mod archive_alone;
 mod archive_damage;

@@ -22,10 +22,17 @@ pub(super) async fn session(
     name: &str,
 ) -> Result<Client, Finding> {
     let session = Session::new(name)
-        .set("default_transaction_read_only", "on")
         .set("statement_timeout", "30s")
         .set("lock_timeout", "5s");
-    within(pg::connect_silently(conninfo, session))
+    let opening = async {
+        let client = pg::connect_silently(conninfo, session).await?;
+        // Not in the start-up packet: a server would then not be what target_session_attrs=read-write asks for.
+        client
+            .batch_execute("SET default_transaction_read_only = on")
+            .await?;
+        Ok(client)
+    };
+    within(opening)
         .await
         .map_err(|error| unreachable(at, &error))
 }

@@ -98,12 +98,12 @@ impl Agent {
     /// What it needs beside that to write as the source's roles, and what an operator should know.
     pub(super) fn grants(
         &self,
-        name: &str,
+        agent: &str,
         roles: &[Role],
         server: &Server,
         row_security: bool,
     ) -> (Vec<Statement>, Option<String>) {
-        let name = quote_ident(name);
+        let name = quote_ident(agent);
         if self.superuser {
             let warning = (server.version >= 150_000).then(|| {
                 format!(
@@ -130,17 +130,84 @@ impl Agent {
         if row_security && server.superuser && !self.bypass_rls {
             grants.push(format!("ALTER ROLE {name} BYPASSRLS"));
         }
-        let how = match server.version >= 160_000 {
+        let mut grants: Vec<Statement> = grants.into_iter().map(Statement::plain).collect();
+        grants.extend(self.memberships(agent, roles, server.version));
+        (grants, warning)
+    }
+
+    /// What makes it a member of these roles, so that it may act as them and give them things.
+    pub(super) fn memberships(&self, agent: &str, roles: &[Role], version: i32) -> Vec<Statement> {
+        if self.superuser {
+            return Vec::new();
+        }
+        let name = quote_ident(agent);
+        let how = match version >= 160_000 {
             true => " WITH INHERIT TRUE, SET TRUE",
             false => "",
         };
-        let roles = roles.iter().filter(|role| !role.superuser);
+        let roles = roles
+            .iter()
+            .filter(|role| !role.superuser && role.name != agent);
         let lacking = roles.filter(|role| !self.member_of.contains(&role.name));
-        grants.extend(
-            lacking.map(|role| format!("GRANT {} TO {name}{how}", quote_ident(&role.name))),
-        );
-        (grants.into_iter().map(Statement::plain).collect(), warning)
+        lacking
+            .map(|role| {
+                Statement::plain(format!("GRANT {} TO {name}{how}", quote_ident(&role.name)))
+            })
+            .collect()
     }
+}
+
+/// Creates the extensions of the source that only a superuser may, in schemas of the agent's.
+///
+/// # Errors
+/// When a server refuses.
+pub(super) async fn untrusted_extensions(
+    source: &Client,
+    admin: &Client,
+    inside: Option<&Client>,
+    agent: &str,
+) -> Result<Vec<Statement>, SetupError> {
+    // Their own schema comes with some of them.
+    const USED: &str = "
+        SELECT extname::text, nspname::text,
+               EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_namespace'::regclass AND d.objid = n.oid AND d.deptype = 'e')
+               OR nspname IN ('public', 'pg_catalog')
+          FROM pg_extension e JOIN pg_namespace n ON n.oid = extnamespace ORDER BY e.oid";
+    const UNTRUSTED: &str = "
+        SELECT DISTINCT name::text FROM pg_available_extension_versions
+         WHERE name = ANY ($1::text[]) AND superuser AND NOT trusted";
+    const THERE: &str = "SELECT extname::text FROM pg_extension";
+    let of = |side| SetupError::sql(side, "look at the extensions");
+    let used = source.query(USED, &[]).await;
+    let used = used.map_err(|error| of(Side::Source)(error.into()))?;
+    let names: Vec<&str> = used.iter().map(|row| row.get(0)).collect();
+    let untrusted = admin.query(UNTRUSTED, &[&names]).await;
+    let untrusted = untrusted.map_err(|error| of(Side::Replica)(error.into()))?;
+    let mut wanted: Vec<String> = untrusted.iter().map(|row| row.get(0)).collect();
+    if let Some(inside) = inside {
+        let there = inside.query(THERE, &[]).await;
+        let there = there.map_err(|error| of(Side::Replica)(error.into()))?;
+        wanted.retain(|name| !there.iter().any(|row| row.get::<_, &str>(0) == name));
+    }
+    let used = used
+        .iter()
+        .filter(|row| wanted.iter().any(|name| name == row.get::<_, &str>(0)));
+    let create = used.flat_map(|row| {
+        let (name, schema) = (quote_ident(row.get(0)), quote_ident(row.get(1)));
+        let place = (!row.get::<_, bool>(2)).then(|| {
+            format!(
+                "CREATE SCHEMA IF NOT EXISTS {schema} AUTHORIZATION {}",
+                quote_ident(agent)
+            )
+        });
+        let within = place
+            .as_ref()
+            .map(|_| format!(" WITH SCHEMA {schema}"))
+            .unwrap_or_default();
+        let extension = format!("CREATE EXTENSION IF NOT EXISTS {name}{within}");
+        place.into_iter().chain([extension])
+    });
+    Ok(create.map(Statement::plain).collect())
 }
 
 /// Whether row security is in force anywhere in this database.

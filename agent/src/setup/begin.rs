@@ -235,8 +235,10 @@ impl Setup<'_> {
     /// Takes over the source's roles, the database's owner and settings.
     async fn carry_over(&mut self, first: &First) -> Result<(), SetupError> {
         let roles = role::of_source(&self.source.client).await?;
-        let roles = role::ensure(&first.admin, &roles).await?;
-        self.source.warnings.extend(roles);
+        let refused = role::ensure(&first.admin, &roles).await?;
+        self.source.warnings.extend(refused);
+        let refused = role::join(&first.admin, &roles).await?;
+        self.source.warnings.extend(refused);
         if first.created || first.interrupted {
             let owner = &first.locale.owner;
             replica::own_database(&first.admin, &first.server, self.database, owner).await?;

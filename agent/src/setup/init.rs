@@ -340,6 +340,10 @@ impl Plan {
         if !has_schema {
             self.replica.push(Statement::plain(schema::statements()));
         }
+        if managed && server.superuser {
+            let made = agent_role::untrusted_extensions(source, admin, inside, agent).await?;
+            self.replica.extend(made);
+        }
         if managed && owner.as_deref() != Some(agent) {
             self.replica.push(Statement::plain(own_schema(agent)));
         }

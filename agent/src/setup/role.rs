@@ -15,6 +15,7 @@ use std::fmt;
 
 use tokio_postgres::Client;
 
+use super::agent_role::Agent;
 use super::error::{SetupError, Side};
 use super::setting;
 use crate::catalog::{quote_ident, quote_literal};
@@ -253,6 +254,29 @@ pub(super) async fn ensure(admin: &Client, roles: &[Role]) -> Result<Vec<String>
             )),
             _ => return Err(SetupError::sql(Side::Replica, "create roles")(error)),
         }
+    }
+    Ok(warnings)
+}
+
+/// Makes our role, where it is no superuser, a member of the source's roles, so that it can give them what is theirs. Returns a
+/// warning for each that it may not join.
+pub(super) async fn join(admin: &Client, roles: &[Role]) -> Result<Vec<String>, SetupError> {
+    let doing = "look at our role";
+    let sql = |error: PgError| SetupError::sql(Side::Replica, doing)(error);
+    const WHO: &str = "SELECT current_user::text, current_setting('server_version_num')::int";
+    let row = admin.query_typed_one(WHO, &[]).await;
+    let row = row.map_err(|error| sql(error.into()))?;
+    let (me, version): (String, i32) = (row.get(0), row.get(1));
+    let ours = Agent::observe(admin, &me).await.map_err(sql)?;
+    let mut warnings = Vec::new();
+    for statement in ours.memberships(&me, roles, version) {
+        let Err(error) = admin.batch_execute(&statement.sql).await else {
+            continue;
+        };
+        warnings.push(format!(
+            "what that role owns will belong to ours on the replica: {}; run there as a superuser: {statement}",
+            PgError::from(error)
+        ));
     }
     Ok(warnings)
 }

@@ -7,9 +7,11 @@
 //! - Objects of schema `dr_agent`, publications and subscriptions of the source stay there.
 //! - The directory goes when the value is dropped.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::error::CopyError;
+use super::owners;
 use super::roles::LackingRoles;
 use super::session::{ReplicaSide, SOURCE_LOCK_TIMEOUT, SourceSide};
 use super::toc::{self, LeftOut, server_script, table_pattern};
@@ -28,6 +30,9 @@ pub(crate) const POST_DATA: &str = "--section=post-data";
 /// Attaches the index of a partition.
 const ATTACH: &str = "INDEX ATTACH";
 
+/// What no other role may create.
+const OF_SUPERUSERS: [&str; 2] = ["EVENT TRIGGER", "FOREIGN DATA WRAPPER"];
+
 /// What comes behind all indexes: what locks a partitioned table with all of its partitions, and what would see the rest
 /// being built, or speaks of it.
 const BEHIND_INDEXES: [&str; 4] = ["FK CONSTRAINT", "TRIGGER", "EVENT TRIGGER", "COMMENT"];
@@ -38,8 +43,12 @@ pub(crate) struct Dump {
     directory: tempfile::TempDir,
     /// Options of every restore.
     ownership: Vec<&'static str>,
-    /// What cannot be without a role that is lacking.
+    /// What cannot be without a role that is lacking, or without a superuser.
     roleless: LeftOut,
+    /// For whom owners and privileges are written one by one.
+    role: Option<LackingRoles>,
+    /// The owners of the source's extensions.
+    extensions: BTreeMap<String, String>,
 }
 
 impl Dump {
@@ -54,7 +63,14 @@ impl Dump {
             directory,
             ownership: Vec::new(),
             roleless: LeftOut::default(),
+            role: None,
+            extensions: BTreeMap::new(),
         })
+    }
+
+    /// Creates these extensions in the name of their owners.
+    pub(crate) fn extensions_of(&mut self, owners: BTreeMap<String, String>) {
+        self.extensions = owners;
     }
 
     /// Leaves owners out of what is restored, or privileges, or both.
@@ -80,20 +96,33 @@ impl Dump {
         Ok(lacking.needed_by(&sql))
     }
 
-    /// Leaves out of what is restored what needs one of the lacking roles: owners and privileges altogether, and each policy
-    /// or user mapping that names one. Says what that is.
+    /// Leaves out of what is restored what needs one of the lacking roles: its ownership and privileges, and each policy
+    /// or user mapping that names one; and what only a superuser creates, where ours is none. Says what that is.
     pub(crate) async fn leave_out_roles(
         &mut self,
         name: &str,
         left_out: &LeftOut,
         lacking: &LackingRoles,
     ) -> Result<Vec<String>, CopyError> {
-        let needed = self.roles_needed(name, left_out, lacking).await?;
-        if needed.is_empty() {
-            return Ok(Vec::new());
+        let mut said = Vec::new();
+        if lacking.restricted {
+            let listing = self.listing(name, None).await?;
+            for object in toc::objects_of(&listing, &OF_SUPERUSERS) {
+                said.push(format!(
+                    "{}: only a superuser creates it",
+                    object.trim_end()
+                ));
+                self.roleless.object(&object);
+            }
         }
-        self.leave_out_ownership(true, true);
-        let mut said = vec![format!("owners and privileges: {}", needed.problem())];
+        let needed = self.roles_needed(name, left_out, lacking).await?;
+        if lacking.restricted || !needed.is_empty() {
+            self.role = Some(lacking.clone());
+        }
+        if needed.is_empty() {
+            return Ok(said);
+        }
+        said.push(format!("owners and privileges: {}", needed.problem()));
         let needed = self.roles_needed(name, left_out, lacking).await?;
         if needed.is_empty() {
             return Ok(said);
@@ -178,13 +207,30 @@ impl Dump {
             section.to_owned(),
             format!("--use-list={}", list.display()),
         ];
-        arguments.extend(self.ownership.iter().map(|&option| option.to_owned()));
+        arguments.extend(self.owning(section));
         arguments.push(self.path(name).display().to_string());
         let script = self
             .tools
             .restore(None, "write the schema as SQL", &arguments)
             .await?;
-        Ok(server_script(&script, version_num))
+        let script = server_script(&script, version_num);
+        let nobody = LackingRoles::default();
+        Ok(match (&self.role, section == PRE_DATA) {
+            (Some(role), true) => owners::as_role(&script, role, &self.extensions),
+            (None, true) if !self.extensions.is_empty() => {
+                owners::as_role(&script, &nobody, &self.extensions)
+            }
+            _ => script,
+        })
+    }
+
+    /// The options about owners and privileges. Behind the rows come hardly any, and nobody writes those one by one.
+    fn owning(&self, section: &str) -> Vec<String> {
+        let neither: &[&str] = match (&self.role, section == POST_DATA) {
+            (Some(_), true) => &["--no-owner", "--no-privileges"],
+            _ => &self.ownership,
+        };
+        neither.iter().map(|&option| option.to_owned()).collect()
     }
 
     /// Writes the list of a section without what is left out; `None` where nothing remains.
@@ -277,7 +323,7 @@ impl Dump {
             format!("--jobs={jobs}"),
             format!("--use-list={}", list.display()),
         ];
-        arguments.extend(self.ownership.iter().map(|&option| option.to_owned()));
+        arguments.extend(self.owning(POST_DATA));
         arguments.push(self.path(name).display().to_string());
         let environment = replica.environment();
         self.tools

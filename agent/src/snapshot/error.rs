@@ -80,6 +80,12 @@ pub enum CopyError {
         #[source]
         source: PgError,
     },
+    /// Extensions that only a superuser creates are not on the replica yet.
+    #[error("only a superuser can create these extensions on the replica: {}", names.join(", "))]
+    ExtensionsUntrusted {
+        /// Their names.
+        names: Vec<String>,
+    },
     /// The source uses extensions that are not installed on the replica's machine.
     #[error("the replica's server lacks extensions the source uses: {}", names.join(", "))]
     ExtensionsMissing {
@@ -190,6 +196,7 @@ impl Classify for CopyError {
             | Self::ToolStart { .. }
             | Self::ToolFailed { .. }
             | Self::ExtensionsMissing { .. }
+            | Self::ExtensionsUntrusted { .. }
             | Self::ReplicaTable { .. }
             | Self::RowCount { .. } => Class::Definite,
         }
@@ -210,6 +217,11 @@ impl Classify for CopyError {
             Self::ExtensionsMissing { .. } => Some(
                 "install their packages on the replica's machine; CREATE EXTENSION is then done \
                  by the copy"
+                    .to_owned(),
+            ),
+            Self::ExtensionsUntrusted { .. } => Some(
+                "run `dr-agent init --replica-url URL` with a superuser, or CREATE EXTENSION there as one; then start the \
+                 agent again"
                     .to_owned(),
             ),
             Self::ReplicaTable { .. } => Some(

@@ -2,7 +2,7 @@
 //!
 //! Only reads. The answers are compared here, so that [`super::schema`] only acts.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 use tokio_postgres::{Client, Row};
@@ -72,6 +72,34 @@ pub(crate) async fn extensions(source: &Client) -> Result<Vec<String>, CopyError
         .collect())
 }
 
+/// The owners of the source's extensions.
+pub(crate) async fn extension_owners(
+    source: &Client,
+) -> Result<BTreeMap<String, String>, CopyError> {
+    const OWNERS: &str = "SELECT extname::text, pg_get_userbyid(extowner)::text FROM pg_extension";
+    let rows = source.query(OWNERS, &[]).await;
+    let rows = rows.map_err(CopyError::source("read the extensions"))?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// Refuses when only a superuser could create what the source uses, and ours is none.
+pub(crate) async fn check_untrusted(replica: &Client, used: &[String]) -> Result<(), CopyError> {
+    const UNTRUSTED: &str = "
+        SELECT DISTINCT v.name::text FROM pg_available_extension_versions v
+         WHERE v.name = ANY ($1::text[]) AND v.superuser AND NOT v.trusted
+           AND NOT EXISTS (SELECT FROM pg_extension e WHERE e.extname = v.name)
+           AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
+           AND NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'rds_superuser') ORDER BY 1";
+    let rows = replica.query(UNTRUSTED, &[&used]).await;
+    let rows = rows.map_err(CopyError::replica("read the extensions"))?;
+    match rows.is_empty() {
+        true => Ok(()),
+        false => Err(CopyError::ExtensionsUntrusted {
+            names: rows.iter().map(|row| row.get(0)).collect(),
+        }),
+    }
+}
+
 /// Refuses when the source uses extensions that the replica's server cannot create.
 pub(crate) async fn check_extensions(replica: &Client, used: &[String]) -> Result<(), CopyError> {
     const MISSING: &str = "
@@ -122,6 +150,9 @@ pub(crate) async fn lacking_roles(
     const FOUND: &str = "
         SELECT used, r.oid IS NULL,
                r.oid IS NOT NULL AND pg_has_role(current_user, r.oid, 'MEMBER')
+               AND (pg_has_role(current_user, r.oid, 'USAGE')
+                    OR current_setting('server_version_num')::int < 160000),
+               NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
           FROM unnest($1::text[]) AS used LEFT JOIN pg_roles r ON r.rolname = used ORDER BY 1";
     let rows = replica
         .query(FOUND, &[&used])
@@ -129,6 +160,7 @@ pub(crate) async fn lacking_roles(
         .map_err(CopyError::replica("read the roles"))?;
     let mut lacking = LackingRoles::default();
     for row in &rows {
+        lacking.restricted = row.get(3);
         match (row.get(1), row.get(2)) {
             (true, _) => lacking.absent.insert(row.get(0)),
             (false, false) => lacking.foreign.insert(row.get(0)),

@@ -28,6 +28,7 @@ pub(crate) mod finish;
 mod format;
 pub(crate) mod inventory;
 pub(crate) mod layout;
+mod owners;
 pub(crate) mod plan;
 mod progress;
 pub(crate) mod quiet;

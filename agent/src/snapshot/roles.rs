@@ -24,6 +24,8 @@ pub(crate) struct LackingRoles {
     pub(crate) absent: BTreeSet<String>,
     /// Our role is no member of them: nothing can be given to them to own.
     pub(crate) foreign: BTreeSet<String>,
+    /// Our role is no superuser.
+    pub(crate) restricted: bool,
 }
 
 impl LackingRoles {
@@ -40,6 +42,7 @@ impl LackingRoles {
         Self {
             absent: self.absent.iter().filter(is_named).cloned().collect(),
             foreign: self.foreign.intersection(&owners).cloned().collect(),
+            restricted: self.restricted,
         }
     }
 
@@ -95,6 +98,7 @@ mod tests {
         LackingRoles {
             absent: names(absent),
             foreign: names(foreign),
+            restricted: false,
         }
     }
 

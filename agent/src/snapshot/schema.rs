@@ -61,6 +61,8 @@ impl<'a> Schema<'a> {
             .filter(|name| name.schema != "dr_agent")
             .collect();
         let roles = inventory::roles(source).await?;
+        let mut dump = dump;
+        dump.extensions_of(inventory::extension_owners(source).await?);
         let mut schema = Self {
             job,
             sessions,
@@ -105,6 +107,7 @@ impl<'a> Schema<'a> {
         if self.job.whole_schema && !marked && !by_hand {
             let extensions = inventory::extensions(source).await?;
             inventory::check_extensions(replica, &extensions).await?;
+            inventory::check_untrusted(replica, &extensions).await?;
             let script = self.script("schema", &LeftOut::default()).await?;
             return self.execute_pre_data(&script).await;
         }
