@@ -15,6 +15,7 @@
 //! # What it does not do
 //! Segments may overlap, after a restart or with two writers: a reader takes each transaction once, by its LSN.
 
+mod ahead;
 mod chain;
 mod error;
 mod layout;
@@ -26,10 +27,15 @@ mod spool;
 mod tests;
 mod unzstd;
 mod uploading;
+mod way;
 
+pub use ahead::Ahead;
 pub use chain::Chain;
 pub use error::ArchiveError;
 pub use layout::{Layout, Span};
-pub use log::{Closed, Log, LogHandle, LogSettings, Origin, Reach, Taken, upload_leftover};
+pub use log::{
+    Closed, Log, LogHandle, LogSettings, Origin, Reach, Taken, idle_age, upload_leftover,
+};
 pub use segment::{SegmentReader, verify};
 pub use spool::{Segment, Spool, SpoolError, SpoolLimits};
+pub use way::Way;

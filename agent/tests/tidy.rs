@@ -16,6 +16,7 @@ const EXAMPLE: &str = include_str!("../../ops/dr-agent.toml");
 const PURE: &[&str] = &[
     "backoff.rs",
     "archive/unzstd.rs",
+    "archive/way.rs",
     "archive/chain.rs",
     "aws/refusal.rs",
     "archive/layout.rs",

@@ -5,13 +5,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use dr_agent::store::{Encryption, Put, Store};
 use dr_agent_tests::archive::{
     TABLES, agent_at, archive, bases, expect_state, files_below, first_base, protected, restore,
-    segments, wait_archived, work,
+    segments, span, wait_archived, work,
 };
 use dr_agent_tests::faults::{Fault, FaultyProxy};
 use dr_agent_tests::moto::{self, Moto};
 use dr_agent_tests::site::Site;
+use dr_agent_tests::wait::{PATIENCE, wait_until};
 
 /// The file whose name ends so, the first of them.
 fn file(archive: &Path, end: &str) -> PathBuf {
@@ -140,7 +142,7 @@ async fn sound_means_restorable_to_every_moment() {
     let source = database.source().await;
     work(&source, 12, 0).await;
     agent.command(&["backup"]).await.expect_code(0);
-    work(&source, 6, 12).await;
+    let moment = work(&source, 6, 12).await.pop().unwrap();
     source.run("INSERT INTO bag VALUES ('later')").await;
     wait_archived(&database, &archive).await;
     running.stop().await;
@@ -164,7 +166,171 @@ async fn sound_means_restorable_to_every_moment() {
             "{name}: {}",
             verified.text()
         );
+    } // Names that promise more than there is cost nobody what others hold.
+    let first = segments(&archive)[0].clone();
+    let real: Vec<PathBuf> = segments(&archive);
+    let start = span(&real[0]).start;
+    let (inner, end) = (span(&real[1]).start, span(&real[real.len() - 1]).end);
+    for (name, bytes) in [
+        (format!("{:016X}-FFFFFFFFFFFFFFFF.zst", 1), Vec::new()),
+        (
+            format!("{:016X}-FFFFFFFFFFFFFFFE.zst", u64::from(start)),
+            fs::read(&first).unwrap(),
+        ),
+        (
+            format!("{:016X}-{:016X}.zst", u64::from(inner), u64::from(end)),
+            b"<html>".to_vec(),
+        ),
+    ] {
+        fs::write(first.with_file_name(name), bytes).unwrap();
     }
+    let url = format!("\"file://{}\"", archive.display());
+    agent.configure("archive.url", &url);
+    for arguments in [
+        &["--to-lsn", moment.lsn.as_str()],
+        &["--to-time", moment.time.as_str()],
+    ] {
+        let target = format!("around{}", arguments[0].replace('-', "_"));
+        let restored = restore(&database, &agent, &target, arguments).await;
+        restored.expect_code(0).expect_words(&["others hold"]);
+        expect_state(&database, &target, &moment).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_place_is_taken_and_a_lost_one_is_not() {
+    let site = Site::shared().await;
+    let (database, archive, mut agent, running) = protected(&site, "moved").await;
+    let source = database.source().await;
+    work(&source, 3, 0).await;
+    wait_archived(&database, &archive).await;
+    running.stop().await;
+    // Nobody has said that it is another one.
+    let away = archive.with_file_name("mounted");
+    fs::rename(&archive, &away).unwrap();
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    work(&source, 3, 3).await;
+    running
+        .wait_for_log(&["which the archive had taken, is not there"])
+        .await;
+    running.stop().await;
+    assert!(segments(&archive).is_empty());
+    fs::remove_dir_all(&archive).unwrap();
+    fs::rename(&away, &archive).unwrap();
+    // The configuration says so.
+    let new = archive.with_file_name("new");
+    agent.configure("archive.url", &format!("\"file://{}\"", new.display()));
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    running.wait_for_log(&["archive.url has changed"]).await;
+    running.wait_for_log(&["base backup taken"]).await;
+    let moment = work(&source, 6, 6).await.pop().unwrap();
+    source.run("INSERT INTO bag VALUES ('later')").await;
+    wait_archived(&database, &new).await;
+    running.stop().await;
+    agent.command(&["backup", "--verify"]).await.expect_code(0);
+    restore(&database, &agent, "moved_there", &["--to-lsn", &moment.lsn])
+        .await
+        .expect_code(0);
+    expect_state(&database, "moved_there", &moment).await;
+}
+
+/// Complete segments that wait in a spool.
+fn waiting(spool: &Path) -> Vec<PathBuf> {
+    let mut found = files_below(spool);
+    found.retain(|path| path.extension().is_some_and(|it| it == "log"));
+    found
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_in_a_segments_place_holds_up_nobody_behind_it() {
+    let site = Site::shared().await;
+    let database = site.database("inplace").await;
+    let source = database.source().await;
+    source.run(TABLES).await;
+    let moto = Moto::start().await;
+    moto.create_bucket("archive").await;
+    let proxy = FaultyProxy::start(moto.port()).await;
+    let spool = archive().with_file_name("spool");
+    let mut agent = agent_at(&database, "s3://archive/prod", &spool);
+    agent.configure("limits.retry_max", "\"500ms\"");
+    agent.surround(&moto::environment(&format!(
+        "http://127.0.0.1:{}",
+        proxy.port()
+    )));
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    first_base(&running, &database).await;
+    let url = "s3://archive/prod".parse().unwrap();
+    let store = Store::open_with(&url, &Encryption::Default, &moto.settings())
+        .await
+        .unwrap();
+    proxy.spoil_every(
+        "PUT /archive/prod/",
+        Some(Fault::Answer(400, "ExpiredToken")),
+    );
+    work(&source, 3, 0).await;
+    wait_until("segments to wait", PATIENCE, || async {
+        waiting(&spool).len() > 2
+    })
+    .await;
+    // The first may be on its way already.
+    let (victim, later) = (waiting(&spool)[1].clone(), waiting(&spool)[2].clone());
+    let history = victim
+        .parent()
+        .unwrap()
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap();
+    let log = format!("{}/{history}/log/", database.stream());
+    let name = |path: &Path| format!("{log}{}.zst", span(path).name());
+    let put = store
+        .put_new(&name(&victim), "<html>".into())
+        .await
+        .unwrap();
+    assert_eq!(put, Put::Created);
+    let frozen = format!("GET /archive/prod/{}", name(&victim));
+    proxy.spoil_every(&frozen, Some(Fault::Answer(403, "InvalidObjectState")));
+    proxy.spoil_every("PUT /archive/prod/", None);
+    running
+        .wait_for_log(&["waits in the spool", "restore-object"])
+        .await;
+    let names = async || {
+        let listed = store.list("", None).await.unwrap();
+        listed
+            .into_iter()
+            .map(|object| object.name)
+            .collect::<Vec<_>>()
+    };
+    wait_until("the next one", PATIENCE, || async {
+        names().await.contains(&name(&later))
+    })
+    .await;
+    proxy.spoil_every(&frozen, None);
+    wait_until("it to be put aside", PATIENCE, || async {
+        names().await.iter().any(|name| name.contains("/aside/")) && !victim.exists()
+    })
+    .await;
+    let moment = work(&source, 3, 3).await.pop().unwrap();
+    source.run("INSERT INTO bag VALUES ('later')").await;
+    database.expect_equal().await;
+    running.stop().await;
+    agent
+        .command(&["backup", "--verify"])
+        .await
+        .expect_code(0)
+        .expect_words(&["sound"]);
+    restore(
+        &database,
+        &agent,
+        "inplace_there",
+        &["--to-lsn", &moment.lsn],
+    )
+    .await
+    .expect_code(0);
+    expect_state(&database, "inplace_there", &moment).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

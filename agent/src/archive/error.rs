@@ -53,6 +53,15 @@ pub enum ArchiveError {
         /// The history in it.
         found: History,
     },
+    /// Something else has a segment's name, and it cannot be said what.
+    #[error("{object} is there already, and is not known to be the segment")]
+    InTheWay {
+        /// Its name.
+        object: String,
+        /// Why that is not known.
+        #[source]
+        source: Box<ArchiveError>,
+    },
     /// What the store has taken is not there any more.
     #[error("{object}, which the archive had taken, is not there")]
     Lost {
@@ -92,6 +101,7 @@ impl ArchiveError {
             | Self::Record { .. }
             | Self::Frames { .. }
             | Self::Foreign { .. } => true,
+            Self::InTheWay { .. } => true,
             Self::Spool(_) | Self::Lost { .. } | Self::Missing { .. } => false,
         }
     }
@@ -102,12 +112,12 @@ impl Classify for ArchiveError {
         match self {
             Self::Store(error) => error.class(),
             Self::Spool(error) => error.class(),
-            // A file system that is not mounted yet, most of the time.
-            Self::Lost { .. } => Class::Transient,
+            Self::InTheWay { source, .. } => source.class(),
             Self::Damaged { .. }
             | Self::Record { .. }
             | Self::Frames { .. }
             | Self::Foreign { .. }
+            | Self::Lost { .. }
             | Self::Missing { .. } => Class::Definite,
         }
     }
@@ -117,6 +127,7 @@ impl Classify for ArchiveError {
             Self::Store(error) => error.hint(),
             Self::Spool(error) => error.hint(),
             Self::Record { source, .. } => source.hint(),
+            Self::InTheWay { source, .. } => source.hint(),
             Self::Damaged { .. } | Self::Frames { .. } => Some(
                 "bring back an earlier version of the object, if the bucket keeps versions; otherwise restore to \
                  a moment before it, or from a base backup behind it"

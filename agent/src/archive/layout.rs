@@ -3,6 +3,7 @@
 //! ```text
 //! <prefix>/<stream>/<history>/log/<start>-<end>.zst     a segment of the change log
 //! <prefix>/<stream>/<history>/base/<lsn>/…              a base backup
+//! <prefix>/<stream>/<history>/aside/<start>-<end>.….zst what was in a segment's place and was none
 //! ```
 //! Pure. LSNs are written with sixteen hexadecimal digits, so that names sort as LSNs do. LSNs of different histories have
 //! nothing to do with each other: a source that was restored or failed over begins another one.
@@ -91,6 +92,11 @@ impl Layout {
     /// A segment.
     pub fn segment(&self, span: Span) -> String {
         format!("{}{}.zst", self.log(), span.name())
+    }
+
+    /// Where something goes that was under a segment's name and is none.
+    pub fn aside(&self, span: Span, number: u32) -> String {
+        format!("{}aside/{}.{number:08x}.zst", self.root(), span.name())
     }
 
     /// The segment that has this name.

@@ -4,7 +4,7 @@
 //!
 //! # Invariants
 //! - An object that is there is never overwritten. One that another agent wrote before us is read: it serves if it
-//!   holds what its name says.
+//!   holds what its name says. If it does not, it is copied aside before its name is used.
 //! - A segment that ends early, begins elsewhere, has a gap or comes from another source or stream is an error that names it.
 
 use std::fs::File;
@@ -47,6 +47,68 @@ pub(super) async fn upload(
     layout: &Layout,
     segment: &Segment,
 ) -> Result<Uploaded, ArchiveError> {
+    match create(store, layout, segment).await? {
+        Some(uploaded) => return Ok(uploaded),
+        None => make_way(store, layout, segment.span).await?,
+    }
+    match create(store, layout, segment).await? {
+        Some(uploaded) => Ok(uploaded),
+        // Another agent's, most of the time.
+        None => verify(store, layout, segment.span)
+            .await
+            .map(|()| Uploaded {
+                raw_bytes: segment.bytes(),
+                stored_bytes: 0,
+            }),
+    }
+}
+
+/// What has the segment's name already and is damaged, or somebody else's, is put aside, where nothing is deleted with it. A name is
+/// not worth the log behind it: whatever was there is no segment.
+///
+/// # Errors
+/// [`ArchiveError::InTheWay`] where it cannot be read: it may be the segment.
+async fn make_way(store: &Store, layout: &Layout, span: Span) -> Result<(), ArchiveError> {
+    let name = layout.segment(span);
+    let in_the_way = |error: ArchiveError| match error {
+        ArchiveError::Store(error) if !error.is_of_one_object() => error.into(),
+        source => ArchiveError::InTheWay {
+            object: name.clone(),
+            source: Box::new(source),
+        },
+    };
+    let reason = match verify(store, layout, span).await {
+        Ok(()) => return Ok(()),
+        Err(error @ ArchiveError::Store(_)) => return Err(in_the_way(error)),
+        Err(error) => error,
+    };
+    let aside = layout.aside(span, rand::random());
+    let copying = async {
+        let mut object = store.read(&name).await?;
+        let mut copy = store.create(&aside).await?;
+        while let Some(piece) = object.next().await? {
+            copy.write(piece).await?;
+        }
+        match copy.finish().await? {
+            (Put::Created, _) => store.delete(&name).await,
+            // It stays where it is, and is found there again.
+            (Put::Exists, _) => Ok(()),
+        }
+    };
+    copying.await.map_err(|error| in_the_way(error.into()))?;
+    tracing::error!(
+        object = name, aside, reason = %crate::error::chain(&reason),
+        "an object in the archive has a segment's name and is none: it was put aside, and the segment is written"
+    );
+    Ok(())
+}
+
+/// Writes a segment; none where something has its name already.
+async fn create(
+    store: &Store,
+    layout: &Layout,
+    segment: &Segment,
+) -> Result<Option<Uploaded>, ArchiveError> {
     let name = layout.segment(segment.span);
     let unreadable = |source| SpoolError::Io {
         doing: "read",
@@ -88,14 +150,10 @@ pub(super) async fn upload(
     stored_bytes += rest.len() as u64;
     writer.write(Bytes::from(rest)).await?;
     let (put, _) = writer.finish().await?;
-    if put == Put::Exists {
-        verify(store, layout, segment.span).await?;
-        stored_bytes = 0;
-    }
-    Ok(Uploaded {
+    Ok((put == Put::Created).then_some(Uploaded {
         raw_bytes: segment.bytes(),
         stored_bytes,
-    })
+    }))
 }
 
 /// What a disk gives back is not always what it was given.
@@ -170,7 +228,8 @@ pub struct SegmentReader {
     span: Span,
     stream: StreamName,
     history: History,
-    object: ObjectReader,
+    /// None where all of it is here already.
+    object: Option<ObjectReader>,
     /// Of the object, not yet decompressed.
     compressed: Bytes,
     decoder: Unzstd,
@@ -187,18 +246,33 @@ impl SegmentReader {
     /// # Errors
     /// When the store does not give it.
     pub async fn open(store: &Store, layout: &Layout, span: Span) -> Result<Self, ArchiveError> {
+        let object = store.read(&layout.segment(span)).await?;
+        Self::new(Some(object), Bytes::new(), layout, span)
+    }
+
+    /// Begins to read what was read from the store before.
+    pub(super) fn of(compressed: Bytes, layout: &Layout, span: Span) -> Result<Self, ArchiveError> {
+        Self::new(None, compressed, layout, span)
+    }
+
+    fn new(
+        object: Option<ObjectReader>,
+        compressed: Bytes,
+        layout: &Layout,
+        span: Span,
+    ) -> Result<Self, ArchiveError> {
         let name = layout.segment(span);
         let decoder = Unzstd::new().map_err(|error| ArchiveError::Damaged {
             object: name.clone(),
             reason: error.to_string(),
         })?;
         Ok(Self {
-            object: store.read(&name).await?,
+            object,
             name,
             span,
             stream: layout.stream().clone(),
             history: layout.history(),
-            compressed: Bytes::new(),
+            compressed,
             decoder,
             frames: Frames::default(),
             unpacker: Unpacker::default(),
@@ -233,7 +307,11 @@ impl SegmentReader {
                 return Ok(Some(part));
             }
             if self.compressed.is_empty() {
-                let Some(bytes) = self.object.next().await? else {
+                let next = match &mut self.object {
+                    Some(object) => object.next().await?,
+                    None => None,
+                };
+                let Some(bytes) = next else {
                     return self.finish();
                 };
                 self.compressed = bytes;

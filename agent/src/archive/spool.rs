@@ -3,7 +3,7 @@
 //! ```text
 //! <directory>/<start>.open          being written; parts behind one another, uncompressed
 //! <directory>/<start>-<end>.log     complete, waiting for the store
-//! <directory>/<start>-<end>.taken   empty: the last one that the store has taken
+//! <directory>/<start>-<end>.taken   the last one that the store has taken, and where that is
 //! <directory>/<start>-<end>.missing empty: what is to be read again of a segment that was damaged
 //! <directory>/<start>….damaged     such a segment, as it was found
 //! ```
@@ -165,16 +165,18 @@ impl Segment {
         self.bytes
     }
 
-    /// Removes it: the store has it. Only its name stays, until the next one's does.
+    /// Removes it: the store at `place` has it. Only its name stays, and that place, until the next one's does.
     ///
     /// # Errors
     /// [`SpoolError::Io`]
-    pub fn taken(self) -> Result<(), SpoolError> {
+    pub fn taken(self, place: &str) -> Result<(), SpoolError> {
         let directory = directory_of(&self.path);
         let mark = directory.join(format!("{}.{TAKEN}", self.span.name()));
         fs::rename(&self.path, &mark).map_err(at("rename", &self.path))?;
         self.used.fetch_sub(self.bytes, Ordering::Relaxed);
-        File::create(&mark).map_err(at("empty", &mark))?;
+        let mut file = File::create(&mark).map_err(at("empty", &mark))?;
+        file.write_all(place.as_bytes())
+            .map_err(at("write", &mark))?;
         sync_directory(directory)?;
         for (path, span) in with_ending(directory, TAKEN)? {
             if span.end < self.span.end {
@@ -198,6 +200,15 @@ fn with_ending(directory: &Path, ending: &str) -> Result<Vec<(PathBuf, Span)>, S
         }
     }
     Ok(found)
+}
+
+fn last_taken(mark: &Path, span: Span) -> io::Result<LastTaken> {
+    let place = fs::read_to_string(mark)?;
+    Ok(LastTaken {
+        span,
+        at: fs::metadata(mark)?.modified()?,
+        place: (!place.is_empty()).then_some(place),
+    })
 }
 
 /// Names of ours are ASCII; of others nothing is said.
@@ -231,8 +242,19 @@ pub struct Opened {
     pub spool: Spool,
     /// What waits in it, in order.
     pub waiting: Vec<Segment>,
-    /// The last segment that the store has taken from here, and when.
-    pub taken: Option<(Span, SystemTime)>,
+    /// The last segment that the store has taken from here.
+    pub taken: Option<LastTaken>,
+}
+
+/// The last segment that the store has taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LastTaken {
+    /// What it holds.
+    pub span: Span,
+    /// When that was.
+    pub at: SystemTime,
+    /// Which store, as a URL; none where an earlier version took it.
+    pub place: Option<String>,
 }
 
 /// The segment that is being written.
@@ -293,14 +315,13 @@ impl Spool {
         waiting.sort_by_key(|segment| segment.span);
         let taken = with_ending(directory, TAKEN)?;
         let taken = taken.into_iter().max_by_key(|(_, span)| span.end);
-        let taken = taken.map(|(mark, span)| {
-            let written = fs::metadata(&mark).and_then(|status| status.modified());
-            written.map(|at| (span, at)).map_err(at("look at", &mark))
-        });
+        let taken = taken.map(|(mark, span)| last_taken(&mark, span).map_err(at("look at", &mark)));
         let taken = taken.transpose()?;
-        newest = newest.max(taken.map(|(_, at)| pg_micros(at)));
+        newest = newest.max(taken.as_ref().map(|taken| pg_micros(taken.at)));
         let spans = waiting.iter().map(|segment| segment.span);
-        let spans: Vec<Span> = spans.chain(taken.map(|(span, _)| span)).collect();
+        let spans: Vec<Span> = spans
+            .chain(taken.as_ref().map(|taken| taken.span))
+            .collect();
         let missing = with_ending(directory, MISSING)?;
         let mut missing: Vec<Span> = missing.into_iter().map(|(_, span)| span).collect();
         missing.sort();

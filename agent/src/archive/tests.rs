@@ -207,14 +207,17 @@ fn segments_hold_whole_batches_and_wait_for_the_store() {
     assert_eq!(spans, [span(10, 30), span(30, 40)]);
     assert_eq!(ends(&waiting[1]), [40]);
     for segment in waiting {
-        segment.taken().unwrap();
+        segment.taken("file:///a").unwrap();
     }
     assert_eq!((spool.used(), Spool::waiting(home.path())), (0, Some(0)));
     drop(spool);
     // And where the log goes on, although nothing waits any more.
     let opened = Spool::open(home.path(), LIMITS, lsn(10)).unwrap();
     assert_eq!(opened.spool.position(), lsn(40));
-    assert_eq!(opened.taken.map(|(span, _)| span), Some(span(30, 40)));
+    assert_eq!(
+        opened.taken.as_ref().map(|taken| taken.span),
+        Some(span(30, 40))
+    );
     drop(opened);
     Spool::forget(home.path()).unwrap();
     assert!(!home.path().exists());
@@ -377,7 +380,7 @@ fn what_comes_again_must_have_committed_when_it_did_also_after_the_store_has_tak
                 (spool, waiting) = open(home.path());
                 waiting
                     .into_iter()
-                    .for_each(|segment| segment.taken().unwrap());
+                    .for_each(|segment| segment.taken("file:///a").unwrap());
                 drop(spool);
                 (spool, _) = open(home.path());
             }
@@ -441,7 +444,7 @@ fn what_a_disk_has_spoilt_of_a_complete_segment_is_read_again_whatever_is_killed
         if spoilt % 2 == 0 {
             waiting
                 .drain(..)
-                .for_each(|segment| segment.taken().unwrap());
+                .for_each(|segment| segment.taken("file:///a").unwrap());
         }
         drop(spool);
         (spool, _) = open(home.path());
@@ -510,13 +513,13 @@ fn what_was_read_again_and_taken_is_not_wanted_a_third_time() {
     );
     waiting
         .into_iter()
-        .for_each(|segment| segment.taken().unwrap());
+        .for_each(|segment| segment.taken("file:///a").unwrap());
     // A crash behind each segment; the source may have forgotten what is in them.
     for end in [20, 30, 40] {
         let again = batch(end - 10, end, 1);
         assert_eq!(spool.append(&author(), &again).unwrap(), Appended::Now);
         let segment = spool.close().unwrap().unwrap();
-        segment.taken().unwrap();
+        segment.taken("file:///a").unwrap();
         drop(spool);
         (spool, _) = open(home.path());
         let (position, left) = match end {
@@ -547,7 +550,7 @@ fn a_full_spool_says_so_and_keeps_what_it_has() {
     let segment = spool.close().unwrap().unwrap();
     assert_eq!((segment.span, ends(&segment)), (span(20, 50), vec![30, 50]));
     assert_eq!(spool.used(), fs::metadata(segment.path()).unwrap().len());
-    segment.taken().unwrap();
+    segment.taken("file:///a").unwrap();
     // What is larger than the spool has to go somewhere, and does so alone.
     spool.append(&author(), &batch(50, 60, 2_000)).unwrap();
     spool.append(&author(), &batch(60, 70, 1)).unwrap_err();

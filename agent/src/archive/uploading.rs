@@ -4,6 +4,7 @@
 //! - Segments reach the store one at a time. Whatever the store says, it is asked again: only the spool's limit ends that.
 //! - How far the store has the log is told without anything that is missing and still to come.
 //! - What the disk has spoilt is not uploaded: the task ends, and whoever opens the spool anew sees to it.
+//! - What stands in one segment's place holds up that segment, not those behind it.
 //!
 //! # What it does not do
 //! It makes no segments: [`super::log`] does.
@@ -15,6 +16,7 @@ use tokio::sync::{mpsc, watch};
 use super::chain::Chain;
 use super::log::LogSettings;
 use super::segment::{Uploaded, upload};
+use super::spool::LastTaken;
 use super::{ArchiveError, Segment, Span, SpoolError};
 use crate::backoff::{self, Decision};
 use crate::error::{Class, Classify as _, chain};
@@ -56,25 +58,34 @@ pub(super) struct Uploading {
     /// What it has beyond that.
     pub(super) stored: Vec<Span>,
     pub(super) metrics: ArchiveMetrics,
-    /// The last segment that an earlier run has brought there.
-    pub(super) taken: Option<Span>,
+    /// The last segment that an earlier run has brought there, or elsewhere.
+    pub(super) taken: Option<LastTaken>,
+    /// Segments whose names something else has that cannot be read: they wait in the spool, and hold nobody up.
+    pub(super) parked: Vec<Segment>,
 }
 
 impl Uploading {
     pub(super) async fn run(mut self, mut items: mpsc::UnboundedReceiver<Item>) {
         let mut store = None;
-        while let Some(item) = items.recv().await {
-            let segment = match item {
-                Item::Segment(segment) => segment,
-                Item::GoOnAt(position) => {
-                    self.reached(position);
-                    continue;
-                }
+        loop {
+            let parked = !self.parked.is_empty();
+            let segment = tokio::select! {
+                biased;
+                item = items.recv() => match item {
+                    Some(Item::Segment(segment)) => segment,
+                    Some(Item::GoOnAt(position)) => {
+                        self.reached(position);
+                        continue;
+                    }
+                    // What is parked is in the spool, and the next start finds it.
+                    None => return,
+                },
+                () = tokio::time::sleep(self.settings.retry_max), if parked => self.parked.remove(0),
             };
             let mut attempt = 0;
             let uploaded = loop {
                 match self.upload(&mut store, &segment).await {
-                    Ok(uploaded) => break uploaded,
+                    Ok(uploaded) => break Some((segment, uploaded)),
                     Err(ArchiveError::Spool(error @ SpoolError::Damaged { .. })) => {
                         // Whoever opens the spool anew keeps it aside, and reads the source again.
                         tracing::error!(
@@ -83,17 +94,24 @@ impl Uploading {
                         );
                         return;
                     }
+                    Err(error @ ArchiveError::InTheWay { .. }) => {
+                        self.park(segment, &error);
+                        break None;
+                    }
                     Err(error) => {
                         attempt += 1;
                         self.failed(&error, &segment, attempt).await;
                     }
                 }
             };
+            let Some((segment, uploaded)) = uploaded else {
+                continue;
+            };
             failpoint::hit("archive:uploaded");
             let (span, end) = (segment.span, segment.span.end);
             let (raw, stored) = (uploaded.raw_bytes, uploaded.stored_bytes);
             self.metrics.segment(raw, stored, end, now());
-            if let Err(error) = segment.taken() {
+            if let Err(error) = segment.taken(&self.settings.url.to_string()) {
                 // It is uploaded again after the next start, which does no harm.
                 tracing::warn!(stream = self.settings.author.stream, error = %chain(&error), "a segment stays in the spool");
             }
@@ -105,7 +123,9 @@ impl Uploading {
     /// The store has everything up to where it had, or up to `position`, and what was stored beyond.
     fn reached(&mut self, position: PgLsn) {
         let from = position.max(*self.uploaded.borrow());
+        let parked = self.parked.iter().map(|segment| segment.span.start).min();
         let end = Chain::from(from, &self.stored).end;
+        let end = parked.map_or(end, |parked| end.min(parked).max(*self.uploaded.borrow()));
         self.stored.retain(|span| span.end > end);
         self.uploaded.send_replace(end);
     }
@@ -127,12 +147,35 @@ impl Uploading {
         upload(store, &self.settings.layout, segment).await
     }
 
-    /// A place that has lost what it took from here is another one: a file system that is not mounted, an emptied bucket.
+    /// The others go on; it is tried again now and then.
+    fn park(&mut self, segment: Segment, error: &ArchiveError) {
+        self.metrics.retries.increment(1);
+        tracing::error!(
+            stream = self.settings.author.stream, segment = segment.span.name(), error = %chain(error), hint = error.hint(),
+            "a segment waits in the spool: what has its name in the archive cannot be read; those behind it go on"
+        );
+        self.parked.push(segment);
+    }
+
+    /// A place that has lost what it took from here is another one: a file system that is not mounted, an emptied bucket. One
+    /// that the configuration names since is meant: the log goes on there, and a base backup is taken, as in any new place.
     async fn recognize(&mut self, store: &Store) -> Result<(), ArchiveError> {
-        let Some(taken) = self.taken else {
+        let Some(taken) = &self.taken else {
             return Ok(());
         };
-        let name = self.settings.layout.segment(taken);
+        let here = self.settings.url.to_string();
+        if let Some(before) = taken.place.as_ref().filter(|place| **place != here) {
+            tracing::warn!(
+                stream = self.settings.author.stream,
+                before,
+                now = here,
+                "archive.url has changed: the change log goes on in the new place, which leads on from its first base backup; what \
+                 is in the old one stays there"
+            );
+            self.taken = None;
+            return Ok(());
+        }
+        let name = self.settings.layout.segment(taken.span);
         if store.list(&name, None).await?.is_empty() {
             return Err(ArchiveError::Lost { object: name });
         }

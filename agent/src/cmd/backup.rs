@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::run::stop_on_signal;
-use crate::archive::{Chain, Span};
+use crate::archive::{Chain, Span, idle_age};
 use crate::backup::keep::Keeper;
 use crate::backup::{self, BackupError, Bases, Found, Pruned, Summary, Verified};
 use crate::config::{Archive, Config, Databases};
@@ -291,9 +291,10 @@ async fn look(
             let spans: Vec<Span> = log.iter().map(|(span, _)| *span).collect();
             said.push(listed(bases, named, &name, &bases.find().await?, &spans));
         } else if args.verify {
-            // What was written lately is in the store after one RPO, if all is well.
+            // What was written lately is in the store after that, if all is well.
             let is_last = all.last().is_some_and(|last| last.layout == bases.layout);
-            let verified = bases.verify(config.objectives.rpo * 2, is_last).await?;
+            let settled = config.objectives.rpo * 2 + idle_age(config.objectives.rpo / 2);
+            let verified = bases.verify(settled, is_last).await?;
             said.push(verdict(bases, named, &name, verified));
         } else {
             pruned = pruned.and(bases.prune(retention, args.dry_run).await?);

@@ -32,11 +32,11 @@ use tokio_util::task::AbortOnDropHandle;
 use super::apart::{self, ApartError};
 use super::error::SessionError;
 use crate::archive::{
-    Chain, Layout, Log, LogHandle, LogSettings, Origin, Span, SpoolError, SpoolLimits,
-    upload_leftover,
+    self, ArchiveError, Chain, Layout, Log, LogHandle, LogSettings, Origin, Span, SpoolError,
+    SpoolLimits, Way, upload_leftover,
 };
 use crate::backoff::{self, Decision};
-use crate::backup::Bases;
+use crate::backup::{BackupError, Bases};
 use crate::batch::Batch;
 use crate::changelog::Author;
 use crate::config::{Archive, Config};
@@ -68,12 +68,42 @@ const STUCK_FOR: Duration = Duration::from_secs(30);
 /// Before what has panicked is begun anew.
 const PAUSE_AFTER_PANIC: Duration = Duration::from_secs(5);
 
+/// What the source may write between two questions, in bytes.
+const WRITTEN_MEANWHILE: u64 = 1 << 30;
+
+/// Segments that are read before they are believed; more at a time are another agent's work of hours.
+const READ_FIRST: usize = 8;
+
 /// What a session sees of the log.
 #[derive(Clone, Debug, Default)]
 struct State {
     open: Option<LogHandle>,
     /// Why it is not open.
     error: Option<(Class, String)>,
+}
+
+/// Leaves out the segments that lead on from a position by their names alone.
+async fn believed(bases: &Bases, from: PgLsn, spans: Vec<Span>) -> Result<Vec<Span>, BackupError> {
+    let mut left = spans.clone();
+    let mut way = Way::new(from, spans);
+    for _ in 0..READ_FIRST {
+        let Some(span) = way.next() else { break };
+        match archive::verify(&bases.store, &bases.layout, span).await {
+            Ok(()) => {}
+            Err(ArchiveError::Store(error)) if !error.is_of_one_object() => {
+                return Err(error.into());
+            }
+            Err(error) => {
+                tracing::warn!(
+                    segment = span.name(), error = %chain(&error),
+                    "a segment in the archive does not hold what its name says"
+                );
+                left.retain(|other| *other != span);
+                way.give_up(span, from);
+            }
+        }
+    }
+    Ok(left)
 }
 
 /// How far the slot may be moved.
@@ -480,7 +510,7 @@ impl Keeping {
     /// The log of a history that nothing is left of here: it goes on behind what the store has.
     async fn begin(&self, found: &Logged) -> Result<Log, KeepError> {
         let layout = Layout::new(&self.stream, found.history);
-        let stored = self.in_store(layout).await;
+        let stored = self.in_store(layout, found.confirmed, found.wal_end).await;
         let leads_to = Chain::from(found.confirmed, &stored).end;
         let ends = stored.iter().map(|span| span.end).max();
         let start = ends
@@ -523,9 +553,8 @@ impl Keeping {
         if position >= found.confirmed {
             return Ok(());
         }
-        let stored = self
-            .in_store(Layout::new(&self.stream, found.history))
-            .await;
+        let layout = Layout::new(&self.stream, found.history);
+        let stored = self.in_store(layout, position, found.wal_end).await;
         let leads_to = Chain::from(position, &stored).end;
         if leads_to < found.confirmed && found.is_read && self.sessions.strong_count() < 2 {
             return Err(KeepError::Elsewhere);
@@ -535,15 +564,23 @@ impl Keeping {
     }
 
     /// What the store has of the log: another agent, with a spool of its own, may have brought it there. Where it does not
-    /// answer nobody knows, and it is taken for missing.
-    async fn in_store(&self, layout: Layout) -> Vec<Span> {
+    /// answer nobody knows, and it is taken for missing. The log goes on behind what leads on from `from`: that is believed once
+    /// it was read, and of a name that promises what the source has not written yet nothing is.
+    async fn in_store(&self, layout: Layout, from: PgLsn, wal_end: PgLsn) -> Vec<Span> {
+        let written = u64::from(wal_end).saturating_add(WRITTEN_MEANWHILE);
         let asking = async {
             let (url, encryption) = (&self.archive.url, &self.archive.encryption);
             let store = Store::as_it_is(url, encryption).await?;
-            Bases { store, layout }.log(PgLsn::from(0)).await
+            let bases = Bases { store, layout };
+            let log = bases.log(PgLsn::from(0)).await?;
+            let spans = log.into_iter().map(|(span, _)| span);
+            let spans = spans
+                .filter(|span| u64::from(span.end) <= written)
+                .collect();
+            believed(&bases, from, spans).await
         };
         match tokio::time::timeout(STORE_WITHIN, asking).await {
-            Ok(Ok(log)) => log.into_iter().map(|(span, _)| span).collect(),
+            Ok(Ok(spans)) => spans,
             Ok(Err(error)) => {
                 tracing::warn!(
                     database = self.database, error = %chain(&error), hint = error.hint(),

@@ -19,6 +19,7 @@ use super::change_log::{SessionLog, spool_first};
 use super::error::SessionError;
 use super::streaming::{Owned, Streaming};
 use super::{Leg, Pipeline, QUEUE_TRANSACTIONS};
+use crate::archive::idle_age;
 use crate::batch::{Batch, IN_FLIGHT_MAX, Spacing};
 use crate::catalog::TableName;
 use crate::changelog::Author;
@@ -369,7 +370,9 @@ impl Pipeline {
             applied_at: prepared.applied_at,
             limits: self.intake_limits(),
             archive: archive.map(|archive| (archive.url.clone(), archive.encryption.clone())),
-            patience: (self.config.objectives.rpo * 2).max(PATIENCE_MIN),
+            // What is missing may be a heartbeat, and wait in an idle segment.
+            patience: (self.config.objectives.rpo * 2).max(PATIENCE_MIN)
+                + idle_age(self.config.objectives.rpo / 2),
         };
         let metrics = StreamMetrics::new(&self.database);
         tasks.spawn(async move {

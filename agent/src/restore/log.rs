@@ -10,9 +10,10 @@
 //! - Each transaction is handed over once, in commit order: segments overlap where an agent was restarted.
 //! - Nothing of a transaction behind the moment is handed over, and the first such one proves that the log
 //!   reaches the moment. Without that proof the end of the log is an error, unless everything was asked for.
-//! - What is wrong with the log behind the moment is no error.
+//! - What is wrong with the log behind the moment is no error; before it, what is wrong with a segment is none where others hold
+//!   its stretch.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
@@ -21,7 +22,7 @@ use super::RestoreError;
 use super::choose::falls_short;
 use super::moment::Moment;
 use super::target::Tables;
-use crate::archive::{Chain, Layout, SegmentReader, Span};
+use crate::archive::{Ahead, Layout, SegmentReader, Span, Way};
 use crate::catalog::TableName;
 use crate::error::chain;
 use crate::lag::Micros;
@@ -71,8 +72,10 @@ pub(super) struct Replay<'a> {
     pub(super) store: &'a Store,
     /// Names there.
     pub(super) layout: &'a Layout,
-    /// What to read.
-    pub(super) chain: &'a Chain,
+    /// Where to begin.
+    pub(super) from: PgLsn,
+    /// Every segment there is, and its size.
+    pub(super) segments: &'a BTreeMap<Span, u64>,
     /// How far.
     pub(super) moment: Moment,
     /// The tables whose changes count; all of the users' if there is no list.
@@ -93,44 +96,67 @@ impl Replay<'_> {
             now: None,
             told: Told::default(),
         };
+        let mut way = Way::new(self.from, self.segments.keys().copied().collect());
+        let sizes = self.segments.iter().map(|(span, bytes)| (*span, *bytes));
+        let mut ahead = Ahead::new(self.store, self.layout, sizes);
         let mut behind = 0;
-        for span in &self.chain.spans {
+        while let Some(span) = way.next() {
             if reading.is_behind() {
                 behind += 1;
                 if behind > SEGMENTS_BEHIND_MAX {
                     break;
                 }
             }
-            match self.segment(*span, &mut reading).await {
+            let segment = ahead.open(span, &way).await.map_err(RestoreError::from);
+            let read = match segment {
+                Ok(segment) => read(segment, &mut reading).await,
+                Err(error) => Err(error),
+            };
+            match read {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return Ok(reading.told),
                 Err(error) if reading.is_behind() => {
                     tracing::debug!(error = %chain(&error), "the log behind the moment is not read");
                     break;
                 }
-                Err(error) => return Err(error),
+                Err(error) => {
+                    let here = reading.restart(self.from);
+                    if !is_of_one_object(&error) || !way.give_up(span, here) {
+                        return Err(error);
+                    }
+                    tracing::warn!(
+                        segment = span.name(), error = %chain(&error), from = %here,
+                        "a segment of the change log cannot be read; others hold what it promises, or a part of that"
+                    );
+                }
             }
         }
         if reading.is_behind() {
             return Ok(reading.told);
         }
-        falls_short(self.chain, self.moment).map_or(Ok(reading.told), Err)
+        falls_short(way.chain(), self.moment).map_or(Ok(reading.told), Err)
     }
+}
 
-    async fn segment(
-        &self,
-        span: Span,
-        reading: &mut Reading<'_>,
-    ) -> Result<ControlFlow<()>, RestoreError> {
-        let mut segment = SegmentReader::open(self.store, self.layout, span).await?;
-        while let Some(messages) = segment.next_messages().await? {
-            for message in messages {
-                if reading.take(message).await?.is_break() {
-                    return Ok(ControlFlow::Break(()));
-                }
+async fn read(
+    mut segment: SegmentReader,
+    reading: &mut Reading<'_>,
+) -> Result<ControlFlow<()>, RestoreError> {
+    while let Some(messages) = segment.next_messages().await? {
+        for message in messages {
+            if reading.take(message).await?.is_break() {
+                return Ok(ControlFlow::Break(()));
             }
         }
-        Ok(ControlFlow::Continue(()))
+    }
+    Ok(ControlFlow::Continue(()))
+}
+
+fn is_of_one_object(error: &RestoreError) -> bool {
+    match error {
+        RestoreError::Archive(error) => error.is_of_one_object(),
+        RestoreError::Store(error) => error.is_of_one_object(),
+        _ => false,
     }
 }
 
@@ -155,6 +181,18 @@ struct Reading<'a> {
 impl Reading<'_> {
     fn is_behind(&self) -> bool {
         self.intake.is_none()
+    }
+
+    /// Forgets a transaction without an end; returns where to go on.
+    fn restart(&mut self, from: PgLsn) -> PgLsn {
+        self.now = None;
+        match &mut self.intake {
+            Some(intake) => {
+                intake.restart();
+                intake.end_lsn().max(from)
+            }
+            None => from,
+        }
     }
 
     /// Takes one message. Breaks when nothing more is to be found, or nobody wants more: the apply has failed, and says why.

@@ -278,7 +278,8 @@ async fn replay(
     let reader = Replay {
         store,
         layout: &plan.layout,
-        chain: &plan.chain,
+        from: position.end_lsn,
+        segments: &plan.segments,
         moment: options.moment,
         tables: (!position.whole).then_some(&position.tables),
     };

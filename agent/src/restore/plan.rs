@@ -53,11 +53,11 @@ pub struct Plan {
     pub warnings: Vec<String>,
     pub(super) manifest: Manifest,
     /// The segments from the base backup, or from where the target stands.
-    pub(super) chain: Chain,
+    chain: Chain,
     /// Every base backup of the history.
     summaries: Vec<backup::Summary>,
     /// Every segment there is, and its size.
-    segments: BTreeMap<Span, u64>,
+    pub(super) segments: BTreeMap<Span, u64>,
     pub(super) layout: Layout,
 }
 

@@ -135,6 +135,8 @@ pub struct Logged {
     pub history: History,
     /// The source has nothing before it any more.
     pub confirmed: PgLsn,
+    /// Where the source's WAL ends.
+    pub wal_end: PgLsn,
     /// Somebody reads the slot.
     pub is_read: bool,
     /// The term at which the source sends.
@@ -163,7 +165,7 @@ pub async fn logged(
     })?;
     source.found.require_unaltered(&source.stream)?;
     let mut walsender = source.walsender().await?;
-    let (cluster, _) = source_side::identify(&mut walsender).await?;
+    let (cluster, wal_end) = source_side::identify(&mut walsender).await?;
     let mismatch = |source: Mismatch| SetupError::Mismatch {
         database: database.to_owned(),
         source,
@@ -184,6 +186,7 @@ pub async fn logged(
     Ok(Logged {
         history: noted.history(),
         confirmed,
+        wal_end,
         is_read,
         term: term(&source).await?,
         binary: travels && config.route == Route::Direct,

@@ -8,8 +8,9 @@
 
 use super::shelf::Kept;
 use super::{LogIntake, SourceError};
-use crate::archive::{ArchiveError, Chain, Layout, SegmentReader, Span};
+use crate::archive::{Ahead, ArchiveError, Layout, SegmentReader, Span, Way};
 use crate::changelog::{Gap, Gather};
+use crate::error::chain;
 use crate::store::{Encryption, Store, StoreUrl};
 
 /// The archive's change log of one stream, where there is an archive.
@@ -59,28 +60,43 @@ impl FromArchive {
             .list(&self.layout.log(), None)
             .await
             .map_err(ArchiveError::from)?;
-        let spans: Vec<Span> = objects
+        let sizes: Vec<(Span, u64)> = objects
             .iter()
-            .filter_map(|object| self.layout.parse_segment(&object.name))
+            .filter_map(|object| Some((self.layout.parse_segment(&object.name)?, object.bytes)))
             .collect();
-        let chain = Chain::from(gap.from, &spans);
-        for span in &chain.spans {
-            if gather.position() >= gap.to {
-                break;
-            }
-            let mut segment = SegmentReader::open(&store, &self.layout, *span).await?;
-            while let Some(messages) = segment.next_messages().await? {
-                for message in messages {
-                    if !intake.take(message).await? {
-                        return Ok(Filled::Unwanted);
+        let spans = sizes.iter().map(|(span, _)| *span).collect();
+        let mut ahead = Ahead::new(&store, &self.layout, sizes);
+        let before = gather.position();
+        let mut way = Way::new(gap.from, spans);
+        while gather.position() < gap.to
+            && let Some(span) = way.next()
+        {
+            let segment = ahead.open(span, &way).await.map_err(SourceError::from);
+            let taken = match segment {
+                Ok(segment) => take(segment, intake).await,
+                Err(error) => Err(error),
+            };
+            match taken {
+                Ok(true) => gather.advance(span.end),
+                Ok(false) => return Ok(Filled::Unwanted),
+                Err(SourceError::Archive(error)) if error.is_of_one_object() => {
+                    intake.restart();
+                    let here = gather.position().max(intake.end_lsn());
+                    gather.advance(here);
+                    tracing::warn!(
+                        segment = span.name(), error = %chain(&error), from = %here,
+                        "a segment of the change log cannot be read"
+                    );
+                    if !way.give_up(span, here) {
+                        break;
                     }
                 }
+                Err(error) => return Err(error),
             }
-            gather.advance(span.end);
         }
-        Ok(match chain.spans.is_empty() {
-            true => Filled::Nothing,
-            false => Filled::Some,
+        Ok(match gather.position() > before {
+            true => Filled::Some,
+            false => Filled::Nothing,
         })
     }
 
@@ -93,4 +109,16 @@ impl FromArchive {
         }
         Ok(self.store.clone())
     }
+}
+
+/// Takes a segment; false once nobody wants more.
+async fn take(mut segment: SegmentReader, intake: &mut LogIntake) -> Result<bool, SourceError> {
+    while let Some(messages) = segment.next_messages().await? {
+        for message in messages {
+            if !intake.take(message).await? {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
 }

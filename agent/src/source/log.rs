@@ -72,6 +72,12 @@ impl LogIntake {
         self.intake.end_lsn()
     }
 
+    /// Drops a transaction without an end: whoever brings the next messages brings it again.
+    pub fn restart(&mut self) {
+        self.intake.restart();
+        self.skipping = false;
+    }
+
     /// Notes how far the log is known to reach.
     pub(super) fn known_up_to(&mut self, lsn: PgLsn) {
         self.intake.at(lsn);
