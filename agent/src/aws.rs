@@ -8,8 +8,9 @@
 //! - Every request has a deadline that grows with what it sends. A body that stands still is given up.
 //!
 //! # What it does not do
-//! It uses no HTTP proxy: `HTTPS_PROXY` is not read. It decides nothing about retries.
+//! It decides nothing about retries.
 
+mod http;
 mod refusal;
 
 use std::error::Error;
@@ -20,11 +21,10 @@ use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider, future};
+use aws_sdk_kinesis::config::StalledStreamProtectionConfig;
 use aws_sdk_kinesis::config::retry::RetryConfig;
 use aws_sdk_kinesis::config::timeout::TimeoutConfig;
-use aws_sdk_kinesis::config::{SharedHttpClient, StalledStreamProtectionConfig};
 use aws_sdk_kinesis::error::{ProvideErrorMetadata, SdkError};
-use aws_smithy_http_client::tls::{self, rustls_provider::CryptoMode};
 use aws_types::request_id::RequestId as _;
 use aws_types::service_config::ServiceConfigKey;
 
@@ -75,7 +75,7 @@ pub(crate) async fn environment(
     attempts: u32,
 ) -> Environment {
     let mut environment = aws_config::defaults(BehaviorVersion::v2026_01_12())
-        .http_client(http_client())
+        .http_client(http::Way::of_environment().client())
         .retry_config(RetryConfig::standard().with_max_attempts(attempts))
         .timeout_config(within(ANSWER_WITHIN))
         .stalled_stream_protection(
@@ -154,13 +154,6 @@ impl ProvideCredentials for Remembering {
     fn fallback_on_interrupt(&self) -> Option<Credentials> {
         self.provider.fallback_on_interrupt()
     }
-}
-
-/// TLS by rustls on ring with the machine's own roots, as everywhere in this program.
-fn http_client() -> SharedHttpClient {
-    aws_smithy_http_client::Builder::new()
-        .tls_provider(tls::Provider::Rustls(CryptoMode::Ring))
-        .build_https()
 }
 
 /// Whether settings, `AWS_ENDPOINT_URL`, `AWS_ENDPOINT_URL_<SERVICE>` or the profile send the service elsewhere.
