@@ -44,6 +44,7 @@ mod observe;
 mod oracle;
 mod prefix;
 mod promote;
+mod promote_contained;
 mod promote_kinesis;
 mod promote_sequences;
 mod refused_start;

@@ -613,6 +613,7 @@ async fn what_arrived_in_part_is_not_applied_and_the_report_says_so() {
     let mut route = Route::new(database, proxy.port(), None);
     // No heartbeat takes the place of what is meant.
     route.sender.configure("source.heartbeat", "\"1h\"");
+    route.sender.configure("source.sequences", "\"1h\"");
     let (mut running, applying) = route.start().await;
     applying.stop().await;
     // Of one batch only the first part; nothing more comes through.

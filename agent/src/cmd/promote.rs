@@ -21,7 +21,7 @@ use crate::promote::{Drain, Options, execute};
     after_help = "Killed or failed, run the same command again: it goes on where it stopped. \
     Run again after the end, it prints the same report.\n\
     A planned switchover that loses nothing is not in this version.\n\
-    Exit codes: 0 the replica is open; 1 not finished; 4 refused, nothing was touched."
+    Exit codes: 0 the replica is open; 1 not finished, or not every database is open; 4 refused, nothing was touched."
 )]
 pub struct Args {
     /// The source is lost: accept what was not replicated yet as lost.

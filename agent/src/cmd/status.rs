@@ -200,6 +200,7 @@ async fn gather(config: &Config) -> Status {
         .iter()
         .map(|database| &database.name)
         .chain(&observed.missing)
+        .chain(observed.unreachable.iter().map(|one| &one.name))
         .chain(reports.keys())
         .chain(listed)
         .collect();

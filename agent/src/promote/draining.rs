@@ -24,7 +24,7 @@ use tokio_postgres::Client;
 
 use super::execute::Begun;
 use super::observe::{self, DATABASES_AT_ONCE, Observed};
-use super::plan::{self, Refusal};
+use super::plan::{self, Plan, Refusal};
 use super::steps::{self, Record};
 use super::{ACCEPT_INCOMPLETE, PromoteError, SKIP_DRAIN, fence};
 use crate::catalog::TableName;
@@ -94,9 +94,12 @@ pub(super) struct Looked {
     pub(super) directories: BTreeMap<String, String>,
 }
 
-/// Looks whether all databases could be drained.
-pub(super) async fn look(route: &dyn Drain, observed: &Observed) -> Looked {
-    let looks = observed.databases.iter().map(|database| async move {
+/// Looks whether the databases could be drained whose term is not raised yet: the others go on, or say where they are stuck.
+pub(super) async fn look(route: &dyn Drain, observed: &Observed, plan: &Plan) -> Looked {
+    let ahead = observed.databases.iter().filter(|database| {
+        !database.state().is_fenced() && plan.refusal_of(&database.name).is_none()
+    });
+    let looks = ahead.map(|database| async move {
         let looked = route.look(&database.name).await;
         (database.name.clone(), looked)
     });

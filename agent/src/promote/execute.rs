@@ -1,36 +1,32 @@
-//! Walks the table of states: all databases at once, then hooks and report once.
+//! Walks the table of states: all databases at once. What follows for all together is [`super::close`].
 //!
 //! # Invariants
-//! - Nothing is touched before the plan has been accepted for every database, and every one has been found drainable.
+//! - No database is touched before its plan has been accepted and it has been found drainable.
 //! - A state is stored before the next edge is tried; dying right after is a failpoint of its name.
 //! - One promotion at a time works on a database: it holds an advisory lock there.
 //!
 //! # What it does not do
 //! It does not retry: a failure is reported with the state reached, and the command is repeated.
 
-use std::io::Write as _;
-use std::time::Duration;
-
 use futures_util::{StreamExt as _, stream};
 use jiff::Timestamp;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use tokio_postgres::Client;
 
+use super::close::{NotTried, close};
 use super::draining::{self, Looked};
+use super::lock::{self, PromotionLock};
 use super::observe::{self, DATABASES_AT_ONCE, Database, Observed};
-use super::outcome::{planned, report};
+use super::outcome::planned;
 use super::plan::{Refusal, plan};
-use super::report::{DatabaseReport, Outcome, Report};
+use super::report::{DatabaseReport, Report};
 use super::state::{self, Action, Edge, State};
 use super::steps::{Detail, Record};
-use super::{ACCEPT_INCOMPLETE, Doing, Drain, Options, PromoteError, fence, hooks, loss, steps};
+use super::{ACCEPT_INCOMPLETE, Doing, Drain, Options, PromoteError, fence, loss, steps};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
 use crate::failpoint;
 use crate::pg::{self, Session};
-
-/// How long another promotion's lock is waited for: that of a killed one goes away by itself.
-const LOCK_WITHIN: Duration = Duration::from_secs(10);
 
 /// Promotes, or says what it would do. `started_at` is when the command was started: RTO counts
 /// from there. `route` is what may still hold something for the replica.
@@ -40,6 +36,10 @@ pub async fn promote(
     started_at: Timestamp,
     route: Option<&dyn Drain>,
 ) -> Result<Report, PromoteError> {
+    let lock = match options.plan {
+        true => None,
+        false => Some(PromotionLock::take(config).await?),
+    };
     let observed = observe::observe(config, "promote").await?;
     if observed.databases.is_empty() {
         return Err(PromoteError::NothingToPromote {
@@ -49,16 +49,20 @@ pub async fn promote(
     let drains = route.filter(|_| !options.skip_drain);
     let mut plan = plan(&observed, options, drains.is_some());
     let looked = match drains {
-        Some(route) if !plan.begun => draining::look(route, &observed).await,
-        // Once a term is raised it goes on, or says where it is stuck.
-        _ => Looked::default(),
+        Some(route) => draining::look(route, &observed, &plan).await,
+        None => Looked::default(),
     };
     plan.refusals.extend(looked.refusals.iter().cloned());
-    if options.plan || !plan.refusals.is_empty() {
+    let going: Vec<&Database> = observed
+        .databases
+        .iter()
+        .filter(|database| plan.refusal_of(&database.name).is_none())
+        .collect();
+    let Some(lock) = lock.filter(|_| !going.is_empty()) else {
         let directories = &looked.directories;
         return Ok(planned(config, &observed, &plan, directories, options, started_at).await);
-    }
-    if plan.is_done() {
+    };
+    if plan.is_done() && plan.refusals.is_empty() && observed.unreachable.is_empty() {
         return finished(&observed);
     }
 
@@ -70,19 +74,21 @@ pub async fn promote(
         route,
         options,
     };
-    let walks = observed
-        .databases
-        .iter()
+    let walks = going
+        .into_iter()
         .map(|database| Box::pin(walk(&begun, database)));
     let mut records: Vec<Record> = stream::iter(walks)
         .buffer_unordered(DATABASES_AT_ONCE)
         .collect()
         .await;
     records.sort_by(|a, b| a.name.cmp(&b.name));
-    if records.iter().any(|record| !record.state.is_open()) {
-        return Ok(report(config, Outcome::Failed, &records));
-    }
-    close(config, records).await
+    close(
+        config,
+        &lock,
+        records,
+        NotTried::of(config, &observed, &plan),
+    )
+    .await
 }
 
 /// What every database of this run shares.
@@ -213,7 +219,7 @@ async fn walk_edge(
         .await
 }
 
-async fn connect(config: &Config, record: &Record) -> Result<Client, PromoteError> {
+pub(super) async fn connect(config: &Config, record: &Record) -> Result<Client, PromoteError> {
     let session = Session::new(record.stream.application_name("promote"))
         .silent()
         .set("statement_timeout", "30s")
@@ -227,26 +233,8 @@ async fn connect(config: &Config, record: &Record) -> Result<Client, PromoteErro
 
 /// Held until the session ends.
 async fn lock(client: &Client, record: &Record) -> Result<(), PromoteError> {
-    let deadline = Instant::now() + LOCK_WITHIN;
-    loop {
-        let locked: bool = client
-            .query_one(
-                "SELECT pg_try_advisory_lock(hashtext('dr_agent.promote'), hashtext($1))",
-                &[&record.stream.as_str()],
-            )
-            .await
-            .doing("take the promotion's lock")?
-            .get(0);
-        if locked {
-            return Ok(());
-        }
-        if Instant::now() >= deadline {
-            return Err(PromoteError::Busy {
-                stream: record.stream.to_string(),
-            });
-        }
-        sleep(Duration::from_millis(100)).await;
-    }
+    let sql = "SELECT pg_try_advisory_lock(hashtext('dr_agent.promote'), hashtext($1))";
+    lock::take(client, sql, record.stream.as_str()).await
 }
 
 async fn state_loss(
@@ -273,58 +261,4 @@ async fn state_loss(
     // As far as the drain has led.
     record.detail.database.coverage = observe::coverage(client, &record.stream).await?;
     Ok(note.to_owned())
-}
-
-/// Runs the hooks and stores the report with every database.
-async fn close(config: &Config, mut records: Vec<Record>) -> Result<Report, PromoteError> {
-    // A promotion killed while storing has run the hooks: its report stands.
-    let stored = records
-        .iter()
-        .find_map(|record| record.detail.report.clone());
-    let report = match stored {
-        Some(report) => report,
-        None => {
-            let mut report = report(config, Outcome::Promoted, &records);
-            if !config.hooks.is_empty() {
-                let file = report_file(&report).map_err(PromoteError::ReportFile)?;
-                let environment = hooks::environment(config, &report, file.path());
-                report.hooks = hooks::run(&config.hooks, &environment).await;
-            }
-            let failed = report.hooks.iter().filter(|hook| !hook.ok);
-            let warnings: Vec<String> = failed
-                .map(|hook| {
-                    format!(
-                        "hook {} failed ({}): do by hand what it does",
-                        hook.name, hook.outcome
-                    )
-                })
-                .collect();
-            report.warnings.extend(warnings);
-            for database in &mut report.databases {
-                // Stored with the last two states, and read once they are.
-                database.state = State::Done.to_string();
-            }
-            report
-        }
-    };
-    for to in [State::HooksRun, State::Done] {
-        for record in records.iter_mut().filter(|record| record.state < to) {
-            record.detail.report = Some(report.clone());
-            record.detail.database.state = to.to_string();
-            let client = connect(config, record).await?;
-            record.store(&client, to).await?;
-            failpoint::hit(&format!("promote:{to}"));
-        }
-    }
-    Ok(report)
-}
-
-fn report_file(report: &Report) -> std::io::Result<tempfile::NamedTempFile> {
-    let mut file = tempfile::Builder::new()
-        .prefix("dr-agent-promotion-")
-        .suffix(".json")
-        .tempfile()?;
-    file.write_all(&serde_json::to_vec_pretty(report)?)?;
-    file.flush()?;
-    Ok(file)
 }

@@ -1,6 +1,6 @@
 //! Runs the configured commands that lead the users to the new primary.
 //!
-//! Called once, when every database is open. A hook learns what happened from its environment
+//! Called once, when every database is open that can be opened. A hook learns what happened from its environment
 //! ([`environment`]) and from the report, a JSON file that exists while the hooks run.
 //!
 //! # Invariants
@@ -35,7 +35,8 @@ const OUTPUT_WITHIN: Duration = Duration::from_secs(1);
 /// What a hook finds in its environment besides ours:
 ///
 /// - `DR_AGENT_TERM`: the highest term of the databases
-/// - `DR_AGENT_DATABASES`: their names, separated by commas
+/// - `DR_AGENT_DATABASES`: names of those that are open, separated by commas: users may be led there
+/// - `DR_AGENT_DATABASES_NOT_OPEN`: names of the others; empty where all are open
 /// - `DR_AGENT_REPLICA`: `host:port/database` of the new primary
 /// - `DR_AGENT_REPLICA_HOST`, `DR_AGENT_REPLICA_PORT`: the same apart, where the URL names them
 /// - `DR_AGENT_REPORT`: path of the report as JSON
@@ -50,14 +51,15 @@ pub fn environment(
         .map(|database| database.term)
         .max()
         .unwrap_or_default();
-    let names: Vec<&str> = report
-        .databases
-        .iter()
-        .map(|d| d.database.as_str())
-        .collect();
+    let names = |open: bool| -> String {
+        let those = report.databases.iter().filter(|one| one.is_open() == open);
+        let names: Vec<&str> = those.map(|one| one.database.as_str()).collect();
+        names.join(",")
+    };
     let mut variables = vec![
         ("DR_AGENT_TERM".to_owned(), term.to_string()),
-        ("DR_AGENT_DATABASES".to_owned(), names.join(",")),
+        ("DR_AGENT_DATABASES".to_owned(), names(true)),
+        ("DR_AGENT_DATABASES_NOT_OPEN".to_owned(), names(false)),
         ("DR_AGENT_REPLICA".to_owned(), report.replica.clone()),
         ("DR_AGENT_REPORT".to_owned(), path.display().to_string()),
     ];

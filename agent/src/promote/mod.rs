@@ -3,22 +3,25 @@
 //! ```text
 //! observe ──Observed──▶ plan ● ──Plan──▶ (refused: exit 4, nothing touched)
 //!                                  └────▶ execute: walk state ● per database, all at once
-//!                                            └─ all open ─▶ hooks ─▶ report
+//!                                            └─ nothing more opens ─▶ hooks ─▶ report
 //! ```
 //!
 //! The source is never needed: it is usually dead. Where it still answers it is asked, within
 //! seconds, how much was lost.
 //!
 //! # Invariants
-//! - Databases are refused together, before the first of them is touched.
-//! - Hooks run only once every database is open, so that no user is led to half a server.
+//! - What is wrong with one database costs that database: the others are opened, and report and exit code say which is not.
+//! - One promotion of a replica at a time, so that hooks run once; they run when all that can be opened is open, and are told
+//!   what is open and what is not. What opens later runs them again.
 //! - Never imports `pipeline`: a promotion shares nothing with a running agent but the replica.
 
 mod ahead;
+mod close;
 mod draining;
 pub mod execute;
 mod fence;
 pub mod hooks;
+mod lock;
 pub mod loss;
 pub mod observe;
 mod outcome;
@@ -70,15 +73,21 @@ pub enum PromoteError {
         /// `source.slot`.
         slot: String,
     },
+    /// A database of ours that cannot be entered.
+    #[error("{0}")]
+    Barred(&'static str),
     /// The server behind `replica.url` cannot be written to at all.
     #[error("the server behind replica.url is itself a physical standby")]
     InRecovery,
-    /// Another `promote` is at work on this database.
-    #[error("another promotion of stream {stream} is running")]
+    /// Another `promote` is at work on this database, or on this replica.
+    #[error("another promotion of {stream} is running")]
     Busy {
-        /// The stream.
+        /// The stream, or the slot name that all of them begin with.
         stream: String,
     },
+    /// Somebody has ended the session that keeps other promotions away.
+    #[error("the session that holds the promotion's lock has ended")]
+    LockLost,
     /// The row of the stream vanished between two steps.
     #[error("{table} has no row for stream {stream} at term {term}")]
     RowGone {
@@ -139,11 +148,13 @@ impl Classify for PromoteError {
         match self {
             Self::Replica { source, .. } => source.class(),
             Self::Drain(error) => error.class,
-            Self::Busy { .. } | Self::FenceBlocked { .. } | Self::SessionsRemain { .. } => {
-                Class::Transient
-            }
+            Self::Busy { .. }
+            | Self::LockLost
+            | Self::FenceBlocked { .. }
+            | Self::SessionsRemain { .. } => Class::Transient,
             Self::NothingToPromote { .. }
             | Self::InRecovery
+            | Self::Barred(_)
             | Self::RowGone { .. }
             | Self::Stored { .. }
             | Self::NotOneMoment(_)
@@ -170,6 +181,10 @@ impl Classify for PromoteError {
             }
             Self::InRecovery => "point replica.url at its primary",
             Self::Busy { .. } => "wait for it, or end its session (application_name dr_agent:promote:…) and repeat",
+            Self::LockLost => {
+                "another promotion may have gone on in its place: see `dr-agent promote --failover --plan`"
+            }
+            Self::Barred(_) => "once that is done, run the same command again: it opens what is left",
             Self::RowGone { .. } => "somebody changed schema dr_agent by hand; nothing more was done",
             Self::Stored { .. } => {
                 "if the replica was set up anew after an earlier promotion, delete the row; otherwise use the version that wrote it"
@@ -187,6 +202,16 @@ impl Classify for PromoteError {
             Self::ReportFile(_) => "make room in the directory for temporary files, then run the same command again",
         }
         .to_owned())
+    }
+}
+
+impl PromoteError {
+    /// What the replica's server said, if it did.
+    pub(crate) fn sqlstate(&self) -> Option<&str> {
+        match self {
+            Self::Replica { source, .. } => source.sqlstate(),
+            _ => None,
+        }
     }
 }
 

@@ -9,21 +9,26 @@
 //! It judges nothing: see [`super::plan`].
 
 use std::pin::pin;
+use std::time::Duration;
 
-use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use futures_util::{StreamExt as _, stream};
 use tokio_postgres::Client;
 
 use super::state::State;
 use super::{Detail, Doing, PromoteError, loss};
-use crate::catalog::{self, TableName};
+use crate::catalog::TableName;
 use crate::config::{Config, Databases};
 use crate::coverage::{self, Coverage};
-use crate::error::chain;
+use crate::error::{Class, Classify as _, chain};
 use crate::pg::{self, PgLsn, Session};
 use crate::stream::{APPLICATION_PREFIX, StreamName};
 
 /// Databases looked at, or worked on, at the same time.
 pub(super) const DATABASES_AT_ONCE: usize = 8;
+
+/// Attempts at looking at one of them, and the pause between them, which grows.
+const ATTEMPTS: u32 = 4;
+const RETRY_AFTER: Duration = Duration::from_millis(300);
 
 /// The row of `dr_agent.progress`.
 #[derive(Clone, Debug, PartialEq)]
@@ -105,6 +110,17 @@ impl Database {
     }
 }
 
+/// A database that is replicated, as far as can be told, and could not be looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreachable {
+    /// Its name.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
 /// Everything observed.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
@@ -112,41 +128,156 @@ pub struct Observed {
     pub databases: Vec<Database>,
     /// Databases named in `source.databases` that the replica does not have, or not as a replica.
     pub missing: Vec<String>,
+    /// Those that cannot be looked at.
+    pub unreachable: Vec<Unreachable>,
 }
 
-/// Looks at every database of the stream set.
+/// Looks at every database of the stream set. One that cannot be looked at costs none of the others.
+///
+/// # Errors
+/// Where nothing could be looked at.
 pub async fn observe(config: &Config, role: &str) -> Result<Observed, PromoteError> {
-    let (names, listed) = match &config.source.databases {
-        Databases::List(names) => (names.clone(), true),
-        Databases::All => {
-            let session = reading(&format!("{APPLICATION_PREFIX}{role}"));
-            let client = pg::connect_silently(&config.replica.conninfo, session)
-                .await
-                .doing("connect to the replica")?;
-            (
-                catalog::databases(&client)
-                    .await
-                    .doing("list the replica's databases")?,
-                false,
-            )
-        }
-    };
     let mut observed = Observed::default();
-    let looks = names.into_iter().map(|name| async move {
-        let found = Box::pin(database(config, &name, role)).await;
-        found.map(|found| (name, found))
-    });
+    let mut first_error = None;
+    let looks = candidates(config, role)
+        .await?
+        .into_iter()
+        .map(|candidate| async move {
+            let found = Box::pin(look(config, &candidate, role)).await;
+            (candidate, found)
+        });
     let mut looks = pin!(stream::iter(looks).buffered(DATABASES_AT_ONCE));
-    while let Some((name, found)) = looks.try_next().await? {
+    while let Some((candidate, found)) = looks.next().await {
         match found {
-            Some(database) => observed.databases.push(database),
-            None if listed => observed.missing.push(name),
+            Ok(Some(database)) => observed.databases.push(database),
+            Ok(None) if candidate.is_listed => observed.missing.push(candidate.name),
             // With "*" a database without our progress row is simply not replicated.
-            None => {}
+            Ok(None) => {}
+            Err(error) if candidate.is_not_ours(&error) => {
+                tracing::info!(
+                    database = candidate.name,
+                    error = chain(&error),
+                    "not a database of ours"
+                );
+            }
+            Err(error) => {
+                observed.unreachable.push(Unreachable {
+                    name: candidate.name,
+                    reason: chain(&error),
+                    hint: error.hint(),
+                });
+                first_error.get_or_insert(error);
+            }
         }
     }
     observed.databases.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(observed)
+    match first_error {
+        Some(error) if observed.databases.is_empty() => Err(error),
+        _ => Ok(observed),
+    }
+}
+
+/// A database that may be replicated.
+struct Candidate {
+    name: String,
+    is_listed: bool,
+    /// It has the read-only guard, which we set.
+    is_guarded: bool,
+    /// Why nobody, or not this role, may enter it.
+    barred: Option<&'static str>,
+}
+
+impl Candidate {
+    /// With "*", a database that lets this role not in, such as `rdsadmin`, is somebody else's, unless it has our guard.
+    fn is_not_ours(&self, error: &PromoteError) -> bool {
+        // invalid_authorization_specification, invalid_password, insufficient_privilege, object_not_in_prerequisite_state.
+        const NOT_LET_IN: [&str; 4] = ["28000", "28P01", "42501", "55000"];
+        let is_let_in = |code| !NOT_LET_IN.contains(&code);
+        !self.is_listed && !self.is_guarded && !error.sqlstate().is_none_or(is_let_in)
+    }
+}
+
+/// The databases that may be replicated; those that are certainly not ours are left out.
+async fn candidates(config: &Config, role: &str) -> Result<Vec<Candidate>, PromoteError> {
+    const SQL: &str = "
+        SELECT d.datname::text, d.datallowconn, has_database_privilege(d.oid, 'CONNECT'),
+               EXISTS (SELECT FROM pg_db_role_setting s WHERE s.setdatabase = d.oid AND s.setrole = 0
+                          AND 'default_transaction_read_only=on' = ANY (s.setconfig))
+          FROM pg_database d WHERE NOT d.datistemplate ORDER BY d.datname";
+    if let Databases::List(names) = &config.source.databases {
+        let named = names.iter().map(|name| Candidate {
+            name: name.clone(),
+            is_listed: true,
+            is_guarded: false,
+            barred: None,
+        });
+        return Ok(named.collect());
+    }
+    let client = anywhere(config, &reading(&format!("{APPLICATION_PREFIX}{role}"))).await?;
+    let rows = client
+        .query(SQL, &[])
+        .await
+        .doing("list the replica's databases")?;
+    let all = rows.iter().map(|row| Candidate {
+        name: row.get(0),
+        is_listed: false,
+        is_guarded: row.get(3),
+        barred: match (row.get(1), row.get(2)) {
+            (false, _) => {
+                Some("it allows no connections (ALTER DATABASE … ALLOW_CONNECTIONS true)")
+            }
+            (_, false) => Some("this role may not connect to it (GRANT CONNECT ON DATABASE …)"),
+            (true, true) => None,
+        },
+    });
+    Ok(all
+        .filter(|candidate| candidate.barred.is_none() || candidate.is_guarded)
+        .collect())
+}
+
+/// A session with the replica's server, in whichever database lets us in: that of the URL may be the one in trouble.
+pub(super) async fn anywhere(config: &Config, session: &Session) -> Result<Client, PromoteError> {
+    let conninfo = &config.replica.conninfo;
+    let error = match pg::connect_silently(conninfo, session.clone()).await {
+        Ok(client) => return Ok(client),
+        Err(error) => error,
+    };
+    if error.sqlstate().is_some() {
+        for name in ["postgres", "template1"] {
+            if let Ok(client) =
+                pg::connect_silently(&conninfo.with_dbname(name), session.clone()).await
+            {
+                return Ok(client);
+            }
+        }
+    }
+    Err(error).doing("connect to the replica")
+}
+
+/// Looks at one; what goes away within a moment is tried again.
+async fn look(
+    config: &Config,
+    candidate: &Candidate,
+    role: &str,
+) -> Result<Option<Database>, PromoteError> {
+    if let Some(why) = candidate.barred {
+        return Err(PromoteError::Barred(why));
+    }
+    let mut attempt = 1;
+    loop {
+        let found = Box::pin(database(config, &candidate.name, role)).await;
+        match found {
+            Err(error)
+                if error.class() == Class::Transient
+                    && error.sqlstate().is_some()
+                    && attempt < ATTEMPTS =>
+            {
+                tokio::time::sleep(RETRY_AFTER * attempt).await;
+                attempt += 1;
+            }
+            found => return found,
+        }
+    }
 }
 
 fn reading(application_name: &str) -> Session {

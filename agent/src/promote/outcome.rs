@@ -19,13 +19,20 @@ use super::steps::Record;
 use super::{ACCEPT_INCOMPLETE, Options, loss};
 use crate::config::Config;
 
-/// The report as far as the databases have come.
-pub(super) fn report(config: &Config, outcome: Outcome, records: &[Record]) -> Report {
+/// The report as far as the databases have come; `not_tried` are those that this run did not touch.
+pub(super) fn report(
+    config: &Config,
+    outcome: Outcome,
+    records: &[Record],
+    not_tried: Vec<DatabaseReport>,
+) -> Report {
     let mut report = empty_report(config, outcome);
     report.databases = records
         .iter()
         .map(|record| record.detail.database.clone())
+        .chain(not_tried)
         .collect();
+    report.databases.sort_by(|a, b| a.database.cmp(&b.database));
     for record in records {
         let detail = &record.detail;
         report.accept(&detail.accepted, &detail.overrides);
@@ -66,7 +73,18 @@ fn standing_warnings(report: &Report) -> Vec<String> {
                 .to_owned(),
         );
     }
-    if report.outcome == Outcome::Promoted {
+    let (open, others): (Vec<&DatabaseReport>, Vec<_>) = report
+        .databases
+        .iter()
+        .partition(|database| database.is_open());
+    if !open.is_empty() && !others.is_empty() {
+        let names: Vec<&str> = others.iter().map(|one| one.database.as_str()).collect();
+        warnings.push(format!(
+            "NOT OPEN: {}; the others are, and the hooks were told which (DR_AGENT_DATABASES_NOT_OPEN)",
+            names.join(", ")
+        ));
+    }
+    if !open.is_empty() {
         warnings
             .push("nothing replicates the new primary yet: set up its own protection".to_owned());
     }
@@ -167,6 +185,9 @@ pub(super) async fn planned(
             .collect();
         report.databases.push(entry);
     }
+    report
+        .databases
+        .extend(super::close::unreachable(config, observed));
     report.judge(None);
     report
 }

@@ -6,6 +6,7 @@
 //! - A replica that does not equal the source as of one commit LSN is not promoted unless the
 //!   operator says so, and then the report says that he did.
 //! - A promotion that has raised the term is never refused: there is no way back, only onwards.
+//! - Every database is judged by itself: what is wrong with one costs none of the others.
 
 use std::fmt;
 
@@ -64,6 +65,18 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// The database it concerns.
+    pub fn database(&self) -> &str {
+        match self {
+            Self::Missing { database }
+            | Self::NotCopied { database }
+            | Self::TablesNotReady { database, .. }
+            | Self::BeforeSnapshot { database, .. }
+            | Self::NotDrainable { database, .. }
+            | Self::OtherTerm { database, .. } => database,
+        }
+    }
+
     /// Whether `--accept-incomplete` covers it.
     pub fn can_be_overridden(&self) -> bool {
         !matches!(self, Self::OtherTerm { .. } | Self::NotDrainable { .. })
@@ -141,17 +154,22 @@ pub struct DatabasePlan {
 pub struct Plan {
     /// Per database, in name order.
     pub databases: Vec<DatabasePlan>,
-    /// Promises that would be broken and are not overridden; with one of these nothing is touched.
+    /// Promises that would be broken and are not overridden; the databases they concern are not touched.
     pub refusals: Vec<Refusal>,
     /// Promises that are broken because the operator said so.
     pub overridden: Vec<Refusal>,
     /// Promises that the drain may keep: judged once it is done.
     pub after_drain: Vec<Refusal>,
-    /// Some database's term is raised already.
-    pub begun: bool,
 }
 
 impl Plan {
+    /// Why a database is refused, if it is.
+    pub fn refusal_of(&self, database: &str) -> Option<&Refusal> {
+        self.refusals
+            .iter()
+            .find(|refusal| refusal.database() == database)
+    }
+
     /// Whether every database has been promoted and the report stored.
     pub fn is_done(&self) -> bool {
         self.databases
@@ -162,23 +180,21 @@ impl Plan {
 
 /// Makes the plan. `drains`: what is still on its way will be applied first.
 pub fn plan(observed: &Observed, options: Options, drains: bool) -> Plan {
-    // Once one term is raised, leaving the rest behind would be half a promotion: what the operator
-    // accepted or not was settled then.
-    let begun = observed
-        .databases
-        .iter()
-        .any(|database| database.state().is_fenced());
+    // Asked once is enough: whoever repeats a promotion goes on with it.
+    let accept_incomplete = options.accept_incomplete
+        || observed.databases.iter().any(|database| {
+            let stored = database.promotion.as_ref();
+            stored.is_some_and(|stored| stored.detail.accept_incomplete)
+        });
     let mut found: Vec<Refusal> = observed.databases.iter().flat_map(refusals).collect();
-    if !begun {
-        let missing = observed.missing.iter().cloned();
-        found.extend(missing.map(|database| Refusal::Missing { database }));
-    }
+    let missing = observed.missing.iter().cloned();
+    found.extend(missing.map(|database| Refusal::Missing { database }));
     let (after_drain, now): (Vec<Refusal>, Vec<Refusal>) = found
         .into_iter()
         .partition(|refusal| drains && refusal.ends_with_a_drain());
     let (overridden, refusals) = now
         .into_iter()
-        .partition(|refusal| options.accept_incomplete && refusal.can_be_overridden());
+        .partition(|refusal| accept_incomplete && refusal.can_be_overridden());
     Plan {
         databases: observed
             .databases
@@ -192,7 +208,6 @@ pub fn plan(observed: &Observed, options: Options, drains: bool) -> Plan {
         refusals,
         overridden,
         after_drain,
-        begun,
     }
 }
 
@@ -291,7 +306,7 @@ mod tests {
     fn observed(databases: Vec<Database>) -> Observed {
         Observed {
             databases,
-            missing: Vec::new(),
+            ..Observed::default()
         }
     }
 
@@ -314,13 +329,14 @@ mod tests {
     }
 
     #[test]
-    fn one_incomplete_database_refuses_all_of_them() {
+    fn one_incomplete_database_is_refused_and_the_others_are_not() {
         let mut half = ready("half");
         half.table_sync.not_ready = 1;
         half.table_sync.examples = vec!["public.t (copying)".to_owned()];
         let plan = plan(&observed(vec![ready("app"), half]), Options::default());
         assert_eq!(plan.refusals.len(), 1);
         assert!(plan.refusals[0].to_string().contains("public.t (copying)"));
+        assert!(plan.refusal_of("half").is_some() && plan.refusal_of("app").is_none());
     }
 
     #[test]
@@ -359,6 +375,7 @@ mod tests {
             &Observed {
                 databases: vec![empty],
                 missing: vec!["gone".to_owned()],
+                ..Observed::default()
             },
             Options::default(),
         );
@@ -384,6 +401,18 @@ mod tests {
         let plan = plan(&observed(vec![fenced]), Options::default());
         assert!(plan.refusals.is_empty());
         assert_eq!(plan.databases[0].steps.len(), state::EDGES.len() - 1);
+    }
+
+    #[test]
+    fn what_was_accepted_when_it_began_need_not_be_said_again() {
+        let mut begun = promoted("app", State::Opened, 2);
+        begun.promotion.as_mut().unwrap().detail.accept_incomplete = true;
+        let missing = vec!["gone".to_owned()];
+        let observed = Observed {
+            missing,
+            ..observed(vec![begun])
+        };
+        assert!(plan(&observed, Options::default()).refusals.is_empty());
     }
 
     #[test]

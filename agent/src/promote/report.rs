@@ -13,6 +13,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::loss::Answer;
+use super::state::State;
 use crate::coverage::Coverage;
 
 /// How the command ended.
@@ -21,7 +22,7 @@ use crate::coverage::Coverage;
 pub enum Outcome {
     /// Every database is open; exit code 0.
     Promoted,
-    /// Something is left to do; repeat the command; exit code 1.
+    /// Something is left to do, for some databases or all; repeat the command; exit code 1.
     Failed,
     /// Nothing was touched because a promise would be broken; exit code 4.
     Refused,
@@ -190,11 +191,16 @@ impl Report {
     /// The report for people.
     pub fn text(&self) -> String {
         let mut out = String::new();
+        let open = self.databases.iter().filter(|one| one.is_open()).count();
         let title = match self.outcome {
-            Outcome::Promoted => "PROMOTED: the replica is now the primary",
-            Outcome::Failed => "NOT FINISHED: run the same command again",
-            Outcome::Refused => "REFUSED: nothing was touched",
-            Outcome::Planned => "PLAN: nothing was touched",
+            Outcome::Promoted => "PROMOTED: the replica is now the primary".to_owned(),
+            Outcome::Failed if open > 0 => format!(
+                "NOT FINISHED: {open} of {} databases are open; run the same command again for the rest",
+                self.databases.len()
+            ),
+            Outcome::Failed => "NOT FINISHED: run the same command again".to_owned(),
+            Outcome::Refused => "REFUSED: nothing was touched".to_owned(),
+            Outcome::Planned => "PLAN: nothing was touched".to_owned(),
         };
         let _ = writeln!(out, "{title} ({})", self.replica);
         if self.outcome == Outcome::Promoted || self.outcome == Outcome::Failed {
@@ -267,6 +273,11 @@ fn verdict(seconds: Option<f64>, objective: f64, met: Option<bool>, unknown: &st
 }
 
 impl DatabaseReport {
+    /// Whether its users can write.
+    pub fn is_open(&self) -> bool {
+        self.writable_at.is_some() && State::parse(&self.state).is_some_and(State::is_open)
+    }
+
     /// Seconds lost at most: 0 where the source said that nothing is missing.
     pub fn loss_seconds(&self) -> Option<f64> {
         if self.coverage.not_copied() > 0 {
@@ -297,13 +308,17 @@ impl DatabaseReport {
             .commit_time
             .as_deref()
             .unwrap_or("no transaction applied yet");
-        let equals = match self.coverage.is_whole() {
-            true => "equals the source as of",
-            false => "has the source up to",
-        };
-        let _ = writeln!(out, "  {equals:<25} {} ({commit_time})", self.end_lsn);
-        self.write_coverage(out);
-        if self.fenced_at.is_some() || planned {
+        // Of one that could not be looked at nothing is known.
+        let is_known = !self.end_lsn.is_empty();
+        if is_known {
+            let equals = match self.coverage.is_whole() {
+                true => "equals the source as of",
+                false => "has the source up to",
+            };
+            let _ = writeln!(out, "  {equals:<25} {} ({commit_time})", self.end_lsn);
+            self.write_coverage(out);
+        }
+        if self.fenced_at.is_some() || (planned && is_known) {
             let label = if planned { "would be lost now" } else { "lost" };
             let _ = writeln!(out, "  {label:<25} {}", self.loss_text());
         }
