@@ -38,10 +38,24 @@ CREATE TABLE IF NOT EXISTS dr_agent.table_sync (
     PRIMARY KEY (stream, table_schema, table_name)
 );
 
+-- Which table of the replica holds the rows: another one under the same name is not the one that was copied.
+ALTER TABLE dr_agent.table_sync ADD COLUMN IF NOT EXISTS replica_oid oid;
+
 -- The schema of the source was restored for this stream, in the transaction that wrote this row.
 CREATE TABLE IF NOT EXISTS dr_agent.schema_sync (
     stream      text PRIMARY KEY,
     restored_at timestamptz NOT NULL DEFAULT now()
+);
+
+-- Tables of the source that are not protected for now, because they cannot be created, copied or applied, or because that is
+-- being done: their changes are kept out. A promotion goes on without them and names them.
+CREATE TABLE IF NOT EXISTS dr_agent.set_aside (
+    stream       text NOT NULL,
+    table_schema text NOT NULL,
+    table_name   text NOT NULL,
+    reason       text NOT NULL,
+    since        timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (stream, table_schema, table_name)
 );
 
 -- Foreign keys and partitions whose rows were copied at different snapshots: the statement succeeds

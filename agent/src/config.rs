@@ -102,6 +102,7 @@ struct RawReplica {
     url: Option<String>,
     password_file: Option<PathBuf>,
     lanes: Option<u16>,
+    set_aside: Option<SetAside>,
     bandwidth: Option<String>,
 }
 
@@ -167,6 +168,17 @@ pub enum Keyless {
     Full,
     /// They stay out of the publication and count as unprotected.
     Exclude,
+}
+
+/// What becomes of a database where one of its tables cannot be created, copied or applied (`replica.set_aside`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SetAside {
+    /// The table is set aside and tried again; the rest goes on. Late tables are copied beside the stream.
+    #[default]
+    Retry,
+    /// It stops. Late tables are copied while the stream waits.
+    Never,
 }
 
 /// What a failed promotion hook does (`promote.hook.on_failure`).
@@ -238,6 +250,8 @@ pub struct Replica {
     pub conninfo: ConnInfo,
     /// Replica connections that apply in parallel.
     pub lanes: u16,
+    /// What becomes of the others when one table is in trouble.
+    pub set_aside: SetAside,
 }
 
 /// `[objectives]`
@@ -421,6 +435,7 @@ impl RawConfig {
         }
         let replica = Replica {
             conninfo: to_replica,
+            set_aside: self.replica.set_aside.unwrap_or_default(),
             lanes: within("replica.lanes", self.replica.lanes.unwrap_or(4), 1, 64)?,
         };
         let objectives = Objectives {

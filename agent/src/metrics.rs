@@ -161,6 +161,11 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         "Objects that replication does not protect, by kind",
     ),
     (
+        "dr_agent_tables_set_aside",
+        Kind::Gauge,
+        "Tables whose changes are kept out for now; status names them and says why",
+    ),
+    (
         "dr_agent_sink_flush_lsn",
         Kind::Gauge,
         "LSN up to which a sink is durable, as a number",
@@ -548,6 +553,12 @@ impl DatabaseMetrics {
         };
         set("pending", total.saturating_sub(ready));
         set("ready", ready);
+    }
+
+    /// `dr_agent_tables_set_aside`
+    #[allow(clippy::cast_precision_loss, reason = "fewer than 2^52 tables")]
+    pub fn tables_set_aside(&self, count: u64) {
+        gauge!("dr_agent_tables_set_aside", "database" => self.label()).set(count as f64);
     }
 
     /// `dr_agent_unprotected_objects{kind}`

@@ -109,6 +109,7 @@ impl Sessions {
             tables: target.tables,
             listed_by: target.listed_by.clone(),
             as_of: target.as_of,
+            beside: None,
             left_out: target.left_out,
             sends_generated: true,
             domains: None,

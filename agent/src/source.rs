@@ -63,6 +63,8 @@ pub enum SlotUse {
     Own,
     /// A copy of it that goes with the session: somebody else may be reading the stream's own.
     Copy,
+    /// Such a copy, from wherever the stream's own stands: whoever reads it has nothing yet.
+    Late,
 }
 
 /// What the source task needs to know.
@@ -324,7 +326,7 @@ pub async fn run(
     let mut behind = Behind::new(&settings);
     let mut next = match settings.slot {
         SlotUse::Own => Next::CatchUp,
-        SlotUse::Copy => Next::OnlyWalsender,
+        SlotUse::Copy | SlotUse::Late => Next::OnlyWalsender,
     };
     failpoint::hit("source:before-slot");
     loop {

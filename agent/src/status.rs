@@ -122,6 +122,8 @@ pub struct DatabaseStatus {
     pub waits_for: Option<String>,
     /// Objects that are not protected, by kind.
     pub unprotected: BTreeMap<&'static str, u64>,
+    /// Tables that are not protected for now, and why: they cannot be created, copied or applied, or that is being done.
+    pub set_aside: BTreeMap<String, String>,
     /// What went wrong last, with its causes; null while all is well.
     pub error: Option<String>,
     /// What to do about it.

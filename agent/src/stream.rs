@@ -47,6 +47,12 @@ impl StreamName {
         &self.0
     }
 
+    /// What catches up with the changes of tables that are copied beside the stream. No slot has such a name.
+    #[must_use]
+    pub fn late(&self) -> Self {
+        Self(format!("{}/late", self.0))
+    }
+
     /// `application_name` of a session with the given role ("apply", "copy", "monitor", "stream").
     ///
     /// `promote` finds the sessions of older terms by the prefix [`APPLICATION_PREFIX`] and this name.

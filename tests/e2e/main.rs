@@ -37,6 +37,7 @@ mod init;
 mod kinesis;
 mod lanes;
 mod large;
+mod late;
 mod listed;
 mod misfit;
 mod narrowed;

@@ -6,6 +6,7 @@
 //! # What it does not do
 //! No TLS, no redirects, no chunked bodies: the agent sends none.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -45,6 +46,7 @@ pub(super) struct AgentDatabase {
     pub(super) slot_retained_bytes: Option<u64>,
     pub(super) since: Option<String>,
     pub(super) waits_for: Option<String>,
+    pub(super) set_aside: BTreeMap<String, String>,
     pub(super) error: Option<String>,
     pub(super) hint: Option<String>,
 }

@@ -114,6 +114,8 @@ pub struct DatabaseStatus {
     pub since: Option<String>,
     /// What a session of the agent waits for, on either server.
     pub waits_for: Option<String>,
+    /// Tables that are not protected for now, and why.
+    pub set_aside: BTreeMap<String, String>,
     /// Whether it is within the RPO.
     pub rpo: Verdict,
     /// Why it is not, where that is not plain from the lag.
@@ -358,6 +360,9 @@ fn judge(facts: &Facts<'_>) -> DatabaseStatus {
         state: state.to_owned(),
         since: report.and_then(|report| report.since.clone()),
         waits_for: report.and_then(|report| report.waits_for.clone()),
+        set_aside: report
+            .map(|report| report.set_aside.clone())
+            .unwrap_or_default(),
         rpo,
         reason,
         lag_seconds,
@@ -474,6 +479,9 @@ impl DatabaseStatus {
             if let Some(text) = text {
                 let _ = writeln!(out, "  {label}{text}");
             }
+        }
+        for (table, reason) in &self.set_aside {
+            let _ = writeln!(out, "  set aside, not protected: {table}: {reason}");
         }
         if let Some(kinesis) = &self.kinesis {
             kinesis.write_text(out);

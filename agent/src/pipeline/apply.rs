@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::error::SessionError;
 use crate::pg::{self, ConnInfo, PgLsn};
-use crate::sink::replica::{Outcome, ReplicaSink, SinkError};
+use crate::sink::replica::{Beside, Outcome, ReplicaSink, SinkError};
 use crate::snapshot;
 use crate::stream::StreamName;
 
@@ -18,6 +18,7 @@ pub(super) async fn apply_batches(
     mut deferred: Deferred,
 ) -> Option<SessionError> {
     loop {
+        deferred.look_beside();
         // A constraint locks two tables; a batch that holds one and wants the other would be a deadlock.
         sink.one_by_one(deferred.is_waiting());
         let outcome = sink.next().await?;
@@ -37,12 +38,24 @@ pub(super) struct Deferred {
     pub(super) replica: ConnInfo,
     pub(super) stream: StreamName,
     pub(super) after: Option<PgLsn>,
+    /// Tables that join the stream may have brought more.
+    pub(super) beside: Beside,
+    pub(super) joined: Option<PgLsn>,
 }
 
 impl Deferred {
     /// Whether there may be some.
     fn is_waiting(&self) -> bool {
         self.after.is_some()
+    }
+
+    /// Takes in what came with tables that have joined the stream.
+    fn look_beside(&mut self) {
+        let newest = self.beside.newest();
+        if newest > self.joined {
+            self.joined = newest;
+            self.after = self.after.max(newest);
+        }
     }
 
     /// Adds what is due. It locks tables: nothing may be in flight, and later batches wait.

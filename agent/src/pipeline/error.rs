@@ -37,6 +37,12 @@ pub(super) enum SessionError {
     Log { class: Class, text: String },
     #[error("finish the initial copy")]
     Deferred(#[source] CopyError),
+    #[error("take a snapshot for late tables")]
+    LateSnapshot(#[source] PgError),
+    #[error("a snapshot waits for transactions that are open on the source, for {0:?} so far")]
+    LateWaits(std::time::Duration),
+    #[error("copy late tables")]
+    LateCopy(#[source] CopyError),
     #[error("a new table is to be copied")]
     NewTable,
     #[error("table {table} is published on the source and not copied yet")]
@@ -58,7 +64,9 @@ impl Classify for SessionError {
             Self::Spool(error) => error.class(),
             Self::Log { class, .. } => *class,
             Self::NoKinesisStream => Class::Definite,
-            Self::Deferred(error) => error.class(),
+            Self::Deferred(error) | Self::LateCopy(error) => error.class(),
+            Self::LateSnapshot(error) => error.class(),
+            Self::LateWaits(_) => Class::Transient,
             Self::NewTable | Self::NotCopied { .. } | Self::TaskLost => Class::Transient,
         }
     }
@@ -73,7 +81,11 @@ impl Classify for SessionError {
             Self::Monitor(error) => error.hint(),
             Self::Spill(error) => error.hint(),
             Self::Spool(error) => error.hint(),
-            Self::Deferred(error) => error.hint(),
+            Self::Deferred(error) | Self::LateCopy(error) => error.hint(),
+            Self::LateSnapshot(error) => error.hint(),
+            Self::LateWaits(_) => Some(
+                "look at pg_stat_activity (xact_start) and pg_prepared_xacts on the source; it is tried again".to_owned(),
+            ),
             Self::Log { .. }
             | Self::NoKinesisStream
             | Self::NewTable

@@ -26,6 +26,7 @@ mod apart;
 mod apply;
 mod change_log;
 mod error;
+mod late;
 mod start;
 mod streaming;
 

@@ -11,19 +11,21 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::apply::{Deferred, apply_batches};
 use super::change_log::{SessionLog, spool_first};
 use super::error::SessionError;
-use super::streaming::{Owned, Streaming};
+use super::late::Late;
+use super::streaming::{LateSide, Owned, Streaming};
 use super::{Leg, Pipeline, QUEUE_TRANSACTIONS};
 use crate::archive::idle_age;
 use crate::batch::{Batch, IN_FLIGHT_MAX, Spacing};
 use crate::catalog::TableName;
 use crate::changelog::Author;
 use crate::computed::Which;
+use crate::config::SetAside;
 use crate::coverage::Unprotected;
 use crate::error::chain;
 use crate::kinesis::Kinesis;
@@ -33,7 +35,7 @@ use crate::monitor;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::setup::{self, Prepared, SetupError};
 use crate::sink::kinesis::KinesisSink;
-use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
+use crate::sink::replica::{Beside, Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
 use crate::source::{
     self, IntakeLimits, Received, SlotUse, SourcePosition, SourceSettings, StreamSettings, Until,
 };
@@ -65,6 +67,7 @@ struct Ends {
     held: Option<SessionLog>,
     ledger: Ledger,
     spacing: Spacing,
+    beside: Option<Beside>,
 }
 
 impl Pipeline {
@@ -75,9 +78,13 @@ impl Pipeline {
         let space = SpillSpace::open(directory, limits.spill_bytes)?;
         let mut tasks = JoinSet::new();
         let (outcomes, outcomes_seen) = mpsc::channel(IN_FLIGHT_MAX);
+        let beside = self.copies_beside().then(Beside::default);
         let (sink, spacing) = match self.leg {
             Leg::Send => self.kinesis(prepared, outcomes, &mut tasks).await?,
-            Leg::Whole | Leg::Apply => self.replica(prepared, outcomes, &mut tasks).await?,
+            Leg::Whole | Leg::Apply => {
+                let beside = beside.clone();
+                self.replica(prepared, beside, outcomes, &mut tasks).await?
+            }
         };
         let mut ledger = Ledger::resume(1, BatchNumber(prepared.batch), prepared.end_lsn);
         let (mut batches, mut held) = (sink, None);
@@ -99,6 +106,7 @@ impl Pipeline {
             held,
             ledger,
             spacing,
+            beside,
         };
         self.stream(prepared, ends)
     }
@@ -114,6 +122,7 @@ impl Pipeline {
             held,
             ledger,
             spacing,
+            beside,
         } = ends;
         let (flush, flush_seen) = watch::channel(ledger.flush_lsn());
         let (position, position_seen) = watch::channel(SourcePosition::default());
@@ -133,8 +142,11 @@ impl Pipeline {
                 self.look_for_alterations(prepared, &mut tasks);
             }
         }
+        let at = ledger.last().1;
+        let late = beside.map(|beside| self.late(prepared, beside, at, &mut tasks));
         Ok(Streaming {
             pipeline: self,
+            late,
             leg,
             tasks,
             transactions,
@@ -154,6 +166,36 @@ impl Pipeline {
         })
     }
 
+    /// Whether late tables are copied beside the stream.
+    fn copies_beside(&self) -> bool {
+        self.leg == Leg::Whole && self.config.replica.set_aside == SetAside::Retry
+    }
+
+    fn late(&self, prepared: &Prepared, beside: Beside, at: PgLsn, tasks: &mut Tasks) -> LateSide {
+        let (asks, asked) = mpsc::channel(1);
+        let (shipped, shipped_seen) = watch::channel(at);
+        let wake = Arc::new(Notify::new());
+        let late = Late {
+            config: Arc::clone(&self.config),
+            database: self.database.clone(),
+            stream: self.stream.clone(),
+            term: prepared.term,
+            sends_generated: prepared.sends_generated(),
+            beside,
+            asks,
+            wake: Arc::clone(&wake),
+            shipped: shipped_seen,
+            metrics: self.metrics.clone(),
+            status: self.status.clone(),
+        };
+        tasks.spawn(late.run());
+        LateSide {
+            asked,
+            shipped,
+            wake,
+        }
+    }
+
     fn source_info(&self) -> ConnInfo {
         self.config.source.conninfo.with_dbname(&self.database)
     }
@@ -169,6 +211,7 @@ impl Pipeline {
     async fn replica(
         &self,
         prepared: &Prepared,
+        beside: Option<Beside>,
         outcomes: mpsc::Sender<Outcome>,
         tasks: &mut Tasks,
     ) -> Result<(Batches, Spacing), SessionError> {
@@ -192,6 +235,7 @@ impl Pipeline {
                 tables: prepared.synced.iter().cloned().collect(),
                 listed_by: self.stream.clone(),
                 as_of: prepared.as_of,
+                beside: beside.clone(),
                 left_out: HashSet::new(),
                 sends_generated: prepared.sends_generated(),
                 domains: prepared
@@ -210,6 +254,8 @@ impl Pipeline {
             replica,
             stream: self.stream.clone(),
             after: newest_snapshot,
+            beside: beside.unwrap_or_default(),
+            joined: None,
         };
         deferred.passed(prepared.end_lsn).await?;
         let spacing = Spacing::new(sink.round_trip(), IN_FLIGHT_MAX);

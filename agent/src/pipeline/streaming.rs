@@ -8,11 +8,12 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::change_log::SessionLog;
 use super::error::SessionError;
+use super::late::Ask;
 use super::{Leg, Pipeline, TICK, as_f64, now_instant};
 use crate::batch::{Batch, Queue, Ship, Spacing};
 use crate::changes::{ChangeCounts, KINDS};
@@ -37,6 +38,8 @@ enum Action {
     Covered(Vec<Unprotected>),
     /// The change log lets the slot move up to here, or anywhere.
     Held(Option<PgLsn>),
+    /// By the task that copies late tables.
+    Asked(Ask),
     Tick,
     /// The next batch has waited long enough.
     Due,
@@ -45,10 +48,20 @@ enum Action {
     TaskEnded(Option<SessionError>),
 }
 
+/// What there is between the stream and the task that copies late tables.
+pub(super) struct LateSide {
+    pub(super) asked: mpsc::Receiver<Ask>,
+    /// Up to where the stream has shipped.
+    pub(super) shipped: watch::Sender<PgLsn>,
+    /// Tells it that there is something new.
+    pub(super) wake: Arc<Notify>,
+}
+
 /// Channels and tasks of one session, around the state that is owned here.
 pub(super) struct Streaming<'p> {
     pub(super) pipeline: &'p Pipeline,
     pub(super) leg: Leg,
+    pub(super) late: Option<LateSide>,
     pub(super) tasks: JoinSet<Option<SessionError>>,
     pub(super) transactions: mpsc::Receiver<Received>,
     pub(super) outcomes: mpsc::Receiver<Outcome>,
@@ -77,6 +90,8 @@ pub(super) struct Owned {
     pub(super) lag: Lag,
     /// Tables that could not be published when the session began.
     left_out: u64,
+    /// Nothing is shipped while a late table joins.
+    paused: bool,
     phase: Phase,
     bytes_counted: u64,
     /// As last shown.
@@ -111,6 +126,7 @@ impl Owned {
             due: None,
             lag,
             left_out,
+            paused: false,
             phase: Phase::Running,
             bytes_counted: 0,
             reader: None,
@@ -124,7 +140,7 @@ impl Owned {
     /// The next batch, if it is time for one.
     fn next_batch(&mut self, now: Instant) -> Option<Batch> {
         self.due = None;
-        if self.queue.is_empty() {
+        if self.queue.is_empty() || self.paused && self.phase == Phase::Running {
             return None;
         }
         let since = now.saturating_duration_since(self.shipped_at);
@@ -164,6 +180,9 @@ impl Streaming<'_> {
                     return Err(SessionError::TaskLost);
                 }
             }
+            if let Some(late) = &self.late {
+                late.shipped.send_replace(self.owned.ledger.last().1);
+            }
             self.observe();
             if self.owned.phase != Phase::Running && self.owned.is_drained() {
                 return Ok(());
@@ -192,6 +211,7 @@ impl Streaming<'_> {
             () = at(self.owned.due) => Action::Due,
             Some(unprotected) = self.reports.recv() => Action::Covered(unprotected),
             position = held(self.held.as_mut()) => Action::Held(position),
+            ask = asked(self.late.as_mut()) => Action::Asked(ask),
             // 5. More work; not while draining.
             Some(received) = self.transactions.recv(), if running => Action::Received(received),
         }
@@ -220,6 +240,16 @@ impl Streaming<'_> {
                     failpoint::hit("pipeline:before-acknowledge");
                     self.flush.send_replace(flush);
                 }
+                Ok(())
+            }
+            Action::Asked(Ask::Pause(answer)) => {
+                owned.paused = true;
+                // Nobody listens any more: the session ends anyway.
+                let _ = answer.send(owned.ledger.last().1);
+                Ok(())
+            }
+            Action::Asked(Ask::GoOn) => {
+                owned.paused = false;
                 Ok(())
             }
             Action::Tick | Action::Due => Ok(()),
@@ -301,11 +331,17 @@ impl Streaming<'_> {
             found.map_or(0, |found| found.count)
         };
         let new = count(coverage::UNPUBLISHED_TABLE) > self.owned.left_out
-            || count(coverage::RELISTED_TABLE) > 0
             || count(coverage::UNIDENTIFIED_TABLE) > 0;
-        match new {
-            true => Err(SessionError::NewTable),
-            false => Ok(()),
+        let relisted = count(coverage::RELISTED_TABLE) > 0;
+        match &self.late {
+            Some(late) if !relisted => {
+                if new || count(coverage::UNPUBLISHED_TABLE) > 0 {
+                    late.wake.notify_one();
+                }
+                Ok(())
+            }
+            _ if new || relisted => Err(SessionError::NewTable),
+            _ => Ok(()),
         }
     }
 
@@ -346,6 +382,16 @@ async fn held(log: Option<&mut SessionLog>) -> Option<PgLsn> {
         Some(log) => log.hold().await,
         None => std::future::pending().await,
     }
+}
+
+/// What the task that copies late tables asks. Cancel-safe.
+async fn asked(late: Option<&mut LateSide>) -> Ask {
+    if let Some(late) = late
+        && let Some(ask) = late.asked.recv().await
+    {
+        return ask;
+    }
+    std::future::pending().await
 }
 
 /// Ends at that time; without one, never.

@@ -19,7 +19,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use tokio_postgres::Client;
 
-use super::observe::agent_application_names;
+use super::observe::{self, agent_application_names};
 use super::settle;
 use super::steps::Record;
 use super::{Doing, PromoteError};
@@ -61,6 +61,9 @@ pub(super) async fn raise_term(
         };
         match outcome {
             Ok(true) => {
+                for warning in observe::set_aside(watcher, &record.stream).await? {
+                    record.warn(warning);
+                }
                 let term = record.detail.database.term;
                 return Ok(match attempt {
                     1 => format!("the term is {term} now"),
@@ -115,6 +118,12 @@ async fn try_raise(client: &mut Client, record: &mut Record) -> Result<bool, PgE
     let Some(row) = row else {
         return Ok(false);
     };
+    // Nor goes on what is copied beside the stream.
+    tx.execute(
+        "DELETE FROM dr_agent.progress WHERE stream = $1",
+        &[&record.stream.late().as_str()],
+    )
+    .await?;
     let report = &mut record.detail.database;
     report.term = row.get(0);
     report.batch = row.get(1);

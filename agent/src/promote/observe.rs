@@ -396,14 +396,24 @@ pub(super) async fn table_sync(
     client: &Client,
     stream: &StreamName,
 ) -> Result<TableSync, PromoteError> {
-    const SQL: &str = "
-        SELECT count(*), count(*) FILTER (WHERE state <> 'ready'), max(snapshot_lsn),
-               (array_agg(table_schema || '.' || table_name || ' (' || state || ')'
-                          ORDER BY table_schema, table_name)
-                FILTER (WHERE state <> 'ready'))[1:5]
-          FROM dr_agent.table_sync WHERE stream = $1";
+    // What is set aside is named, and keeps nobody from going on.
+    let counts = match knows_set_aside(client).await? {
+        true => {
+            "state <> 'ready' AND NOT EXISTS (
+                 SELECT 1 FROM dr_agent.set_aside a WHERE a.stream = t.stream
+                    AND a.table_schema = t.table_schema AND a.table_name = t.table_name)"
+        }
+        false => "state <> 'ready'",
+    };
+    let sql = format!(
+        "SELECT count(*), count(*) FILTER (WHERE {counts}), max(snapshot_lsn) FILTER (WHERE state = 'ready' OR {counts}),
+                (array_agg(table_schema || '.' || table_name || ' (' || state || ')'
+                           ORDER BY table_schema, table_name)
+                 FILTER (WHERE {counts}))[1:5]
+           FROM dr_agent.table_sync t WHERE stream = $1"
+    );
     let row = client
-        .query_one(SQL, &[&stream.as_str()])
+        .query_one(&sql, &[&stream.as_str()])
         .await
         .doing("read dr_agent.table_sync")?;
     Ok(TableSync {
@@ -412,6 +422,35 @@ pub(super) async fn table_sync(
         newest_snapshot: row.get(2),
         examples: row.get::<_, Option<Vec<String>>>(3).unwrap_or_default(),
     })
+}
+
+async fn knows_set_aside(client: &Client) -> Result<bool, PromoteError> {
+    let row = client
+        .query_one("SELECT to_regclass('dr_agent.set_aside') IS NOT NULL", &[])
+        .await
+        .doing("look for dr_agent.set_aside")?;
+    Ok(row.get(0))
+}
+
+/// What to say of each table that is set aside.
+pub(super) async fn set_aside(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<Vec<String>, PromoteError> {
+    if !knows_set_aside(client).await? {
+        return Ok(Vec::new());
+    }
+    const SQL: &str = "
+        SELECT table_schema || '.' || table_name, reason FROM dr_agent.set_aside WHERE stream = $1 ORDER BY 1";
+    let rows = client
+        .query(SQL, &[&stream.as_str()])
+        .await
+        .doing("read dr_agent.set_aside")?;
+    let said = rows.iter().map(|row| {
+        let (table, reason): (String, String) = (row.get(0), row.get(1));
+        format!("table {table} was set aside, and is not on the replica as it was on the source: {reason}")
+    });
+    Ok(said.collect())
 }
 
 /// The tables whose copy is not complete.

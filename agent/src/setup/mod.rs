@@ -30,6 +30,7 @@ pub(crate) mod export;
 mod form;
 mod heartbeat;
 pub mod identity;
+mod late;
 pub(crate) mod locale;
 pub mod publication;
 mod publishing;
@@ -69,6 +70,10 @@ use tokio_util::sync::CancellationToken;
 pub use base::Watch;
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
+pub use late::{
+    Aside, Found, catch_up_from_nothing, end_late_sessions, joined, look, note_aside,
+    set_back_to_pending,
+};
 pub use locale::{Locale, Provider};
 pub use mismatch::Mismatch;
 pub(crate) use mismatch::raise;
@@ -312,6 +317,7 @@ impl Setup<'_> {
             snapshot_lsn: exported.consistent_point,
             settings: &self.source.config.copy,
             whole_schema,
+            beside: false,
         };
         snapshot::copy(job, self.observer, self.source.cancel)
             .await

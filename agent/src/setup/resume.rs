@@ -12,13 +12,41 @@
 //! the replica is for a person to settle.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
 use super::replica;
 use super::table_sync::{Missed, Row};
-use super::{Setup, slot, source_side, table_sync};
+use super::{Setup, export, slot, source_side, table_sync};
 use crate::catalog::{Table, TableName};
+use crate::config::SetAside;
+use crate::error::chain;
+use crate::pg::leftover;
 use crate::pg::replication::ReplicationConnection;
+
+/// Tables that are larger together are copied beside the stream.
+const AT_ONCE_BYTES: i64 = 32 << 20;
+
+/// A snapshot that takes longer waits for open transactions.
+const SNAPSHOT_WITHIN: Duration = Duration::from_secs(2);
+
+/// The size of tables, without indexes.
+async fn bytes_of(client: &Client, tables: &[&TableName]) -> Result<i64, SetupError> {
+    const SQL: &str = "
+        SELECT coalesce(sum(pg_table_size(c.oid)), 0)::bigint
+          FROM unnest($1::text[], $2::text[]) AS wanted (s, t)
+          JOIN pg_namespace n ON n.nspname = s
+          JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t";
+    let (schemas, names): (Vec<&str>, Vec<&str>) = tables
+        .iter()
+        .map(|table| (table.schema.as_str(), table.name.as_str()))
+        .unzip();
+    let row = client.query_one(SQL, &[&schemas, &names]).await;
+    row.map(|row| row.get(0))
+        .map_err(|error| SetupError::sql(Side::Source, "read the size of tables")(error.into()))
+}
 
 impl Setup<'_> {
     pub(super) async fn resume(
@@ -34,14 +62,26 @@ impl Setup<'_> {
             rows.map(|row| row.table.clone()).collect()
         };
         let ready = that(|row| row.ready);
+        if self.forget_late().await? {
+            // What was being caught up with beside the stream is half-way between two moments.
+            let unfinished = rows.iter().filter(|row| !row.ready);
+            let unfinished = unfinished.map(|row| (row.table.clone(), Missed::Changes));
+            table_sync::reset(
+                &mut self.replica,
+                &self.source.stream,
+                &unfinished.collect(),
+            )
+            .await?;
+        }
         let mut missed = self.source.found.missed(&self.source.wanted, &rows);
         if let Some(another) = another.filter(|table| ready.contains(*table)) {
             missed.entry(another.clone()).or_insert(Missed::Changes);
         }
         self.require_tables(&ready, &missed).await?;
+        table_sync::adopt(&self.replica, &self.source.stream).await?;
         if !missed.is_empty() {
             self.source.warnings.push(format!(
-                "tables that were not in the publication for a while, or are others under the same name, are copied again: {}",
+                "tables that were not in the publication for a while, or are others under the same name on either side, are copied again: {}",
                 source_side::names(missed.keys())
             ));
             table_sync::reset(&mut self.replica, &self.source.stream, &missed).await?;
@@ -50,6 +90,22 @@ impl Setup<'_> {
         slot::make_the_list_known(&self.source, walsender).await?;
         self.forget_unfinished().await?;
         self.copy_the_rest(walsender, &ready, &missed).await
+    }
+
+    /// Ends what an earlier session caught up with beside the stream; whether there was any.
+    async fn forget_late(&self) -> Result<bool, SetupError> {
+        let late = self.source.stream.late();
+        let forgotten = self
+            .replica
+            .execute(
+                "DELETE FROM dr_agent.progress WHERE stream = $1",
+                &[&late.as_str()],
+            )
+            .await;
+        let doing = "end what was caught up with beside the stream";
+        forgotten
+            .map(|rows| rows > 0)
+            .map_err(|error| SetupError::sql(Side::Replica, doing)(error.into()))
     }
 
     /// A table that was dropped, or left out, before its copy was finished.
@@ -107,7 +163,46 @@ impl Setup<'_> {
         if rest.is_empty() {
             return Ok(());
         }
-        self.copy_tables(walsender, rest, ready.is_empty()).await
+        if ready.is_empty() || self.source.config.replica.set_aside == SetAside::Never {
+            return self.copy_tables(walsender, rest, ready.is_empty()).await;
+        }
+        // What takes no time is done before the stream begins; the rest beside it.
+        if let Err(error) = self.copy_at_once(rest).await {
+            tracing::info!(
+                database = self.database, reason = %chain(&error),
+                "tables that are to be copied are copied beside the stream"
+            );
+        }
+        Ok(())
+    }
+
+    /// Copies tables that are small, if a snapshot of them is to be had at once.
+    async fn copy_at_once(&self, tables: Vec<Table>) -> Result<(), SetupError> {
+        let names: Vec<&TableName> = tables.iter().map(|table| &table.name).collect();
+        let bytes = bytes_of(&self.source.client, &names).await?;
+        if bytes > AT_ONCE_BYTES {
+            return Err(SetupError::Stopped);
+        }
+        let name = self.source.stream.application_name("late");
+        let mut exporter = export::session(&self.source.info, name.clone())
+            .await
+            .map_err(SetupError::sql(
+                Side::Source,
+                "open a replication connection",
+            ))?;
+        let exporting = slot::snapshot(&self.source, &mut exporter);
+        let Ok(snapshot) = tokio::time::timeout(SNAPSHOT_WITHIN, exporting).await else {
+            // It would wait on, and hold WAL, until it noticed that nobody listens.
+            leftover::end_sessions(&self.source.client, &name)
+                .await
+                .map_err(SetupError::sql(Side::Source, "end a session that waits"))?;
+            return Err(SetupError::Stopped);
+        };
+        let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
+        table_sync::add(&self.replica, &self.source.stream, &names)
+            .await
+            .map_err(SetupError::sql(Side::Replica, "record new tables"))?;
+        self.copy(tables, &snapshot?, false).await
     }
 
     /// Copies tables at the snapshot of a temporary slot.

@@ -325,7 +325,7 @@ impl Observed {
                 .find(|row| row.held && row.table == table.name)?;
             let is = self.listed.get(&table.name);
             let was = row.copied.listed_as.as_ref();
-            if !row.copied.is_of(table.oid) {
+            if !row.copied.is_of(table.oid) || row.another {
                 Some(Missed::All)
             } else if !publication.publishes(table)
                 || was.zip(is).is_some_and(|(was, is)| was != is)
@@ -706,6 +706,7 @@ mod tests {
             table: name(table),
             ready: held,
             held,
+            another: table == "dropped_here",
             copied: Copied {
                 snapshot_lsn: None,
                 listed_as: listed_as.map(|text| ListedAs::new(text.to_owned())),
@@ -718,6 +719,7 @@ mod tests {
             "another",
             "unrecorded",
             "pending",
+            "dropped_here",
         ];
         let mut seen = observed();
         let mut publication = Publication::default();
@@ -738,11 +740,13 @@ mod tests {
             row("relisted", true, Some("7:69")),
             row("another", true, Some("8:70")),
             row("unrecorded", true, None),
+            row("dropped_here", true, Some("7:70")),
             row("pending", false, Some("7:69")),
         ];
         let missed = seen.missed(&wanted, &rows);
         let expected = [
             (name("another"), Missed::All),
+            (name("dropped_here"), Missed::All),
             (name("relisted"), Missed::Changes),
             (name("unlisted"), Missed::Changes),
         ];

@@ -29,14 +29,19 @@ pub(super) struct Row {
     /// At least the rows are there (`copied` or `ready`).
     pub(super) held: bool,
     pub(super) copied: Copied,
+    /// The table on the replica is not the one that was copied: it is gone, or another one has its name.
+    pub(super) another: bool,
 }
 
 /// Reads the rows of a stream.
 pub(super) async fn rows(client: &Client, stream: &StreamName) -> Result<Vec<Row>, SetupError> {
     const SQL: &str = "
         SELECT table_schema, table_name, state = 'ready', state IN ('copied', 'ready'),
-               snapshot_lsn, listed_as
-          FROM dr_agent.table_sync WHERE stream = $1 ORDER BY 1, 2";
+               snapshot_lsn, listed_as,
+               coalesce((to_jsonb(t) ->> 'replica_oid')::oid
+                        IS DISTINCT FROM to_regclass(format('%I.%I', table_schema, table_name))::oid
+                        AND to_jsonb(t) ->> 'replica_oid' IS NOT NULL, false)
+          FROM dr_agent.table_sync t WHERE stream = $1 ORDER BY 1, 2";
     let rows = client
         .query_typed(SQL, &[(&stream.as_str(), Type::TEXT)])
         .await
@@ -56,8 +61,24 @@ pub(super) async fn rows(client: &Client, stream: &StreamName) -> Result<Vec<Row
                 snapshot_lsn: row.get(4),
                 listed_as: row.get::<_, Option<String>>(5).map(ListedAs::new),
             },
+            another: row.get(6),
         })
         .collect())
+}
+
+/// Notes which tables hold the rows that were copied before that was noted.
+pub(super) async fn adopt(client: &Client, stream: &StreamName) -> Result<(), SetupError> {
+    const SQL: &str = "
+        UPDATE dr_agent.table_sync
+           SET replica_oid = to_regclass(format('%I.%I', table_schema, table_name))
+         WHERE stream = $1 AND state = 'ready' AND replica_oid IS NULL";
+    client
+        .execute(SQL, &[&stream.as_str()])
+        .await
+        .map_err(|error| {
+            SetupError::sql(Side::Replica, "note which tables were copied")(error.into())
+        })?;
+    Ok(())
 }
 
 /// The tables whose changes are applied, and what is there of them already.
@@ -166,7 +187,7 @@ async fn set_back(
 ) -> Result<(), PgError> {
     const PENDING: &str = "
         UPDATE dr_agent.table_sync
-           SET state = 'pending', snapshot_lsn = NULL, listed_as = NULL, rows = 0, bytes = 0, updated_at = now()
+           SET state = 'pending', snapshot_lsn = NULL, listed_as = NULL, replica_oid = NULL, rows = 0, bytes = 0, updated_at = now()
          WHERE stream = $1 AND table_schema = $2 AND table_name = $3";
     // TRUNCATE refuses tables that others refer to, whatever session_replication_role says.
     const EXISTS_AND_IS_REFERRED_TO: &str = "

@@ -37,6 +37,21 @@ const OF_SUPERUSERS: [&str; 2] = ["EVENT TRIGGER", "FOREIGN DATA WRAPPER"];
 /// being built, or speaks of it.
 const BEHIND_INDEXES: [&str; 4] = ["FK CONSTRAINT", "TRIGGER", "EVENT TRIGGER", "COMMENT"];
 
+/// What tables may need that is none of them.
+const NEEDED_BY_TABLES: [&str; 11] = [
+    "SCHEMA",
+    "EXTENSION",
+    "COLLATION",
+    "SHELL TYPE",
+    "TYPE",
+    "DOMAIN",
+    "FUNCTION",
+    "PROCEDURE",
+    "AGGREGATE",
+    "OPERATOR",
+    "CAST",
+];
+
 /// A directory for `pg_dump` files and the lists made of them.
 pub(crate) struct Dump {
     tools: Tools,
@@ -155,12 +170,74 @@ impl Dump {
         self.directory.path().join(name)
     }
 
+    /// Dumps what the schema has beside tables, and locks none of them.
+    pub(crate) async fn take_without_tables(
+        &self,
+        source: &SourceSide<'_>,
+        name: &str,
+    ) -> Result<(), CopyError> {
+        self.take_with(source, name, vec!["--exclude-table=*.*".to_owned()])
+            .await
+    }
+
+    /// Creates objects that tables need, each by itself; what is refused stays away.
+    pub(crate) async fn create_what_can_be(
+        &self,
+        name: &str,
+        left_out: &LeftOut,
+        replica: &ReplicaSide<'_>,
+    ) -> Result<(), CopyError> {
+        let needed = LeftOut::all_but_kinds(&NEEDED_BY_TABLES);
+        let Some(list) = self.list(name, &[left_out, &needed], PRE_DATA).await? else {
+            return Ok(());
+        };
+        let mut arguments = vec![
+            "--dbname=".to_owned(),
+            "--no-password".to_owned(),
+            PRE_DATA.to_owned(),
+            format!("--use-list={}", list.display()),
+        ];
+        arguments.extend(self.ownership.iter().map(|&option| option.to_owned()));
+        arguments.push(self.path(name).display().to_string());
+        let environment = replica.environment();
+        let doing = "create types and functions";
+        match self
+            .tools
+            .restore(Some(&environment), doing, &arguments)
+            .await
+        {
+            Err(CopyError::ToolFailed { stderr, .. }) => {
+                tracing::debug!(
+                    stderr,
+                    "not everything that late tables may need could be created"
+                );
+                Ok(())
+            }
+            created => created.map(|_| ()),
+        }
+    }
+
     /// Dumps the schema of `tables`, or of the whole database where there are none.
     pub(crate) async fn take(
         &self,
         source: &SourceSide<'_>,
         name: &str,
         tables: &[TableName],
+    ) -> Result<(), CopyError> {
+        let mut which = Vec::new();
+        if !tables.is_empty() {
+            which.push("--strict-names".to_owned());
+            let patterns = tables.iter().map(table_pattern);
+            which.extend(patterns.map(|table| format!("--table={table}")));
+        }
+        self.take_with(source, name, which).await
+    }
+
+    async fn take_with(
+        &self,
+        source: &SourceSide<'_>,
+        name: &str,
+        which: Vec<String>,
     ) -> Result<(), CopyError> {
         let mut arguments: Vec<String> = [
             "--format=custom",
@@ -177,14 +254,7 @@ impl Dump {
         arguments.push(format!("--lock-wait-timeout={SOURCE_LOCK_TIMEOUT}"));
         arguments.push(format!("--snapshot={}", source.snapshot()));
         arguments.push(format!("--file={}", self.path(name).display()));
-        if !tables.is_empty() {
-            arguments.push("--strict-names".to_owned());
-            arguments.extend(
-                tables
-                    .iter()
-                    .map(|table| format!("--table={}", table_pattern(table))),
-            );
-        }
+        arguments.extend(which);
         let environment = source.environment();
         self.tools
             .dump(&environment, "dump the source's schema", &arguments)

@@ -287,6 +287,36 @@ const POST_DATA: &str = "
     UNION ALL
     SELECT 'EVENT TRIGGER', NULL, evtname, pg_get_userbyid(evtowner) FROM pg_event_trigger";
 
+/// What tables may need that is none of them, as the archive names it.
+const PRE_DATA: &str = "
+    WITH s AS (
+        SELECT oid, nspname FROM pg_namespace
+         WHERE nspname <> 'information_schema' AND nspname NOT LIKE 'pg\\_%')
+    SELECT CASE typtype WHEN 'd' THEN 'DOMAIN' ELSE 'TYPE' END, s.nspname::text, typname::text,
+           pg_get_userbyid(typowner)::text
+      FROM pg_type JOIN s ON s.oid = typnamespace WHERE typtype IN ('b', 'c', 'd', 'e', 'r')
+    UNION ALL
+    SELECT CASE prokind WHEN 'a' THEN 'AGGREGATE' WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END, s.nspname,
+           proname || '(' || coalesce((SELECT string_agg(format_type(type, NULL), ', ' ORDER BY place)
+                                         FROM unnest(proargtypes) WITH ORDINALITY AS a (type, place)), '') || ')',
+           pg_get_userbyid(proowner)
+      FROM pg_proc JOIN s ON s.oid = pronamespace
+    UNION ALL
+    SELECT 'COLLATION', s.nspname, collname, pg_get_userbyid(collowner)
+      FROM pg_collation JOIN s ON s.oid = collnamespace
+    UNION ALL
+    SELECT 'SCHEMA', NULL, nspname, pg_get_userbyid(nspowner) FROM pg_namespace
+    UNION ALL
+    SELECT 'EXTENSION', NULL, extname, '' FROM pg_extension";
+
+/// Entries of `pre-data` beside tables that the replica has already.
+pub(super) async fn present_pre_data(
+    source: &Client,
+    replica: &Client,
+) -> Result<Vec<Entry>, CopyError> {
+    present(source, replica, PRE_DATA, "read types and functions").await
+}
+
 fn entry(row: &Row) -> Entry {
     Entry {
         kind: row.get(0),
@@ -301,22 +331,28 @@ pub(super) async fn present_post_data(
     source: &Client,
     replica: &Client,
 ) -> Result<Vec<Entry>, CopyError> {
-    let present: Vec<Entry> = replica
-        .query(POST_DATA, &[])
+    present(source, replica, POST_DATA, "read indexes and constraints").await
+}
+
+/// What a query finds on both sides, as the source has it.
+async fn present(
+    source: &Client,
+    replica: &Client,
+    sql: &str,
+    doing: &str,
+) -> Result<Vec<Entry>, CopyError> {
+    let there = replica
+        .query(sql, &[])
         .await
-        .map_err(CopyError::replica("read indexes and constraints"))?
-        .iter()
-        .map(entry)
-        .collect();
-    let present: HashSet<_> = present.iter().map(Entry::key).collect();
-    let mut entries: Vec<Entry> = source
-        .query(POST_DATA, &[])
+        .map_err(CopyError::replica(doing))?;
+    let there: Vec<Entry> = there.iter().map(entry).collect();
+    let there: HashSet<_> = there.iter().map(Entry::key).collect();
+    let rows = source
+        .query(sql, &[])
         .await
-        .map_err(CopyError::source("read indexes and constraints"))?
-        .iter()
-        .map(entry)
-        .collect();
-    entries.retain(|entry| present.contains(&entry.key()));
+        .map_err(CopyError::source(doing))?;
+    let mut entries: Vec<Entry> = rows.iter().map(entry).collect();
+    entries.retain(|entry| there.contains(&entry.key()));
     Ok(entries)
 }
 

@@ -81,6 +81,9 @@ pub struct CopyJob<'a> {
     /// Whether the whole schema of the database is to be there afterwards (the first copy) or only
     /// these tables, in a database that is replicated already.
     pub whole_schema: bool,
+    /// Whether the rows alone are not enough: the tables are copied beside the stream, and are `ready` only once their changes
+    /// have been caught up with. They stay `copied`.
+    pub beside: bool,
 }
 
 /// Finds the `pg_dump` and `pg_restore` that a copy from a source of this `server_version_num` would run;
@@ -193,7 +196,10 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
             leave_out(observer, &what);
         }
     }
-    ledger.ready(&replica, &names).await
+    match job.beside {
+        true => Ok(()),
+        false => ledger.ready(&replica, &names).await,
+    }
 }
 
 async fn copy_rows(

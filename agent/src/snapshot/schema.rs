@@ -117,6 +117,7 @@ impl<'a> Schema<'a> {
         if missing.is_empty() {
             return Ok(());
         }
+        self.bring_along(source, replica).await?;
         self.dump_to("missing", &missing).await?;
         let mut left_out = LeftOut::default();
         left_out.kind("TABLE ATTACH");
@@ -127,6 +128,21 @@ impl<'a> Schema<'a> {
             .map(|name| format!("CREATE SCHEMA IF NOT EXISTS {};\n", quote_ident(name)))
             .collect();
         self.execute_pre_data(&(create + &script)).await
+    }
+
+    /// Creates what a late table may need and the replica has not: schemas, types, functions, extensions. One that cannot be
+    /// created is missing afterwards as it was before; whether the table needs it, its own creation shows.
+    async fn bring_along(&self, source: &Client, replica: &Client) -> Result<(), CopyError> {
+        let mut left_out = LeftOut::default();
+        for entry in inventory::present_pre_data(source, replica).await? {
+            left_out.entry(&entry);
+        }
+        self.dump
+            .take_without_tables(&self.sessions.source, "needed")
+            .await?;
+        self.dump
+            .create_what_can_be("needed", &left_out, &self.sessions.replica)
+            .await
     }
 
     async fn is_marked(&self, replica: &Client) -> Result<bool, CopyError> {

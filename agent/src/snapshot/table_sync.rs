@@ -182,7 +182,8 @@ impl Ledger<'_> {
         tables: &[TableName],
     ) -> Result<(), CopyError> {
         const SQL: &str = "
-            UPDATE dr_agent.table_sync AS t SET state = 'ready', updated_at = now()
+            UPDATE dr_agent.table_sync AS t SET state = 'ready', updated_at = now(),
+                   replica_oid = to_regclass(format('%I.%I', t.table_schema, t.table_name))
               FROM unnest($2::text[], $3::text[]) AS wanted (s, n)
              WHERE t.stream = $1 AND t.table_schema = s AND t.table_name = n
                AND t.state IN ('copied', 'ready')";

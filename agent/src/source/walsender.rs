@@ -48,13 +48,14 @@ async fn open(
     let role = match settings.slot {
         SlotUse::Own => "stream",
         SlotUse::Copy => "log",
+        SlotUse::Late => "late",
     };
     let session = Session::new(settings.stream.application_name(role));
     let mut connection = ReplicationConnection::connect(&settings.conninfo, &session).await?;
     let own = settings.stream.as_str();
     let slot = match settings.slot {
         SlotUse::Own => own.to_owned(),
-        SlotUse::Copy => connection.copy_slot(own).await?,
+        SlotUse::Copy | SlotUse::Late => connection.copy_slot(own).await?,
     };
     let publication = format!("\"{}\"", settings.stream);
     let mut options = vec![
@@ -69,7 +70,9 @@ async fn open(
     }
     let streaming = connection.start_replication(&slot, start, &options).await?;
     // From here on the slot is ours, or it is our copy, and nobody else moves it.
-    begins_at(settings, confirmed(settings, &slot, start).await?, start)?;
+    if settings.slot != SlotUse::Late {
+        begins_at(settings, confirmed(settings, &slot, start).await?, start)?;
+    }
     Ok(streaming)
 }
 

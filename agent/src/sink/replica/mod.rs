@@ -26,6 +26,7 @@
 
 mod array;
 mod attempt;
+mod beside;
 mod boxed;
 mod chain;
 mod divide;
@@ -60,6 +61,7 @@ use fold::{Folded, Folder, Work};
 use lane::Lane;
 use relations::Relations;
 
+pub use beside::Beside;
 pub use error::{Place, SinkError};
 pub use relations::Synced;
 pub use segment::SegmentLimits;

@@ -16,8 +16,8 @@ use std::sync::Arc;
 
 use tokio_postgres::Client;
 
-use super::SinkError;
 use super::target::{Targets, address};
+use super::{Beside, SinkError};
 use crate::catalog::TableName;
 use crate::listed::{Copied, Marker, marker};
 use crate::net::FoldError;
@@ -34,6 +34,9 @@ pub struct Synced {
     pub listed_by: StreamName,
     /// Where the source's WAL stood when this list was made.
     pub as_of: PgLsn,
+    /// Tables that are on no list are copied beside the stream, and their changes are left out until they join it. Without it
+    /// they are an error.
+    pub beside: Option<Beside>,
     /// Tables that are not on the list, and whose changes are left out all the same.
     pub left_out: HashSet<TableName>,
     /// Whether a column that comes may be a generated one of the source's.
@@ -175,7 +178,8 @@ impl Relations {
             table,
             listed_as,
         } = marker;
-        let Some(copied) = self.synced.tables.get(&table) else {
+        let joined = || self.synced.beside.as_ref()?.get(&table);
+        let Some(copied) = self.synced.tables.get(&table).cloned().or_else(joined) else {
             // Its first change tells.
             return Ok(());
         };
@@ -223,6 +227,17 @@ impl Relations {
             Standing::LeftOut => Ok(false),
             Standing::Copied(snapshot_lsn) => Ok(!is_in_the_copy(snapshot_lsn)),
             Standing::Replaced(_, snapshot_lsn) if is_in_the_copy(snapshot_lsn) => Ok(false),
+            Standing::Unknown(table) if self.synced.beside.is_some() => {
+                let joined = self.synced.beside.as_ref();
+                match joined.and_then(|beside| beside.get(table)) {
+                    None => Ok(false),
+                    Some(copied) if is_in_the_copy(&copied.snapshot_lsn) => Ok(false),
+                    Some(copied) if copied.is_of(relation.relation.id) => Ok(true),
+                    Some(_) => Err(SinkError::TableNotCopied {
+                        table: table.clone(),
+                    }),
+                }
+            }
             Standing::Unknown(_) if commit_lsn < self.synced.as_of => Ok(false),
             Standing::Replaced(table, _) | Standing::Unknown(table) => {
                 Err(SinkError::TableNotCopied {
@@ -258,6 +273,7 @@ mod tests {
             tables: tables.iter().map(copied).collect(),
             listed_by: StreamName::new("dr_agent", "app"),
             as_of: lsn(100),
+            beside: None,
             left_out: HashSet::from([name("left_out")]),
             sends_generated: false,
             domains: None,
@@ -284,6 +300,29 @@ mod tests {
         // One that is to be left out says nothing about another.
         assert!(!relations.applies(&left_out, lsn(100)).unwrap());
         assert!(relations.applies(&gone, lsn(101)).is_err());
+    }
+
+    #[test]
+    fn a_table_that_is_copied_beside_the_stream_is_left_out_until_it_joins() {
+        let beside = Beside::default();
+        let mut relations = relations(&[]);
+        relations.synced.beside = Some(beside.clone());
+        let [late, other] =
+            [(7, "late"), (8, "late")].map(|(id, name)| relation(table(id, name, &["a"])));
+        assert!(!relations.applies(&late, lsn(200)).unwrap());
+        let copied = Copied {
+            snapshot_lsn: Some(lsn(300)),
+            listed_as: Some(ListedAs::new("7:70".to_owned())),
+        };
+        let name = TableName {
+            schema: "public".to_owned(),
+            name: "late".to_owned(),
+        };
+        beside.join(name, copied);
+        assert!(!relations.applies(&late, lsn(299)).unwrap());
+        assert!(relations.applies(&late, lsn(300)).unwrap());
+        assert!(!relations.applies(&other, lsn(299)).unwrap());
+        assert!(stops(&relations.applies(&other, lsn(300))));
     }
 
     #[test]

@@ -1,0 +1,237 @@
+//! Tables that appear while the stream runs, and those that are set aside: what there is to do on both sides, in single steps.
+//!
+//! The pipeline's task for late tables takes the steps ([`look`], [`set_back_to_pending`], the copy,
+//! [`catch_up_from_nothing`], [`joined`]); nothing here waits for the stream, and the stream waits for nothing here.
+//!
+//! # Invariants
+//! - A table is `ready` only once its rows are as of a position that the stream has not passed.
+//! - What is begun here and not finished is begun anew: a `copied` table may be half caught up with.
+
+use std::collections::BTreeMap;
+
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+
+use super::error::{SetupError, Side};
+use super::source_side::SourceSide;
+use super::table_sync::{self, Missed};
+use super::{replica, slot};
+use crate::catalog::{Table, TableName};
+use crate::config::Config;
+use crate::listed::Listed;
+use crate::pg::{ConnInfo, PgError, PgLsn, leftover};
+use crate::stream::StreamName;
+
+/// What a look at the source has found.
+#[derive(Debug)]
+pub struct Found {
+    /// Published, and not ready on the replica.
+    pub tables: Vec<Table>,
+    /// What they are listed as, read before any snapshot of them.
+    pub listed: Listed,
+    /// What is not as it should be.
+    pub warnings: Vec<String>,
+}
+
+/// A table that is not protected for now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Aside {
+    /// Which.
+    pub table: TableName,
+    /// Why.
+    pub reason: String,
+}
+
+/// Publishes what is new, mends what makes the source's own statements fail, and returns what is to be copied.
+///
+/// # Errors
+/// [`SetupError`]
+pub async fn look(
+    config: &Config,
+    database: &str,
+    cancel: &CancellationToken,
+) -> Result<Found, SetupError> {
+    let mut source = SourceSide::open(config, database, cancel).await?;
+    source.found.require_unaltered(&source.stream)?;
+    source.leave_out_what_cannot_be_published();
+    source.publish(false).await?;
+    if source.found.forgets_publication_changes() {
+        let mut walsender = source.walsender().await?;
+        slot::make_the_list_known(&source, &mut walsender).await?;
+    }
+    let client = open(config, database, &source.stream).await?;
+    let rows = table_sync::rows(&client, &source.stream).await?;
+    let is_ready = |table: &Table| rows.iter().any(|row| row.ready && row.table == table.name);
+    let mut tables = source.wanted.published;
+    tables.retain(|table| !is_ready(table));
+    Ok(Found {
+        tables,
+        listed: source.found.listed,
+        warnings: source.warnings,
+    })
+}
+
+async fn open(config: &Config, database: &str, stream: &StreamName) -> Result<Client, SetupError> {
+    replica::open(&config.replica.conninfo.with_dbname(database), stream).await
+}
+
+fn sql(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> SetupError {
+    move |error| SetupError::sql(Side::Replica, doing)(PgError::from(error))
+}
+
+/// Ends what earlier attempts have left waiting on the source: it holds WAL.
+///
+/// # Errors
+/// [`SetupError`]
+pub async fn end_late_sessions(source: &ConnInfo, stream: &StreamName) -> Result<(), SetupError> {
+    let client = super::source::open(source, stream).await?;
+    leftover::end_sessions(&client, &stream.application_name("late"))
+        .await
+        .map_err(SetupError::sql(
+            Side::Source,
+            "end sessions of an earlier attempt",
+        ))
+}
+
+/// Enters tables that are going to be copied; what is there of them goes.
+///
+/// # Errors
+/// [`SetupError`]
+pub async fn set_back_to_pending(
+    replica: &ConnInfo,
+    stream: &StreamName,
+    tables: &[TableName],
+) -> Result<(), SetupError> {
+    let mut client = replica::open(replica, stream).await?;
+    table_sync::add(&client, stream, tables)
+        .await
+        .map_err(SetupError::sql(Side::Replica, "record new tables"))?;
+    let missed: BTreeMap<TableName, Missed> = tables
+        .iter()
+        .map(|table| (table.clone(), Missed::Changes))
+        .collect();
+    table_sync::reset(&mut client, stream, &missed).await
+}
+
+/// Begins the progress of what catches up, under this term.
+///
+/// # Errors
+/// [`SetupError`]; DR001 after a promotion.
+pub async fn catch_up_from_nothing(
+    replica: &ConnInfo,
+    stream: &StreamName,
+    term: i64,
+) -> Result<(), SetupError> {
+    let doing = sql("begin to catch up with a copied table");
+    let mut client = replica::open(replica, stream).await?;
+    let transaction = client.transaction().await.map_err(&doing)?;
+    hold(&transaction, stream, term).await.map_err(&doing)?;
+    let late = stream.late();
+    transaction
+        .execute(
+            "DELETE FROM dr_agent.progress WHERE stream = $1",
+            &[&late.as_str()],
+        )
+        .await
+        .map_err(&doing)?;
+    transaction
+        .execute(
+            "INSERT INTO dr_agent.progress (stream, term, batch, end_lsn, applied_at) VALUES ($1, $2, 0, '0/0', now())",
+            &[&late.as_str(), &term],
+        )
+        .await
+        .map_err(&doing)?;
+    transaction.commit().await.map_err(&doing)
+}
+
+/// The row is locked: a promotion waits, or comes first.
+async fn hold(
+    transaction: &tokio_postgres::Transaction<'_>,
+    stream: &StreamName,
+    term: i64,
+) -> Result<(), tokio_postgres::Error> {
+    transaction
+        .execute(
+            "SELECT dr_agent.hold($1, $2) FROM (SELECT 1 FROM dr_agent.progress WHERE stream = $1 FOR SHARE) AS row",
+            &[&stream.as_str(), &term],
+        )
+        .await?;
+    Ok(())
+}
+
+/// The tables hold everything that committed before `end_lsn`, which the stream has not passed: it brings the rest. Constraints
+/// that wait for the snapshot of their copy wait for this position.
+///
+/// # Errors
+/// [`SetupError`]; DR001 after a promotion.
+pub async fn joined(
+    replica: &ConnInfo,
+    stream: &StreamName,
+    term: i64,
+    tables: &[TableName],
+    (snapshot_lsn, end_lsn): (PgLsn, PgLsn),
+) -> Result<(), SetupError> {
+    const READY: &str = "
+        UPDATE dr_agent.table_sync AS t SET state = 'ready', snapshot_lsn = $4, updated_at = now(),
+               replica_oid = to_regclass(format('%I.%I', t.table_schema, t.table_name))
+          FROM unnest($2::text[], $3::text[]) AS wanted (s, n)
+         WHERE t.stream = $1 AND t.table_schema = s AND t.table_name = n AND t.state = 'copied'";
+    let doing = sql("take in copied tables");
+    let mut client = replica::open(replica, stream).await?;
+    let transaction = client.transaction().await.map_err(&doing)?;
+    hold(&transaction, stream, term).await.map_err(&doing)?;
+    let (schemas, names): (Vec<&str>, Vec<&str>) = tables
+        .iter()
+        .map(|table| (table.schema.as_str(), table.name.as_str()))
+        .unzip();
+    transaction
+        .execute(READY, &[&stream.as_str(), &schemas, &names, &end_lsn])
+        .await
+        .map_err(&doing)?;
+    transaction
+        .execute(
+            "UPDATE dr_agent.deferred SET after_lsn = $3 WHERE stream = $1 AND after_lsn = $2",
+            &[&stream.as_str(), &snapshot_lsn, &end_lsn],
+        )
+        .await
+        .map_err(&doing)?;
+    transaction
+        .execute(
+            "DELETE FROM dr_agent.progress WHERE stream = $1",
+            &[&stream.late().as_str()],
+        )
+        .await
+        .map_err(&doing)?;
+    transaction.commit().await.map_err(&doing)
+}
+
+/// Notes on the replica which tables are not protected for now: a promotion goes on without them.
+///
+/// # Errors
+/// [`SetupError`]
+pub async fn note_aside(
+    replica: &ConnInfo,
+    stream: &StreamName,
+    aside: &[Aside],
+) -> Result<(), SetupError> {
+    const NOTE: &str = "
+        WITH wanted (s, n, r) AS (SELECT * FROM unnest($2::text[], $3::text[], $4::text[])),
+        gone AS (
+            DELETE FROM dr_agent.set_aside AS a WHERE stream = $1
+               AND NOT EXISTS (SELECT 1 FROM wanted WHERE s = a.table_schema AND n = a.table_name))
+        INSERT INTO dr_agent.set_aside AS a (stream, table_schema, table_name, reason)
+        SELECT $1, s, n, r FROM wanted
+            ON CONFLICT (stream, table_schema, table_name) DO UPDATE SET reason = excluded.reason
+         WHERE a.reason <> excluded.reason";
+    let client = replica::open(replica, stream).await?;
+    let of = |text: fn(&Aside) -> &str| aside.iter().map(text).collect::<Vec<&str>>();
+    let (schemas, names) = (of(|one| &one.table.schema), of(|one| &one.table.name));
+    client
+        .execute(
+            NOTE,
+            &[&stream.as_str(), &schemas, &names, &of(|one| &one.reason)],
+        )
+        .await
+        .map_err(sql("note which tables are set aside"))?;
+    Ok(())
+}
