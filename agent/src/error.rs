@@ -70,7 +70,8 @@ pub fn disk_class(error: &std::io::Error) -> Class {
     }
 }
 
-/// Classifies a SQLSTATE of either server. The list of transient codes is narrow on purpose.
+/// Classifies a SQLSTATE of either server: what can heal without a decision about the data is transient, whether somebody has to
+/// act for it or not, because nothing is lost by waiting and nobody has to restart the agent afterwards.
 ///
 /// Source: PostgreSQL documentation, appendix "PostgreSQL Error Codes".
 pub fn sqlstate_class(code: &str) -> Class {
@@ -78,17 +79,20 @@ pub fn sqlstate_class(code: &str) -> Class {
         // Raised by dr_agent.advance() on the replica: see sql/replica.sql.
         "DR001" => Class::Fenced,
         // object_in_use: the slot is still held by a walsender that has not noticed our death.
-        // lock_not_available, deadlock_detected, serialization_failure, query_canceled.
-        // admin_shutdown, crash_shutdown, cannot_connect_now, idle sessions ended by the server.
-        // in_failed_sql_transaction follows another error; retrying shows the true one.
-        // too_many_connections, configuration_limit_exceeded (walsenders), disk_full, out_of_memory:
-        // a person may have to act, but nothing is lost by waiting, and it heals without a restart.
-        "55006" | "55P03" | "40P01" | "40001" | "57014" | "57P01" | "57P02" | "57P03" | "57P05"
-        | "25P02" | "25P03" | "53000" | "53100" | "53200" | "53300" | "53400" | "58030" => {
-            Class::Transient
-        }
-        // Connection exceptions (08xxx).
-        _ if code.starts_with("08") => Class::Transient,
+        // lock_not_available, deadlock_detected, serialization_failure, statement_completion_unknown, query_canceled.
+        "55006" | "55P03" | "40P01" | "40001" | "40003" | "57014"
+        // in_failed_sql_transaction follows another error; retrying shows the true one. Transactions ended by a timeout.
+        | "25P02" | "25P03" | "25P04"
+        // invalid_authorization_specification, invalid_password: pg_hba.conf or a password is being changed.
+        | "28000" | "28P01"
+        // read_only_sql_transaction: a standby for a moment, or a default that somebody sets. object_not_in_prerequisite_state:
+        // wal_level, a server that is being set up.
+        | "25006" | "55000"
+        // snapshot_too_old; system_error and io_error of a server in trouble.
+        | "72000" | "58000" | "58030" => Class::Transient,
+        // Connection exceptions; insufficient resources: a full disk, no memory, no file descriptors, no session left; a server
+        // that starts, ends, or ends its sessions.
+        _ if ["08", "53", "57P"].iter().any(|class| code.starts_with(class)) => Class::Transient,
         _ => Class::Definite,
     }
 }
@@ -98,11 +102,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_full_disk_heals_without_a_restart_and_a_wrong_password_does_not() {
-        assert_eq!(sqlstate_class("53100"), Class::Transient);
-        assert_eq!(sqlstate_class("28P01"), Class::Definite);
+    fn what_can_heal_by_itself_is_retried_and_what_needs_a_decision_is_not() {
+        for healing in [
+            "28000", "28P01", "25006", "55000", "55006", "57P01", "57P02", "57P03", "57P04",
+            "57P05", "57014", "53000", "53100", "53200", "53300", "53400", "08006", "08P01",
+            "25P03", "25P04", "40001", "40P01", "58030",
+        ] {
+            assert_eq!(sqlstate_class(healing), Class::Transient, "{healing}");
+        }
+        for decided in [
+            "23505", "22P02", "42501", "42P01", "3D000", "0A000", "XX001", "58P01", "55P02",
+            "42704", "DR002", "DR003", "P0001",
+        ] {
+            assert_eq!(sqlstate_class(decided), Class::Definite, "{decided}");
+        }
         assert_eq!(sqlstate_class("DR001"), Class::Fenced);
-        assert_eq!(sqlstate_class("08006"), Class::Transient);
-        assert_eq!(sqlstate_class("23505"), Class::Definite);
     }
 }

@@ -10,6 +10,7 @@ use dr_agent::cli::{Cli, Command, Shared};
 use dr_agent::cmd;
 use dr_agent::config::{Config, ConfigError};
 use dr_agent::error::{Classify, chain};
+use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -57,6 +58,9 @@ fn failed(error: &(impl Classify + 'static)) -> ExitCode {
 }
 
 async fn run(command: Command, config: Config) -> anyhow::Result<ExitCode> {
+    // Whoever hangs up in the middle of a promotion, or tells an agent to look again, kills neither: once it is listened for,
+    // the signal does nothing else.
+    let _hangup = signal(SignalKind::hangup()).ok();
     match command {
         Command::Check(args) => cmd::check::run(&config, args).await,
         Command::Init(args) => Ok(match cmd::init::run(&config, &args).await {

@@ -9,8 +9,10 @@
 //!
 //! # What it does not do
 //! It does not keep going after an error: a source that takes no heartbeat is not being replicated
-//! either. Its error ends the session like any other. What has to be known whether something streams or not is
-//! [`crate::watch`]'s.
+//! either, unless it is read-only (`writable`). Its error ends the session like any other. What has to be known whether
+//! something streams or not is [`crate::watch`]'s.
+
+mod writable;
 
 use std::time::Duration;
 
@@ -24,6 +26,7 @@ use crate::error::chain;
 use crate::pg::{self, ConnInfo, PgError, Session};
 use crate::sequence_look::{self, Notes};
 use crate::stream::StreamName;
+use writable::Writable;
 
 /// What is not protected is looked at when the catalogs changed, which costs next to nothing to ask, and every now and then.
 const CATALOGS_EVERY: Duration = Duration::from_secs(2);
@@ -49,17 +52,26 @@ pub async fn run(
     let mut sequences = every(config.source.sequences_every);
     let mut cover = every(CATALOGS_EVERY);
     let mut covered = Covered::default();
+    let mut writable = Writable::default();
+    let mut look_writable = every(COVERAGE_EVERY);
     loop {
         let report = tokio::select! {
             biased;
             () = reports.closed() => return Ok(()),
             _ = heartbeat.tick() => {
-                write_heartbeat(&client).await?;
+                writable.after(stream, write_heartbeat(&client).await)?;
                 continue;
             }
             _ = sequences.tick() => {
                 let look = sequence_look::read(&client).await?;
-                noted.write(&client, &look).await?;
+                if !writable.after(stream, noted.write(&client, &look).await)? {
+                    // What was not stored is not noted.
+                    noted = Notes::read(&client).await?;
+                }
+                continue;
+            }
+            _ = look_writable.tick() => {
+                writable.look(conninfo, stream).await;
                 continue;
             }
             _ = cover.tick() => {

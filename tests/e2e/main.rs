@@ -40,6 +40,7 @@ mod large;
 mod late;
 mod listed;
 mod misfit;
+mod moments;
 mod narrowed;
 mod observe;
 mod oracle;

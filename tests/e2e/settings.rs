@@ -193,6 +193,9 @@ async fn no_setting_of_a_server_a_database_or_a_role_changes_what_is_replicated(
         .await
         .value("dr_agent_spread_batches_total", &[("database", DATABASE)]);
     assert!(spread.is_some_and(|batches| batches >= 1.0), "{spread:?}");
+    running
+        .wait_for_log(&["the source is read-only for its users", "set by"])
+        .await;
     for sign in ["will retry", " ERROR "] {
         assert!(!running.log().contains(sign), "{}", running.log());
     }

@@ -26,7 +26,7 @@ use crate::error::{Classify as _, chain};
 use crate::http::{self, Shown};
 use crate::lag::Lag;
 use crate::metrics;
-use crate::pipeline::{End, Leg, Pipeline};
+use crate::pipeline::{End, Leg, Pipeline, Wake, Waker};
 use crate::setup;
 use crate::status::{self, Registry, State, StatusCell};
 use crate::time;
@@ -65,7 +65,8 @@ pub async fn apply(config: Config) -> anyhow::Result<ExitCode> {
     serve(config, Leg::Apply).await
 }
 
-/// Runs until stopped: 0 after SIGTERM or SIGINT, 3 once all are fenced, 1 where it cannot begin.
+/// Runs until stopped: 0 after SIGTERM or SIGINT, 1 where not everything that had been received was applied in time, 3 once
+/// all are fenced, 1 where it cannot begin.
 async fn serve(config: Config, leg: Leg) -> anyhow::Result<ExitCode> {
     let config = Arc::new(config);
     let prometheus =
@@ -99,17 +100,21 @@ async fn serve(config: Config, leg: Leg) -> anyhow::Result<ExitCode> {
         let (config, servers) = (Arc::clone(&config), registry.servers().clone());
         tokio::spawn(watch::watch(side, config, servers, expected, stop.clone()));
     }
+    let waker = Waker::default();
     let mut supervisor = Supervisor {
         config,
         leg,
         registry,
         stop: stop.clone(),
+        wake: waker.wake(),
         started: BTreeSet::new(),
         cells: HashMap::new(),
         pipelines: JoinSet::new(),
         fenced: false,
         died: false,
+        not_drained: false,
     };
+    tokio::spawn(wake_on_signal(waker));
     tokio::spawn(stop_on_signal(
         stop,
         "stopping: what has been received is still applied",
@@ -144,6 +149,20 @@ pub(super) async fn stop_on_signal(stop: CancellationToken, saying: &'static str
     std::process::abort();
 }
 
+/// SIGHUP: what waits, stopped or between two attempts, tries now. What every attempt reads anew needs nothing else.
+async fn wake_on_signal(waker: Waker) {
+    let Ok(mut hangup) = signal(SignalKind::hangup()) else {
+        return;
+    };
+    while hangup.recv().await.is_some() {
+        tracing::info!(
+            "SIGHUP: looking again at every database that does not stream; passwords and certificates are read anew, the \
+             configuration file at the next start"
+        );
+        waker.now();
+    }
+}
+
 /// As `/status` says it.
 fn shown(leg: Leg) -> status::Leg {
     match leg {
@@ -158,12 +177,14 @@ struct Supervisor {
     leg: Leg,
     registry: Registry,
     stop: CancellationToken,
+    wake: Wake,
     started: BTreeSet<String>,
     /// Which pipeline a task is.
     cells: HashMap<Id, (String, StatusCell)>,
     pipelines: JoinSet<End>,
     fenced: bool,
     died: bool,
+    not_drained: bool,
 }
 
 impl Supervisor {
@@ -181,6 +202,7 @@ impl Supervisor {
                     None => break,
                     Some(Ok((_, End::Stopped))) => {}
                     Some(Ok((_, End::Fenced))) => self.fenced = true,
+                    Some(Ok((_, End::NotDrained))) => self.not_drained = true,
                     Some(Err(error)) => self.died(&error),
                 },
                 _ = discover.tick(), if discovers && !self.stop.is_cancelled() => {
@@ -194,7 +216,7 @@ impl Supervisor {
         }
         if self.fenced {
             ExitCode::from(FENCED)
-        } else if self.died {
+        } else if self.died || self.not_drained {
             ExitCode::FAILURE
         } else {
             ExitCode::SUCCESS
@@ -273,6 +295,7 @@ impl Supervisor {
     fn begin(&mut self, database: String, cell: StatusCell, pause: Duration) {
         let (broken, broken_at) = channel(None);
         let (config, leg, stop) = (Arc::clone(&self.config), self.leg, self.stop.clone());
+        let wake = self.wake.clone();
         let known = (database.clone(), cell.clone());
         let task = self.pipelines.spawn(async move {
             if !pause.is_zero() && tokio::time::timeout(pause, stop.cancelled()).await.is_ok() {
@@ -284,6 +307,7 @@ impl Supervisor {
                 &database,
                 cell,
                 stop.clone(),
+                wake,
                 broken,
             );
             // Base backups are taken for as long as the pipeline runs.

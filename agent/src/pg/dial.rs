@@ -265,14 +265,14 @@ fn name_server(host: &Host, error: PgError) -> PgError {
 
 /// The question to the server and the answer that will do.
 fn condition(wanted: TargetSessionAttrs) -> Option<(&'static str, bool)> {
-    const READ_ONLY: &str = "SELECT pg_catalog.current_setting('transaction_read_only')::boolean";
     const RECOVERY: &str = "SELECT pg_catalog.pg_is_in_recovery()";
     match wanted {
         TargetSessionAttrs::Any => None,
-        TargetSessionAttrs::ReadWrite => Some((READ_ONLY, false)),
-        TargetSessionAttrs::ReadOnly => Some((READ_ONLY, true)),
-        TargetSessionAttrs::Primary => Some((RECOVERY, false)),
-        TargetSessionAttrs::Standby | TargetSessionAttrs::PreferStandby => Some((RECOVERY, true)),
+        // Every session of ours says itself whether it writes: what is left of this is hot standby.
+        TargetSessionAttrs::ReadWrite | TargetSessionAttrs::Primary => Some((RECOVERY, false)),
+        TargetSessionAttrs::ReadOnly
+        | TargetSessionAttrs::Standby
+        | TargetSessionAttrs::PreferStandby => Some((RECOVERY, true)),
     }
 }
 

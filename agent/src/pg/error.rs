@@ -145,9 +145,12 @@ impl Classify for PgError {
         };
         let ours = match error.sqlstate.as_str() {
             "28P01" => {
-                "the password is wrong; it comes from password_file, PGPASSWORD or ~/.pgpass"
+                "the password is wrong; it comes from password_file, PGPASSWORD or ~/.pgpass, and is read again for every attempt"
             }
             "28000" => refused_at_the_door(&error.message),
+            "25006" => {
+                "the server is a standby, or transactions there are read-only by default; it is tried again"
+            }
             "42501" => "the role lacks a right; `dr-agent check` lists every one it needs",
             "3D000" => "the database does not exist",
             "53100" => "the server's disk is full; free space, the agent goes on by itself",

@@ -16,6 +16,7 @@ pub mod pgoutput;
 mod redact;
 pub mod replication;
 pub mod settings;
+mod silence;
 pub mod slot;
 mod socket;
 mod stream;

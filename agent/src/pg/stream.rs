@@ -5,6 +5,8 @@
 //!
 //! # Invariants
 //! - A TCP stream has `TCP_NODELAY` and the keepalive settings before the first byte is sent.
+//! - A peer whose machine is gone is noticed within a minute, one that is only busy is left in peace ([`super::silence`]).
+//! - What a server says before it speaks the protocol, because it cannot start a process for us, is an error of the network.
 //! - Nothing that arrived before the TLS handshake is read as part of the session
 //!   (CVE-2021-23222: bytes injected behind the server's answer).
 
@@ -20,6 +22,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::PgError;
 use super::conninfo::{ConnInfo, Host, Keepalive};
+use super::silence::Silence;
 use super::socket::Socket;
 use super::throttle::Throttle;
 use super::tls::Tls;
@@ -28,6 +31,9 @@ use super::tls::Tls;
 pub(super) struct PgStream {
     transport: Transport,
     throttle: Option<Throttle>,
+    silence: Option<Silence>,
+    /// The peer has said something.
+    heard: bool,
 }
 
 enum Transport {
@@ -51,9 +57,12 @@ impl PgStream {
         conninfo: &ConnInfo,
         tls: Option<(&Tls, bool)>,
     ) -> Result<Self, PgError> {
+        let (transport, silence) = Transport::open(host, address, conninfo.keepalive, tls).await?;
         Ok(Self {
-            transport: Transport::open(host, address, conninfo.keepalive, tls).await?,
+            transport,
             throttle: conninfo.bandwidth.clone().map(Throttle::new),
+            silence,
+            heard: false,
         })
     }
 
@@ -94,15 +103,17 @@ impl Transport {
         address: &Address,
         keepalive: Keepalive,
         tls: Option<(&Tls, bool)>,
-    ) -> Result<Self, PgError> {
+    ) -> Result<(Self, Option<Silence>), PgError> {
         let lost = |source: io::Error| connect_error(host, source);
         let mut tcp = match address {
-            Address::Unix(path) => return Ok(Self::Unix(unix(path).await.map_err(lost)?)),
+            Address::Unix(path) => {
+                return Ok((Self::Unix(unix(path).await.map_err(lost)?), None));
+            }
             Address::Tcp(address) => TcpStream::connect(address).await.map_err(lost)?,
         };
-        prepare(&tcp, keepalive).map_err(lost)?;
+        let silence = prepare(&tcp, keepalive).map_err(lost)?;
         let Some((tls, required)) = tls else {
-            return Ok(Self::Tcp(Socket::new(tcp)));
+            return Ok((Self::Tcp(Socket::new(tcp)), silence));
         };
         if !tls.is_direct() {
             let mut request = bytes::BytesMut::new();
@@ -117,7 +128,15 @@ impl Transport {
                         reason: "the server offers no TLS, but sslmode requires it".to_owned(),
                     });
                 }
-                b'N' => return Ok(Self::Tcp(Socket::new(tcp))),
+                b'N' => return Ok((Self::Tcp(Socket::new(tcp)), silence)),
+                b'E' => {
+                    let mut said = Vec::new();
+                    tcp.take(REFUSAL_BYTES_MAX)
+                        .read_to_end(&mut said)
+                        .await
+                        .map_err(lost)?;
+                    return Err(lost(io::Error::other(first_line(&said))));
+                }
                 _ => {
                     return Err(PgError::Protocol(format!(
                         "{host} does not answer as PostgreSQL does"
@@ -126,7 +145,7 @@ impl Transport {
             }
         }
         let stream = tls.handshake(host, Socket::new(tcp)).await?;
-        Ok(Self::Tls(Box::new(stream)))
+        Ok((Self::Tls(Box::new(stream)), silence))
     }
 }
 
@@ -149,7 +168,23 @@ async fn unix(path: &str) -> io::Result<UnixStream> {
     UnixStream::connect(path).await
 }
 
-fn prepare(tcp: &TcpStream, keepalive: Keepalive) -> io::Result<()> {
+/// The longest text that a server says before it speaks the protocol (`MAX_ERRLEN` of libpq).
+const REFUSAL_BYTES_MAX: u64 = 30_000;
+
+/// What a postmaster says that cannot start a process for us: text of the protocol of long ago, which has no length.
+fn refusal(first: &[u8]) -> Option<String> {
+    let (kind, rest) = first.split_first()?;
+    let length = u32::from_be_bytes(*rest.first_chunk()?);
+    (*kind == b'E' && u64::from(length) > REFUSAL_BYTES_MAX).then(|| first_line(rest))
+}
+
+fn first_line(said: &[u8]) -> String {
+    let end = said.iter().position(|byte| matches!(byte, 0 | b'\n'));
+    String::from_utf8_lossy(&said[..end.unwrap_or(said.len())]).into_owned()
+}
+
+/// Sets the socket up, and says how it is watched for silence.
+fn prepare(tcp: &TcpStream, keepalive: Keepalive) -> io::Result<Option<Silence>> {
     tcp.set_nodelay(true)?;
     let socket = SockRef::from(tcp);
     if keepalive.enabled {
@@ -166,10 +201,11 @@ fn prepare(tcp: &TcpStream, keepalive: Keepalive) -> io::Result<()> {
         }
         socket.set_tcp_keepalive(&settings)?;
     }
-    if !keepalive.user_timeout.is_zero() {
-        socket.set_tcp_user_timeout(Some(keepalive.user_timeout))?;
+    if keepalive.user_timeout.is_zero() {
+        return Ok(None);
     }
-    Ok(())
+    let inode = rustix::fs::fstat(tcp)?.st_ino;
+    Ok(Some(Silence::new(inode, keepalive.user_timeout)))
 }
 
 /// Delegates to the stream inside, whichever it is.
@@ -198,7 +234,24 @@ impl AsyncRead for PgStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        inner!(&mut self.get_mut().transport, stream => stream.poll_read(cx, buf))
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        let read = inner!(&mut this.transport, stream => stream.poll_read(cx, buf));
+        match (read, &mut this.silence) {
+            (Poll::Pending, None) => return Poll::Pending,
+            (Poll::Pending, Some(silence)) => return silence.poll(cx).map(Err),
+            (Poll::Ready(read), silence) => {
+                read?;
+                if let Some(silence) = silence {
+                    silence.heard();
+                }
+            }
+        }
+        let first = !std::mem::replace(&mut this.heard, true);
+        match refusal(&buf.filled()[before..]).filter(|_| first) {
+            Some(text) => Poll::Ready(Err(io::Error::other(text))),
+            None => Poll::Ready(Ok(())),
+        }
     }
 }
 
@@ -217,6 +270,9 @@ impl AsyncWrite for PgStream {
         let sent = ready!(inner!(&mut this.transport, stream => stream.poll_write(cx, buf)))?;
         if let Some(throttle) = &mut this.throttle {
             throttle.sent(sent);
+        }
+        if let Some(silence) = &mut this.silence {
+            silence.sent();
         }
         Poll::Ready(Ok(sent))
     }
@@ -248,11 +304,61 @@ mod tests {
         let probes =
             socket.tcp_keepalive_interval().unwrap() * socket.tcp_keepalive_retries().unwrap();
         assert_eq!(idle + probes, Duration::from_secs(60));
-        assert_eq!(
-            socket.tcp_user_timeout().unwrap(),
-            Some(Duration::from_secs(60))
-        );
         assert!(tcp.nodelay().unwrap());
+    }
+
+    /// A stream to a peer, and the peer.
+    async fn pair(silent_max: Duration) -> (PgStream, TcpStream) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (tcp, peer) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let tcp = tcp.unwrap();
+        let keepalive = Keepalive {
+            user_timeout: silent_max,
+            ..Keepalive::default()
+        };
+        let silence = prepare(&tcp, keepalive).unwrap();
+        let stream = PgStream {
+            transport: Transport::Tcp(Socket::new(tcp)),
+            throttle: None,
+            silence,
+            heard: false,
+        };
+        (stream, peer.unwrap().0)
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_takes_nothing_more_for_a_while_is_not_given_up() {
+        let (stream, mut peer) = pair(Duration::from_millis(120)).await;
+        let (mut read, mut write) = tokio::io::split(stream);
+        let sent = vec![7; 20_000_000];
+        let busy = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let mut taken = vec![0; sent.len()];
+            peer.read_exact(&mut taken).await.unwrap();
+            peer.write_all(b"done").await.unwrap();
+        };
+        let mut answer = [0; 4];
+        let (written, answered, ()) =
+            tokio::join!(write.write_all(&sent), read.read_exact(&mut answer), busy);
+        written.unwrap();
+        answered.unwrap();
+        assert_eq!(&answer, b"done");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_cannot_start_a_process_is_an_error_of_the_network() {
+        const SAID: &[u8] =
+            b"Ecould not fork new process for connection: Resource temporarily unavailable\n\0";
+        let (mut stream, mut peer) = pair(Duration::from_secs(60)).await;
+        peer.write_all(SAID).await.unwrap();
+        let error = stream.read_u8().await.unwrap_err();
+        assert!(error.to_string().starts_with("could not fork"), "{error}");
+        assert!(error.to_string().ends_with("unavailable"), "{error}");
+        // An error of today's protocol has a length.
+        let (mut stream, mut peer) = pair(Duration::from_secs(60)).await;
+        peer.write_all(b"E\0\0\0\x20SFATAL").await.unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'E');
     }
 
     #[tokio::test]
@@ -266,7 +372,7 @@ mod tests {
             user_timeout: Duration::ZERO,
             ..Keepalive::default()
         };
-        prepare(&tcp, keepalive).unwrap();
+        assert!(prepare(&tcp, keepalive).unwrap().is_none());
         assert!(!SockRef::from(&tcp).keepalive().unwrap());
         assert_eq!(SockRef::from(&tcp).tcp_user_timeout().unwrap(), None);
     }

@@ -11,6 +11,7 @@ use crate::sink::replica::SinkError;
 use crate::snapshot::CopyError;
 use crate::source::SourceError;
 use crate::spill::SpillError;
+use std::time::Duration;
 
 /// Why a session ended early.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +50,13 @@ pub(super) enum SessionError {
     NotCopied { table: TableName },
     #[error("a task of the pipeline ended without saying why")]
     TaskLost,
+    #[error(
+        "{transactions} transactions had been received and were not applied within limits.shutdown_grace ({grace:?})"
+    )]
+    NotDrained {
+        transactions: usize,
+        grace: Duration,
+    },
 }
 
 impl Classify for SessionError {
@@ -67,7 +75,9 @@ impl Classify for SessionError {
             Self::Deferred(error) | Self::LateCopy(error) => error.class(),
             Self::LateSnapshot(error) => error.class(),
             Self::LateWaits(_) => Class::Transient,
-            Self::NewTable | Self::NotCopied { .. } | Self::TaskLost => Class::Transient,
+            Self::NewTable | Self::NotCopied { .. } | Self::NotDrained { .. } | Self::TaskLost => {
+                Class::Transient
+            }
         }
     }
 
@@ -86,6 +96,10 @@ impl Classify for SessionError {
             Self::LateWaits(_) => Some(
                 "look at pg_stat_activity (xact_start) and pg_prepared_xacts on the source; it is tried again".to_owned(),
             ),
+            Self::NotDrained { .. } => Some(
+                "nothing is lost: the next start receives them again. Where they go to does not answer, or needs longer"
+                    .to_owned(),
+            ),
             Self::Log { .. }
             | Self::NoKinesisStream
             | Self::NewTable
@@ -99,9 +113,11 @@ impl SessionError {
     /// Whether the source could be read and what comes behind could not be written: then the change log can go on.
     pub(super) fn is_the_sinks(&self) -> bool {
         match self {
-            Self::Setup(SetupError::Sql { side, .. } | SetupError::Unfit { side, .. }) => {
-                *side == Side::Replica
-            }
+            Self::Setup(
+                SetupError::Sql { side, .. }
+                | SetupError::Unfit { side, .. }
+                | SetupError::InRecovery { side },
+            ) => *side == Side::Replica,
             Self::Setup(
                 SetupError::ReplicaNotEmpty { .. }
                 | SetupError::ReplicaIsSource { .. }

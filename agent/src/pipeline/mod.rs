@@ -20,7 +20,8 @@
 //! # Invariants
 //! - The source task is sent what the ledger says is durable, nothing else.
 //! - A definite error stops this pipeline and no other. It stays, so that it is seen to have stopped, and looks every few
-//!   minutes whether the error was mended.
+//!   minutes, and whenever it is told to ([`Wake`]), whether the error was mended.
+//! - While it is stopped, nothing of it is prepared on the replica.
 
 mod apart;
 mod apply;
@@ -29,6 +30,7 @@ mod error;
 mod late;
 mod start;
 mod streaming;
+mod wake;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -51,6 +53,7 @@ use crate::stream::StreamName;
 use crate::time;
 use change_log::ChangeLog;
 use error::SessionError;
+pub use wake::{Wake, Waker};
 
 /// How long a start may take to end that was told to stop.
 const TAKE_BACK_WITHIN: Duration = Duration::from_secs(5);
@@ -64,6 +67,9 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// How often it is looked whether an error that needs a person was mended: in so many times `limits.retry_max`.
 const LOOK_AGAIN: u32 = 10;
+
+/// How long a pipeline that stops may take to settle what it has prepared.
+const SETTLE_WITHIN: Duration = Duration::from_secs(10);
 
 /// A session that lasted this long was no failed attempt; the next error starts at the shortest pause.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
@@ -84,6 +90,8 @@ pub enum Leg {
 pub enum End {
     /// It was told to stop and has drained, or stood stopped by an error that needs a person.
     Stopped,
+    /// It was told to stop, and what it had received was not applied in time.
+    NotDrained,
     /// The replica was promoted.
     Fenced,
 }
@@ -97,6 +105,8 @@ pub struct Pipeline {
     metrics: DatabaseMetrics,
     status: StatusCell,
     stop: CancellationToken,
+    /// Says that somebody wants the next attempt now.
+    wake: Wake,
     /// Told where a base backup must be taken from, where the change log has a gap.
     broken: watch::Sender<Option<PgLsn>>,
     change_log: Option<ChangeLog>,
@@ -114,6 +124,7 @@ impl Pipeline {
         database: &str,
         status: StatusCell,
         stop: CancellationToken,
+        wake: Wake,
         broken: watch::Sender<Option<PgLsn>>,
     ) -> Self {
         let stream = config.stream(database);
@@ -127,6 +138,7 @@ impl Pipeline {
             metrics,
             status,
             stop,
+            wake,
             broken,
             change_log: None,
             binary: true,
@@ -166,9 +178,7 @@ impl Pipeline {
                 Err(error) => error,
             };
             if self.stop.is_cancelled() {
-                tracing::info!(database = %self.database, reason = %chain(&error), "stopped");
-                self.enter(State::Stopped);
-                return End::Stopped;
+                return self.stopped_by(&error);
             }
             match &error {
                 // The source can be asked for text. What a change log holds stays as it was written.
@@ -197,6 +207,17 @@ impl Pipeline {
         }
     }
 
+    /// How a session ended that was told to.
+    fn stopped_by(&self, error: &SessionError) -> End {
+        self.enter(State::Stopped);
+        if let SessionError::NotDrained { .. } = error {
+            tracing::warn!(database = %self.database, reason = %error, hint = error.hint(), "stopped");
+            return End::NotDrained;
+        }
+        tracing::info!(database = %self.database, reason = %chain(error), "stopped");
+        End::Stopped
+    }
+
     /// Shows the error and waits if it is to be tried again.
     async fn failed(&self, error: &SessionError, attempt: u32) -> Option<End> {
         let class = error.class();
@@ -215,12 +236,7 @@ impl Pipeline {
                 tracing::warn!(
                     database = %self.database, attempt, ?pause, error = %text, hint, "will retry"
                 );
-                let stopped = tokio::time::timeout(pause, self.stop.cancelled());
-                if stopped.await.is_ok() {
-                    self.enter(State::Stopped);
-                    return Some(End::Stopped);
-                }
-                None
+                self.pause(pause).await
             }
             Decision::Stop if class == Class::Fenced => {
                 self.status.end(State::Fenced, time::now());
@@ -237,10 +253,36 @@ impl Pipeline {
                         "the change log goes on into the archive meanwhile"
                     );
                 }
+                self.leave_nothing_prepared().await;
                 // Somebody may mend it, and the process has to say until then that nobody has.
-                let stopped = tokio::time::timeout(look_again, self.stop.cancelled());
-                stopped.await.is_ok().then_some(End::Stopped)
+                self.pause(look_again).await
             }
+        }
+    }
+
+    /// Waits before the next attempt, unless somebody wants it now; the end where nobody wants one any more.
+    async fn pause(&self, length: Duration) -> Option<End> {
+        let mut wake = self.wake.clone();
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => {
+                self.enter(State::Stopped);
+                Some(End::Stopped)
+            }
+            () = wake.wanted() => None,
+            () = tokio::time::sleep(length) => None,
+        }
+    }
+
+    /// Lanes that were prepared when the session ended would keep the database from being dropped, which a hint may ask for.
+    async fn leave_nothing_prepared(&self) {
+        if self.leg == Leg::Send {
+            return;
+        }
+        let settling = setup::settle_prepared(&self.config, &self.database);
+        let settled = tokio::time::timeout(SETTLE_WITHIN, Box::pin(settling)).await;
+        if !matches!(settled, Ok(Ok(()))) {
+            tracing::debug!(database = %self.database, "what was prepared is left to the next start");
         }
     }
 

@@ -261,7 +261,11 @@ impl Streaming<'_> {
                 Ok(())
             }
             // What was not applied is sent again after the next start.
-            Action::GraceOver | Action::TaskEnded(None) => Err(SessionError::TaskLost),
+            Action::GraceOver => Err(SessionError::NotDrained {
+                transactions: owned.permits.len(),
+                grace: self.pipeline.config.limits.shutdown_grace,
+            }),
+            Action::TaskEnded(None) => Err(SessionError::TaskLost),
             Action::TaskEnded(Some(error)) => Err(error),
         }
     }

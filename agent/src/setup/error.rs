@@ -67,6 +67,12 @@ pub enum SetupError {
         /// The right.
         right: String,
     },
+    /// The server does not take writes, for a moment or because it is the wrong one.
+    #[error("{side}: the server is a standby, or still recovering")]
+    InRecovery {
+        /// Which one.
+        side: Side,
+    },
     /// Only a table's owner may publish it.
     #[error("source: role \"{role}\" does not own {}", some(.tables))]
     NotOwner {
@@ -263,6 +269,7 @@ impl Classify for SetupError {
             Self::Copy { source, .. } => source.class(),
             Self::Base { source, .. } => source.class(),
             Self::Busy { .. }
+            | Self::InRecovery { .. }
             | Self::RightLost { .. }
             | Self::Stopped
             | Self::ListIsNew { .. }
@@ -307,6 +314,12 @@ impl Classify for SetupError {
                 remedy::start_over_with(None, "`dr-agent apply`, which begins anew from it")
             ),
             Self::Unfit { hint, .. } => hint.clone(),
+            Self::InRecovery { side: Side::Source } => "point source.url at the primary; with several hosts in the URL, add \
+                target_session_attrs=read-write. It is tried again"
+                .to_owned(),
+            Self::InRecovery { side: Side::Replica } => "the replica takes the agent's writes: point replica.url at a primary. \
+                It is tried again"
+                .to_owned(),
             Self::RightMissing { side, right, .. } => format!(
                 "grant {right}, or run `dr-agent init --{side}-url URL` once with a role that has \
                  it; `dr-agent init --plan` prints the SQL"

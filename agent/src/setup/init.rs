@@ -351,7 +351,8 @@ impl Plan {
             Some(client) => replica::is_guarded(client).await?,
             None => false,
         };
-        if !guarded {
+        // `run` decides about this one.
+        if !guarded && self.database != replica::MAINTENANCE {
             self.replica
                 .push(Statement::plain(replica::guard_statement(&self.database)));
         }

@@ -78,6 +78,7 @@ pub use locale::{Locale, Provider};
 pub use mismatch::Mismatch;
 pub(crate) use mismatch::raise;
 pub use receiving::{Uncopied, prepare_draining, prepare_receiving, uncopied};
+pub use recover::settle_prepared;
 pub use role::Statement;
 pub use sending::{Logged, logged, prepare_sending};
 
@@ -329,7 +330,7 @@ impl Setup<'_> {
 
     /// What streaming needs to know; and the session that holds the right to the stream.
     async fn finish(
-        self,
+        mut self,
         (cluster, history): (Cluster, History),
         progress: Progress,
         as_of: PgLsn,
@@ -358,6 +359,10 @@ impl Setup<'_> {
             return Err(SetupError::Computed(Box::new(difference)));
         }
         replica::note_tables(&self.replica, &self.source.stream, as_of).await?;
+        if self.database == replica::MAINTENANCE {
+            // It may hold tables now.
+            replica::guard(&mut self.replica, self.database).await?;
+        }
         failpoint::hit("setup:tables-noted");
         let prepared = Prepared {
             term: progress.term,

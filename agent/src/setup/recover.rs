@@ -8,10 +8,25 @@
 use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
+use super::lock;
 use super::replica::{self, Progress};
+use crate::config::Config;
 use crate::pg::leftover;
 use crate::prepared::{self, Settled};
 use crate::stream::StreamName;
+
+/// Settles what a session of this process has left that ended.
+///
+/// # Errors
+/// When the replica refuses, or another agent works on the stream: the next start settles it.
+pub async fn settle_prepared(config: &Config, database: &str) -> Result<(), SetupError> {
+    let stream = config.stream(database);
+    let conninfo = config.replica.conninfo.with_dbname(database);
+    let client = replica::open(&conninfo, &stream).await?;
+    lock::take(&client, Side::Replica, &stream).await?;
+    settle(&client, &stream).await?;
+    Ok(())
+}
 
 /// Settles it; returns the progress row as it is from now on.
 pub(super) async fn settle(

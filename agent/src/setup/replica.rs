@@ -92,10 +92,8 @@ impl Server {
             );
         }
         if self.in_recovery {
-            return unfit(
-                "the server is a standby, or still recovering".to_owned(),
-                "the replica takes the agent's writes; point replica.url at a primary",
-            );
+            let side = Side::Replica;
+            return Err(SetupError::InRecovery { side });
         }
         Ok(())
     }
@@ -395,7 +393,11 @@ pub(super) async fn is_guarded(
     })
 }
 
-/// Makes every session but ours find a read-only database, unless it was promoted.
+/// The database from which others are dropped and created, by the manual and by most tools.
+pub(super) const MAINTENANCE: &str = "postgres";
+
+/// Makes every session but ours find a read-only database, unless it was promoted. The maintenance database is left open for
+/// as long as it holds no table: there is nothing to guard, and no other could be dropped from it.
 pub(super) async fn guard(client: &mut Client, database: &str) -> Result<(), SetupError> {
     let doing = "set the read-only guard";
     let sql = |error: tokio_postgres::Error| SetupError::sql(Side::Replica, doing)(error.into());
@@ -407,13 +409,36 @@ pub(super) async fn guard(client: &mut Client, database: &str) -> Result<(), Set
         .await
         .map_err(sql)?;
     refuse_promoted(&transaction).await?;
-    if !is_guarded(&transaction).await? {
-        transaction
-            .batch_execute(&guard_statement(database))
-            .await
-            .map_err(sql)?;
+    let wanted = database != MAINTENANCE || has_tables(&transaction).await?;
+    let statement = match (wanted, is_guarded(&transaction).await?) {
+        (true, false) => guard_statement(database),
+        (false, true) => format!(
+            "ALTER DATABASE {} RESET default_transaction_read_only",
+            quote_ident(database)
+        ),
+        _ => String::new(),
+    };
+    if !statement.is_empty() {
+        transaction.batch_execute(&statement).await.map_err(sql)?;
     }
     transaction.commit().await.map_err(sql)
+}
+
+/// Whether there is a table of the users'.
+async fn has_tables(
+    client: &(impl tokio_postgres::GenericClient + Sync),
+) -> Result<bool, SetupError> {
+    const SQL: &str = "
+        SELECT EXISTS (
+            SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE c.relkind IN ('r', 'p', 'f')
+               AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname NOT IN ('information_schema', 'dr_agent')
+               AND NOT EXISTS (SELECT 1 FROM pg_depend d
+                                WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
+                                  AND d.deptype = 'e'))";
+    let row = client.query_typed_one(SQL, &[]).await;
+    row.map(|row| row.get(0))
+        .map_err(|error| SetupError::sql(Side::Replica, "look for tables")(error.into()))
 }
 
 /// The tables of the replica's database.

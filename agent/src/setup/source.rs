@@ -237,11 +237,8 @@ impl Observed {
             );
         }
         if self.in_recovery {
-            return unfit(
-                "the server is a standby, or still recovering".to_owned(),
-                "point source.url at the primary; with several hosts in the URL, add \
-                 target_session_attrs=read-write",
-            );
+            let side = Side::Source;
+            return Err(SetupError::InRecovery { side });
         }
         if self.wal_level != "logical" {
             return unfit(

@@ -149,9 +149,21 @@ impl CopyError {
     }
 }
 
+/// Whether a program is not there, or is none.
+fn is_of_the_file(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    // ENOEXEC
+    let no_program = error.raw_os_error() == Some(8);
+    no_program
+        || matches!(
+            error.kind(),
+            ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::NotADirectory
+        )
+}
+
 /// Whether a tool failed for a reason that goes away by itself: its message is all there is.
 fn passes_by_itself(stderr: &str) -> bool {
-    const PASSING: [&str; 12] = [
+    const PASSING: [&str; 14] = [
         "connection to server",
         "server closed the connection",
         "terminating connection",
@@ -161,18 +173,15 @@ fn passes_by_itself(stderr: &str) -> bool {
         "canceling statement due to statement timeout",
         "could not obtain lock",
         "too many clients",
+        "Too many open files",
+        "read-only transaction",
         "remaining connection slots",
         "No space left on device",
         "lost connection",
         "deadlock detected",
     ];
-    // A wrong password also begins with "connection to server", and does not pass.
-    const STAYING: [&str; 4] = [
-        "password authentication failed",
-        "no pg_hba.conf entry",
-        "no password supplied",
-        "does not exist",
-    ];
+    // These also begin with "connection to server", and do not pass. A password and pg_hba.conf may be being changed.
+    const STAYING: [&str; 2] = ["no password supplied", "does not exist"];
     // A table, a function or a type that was dropped while pg_dump looked at it; the next snapshot does not show it.
     let dropped = tells_of_a_drop(stderr)
         || stderr.contains("no matching tables were found")
@@ -187,6 +196,8 @@ impl Classify for CopyError {
         match self {
             Self::Source { source, .. } | Self::Replica { source, .. } => source.class(),
             Self::ToolFailed { stderr, .. } if passes_by_itself(stderr) => Class::Transient,
+            // No process, no memory, no file descriptor is left.
+            Self::ToolStart { source, .. } if !is_of_the_file(source) => Class::Transient,
             Self::SnapshotLost
             | Self::SourceChanged { .. }
             | Self::Superseded { .. }
@@ -300,11 +311,16 @@ mod tests {
             "pg_dump: error: query failed: ERROR:  canceling statement due to statement timeout",
         );
         assert_eq!(waited.class(), Class::Transient);
-        let refused = failed(
-            "pg_dump: error: connection to server at \"h\" failed: FATAL: password authentication \
-             failed for user \"a\"",
-        );
-        assert_eq!(refused.class(), Class::Definite);
+        for passing in [
+            "connection to server at \"h\" failed: FATAL: password authentication failed for user \"a\"",
+            "connection to server at \"h\" failed: FATAL:  no pg_hba.conf entry for host",
+            "connection to server at \"h\" failed: could not fork new process for connection",
+            "query failed: ERROR:  could not open file \"base/1\": Too many open files in system",
+        ] {
+            assert_eq!(failed(passing).class(), Class::Transient, "{passing}");
+        }
+        let absent = failed("connection to server failed: FATAL:  database \"a\" does not exist");
+        assert_eq!(absent.class(), Class::Definite);
         assert!(failed("permission denied for schema x").hint().is_some());
     }
 

@@ -56,6 +56,11 @@ impl Running {
         signal("TERM", &[self.pid()]);
     }
 
+    /// SIGHUP.
+    pub fn hang_up(&self) {
+        signal("HUP", &[self.pid()]);
+    }
+
     /// SIGTERM; it must drain and end with code 0.
     pub async fn stop(mut self) {
         self.ask_to_stop();

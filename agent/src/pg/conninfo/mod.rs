@@ -104,7 +104,7 @@ pub(super) struct Keepalive {
     pub(super) idle: Duration,
     pub(super) interval: Duration,
     pub(super) count: u32,
-    /// How long sent data may stay unacknowledged; zero leaves it to the kernel.
+    /// How long a peer may acknowledge nothing of what was sent; zero leaves it to the kernel.
     pub(super) user_timeout: Duration,
 }
 
