@@ -156,3 +156,33 @@ async fn an_empty_maintenance_database_is_not_guarded_and_one_with_tables_is() {
     .await;
     running.stop().await;
 }
+
+#[tokio::test]
+async fn a_replica_that_is_busy_for_longer_than_its_silence_may_last_is_waited_for() {
+    let site = Site::shared().await;
+    let database = site.database("busy").await;
+    let source = database.source().await;
+    source
+        .run(
+            "CREATE FUNCTION slow(s int) RETURNS boolean LANGUAGE sql AS 'SELECT pg_catalog.pg_sleep($1) IS NOT NULL';
+             CREATE TABLE waits (id int PRIMARY KEY, s int CHECK (slow(s))); CREATE TABLE large (id int PRIMARY KEY, v text)",
+        )
+        .await;
+    let mut agent = database.agent();
+    let url = format!(
+        "{}?tcp_user_timeout=1000",
+        database.replica_server().url("postgres")
+    );
+    agent.configure("replica.url", &format!("\"{url}\""));
+    agent.configure("replica.lanes", "1");
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    // What lies behind it fills every buffer on the way.
+    source.run("INSERT INTO waits VALUES (1, 4)").await;
+    source
+        .run("INSERT INTO large SELECT g, repeat(md5(g::text), 1000) FROM generate_series(1, 800) AS g")
+        .await;
+    database.expect_equal().await;
+    assert!(!running.log().contains("will retry"), "{}", running.log());
+    running.stop().await;
+}

@@ -30,7 +30,7 @@ impl Wake {
     pub(super) async fn wanted(&mut self) {
         self.0.mark_unchanged();
         if self.0.changed().await.is_err() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 }

@@ -66,18 +66,19 @@ async fn is_current(client: &Client) -> Result<bool, PgError> {
             IS_CURRENT,
             &[
                 (&comment(), Type::TEXT),
-                (&made_by("CREATE TABLE IF NOT EXISTS "), Type::TEXT_ARRAY),
-                (&made_by("CREATE OR REPLACE FUNCTION "), Type::TEXT_ARRAY),
+                (&made_by("TABLE IF NOT EXISTS "), Type::TEXT_ARRAY),
+                (&made_by("FUNCTION "), Type::TEXT_ARRAY),
             ],
         )
         .await?;
     Ok(found.is_some_and(|row| row.get(0)))
 }
 
-/// The names of the schema's objects that a statement makes.
-fn made_by(statement: &str) -> Vec<String> {
-    let made = SQL.lines().filter_map(|line| line.strip_prefix(statement));
-    let names = made.filter_map(|line| line.strip_prefix("dr_agent.")?.split([' ', '(']).next());
+/// The names of the schema's objects of a kind, by the end of the words that make one.
+fn made_by(words: &str) -> Vec<String> {
+    let made = SQL.lines().filter(|line| line.starts_with("CREATE "));
+    let made = made.filter_map(|line| line.split_once(&format!("{words}dr_agent.")));
+    let names = made.filter_map(|(_, rest)| rest.split([' ', '(']).next());
     names.map(str::to_owned).collect()
 }
 
@@ -87,8 +88,8 @@ mod tests {
 
     #[test]
     fn every_object_is_known_by_name_and_nothing_else_is_made() {
-        let tables = made_by("CREATE TABLE IF NOT EXISTS ");
-        let functions = made_by("CREATE OR REPLACE FUNCTION ");
+        let tables = made_by("TABLE IF NOT EXISTS ");
+        let functions = made_by("FUNCTION ");
         assert!(tables.contains(&"progress".to_owned()), "{tables:?}");
         assert!(functions.contains(&"advance".to_owned()), "{functions:?}");
         let made = SQL.lines().filter(|line| line.starts_with("CREATE "));
