@@ -125,6 +125,12 @@ CREATE TABLE IF NOT EXISTS dr_agent.coverage (
     PRIMARY KEY (stream, kind, protected)
 );
 
+CREATE TABLE IF NOT EXISTS dr_agent.clock (
+    stream        text PRIMARY KEY,
+    replica_ahead double precision NOT NULL,
+    measured_at   timestamptz NOT NULL
+);
+
 -- The compare-and-set that begins every apply transaction: ordering, exactly-once and fencing in
 -- one comparison. It raises instead of returning, so that a chain of pipelined statements fails
 -- with it. The row lock it takes makes a promotion wait for, or end, a batch in flight.

@@ -42,6 +42,14 @@ CREATE TABLE IF NOT EXISTS dr_agent.coverage (
     PRIMARY KEY (stream, kind, protected)
 );
 
+-- By how many seconds the replica's clock is ahead of this server's, as an agent that reaches both has measured. A promotion
+-- compares the two clocks when only one of them is left.
+CREATE TABLE IF NOT EXISTS dr_agent.clock (
+    stream        text PRIMARY KEY,
+    replica_ahead double precision NOT NULL,
+    measured_at   timestamptz NOT NULL
+);
+
 -- The slots that are read here, by stream. Not published: it says which history the source is in, and a source that was
 -- restored says so by it.
 CREATE TABLE IF NOT EXISTS dr_agent.sending (

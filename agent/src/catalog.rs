@@ -209,7 +209,7 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                                                  WHEN 'd' THEN i.indisprimary END) AS hidden) k
          WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
-           AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state', 'listed', 'coverage'))
+           AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state', 'listed', 'coverage', 'clock'))
          ORDER BY 1, 2"
     );
     let rows = client.query_typed(&sql, &[]).await?;

@@ -4,6 +4,7 @@
 //!   measured end to end;
 //! - every `source.sequences`: positions of sequences that moved, since logical decoding does not carry
 //!   them;
+//! - every 2 seconds: by how much the replica's clock is ahead, if that has changed;
 //! - every 30 seconds, and within 2 when tables, indexes or publications changed: what there is, and what of it is not
 //!   protected.
 //!
@@ -26,8 +27,10 @@ use crate::error::chain;
 use crate::pg::{self, ConnInfo, PgError, Session};
 use crate::sequence_look::{self, Notes};
 use crate::stream::StreamName;
+use crate::watch::Servers;
 use writable::Writable;
 
+const CLOCK_EVERY: Duration = Duration::from_secs(2);
 /// What is not protected is looked at when the catalogs changed, which costs next to nothing to ask, and every now and then.
 const CATALOGS_EVERY: Duration = Duration::from_secs(2);
 const COVERAGE_EVERY: Duration = Duration::from_secs(30);
@@ -40,6 +43,7 @@ pub async fn run(
     config: &Config,
     conninfo: &ConnInfo,
     stream: &StreamName,
+    servers: &Servers,
     reports: mpsc::Sender<Vec<Unprotected>>,
 ) -> Result<(), PgError> {
     let session = Session::new(stream.application_name("monitor"))
@@ -50,6 +54,7 @@ pub async fn run(
     let mut noted = Notes::read(&client).await?;
     let mut heartbeat = every(config.source.heartbeat_every);
     let mut sequences = every(config.source.sequences_every);
+    let mut clock = every(CLOCK_EVERY);
     let mut cover = every(CATALOGS_EVERY);
     let mut covered = Covered::default();
     let mut writable = Writable::default();
@@ -74,6 +79,12 @@ pub async fn run(
                 writable.look(conninfo, stream).await;
                 continue;
             }
+            _ = clock.tick() => {
+                if let Some(ahead) = servers.replica_ahead_seconds() {
+                    told(stream, write_clock(&client, stream, ahead).await)?;
+                }
+                continue;
+            }
             _ = cover.tick() => {
                 if !covered.is_old(catalog_changes(&client).await?) {
                     continue;
@@ -92,27 +103,46 @@ pub async fn run(
     }
 }
 
-/// Looks what is not protected, and tells the replica, with what there is. A source that refuses the latter is still
-/// replicated, and the replica says that it does not know.
+/// Looks what is not protected, and tells the replica, with what there is.
 async fn cover_all(
     client: &Client,
     config: &Config,
     stream: &StreamName,
 ) -> Result<Vec<Unprotected>, PgError> {
     let unprotected = coverage::unprotected(client, config).await?;
-    match coverage::tell(client, stream, &unprotected).await {
-        Err(error) if error.sqlstate().is_some() => {
-            tracing::warn!(%stream, error = %chain(&error), "what there is cannot be told to the replica");
-        }
-        told => told?,
-    }
+    told(stream, coverage::tell(client, stream, &unprotected).await)?;
     Ok(unprotected)
+}
+
+/// A source that refuses what the replica only wants to know is still replicated.
+fn told(stream: &StreamName, told: Result<(), PgError>) -> Result<(), PgError> {
+    match told {
+        Err(error) if error.sqlstate().is_some() => {
+            tracing::warn!(%stream, error = %chain(&error), "the replica cannot be told what there is");
+            Ok(())
+        }
+        told => told,
+    }
 }
 
 fn every(period: Duration) -> tokio::time::Interval {
     let mut interval = tokio::time::interval(period);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     interval
+}
+
+/// By how many seconds the replica's clock is ahead of the source's; a tenth more or less is not news.
+async fn write_clock(client: &Client, stream: &StreamName, ahead: f64) -> Result<(), PgError> {
+    client
+        .execute(
+            "INSERT INTO dr_agent.clock AS c (stream, replica_ahead, measured_at) VALUES ($1, $2, clock_timestamp())
+             ON CONFLICT (stream) DO UPDATE
+                SET replica_ahead = excluded.replica_ahead, measured_at = excluded.measured_at
+              WHERE abs(c.replica_ahead - excluded.replica_ahead) > 0.1",
+            &[&stream.as_str(), &ahead],
+        )
+        .await?;
+    Ok(())
 }
 
 async fn write_heartbeat(client: &Client) -> Result<(), PgError> {

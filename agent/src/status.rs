@@ -216,6 +216,11 @@ impl StatusCell {
         written.applied = applied.or(written.applied);
     }
 
+    /// What is known of the two servers.
+    pub fn servers(&self) -> &Servers {
+        &self.servers
+    }
+
     /// How far the source's clock is ahead, where that could be measured.
     pub fn source_ahead(&self) -> Option<Micros> {
         self.servers.source_ahead()

@@ -142,6 +142,12 @@ impl Servers {
         clock.map(|clock| clock.offset.ahead)
     }
 
+    /// By how many seconds the replica's clock is ahead of the source's, if both were measured lately.
+    pub fn replica_ahead_seconds(&self) -> Option<f64> {
+        let replica = self.clock_offset_seconds(Side::Replica)?;
+        Some(replica - self.clock_offset_seconds(Side::Source)?)
+    }
+
     /// How far a server's clock is ahead of this machine's, in seconds, if it was measured lately.
     pub fn clock_offset_seconds(&self, side: Side) -> Option<f64> {
         let clock = self.lock().clocks[side as usize]?;
@@ -244,7 +250,7 @@ impl Server<'_> {
         let mut look: u32 = 0;
         loop {
             tick.tick().await;
-            let looking = self.look(&client, &time, &disk, look % REST_EVERY == 0);
+            let looking = self.look(&client, &time, &disk, look.is_multiple_of(REST_EVERY));
             match timeout(ANSWER_WITHIN, looking).await {
                 Ok(looked) => looked?,
                 Err(_) => {

@@ -30,6 +30,7 @@ use crate::source::{
 };
 use crate::spill::{self, SpillError, SpillSpace};
 use crate::stream::StreamName;
+use crate::watch::Servers;
 
 /// How often it is looked whether the pipeline is at the front again.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -134,7 +135,8 @@ impl Apart<'_> {
         let (config, stream) = (Arc::clone(self.config), self.stream.clone());
         tasks.spawn(async move {
             // A quiet source needs a heartbeat, or no moment of it could be told to be reached.
-            let watching = monitor::run(&config, &source, &stream, reports).await;
+            let watching =
+                monitor::run(&config, &source, &stream, &Servers::default(), reports).await;
             watching.map_err(ApartError::Monitor)
         });
         let mut queue = Queue::new(limits.batch_bytes, limits.batch_changes);

@@ -325,9 +325,9 @@ impl Pipeline {
 
     fn monitor(&self, reports: mpsc::Sender<Vec<Unprotected>>, tasks: &mut Tasks) {
         let (config, stream) = (Arc::clone(&self.config), self.stream.clone());
-        let source = self.source_info();
+        let (source, servers) = (self.source_info(), self.status.servers().clone());
         tasks.spawn(async move {
-            monitor::run(&config, &source, &stream, reports)
+            monitor::run(&config, &source, &stream, &servers, reports)
                 .await
                 .err()
                 .map(SessionError::Monitor)

@@ -152,6 +152,7 @@ fn detail(begun: &Begun<'_>, database: &Database) -> Detail {
                 end_lsn: database.progress.end_lsn.to_string(),
                 batch: database.progress.batch,
                 commit_time: database.progress.commit_time.clone(),
+                replica_clock_ahead_seconds: database.progress.replica_ahead_seconds,
                 ..DatabaseReport::default()
             },
             ..Detail::default()

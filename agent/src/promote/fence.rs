@@ -19,6 +19,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use tokio_postgres::Client;
 
+use super::loss::CommitAge;
 use super::observe::{self, agent_application_names};
 use super::settle;
 use super::steps::Record;
@@ -101,6 +102,7 @@ fn who(pid: i32) -> String {
 
 /// One attempt; `Ok(false)` where the progress row is gone. The record is filled from the row.
 async fn try_raise(client: &mut Client, record: &mut Record) -> Result<bool, PgError> {
+    let replica_ahead = record.detail.database.replica_clock_ahead_seconds;
     let tx = client.transaction().await?;
     tx.batch_execute(&format!("SET LOCAL lock_timeout = '{LOCK_WAIT}'"))
         .await?;
@@ -131,7 +133,11 @@ async fn try_raise(client: &mut Client, record: &mut Record) -> Result<bool, PgE
     record.detail.fenced_lsn.clone_from(&report.end_lsn);
     report.commit_time = row.get(3);
     report.fenced_at = row.get(4);
-    record.loses(row.get(5), row.get(6));
+    record.loses(&CommitAge {
+        since_commit: row.get(5),
+        since_applied: row.get(6),
+        replica_ahead,
+    });
     record.insert_fenced(&tx).await?;
     tx.commit().await?;
     Ok(true)

@@ -76,11 +76,50 @@ pub fn seconds_lost(age_seconds: f64) -> f64 {
     (age_seconds.max(0.0) * 1000.0).round() / 1000.0
 }
 
-/// How old a commit is at least, of its age by the clocks of source and replica and its age by the replica's alone, which
-/// counts from when it was applied. A clock that is behind makes neither of them younger than the other.
-pub fn age(since_commit: Option<f64>, since_applied: f64) -> Option<f64> {
-    let age = since_commit?.max(since_applied);
-    (age >= 0.0).then(|| seconds_lost(age))
+/// How long ago a commit was, by the clocks there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct CommitAge {
+    /// From the commit on the source's clock until now on the replica's; none before the first.
+    pub since_commit: Option<f64>,
+    /// Since it was applied, on the replica's clock alone.
+    pub since_applied: f64,
+    /// By which the replica's clock was ahead when both were last measured, if they ever were.
+    pub replica_ahead: Option<f64>,
+}
+
+/// Clocks that differ by less, in seconds, are not worth a word.
+const CLOCKS_AGREE_WITHIN: f64 = 1.0;
+
+impl CommitAge {
+    /// Seconds, at most: a clock that is behind makes nothing younger, and one that is ahead may have been set since. None
+    /// where nothing can be said.
+    pub fn seconds(&self) -> Option<f64> {
+        let behind = (-self.replica_ahead.unwrap_or(0.0)).max(0.0);
+        let age = (self.since_commit? + behind).max(self.since_applied);
+        (age >= 0.0).then(|| seconds_lost(age))
+    }
+
+    /// What is to be said of the clocks.
+    pub fn warning(&self) -> Option<String> {
+        let ahead = self
+            .replica_ahead
+            .filter(|ahead| ahead.abs() > CLOCKS_AGREE_WITHIN);
+        let shown = self.since_applied - self.since_commit?;
+        match ahead {
+            Some(ahead) if ahead > 0.0 => Some(format!(
+                "the replica's clock was {ahead:.1} s ahead of the source's: of the seconds lost so many may not have been"
+            )),
+            Some(ahead) => Some(format!(
+                "the replica's clock was {:.1} s behind the source's: the seconds lost are corrected by that",
+                -ahead
+            )),
+            None if shown > CLOCKS_AGREE_WITHIN => Some(format!(
+                "the last transaction was applied {shown:.1} s before it was committed: the replica's clock is at least that \
+                 much behind the source's, so the seconds lost are counted from when it was applied"
+            )),
+            None => None,
+        }
+    }
 }
 
 /// Asks the source.
@@ -425,16 +464,48 @@ mod tests {
 
     #[test]
     fn a_clock_that_is_behind_makes_no_loss_smaller() {
-        for (since_commit, since_applied, age_is) in [
-            (Some(3.0), 2.9, Some(3.0)),
+        for (since_commit, since_applied, replica_ahead, age_is, said) in [
+            (Some(3.0), 2.9, None, Some(3.0), None),
+            (Some(3.0), 2.9, Some(0.2), Some(3.0), None),
             // The replica is ten minutes behind, then ten minutes ahead.
-            (Some(-597.0), 2.9, Some(2.9)),
-            (Some(603.0), 2.9, Some(603.0)),
+            (
+                Some(-597.0),
+                2.9,
+                None,
+                Some(2.9),
+                Some("at least that much behind"),
+            ),
+            (
+                Some(-597.0),
+                2.9,
+                Some(-600.0),
+                Some(3.0),
+                Some("600.0 s behind"),
+            ),
+            (Some(603.0), 2.9, None, Some(603.0), None),
+            (
+                Some(603.0),
+                2.9,
+                Some(600.0),
+                Some(603.0),
+                Some("600.0 s ahead"),
+            ),
+            // It was applied late, and the replica is behind.
+            (Some(100.0), 90.0, Some(-600.0), Some(700.0), Some("behind")),
             // It was set back since.
-            (Some(-597.0), -597.1, None),
-            (None, 2.9, None),
+            (Some(-597.0), -597.1, None, None, None),
+            (Some(-597.0), -597.1, Some(0.0), None, None),
+            (None, 2.9, Some(-600.0), None, None),
         ] {
-            assert_eq!(age(since_commit, since_applied), age_is);
+            let age = CommitAge {
+                since_commit,
+                since_applied,
+                replica_ahead,
+            };
+            assert_eq!(age.seconds(), age_is, "{age:?}");
+            let warning = age.warning();
+            assert_eq!(warning.is_some(), said.is_some(), "{warning:?}");
+            assert!(warning.is_none_or(|text| text.contains(said.unwrap())));
         }
     }
 

@@ -14,8 +14,9 @@ use std::time::Duration;
 use futures_util::{StreamExt as _, stream};
 use tokio_postgres::Client;
 
+use super::loss::CommitAge;
 use super::state::State;
-use super::{Detail, Doing, PromoteError, loss};
+use super::{Detail, Doing, PromoteError};
 use crate::catalog::TableName;
 use crate::config::{Config, Databases};
 use crate::coverage::{self, Coverage};
@@ -45,12 +46,19 @@ pub struct Progress {
     pub commit_age_seconds: Option<f64>,
     /// Seconds since anything was applied, both on the replica's clock.
     pub applied_age_seconds: f64,
+    /// By which the replica's clock is ahead of the source's, as the source's agent measured.
+    pub replica_ahead_seconds: Option<f64>,
 }
 
 impl Progress {
-    /// How old the last applied commit is at least; none where a clock was set and nothing can be said.
+    /// How old the last applied commit is, at most; none where a clock was set and nothing can be said.
     pub fn age_seconds(&self) -> Option<f64> {
-        loss::age(self.commit_age_seconds, self.applied_age_seconds)
+        let age = CommitAge {
+            since_commit: self.commit_age_seconds,
+            since_applied: self.applied_age_seconds,
+            replica_ahead: self.replica_ahead_seconds,
+        };
+        age.seconds()
     }
 }
 
@@ -381,7 +389,11 @@ pub async fn progress(
         .query_opt(SQL, &[&stream.as_str()])
         .await
         .doing("read dr_agent.progress")?;
-    Ok(row.map(|row| Progress {
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    Ok(Some(Progress {
+        replica_ahead_seconds: replica_ahead(client, stream).await?,
         term: row.get(0),
         batch: row.get(1),
         end_lsn: row.get(2),
@@ -389,6 +401,29 @@ pub async fn progress(
         commit_age_seconds: row.get(4),
         applied_age_seconds: row.get(5),
     }))
+}
+
+/// By how many seconds the replica's clock is ahead of the source's, as it was told in-band.
+pub(super) async fn replica_ahead(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<Option<f64>, PromoteError> {
+    let doing = "read dr_agent.clock";
+    let there = client
+        .query_one("SELECT to_regclass('dr_agent.clock') IS NOT NULL", &[])
+        .await
+        .doing(doing)?;
+    if !there.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    let row = client
+        .query_opt(
+            "SELECT replica_ahead FROM dr_agent.clock WHERE stream = $1",
+            &[&stream.as_str()],
+        )
+        .await
+        .doing(doing)?;
+    Ok(row.map(|row| row.get(0)))
 }
 
 /// What `dr_agent.table_sync` says.

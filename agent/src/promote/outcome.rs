@@ -156,6 +156,7 @@ pub(super) async fn planned(
             batch: database.progress.batch,
             commit_time: database.progress.commit_time.clone(),
             rpo_seconds: database.progress.age_seconds(),
+            replica_clock_ahead_seconds: database.progress.replica_ahead_seconds,
             coverage: database.coverage.clone(),
             ..DatabaseReport::default()
         };

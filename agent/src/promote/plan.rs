@@ -278,6 +278,7 @@ mod tests {
                 commit_time: None,
                 commit_age_seconds: None,
                 applied_age_seconds: 0.0,
+                replica_ahead_seconds: None,
             },
             table_sync: TableSync {
                 total: 3,

@@ -94,6 +94,8 @@ pub struct DatabaseReport {
     /// From `commit_time` to `fenced_at`: nothing older can be missing. An upper bound, since the
     /// source may have died earlier than the promotion began.
     pub rpo_seconds: Option<f64>,
+    /// By how many seconds the replica's clock was ahead of the source's when an agent measured both last.
+    pub replica_clock_ahead_seconds: Option<f64>,
     /// WAL of the source beyond `end_lsn`, in bytes: an upper bound of the changes missing.
     pub lost_bytes: Option<u64>,
     /// Committed transactions with changes to published tables beyond `end_lsn`.

@@ -14,6 +14,8 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Transaction};
 
 use super::ahead::{self, Setting};
+use super::loss::CommitAge;
+use super::observe;
 use super::report::{DatabaseReport, Report, StepReport};
 use super::sequences::Since;
 use super::state::State;
@@ -30,8 +32,6 @@ use crate::stream::{APPLICATION_PREFIX, StreamName};
 
 /// How long storing a state may take: somebody may have locked the table.
 const STORE_WITHIN: Duration = Duration::from_secs(30);
-/// A replica's clock that is behind the source's by less, in seconds, is not worth a warning.
-const CLOCKS_AGREE_WITHIN: f64 = 1.0;
 /// Sequences named in the report; beyond it they are counted there, and named in the log.
 const NAMED_MAX: u64 = 100;
 
@@ -101,7 +101,12 @@ pub(super) async fn read_progress(
     report.batch = row.get(0);
     report.end_lsn = row.get::<_, PgLsn>(1).to_string();
     report.commit_time = row.get(2);
-    record.loses(row.get(3), row.get(4));
+    let replica_ahead = observe::replica_ahead(client, &record.stream).await?;
+    record.loses(&CommitAge {
+        since_commit: row.get(3),
+        since_applied: row.get(4),
+        replica_ahead,
+    });
     Ok(())
 }
 
@@ -120,15 +125,13 @@ pub(super) async fn settle_prepared(
 }
 
 impl Record {
-    /// Takes over how long ago the last applied transaction was committed, and was applied, when the term was raised.
-    pub(super) fn loses(&mut self, since_commit: Option<f64>, since_applied: f64) {
-        self.detail.database.rpo_seconds = super::loss::age(since_commit, since_applied);
-        let ahead = since_commit.map_or(0.0, |since_commit| since_applied - since_commit);
-        if ahead > CLOCKS_AGREE_WITHIN {
-            self.warn(format!(
-                "the last transaction was applied {ahead:.1} s before it was committed: the replica's clock is at least that \
-                 much behind the source's, so the seconds lost are counted from when it was applied"
-            ));
+    /// Takes over how old the last applied transaction was when the term was raised.
+    pub(super) fn loses(&mut self, age: &CommitAge) {
+        let report = &mut self.detail.database;
+        report.rpo_seconds = age.seconds();
+        report.replica_clock_ahead_seconds = age.replica_ahead;
+        if let Some(warning) = age.warning() {
+            self.warn(warning);
         }
     }
 

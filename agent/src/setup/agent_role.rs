@@ -69,7 +69,7 @@ impl Agent {
             SELECT (SELECT count(*) FROM pg_class c WHERE c.relnamespace = n.oid
                        AND c.relname IN ('progress', 'stream', 'table_sync', 'promotion',
                                          'schema_sync', 'heartbeat', 'sequence_state',
-                                         'listed', 'coverage')) = 9
+                                         'listed', 'coverage', 'clock')) = 10
                    AND EXISTS (SELECT 1 FROM pg_proc p
                                 WHERE p.pronamespace = n.oid AND p.proname = 'advance'),
                    pg_get_userbyid(n.nspowner)::text

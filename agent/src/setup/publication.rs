@@ -140,8 +140,8 @@ fn unit<'a>(table: &'a Table, keyed_roots: &BTreeSet<TableName>) -> &'a TableNam
 }
 
 /// The tables of schema `dr_agent` that travel in the stream.
-pub fn in_band_tables() -> [TableName; 4] {
-    ["heartbeat", "sequence_state", "listed", "coverage"].map(|name| TableName {
+pub fn in_band_tables() -> [TableName; 5] {
+    ["heartbeat", "sequence_state", "listed", "coverage", "clock"].map(|name| TableName {
         schema: "dr_agent".to_owned(),
         name: name.to_owned(),
     })

@@ -100,7 +100,8 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
                AND to_regclass('dr_agent.listed') IS NOT NULL
                AND EXISTS (SELECT 1 FROM pg_attribute
                             WHERE attrelid = to_regclass('dr_agent.sending') AND attname = 'altered')
-               AND to_regclass('dr_agent.coverage') IS NOT NULL,
+               AND to_regclass('dr_agent.coverage') IS NOT NULL
+               AND to_regclass('dr_agent.clock') IS NOT NULL,
                current_setting('max_locks_per_transaction')::bigint, 1
                + current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint
                + coalesce(current_setting('autovacuum_worker_slots', true),
@@ -114,7 +115,7 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
                    AND has_table_privilege(c.oid, 'UPDATE')
                    AND has_table_privilege(c.oid, 'DELETE')), true)
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE n.nspname = 'dr_agent' AND c.relname IN ('heartbeat', 'sequence_state', 'listed', 'coverage')";
+         WHERE n.nspname = 'dr_agent' AND c.relname IN ('heartbeat', 'sequence_state', 'listed', 'coverage', 'clock')";
     const NOT_OWNED: &str = "
         SELECT n.nspname, c.relname
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
