@@ -59,6 +59,7 @@ pub async fn run(
     let mut covered = Covered::default();
     let mut writable = Writable::default();
     let mut look_writable = every(COVERAGE_EVERY);
+    let mut telling = Telling::default();
     loop {
         let report = tokio::select! {
             biased;
@@ -81,7 +82,7 @@ pub async fn run(
             }
             _ = clock.tick() => {
                 if let Some(ahead) = servers.replica_ahead_seconds() {
-                    told(stream, write_clock(&client, stream, ahead).await)?;
+                    telling.told(stream, write_clock(&client, stream, ahead).await)?;
                 }
                 continue;
             }
@@ -89,7 +90,7 @@ pub async fn run(
                 if !covered.is_old(catalog_changes(&client).await?) {
                     continue;
                 }
-                match cover_all(&client, config, stream).await {
+                match cover_all(&client, config, stream, &mut telling).await {
                     Ok(unprotected) => unprotected,
                     // Tables come and go too fast for this look.
                     Err(error) if error.is_of_something_dropped() => continue,
@@ -108,20 +109,42 @@ async fn cover_all(
     client: &Client,
     config: &Config,
     stream: &StreamName,
+    telling: &mut Telling,
 ) -> Result<Vec<Unprotected>, PgError> {
     let unprotected = coverage::unprotected(client, config).await?;
-    told(stream, coverage::tell(client, stream, &unprotected).await)?;
+    let began = now();
+    if telling.rests_until.is_none_or(|until| until <= began) {
+        telling.told(stream, coverage::tell(client, stream, &unprotected).await)?;
+        telling.rests_until = Some(began + began.elapsed() * (1 + TELLING_RESTS));
+    }
     Ok(unprotected)
 }
 
-/// A source that refuses what the replica only wants to know is still replicated.
-fn told(stream: &StreamName, told: Result<(), PgError>) -> Result<(), PgError> {
-    match told {
-        Err(error) if error.sqlstate().is_some() => {
-            tracing::warn!(%stream, error = %chain(&error), "the replica cannot be told what there is");
-            Ok(())
+/// Telling the replica what there is reads all of the catalogs: whatever their size, and however often they change, the source
+/// is at it for one part of the time in so many.
+const TELLING_RESTS: u32 = 20;
+
+/// What the replica only wants to know.
+#[derive(Debug, Default)]
+struct Telling {
+    rests_until: Option<Instant>,
+    refused: bool,
+}
+
+impl Telling {
+    /// A source that refuses it is still replicated; that is said once.
+    fn told(&mut self, stream: &StreamName, told: Result<(), PgError>) -> Result<(), PgError> {
+        let refused = match told {
+            Err(error) if error.sqlstate().is_some() => error,
+            told => {
+                self.refused = false;
+                return told;
+            }
+        };
+        if !std::mem::replace(&mut self.refused, true) {
+            tracing::warn!(%stream, error = %chain(&refused), "the replica cannot be told what there is");
         }
-        told => told,
+        Ok(())
     }
 }
 
@@ -169,6 +192,11 @@ async fn catalog_changes(client: &Client) -> Result<i64, PgError> {
     Ok(client.query_one(SQL, &[]).await?.get(0))
 }
 
+#[allow(clippy::disallowed_methods, reason = "the edge")]
+fn now() -> Instant {
+    Instant::now()
+}
+
 /// When what is not protected was looked at, and what the catalogs were then.
 #[derive(Debug, Default)]
 struct Covered {
@@ -177,8 +205,7 @@ struct Covered {
 
 impl Covered {
     fn is_old(&mut self, changes: i64) -> bool {
-        #[allow(clippy::disallowed_methods, reason = "the edge")]
-        let now = Instant::now();
+        let now = now();
         let is_fresh = |(at, then): (Instant, i64)| then == changes && now - at < COVERAGE_EVERY;
         if self.last.is_some_and(is_fresh) {
             return false;
