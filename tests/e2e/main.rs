@@ -59,6 +59,7 @@ mod route_kinesis_check;
 mod route_kinesis_gaps;
 mod route_kinesis_oracle;
 mod route_kinesis_senders;
+mod route_kinesis_shared;
 mod schema;
 mod set_back;
 mod settings;

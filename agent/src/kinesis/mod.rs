@@ -7,6 +7,7 @@
 //! put:   records ▶ calls ▶ several PutRecords at once ▶ what was refused once more
 //! read:  list ──shards──▶ read ◀──pages── shard (a task for each) ──records──▶ events
 //!                          └───────────────── progress: read up to ──────────▶ events
+//! shared: one reading for all databases of a process that follow the stream, once they are near its tip
 //! ```
 //!
 //! # Invariants
@@ -31,6 +32,7 @@ mod put;
 mod read;
 mod refused;
 mod shard;
+mod shared;
 mod streak;
 
 use std::fmt;
@@ -46,6 +48,7 @@ pub use self::error::{KinesisError, Operation, Refusal};
 use self::pace::Pace;
 pub use self::put::PutStats;
 pub use self::read::{Event, ReadStats, Records, StartAt};
+pub use self::shared::{OnRead, Wanted};
 use crate::aws;
 pub use crate::aws::AwsSettings as KinesisSettings;
 

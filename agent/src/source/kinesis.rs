@@ -24,6 +24,7 @@
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
@@ -40,7 +41,7 @@ use crate::changelog::{
 };
 use crate::failpoint;
 use crate::history::History;
-use crate::kinesis::{Event, Kinesis, KinesisError, Records, StartAt};
+use crate::kinesis::{Event, Kinesis, KinesisError, Records, StartAt, Wanted};
 use crate::lag::pg_micros;
 use crate::metrics::StreamMetrics;
 use crate::pg::PgLsn;
@@ -246,10 +247,19 @@ impl Receiving {
         (self.from, self.since) = (from, wall_clock());
         let (events, mut events_seen) = mpsc::channel(EVENTS);
         let (kinesis, metrics) = (self.kinesis.clone(), self.metrics.clone());
+        let (until, wanted) = (self.until, self.wanted());
         let mut reading = AbortOnDropHandle::new(tokio::spawn(async move {
-            kinesis
-                .read(from, events, &|stats| metrics.reading(stats))
-                .await
+            match until {
+                // Other databases may follow the same stream in this process, for as long as it runs.
+                Until::Stopped => {
+                    let on = Arc::new(move |stats| metrics.reading(stats));
+                    kinesis.follow(from, events, wanted, on).await
+                }
+                Until::Tip(_) => {
+                    let on = |stats| metrics.reading(stats);
+                    kinesis.read(from, events, &on).await
+                }
+            }
         }));
         let queue = self.queue.clone();
         loop {
@@ -274,6 +284,19 @@ impl Receiving {
                 return Ok(next);
             }
         }
+    }
+
+    /// Leaves out the records of other databases; what is unreadable is everybody's.
+    fn wanted(&self) -> Wanted {
+        let (stream, metrics) = (self.settings.stream.clone(), self.metrics.clone());
+        Arc::new(move |record| {
+            let part = changelog::decode(record.clone());
+            let is_ours = part.map_or(true, |part| part.stream == stream.as_str());
+            if !is_ours {
+                metrics.ignored("other_stream");
+            }
+            is_ours
+        })
     }
 
     /// Takes records, and hands over what is complete with them.
