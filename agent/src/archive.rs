@@ -23,6 +23,7 @@ mod log;
 mod recover;
 mod segment;
 mod spool;
+mod spooled;
 #[cfg(test)]
 mod tests;
 mod unzstd;
@@ -38,4 +39,5 @@ pub use log::{
 };
 pub use segment::{SegmentReader, verify};
 pub use spool::{Segment, Spool, SpoolError, SpoolLimits};
+pub use spooled::Spooled;
 pub use way::Way;

@@ -1,7 +1,8 @@
-//! Empties the Kinesis stream into a replica that is being promoted.
+//! Empties the Kinesis stream, and then the archive's change log, into a replica that is being promoted.
 //!
 //! ```text
-//! promote ─settled─▶ StreamDrain: lanes ▶ the lock is held still? ▶ stream up to its tip ▶ LogIntake ▶ replay ▶ progress row
+//! promote ─settled─▶ RouteDrain: lanes ▶ the lock is held still? ▶ stream up to its tip ─┐
+//!                                                              └▶ archive, spool ────────┴▶ LogIntake ▶ replay ▶ progress row
 //! ```
 //!
 //! # Invariants
@@ -15,6 +16,7 @@
 //! # What it does not do
 //! It does not wait for the source: what is in the stream when it begins is all it takes. It leaves no table out by itself.
 
+mod archive;
 mod error;
 mod scratch;
 
@@ -27,7 +29,7 @@ use tokio::sync::{mpsc, watch};
 
 use self::error::Failed;
 use crate::backoff::{self, Decision};
-use crate::config::Config;
+use crate::config::{Config, Route};
 use crate::error::{Class, Classify, chain};
 use crate::failpoint;
 use crate::kinesis::{Kinesis, KinesisError};
@@ -39,7 +41,9 @@ use crate::promote::{Asked, Drain, DrainError, Drained, End};
 use crate::replay::{self, Reached, ReplayError, Sessions, Target};
 use crate::setup::{self, Prepared};
 use crate::sink::replica::{SinkError, session};
-use crate::source::{self, IntakeLimits, SourceError, SourcePosition, StreamSettings, Tip, Until};
+use crate::source::{
+    self, IntakeLimits, LogIntake, SourceError, SourcePosition, StreamSettings, Tip, Until,
+};
 use crate::spill::SpillSpace;
 
 /// Transactions between reading and applying; their bytes are bounded by `limits.queue_bytes`.
@@ -59,20 +63,31 @@ const READABLE_WITHIN: Duration = Duration::from_secs(10);
 /// The longest pause between two attempts at that.
 const RETRY_MAX: Duration = Duration::from_secs(1);
 
-/// The stream of a configuration.
-pub struct StreamDrain<'c> {
+/// What a configuration has between the two sides.
+pub struct RouteDrain<'c> {
     /// Where it and the replica are.
     pub config: &'c Config,
 }
 
-impl Drain for StreamDrain<'_> {
+impl<'c> RouteDrain<'c> {
+    /// None where there is nothing: route `direct` without an archive.
+    pub fn of(config: &'c Config) -> Option<Self> {
+        let is_direct = config.route == Route::Direct;
+        (!is_direct || config.archive.is_some()).then_some(Self { config })
+    }
+}
+
+impl Drain for RouteDrain<'_> {
+    fn what(&self) -> &'static str {
+        match (&self.config.route, &self.config.archive) {
+            (Route::Direct, _) => "the archive",
+            (Route::Kinesis { .. }, None) => "the Kinesis stream",
+            (Route::Kinesis { .. }, Some(_)) => "the Kinesis stream, or the archive,",
+        }
+    }
+
     fn look<'a>(&'a self, database: &'a str) -> BoxFuture<'a, Result<String, DrainError>> {
-        Box::pin(async move {
-            let directory = Box::pin(self.look_at(database))
-                .await
-                .map_err(drain_error)?;
-            Ok(directory.display().to_string())
-        })
+        Box::pin(async move { Box::pin(self.look_at(database)).await.map_err(drain_error) })
     }
 
     fn drain<'a>(&'a self, asked: Asked<'a>) -> BoxFuture<'a, Result<Drained, DrainError>> {
@@ -88,35 +103,130 @@ fn drain_error(error: Failed) -> DrainError {
     }
 }
 
-impl StreamDrain<'_> {
-    /// Tries what a drain needs; returns where its large transactions would go.
-    async fn look_at(&self, database: &str) -> Result<PathBuf, Failed> {
+impl RouteDrain<'_> {
+    /// Tries what a drain needs; says what it found, and where its large transactions would go.
+    async fn look_at(&self, database: &str) -> Result<String, Failed> {
         let prepared = setup::prepare_draining(self.config, database).await?;
         let replica = self.config.replica.conninfo.with_dbname(database);
         pg::connect(&replica, &session(&prepared.stream)).await?;
         let scratch = scratch::make(&self.config.limits, &prepared.stream)?;
+        let mut found = Vec::new();
+        if let Some(stream) = self.config.route.kinesis_stream(database) {
+            readable(&stream).await?;
+            found.push(format!("Kinesis stream {stream}, which can be read"));
+        }
+        if let Some(archived) = archive::find(self.config, &prepared).await? {
+            found.push(archived.says());
+        }
         let directory = scratch.path().parent().map(PathBuf::from);
-        readable(&self.kinesis_stream(database)?).await?;
-        Ok(directory.unwrap_or_default())
+        let directory = directory.unwrap_or_default();
+        found.push(format!(
+            "large transactions wait below {}",
+            directory.display()
+        ));
+        Ok(found.join("; "))
     }
 
     async fn database(&self, asked: Asked<'_>) -> Result<Drained, Failed> {
-        let prepared = setup::prepare_draining(self.config, asked.database).await?;
-        let mut transactions = 0;
-        let end = match self
-            .up_to_the_tip(&asked, &prepared, &mut transactions)
-            .await
-        {
-            Ok(tip) => End::Tip {
-                warnings: self.warnings(&asked, &prepared, tip)?,
+        let mut drained = Drained {
+            streamed: None,
+            archived: None,
+            end: End::Tip {
+                warnings: Vec::new(),
             },
+        };
+        match Box::pin(self.both(&asked, &mut drained)).await {
+            Ok(warnings) => drained.end = End::Tip { warnings },
             // Its first rows are on the source alone.
             Err(Failed::Replay(ReplayError::Sink(SinkError::TableNotCopied { table }))) => {
-                End::Uncopied(table)
+                drained.end = End::Uncopied(table);
             }
             Err(error) => return Err(error),
+        }
+        Ok(drained)
+    }
+
+    /// The stream, and from where that ends the archive; returns what could not be applied, in words.
+    async fn both(&self, asked: &Asked<'_>, drained: &mut Drained) -> Result<Vec<String>, Failed> {
+        let mut warnings = Vec::new();
+        let mut prepared = setup::prepare_draining(self.config, asked.database).await?;
+        if self.config.route != Route::Direct {
+            let applied = drained.streamed.insert(0);
+            let tip = self.up_to_the_tip(asked, &prepared, applied).await?;
+            warnings = self.warnings(asked, &prepared, tip)?;
+            prepared = setup::prepare_draining(self.config, asked.database).await?;
+        }
+        if let Some(archived) = archive::find(self.config, &prepared).await? {
+            let applied = drained.archived.insert(0);
+            let more = self.archived(asked, &prepared, archived, applied).await?;
+            warnings.extend(more);
+        }
+        Ok(warnings)
+    }
+
+    /// Applies what the archive holds beyond the replica, and counts the transactions.
+    async fn archived(
+        &self,
+        asked: &Asked<'_>,
+        prepared: &Prepared,
+        archived: archive::Archived,
+        applied: &mut u64,
+    ) -> Result<Vec<String>, Failed> {
+        if !archived.leads_on() {
+            return Ok(archived.warnings());
+        }
+        let limits = &self.config.limits;
+        scratch::remove_old(limits, &prepared.stream);
+        let scratch = scratch::make(limits, &prepared.stream)?;
+        let space = SpillSpace::open(scratch.path().join("transactions"), limits.spill_bytes)?;
+        let (lanes, from) = self.lanes(asked, prepared).await?;
+        let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
+        let intake_limits = IntakeLimits {
+            queue_bytes: limits.queue_bytes,
+            transaction_bytes: limits.transaction_bytes,
         };
-        Ok(Drained { transactions, end })
+        let applied_by = prepared
+            .applied_at
+            .map(|at| at.max(prepared.commit_time.unwrap_or(at)));
+        let intake = LogIntake::new(intake_limits, prepared.end_lsn, space, received)
+            .committed_by(applied_by.map(pg_micros));
+        let reading = Box::pin(archived.read(intake));
+        let count = |reached: &Reached| *applied = reached.transactions;
+        let applying = Box::pin(replay::apply(self.config, lanes, from, transactions, count));
+        let (warnings, reached) = tokio::join!(reading, applying);
+        // An apply that failed ends the reading, too.
+        reached?;
+        warnings
+    }
+
+    /// The sessions that apply, and from where.
+    async fn lanes(
+        &self,
+        asked: &Asked<'_>,
+        prepared: &Prepared,
+    ) -> Result<(Sessions, Reached), Failed> {
+        let config = self.config;
+        let target = Target {
+            conninfo: &config.replica.conninfo.with_dbname(asked.database),
+            stream: &prepared.stream,
+            term: prepared.term,
+            tables: prepared.synced.iter().cloned().collect::<HashMap<_, _>>(),
+            listed_by: &prepared.stream,
+            as_of: prepared.as_of,
+            left_out: asked.left_out.iter().cloned().collect(),
+            session: SESSION,
+        };
+        let from = Reached {
+            end_lsn: prepared.end_lsn,
+            commit_time: prepared.commit_time.map(pg_micros),
+            batch: BatchNumber(prepared.batch),
+            transactions: 0,
+        };
+        failpoint::hit("drain:settled");
+        let lanes = Sessions::connect(config, target).await?;
+        let lock = asked.lock.check_connection().await;
+        lock.map_err(|error| Failed::LockLost(error.into()))?;
+        Ok((lanes, from))
     }
 
     fn warnings(
@@ -184,26 +294,7 @@ impl StreamDrain<'_> {
             // Nobody writes it any more.
             patience: Duration::ZERO,
         };
-        let target = Target {
-            conninfo: &config.replica.conninfo.with_dbname(asked.database),
-            stream: &prepared.stream,
-            term: prepared.term,
-            tables: prepared.synced.iter().cloned().collect::<HashMap<_, _>>(),
-            listed_by: &prepared.stream,
-            as_of: prepared.as_of,
-            left_out: asked.left_out.iter().cloned().collect(),
-            session: SESSION,
-        };
-        let from = Reached {
-            end_lsn: prepared.end_lsn,
-            commit_time: prepared.commit_time.map(pg_micros),
-            batch: BatchNumber(prepared.batch),
-            transactions: 0,
-        };
-        failpoint::hit("drain:settled");
-        let lanes = Sessions::connect(config, target).await?;
-        let lock = asked.lock.check_connection().await;
-        lock.map_err(|error| Failed::LockLost(error.into()))?;
+        let (lanes, from) = self.lanes(asked, prepared).await?;
         let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
         let (position, _) = watch::channel(SourcePosition::default());
         let metrics = StreamMetrics::new(asked.database);

@@ -46,6 +46,8 @@ mod observe;
 mod oracle;
 mod prefix;
 mod promote;
+mod promote_archive;
+mod promote_campaign;
 mod promote_contained;
 mod promote_kinesis;
 mod promote_sequences;

@@ -42,8 +42,8 @@ use crate::spill::SpillError;
 /// Bytes of one part. Large enough that its header is nothing, small enough to be in memory twice.
 const PART_BYTES: usize = 1 << 20;
 
-const OPEN: &str = "open";
-const COMPLETE: &str = "log";
+pub(super) const OPEN: &str = "open";
+pub(super) const COMPLETE: &str = "log";
 const TAKEN: &str = "taken";
 pub(super) const DAMAGED: &str = "damaged";
 const MISSING: &str = "missing";
@@ -212,7 +212,7 @@ fn last_taken(mark: &Path, span: Span) -> io::Result<LastTaken> {
 }
 
 /// Names of ours are ASCII; of others nothing is said.
-fn stem_and_ending(path: &Path) -> (&str, &str) {
+pub(super) fn stem_and_ending(path: &Path) -> (&str, &str) {
     let name = path.file_name().and_then(|name| name.to_str());
     let parts = name.and_then(|name| name.rsplit_once('.'));
     parts.unwrap_or_default()

@@ -9,8 +9,8 @@ use std::process::ExitCode;
 use jiff::Timestamp;
 use serde_json::json;
 
-use crate::config::{Config, Route};
-use crate::drain::StreamDrain;
+use crate::config::Config;
+use crate::drain::RouteDrain;
 use crate::error::{Classify as _, chain};
 use crate::promote::report::{Outcome, Report};
 use crate::promote::{Drain, Options, execute};
@@ -33,7 +33,7 @@ pub struct Args {
     /// Promote although the initial copy is not complete; recorded in the report.
     #[arg(long)]
     pub accept_incomplete: bool,
-    /// Under route kinesis: open without what the stream still holds; recorded in the report.
+    /// Open without what the Kinesis stream and the archive still hold; recorded in the report.
     #[arg(long)]
     pub skip_drain: bool,
     /// Print the report as JSON.
@@ -50,11 +50,8 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
         accept_incomplete: args.accept_incomplete,
         skip_drain: args.skip_drain,
     };
-    let stream = StreamDrain { config: &config };
-    let route: Option<&dyn Drain> = match config.route {
-        Route::Direct => None,
-        Route::Kinesis { .. } => Some(&stream),
-    };
+    let between = RouteDrain::of(&config);
+    let route = between.as_ref().map(|between| between as &dyn Drain);
     match Box::pin(execute::promote(&config, options, started_at, route)).await {
         Ok(report) => {
             let text = if args.json {

@@ -3,6 +3,9 @@
 //! The errors are those of an agent that applies. What to do is not: nobody starts an agent again, the same command is run
 //! again; and no copy is begun anew on a replica that is fenced.
 
+use std::time::Duration;
+
+use crate::archive::{ArchiveError, SpoolError};
 use crate::error::{Class, Classify};
 use crate::kinesis::KinesisError;
 use crate::pg::PgError;
@@ -11,6 +14,7 @@ use crate::setup::SetupError;
 use crate::sink::replica::{Misfit, SinkError};
 use crate::source::SourceError;
 use crate::spill::SpillError;
+use crate::store::StoreError;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failed {
@@ -28,8 +32,24 @@ pub(super) enum Failed {
     Replay(#[from] ReplayError),
     #[error("the replica's records of the stream make no sense: {0}")]
     Records(&'static str),
+    #[error("read the archive's change log")]
+    Archive(#[from] ArchiveError),
+    #[error("the archive did not answer within {0:?}")]
+    ArchiveSilent(Duration),
     #[error("the session that holds the promotion's lock has ended")]
     LockLost(#[source] PgError),
+}
+
+impl From<StoreError> for Failed {
+    fn from(error: StoreError) -> Self {
+        ArchiveError::from(error).into()
+    }
+}
+
+impl From<SpoolError> for Failed {
+    fn from(error: SpoolError) -> Self {
+        ArchiveError::from(error).into()
+    }
 }
 
 impl Classify for Failed {
@@ -41,6 +61,8 @@ impl Classify for Failed {
             Self::Kinesis(error) => error.class(),
             Self::Source(error) => error.class(),
             Self::Replay(error) => error.class(),
+            Self::Archive(error) => error.class(),
+            Self::ArchiveSilent(_) => Class::Transient,
             Self::Records(_) => Class::Definite,
             Self::LockLost(error) => error.class(),
         }
@@ -50,6 +72,10 @@ impl Classify for Failed {
         match self {
             Self::Session(error) => error.hint(),
             Self::Kinesis(error) => error.hint(),
+            Self::Archive(error) => error.hint(),
+            Self::ArchiveSilent(_) => {
+                Some("check that archive.url is right and can be reached from here".to_owned())
+            }
             Self::Spill(error) | Self::Source(SourceError::Spill(error)) => of_spill(error),
             Self::Source(error) => of_source(error),
             Self::Replay(ReplayError::Sink(error)) => of_sink(error),

@@ -1,4 +1,5 @@
-//! The edge `settled` → `drained`: what route `kinesis` still holds for the replica is applied, or left out by decision.
+//! The edge `settled` → `drained`: what the Kinesis stream and the archive still hold for the replica is applied, or left out by
+//! decision.
 //!
 //! ```text
 //! ┌▶ end sessions ▶ read the progress row ▶ settle by it ─┬─ --skip-drain ───────────┐
@@ -30,10 +31,13 @@ use super::{ACCEPT_INCOMPLETE, PromoteError, SKIP_DRAIN, fence};
 use crate::catalog::TableName;
 use crate::error::Class;
 
-/// What is between the source and the replica under route `kinesis`, as far as a promotion knows it.
+/// What is between the source and the replica, as far as a promotion knows it: a Kinesis stream, an archive.
 pub trait Drain: Sync {
-    /// Looks whether this database could be drained from here, and touches nothing; says in which directory large transactions
-    /// would wait.
+    /// What it is, as in "what … still holds".
+    fn what(&self) -> &'static str;
+
+    /// Looks whether this database could be drained from here, and touches nothing; says what is there, and in which directory large
+    /// transactions would wait.
     fn look<'a>(&'a self, database: &'a str) -> BoxFuture<'a, Result<String, DrainError>>;
 
     /// Applies to a database everything that was there when it was called. The term is raised already, nothing is left prepared,
@@ -55,8 +59,10 @@ pub struct Asked<'a> {
 /// What draining did.
 #[derive(Clone, Debug)]
 pub struct Drained {
-    /// Transactions applied.
-    pub transactions: u64,
+    /// Transactions of the Kinesis stream that were applied; none where there is no stream.
+    pub streamed: Option<u64>,
+    /// Transactions of the archive that were applied; none where there is no archive, or it was not reached.
+    pub archived: Option<u64>,
     /// Where it ended.
     pub end: End,
 }
@@ -90,8 +96,8 @@ pub struct DrainError {
 pub(super) struct Looked {
     /// Databases that could not be drained.
     pub(super) refusals: Vec<Refusal>,
-    /// By database, where large transactions would wait.
-    pub(super) directories: BTreeMap<String, String>,
+    /// By database, what is there, in words.
+    pub(super) found: BTreeMap<String, String>,
 }
 
 /// Looks whether the databases could be drained whose term is not raised yet: the others go on, or say where they are stuck.
@@ -110,8 +116,8 @@ pub(super) async fn look(route: &dyn Drain, observed: &Observed, plan: &Plan) ->
     let mut found = Looked::default();
     for (database, looked) in looks {
         match looked {
-            Ok(directory) => {
-                found.directories.insert(database, directory);
+            Ok(said) => {
+                found.found.insert(database, said);
             }
             Err(DrainError { message, hint, .. }) => found.refusals.push(Refusal::NotDrainable {
                 database,
@@ -133,7 +139,9 @@ pub(super) async fn drain(
     record: &mut Record,
 ) -> Result<String, PromoteError> {
     let Some(route) = begun.route else {
-        return Ok("route direct: there is nothing between the two sides".to_owned());
+        return Ok(
+            "route direct, and no archive: there is nothing between the two sides".to_owned(),
+        );
     };
     settle_anew(client, record).await?;
     let (fenced, found) = (&record.detail.fenced_lsn, &record.detail.database.end_lsn);
@@ -143,17 +151,27 @@ pub(super) async fn drain(
     };
     if begun.options.skip_drain {
         let said = format!(
-            "what the Kinesis stream still held behind {found} was left out ({SKIP_DRAIN})"
+            "what {} still held behind {found} was left out ({SKIP_DRAIN})",
+            route.what()
         );
         require_one_moment(client, record).await?;
         record.accept(SKIP_DRAIN, format!("{}: {said}", record.name));
         return Ok(said + &earlier);
     }
-    let transactions = up_to_the_tip(route, client, record).await?;
+    let (streamed, archived) = up_to_the_tip(route, client, record).await?;
     require_one_moment(client, record).await?;
-    Ok(format!(
-        "{transactions} transactions of the Kinesis stream were applied{earlier}"
-    ))
+    Ok(match (streamed, archived) {
+        (Some(streamed), Some(archived @ 1..)) => format!(
+            "{streamed} transactions of the Kinesis stream were applied, and {archived} of the archive's change log{earlier}"
+        ),
+        (Some(streamed), _) => {
+            format!("{streamed} transactions of the Kinesis stream were applied{earlier}")
+        }
+        (None, archived) => format!(
+            "{} transactions of the archive's change log were applied{earlier}",
+            archived.unwrap_or_default()
+        ),
+    })
 }
 
 /// Ends what is left of an earlier drain, and takes over where the replica is then.
@@ -165,14 +183,17 @@ async fn settle_anew(client: &Client, record: &mut Record) -> Result<(), Promote
     record.store(client, record.state).await
 }
 
-/// Drains, leaving out what was never copied; returns how many transactions were applied.
+/// Drains, leaving out what was never copied; returns how many transactions of the stream and of the archive were applied.
 async fn up_to_the_tip(
     route: &dyn Drain,
     client: &Client,
     record: &mut Record,
-) -> Result<u64, PromoteError> {
-    leave_out_what_is_not_ready(client, record).await?;
-    let mut transactions = 0;
+) -> Result<(Option<u64>, Option<u64>), PromoteError> {
+    leave_out_what_is_not_ready(route, client, record).await?;
+    let (mut streamed, mut archived) = (None, None);
+    let add = |sum: &mut Option<u64>, more: Option<u64>| {
+        *sum = more.map(|more| sum.unwrap_or_default() + more).or(*sum);
+    };
     loop {
         let asked = Asked {
             database: &record.name,
@@ -181,19 +202,22 @@ async fn up_to_the_tip(
         };
         let drained = route.drain(asked).await;
         let settled = settle_anew(client, record).await;
-        let drained = drained.map_err(PromoteError::Drain)?;
+        let what = route.what();
+        let drained = drained.map_err(|source| PromoteError::Drain { what, source })?;
         settled?;
-        transactions += drained.transactions;
+        add(&mut streamed, drained.streamed);
+        add(&mut archived, drained.archived);
         match drained.end {
             End::Tip { warnings } => {
                 for warning in warnings {
                     record.warn(warning);
                 }
-                return Ok(transactions);
+                return Ok((streamed, archived));
             }
             End::Uncopied(table) => {
                 record.warn(format!(
-                    "table {table} was never copied: its changes in the Kinesis stream were left out"
+                    "table {table} was never copied: its changes in {} were left out",
+                    route.what()
                 ));
                 record.detail.left_out.push(table);
                 record.store(client, record.state).await?;
@@ -204,6 +228,7 @@ async fn up_to_the_tip(
 
 /// Tables whose copy the operator does not wait for: the stream would be read once more for each of them.
 async fn leave_out_what_is_not_ready(
+    route: &dyn Drain,
     client: &Client,
     record: &mut Record,
 ) -> Result<(), PromoteError> {
@@ -215,8 +240,9 @@ async fn leave_out_what_is_not_ready(
     }
     let names: Vec<String> = more.iter().map(TableName::to_string).collect();
     record.warn(format!(
-        "the copy was not complete of {}: their changes in the Kinesis stream were left out",
-        names.join(", ")
+        "the copy was not complete of {}: their changes in {} were left out",
+        names.join(", "),
+        route.what()
     ));
     record.detail.left_out.extend(more);
     record.store(client, record.state).await

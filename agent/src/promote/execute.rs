@@ -59,8 +59,8 @@ pub async fn promote(
         .filter(|database| plan.refusal_of(&database.name).is_none())
         .collect();
     let Some(lock) = lock.filter(|_| !going.is_empty()) else {
-        let directories = &looked.directories;
-        return Ok(planned(config, &observed, &plan, directories, options, started_at).await);
+        let found = &looked.found;
+        return Ok(planned(config, &observed, &plan, found, options, started_at).await);
     };
     if plan.is_done() && plan.refusals.is_empty() && observed.unreachable.is_empty() {
         return finished(&observed);

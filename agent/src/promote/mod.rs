@@ -51,7 +51,7 @@ pub struct Options {
     pub plan: bool,
     /// Promote although the initial copy is not complete.
     pub accept_incomplete: bool,
-    /// Open without what the Kinesis stream still holds.
+    /// Open without what the Kinesis stream and the archive still hold.
     pub skip_drain: bool,
 }
 
@@ -107,8 +107,14 @@ pub enum PromoteError {
         reason: String,
     },
     /// What is still on its way cannot be applied.
-    #[error("apply what the Kinesis stream still holds")]
-    Drain(#[source] DrainError),
+    #[error("apply what {what} still holds")]
+    Drain {
+        /// Where it is.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: DrainError,
+    },
     /// Tables are of different moments, and the drain did not change that.
     #[error("{0}")]
     NotOneMoment(plan::Refusal),
@@ -147,7 +153,7 @@ impl Classify for PromoteError {
     fn class(&self) -> Class {
         match self {
             Self::Replica { source, .. } => source.class(),
-            Self::Drain(error) => error.class,
+            Self::Drain { source, .. } => source.class,
             Self::Busy { .. }
             | Self::LockLost
             | Self::FenceBlocked { .. }
@@ -169,7 +175,7 @@ impl Classify for PromoteError {
                 Some(hint) => return Some(hint),
                 None => "run the same command again: it goes on where it stopped",
             },
-            Self::Drain(error) => {
+            Self::Drain { source: error, .. } => {
                 let what = error.hint.as_deref().unwrap_or("run the same command again: it goes on where it stopped");
                 return Some(format!(
                     "{what}. If there is no time for that: the same command with --skip-drain opens the replica without it, and \

@@ -119,7 +119,7 @@ pub(super) async fn planned(
     config: &Config,
     observed: &Observed,
     plan: &Plan,
-    directories: &BTreeMap<String, String>,
+    found: &BTreeMap<String, String>,
     options: Options,
     now: Timestamp,
 ) -> Report {
@@ -140,9 +140,9 @@ pub(super) async fn planned(
             "{refusal}; judged once the Kinesis stream is drained, which may lead past it"
         ));
     }
-    if options.plan && !directories.is_empty() {
+    if options.plan && !found.is_empty() {
         report.warnings.push(
-            "the Kinesis stream is drained first: less would be lost than is not applied now"
+            "what is on its way is applied first: less may be lost than is not applied now"
                 .to_owned(),
         );
     }
@@ -180,7 +180,7 @@ pub(super) async fn planned(
                 note: format!(
                     "{}{}",
                     edge.reason,
-                    now_there(edge.action, database, config, directories)
+                    now_there(edge.action, database, config, found)
                 ),
             })
             .collect();
@@ -197,7 +197,7 @@ fn now_there(
     action: Action,
     database: &Database,
     config: &Config,
-    directories: &BTreeMap<String, String>,
+    found: &BTreeMap<String, String>,
 ) -> String {
     match action {
         Action::RaiseTerm => format!(" (to {})", database.progress.term + 1),
@@ -205,14 +205,16 @@ fn now_there(
         Action::SettlePrepared => format!(" ({} now)", database.prepared),
         Action::SetSequences => format!(" ({} sequences)", database.sequences),
         Action::RunHooks => format!(" ({} hooks)", config.hooks.len()),
-        Action::Drain => match config.route.kinesis_stream(&database.name) {
-            Some(stream) => match directories.get(&database.name) {
-                Some(directory) => format!(
-                    " (Kinesis stream {stream}, which can be read; large transactions wait below {directory})"
-                ),
-                None => format!(" (Kinesis stream {stream})"),
+        Action::Drain => match (
+            found.get(&database.name),
+            config.route.kinesis_stream(&database.name),
+        ) {
+            (Some(said), _) => format!(" ({said})"),
+            (None, Some(stream)) => format!(" (Kinesis stream {stream})"),
+            (None, None) => match &config.archive {
+                Some(archive) => format!(" (archive {})", archive.url),
+                None => " (route direct, and no archive: nothing)".to_owned(),
             },
-            None => " (route direct: nothing)".to_owned(),
         },
         Action::StateLoss | Action::Open | Action::StoreReport => String::new(),
     }

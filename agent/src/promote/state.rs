@@ -17,8 +17,8 @@
 //!   still stands.
 //!
 //! # What it does not do
-//! No step waits for the source. Route `direct` has no store between source and replica, so there is nothing to drain: what
-//! was not applied when the term rose is the loss.
+//! No step waits for the source. Under route `direct` without an archive nothing is between source and replica: what was not
+//! applied when the term rose is the loss.
 
 use std::fmt;
 
@@ -109,7 +109,7 @@ pub enum Action {
     EndSessions,
     /// Commits or rolls back what older agents prepared.
     SettlePrepared,
-    /// Applies what the Kinesis stream holds, after settling what an earlier attempt at it left behind.
+    /// Applies what the Kinesis stream and the archive hold, after settling what an earlier attempt at it left behind.
     Drain,
     /// Measures what the replica does not have.
     StateLoss,

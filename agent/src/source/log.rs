@@ -50,7 +50,8 @@ impl LogIntake {
     }
 
     /// Everything that ends where this begins, or before, had committed by then: what comes of it once more must have as well.
-    pub(super) fn committed_by(mut self, time: Option<Micros>) -> Self {
+    #[must_use]
+    pub fn committed_by(mut self, time: Option<Micros>) -> Self {
         self.newest = time;
         self
     }
