@@ -536,6 +536,17 @@ async fn what_the_stream_does_not_tell_of_a_column_is_compared_and_stops() {
     )
     .await;
     replica.run(plain).await;
+    if source
+        .number("SELECT current_setting('server_version_num')::int")
+        .await
+        >= 180_000
+    {
+        // There the column is sent before and behind it, and nothing in the stream tells the two apart: what came until it was
+        // noticed is computed, and the hint says to copy the table again.
+        replica
+            .run("DELETE FROM dr_agent.table_sync WHERE table_name = 'plain'; TRUNCATE plain")
+            .await;
+    }
     running = again(&agent, &database, running).await;
     database.expect_equal().await;
     running.stop().await;
