@@ -277,7 +277,7 @@ pub async fn databases(client: &Client) -> Result<Vec<String>, PgError> {
 /// `server_version_num`, for example 150018.
 pub async fn server_version(client: &Client) -> Result<i32, PgError> {
     let row = client
-        .query_one("SELECT current_setting('server_version_num')::int", &[])
+        .query_typed_one("SELECT current_setting('server_version_num')::int", &[])
         .await?;
     Ok(row.get(0))
 }

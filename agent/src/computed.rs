@@ -13,6 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
+use futures_util::future;
 use tokio_postgres::Client;
 
 use crate::catalog::{TableName, server_version};
@@ -97,13 +98,18 @@ pub async fn read(client: &Client) -> Result<Computed, PgError> {
                || pg_catalog.format_type(y.typbasetype, y.typtypmod)
           FROM pg_catalog.pg_type y JOIN pg_catalog.pg_namespace s ON s.oid = y.typnamespace
          WHERE y.typtype = 'd' AND y.oid >= 10000";
-    let major = server_version(client).await? / 10_000;
-    client
-        .batch_execute("BEGIN; SET LOCAL search_path = ''")
-        .await?;
-    let rows = client.query_typed(SQL, &[]).await;
-    let domains = client.query_typed(DOMAINS, &[]).await;
-    client.batch_execute("COMMIT").await?;
+    // Together: the replica may be far away.
+    let (version, begun, rows, domains, ended) = future::join5(
+        server_version(client),
+        client.batch_execute("BEGIN; SET LOCAL search_path = ''"),
+        client.query_typed(SQL, &[]),
+        client.query_typed(DOMAINS, &[]),
+        client.batch_execute("COMMIT"),
+    )
+    .await;
+    let major = version? / 10_000;
+    begun?;
+    ended?;
     let column = |row: &tokio_postgres::Row| {
         let table = TableName {
             schema: row.get(0),
@@ -133,6 +139,20 @@ pub async fn difference(
     which: Which,
 ) -> Result<Option<Difference>, PgError> {
     let here = read(replica).await?;
+    difference_from(source, &here, replica, tables, which).await
+}
+
+/// The same, where the replica has been [`read`].
+///
+/// # Errors
+/// When the replica does not answer.
+pub async fn difference_from(
+    source: &Computed,
+    here: &Computed,
+    replica: &Client,
+    tables: &BTreeSet<TableName>,
+    which: Which,
+) -> Result<Option<Difference>, PgError> {
     let places: BTreeSet<&Place> = source.columns.keys().chain(here.columns.keys()).collect();
     for place in places {
         let (there, here_is) = (source.columns.get(place), here.columns.get(place));

@@ -106,8 +106,17 @@ pub async fn settle(
     stream: &StreamName,
     applied_batch: i64,
 ) -> Result<Settled, PgError> {
+    settle_these(client, left_behind(client, stream).await?, applied_batch).await
+}
+
+/// The same, of what [`left_behind`] has found.
+pub async fn settle_these(
+    client: &Client,
+    left: BTreeSet<Prepared>,
+    applied_batch: i64,
+) -> Result<Settled, PgError> {
     let mut settled = Settled::default();
-    for prepared in left_behind(client, stream).await? {
+    for prepared in left {
         let verdict = prepared.verdict(applied_batch);
         if finish(client, &prepared, verdict).await? {
             match verdict {

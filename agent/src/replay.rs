@@ -103,6 +103,7 @@ impl Sessions {
             },
             lanes: config.replica.lanes,
             spread_changes: limits.spread_changes,
+            distance: None,
             session: target.session,
         };
         let synced = Synced {

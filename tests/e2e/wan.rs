@@ -93,6 +93,40 @@ async fn many_databases_share_one_bandwidth_start_after_start() {
     }
 }
 
+/// A session begins anew at every disturbance, and nothing is replicated meanwhile: over a distance only round trips count.
+const ROUNDS_MAX: u64 = 12;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_begins_within_twelve_round_trips() {
+    let site = Site::own().await;
+    let database = site.database("rounds").await;
+    let source = database.source().await;
+    source
+        .run(
+            "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY REFERENCES t);
+             CREATE ROLE app; ALTER TABLE t OWNER TO app",
+        )
+        .await;
+    let far = Proxy::start(site.replica.port()).await;
+    let mut agent = database.agent();
+    let through = site.replica.url_through(far.port(), "postgres");
+    agent.configure("replica.url", &format!("\"{through}\""));
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    database.wait_caught_up().await;
+    running.stop().await;
+    far.delay(Duration::from_millis(100));
+    let before = far.rounds();
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    let rounds = far.rounds() - before;
+    eprintln!("{rounds} round trips");
+    assert!(rounds <= ROUNDS_MAX, "{rounds} round trips");
+    source.run("INSERT INTO t VALUES (1, 'one')").await;
+    database.expect_equal().await;
+    running.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn batches_in_flight_over_a_long_line_survive_its_breaking() {
     let seed = seed();

@@ -117,12 +117,34 @@ impl Direction {
     }
 }
 
+/// How many times somebody has sent something after having heard something: the round trips that followed one another.
+///
+/// Over a line so long that nobody is slower than it, what is sent together is one round, however much it is.
+#[derive(Default)]
+struct Rounds {
+    /// The round of the last answer that has arrived.
+    heard: AtomicU64,
+}
+
+impl Rounds {
+    /// The round of what is sent now.
+    fn next(&self) -> u64 {
+        self.heard.load(Ordering::Relaxed) + 1
+    }
+
+    /// An answer to something of this round has arrived.
+    fn hear(&self, round: u64) {
+        self.heard.fetch_max(round, Ordering::Relaxed);
+    }
+}
+
 /// A proxy; ends with its value.
 pub struct Proxy {
     port: u16,
     network: watch::Sender<Network>,
     upstream: Arc<Direction>,
     downstream: Arc<Direction>,
+    rounds: Arc<Rounds>,
     accepting: JoinHandle<()>,
 }
 
@@ -135,7 +157,9 @@ impl Proxy {
         let own_port = listener.local_addr().expect("it is bound").port();
         let (network, state) = watch::channel(Network::Up(Line::default()));
         let (upstream, downstream) = (Direction::new(), Direction::new());
+        let rounds = Arc::<Rounds>::default();
         let connection = Connection {
+            rounds: Arc::clone(&rounds),
             target: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
             network: state,
             upstream: Arc::clone(&upstream),
@@ -151,8 +175,14 @@ impl Proxy {
             network,
             upstream,
             downstream,
+            rounds,
             accepting,
         }
+    }
+
+    /// Round trips one after the other so far, of all connections together. Only on a line with a delay.
+    pub fn rounds(&self) -> u64 {
+        self.rounds.heard.load(Ordering::Relaxed)
     }
 
     /// The port to connect to.
@@ -207,6 +237,7 @@ impl Drop for Proxy {
 /// What every connection of a proxy is made with.
 #[derive(Clone)]
 struct Connection {
+    rounds: Arc<Rounds>,
     target: SocketAddr,
     network: watch::Receiver<Network>,
     upstream: Arc<Direction>,
@@ -216,6 +247,7 @@ struct Connection {
 impl Connection {
     async fn carry(self, mut client: TcpStream) {
         let Self {
+            rounds,
             target,
             mut network,
             upstream,
@@ -225,7 +257,11 @@ impl Connection {
         match now {
             Network::Up(line) if line.delay.is_zero() => {}
             // The handshake of TCP is a round trip too; the kernel has answered it for us already.
-            Network::Up(line) => sleep(line.delay * 2).await,
+            Network::Up(line) => {
+                let round = rounds.next();
+                sleep(line.delay * 2).await;
+                rounds.hear(round);
+            }
             Network::BlackHole => {}
             Network::Cut => {
                 let _ = client.set_zero_linger();
@@ -243,8 +279,26 @@ impl Connection {
         // Borrowed halves: owned ones would send an orderly end when they are dropped.
         let (from_client, to_client) = client.split();
         let (from_server, to_server) = server.split();
-        let there = pass(from_client, to_server, network.clone(), &upstream);
-        let back = pass(from_server, to_client, network.clone(), &downstream);
+        // The round of what the server has received last, which is what it answers.
+        let asked = AtomicU64::new(0);
+        let sent = || rounds.next();
+        let received = |round| asked.store(round, Ordering::Relaxed);
+        let answering = || asked.load(Ordering::Relaxed);
+        let answered = |round| rounds.hear(round);
+        let there = pass(
+            from_client,
+            to_server,
+            network.clone(),
+            &upstream,
+            (&sent, &received),
+        );
+        let back = pass(
+            from_server,
+            to_client,
+            network.clone(),
+            &downstream,
+            (&answering, &answered),
+        );
         tokio::select! {
             _ = async { tokio::join!(there, back) } => {}
             _ = network.wait_for(|state| *state == Network::Cut) => {}
@@ -265,13 +319,20 @@ async fn pass(
     to: WriteHalf<'_>,
     network: watch::Receiver<Network>,
     direction: &Direction,
+    (taken_in, let_out_of): (&(dyn Fn() -> u64 + Sync), &(dyn Fn(u64) + Sync)),
 ) {
     let under_way = UnderWay::default();
     let (sender, receiver) = mpsc::unbounded_channel();
-    let near_end = take_in(from, network.clone(), direction, &under_way, sender);
+    let near_end = take_in(
+        from,
+        network.clone(),
+        direction,
+        &under_way,
+        (sender, taken_in),
+    );
     tokio::select! {
         // The far end is the last to finish, or finds that there is nobody to write to.
-        () = let_out(to, network, &under_way, receiver) => {}
+        () = let_out(to, network, &under_way, receiver, let_out_of) => {}
         () = async { near_end.await; std::future::pending().await } => {}
     }
 }
@@ -282,7 +343,10 @@ async fn take_in(
     network: watch::Receiver<Network>,
     direction: &Direction,
     under_way: &UnderWay,
-    line_in: mpsc::UnboundedSender<(Instant, Bytes)>,
+    (line_in, round): (
+        mpsc::UnboundedSender<(Instant, u64, Bytes)>,
+        &(dyn Fn() -> u64 + Sync),
+    ),
 ) {
     // A black hole has no length; what it swallowed comes out when it ends.
     let line = || match *network.borrow() {
@@ -300,7 +364,10 @@ async fn take_in(
         };
         let due = direction.accept(length, &line());
         under_way.bytes.fetch_add(length, Ordering::Relaxed);
-        if line_in.send((due, buffer.split().freeze())).is_err() {
+        if line_in
+            .send((due, round(), buffer.split().freeze()))
+            .is_err()
+        {
             return;
         }
         if length < CHUNK && line().delay > GATHER {
@@ -314,9 +381,10 @@ async fn let_out(
     mut to: WriteHalf<'_>,
     mut network: watch::Receiver<Network>,
     under_way: &UnderWay,
-    mut line_out: mpsc::UnboundedReceiver<(Instant, Bytes)>,
+    mut line_out: mpsc::UnboundedReceiver<(Instant, u64, Bytes)>,
+    arrived: &(dyn Fn(u64) + Sync),
 ) {
-    while let Some((due, bytes)) = line_out.recv().await {
+    while let Some((due, round, bytes)) = line_out.recv().await {
         if due > Instant::now() {
             sleep_until(due).await;
         }
@@ -324,7 +392,11 @@ async fn let_out(
             .wait_for(|state| *state != Network::BlackHole)
             .await
             .is_err()
-            || to.write_all(&bytes).await.is_err()
+            || {
+                // Before the other end can have answered.
+                arrived(round);
+                to.write_all(&bytes).await.is_err()
+            }
         {
             return;
         }

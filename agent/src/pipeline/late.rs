@@ -444,6 +444,7 @@ impl Late {
                 lanes: 1,
                 spread_changes: u64::MAX,
                 session: &[],
+                distance: None,
             },
             Synced {
                 tables,

@@ -229,6 +229,7 @@ impl Pipeline {
                 },
                 lanes: self.config.replica.lanes,
                 spread_changes: limits.spread_changes,
+                distance: prepared.distance,
                 session: &[],
             },
             Synced {
@@ -249,7 +250,8 @@ impl Pipeline {
             .synced
             .iter()
             .filter_map(|(_, copied)| copied.snapshot_lsn)
-            .max();
+            .max()
+            .filter(|_| prepared.deferred);
         let mut deferred = Deferred {
             replica,
             stream: self.stream.clone(),

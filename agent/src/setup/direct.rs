@@ -5,6 +5,9 @@
 //! - Nothing is written on either side before [`identity::verdict`] and, for a first start, [`super::target::judge`] and
 //!   [`SourceSide::judge`] have agreed.
 
+use std::time::{Duration, Instant};
+
+use futures_util::future::{self, OptionFuture};
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -20,6 +23,7 @@ use crate::config::Config;
 use crate::history::History;
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgLsn};
+use crate::sink::replica::Distance;
 use crate::snapshot::CopyObserver;
 use crate::stream::StreamName;
 
@@ -49,7 +53,12 @@ pub(super) async fn prepare(
                 );
             }
             sides
-                .go_on(&mut walsender, replica, &seen.known, uncopied)
+                .go_on(
+                    &mut walsender,
+                    replica,
+                    (&seen.known, seen.round_trip),
+                    uncopied,
+                )
                 .await?
         }
         (Verdict::Begin { drop_slot }, replica) => {
@@ -107,21 +116,27 @@ async fn open<'a>(
     let stream = config.stream(database);
     let replica_info = config.replica.conninfo.with_dbname(database);
 
-    // First of all, and without the source: was it promoted?
-    let admin = replica::open(&config.replica.conninfo, &stream).await?;
-    let server = Server::observe(&admin, database).await?;
-    let mut replica = None;
-    if server.has_database {
-        let client = replica::open(&replica_info, &stream).await?;
-        replica::known(&client, &stream).await?;
-        replica = Some(client);
-    }
+    // First of all, and without the source: was it promoted? Here and below, what need not wait for an answer is asked together:
+    // the replica may be far away, and every session begins with this.
+    let (admin, replica) = future::join(
+        replica::open(&config.replica.conninfo, &stream),
+        replica::open(&replica_info, &stream),
+    )
+    .await;
+    let (admin, replica) = (admin?, replica::if_it_exists(replica)?);
+    let present = replica.as_ref();
+    let (server, promoted, locked) = future::join3(
+        Server::observe(&admin, database),
+        OptionFuture::from(present.map(|client| replica::known(client, &stream))),
+        OptionFuture::from(present.map(|client| lock(client, Side::Replica, &stream))),
+    )
+    .await;
+    let server = server?;
+    promoted.transpose()?;
+    locked.transpose()?;
 
     let source = SourceSide::open(config, database, cancel).await?;
     server.require(&source.info.to_string(), &source.found.started_at)?;
-    if let Some(client) = &replica {
-        lock(client, Side::Replica, &stream).await?;
-    }
     let mut walsender = source.walsender().await?;
     let seen = look(&source, replica.as_ref(), &mut walsender, database).await?;
     let sides = Sides {
@@ -146,6 +161,8 @@ struct Seen {
     cluster: Cluster,
     source_lsn: PgLsn,
     verdict: Verdict,
+    /// How long an answer of the replica took.
+    round_trip: Duration,
 }
 
 /// In this order: the replica is never behind the slot, and the source never behind the replica. Another agent, which may go on
@@ -158,10 +175,16 @@ async fn look(
 ) -> Result<Seen, SetupError> {
     let slot = source.slot().await?;
     let (mut known, mut applied_of_them) = (Known::default(), None);
+    let asked = Instant::now();
     if let Some(client) = replica {
-        known = replica::known(client, &source.stream).await?;
-        applied_of_them = heartbeat::beats(client, Side::Replica).await?;
+        let (of_stream, beats) = future::join(
+            replica::known(client, &source.stream),
+            heartbeat::beats(client, Side::Replica),
+        )
+        .await;
+        (known, applied_of_them) = (of_stream?, beats?);
     }
+    let round_trip = asked.elapsed();
     let written = heartbeat::beats(&source.client, Side::Source).await?;
     let (cluster, source_lsn) = source_side::identify(walsender).await?;
     let branches = match known.recorded {
@@ -191,6 +214,7 @@ async fn look(
         cluster,
         source_lsn,
         verdict,
+        round_trip,
     })
 }
 
@@ -225,6 +249,7 @@ impl<'a> Sides<'a> {
             replica_info: self.replica_info,
             replica,
             observer: self.observer,
+            distance: None,
         };
         match setup.begin(walsender, cluster, drop_slot, &mut first).await {
             Ok((progress, history)) => Ok((setup, progress, history)),
@@ -241,23 +266,36 @@ impl<'a> Sides<'a> {
         mut self,
         walsender: &mut ReplicationConnection,
         mut replica: Client,
-        known: &Known,
+        (known, round_trip): (&Known, Duration),
         uncopied: Option<&TableName>,
     ) -> Result<(Setup<'a>, Progress, History), SetupError> {
         self.source.found.require_unaltered(&self.source.stream)?;
         let roles = role::of_source(&self.source.client).await?;
-        let roles = role::ensure(&self.admin, &roles).await?;
-        self.source.warnings.extend(roles);
+        let (roles, ensured, progress, guarded) = future::join4(
+            role::ensure(&self.admin, &roles),
+            schema::ensure(&replica, &self.server.role),
+            recover::settle(&replica, &self.source.stream),
+            replica::is_safely_guarded(&replica),
+        )
+        .await;
+        self.source.warnings.extend(roles?);
+        ensured?;
+        let progress = progress?;
+        if !guarded? {
+            replica::guard(&mut replica, self.database).await?;
+        }
         drop(self.admin);
-        schema::ensure(&replica, &self.server.role).await?;
-        let progress = recover::settle(&replica, &self.source.stream).await?;
-        replica::guard(&mut replica, self.database).await?;
+        let distance = Some(Distance {
+            round_trip,
+            prepared_max: self.server.prepared_max,
+        });
         let mut setup = Setup {
             database: self.database,
             source: self.source,
             replica_info: self.replica_info,
             replica,
             observer: self.observer,
+            distance,
         };
         setup.resume(walsender, uncopied).await?;
         let both = progress.zip(known.recorded.map(Recorded::history));

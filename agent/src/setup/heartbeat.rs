@@ -3,6 +3,7 @@
 //! The row is the source's, and comes to the replica like any other ([`crate::monitor`] writes it). [`super::identity`] judges.
 
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use super::error::{SetupError, Side};
 
@@ -10,17 +11,15 @@ use super::error::{SetupError, Side};
 pub(super) async fn beats(client: &Client, side: Side) -> Result<Option<i64>, SetupError> {
     let sql =
         |error: tokio_postgres::Error| SetupError::sql(side, "read the heartbeats")(error.into());
-    let is_there: bool = client
-        .query_typed_one("SELECT to_regclass('dr_agent.heartbeat') IS NOT NULL", &[])
-        .await
-        .map_err(sql)?
-        .get(0);
-    if !is_there {
-        return Ok(None);
-    }
-    let row = client
+    let asked = client
         .query_typed_opt("SELECT beat FROM dr_agent.heartbeat", &[])
-        .await
-        .map_err(sql)?;
-    Ok(row.map(|row| row.get(0)))
+        .await;
+    match asked {
+        Ok(row) => Ok(row.map(|row| row.get(0))),
+        // undefined_table, invalid_schema_name
+        Err(error) if matches!(error.code().map(SqlState::code), Some("42P01" | "3F000")) => {
+            Ok(None)
+        }
+        Err(error) => Err(sql(error)),
+    }
 }

@@ -87,6 +87,7 @@ pub async fn end_late_sessions(source: &ConnInfo, stream: &StreamName) -> Result
     let client = super::source::open(source, stream).await?;
     leftover::end_sessions(&client, &stream.application_name("late"))
         .await
+        .map(drop)
         .map_err(SetupError::sql(
             Side::Source,
             "end sessions of an earlier attempt",

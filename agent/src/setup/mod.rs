@@ -62,8 +62,9 @@ pub mod timeline;
 mod undo;
 
 use std::collections::BTreeSet;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
+use futures_util::future;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -90,6 +91,7 @@ use crate::history::History;
 use crate::listed::{Copied, Listed};
 use crate::pg::replication::CreatedSlot;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
+use crate::sink::replica::Distance;
 use crate::snapshot::{self, CopyJob, CopyObserver};
 use crate::stream::StreamName;
 use identity::Cluster;
@@ -125,6 +127,10 @@ pub struct Prepared {
     pub server_version: i32,
     /// Every table whose changes are applied, each with what is there of it already.
     pub synced: Vec<(TableName, Copied)>,
+    /// Whether constraints of the copy wait for the stream.
+    pub deferred: bool,
+    /// What has been seen of the replica.
+    pub distance: Option<Distance>,
     /// Where the source's WAL stood before the list of tables was read: a table that is not on it and
     /// changes later than this is new.
     pub as_of: PgLsn,
@@ -294,6 +300,8 @@ struct Setup<'a> {
     replica_info: ConnInfo,
     replica: Client,
     observer: &'a dyn CopyObserver,
+    /// What has been seen of the replica.
+    distance: Option<Distance>,
 }
 
 impl Setup<'_> {
@@ -341,24 +349,33 @@ impl Setup<'_> {
                 Side::Source,
                 "look up the types of published columns",
             ))?;
-        let rows = table_sync::rows(&self.replica, &self.source.stream).await?;
-        let tables = rows.iter().map(|row| row.table.clone()).collect();
         let computed = computed::read(&self.source.client)
             .await
             .map_err(SetupError::sql(
                 Side::Source,
                 "look up what columns are computed from",
             ))?;
+        let stream = &self.source.stream;
+        let asked = Instant::now();
+        let (rows, deferred, noted, here) = future::join4(
+            table_sync::rows(&self.replica, stream),
+            replica::has_deferred(&self.replica, stream),
+            replica::note_tables(&self.replica, stream, as_of),
+            computed::read(&self.replica),
+        )
+        .await;
+        let round_trip = asked.elapsed();
+        let rows = rows?;
+        noted?;
+        let tables = rows.iter().map(|row| row.table.clone()).collect();
+        let looking = "look up what columns are computed from";
+        let here = here.map_err(SetupError::sql(Side::Replica, looking))?;
+        let which = Which::Generated;
         let difference =
-            computed::difference(&computed, &self.replica, &tables, Which::Generated).await;
-        let difference = difference.map_err(SetupError::sql(
-            Side::Replica,
-            "look up what columns are computed from",
-        ))?;
-        if let Some(difference) = difference {
+            computed::difference_from(&computed, &here, &self.replica, &tables, which).await;
+        if let Some(difference) = difference.map_err(SetupError::sql(Side::Replica, looking))? {
             return Err(SetupError::Computed(Box::new(difference)));
         }
-        replica::note_tables(&self.replica, &self.source.stream, as_of).await?;
         if self.database == replica::MAINTENANCE {
             // It may hold tables now.
             replica::guard(&mut self.replica, self.database).await?;
@@ -374,6 +391,11 @@ impl Setup<'_> {
             history,
             server_version: self.source.found.version,
             synced: table_sync::synced(rows),
+            deferred: deferred?,
+            distance: self.distance.map(|seen| Distance {
+                round_trip: seen.round_trip.min(round_trip),
+                ..seen
+            }),
             as_of,
             computed: Some(computed),
             binary,

@@ -399,6 +399,7 @@ impl<'a> Receiving<'a> {
             replica_info: self.replica_info.clone(),
             replica,
             observer: self.observer,
+            distance: None,
         }
     }
 
@@ -411,6 +412,7 @@ impl<'a> Receiving<'a> {
         as_of: PgLsn,
     ) -> Result<Prepared, SetupError> {
         let rows = table_sync::rows(client, &self.stream).await?;
+        let deferred = replica::has_deferred(client, &self.stream).await?;
         Ok(Prepared {
             left_out: 0,
             term: progress.term,
@@ -422,6 +424,8 @@ impl<'a> Receiving<'a> {
             history: recorded.history(),
             server_version: 0,
             synced: table_sync::synced(rows),
+            deferred,
+            distance: None,
             as_of,
             computed: None,
             binary: false,

@@ -5,6 +5,7 @@
 //! - The sessions are ended first. Only then can nobody move the progress row any more, by which every
 //!   prepared lane is committed or rolled back ([`crate::prepared`]); and only then is that row read.
 
+use futures_util::future;
 use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
@@ -33,15 +34,26 @@ pub(super) async fn settle(
     client: &Client,
     stream: &StreamName,
 ) -> Result<Option<Progress>, SetupError> {
-    leftover::end_sessions(client, &stream.application_name("apply"))
-        .await
-        .map_err(SetupError::sql(
-            Side::Replica,
-            "end sessions of an earlier agent",
-        ))?;
-    let progress = replica::known(client, stream).await?.progress;
+    let application = stream.application_name("apply");
+    let ended = SetupError::sql(Side::Replica, "end sessions of an earlier agent");
+    let left = SetupError::sql(Side::Replica, "list prepared transactions");
+    // Together, because nearly always there was no such session. Where there was, the rest is asked again.
+    let (others, known, prepared) = future::join3(
+        leftover::end_sessions(client, &application),
+        replica::known(client, stream),
+        prepared::left_behind(client, stream),
+    )
+    .await;
+    let (known, prepared) = match others.map_err(ended)? {
+        false => (known?, prepared.map_err(left)?),
+        true => (
+            replica::known(client, stream).await?,
+            prepared::left_behind(client, stream).await.map_err(left)?,
+        ),
+    };
+    let progress = known.progress;
     if let Some(progress) = progress {
-        let settled = prepared::settle(client, stream, progress.batch)
+        let settled = prepared::settle_these(client, prepared, progress.batch)
             .await
             .map_err(SetupError::sql(
                 Side::Replica,

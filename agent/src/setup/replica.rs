@@ -11,8 +11,9 @@
 use std::collections::BTreeSet;
 use std::time::SystemTime;
 
+use futures_util::future;
 use tokio_postgres::Client;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::error::{SetupError, Side};
 use super::identity::Recorded;
@@ -33,6 +34,29 @@ pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Cli
         .map_err(SetupError::sql(Side::Replica, "connect"))
 }
 
+/// A session on the stream's database; none where that is not there yet.
+pub(super) fn if_it_exists(
+    opened: Result<Client, SetupError>,
+) -> Result<Option<Client>, SetupError> {
+    match opened {
+        Ok(client) => Ok(Some(client)),
+        // invalid_catalog_name
+        Err(SetupError::Sql { source, .. }) if source.sqlstate() == Some("3D000") => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether constraints of the copy wait for the stream.
+pub(super) async fn has_deferred(client: &Client, stream: &StreamName) -> Result<bool, SetupError> {
+    const SQL: &str = "SELECT EXISTS (SELECT 1 FROM dr_agent.deferred WHERE stream = $1)";
+    let asked = client
+        .query_typed_one(SQL, &[(&stream.as_str(), Type::TEXT)])
+        .await;
+    asked
+        .map(|row| row.get(0))
+        .map_err(|error| SetupError::sql(Side::Replica, "read dr_agent.deferred")(error.into()))
+}
+
 /// What the replica's server says about itself.
 #[derive(Debug)]
 pub(super) struct Server {
@@ -40,6 +64,8 @@ pub(super) struct Server {
     pub(super) role: String,
     pub(super) superuser: bool,
     pub(super) has_database: bool,
+    /// `max_prepared_transactions`
+    pub(super) prepared_max: u16,
     pub(super) may_create_database: bool,
     in_recovery: bool,
     started_at: String,
@@ -52,7 +78,8 @@ impl Server {
             SELECT current_setting('server_version_num')::int, current_user::text,
                    r.rolsuper, r.rolsuper OR r.rolcreatedb, pg_is_in_recovery(),
                    extract(epoch FROM pg_postmaster_start_time())::text,
-                   EXISTS (SELECT 1 FROM pg_database WHERE datname = $1)
+                   EXISTS (SELECT 1 FROM pg_database WHERE datname = $1),
+                   current_setting('max_prepared_transactions')::int
               FROM pg_roles r WHERE r.rolname = current_user";
         let row = client
             .query_typed_one(SQL, &[(&database, Type::TEXT)])
@@ -66,6 +93,7 @@ impl Server {
             in_recovery: row.get(4),
             started_at: row.get(5),
             has_database: row.get(6),
+            prepared_max: u16::try_from(row.get::<_, i32>(7)).unwrap_or(u16::MAX),
         })
     }
 
@@ -237,16 +265,18 @@ pub(super) async fn known(client: &Client, stream: &StreamName) -> Result<Known,
         SELECT count(*) = 4 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname = 'dr_agent'
            AND c.relname IN ('progress', 'stream', 'table_sync', 'promotion')";
-    let has_schema: bool = client
-        .query_typed_one(HAS_SCHEMA, &[])
-        .await
-        .map_err(sql)?
-        .get(0);
-    if !has_schema {
+    // Together: the replica may be far away. Where the schema is not there, the others have failed.
+    let (has_schema, promoted, remembered) = future::join3(
+        client.query_typed_one(HAS_SCHEMA, &[]),
+        refuse_promoted(client),
+        remembered(client, stream),
+    )
+    .await;
+    if !has_schema.map_err(sql)?.get::<_, bool>(0) {
         return Ok(Known::default());
     }
-    refuse_promoted(client).await?;
-    remembered(client, stream).await
+    promoted?;
+    remembered
 }
 
 /// Reads what a replica with schema `dr_agent` remembers, promoted or not.
@@ -254,20 +284,20 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
     let sql = |error: tokio_postgres::Error| {
         SetupError::sql(Side::Replica, "read schema dr_agent")(error.into())
     };
-    let recorded = client
-        .query_typed_opt(
+    let name = stream.as_str();
+    let of_stream = [(&name as &(dyn ToSql + Sync), Type::TEXT)];
+    let (recorded, progress) = future::join(
+        client.query_typed_opt(
             "SELECT system_identifier, timeline, began, tables_as_of FROM dr_agent.stream WHERE stream = $1",
-            &[(&stream.as_str(), Type::TEXT)],
-        )
-        .await
-        .map_err(sql)?;
-    let progress = client
-        .query_typed_opt(
+            &of_stream,
+        ),
+        client.query_typed_opt(
             "SELECT term, batch, end_lsn, commit_time, applied_at FROM dr_agent.progress WHERE stream = $1",
-            &[(&stream.as_str(), Type::TEXT)],
-        )
-        .await
-        .map_err(sql)?;
+            &of_stream,
+        ),
+    )
+    .await;
+    let (recorded, progress) = (recorded.map_err(sql)?, progress.map_err(sql)?);
     let tables_as_of = recorded.as_ref().and_then(|row| row.get(3));
     let recorded = recorded.map(|row| {
         Ok(Recorded {
@@ -341,7 +371,10 @@ pub(super) async fn note_tables(
     const SQL: &str = "
         UPDATE dr_agent.stream SET tables_as_of = greatest(tables_as_of, $2) WHERE stream = $1";
     client
-        .execute(SQL, &[&stream.as_str(), &as_of])
+        .execute_typed(
+            SQL,
+            &[(&stream.as_str(), Type::TEXT), (&as_of, Type::PG_LSN)],
+        )
         .await
         .map_err(|error| {
             SetupError::sql(Side::Replica, "note which tables are here")(error.into())
@@ -396,6 +429,13 @@ pub(super) async fn is_guarded(
 /// The database from which others are dropped and created, by the manual and by most tools.
 pub(super) const MAINTENANCE: &str = "postgres";
 
+/// Whether the read-only guard is set on a replica that was not promoted: then nothing need be written, and nobody kept away.
+pub(super) async fn is_safely_guarded(client: &Client) -> Result<bool, SetupError> {
+    let (promoted, guarded) = future::join(refuse_promoted(client), is_guarded(client)).await;
+    promoted?;
+    guarded
+}
+
 /// Makes every session but ours find a read-only database, unless it was promoted. The maintenance database is left open for
 /// as long as it holds no table: there is nothing to guard, and no other could be dropped from it.
 pub(super) async fn guard(client: &mut Client, database: &str) -> Result<(), SetupError> {
@@ -443,7 +483,7 @@ async fn has_tables(
 
 /// The tables of the replica's database.
 pub(super) async fn tables(client: &Client) -> Result<BTreeSet<TableName>, SetupError> {
-    let tables = catalog::tables(client)
+    let tables = catalog::tables_without_sizes(client)
         .await
         .map_err(SetupError::sql(Side::Replica, "list tables"))?;
     Ok(tables.into_iter().map(|table| table.name).collect())
@@ -458,6 +498,7 @@ impl Server {
             role: role.to_owned(),
             superuser: false,
             has_database: true,
+            prepared_max: 0,
             may_create_database: false,
             in_recovery: false,
             started_at: "1.5".to_owned(),

@@ -16,6 +16,8 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
+use futures_util::future;
+
 use super::error::{SetupError, Side};
 use super::replica;
 use super::table_sync::{Missed, Row};
@@ -56,7 +58,12 @@ impl Setup<'_> {
     ) -> Result<(), SetupError> {
         self.source.found.require_unaltered(&self.source.stream)?;
         self.source.leave_out_what_cannot_be_published();
-        let rows = table_sync::rows(&self.replica, &self.source.stream).await?;
+        let (rows, present) = future::join(
+            table_sync::rows(&self.replica, &self.source.stream),
+            replica::tables(&self.replica),
+        )
+        .await;
+        let (rows, present) = (rows?, present?);
         let that = |is: fn(&Row) -> bool| -> BTreeSet<TableName> {
             let rows = rows.iter().filter(|row| is(row));
             rows.map(|row| row.table.clone()).collect()
@@ -77,7 +84,7 @@ impl Setup<'_> {
         if let Some(another) = another.filter(|table| ready.contains(*table)) {
             missed.entry(another.clone()).or_insert(Missed::Changes);
         }
-        self.require_tables(&ready, &missed).await?;
+        self.require_tables(&ready, &missed, &present)?;
         table_sync::adopt(&self.replica, &self.source.stream).await?;
         if !missed.is_empty() {
             self.source.warnings.push(format!(
@@ -88,7 +95,9 @@ impl Setup<'_> {
         }
         self.source.publish(false).await?;
         slot::make_the_list_known(&self.source, walsender).await?;
-        self.forget_unfinished().await?;
+        if !missed.is_empty() || rows.iter().any(|row| !row.ready) {
+            self.forget_unfinished().await?;
+        }
         self.copy_the_rest(walsender, &ready, &missed).await
     }
 
@@ -122,12 +131,12 @@ impl Setup<'_> {
             .map_err(SetupError::sql(Side::Replica, "forget unfinished tables"))
     }
 
-    async fn require_tables(
+    fn require_tables(
         &self,
         ready: &BTreeSet<TableName>,
         missed: &BTreeMap<TableName, Missed>,
+        present: &BTreeSet<TableName>,
     ) -> Result<(), SetupError> {
-        let present = replica::tables(&self.replica).await?;
         let missing: Vec<TableName> = self
             .source
             .wanted

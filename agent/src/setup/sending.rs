@@ -218,6 +218,8 @@ fn sent_from(
         unpublished: std::mem::take(&mut source.wanted.unpublished),
         warnings: std::mem::take(&mut source.warnings),
         stream: source.stream.clone(),
+        deferred: false,
+        distance: None,
         right: None,
     }
 }
