@@ -18,6 +18,7 @@
 mod ahead;
 mod chain;
 mod error;
+mod idle;
 mod layout;
 mod log;
 mod recover;
@@ -33,10 +34,9 @@ mod way;
 pub use ahead::Ahead;
 pub use chain::Chain;
 pub use error::ArchiveError;
+pub use idle::idle_age;
 pub use layout::{Layout, Span};
-pub use log::{
-    Closed, Log, LogHandle, LogSettings, Origin, Reach, Taken, idle_age, upload_leftover,
-};
+pub use log::{Closed, Log, LogHandle, LogSettings, Origin, Reach, Taken, upload_leftover};
 pub use segment::{SegmentReader, verify};
 pub use spool::{Segment, Spool, SpoolError, SpoolLimits};
 pub use spooled::Spooled;

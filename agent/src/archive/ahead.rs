@@ -67,7 +67,8 @@ impl Ahead {
     /// When the store does not give it.
     pub async fn open(&mut self, span: Span, way: &Way) -> Result<SegmentReader, ArchiveError> {
         self.begin(std::iter::once(span).chain(way.ahead()));
-        match self.begun.pop_front_if(|first| first.span == span) {
+        let is_begun = self.begun.front().is_some_and(|first| first.span == span);
+        match is_begun.then(|| self.begun.pop_front()).flatten() {
             Some(first) => {
                 let read = first.reading.await;
                 // Only the end of the runtime cancels it.
@@ -162,15 +163,15 @@ mod tests {
         let spans = |range: std::ops::Range<u64>| range.map(span).collect::<Vec<_>>();
         let mut way = Way::new(lsn(0), spans(0..20));
         let mut ahead = Ahead::new(&store, &layout, spans(0..20).into_iter().map(|it| (it, 9)));
-        let first = way.next().unwrap();
+        let first = way.pop().unwrap();
         ahead.open(first, &way).await.unwrap();
         assert_eq!(begun(&ahead), spans(1..8));
-        let second = way.next().unwrap();
+        let second = way.pop().unwrap();
         ahead.open(second, &way).await.unwrap();
         assert_eq!(begun(&ahead), spans(2..9));
         // The way leads elsewhere.
         way.give_up(span(3), lsn(100));
-        let next = way.next().unwrap();
+        let next = way.pop().unwrap();
         ahead.open(next, &way).await.unwrap();
         assert_eq!((next, begun(&ahead)), (span(10), spans(11..18)));
         // Bytes bound it as well, and a large one is nobody's to hold.

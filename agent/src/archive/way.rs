@@ -37,7 +37,7 @@ impl Way {
     }
 
     /// The next segment; it counts as read until it is given up.
-    pub fn next(&mut self) -> Option<Span> {
+    pub fn pop(&mut self) -> Option<Span> {
         self.ahead.pop_front()
     }
 
@@ -72,14 +72,14 @@ mod tests {
         let wide = span(1, 999);
         let all = vec![wide, span(10, 20), span(20, 30), span(30, 40)];
         let mut way = Way::new(lsn(10), all);
-        assert_eq!(way.next(), Some(wide));
+        assert_eq!(way.pop(), Some(wide));
         assert!(way.give_up(wide, lsn(10)));
         assert_eq!(way.chain().end, lsn(40));
-        assert_eq!(way.next(), Some(span(10, 20)));
-        assert_eq!(way.next(), Some(span(20, 30)));
+        assert_eq!(way.pop(), Some(span(10, 20)));
+        assert_eq!(way.pop(), Some(span(20, 30)));
         // Half of it was read.
         assert!(!way.give_up(span(20, 30), lsn(25)));
-        assert_eq!(way.next(), None);
+        assert_eq!(way.pop(), None);
         assert_eq!(
             (way.chain().end, way.chain().resumes),
             (lsn(25), Some(lsn(30)))
@@ -89,7 +89,7 @@ mod tests {
     #[test]
     fn what_another_segment_holds_is_read_from_that() {
         let mut way = Way::new(lsn(10), vec![span(10, 30), span(15, 25), span(25, 50)]);
-        assert_eq!(way.next(), Some(span(10, 30)));
+        assert_eq!(way.pop(), Some(span(10, 30)));
         assert!(way.give_up(span(10, 30), lsn(18)));
         assert_eq!(
             way.ahead().collect::<Vec<_>>(),

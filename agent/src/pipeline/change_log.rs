@@ -87,7 +87,7 @@ async fn believed(bases: &Bases, from: PgLsn, spans: Vec<Span>) -> Result<Vec<Sp
     let mut left = spans.clone();
     let mut way = Way::new(from, spans);
     for _ in 0..READ_FIRST {
-        let Some(span) = way.next() else { break };
+        let Some(span) = way.pop() else { break };
         match archive::verify(&bases.store, &bases.layout, span).await {
             Ok(()) => {}
             Err(ArchiveError::Store(error)) if !error.is_of_one_object() => {

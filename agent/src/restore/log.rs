@@ -100,7 +100,7 @@ impl Replay<'_> {
         let sizes = self.segments.iter().map(|(span, bytes)| (*span, *bytes));
         let mut ahead = Ahead::new(self.store, self.layout, sizes);
         let mut behind = 0;
-        while let Some(span) = way.next() {
+        while let Some(span) = way.pop() {
             if reading.is_behind() {
                 behind += 1;
                 if behind > SEGMENTS_BEHIND_MAX {

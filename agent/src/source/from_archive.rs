@@ -69,7 +69,7 @@ impl FromArchive {
         let before = gather.position();
         let mut way = Way::new(gap.from, spans);
         while gather.position() < gap.to
-            && let Some(span) = way.next()
+            && let Some(span) = way.pop()
         {
             let segment = ahead.open(span, &way).await.map_err(SourceError::from);
             let taken = match segment {
