@@ -198,8 +198,9 @@ impl Classify for Mismatch {
                 start_over(SLOT_TOO)
             ),
             Self::Timeline { .. } => format!(
-                "the source was recovered to a point in time, or this replica followed another branch of it; what the \
-                 replica has may not be in its history: {KEEPS}. {}",
+                "the source failed over to a standby (which under route kinesis cannot be followed), was recovered to a point in \
+                 time, or is another branch than this replica followed; what the replica has may not be in its history: \
+                 {KEEPS}. {}",
                 start_over(SLOT_TOO)
             ),
             Self::ForkedBefore { .. } => format!(
