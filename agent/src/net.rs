@@ -114,7 +114,7 @@ impl RowValues for Row {
 }
 
 /// A value that outlives its place in a row; it keeps the message alive that it came in.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum OwnedValue {
     /// NULL.
     Null,
@@ -460,7 +460,7 @@ impl Folded {
             Message::Insert { new, .. } => {
                 let new = self.complete(Row::new(self.fits(new)?))?;
                 if self.is_keyless() {
-                    self.rows.insert(all_bytes(new.values()), new);
+                    self.rows.insert(image(&new), new);
                     return Ok(());
                 }
                 self.insert(new)
@@ -473,7 +473,7 @@ impl Folded {
                 let (OldTuple::Key(old) | OldTuple::Full(old)) = old;
                 let old = self.fits(old)?;
                 if self.is_keyless() {
-                    self.rows.delete((all_bytes(old.values()), old));
+                    self.rows.delete((image(&old), old));
                     return Ok(());
                 }
                 let key = self.key_bytes(old.values())?;
@@ -549,8 +549,7 @@ impl Folded {
             let table = self.relation.display_name();
             let old = old.ok_or(FoldError::NoIdentity { table })?;
             let new = self.complete(new)?;
-            let bytes = all_bytes(new.values());
-            self.rows.update((all_bytes(old.values()), old), bytes, new);
+            self.rows.update((image(&old), old), image(&new), new);
             return Ok(());
         }
         let new_key = self.key_bytes(new.values())?;
@@ -685,13 +684,11 @@ impl Folded {
     }
 }
 
-/// The bytes of a row without a key: equal exactly when all of its values are.
-fn all_bytes<'v>(values: impl Iterator<Item = Value<'v>>) -> RowKey {
-    let mut bytes = Vec::new();
-    for value in values {
-        append_key_value(&mut bytes, KeyOrder::Bytes, value);
-    }
-    bytes.into_boxed_slice()
+/// The values of a row without a key, in the memory they are in.
+fn image(row: &impl RowValues) -> Vec<OwnedValue> {
+    row.values()
+        .filter_map(|value| OwnedValue::of(value, row))
+        .collect()
 }
 
 /// Appends one key value; false if the value is not there.

@@ -15,7 +15,7 @@
 
 use std::collections::HashMap;
 
-use super::{Row, RowKey};
+use super::{OwnedValue, Row};
 use crate::pg::pgoutput::Tuple;
 
 /// What a batch does to the rows of a table without a key.
@@ -38,13 +38,16 @@ impl Multiset {
     }
 }
 
+/// All values of a row.
+type Image = Vec<OwnedValue>;
+
 /// Where a row that is there after the changes so far was before them.
 #[derive(Debug)]
 enum Origin {
     /// Nowhere.
     Inserted,
-    /// It was this one, by the bytes of all its values.
-    Was(RowKey, Tuple),
+    /// It was this one, by all its values.
+    Was(Image, Tuple),
 }
 
 /// Rows while they are folded.
@@ -52,10 +55,10 @@ enum Origin {
 pub(super) struct Rows {
     /// Rows that came or changed, in the order in which they did; `None` once they changed again or went.
     made: Vec<Option<(Origin, Row)>>,
-    /// Those of them that are equal, by the bytes of all their values.
-    by_bytes: HashMap<RowKey, Vec<usize>>,
+    /// Those of them that are equal, by all their values.
+    by_image: HashMap<Image, Vec<usize>>,
     /// In the order in which they went.
-    gone: Vec<(RowKey, Tuple)>,
+    gone: Vec<(Image, Tuple)>,
 }
 
 impl Rows {
@@ -63,56 +66,56 @@ impl Rows {
         self.made.is_empty() && self.gone.is_empty()
     }
 
-    pub(super) fn insert(&mut self, bytes: RowKey, row: Row) {
-        self.make(bytes, Origin::Inserted, row);
+    pub(super) fn insert(&mut self, image: Image, row: Row) {
+        self.make(image, Origin::Inserted, row);
     }
 
-    pub(super) fn update(&mut self, old: (RowKey, Tuple), bytes: RowKey, row: Row) {
+    pub(super) fn update(&mut self, old: (Image, Tuple), image: Image, row: Row) {
         let origin = self.take(old);
-        self.make(bytes, origin, row);
+        self.make(image, origin, row);
     }
 
-    pub(super) fn delete(&mut self, old: (RowKey, Tuple)) {
-        if let Origin::Was(bytes, tuple) = self.take(old) {
-            self.gone.push((bytes, tuple));
+    pub(super) fn delete(&mut self, old: (Image, Tuple)) {
+        if let Origin::Was(image, tuple) = self.take(old) {
+            self.gone.push((image, tuple));
         }
     }
 
-    fn make(&mut self, bytes: RowKey, origin: Origin, row: Row) {
-        self.by_bytes
-            .entry(bytes)
+    fn make(&mut self, image: Image, origin: Origin, row: Row) {
+        self.by_image
+            .entry(image)
             .or_default()
             .push(self.made.len());
         self.made.push(Some((origin, row)));
     }
 
     /// Takes away one row that is equal to this one, of the batch's own first.
-    fn take(&mut self, (bytes, tuple): (RowKey, Tuple)) -> Origin {
-        let own = self.by_bytes.get_mut(&bytes).and_then(Vec::pop);
+    fn take(&mut self, (image, tuple): (Image, Tuple)) -> Origin {
+        let own = self.by_image.get_mut(&image).and_then(Vec::pop);
         match own.and_then(|place| self.made[place].take()) {
             Some((origin, _)) => origin,
-            None => Origin::Was(bytes, tuple),
+            None => Origin::Was(image, tuple),
         }
     }
 
     /// What is left to be done.
     pub(super) fn finish(self) -> Multiset {
         let mut outcome = Multiset::default();
-        let mut deletes: HashMap<RowKey, usize> = HashMap::new();
-        for (bytes, tuple) in self.gone {
-            let place = *deletes.entry(bytes).or_insert(outcome.deletes.len());
+        let mut deletes: HashMap<Image, usize> = HashMap::new();
+        for (image, tuple) in self.gone {
+            let place = *deletes.entry(image).or_insert(outcome.deletes.len());
             match outcome.deletes.get_mut(place) {
                 Some((_, copies)) => *copies += 1,
                 None => outcome.deletes.push((tuple, 1)),
             }
         }
-        let mut updates: HashMap<RowKey, usize> = HashMap::new();
+        let mut updates: HashMap<Image, usize> = HashMap::new();
         for (origin, row) in self.made.into_iter().flatten() {
-            let Origin::Was(bytes, tuple) = origin else {
+            let Origin::Was(image, tuple) = origin else {
                 outcome.inserts.push(row);
                 continue;
             };
-            let place = *updates.entry(bytes).or_insert(outcome.updates.len());
+            let place = *updates.entry(image).or_insert(outcome.updates.len());
             match outcome.updates.get_mut(place) {
                 Some((_, rows)) => rows.push(row),
                 None => outcome.updates.push((tuple, vec![row])),
