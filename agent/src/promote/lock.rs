@@ -1,4 +1,4 @@
-//! One promotion of a replica at a time.
+//! One promotion of the same databases of a replica at a time: those of others go on beside it.
 //!
 //! Beside it every database has a lock of its own while it is worked on (`execute`), which also keeps a promotion away that knows
 //! the replica by another URL.
@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::Client;
 
 use super::{Doing, PromoteError, observe};
-use crate::config::Config;
+use crate::config::{Config, Databases};
 use crate::pg::Session;
 use crate::stream::APPLICATION_PREFIX;
 
@@ -33,7 +33,7 @@ impl PromotionLock {
             .set("statement_timeout", "10s");
         let client = observe::anywhere(config, &session).await?;
         let sql = "SELECT pg_try_advisory_lock(hashtext('dr_agent.promotion'), hashtext($1))";
-        take(&client, sql, slot).await?;
+        take(&client, sql, &name(config)).await?;
         Ok(Self { client })
     }
 
@@ -42,6 +42,15 @@ impl PromotionLock {
         let alive = self.client.check_connection().await;
         alive.map_err(|_| PromoteError::LockLost)
     }
+}
+
+/// What is promoted, as the configuration says it: two promotions at once are the same command twice.
+fn name(config: &Config) -> String {
+    let databases = match &config.source.databases {
+        Databases::All => "*".to_owned(),
+        Databases::List(names) => names.join(","),
+    };
+    format!("{}: {databases}", config.source.slot)
 }
 
 /// Tries `sql` with `name` until it says yes.

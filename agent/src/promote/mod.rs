@@ -82,7 +82,7 @@ pub enum PromoteError {
     /// Another `promote` is at work on this database, or on this replica.
     #[error("another promotion of {stream} is running")]
     Busy {
-        /// The stream, or the slot name that all of them begin with.
+        /// The stream, or the slot name that all of them begin with and the databases.
         stream: String,
     },
     /// Somebody has ended the session that keeps other promotions away.
