@@ -136,6 +136,8 @@ async fn one_round(seed: u64) {
     if rng.random_bool(0.5) {
         eprintln!("  the source dies");
         workload.take().unwrap().stop().await;
+        // Recovery stops before the record behind the LSN: there has to be one.
+        source.run("SELECT pg_switch_wal()").await;
         site.source.kill();
     }
     attempts(&mut rng, &site, &agent).await;
