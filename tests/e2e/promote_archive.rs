@@ -27,8 +27,8 @@ async fn a_promotion_goes_on_with_what_the_archive_and_the_spool_hold() {
     wait_archived(&database, &archive).await;
     take_away(&archive);
     // The last one is so large that the spool shows when it is there.
-    let digests = |n: u32| if n == 49 { 12_000 } else { 200 };
-    for n in 0..50 {
+    let digests = |n: u32| if n == 49 { 12_000_u32 } else { 200 };
+    for n in 0..50u32 {
         let digests = digests(n);
         source
             .run(&format!(
@@ -36,7 +36,7 @@ async fn a_promotion_goes_on_with_what_the_archive_and_the_spool_hold() {
             ))
             .await;
     }
-    let bytes = (0..50).map(|n| u64::from(digests(n)) * 32).sum();
+    let bytes: u64 = (0..50u32).map(|n| u64::from(digests(n)) * 32).sum();
     let spool = archive.with_file_name("spool");
     wait_until("the spool to have it", PATIENCE, || async {
         Spool::waiting(&spool).unwrap_or(0) > bytes

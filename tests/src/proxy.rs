@@ -337,16 +337,16 @@ async fn pass(
     }
 }
 
+/// What the line carries: when it is due at the far end, the round it belongs to, and its bytes.
+type Piece = (Instant, u64, Bytes);
+
 /// The near end of the line: reads as long as the line has room.
 async fn take_in(
     mut from: ReadHalf<'_>,
     network: watch::Receiver<Network>,
     direction: &Direction,
     under_way: &UnderWay,
-    (line_in, round): (
-        mpsc::UnboundedSender<(Instant, u64, Bytes)>,
-        &(dyn Fn() -> u64 + Sync),
-    ),
+    (line_in, round): (mpsc::UnboundedSender<Piece>, &(dyn Fn() -> u64 + Sync)),
 ) {
     // A black hole has no length; what it swallowed comes out when it ends.
     let line = || match *network.borrow() {
@@ -381,7 +381,7 @@ async fn let_out(
     mut to: WriteHalf<'_>,
     mut network: watch::Receiver<Network>,
     under_way: &UnderWay,
-    mut line_out: mpsc::UnboundedReceiver<(Instant, u64, Bytes)>,
+    mut line_out: mpsc::UnboundedReceiver<Piece>,
     arrived: &(dyn Fn(u64) + Sync),
 ) {
     while let Some((due, round, bytes)) = line_out.recv().await {

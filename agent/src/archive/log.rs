@@ -416,8 +416,8 @@ impl Writer {
     /// Whether a segment has begun, and when it is old enough.
     fn due(&self) -> (bool, Instant) {
         (
-            self.due.0.is_some(),
-            self.due.0.unwrap_or_else(Instant::now),
+            self.due.at().is_some(),
+            self.due.at().unwrap_or_else(Instant::now),
         )
     }
 

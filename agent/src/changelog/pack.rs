@@ -65,7 +65,7 @@ pub struct Packing<'b> {
 #[derive(Debug)]
 enum At<'b> {
     Between,
-    Spilled(&'b Transaction, SpillReader),
+    Spilled(&'b Transaction, Box<SpillReader>),
     Changes(&'b Transaction, std::slice::Iter<'b, Change>),
     End,
 }
@@ -154,7 +154,7 @@ impl<'b> Packing<'b> {
                 };
                 self.begin(transaction);
                 self.at = match &transaction.spilled {
-                    Some(spilled) => At::Spilled(transaction, spilled.reader()?),
+                    Some(spilled) => At::Spilled(transaction, Box::new(spilled.reader()?)),
                     None => At::Changes(transaction, transaction.changes.iter()),
                 };
             }

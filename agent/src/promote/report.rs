@@ -478,6 +478,7 @@ mod tests {
             missing: Vec::new(),
         };
         let mut one = lost(Some(1.0), Some(0));
+        one.end_lsn = "0/1A2B3C4".into();
         one.coverage = whole.clone();
         let text = |one: &DatabaseReport| report(vec![one.clone()]).text();
         assert!(text(&one).contains("equals the source as of"));

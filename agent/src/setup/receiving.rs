@@ -186,12 +186,12 @@ impl<'a> Receiving<'a> {
             known: Known::default(),
         };
         if !replica.server.has_database {
-            return self.first(replica).await;
+            return Box::pin(self.first(replica)).await;
         }
         let (mut client, known) = self.open().await?;
         if known.progress.is_none() {
             (replica.opened, replica.known) = (Some(client), known);
-            return self.first(replica).await;
+            return Box::pin(self.first(replica)).await;
         }
         let server = replica.server;
         schema::ensure(&client, &server.role).await?;
