@@ -89,11 +89,10 @@ async fn late_tables_are_copied_beside_the_stream_with_what_they_need() {
         replica.number(foreign_keys).await == 1
     })
     .await;
-    assert_eq!(
-        running.log().matches("streaming database").count(),
-        1,
-        "no session was ended for it"
-    );
+    // A domain that is newer than the session brings the next one; a table alone does not.
+    let log = running.log();
+    let ended = |line: &&str| line.contains("starting again") && !line.contains("of a domain");
+    assert_eq!(log.lines().find(ended), None, "a session was ended for it");
 
     // One that cannot be had.
     database

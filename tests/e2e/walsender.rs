@@ -424,5 +424,6 @@ async fn a_slot_that_fell_behind_is_seen_as_lost() {
         .await
         .err()
         .expect("a lost slot streams nothing");
-    assert_eq!(error.class(), Class::Definite, "{error}");
+    // 55000 is an error of a moment as well: it is the next start that looks at the slot, and knows.
+    assert_eq!(error.sqlstate(), Some("55000"), "{error}");
 }

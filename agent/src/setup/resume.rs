@@ -14,9 +14,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use tokio_postgres::Client;
-
 use futures_util::future;
+use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use super::error::{SetupError, Side};
 use super::replica;
@@ -58,18 +58,19 @@ impl Setup<'_> {
     ) -> Result<(), SetupError> {
         self.source.found.require_unaltered(&self.source.stream)?;
         self.source.leave_out_what_cannot_be_published();
-        let (rows, present) = future::join(
+        let (rows, present, late) = future::join3(
             table_sync::rows(&self.replica, &self.source.stream),
             replica::tables(&self.replica),
+            self.forget_late(),
         )
         .await;
-        let (rows, present) = (rows?, present?);
+        let (rows, present, late) = (rows?, present?, late?);
         let that = |is: fn(&Row) -> bool| -> BTreeSet<TableName> {
             let rows = rows.iter().filter(|row| is(row));
             rows.map(|row| row.table.clone()).collect()
         };
         let ready = that(|row| row.ready);
-        if self.forget_late().await? {
+        if late {
             // What was being caught up with beside the stream is half-way between two moments.
             let unfinished = rows.iter().filter(|row| !row.ready);
             let unfinished = unfinished.map(|row| (row.table.clone(), Missed::Changes));
@@ -85,7 +86,9 @@ impl Setup<'_> {
             missed.entry(another.clone()).or_insert(Missed::Changes);
         }
         self.require_tables(&ready, &missed, &present)?;
-        table_sync::adopt(&self.replica, &self.source.stream).await?;
+        if rows.iter().any(|row| row.ready && !row.noted) {
+            table_sync::adopt(&self.replica, &self.source.stream).await?;
+        }
         if !missed.is_empty() {
             self.source.warnings.push(format!(
                 "tables that were not in the publication for a while, or are others under the same name on either side, are copied again: {}",
@@ -106,14 +109,14 @@ impl Setup<'_> {
         let late = self.source.stream.late();
         let forgotten = self
             .replica
-            .execute(
-                "DELETE FROM dr_agent.progress WHERE stream = $1",
-                &[&late.as_str()],
+            .query_typed(
+                "DELETE FROM dr_agent.progress WHERE stream = $1 RETURNING stream",
+                &[(&late.as_str(), Type::TEXT)],
             )
             .await;
         let doing = "end what was caught up with beside the stream";
         forgotten
-            .map(|rows| rows > 0)
+            .map(|rows| !rows.is_empty())
             .map_err(|error| SetupError::sql(Side::Replica, doing)(error.into()))
     }
 

@@ -705,6 +705,7 @@ mod tests {
             ready: held,
             held,
             another: table == "dropped_here",
+            noted: true,
             copied: Copied {
                 snapshot_lsn: None,
                 listed_as: listed_as.map(|text| ListedAs::new(text.to_owned())),

@@ -31,6 +31,8 @@ pub(super) struct Row {
     pub(super) copied: Copied,
     /// The table on the replica is not the one that was copied: it is gone, or another one has its name.
     pub(super) another: bool,
+    /// Which table was copied is known.
+    pub(super) noted: bool,
 }
 
 /// Reads the rows of a stream.
@@ -40,7 +42,8 @@ pub(super) async fn rows(client: &Client, stream: &StreamName) -> Result<Vec<Row
                snapshot_lsn, listed_as,
                coalesce((to_jsonb(t) ->> 'replica_oid')::oid
                         IS DISTINCT FROM to_regclass(format('%I.%I', table_schema, table_name))::oid
-                        AND to_jsonb(t) ->> 'replica_oid' IS NOT NULL, false)
+                        AND to_jsonb(t) ->> 'replica_oid' IS NOT NULL, false),
+               to_jsonb(t) ->> 'replica_oid' IS NOT NULL
           FROM dr_agent.table_sync t WHERE stream = $1 ORDER BY 1, 2";
     let rows = client
         .query_typed(SQL, &[(&stream.as_str(), Type::TEXT)])
@@ -62,6 +65,7 @@ pub(super) async fn rows(client: &Client, stream: &StreamName) -> Result<Vec<Row
                 listed_as: row.get::<_, Option<String>>(5).map(ListedAs::new),
             },
             another: row.get(6),
+            noted: row.get(7),
         })
         .collect())
 }
