@@ -278,6 +278,7 @@ pub(super) mod tests {
                 collate: "C".into(),
                 ctype: "C".into(),
                 owner: "app".into(),
+                icu_rules: None,
             },
             lsn: PgLsn::from(0x16_B374_D848),
             as_of: at("2026-01-01T00:00:00Z"),

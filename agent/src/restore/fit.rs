@@ -67,6 +67,7 @@ mod tests {
             collate: collate.to_owned(),
             ctype: collate.to_owned(),
             owner: "app".to_owned(),
+            icu_rules: None,
         }
     }
 

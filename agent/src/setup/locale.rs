@@ -21,6 +21,9 @@ pub struct Locale {
     pub ctype: String,
     /// The role that owns the database.
     pub owner: String,
+    /// Rules of its own beside those of an ICU locale (16 and later).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub icu_rules: Option<String>,
 }
 
 /// Who knows the locale.
@@ -44,8 +47,8 @@ pub(crate) async fn locale(source: &Client, version: i32) -> Result<Locale, PgEr
     };
     let sql = format!(
         "SELECT pg_encoding_to_char(encoding)::text, {provider}, {name}, datcollate::text,
-                datctype::text, pg_get_userbyid(datdba)::text
-           FROM pg_database WHERE datname = current_database()"
+                datctype::text, pg_get_userbyid(datdba)::text, to_jsonb(d) ->> 'daticurules'
+           FROM pg_database d WHERE datname = current_database()"
     );
     let row = source.query_one(&sql, &[]).await?;
     Ok(Locale {
@@ -58,6 +61,7 @@ pub(crate) async fn locale(source: &Client, version: i32) -> Result<Locale, PgEr
         collate: row.get(3),
         ctype: row.get(4),
         owner: row.get(5),
+        icu_rules: row.get(6),
     })
 }
 
@@ -87,10 +91,15 @@ impl Locale {
         match &self.provider {
             Provider::Libc => candidates.push(with(libc(&self.collate, &self.ctype))),
             Provider::Icu(name) if version >= 150_000 => candidates.push(with(format!(
-                " LOCALE_PROVIDER icu ICU_LOCALE {} LC_COLLATE {} LC_CTYPE {}",
+                " LOCALE_PROVIDER icu ICU_LOCALE {} LC_COLLATE {} LC_CTYPE {}{}",
                 quote_literal(name),
                 quote_literal(&self.collate),
-                quote_literal(&self.ctype)
+                quote_literal(&self.ctype),
+                match &self.icu_rules {
+                    Some(rules) if version >= 160_000 =>
+                        format!(" ICU_RULES {}", quote_literal(rules)),
+                    _ => String::new(),
+                }
             ))),
             Provider::Builtin(name) if version >= 170_000 => candidates.push(with(format!(
                 " LOCALE_PROVIDER builtin BUILTIN_LOCALE {} LC_COLLATE {} LC_CTYPE {}",
@@ -114,7 +123,14 @@ impl Locale {
     pub(super) fn is_known(&self, version: i32) -> bool {
         match self.provider {
             Provider::Libc => true,
-            Provider::Icu(_) => version >= 150_000,
+            Provider::Icu(_) => {
+                version
+                    >= if self.icu_rules.is_some() {
+                        160_000
+                    } else {
+                        150_000
+                    }
+            }
             Provider::Builtin(_) => version >= 170_000,
         }
     }
@@ -138,6 +154,7 @@ mod tests {
             collate: "de_DE.UTF-8".to_owned(),
             ctype: "de_DE.UTF-8".to_owned(),
             owner: "app".to_owned(),
+            icu_rules: None,
         }
     }
 
@@ -162,6 +179,11 @@ mod tests {
         let icu = german(Provider::Icu("de-DE".to_owned()));
         assert!(icu.create_database("x", 160_000)[0].contains("ICU_LOCALE 'de-DE'"));
         assert!(!icu.create_database("x", 140_000)[0].contains("ICU_LOCALE"));
+        let mut ruled = icu.clone();
+        ruled.icu_rules = Some("&a < g".to_owned());
+        assert!(ruled.create_database("x", 160_000)[0].contains("ICU_RULES '&a < g'"));
+        assert!(!ruled.create_database("x", 150_000)[0].contains("ICU_RULES"));
+        assert!(ruled.is_known(160_000) && !ruled.is_known(150_000));
         assert!(!icu.is_known(140_000));
         let builtin = german(Provider::Builtin("C.UTF-8".to_owned()));
         assert!(builtin.create_database("x", 170_000)[0].contains("BUILTIN_LOCALE 'C.UTF-8'"));
