@@ -52,6 +52,7 @@ mod promote_campaign;
 mod promote_contained;
 mod promote_kinesis;
 mod promote_sequences;
+mod refused;
 mod refused_start;
 mod restore;
 mod restore_target;

@@ -27,6 +27,8 @@ pub struct ServerError {
     pub column: Option<String>,
     /// Where the server names one.
     pub constraint: Option<String>,
+    /// `schema.type` where the server names one.
+    pub datatype: Option<String>,
 }
 
 impl ServerError {
@@ -213,6 +215,10 @@ impl From<tokio_postgres::Error> for PgError {
                 }),
                 column: db.column().map(str::to_owned),
                 constraint: db.constraint().map(str::to_owned),
+                datatype: db
+                    .schema()
+                    .zip(db.datatype())
+                    .map(|(schema, datatype)| format!("{schema}.{datatype}")),
             };
             server.hide_values();
             return Self::Server(Box::new(server));

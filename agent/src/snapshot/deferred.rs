@@ -15,12 +15,14 @@
 //! It does not watch the stream: the pipeline calls [`run_deferred`] when it has passed a copy's
 //! snapshot, the promotion before it opens the replica.
 
-use tokio_postgres::Client;
 use tokio_postgres::types::Type;
+use tokio_postgres::{Client, GenericClient, Transaction};
 
 use super::CopyJob;
 use super::error::CopyError;
 use super::inventory::{Attachment, ForeignKey};
+use super::progress::CopyObserver;
+use super::table_sync::Ledger;
 use crate::catalog::quote_ident;
 use crate::stream::StreamName;
 
@@ -59,16 +61,80 @@ impl Statement {
     }
 }
 
+const DEFER: &str = "
+    INSERT INTO dr_agent.deferred (stream, what, statement, after_lsn) VALUES ($1, $2, $3, $4)
+        ON CONFLICT (stream, what) DO UPDATE
+           SET statement = excluded.statement, after_lsn = excluded.after_lsn";
+
+/// Keeps a statement until the stream has passed the copy.
+pub(super) async fn keep(
+    client: &(impl GenericClient + Sync),
+    ledger: Ledger<'_>,
+    what: &str,
+    statement: &str,
+) -> Result<(), tokio_postgres::Error> {
+    let stream = ledger.stream.as_str();
+    client
+        .execute(DEFER, &[&stream, &what, &statement, &ledger.snapshot_lsn])
+        .await?;
+    Ok(())
+}
+
+/// What became of a foreign key that rows of the source may violate.
+pub(super) enum Added {
+    /// It is there.
+    Valid,
+    /// It is there, for what is written from now on.
+    NotValid,
+    /// It cannot be there: before 18 one of a partitioned table holds for all rows or not at all.
+    No,
+}
+
+/// Adds a foreign key whose rows are all there, as NOT VALID where some of them violate it on the source as well.
+async fn add_key(replica: &Client, sql: &str) -> Result<Added, tokio_postgres::Error> {
+    match replica.batch_execute(sql).await {
+        Err(error) if is_missing_row(&error) => {}
+        other => return other.map(|()| Added::Valid),
+    }
+    match replica.batch_execute(&format!("{sql} NOT VALID")).await {
+        Ok(()) => Ok(Added::NotValid),
+        Err(error) if is_of_a_partitioned_table(&error) => Ok(Added::No),
+        Err(error) => Err(error),
+    }
+}
+
+/// Adds foreign keys one by one, because rows of the source violate some of them, and says which.
+pub(super) async fn add_keys(
+    replica: &Client,
+    keys: &[Statement],
+    observer: &dyn CopyObserver,
+) -> Result<(), CopyError> {
+    for Statement { what, sql } in keys {
+        let added = add_key(replica, sql).await;
+        let added = added.map_err(CopyError::replica(format!("add {what}")))?;
+        if let Some(how) = added.problem() {
+            super::leave_out(observer, &format!("{what}: {how}"));
+        }
+    }
+    Ok(())
+}
+
+impl Added {
+    fn problem(&self) -> Option<&'static str> {
+        match self {
+            Self::Valid => None,
+            Self::NotValid => Some("rows of the source violate it; on the replica it is NOT VALID"),
+            Self::No => Some("rows of the source violate it; the replica does not have it"),
+        }
+    }
+}
+
 /// Runs each statement, or keeps it for later where a row it refers to is still missing.
 pub(super) async fn run_or_defer(
     replica: &Client,
     job: &CopyJob<'_>,
     statements: &[Statement],
 ) -> Result<(), CopyError> {
-    const DEFER: &str = "
-        INSERT INTO dr_agent.deferred (stream, what, statement, after_lsn) VALUES ($1, $2, $3, $4)
-            ON CONFLICT (stream, what) DO UPDATE
-               SET statement = excluded.statement, after_lsn = excluded.after_lsn";
     for Statement { what, sql } in statements {
         let Err(error) = replica.batch_execute(sql).await else {
             continue;
@@ -89,6 +155,29 @@ pub(super) async fn run_or_defer(
 /// foreign_key_violation
 fn is_missing_row(error: &tokio_postgres::Error) -> bool {
     error.code().is_some_and(|code| code.code() == "23503")
+}
+
+/// wrong_object_type: "cannot add NOT VALID foreign key on partitioned table"
+fn is_of_a_partitioned_table(error: &tokio_postgres::Error) -> bool {
+    error.code().is_some_and(|code| code.code() == "42809")
+}
+
+/// Adds a foreign key as NOT VALID, if that can be.
+async fn add_not_valid(
+    transaction: &mut Transaction<'_>,
+    statement: &str,
+) -> Result<Added, tokio_postgres::Error> {
+    let attempt = transaction.savepoint("not_valid").await?;
+    match attempt
+        .batch_execute(&format!("{statement} NOT VALID"))
+        .await
+    {
+        Ok(()) => attempt.commit().await.map(|()| Added::NotValid),
+        Err(error) if is_of_a_partitioned_table(&error) => {
+            attempt.rollback().await.map(|()| Added::No)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Runs the statements whose moment has come, and returns how many still wait.
@@ -117,11 +206,21 @@ pub async fn run_deferred(replica: &mut Client, stream: &StreamName) -> Result<u
             continue;
         }
         let doing = || CopyError::replica(format!("add {what}"));
-        let transaction = replica.transaction().await.map_err(doing())?;
-        transaction
-            .batch_execute(&statement)
-            .await
-            .map_err(doing())?;
+        let mut transaction = replica.transaction().await.map_err(doing())?;
+        let attempt = transaction.savepoint("valid").await.map_err(doing())?;
+        let added = attempt.batch_execute(&statement).await;
+        match added {
+            Ok(()) => attempt.commit().await.map_err(doing())?,
+            // The replica equals the source here: it is so there as well.
+            Err(error) if is_missing_row(&error) && statement.contains(" FOREIGN KEY ") => {
+                attempt.rollback().await.map_err(doing())?;
+                let added = add_not_valid(&mut transaction, &statement)
+                    .await
+                    .map_err(doing())?;
+                tracing::warn!(what, "{}", added.problem().unwrap_or_default());
+            }
+            Err(error) => return Err(doing()(error)),
+        }
         transaction
             .execute(
                 "DELETE FROM dr_agent.deferred WHERE stream = $1 AND what = $2",

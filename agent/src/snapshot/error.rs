@@ -140,6 +140,15 @@ impl CopyError {
         }
     }
 
+    /// Whether a foreign key was refused because of rows that violate it.
+    pub(super) fn is_missing_reference(&self) -> bool {
+        match self {
+            Self::ToolFailed { stderr, .. } => stderr.contains("violates foreign key constraint"),
+            Self::Replica { source, .. } => source.sqlstate() == Some("23503"),
+            _ => false,
+        }
+    }
+
     pub(super) fn replica(doing: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Self {
         let doing = doing.into();
         |error| Self::Replica {

@@ -32,6 +32,7 @@ mod owners;
 pub(crate) mod plan;
 mod progress;
 pub(crate) mod quiet;
+mod refused;
 pub(crate) mod roles;
 mod schema;
 pub(crate) mod session;

@@ -226,14 +226,39 @@ impl<'a> Schema<'a> {
                 later.push(Statement::foreign_key(&key));
             }
         }
-        self.dump
-            .build(
-                "schema",
-                &left_out,
-                &self.sessions.replica,
-                self.sessions.jobs(),
-            )
-            .await?;
+        match self.build(&left_out).await {
+            Err(error) if error.is_missing_reference() => {
+                self.build_without_keys(source, replica, left_out).await?;
+            }
+            built => built?,
+        }
         deferred::run_or_defer(replica, self.job, &later).await
+    }
+
+    async fn build(&self, left_out: &LeftOut) -> Result<(), CopyError> {
+        let (replica, jobs) = (&self.sessions.replica, self.sessions.jobs());
+        self.dump.build("schema", left_out, replica, jobs).await
+    }
+
+    /// Rows of the source violate one of its own foreign keys: what was written in replica role, or with triggers disabled.
+    /// Everything else is built as before, and each key by itself.
+    async fn build_without_keys(
+        &self,
+        source: &Client,
+        replica: &Client,
+        mut left_out: LeftOut,
+    ) -> Result<(), CopyError> {
+        let present = inventory::present_post_data(source, replica).await?;
+        present.iter().for_each(|entry| left_out.entry(entry));
+        let mut keys = Vec::new();
+        for key in inventory::foreign_keys(source).await? {
+            let concerns_us = self.job.whole_schema || self.tables.contains(&key.table);
+            if concerns_us && !left_out.has(&key.entry) {
+                left_out.entry(&key.entry);
+                keys.push(Statement::foreign_key(&key));
+            }
+        }
+        self.build(&left_out).await?;
+        deferred::add_keys(replica, &keys, self.observer).await
     }
 }

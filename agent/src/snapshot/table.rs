@@ -17,13 +17,13 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{SinkExt as _, StreamExt as _, future};
 use tokio_postgres::Client;
 
-use super::Sessions;
 use super::error::CopyError;
 use super::layout::Layout;
 use super::plan::Part;
 use super::progress::CopyObserver;
 use super::table_sync::Ledger;
 use super::work::{Taken, Work};
+use super::{Sessions, refused};
 use crate::catalog::TableName;
 
 /// Rows are handed to the replica in pieces of this size: one write and one message for hundreds of
@@ -85,13 +85,27 @@ async fn empty_first(
 /// One connection pair: takes parts until there are none.
 async fn work_through(sessions: &Sessions<'_>, shared: &Shared<'_>) -> Result<(), CopyError> {
     let source = sessions.source.at_snapshot().await?;
-    let replica = sessions.replica.open().await?;
+    let mut replica = sessions.replica.open().await?;
     while let Some(Taken { part, is_whole, .. }) = shared.work.take() {
         let layout = &shared.layouts[part.table];
-        let (rows, bytes) = if is_whole {
-            copy_whole(&source, &replica, shared, layout, &part).await?
-        } else {
-            copy_part(&source, &replica, shared, layout, &part).await?
+        let mut in_vain = false;
+        let (rows, bytes) = loop {
+            let copied = if is_whole {
+                copy_whole(&source, &replica, shared, layout, &part).await
+            } else {
+                copy_part(&source, &replica, shared, layout, &part).await
+            };
+            let error = match copied {
+                Ok(copied) => break copied,
+                Err(error) => error,
+            };
+            let (table, observer) = (&layout.name, shared.work.observer());
+            match refused::set_aside(&mut replica, shared.ledger, table, &error, observer).await? {
+                // Another connection may have set it aside while this one wrote: once more.
+                Some(0) if !in_vain => in_vain = true,
+                None | Some(0) => return Err(error),
+                Some(_) => in_vain = false,
+            }
         };
         if let Some(whole) = shared.work.finish(&part, rows, bytes) {
             if !is_whole {

@@ -55,6 +55,11 @@ impl LeftOut {
         self.lines.insert(entry.line());
     }
 
+    /// Whether this object is left out by itself.
+    pub(super) fn has(&self, entry: &Entry) -> bool {
+        self.lines.contains(&entry.line())
+    }
+
     /// Leaves one object out, as the listing has it.
     pub(super) fn object(&mut self, object: &str) {
         self.lines.insert(object.trim_end().to_owned());
