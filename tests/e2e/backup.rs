@@ -222,6 +222,31 @@ async fn a_base_taken_under_load_is_the_source_as_of_its_lsn() {
     }
 }
 
+#[tokio::test]
+async fn a_base_with_rows_that_a_constraint_refuses_is_loaded() {
+    let site = Site::shared().await;
+    let database = site.database("refused_base").await;
+    let source = database.source().await;
+    for statement in crate::refused::SOURCE {
+        source.run(statement).await;
+    }
+    let archive = Archive::new().await;
+    expect(archive.take(&site.source.url(&database.name)).await);
+    let base = archive.only_base().await;
+    let (url, loaded) = new_database(&site, "refused_loaded").await;
+    expect(archive.load(&base, &url, None).await);
+    expect_same_content(&source, &loaded).await;
+    let constraints = "SELECT count(*) FROM pg_constraint
+                        WHERE contype IN ('c', 'f') AND coninhcount = 0 AND conparentid = 0
+                          AND connamespace = 'public'::regnamespace AND NOT convalidated AND conname <> 'kids_parent'";
+    assert_eq!(loaded.number(constraints).await, 8);
+    assert!(
+        loaded
+            .holds("SELECT convalidated FROM pg_constraint WHERE conname = 'good_parent'")
+            .await
+    );
+}
+
 /// A TRUNCATE between the snapshot and the locks is a transient error, after which the agent takes another; and the
 /// workload truncates all the time.
 async fn take_again(archive: &Archive, url: &str) -> Manifest {

@@ -5,7 +5,7 @@ use dr_agent_tests::site::Site;
 use dr_agent_tests::wait::{PATIENCE, wait_until};
 
 /// What the source has. Each statement ends with rows that `pg_dump | psql` would refuse or leave without their constraint.
-const SOURCE: [&str; 8] = [
+pub(crate) const SOURCE: [&str; 8] = [
     // A CHECK that reads a table which is filled later, or is another one by now.
     "CREATE TABLE zone (name text PRIMARY KEY);
      CREATE FUNCTION is_zone(text) RETURNS boolean LANGUAGE sql AS 'SELECT EXISTS (SELECT FROM public.zone WHERE name = $1)';

@@ -29,11 +29,14 @@ use crate::catalog::TableName;
 use crate::config::CopySettings;
 use crate::failpoint;
 use crate::pg::ConnInfo;
-use crate::snapshot::dump::PRE_DATA;
+use crate::snapshot::deferred::{self, Statement};
+use crate::snapshot::dump::{Dump, PRE_DATA};
+use crate::snapshot::inventory::ForeignKey;
 use crate::snapshot::plan::{Pages, Part};
 use crate::snapshot::session::ReplicaSide;
+use crate::snapshot::toc::LeftOut;
 use crate::snapshot::work::{Taken, Work};
-use crate::snapshot::{self, CopyObserver, CopyPhase, finish, inventory, quiet};
+use crate::snapshot::{self, CopyObserver, CopyPhase, finish, inventory, quiet, refused};
 use crate::store::Store;
 use crate::stream::StreamName;
 
@@ -132,11 +135,15 @@ async fn load_all(
         .collect();
     let missing = inventory::missing_on(&client, &in_band).await?;
     chosen.retain(|(_, data)| !missing.contains(&data.table));
-    fill(job, &side, &chosen, observer).await?;
+    let taken = fill(job, &side, &chosen, observer).await?;
 
     observer.phase(CopyPhase::PostData);
-    let jobs = job.settings.jobs.max(1);
-    dump.build("schema", &left_out, &side, jobs).await?;
+    build(job, &dump, &left_out, &side, &client, observer).await?;
+    for taken in &taken {
+        let adding = BackupError::target(format!("add {}", taken.what));
+        client.batch_execute(&taken.add).await.map_err(adding)?;
+        taken.say(observer);
+    }
     quiet::quiet(&client, observer).await?;
     let sequences = small(job, SEQUENCES).await?;
     client
@@ -152,6 +159,39 @@ async fn load_all(
         finish::refresh_views(&client, &manifest.materialized_views, observer).await?;
     }
     Ok(())
+}
+
+/// Builds indexes, then constraints. Rows may violate a foreign key, as they did on the source.
+async fn build(
+    job: &LoadJob<'_>,
+    dump: &Dump,
+    left_out: &LeftOut,
+    side: &ReplicaSide<'_>,
+    client: &Client,
+    observer: &dyn CopyObserver,
+) -> Result<(), BackupError> {
+    const KEYS: [&str; 2] = ["FK CONSTRAINT", "COMMENT"];
+    let jobs = job.settings.jobs.max(1);
+    let others = left_out.without(&KEYS);
+    dump.build("schema", &others, side, jobs).await?;
+    match dump
+        .build("schema", &left_out.only(&KEYS), side, jobs)
+        .await
+    {
+        Err(error) if error.is_missing_reference() => {}
+        built => return Ok(built?),
+    }
+    let there = inventory::foreign_keys(client).await?;
+    let is_there = |key: &ForeignKey| {
+        let same = |other: &ForeignKey| (&other.table, &other.name) == (&key.table, &key.name);
+        there.iter().any(same)
+    };
+    let keys = job.manifest.foreign_keys.iter();
+    let lacking = keys.filter(|key| !left_out.has(&key.entry) && !is_there(key));
+    let statements: Vec<_> = lacking.map(Statement::foreign_key).collect();
+    deferred::add_keys(client, &statements, observer).await?;
+    let comments = left_out.only(&["COMMENT"]);
+    Ok(dump.build("schema", &comments, side, jobs).await?)
 }
 
 /// Fills materialized views that are empty, each behind those that it reads; what cannot be filled is told.
@@ -265,7 +305,7 @@ async fn fill(
     side: &ReplicaSide<'_>,
     chosen: &[Chosen<'_>],
     observer: &dyn CopyObserver,
-) -> Result<(), BackupError> {
+) -> Result<Vec<refused::Taken>, BackupError> {
     let mut tables: Vec<&TableName> = Vec::new();
     // The objects are in the order in which they were best taken: the biggest first.
     let parts: Vec<Part> = chosen
@@ -287,18 +327,19 @@ async fn fill(
     let work = Work::new(tables, &parts, total, observer);
     let sessions = usize::from(job.settings.jobs.max(1)).min(parts.len());
     let each = (0..sessions).map(|_| Box::pin(load_parts(job, side, chosen, &work)));
-    future::try_join_all(each).await?;
-    Ok(())
+    let taken = future::try_join_all(each).await?;
+    Ok(taken.into_iter().flatten().collect())
 }
 
-/// One session: loads parts until there are none.
+/// One session: loads parts until there are none, and returns the constraints that were in the way.
 async fn load_parts(
     job: &LoadJob<'_>,
     side: &ReplicaSide<'_>,
     chosen: &[Chosen<'_>],
     work: &Work<'_>,
-) -> Result<(), BackupError> {
-    let client = side.open().await?;
+) -> Result<Vec<refused::Taken>, BackupError> {
+    let mut client = side.open().await?;
+    let mut taken = Vec::new();
     while let Some(Taken {
         number,
         part,
@@ -312,11 +353,39 @@ async fn load_parts(
             object,
             data,
         };
-        source.load(&client, is_whole, work).await?;
+        let mut in_vain = false;
+        while let Err(error) = source.load(&client, is_whole, work).await {
+            match take_away(&mut client, &error, &data.table).await? {
+                // Another session may have taken it away while this one wrote: once more.
+                Some(some) if !some.is_empty() || !in_vain => {
+                    in_vain = some.is_empty();
+                    taken.extend(some);
+                }
+                _ => return Err(error),
+            }
+        }
         failpoint::hit("restore:data-loaded");
         if let Some(table) = work.finish(&part, data.rows, data.raw_bytes) {
             work.announce(part.table, table.rows);
         }
     }
-    Ok(())
+    Ok(taken)
+}
+
+/// Takes away what has refused rows that the source had; a load that is killed begins again from nothing.
+async fn take_away(
+    client: &mut Client,
+    error: &BackupError,
+    table: &TableName,
+) -> Result<Option<Vec<refused::Taken>>, BackupError> {
+    let BackupError::Target { source, .. } = error else {
+        return Ok(None);
+    };
+    let doing = || BackupError::target(format!("take a constraint of table {table} away"));
+    client.batch_execute("ROLLBACK").await.map_err(doing())?;
+    let transaction = client.transaction().await.map_err(doing())?;
+    let taken = refused::take_away(&transaction, source, table).await;
+    let taken = taken.map_err(doing())?;
+    transaction.commit().await.map_err(doing())?;
+    Ok(taken)
 }

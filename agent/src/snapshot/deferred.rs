@@ -28,14 +28,14 @@ use crate::stream::StreamName;
 
 /// One statement on the replica, and what a person calls it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Statement {
+pub(crate) struct Statement {
     what: String,
     sql: String,
 }
 
 impl Statement {
     /// Adds a foreign key.
-    pub(super) fn foreign_key(key: &ForeignKey) -> Self {
+    pub(crate) fn foreign_key(key: &ForeignKey) -> Self {
         Self {
             what: format!("foreign key {} of {}", key.name, key.table),
             sql: format!(
@@ -104,7 +104,7 @@ async fn add_key(replica: &Client, sql: &str) -> Result<Added, tokio_postgres::E
 }
 
 /// Adds foreign keys one by one, because rows of the source violate some of them, and says which.
-pub(super) async fn add_keys(
+pub(crate) async fn add_keys(
     replica: &Client,
     keys: &[Statement],
     observer: &dyn CopyObserver,

@@ -141,7 +141,7 @@ impl CopyError {
     }
 
     /// Whether a foreign key was refused because of rows that violate it.
-    pub(super) fn is_missing_reference(&self) -> bool {
+    pub(crate) fn is_missing_reference(&self) -> bool {
         match self {
             Self::ToolFailed { stderr, .. } => stderr.contains("violates foreign key constraint"),
             Self::Replica { source, .. } => source.sqlstate() == Some("23503"),

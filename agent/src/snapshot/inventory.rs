@@ -273,6 +273,9 @@ const POST_DATA: &str = "
                         ELSE 'CONSTRAINT' END, nspname, relname || ' ' || conname, owner
       FROM pg_constraint JOIN t ON t.oid = conrelid
     UNION ALL
+    SELECT 'CHECK CONSTRAINT', n.nspname, typname || ' ' || conname, pg_get_userbyid(typowner)
+      FROM pg_constraint JOIN pg_type d ON d.oid = contypid JOIN pg_namespace n ON n.oid = typnamespace
+    UNION ALL
     SELECT 'TRIGGER', nspname, relname || ' ' || tgname, owner
       FROM pg_trigger JOIN t ON t.oid = tgrelid WHERE NOT tgisinternal
     UNION ALL

@@ -21,7 +21,7 @@
 //! It creates neither database nor roles nor schema `dr_agent`, and it retries nothing: a
 //! [`crate::error::Class::Transient`] error means "call again with a new snapshot".
 
-mod deferred;
+pub(crate) mod deferred;
 pub(crate) mod dump;
 mod error;
 pub(crate) mod finish;
@@ -32,7 +32,7 @@ mod owners;
 pub(crate) mod plan;
 mod progress;
 pub(crate) mod quiet;
-mod refused;
+pub(crate) mod refused;
 pub(crate) mod roles;
 mod schema;
 pub(crate) mod session;

@@ -9,8 +9,8 @@
 //! - Nothing is dropped that is not kept: killed anywhere, the replica has the constraint or its statement.
 //! - It is said, once for each constraint.
 
-use tokio_postgres::Client;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, Transaction};
 
 use super::error::CopyError;
 use super::progress::CopyObserver;
@@ -43,6 +43,26 @@ const OF_DOMAINS: &str = "
       FROM down JOIN pg_catalog.pg_constraint c ON c.contypid = down.oid
      WHERE c.contype = 'c' AND c.conname = $2";
 
+/// Several connections meet the same constraint at once; who comes later is to see that it is gone. None of them holds another lock.
+const ONE_AT_A_TIME: &str = "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('dr_agent: constraints set aside'))";
+
+/// A constraint that was taken away.
+pub(crate) struct Taken {
+    /// What it is, for people.
+    pub(crate) what: String,
+    /// Adds it again, as NOT VALID.
+    pub(crate) add: String,
+}
+
+impl Taken {
+    /// Says so.
+    pub(crate) fn say(&self, observer: &dyn CopyObserver) {
+        let Self { what, .. } = self;
+        let refused = "it refuses rows of the source; it comes back as NOT VALID";
+        super::leave_out(observer, &format!("{what}: {refused}"));
+    }
+}
+
 /// Sets aside what has refused rows of this table, and returns how many constraints that were. `None` if the error is not one
 /// of a constraint; none may be left where another connection has set it aside meanwhile.
 pub(super) async fn set_aside(
@@ -52,49 +72,49 @@ pub(super) async fn set_aside(
     error: &CopyError,
     observer: &dyn CopyObserver,
 ) -> Result<Option<usize>, CopyError> {
-    let CopyError::Replica {
-        source: PgError::Server(refused),
-        ..
-    } = error
-    else {
+    let CopyError::Replica { source, .. } = error else {
+        return Ok(None);
+    };
+    let doing = || CopyError::replica(format!("set a constraint of table {table} aside"));
+    replica.batch_execute("ROLLBACK").await.map_err(doing())?;
+    let transaction = replica.transaction().await.map_err(doing())?;
+    let taken = take_away(&transaction, source, table).await;
+    let Some(taken) = taken.map_err(doing())? else {
+        return Ok(None);
+    };
+    for Taken { what, add } in &taken {
+        let kept = super::deferred::keep(&transaction, ledger, what, add).await;
+        kept.map_err(doing())?;
+    }
+    transaction.commit().await.map_err(doing())?;
+    taken.iter().for_each(|taken| taken.say(observer));
+    Ok(Some(taken.len()))
+}
+
+/// Drops what may have refused rows of this table; `None` if the error is not one of a constraint.
+pub(crate) async fn take_away(
+    transaction: &Transaction<'_>,
+    error: &PgError,
+    table: &TableName,
+) -> Result<Option<Vec<Taken>>, tokio_postgres::Error> {
+    let PgError::Server(refused) = error else {
         return Ok(None);
     };
     let Some((sql, parameters)) = suspects(refused, table) else {
         return Ok(None);
     };
-    let doing = || CopyError::replica(format!("set a constraint of table {table} aside"));
-    replica.batch_execute("ROLLBACK").await.map_err(doing())?;
-    let parameters: Vec<_> = parameters
-        .iter()
-        .map(|parameter| {
-            (
-                parameter as &(dyn tokio_postgres::types::ToSql + Sync),
-                Type::TEXT,
-            )
-        })
-        .collect();
-    let transaction = replica.transaction().await.map_err(doing())?;
-    let found = transaction
-        .query_typed(sql, &parameters)
-        .await
-        .map_err(doing())?;
-    for row in &found {
-        let (what, drop, add): (String, String, String) = (row.get(0), row.get(1), row.get(2));
-        transaction.batch_execute(&drop).await.map_err(doing())?;
-        super::deferred::keep(&transaction, ledger, &what, &add)
-            .await
-            .map_err(doing())?;
+    let typed = |parameter| (parameter as &(dyn ToSql + Sync), Type::TEXT);
+    let parameters: Vec<_> = parameters.iter().map(typed).collect();
+    transaction.batch_execute(ONE_AT_A_TIME).await?;
+    let mut taken = Vec::new();
+    for row in transaction.query_typed(sql, &parameters).await? {
+        transaction.batch_execute(row.get(1)).await?;
+        taken.push(Taken {
+            what: row.get(0),
+            add: row.get(2),
+        });
     }
-    transaction.commit().await.map_err(doing())?;
-    for row in &found {
-        let what: String = row.get(0);
-        let refuses = format!(
-            "{what}: rows of the source were refused (SQLSTATE {}); it comes back as NOT VALID",
-            refused.sqlstate
-        );
-        super::leave_out(observer, &refuses);
-    }
-    Ok(Some(found.len()))
+    Ok(Some(taken))
 }
 
 /// Which constraints may have refused rows, and the query's parameters.

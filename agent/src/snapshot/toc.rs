@@ -39,7 +39,7 @@ impl Entry {
 }
 
 /// What is left out of a listing.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct LeftOut {
     lines: HashSet<String>,
     kinds: Vec<&'static str>,
@@ -56,7 +56,7 @@ impl LeftOut {
     }
 
     /// Whether this object is left out by itself.
-    pub(super) fn has(&self, entry: &Entry) -> bool {
+    pub(crate) fn has(&self, entry: &Entry) -> bool {
         self.lines.contains(&entry.line())
     }
 
@@ -73,6 +73,21 @@ impl LeftOut {
     /// Leaves every object of a kind out.
     pub(super) fn kind(&mut self, kind: &'static str) {
         self.kinds.push(kind);
+    }
+
+    /// Leaves these kinds out, too.
+    pub(crate) fn without(&self, kinds: &[&'static str]) -> Self {
+        let mut all = self.clone();
+        all.kinds.extend(kinds);
+        all
+    }
+
+    /// Leaves everything out but these kinds, and what of them is left out already.
+    pub(crate) fn only(&self, kinds: &[&'static str]) -> Self {
+        Self {
+            only_kinds: kinds.to_vec(),
+            ..self.clone()
+        }
     }
 
     /// Leaves everything out but these kinds.
