@@ -1,6 +1,6 @@
 //! What the outside may know of each pipeline: `/metrics`, `/status`, the page, `/readyz`, `dr-agent status`.
 //!
-//! A pipeline writes down what happened and when; what that means is worked out when somebody asks ([`judge`]). So nothing
+//! A pipeline writes down what happened and when; what that means is worked out when somebody asks (`judge`). So nothing
 //! here can stand still while time goes on: not when the pipeline waits, has ended, or has died.
 //!
 //! ```text

@@ -116,12 +116,22 @@ async fn a_session_begins_within_twelve_round_trips() {
     database.wait_caught_up().await;
     running.stop().await;
     far.delay(Duration::from_millis(100));
-    let before = far.rounds();
+    // The session that watches the replica asks meanwhile, on its own: what it asks can only add to the count.
+    let mut least = u64::MAX;
+    for _ in 0..4 {
+        let before = far.rounds();
+        let running = agent.start();
+        running.wait_for_streaming(&database.name).await;
+        least = least.min(far.rounds() - before);
+        running.stop().await;
+        if least <= ROUNDS_MAX {
+            break;
+        }
+    }
+    eprintln!("{least} round trips");
+    assert!(least <= ROUNDS_MAX, "{least} round trips");
     let running = agent.start();
     running.wait_for_streaming(&database.name).await;
-    let rounds = far.rounds() - before;
-    eprintln!("{rounds} round trips");
-    assert!(rounds <= ROUNDS_MAX, "{rounds} round trips");
     source.run("INSERT INTO t VALUES (1, 'one')").await;
     database.expect_equal().await;
     running.stop().await;

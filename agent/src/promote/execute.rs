@@ -1,4 +1,4 @@
-//! Walks the table of states: all databases at once. What follows for all together is [`super::close`].
+//! Walks the table of states: all databases at once. What follows for all together is `super::close`.
 //!
 //! # Invariants
 //! - No database is touched before its plan has been accepted and it has been found drainable.

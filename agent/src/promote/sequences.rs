@@ -5,7 +5,7 @@
 //! gave out values we never heard of. A value given out twice is a key collision, or two invoices
 //! with one number, so each sequence is set ahead by a margin and beyond the columns it feeds.
 //!
-//! Pure: [`super::ahead`] reads the facts and calls `setval`.
+//! Pure: `super::ahead` reads the facts and calls `setval`.
 //!
 //! # Invariants
 //! - A sequence never moves against its direction and never leaves its bounds, nor those of the columns it feeds.

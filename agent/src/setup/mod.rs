@@ -19,7 +19,7 @@
 //! - A table that was unlisted for a while is set back to `pending` before it is listed again: once
 //!   listed, nothing would show that its changes were missed.
 //! - Everything is judged before anything is written, on either side. What a first start has written and could not finish is
-//!   taken back ([`undo`]).
+//!   taken back (`undo`).
 //! - One agent at a time: an advisory lock on the replica is held to the end (`lock`).
 //!
 //! # What it does not do
