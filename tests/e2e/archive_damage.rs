@@ -384,7 +384,7 @@ async fn an_object_that_the_store_keeps_back_costs_that_object() {
         agent.command(&["backup", "--prune"]).await.expect_code(0);
         if n % 3 == 0 {
             agent.command(&["backup"]).await.expect_code(0);
-            let target = format!("frozen_{n}");
+            let target = format!("{}_back_{n}", database.name);
             restore(&database, &agent, &target, &["--to-lsn", &moment.lsn])
                 .await
                 .expect_code(0);
