@@ -41,6 +41,7 @@ pub mod pg;
 pub mod pipeline;
 pub mod plan;
 pub mod prepared;
+mod private;
 pub mod promote;
 pub mod remedy;
 pub mod replay;

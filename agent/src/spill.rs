@@ -28,6 +28,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use self::reader::SpillReader;
 pub use self::writer::{SpillWriter, Spills};
 use crate::error::{Class, Classify, disk_class};
+use crate::private;
 
 /// From version 2 on a record names the (sub)transaction that made the change; from 3 on the messages follow their frame.
 const FRAME_VERSION: u32 = 3;
@@ -181,7 +182,7 @@ impl SpillSpace {
             path: path.clone(),
             source,
         };
-        fs::create_dir_all(&self.directory).map_err(at)?;
+        private::create_dir_all(&self.directory).map_err(at)?;
         let file = File::create(&path).map_err(at)?;
         let spill = SpillFile {
             path: path.clone(),

@@ -37,6 +37,7 @@ use crate::error::{Class, Classify, disk_class};
 use crate::history::{WentBack, comes_again};
 use crate::lag::{Micros, pg_micros};
 use crate::pg::PgLsn;
+use crate::private;
 use crate::spill::SpillError;
 
 /// Bytes of one part. Large enough that its header is nothing, small enough to be in memory twice.
@@ -613,7 +614,7 @@ fn make_durably(directory: &Path) -> Result<(), SpoolError> {
         missing.push(path);
         above = path.parent();
     }
-    fs::create_dir_all(directory).map_err(at("create", directory))?;
+    private::create_dir_all(directory).map_err(at("create", directory))?;
     for path in missing {
         let parent = path
             .parent()

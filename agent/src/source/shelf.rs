@@ -6,7 +6,7 @@
 //! - Memory and disk stay within what they were given; the disk is shared with the spill files of large transactions, for
 //!   which some of it is left. A part that is larger than that has to go somewhere: alone, it is in memory.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
@@ -17,6 +17,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use crate::changelog::Part;
+use crate::private;
 use crate::spill::{SpillError, SpillRoom, SpillSpace};
 
 /// A file ends at this size. Small, so that few stragglers hold little; but each open file counts for the process, too.
@@ -188,7 +189,7 @@ impl Shelf {
 
     fn create(&self) -> Result<ShelfFile, SpillError> {
         let create = || {
-            fs::create_dir_all(&self.directory)?;
+            private::create_dir_all(&self.directory)?;
             tempfile::tempfile_in(&self.directory)
         };
         Ok(ShelfFile {
@@ -271,7 +272,12 @@ mod tests {
             assert_eq!(shelf.bytes(), 0);
         }
         // Nothing that has a name.
-        assert_eq!(fs::read_dir(home.path().join("spill")).unwrap().count(), 0);
+        assert_eq!(
+            std::fs::read_dir(home.path().join("spill"))
+                .unwrap()
+                .count(),
+            0
+        );
     }
 
     #[test]

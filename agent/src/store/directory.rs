@@ -17,9 +17,9 @@
 //! threads for blocking work.
 
 use std::ffi::OsStr;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -30,6 +30,7 @@ use tokio_util::task::TaskTracker;
 
 use super::name::{self, TEMPORARY};
 use super::{Doing, Listed, ObjectSummary, Put, StoreError};
+use crate::private;
 
 /// No writer leaves its file untouched for so long.
 const LEFT_AFTER: Duration = Duration::from_secs(24 * 3600);
@@ -186,7 +187,7 @@ impl Directory {
         let mut attempts = 0;
         let put = loop {
             attempts += 1;
-            match path.parent().map_or(Ok(()), make) {
+            match path.parent().map_or(Ok(()), private::create_dir_all) {
                 Ok(()) => {}
                 // A directory on the way was made by somebody else, or deleted, between two looks.
                 Err(error) if is_a_race(&error) && attempts < LINK_ATTEMPTS => continue,
@@ -427,11 +428,6 @@ fn is_a_race(error: &io::Error) -> bool {
     )
 }
 
-/// Makes a directory and those above it, for the owner only; they may be there.
-fn make(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
 /// The same, and durable in the directory above.
 fn make_durably(path: &Path) -> io::Result<()> {
     if path.is_dir() {
@@ -441,7 +437,7 @@ fn make_durably(path: &Path) -> io::Result<()> {
         return Ok(());
     };
     make_durably(above)?;
-    make(path)?;
+    private::create_dir_all(path)?;
     sync(above)
 }
 
