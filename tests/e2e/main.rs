@@ -35,6 +35,7 @@ mod fencing;
 mod golden;
 mod harness;
 mod init;
+mod kill_campaign;
 mod kinesis;
 mod lanes;
 mod large;

@@ -8,7 +8,9 @@
 //! # Invariants
 //! - Every committed transaction, and no other, leaves one row in `ledger`; [`Tally::committed`] counts them.
 //! - The balances of `account` and `savings` together are zero after every transaction.
-//! - No prepared transaction is left behind by [`Workload::stop`].
+//! - No prepared transaction is left behind by [`Workload::stop`], the server being there.
+//! - Where the server may die ([`Workload::start_surviving`]), a session connects again and ends what it had prepared; what became of
+//!   a COMMIT that was under way it does not know, and the tally counts it as rolled back.
 //!
 //! # What it does not do
 //! The seed decides what each session tries, not how sessions interleave: a failure is
@@ -22,7 +24,7 @@ use rand::{Rng as _, SeedableRng as _};
 use tokio::task::JoinHandle;
 
 use crate::client::Client;
-use crate::wait::{PATIENCE, wait_until};
+use crate::wait::{PATIENCE, wait_for, wait_until};
 
 /// The tables, and the rows that always exist.
 const SCHEMA: &str = "
@@ -90,6 +92,15 @@ impl Workload {
 
     /// Lets `sessions` sessions loose on the database.
     pub fn start(url: &str, seed: u64, sessions: u32) -> Self {
+        Self::start_with(url, seed, sessions, false)
+    }
+
+    /// The same, on a server that dies and comes back.
+    pub fn start_surviving(url: &str, seed: u64, sessions: u32) -> Self {
+        Self::start_with(url, seed, sessions, true)
+    }
+
+    fn start_with(url: &str, seed: u64, sessions: u32, survives: bool) -> Self {
         static WORKLOADS: AtomicU32 = AtomicU32::new(0);
         let workload = WORKLOADS.fetch_add(1, Ordering::Relaxed);
         let over = Arc::new(AtomicBool::new(false));
@@ -103,6 +114,7 @@ impl Workload {
                     rng: StdRng::seed_from_u64(seed ^ (u64::from(number) << 32)),
                     over: Arc::clone(&over),
                     committed: Arc::clone(&committed),
+                    survives,
                 };
                 tokio::spawn(session.work())
             })
@@ -148,27 +160,68 @@ struct Session {
     rng: StdRng,
     over: Arc<AtomicBool>,
     committed: Arc<AtomicU64>,
+    survives: bool,
+}
+
+/// Whether an error says that the session is gone, and not that a statement failed.
+fn is_loss(error: &str) -> bool {
+    let signs = [
+        "57P0",
+        "connection ",
+        "error connecting",
+        "error communicating",
+    ];
+    signs.iter().any(|sign| error.starts_with(sign))
 }
 
 impl Session {
-    async fn work(mut self) -> Tally {
-        let client = Client::connect(&self.url).await;
+    async fn connect(&self) -> Result<Client, String> {
+        let client = Client::try_connect(&self.url).await?;
         // Deadlocks are wanted, waiting for them is not.
         client
-            .run("SET deadlock_timeout = '30ms'; SET lock_timeout = '2s'")
-            .await;
+            .try_run("SET deadlock_timeout = '30ms'; SET lock_timeout = '2s'")
+            .await?;
+        Ok(client)
+    }
+
+    /// Once the server is there again; what was prepared when it went is ended.
+    async fn connect_again(&self) -> Client {
+        let (workload, session) = (self.workload, self.number);
+        let left = format!(
+            "SELECT gid FROM pg_prepared_xacts
+              WHERE database = current_database() AND gid LIKE 'workload-{workload}-{session}-%'"
+        );
+        wait_for("the server to be there again", PATIENCE, || async {
+            let client = self.connect().await?;
+            for row in client.try_rows(&left).await? {
+                let gid = row[0].as_deref().unwrap_or_default();
+                client.try_run(&format!("COMMIT PREPARED '{gid}'")).await?;
+            }
+            Ok(client)
+        })
+        .await
+    }
+
+    async fn work(mut self) -> Tally {
+        let mut client = match self.survives {
+            true => self.connect_again().await,
+            false => self.connect().await.expect("the server is there"),
+        };
         let mut tally = Tally::default();
         for transaction in 0_u64.. {
             if self.over.load(Ordering::Relaxed) {
                 break;
             }
-            client.run("BEGIN").await;
             match self.transaction(&client, transaction).await {
                 Ok(true) => {
                     tally.committed += 1;
                     self.committed.fetch_add(1, Ordering::Relaxed);
                 }
                 Ok(false) => tally.rolled_back += 1,
+                Err(error) if self.survives && is_loss(&error) => {
+                    client = self.connect_again().await;
+                    tally.rolled_back += 1;
+                }
                 Err(error) => {
                     // Class 08 or no class: the server is gone, and with it the test's premise.
                     let expected = ["23", "40", "55", "57014", "25P02"];
@@ -177,7 +230,10 @@ impl Session {
                         "a session of the workload failed: {error}"
                     );
                     // Outside a transaction (after a failed COMMIT) this is only a warning.
-                    client.run("ROLLBACK").await;
+                    if client.try_run("ROLLBACK").await.is_err() {
+                        assert!(self.survives, "the server is gone");
+                        client = self.connect_again().await;
+                    }
                     tally.rolled_back += 1;
                 }
             }
@@ -187,6 +243,7 @@ impl Session {
 
     /// `true` when committed.
     async fn transaction(&mut self, client: &Client, number: u64) -> Result<bool, String> {
+        client.try_run("BEGIN").await?;
         for _ in 0..self.rng.random_range(1..=5) {
             self.step(client, 0).await?;
         }

@@ -190,6 +190,14 @@ impl PgServer {
         );
     }
 
+    /// Kills the postmaster alone: its processes notice in their own time, and may still commit until then.
+    pub fn kill_postmaster(&self) {
+        if let Some(mut child) = lock(&self.process).take() {
+            signal("KILL", &[child.id()]);
+            child.wait().expect("the postmaster is our child");
+        }
+    }
+
     /// Starts again after [`PgServer::stop`] or [`PgServer::kill`], on the same port.
     pub async fn start_again(&self) {
         let deadline = Instant::now() + START_STOP_MAX;
@@ -200,6 +208,8 @@ impl PgServer {
                 self.name,
                 self.log_tail(30)
             );
+            // Processes of a postmaster that was killed may still be there.
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
