@@ -77,6 +77,30 @@ async fn a_replica_that_restarts_or_crashes_is_awaited() {
     running.stop().await;
 }
 
+/// As PostgreSQL leaves it when a DROP DATABASE dies behind its first step: nobody can enter it, and only a DROP ends it.
+#[tokio::test]
+async fn what_an_interrupted_drop_of_the_database_has_left_is_in_nobodys_way() {
+    let site = Site::shared().await;
+    for command in [&["run"][..], &["init"]] {
+        let database = site.database("half_dropped").await;
+        database.source().await.run(TABLE).await;
+        let name = &database.name;
+        let half_dropped = format!(
+            "CREATE DATABASE {name}; UPDATE pg_database SET datconnlimit = -2 WHERE datname = '{name}'"
+        );
+        for statement in half_dropped.split("; ") {
+            site.replica.run("postgres", statement).await;
+        }
+        let agent = database.agent();
+        if command == ["init"] {
+            agent.command(command).await.expect_code(0);
+        }
+        let running = agent.start();
+        expect_healed(&running, &database).await;
+        running.stop().await;
+    }
+}
+
 #[tokio::test]
 async fn both_servers_may_be_away_when_the_agent_starts() {
     let site = Site::own().await;

@@ -123,7 +123,8 @@ async fn open<'a>(
         replica::open(&replica_info, &stream),
     )
     .await;
-    let (admin, replica) = (admin?, replica::if_it_exists(replica)?);
+    let admin = admin?;
+    let replica = replica::if_it_exists(replica, (&admin, database)).await?;
     let present = replica.as_ref();
     let (server, promoted, locked) = future::join3(
         Server::observe(&admin, database),

@@ -35,15 +35,30 @@ pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Cli
 }
 
 /// A session on the stream's database; none where that is not there yet.
-pub(super) fn if_it_exists(
+pub(super) async fn if_it_exists(
     opened: Result<Client, SetupError>,
+    (admin, database): (&Client, &str),
 ) -> Result<Option<Client>, SetupError> {
-    match opened {
-        Ok(client) => Ok(Some(client)),
+    let state = match &opened {
+        Err(SetupError::Sql { source, .. }) => source.sqlstate(),
+        _ => None,
+    };
+    match state {
         // invalid_catalog_name
-        Err(SetupError::Sql { source, .. }) if source.sqlstate() == Some("3D000") => Ok(None),
-        Err(error) => Err(error),
+        Some("3D000") => Ok(None),
+        Some("55000") if is_half_dropped(admin, database).await? => Ok(None),
+        _ => opened.map(Some),
     }
+}
+
+/// Whether there is only what an interrupted DROP DATABASE has left of it: nobody can enter it any more.
+async fn is_half_dropped(admin: &Client, database: &str) -> Result<bool, SetupError> {
+    const SQL: &str =
+        "SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1 AND datconnlimit = -2)";
+    let asked = admin.query_typed_one(SQL, &[(&database, Type::TEXT)]).await;
+    asked
+        .map(|row| row.get(0))
+        .map_err(|error| SetupError::sql(Side::Replica, "look for the database")(error.into()))
 }
 
 /// Whether constraints of the copy wait for the stream.
@@ -63,6 +78,7 @@ pub(super) struct Server {
     pub(super) version: i32,
     pub(super) role: String,
     pub(super) superuser: bool,
+    /// It is there, and not half dropped.
     pub(super) has_database: bool,
     /// `max_prepared_transactions`
     pub(super) prepared_max: u16,
@@ -78,7 +94,7 @@ impl Server {
             SELECT current_setting('server_version_num')::int, current_user::text,
                    r.rolsuper, r.rolsuper OR r.rolcreatedb, pg_is_in_recovery(),
                    extract(epoch FROM pg_postmaster_start_time())::text,
-                   EXISTS (SELECT 1 FROM pg_database WHERE datname = $1),
+                   EXISTS (SELECT 1 FROM pg_database WHERE datname = $1 AND datconnlimit <> -2),
                    current_setting('max_prepared_transactions')::int
               FROM pg_roles r WHERE r.rolname = current_user";
         let row = client
@@ -144,7 +160,7 @@ pub(super) struct Created {
     pub(super) warning: Option<String>,
 }
 
-/// Creates the database.
+/// Creates the database, in place of what an interrupted DROP DATABASE may have left of one.
 pub(super) async fn create_database(
     admin: &Client,
     server: &Server,
@@ -152,6 +168,13 @@ pub(super) async fn create_database(
     locale: &Locale,
 ) -> Result<Created, SetupError> {
     let doing = format!("create database \"{database}\"");
+    if is_half_dropped(admin, database).await? {
+        tracing::info!(
+            database,
+            "a DROP DATABASE that was interrupted is brought to its end"
+        );
+        drop_database(admin, database).await;
+    }
     let candidates = locale.create_database(database, server.version);
     let mut refused = PgError::Protocol("no locale left to try".to_owned());
     for (position, statement) in candidates.iter().enumerate() {
