@@ -14,7 +14,7 @@
 //! # What it does not do
 //! - It does not count what the initial copy takes along and what changes by DDL only (views,
 //!   functions, triggers, policies): DDL is not replicated in this version, which `check` says once.
-//! - It does not count roles: they belong to the server, not to a database; `check` compares them.
+//! - It does not count what a start brings along and what a server may lack (roles): `inventory` compares their names.
 
 mod inventory;
 mod kept;

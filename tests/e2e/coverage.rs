@@ -30,6 +30,118 @@ const SCHEMA: &str = "
     CREATE SEQUENCE extra.numbers;
     CREATE TABLE extra.keyless (message text)";
 
+/// One of every other kind, with a suffix for those that come later.
+const OTHERS: &str = "
+    CREATE ROLE cov_owner_N; CREATE ROLE cov_login_N LOGIN IN ROLE cov_owner_N;
+    CREATE SCHEMA others_N AUTHORIZATION cov_owner_N;
+    SET search_path = others_N;
+    CREATE TYPE both_N AS (a int);
+    CREATE FUNCTION sum_N(int, text) RETURNS int LANGUAGE sql AS 'SELECT 1';
+    CREATE FUNCTION text_N(both_N) RETURNS text LANGUAGE sql AS 'SELECT 1::text';
+    CREATE OPERATOR <<<>>> (LEFTARG = int, RIGHTARG = text, FUNCTION = sum_N);
+    CREATE OPERATOR FAMILY family_N USING btree;
+    CREATE OPERATOR CLASS class_N FOR TYPE int USING btree FAMILY family_N AS OPERATOR 1 <, OPERATOR 2 <=, OPERATOR 3 =,
+        OPERATOR 4 >=, OPERATOR 5 >, FUNCTION 1 btint4cmp(int, int);
+    CREATE CAST (both_N AS text) WITH FUNCTION text_N(both_N);
+    CREATE COLLATION collation_N (locale = 'C');
+    CREATE CONVERSION conversion_N FOR 'LATIN1' TO 'UTF8' FROM iso8859_1_to_utf8;
+    CREATE TEXT SEARCH DICTIONARY dictionary_N (TEMPLATE = simple);
+    CREATE TEXT SEARCH CONFIGURATION configuration_N (COPY = simple);
+    CREATE ACCESS METHOD method_N TYPE TABLE HANDLER heap_tableam_handler;
+    CREATE FOREIGN DATA WRAPPER wrapper_N;
+    CREATE SERVER server_N FOREIGN DATA WRAPPER wrapper_N;
+    CREATE USER MAPPING FOR cov_owner_N SERVER server_N;
+    CREATE FUNCTION event_N() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
+    CREATE EVENT TRIGGER event_N ON ddl_command_end EXECUTE FUNCTION event_N();
+    CREATE PUBLICATION publication_N;
+    ALTER DEFAULT PRIVILEGES FOR ROLE cov_owner_N IN SCHEMA others_N GRANT SELECT ON TABLES TO cov_login_N;
+    COMMENT ON TYPE both_N IS 'x'";
+
+/// Of what is there from the beginning.
+const WITH_TABLES: &str = "
+    CREATE TABLE of_all (id int PRIMARY KEY, v int, w int);
+    CREATE TABLE heir (PRIMARY KEY (id)) INHERITS (of_all)";
+
+/// And what of it comes later.
+const LATER_OF_TABLES: &str = "
+    CREATE STATISTICS extra.late_statistics ON v, w FROM public.of_all;
+    ALTER TABLE public.of_all ALTER COLUMN v SET DEFAULT 7;
+    ALTER TABLE public.of_all ENABLE ROW LEVEL SECURITY;
+    CREATE POLICY late_policy ON public.of_all USING (true);
+    CREATE RULE late_rule AS ON DELETE TO public.v DO INSTEAD NOTHING;
+    CREATE TRIGGER late_trigger BEFORE UPDATE ON public.of_all FOR EACH ROW EXECUTE FUNCTION public.touched();
+    ALTER TABLE public.of_all ADD CONSTRAINT late_check CHECK (v > 0)";
+
+#[tokio::test]
+async fn no_kind_of_object_is_missing_unnoticed() {
+    let site = Site::own().await;
+    let database = site.database("kinds").await;
+    let source = database.source().await;
+    source.run(SCHEMA).await;
+    source.run(WITH_TABLES).await;
+    source.run(&OTHERS.replace("_N", "_early")).await;
+    let mut agent = database.agent();
+    agent.configure("source.keyless", "\"full\"");
+    let mut running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    let told = async |expected: &[&str]| {
+        wait_for("the coverage", PATIENCE, || async {
+            let outcome = agent.command(&["status", "--json"]).await;
+            let coverage = outcome.json()["databases"][0]["coverage"].clone();
+            if kinds(&coverage) == expected {
+                Ok(())
+            } else {
+                Err(coverage.to_string())
+            }
+        })
+        .await;
+    };
+    // The copy takes everything along but what another subscriber of the source needs.
+    told(&["materialized_view 1", "missing_publication 1"]).await;
+    running.kill();
+    source.run("SET search_path = public").await;
+    source.run(LATER_OF_TABLES).await;
+    source.run(&OTHERS.replace("_N", "_late")).await;
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    // A start brings the roles that the database depends on; nobody brings them back.
+    site.replica
+        .run("postgres", "DROP ROLE cov_login_late, cov_owner_late")
+        .await;
+    told(&[
+        "materialized_view 1",
+        "missing_access_method 1",
+        "missing_cast 1",
+        "missing_collation 1",
+        "missing_comment 1",
+        "missing_constraint 2",
+        "missing_conversion 1",
+        "missing_default 2",
+        "missing_default_privileges 1",
+        "missing_event_trigger 1",
+        "missing_foreign_data_wrapper 1",
+        "missing_foreign_server 1",
+        "missing_function 3",
+        "missing_operator 1",
+        "missing_operator_class 1",
+        "missing_operator_family 1",
+        "missing_policy 1",
+        "missing_publication 2",
+        "missing_role 2",
+        "missing_row_security 1",
+        "missing_rule 1",
+        "missing_schema 1",
+        "missing_statistics 1",
+        "missing_text_search_configuration 1",
+        "missing_text_search_dictionary 1",
+        "missing_trigger 1",
+        "missing_type 1",
+        "missing_user_mapping 1",
+    ])
+    .await;
+    running.stop().await;
+}
+
 /// What comes later: DDL is not replicated.
 const LATER: &str = "
     CREATE SEQUENCE late_numbers; CREATE VIEW late_view AS SELECT 1 AS one; CREATE SCHEMA late;

@@ -268,7 +268,10 @@ fn times() -> Vec<Kind> {
         -9_000_000_000_000_i64..9_000_000_000_000,
     )
         .prop_map(|(months, days, micros)| {
-            format!("{months} mons {days} days {micros} microseconds")
+            // Before 15 a field of microseconds takes no more than 32 bits.
+            let sign = if micros < 0 { "-" } else { "" };
+            let (seconds, rest) = (micros.abs() / 1_000_000, micros.abs() % 1_000_000);
+            format!("{months} mons {days} days {sign}{seconds}.{rest:06} seconds")
         });
     const STAMPS: &[&str] = &[
         "infinity",

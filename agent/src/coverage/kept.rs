@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
-use super::inventory::{self, KINDS};
+use super::inventory::{self, EXTENSION_VERSION, KINDS};
 use crate::catalog::TableName;
 use crate::pg::PgError;
 use crate::stream::StreamName;
@@ -125,12 +125,13 @@ fn lacking(has: &Told, is: &Told, absent: &mut BTreeSet<String>) -> Option<NotPr
     };
     let here: BTreeSet<&String> = here.iter().collect();
     let of_absent = |name: &str| {
-        let parts = name.match_indices('.').map(|(at, _)| &name[..at]);
-        parts.into_iter().any(|part| absent.contains(part))
+        let mut parts = name.match_indices(['.', ' ']).map(|(at, _)| &name[..at]);
+        absent.contains(name) || parts.any(|part| absent.contains(part))
     };
+    let is_newer = |name: &str| has.kind == EXTENSION_VERSION && !is_older_here(name, &here);
     let lacking: Vec<String> = names
         .iter()
-        .filter(|name| !here.contains(name) && !of_absent(name))
+        .filter(|name| !here.contains(name) && !of_absent(name) && !is_newer(name))
         .cloned()
         .collect();
     if ["table", "partitioned_table", "foreign_table"].contains(&has.kind.as_str()) {
@@ -138,6 +139,22 @@ fn lacking(has: &Told, is: &Told, absent: &mut BTreeSet<String>) -> Option<NotPr
     }
     let count = lacking.len() as u64;
     (count > 0).then(|| not_protected(kind, count, Some(lacking)))
+}
+
+/// Whether an extension (`name version`) is here in an older version only. One that is not here at all is named by itself.
+fn is_older_here(name: &str, here: &BTreeSet<&String>) -> bool {
+    fn parts(version: &str) -> Vec<u64> {
+        let numbers = version.split(|c: char| !c.is_ascii_digit());
+        numbers.filter_map(|number| number.parse().ok()).collect()
+    }
+    let Some((extension, version)) = name.rsplit_once(' ') else {
+        return false;
+    };
+    let mut found = here.iter().filter_map(|here| {
+        let (named, version) = here.rsplit_once(' ')?;
+        (named == extension).then_some(version)
+    });
+    found.any(|found| parts(found) < parts(version))
 }
 
 /// Tables of the users that are not wholly here; each once, whatever the reasons.
@@ -239,7 +256,7 @@ mod tests {
 
     #[test]
     fn every_kind_that_is_lacking_is_named() {
-        for kind in KINDS {
+        for kind in KINDS.into_iter().filter(|kind| *kind != EXTENSION_VERSION) {
             let source = [
                 told("table", true, &["s.a"]),
                 told(kind, true, &["s.a", "s.b"]),
@@ -264,11 +281,34 @@ mod tests {
     }
 
     #[test]
+    fn an_extension_is_lacking_in_an_older_version_and_not_in_a_newer_one() {
+        let lacks = |here: &[&str]| {
+            let source = [
+                told("table", true, &[]),
+                told(EXTENSION_VERSION, true, &["postgis 3.10.1"]),
+            ];
+            let here = [
+                told("table", true, &[]),
+                told(EXTENSION_VERSION, true, here),
+            ];
+            missing(&compare(&source, &here, &[])).len()
+        };
+        assert_eq!(lacks(&["postgis 3.10.1"]), 0);
+        assert_eq!(lacks(&["postgis 3.11", "postgis_raster 1.0"]), 0);
+        assert_eq!(lacks(&["postgis 3.9.4"]), 1);
+        assert_eq!(lacks(&["postgis 3.10"]), 1);
+        // The kind `extension` names it.
+        assert_eq!(lacks(&["hstore 1.8"]), 0);
+    }
+
+    #[test]
     fn a_table_counts_once_whatever_the_reasons_and_hides_what_belongs_to_it() {
         let source = [
             told("table", true, &["s.a", "s.b", "s.c", "s.d", "s.e"]),
             told("column", true, &["s.a.x", "s.c.x", "s.e.x"]),
             told("index", true, &["s.c.c_pkey", "s.a.late"]),
+            told("inheritance", true, &["s.c of s.a"]),
+            told("comment", true, &["s.c", "s.c.x"]),
             told("keyless_table", false, &["s.b"]),
             told("excluded_table", false, &[]),
             told("foreign_table", false, &["s.f"]),
@@ -278,6 +318,8 @@ mod tests {
             told("table", true, &["s.a", "s.b", "s.d", "s.e"]),
             told("column", true, &["s.a.x", "s.e.x"]),
             told("index", true, &[]),
+            told("inheritance", true, &[]),
+            told("comment", true, &[]),
         ];
         let coverage = compare(&source, &here, &[table("d")]);
         assert_eq!((coverage.tables, coverage.protected), (Some(5), Some(2)));
