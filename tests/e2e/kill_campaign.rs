@@ -13,7 +13,7 @@ use dr_agent_tests::proxy::Proxy;
 use dr_agent_tests::rundir::signal;
 use dr_agent_tests::server::{PgServer, ServerOptions};
 use dr_agent_tests::site::{Database, Site};
-use dr_agent_tests::wait::{PATIENCE, wait_for};
+use dr_agent_tests::wait::{PATIENCE, wait_for, wait_until};
 use dr_agent_tests::workload::{BALANCED, Workload, seed};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -234,8 +234,13 @@ impl<'a> Life<'a> {
         let pid = found.first().and_then(|row| row[0].as_ref()?.parse().ok());
         eprintln!("    {which} dies: {pid:?}");
         if let Some(pid) = pid {
-            // The server ends every other session and recovers.
+            // The server ends every other session and recovers; a session that begins before it has noticed ends with them.
             signal("KILL", &[pid]);
+            let process = format!("/proc/{pid}");
+            wait_until("the postmaster to notice", PATIENCE, || async {
+                !std::path::Path::new(&process).exists()
+            })
+            .await;
         }
     }
 
