@@ -38,7 +38,7 @@ const OF_SUPERUSERS: [&str; 2] = ["EVENT TRIGGER", "FOREIGN DATA WRAPPER"];
 const BEHIND_INDEXES: [&str; 4] = ["FK CONSTRAINT", "TRIGGER", "EVENT TRIGGER", "COMMENT"];
 
 /// What tables may need that is none of them.
-const NEEDED_BY_TABLES: [&str; 11] = [
+const NEEDED_BY_TABLES: [&str; 12] = [
     "SCHEMA",
     "EXTENSION",
     "COLLATION",
@@ -50,6 +50,7 @@ const NEEDED_BY_TABLES: [&str; 11] = [
     "AGGREGATE",
     "OPERATOR",
     "CAST",
+    "TEXT SEARCH",
 ];
 
 /// A directory for `pg_dump` files and the lists made of them.

@@ -27,7 +27,7 @@ pub(crate) struct Position {
     pub(crate) called: bool,
 }
 
-/// Reads where the source's sequences stand: all of them, or those that belong to `only`. In pieces
+/// Reads where the source's sequences stand: all of them, or those that belong to `only` or that its columns call. In pieces
 /// that one statement can set.
 ///
 /// Sequences are in no snapshot: the position is the current one, at or after the rows'.
@@ -46,7 +46,16 @@ pub(crate) async fn sequences(
                   JOIN unnest($2::text[], $3::text[]) AS wanted (s, t)
                     ON wanted.s = tn.nspname AND wanted.t = t.relname
                  WHERE d.classid = 'pg_class'::regclass AND d.objid = s.oid
-                   AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')))
+                   AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i'))
+              OR EXISTS (
+                SELECT 1 FROM pg_depend d
+                  JOIN pg_attrdef a ON a.oid = d.objid
+                  JOIN pg_class t ON t.oid = a.adrelid
+                  JOIN pg_namespace tn ON tn.oid = t.relnamespace
+                  JOIN unnest($2::text[], $3::text[]) AS wanted (s, t)
+                    ON wanted.s = tn.nspname AND wanted.t = t.relname
+                 WHERE d.classid = 'pg_attrdef'::regclass
+                   AND d.refclassid = 'pg_class'::regclass AND d.refobjid = s.oid))
          ORDER BY 1, 2";
     let (schemas, names) = name_arrays(only.unwrap_or_default());
     let sequences: Vec<TableName> = source

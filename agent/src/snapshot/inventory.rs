@@ -61,6 +61,82 @@ pub(crate) async fn missing_on(
     Ok(rows.iter().map(|row| table(row, 0)).collect())
 }
 
+/// Sequences of the source that the replica has not and that come with no table of theirs: those that columns of `tables` call by
+/// default, whoever's they are, and those that are nobody's, which a function may call.
+pub(super) async fn lacking_sequences(
+    source: &Client,
+    replica: &Client,
+    tables: &[TableName],
+) -> Result<Vec<TableName>, CopyError> {
+    const SQL: &str = "
+        WITH called AS (
+            SELECT d.refobjid AS oid
+              FROM unnest($1::text[], $2::text[]) AS wanted (s, t)
+              JOIN pg_namespace n ON n.nspname = s
+              JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t
+              JOIN pg_attrdef a ON a.adrelid = c.oid
+              JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = a.oid
+                              AND d.refclassid = 'pg_class'::regclass)
+        SELECT n.nspname::text, s.relname::text, s.oid IN (SELECT oid FROM called)
+          FROM pg_class s JOIN pg_namespace n ON n.oid = s.relnamespace
+         WHERE s.relkind = 'S' AND s.relpersistence <> 't' AND n.nspname <> 'dr_agent' AND n.nspname NOT LIKE 'pg\\_%'
+           AND NOT EXISTS (SELECT 1 FROM pg_depend d
+                            WHERE d.classid = 'pg_class'::regclass AND d.objid = s.oid AND d.deptype = 'e')
+           AND (s.oid IN (SELECT oid FROM called)
+                OR has_sequence_privilege(s.oid, 'SELECT')
+                   AND NOT EXISTS (SELECT 1 FROM pg_depend d
+                                    WHERE d.classid = 'pg_class'::regclass AND d.objid = s.oid AND d.deptype IN ('a', 'i')))";
+    // What a table of the list owns comes with it.
+    const OWNED: &str = "
+        SELECT n.nspname::text, s.relname::text
+          FROM unnest($1::text[], $2::text[]) AS wanted (s, t)
+          JOIN pg_namespace tn ON tn.nspname = wanted.s
+          JOIN pg_class c ON c.relnamespace = tn.oid AND c.relname = wanted.t
+          JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid
+                          AND d.classid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')
+          JOIN pg_class s ON s.oid = d.objid AND s.relkind = 'S'
+          JOIN pg_namespace n ON n.oid = s.relnamespace";
+    const FREE: &str = "
+        SELECT s, t, c.relkind IS NOT DISTINCT FROM 'S', c.oid IS NULL
+          FROM unnest($1::text[], $2::text[]) AS wanted (s, t)
+          LEFT JOIN pg_namespace n ON n.nspname = s
+          LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t";
+    let (schemas, names) = name_arrays(tables);
+    let doing = || CopyError::source("read the sequences");
+    let owned = source.query(OWNED, &[&schemas, &names]).await;
+    let owned: HashSet<TableName> = owned
+        .map_err(doing())?
+        .iter()
+        .map(|row| table(row, 0))
+        .collect();
+    let found = source.query(SQL, &[&schemas, &names]).await;
+    let mut found: Vec<(TableName, bool)> = found
+        .map_err(doing())?
+        .iter()
+        .map(|row| (table(row, 0), row.get(2)))
+        .collect();
+    found.retain(|(name, _)| !owned.contains(name));
+    let wanted: Vec<TableName> = found.iter().map(|(name, _)| name.clone()).collect();
+    let (schemas, names) = name_arrays(&wanted);
+    let there = replica.query(FREE, &[&schemas, &names]).await;
+    let there = there.map_err(CopyError::replica("look for the sequences"))?;
+    let called: HashSet<&TableName> = found
+        .iter()
+        .filter(|(_, called)| *called)
+        .map(|(name, _)| name)
+        .collect();
+    // Where something else has the name of one that nobody calls, it is not this table's trouble.
+    let lacks = |row: &&Row| {
+        let (is_there, is_free): (bool, bool) = (row.get(2), row.get(3));
+        !is_there && (is_free || called.contains(&table(row, 0)))
+    };
+    Ok(there
+        .iter()
+        .filter(lacks)
+        .map(|row| table(row, 0))
+        .collect())
+}
+
 /// The source's extensions.
 pub(crate) async fn extensions(source: &Client) -> Result<Vec<String>, CopyError> {
     Ok(source

@@ -118,6 +118,8 @@ impl<'a> Schema<'a> {
             return Ok(());
         }
         self.bring_along(source, replica).await?;
+        let mut missing = missing;
+        missing.extend(inventory::lacking_sequences(source, replica, &missing).await?);
         self.dump_to("missing", &missing).await?;
         let mut left_out = LeftOut::default();
         left_out.kind("TABLE ATTACH");
