@@ -69,6 +69,9 @@ CREATE TABLE IF NOT EXISTS dr_agent.deferred (
     PRIMARY KEY (stream, what)
 );
 
+-- Why the replica refuses it, since its moment has come: it is missing, and is tried again.
+ALTER TABLE dr_agent.deferred ADD COLUMN IF NOT EXISTS problem text;
+
 -- The state of a promotion, stored before the next step is tried, and its report.
 CREATE TABLE IF NOT EXISTS dr_agent.promotion (
     stream     text PRIMARY KEY,

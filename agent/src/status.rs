@@ -124,6 +124,8 @@ pub struct DatabaseStatus {
     pub unprotected: BTreeMap<&'static str, u64>,
     /// Tables that are not protected for now, and why: they cannot be created, copied or applied, or that is being done.
     pub set_aside: BTreeMap<String, String>,
+    /// Foreign keys and partitions that the replica refuses, and why; they are tried again.
+    pub missing_constraints: BTreeMap<String, String>,
     /// What went wrong last, with its causes; null while all is well.
     pub error: Option<String>,
     /// What to do about it.
@@ -183,6 +185,11 @@ impl StatusCell {
     /// Changes it.
     pub fn update(&self, change: impl FnOnce(&mut DatabaseStatus)) {
         change(&mut self.lock().status);
+    }
+
+    /// The tables that are not protected for now, and why.
+    pub fn set_aside(&self) -> BTreeMap<String, String> {
+        self.lock().status.set_aside.clone()
     }
 
     /// Another state begins.

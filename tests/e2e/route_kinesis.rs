@@ -363,9 +363,22 @@ async fn sites_that_do_not_see_one_another_copy_out_of_the_archive() {
         source
             .run("INSERT INTO later SELECT coalesce(max(id), 0) + 1 FROM later")
             .await;
-        applying.log().contains("later is new on the source")
+        let log = applying.log();
+        line_with(&log, &["public.later", "set aside", "cannot be reached"]).is_some()
     })
     .await;
+    // It is not in the way.
+    write(&route.database, 4).await;
+    let replica = route.database.replica().await;
+    wait_until("the rest to go on", PATIENCE, || {
+        replica.holds("SELECT EXISTS (SELECT FROM t WHERE id = 4000)")
+    })
+    .await;
+    assert!(
+        replica
+            .holds("SELECT EXISTS (SELECT FROM dr_agent.set_aside WHERE table_name = 'later')")
+            .await
+    );
     applying.stop().await;
     // Where the source can be reached, it is copied.
     route.applier.configure(
@@ -373,6 +386,9 @@ async fn sites_that_do_not_see_one_another_copy_out_of_the_archive() {
         &format!("\"{}\"", site.source.url("postgres")),
     );
     let applying = route.apply(&[]);
+    applying
+        .wait_for_log(&["public.later", "copied beside the stream"])
+        .await;
     route.database.expect_equal().await;
     running.stop().await;
     applying.stop().await;
@@ -623,11 +639,18 @@ async fn a_table_that_comes_later_and_never_changes_is_copied_all_the_same() {
         .run("CREATE TABLE still (id int PRIMARY KEY); INSERT INTO still SELECT generate_series(1, 100)")
         .await;
     applying
-        .wait_for_log(&["still", "published on the source and not copied yet"])
+        .wait_for_log(&["public.still", "copied beside the stream"])
         .await;
-    applying.wait_for_streaming(&route.database.name).await;
+    write(&route.database, 2).await;
+    source.run("INSERT INTO still VALUES (101)").await;
     route.database.expect_equal().await;
     applying.expect_quiet_log();
+    let log = applying.log();
+    assert_eq!(
+        line_with(&log, &["starting again"]),
+        None,
+        "the stream went on"
+    );
     running.stop().await;
     applying.stop().await;
 }

@@ -47,6 +47,7 @@ pub(super) struct AgentDatabase {
     pub(super) since: Option<String>,
     pub(super) waits_for: Option<String>,
     pub(super) set_aside: BTreeMap<String, String>,
+    pub(super) missing_constraints: BTreeMap<String, String>,
     pub(super) error: Option<String>,
     pub(super) hint: Option<String>,
 }

@@ -116,6 +116,8 @@ pub struct DatabaseStatus {
     pub waits_for: Option<String>,
     /// Tables that are not protected for now, and why.
     pub set_aside: BTreeMap<String, String>,
+    /// Foreign keys and partitions that the replica refuses, and why.
+    pub missing_constraints: BTreeMap<String, String>,
     /// Whether it is within the RPO.
     pub rpo: Verdict,
     /// Why it is not, where that is not plain from the lag.
@@ -363,6 +365,9 @@ fn judge(facts: &Facts<'_>) -> DatabaseStatus {
         set_aside: report
             .map(|report| report.set_aside.clone())
             .unwrap_or_default(),
+        missing_constraints: report
+            .map(|report| report.missing_constraints.clone())
+            .unwrap_or_default(),
         rpo,
         reason,
         lag_seconds,
@@ -482,6 +487,12 @@ impl DatabaseStatus {
         }
         for (table, reason) in &self.set_aside {
             let _ = writeln!(out, "  set aside, not protected: {table}: {reason}");
+        }
+        for (what, reason) in &self.missing_constraints {
+            let _ = writeln!(
+                out,
+                "  missing on the replica, tried again: {what}: {reason}"
+            );
         }
         if let Some(kinesis) = &self.kinesis {
             kinesis.write_text(out);

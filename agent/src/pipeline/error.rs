@@ -44,6 +44,10 @@ pub(super) enum SessionError {
     LateWaits(std::time::Duration),
     #[error("copy late tables")]
     LateCopy(#[source] CopyError),
+    #[error(
+        "take copied tables in: the replica did not answer in time, or refused; the next start looks"
+    )]
+    LateJoin(#[source] Option<SetupError>),
     #[error("a new table is to be copied")]
     NewTable,
     #[error("table {table} is published on the source and not copied yet")]
@@ -74,7 +78,9 @@ impl Classify for SessionError {
             Self::NoKinesisStream => Class::Definite,
             Self::Deferred(error) | Self::LateCopy(error) => error.class(),
             Self::LateSnapshot(error) => error.class(),
-            Self::LateWaits(_) => Class::Transient,
+            // Whether the tables are in shows at the next start.
+            Self::LateJoin(Some(error)) if error.class() == Class::Fenced => Class::Fenced,
+            Self::LateWaits(_) | Self::LateJoin(_) => Class::Transient,
             Self::NewTable | Self::NotCopied { .. } | Self::NotDrained { .. } | Self::TaskLost => {
                 Class::Transient
             }
@@ -93,6 +99,7 @@ impl Classify for SessionError {
             Self::Spool(error) => error.hint(),
             Self::Deferred(error) | Self::LateCopy(error) => error.hint(),
             Self::LateSnapshot(error) => error.hint(),
+            Self::LateJoin(error) => error.as_ref()?.hint(),
             Self::LateWaits(_) => Some(
                 "look at pg_stat_activity (xact_start) and pg_prepared_xacts on the source; it is tried again".to_owned(),
             ),

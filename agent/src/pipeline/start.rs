@@ -133,13 +133,15 @@ impl Pipeline {
                 self.tail(prepared, space, received, flush_seen, position, &mut tasks);
                 self.monitor(reports, &mut tasks);
                 if leg == Leg::Whole {
-                    self.look_for_alterations(prepared, &mut tasks);
+                    self.look_for_alterations(prepared, beside.clone(), &mut tasks);
                 }
             }
             Leg::Apply => {
                 self.receive(prepared, space, received, position, &mut tasks)?;
-                self.look_for_tables(&mut tasks);
-                self.look_for_alterations(prepared, &mut tasks);
+                if beside.is_none() {
+                    self.look_for_tables(&mut tasks);
+                }
+                self.look_for_alterations(prepared, beside.clone(), &mut tasks);
             }
         }
         let at = ledger.last().1;
@@ -168,7 +170,7 @@ impl Pipeline {
 
     /// Whether late tables are copied beside the stream.
     fn copies_beside(&self) -> bool {
-        self.leg == Leg::Whole && self.config.replica.set_aside == SetAside::Retry
+        self.leg != Leg::Send && self.config.replica.set_aside == SetAside::Retry
     }
 
     fn late(&self, prepared: &Prepared, beside: Beside, at: PgLsn, tasks: &mut Tasks) -> LateSide {
@@ -177,6 +179,8 @@ impl Pipeline {
         let wake = Arc::new(Notify::new());
         let late = Late {
             config: Arc::clone(&self.config),
+            leg: self.leg,
+            history: prepared.history,
             database: self.database.clone(),
             stream: self.stream.clone(),
             term: prepared.term,
@@ -258,6 +262,8 @@ impl Pipeline {
             after: newest_snapshot,
             beside: beside.unwrap_or_default(),
             joined: None,
+            status: self.status.clone(),
+            again: None,
         };
         deferred.passed(prepared.end_lsn).await?;
         let spacing = Spacing::new(sink.round_trip(), IN_FLIGHT_MAX);
@@ -337,10 +343,11 @@ impl Pipeline {
     }
 
     /// What columns are computed from is in no record of the stream.
-    fn look_for_alterations(&self, prepared: &Prepared, tasks: &mut Tasks) {
+    fn look_for_alterations(&self, prepared: &Prepared, beside: Option<Beside>, tasks: &mut Tasks) {
         let (config, database) = (Arc::clone(&self.config), self.database.clone());
         let tables = prepared.synced.iter().map(|(table, _)| table.clone());
-        let tables: BTreeSet<TableName> = tables.collect();
+        let listed: BTreeSet<TableName> = tables.collect();
+        let beside = beside.unwrap_or_default();
         let mut seen = prepared.computed.clone();
         let which = match seen.is_some() {
             true => Which::Generated,
@@ -349,6 +356,7 @@ impl Pipeline {
         tasks.spawn(async move {
             loop {
                 tokio::time::sleep(LOOK_FOR_TABLES_EVERY).await;
+                let tables = listed.union(&beside.tables()).cloned().collect();
                 match setup::altered(&config, &database, seen.as_ref(), &tables, which).await {
                     Ok(None) => {}
                     Ok(Some((_, Some(difference)))) => {

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::change_log::SessionLog;
@@ -92,6 +92,8 @@ pub(super) struct Owned {
     left_out: u64,
     /// Nothing is shipped while a late table joins.
     paused: bool,
+    /// Waits for what was shipped before.
+    pausing: Option<oneshot::Sender<PgLsn>>,
     phase: Phase,
     bytes_counted: u64,
     /// As last shown.
@@ -127,6 +129,7 @@ impl Owned {
             lag,
             left_out,
             paused: false,
+            pausing: None,
             phase: Phase::Running,
             bytes_counted: 0,
             reader: None,
@@ -135,6 +138,16 @@ impl Owned {
 
     fn is_drained(&self) -> bool {
         self.queue.is_empty() && self.ledger.in_flight() == 0
+    }
+
+    /// Nothing is on its way any more: everything up to here is applied.
+    fn answer_pause(&mut self) {
+        if self.ledger.in_flight() == 0
+            && let Some(answer) = self.pausing.take()
+        {
+            // Nobody listens any more: the session ends anyway.
+            let _ = answer.send(self.ledger.last().1);
+        }
     }
 
     /// The next batch, if it is time for one.
@@ -180,6 +193,7 @@ impl Streaming<'_> {
                     return Err(SessionError::TaskLost);
                 }
             }
+            self.owned.answer_pause();
             if let Some(late) = &self.late {
                 late.shipped.send_replace(self.owned.ledger.last().1);
             }
@@ -244,12 +258,12 @@ impl Streaming<'_> {
             }
             Action::Asked(Ask::Pause(answer)) => {
                 owned.paused = true;
-                // Nobody listens any more: the session ends anyway.
-                let _ = answer.send(owned.ledger.last().1);
+                owned.pausing = Some(answer);
                 Ok(())
             }
             Action::Asked(Ask::GoOn) => {
                 owned.paused = false;
+                owned.pausing = None;
                 Ok(())
             }
             Action::Tick | Action::Due => Ok(()),

@@ -27,7 +27,7 @@ use crate::failpoint;
 use crate::pg::{self, PgError, PgLsn, Session};
 use crate::prepared::{self, Settled};
 use crate::sequence_look::Notes;
-use crate::snapshot;
+use crate::snapshot::{self, Ran};
 use crate::stream::{APPLICATION_PREFIX, StreamName};
 
 /// How long storing a state may take: somebody may have locked the table.
@@ -248,11 +248,19 @@ pub(super) async fn add_deferred(
     record: &mut Record,
 ) -> Result<(), PromoteError> {
     match snapshot::run_deferred(client, &record.stream).await {
-        Ok(0) => {}
-        Ok(waiting) => record.warn(format!(
-            "{waiting} constraints of the initial copy were not added, because the stream had not \
-             passed the copy's snapshot; their text is in dr_agent.deferred"
-        )),
+        Ok(Ran { waiting, refused }) => {
+            if waiting > 0 {
+                record.warn(format!(
+                    "{waiting} constraints of the initial copy were not added, because the stream had not \
+                     passed the copy's snapshot; their text is in dr_agent.deferred"
+                ));
+            }
+            for (what, reason) in refused {
+                record.warn(format!(
+                    "{what} is not on the replica, which refuses it ({reason}); its text is in dr_agent.deferred"
+                ));
+            }
+        }
         Err(error) => record.warn(format!(
             "not every constraint of the initial copy is there: {}; their text is in \
              dr_agent.deferred",

@@ -1,11 +1,12 @@
 //! Tables that appear while the stream runs, and those that are set aside: what there is to do on both sides, in single steps.
 //!
-//! The pipeline's task for late tables takes the steps ([`look`], [`set_back_to_pending`], the copy,
-//! [`catch_up_from_nothing`], [`joined`]); nothing here waits for the stream, and the stream waits for nothing here.
+//! The pipeline's task for late tables takes the steps ([`look`], [`set_back_to_pending`], [`catch_up_from_nothing`], the copy,
+//! [`joined`]); nothing here waits for the stream, and the stream waits for nothing here.
 //!
 //! # Invariants
 //! - A table is `ready` only once its rows are as of a position that the stream has not passed.
-//! - What is begun here and not finished is begun anew: a `copied` table may be half caught up with.
+//! - What is begun here and not finished is begun anew, and the progress of what catches up gives it away: a `copied` table may be
+//!   half caught up with, and the stream has passed it by.
 
 use std::collections::BTreeMap;
 
@@ -27,6 +28,10 @@ use crate::stream::StreamName;
 pub struct Found {
     /// Published, and not ready on the replica.
     pub tables: Vec<Table>,
+    /// The same, where they cannot be copied from here.
+    pub elsewhere: Vec<Aside>,
+    /// Why nothing can be copied from here, if that is so.
+    pub out_of_reach: Option<String>,
     /// What they are listed as, read before any snapshot of them.
     pub listed: Listed,
     /// What is not as it should be.
@@ -66,6 +71,8 @@ pub async fn look(
     tables.retain(|table| !is_ready(table));
     Ok(Found {
         tables,
+        elsewhere: Vec::new(),
+        out_of_reach: None,
         listed: source.found.listed,
         warnings: source.warnings,
     })
@@ -94,24 +101,63 @@ pub async fn end_late_sessions(source: &ConnInfo, stream: &StreamName) -> Result
         ))
 }
 
-/// Enters tables that are going to be copied; what is there of them goes.
+/// Enters tables that are going to be copied; what is there of them goes. Those that are `another` than was copied, or where an
+/// attempt has failed, go as a whole, so that they are created as they are now.
 ///
 /// # Errors
 /// [`SetupError`]
 pub async fn set_back_to_pending(
     replica: &ConnInfo,
     stream: &StreamName,
-    tables: &[TableName],
+    tables: &[Table],
+    failed_before: bool,
 ) -> Result<(), SetupError> {
     let mut client = replica::open(replica, stream).await?;
-    table_sync::add(&client, stream, tables)
+    let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
+    let rows = table_sync::rows(&client, stream).await?;
+    let is_another = |table: &Table| {
+        let row = rows.iter().find(|row| row.table == table.name);
+        row.is_some_and(|row| row.another || !row.copied.is_of(table.oid))
+    };
+    table_sync::add(&client, stream, &names)
         .await
         .map_err(SetupError::sql(Side::Replica, "record new tables"))?;
+    let missed = |table: &Table| match failed_before || is_another(table) {
+        true => Missed::All,
+        false => Missed::Changes,
+    };
     let missed: BTreeMap<TableName, Missed> = tables
         .iter()
-        .map(|table| (table.clone(), Missed::Changes))
+        .map(|table| (table.name.clone(), missed(table)))
         .collect();
     table_sync::reset(&mut client, stream, &missed).await
+}
+
+/// Sets a table aside that was replicated so far. Its rows stay as they are until they are copied again.
+pub(super) async fn leave_out(
+    client: &mut Client,
+    stream: &StreamName,
+    table: &TableName,
+    reason: &str,
+) -> Result<(), SetupError> {
+    const PENDING: &str = "
+        UPDATE dr_agent.table_sync SET state = 'pending', updated_at = now()
+         WHERE stream = $1 AND table_schema = $2 AND table_name = $3 AND state = 'ready'";
+    const NOTE: &str = "
+        INSERT INTO dr_agent.set_aside AS a (stream, table_schema, table_name, reason) VALUES ($1, $2, $3, $4)
+            ON CONFLICT (stream, table_schema, table_name) DO UPDATE SET reason = excluded.reason";
+    let doing = sql("set a table aside");
+    let transaction = client.transaction().await.map_err(&doing)?;
+    let (stream, schema, name) = (stream.as_str(), &table.schema, &table.name);
+    transaction
+        .execute(PENDING, &[&stream, schema, name])
+        .await
+        .map_err(&doing)?;
+    transaction
+        .execute(NOTE, &[&stream, schema, name, &reason])
+        .await
+        .map_err(&doing)?;
+    transaction.commit().await.map_err(&doing)
 }
 
 /// Begins the progress of what catches up, under this term.

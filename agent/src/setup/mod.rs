@@ -78,7 +78,7 @@ pub use late::{
 pub use locale::{Locale, Provider};
 pub use mismatch::Mismatch;
 pub(crate) use mismatch::raise;
-pub use receiving::{Uncopied, prepare_draining, prepare_receiving, uncopied};
+pub use receiving::{Uncopied, look_receiving, prepare_draining, prepare_receiving, uncopied};
 pub use recover::settle_prepared;
 pub use role::Statement;
 pub use sending::{Logged, logged, prepare_sending};

@@ -3,7 +3,8 @@
 //! ```text
 //! observe the replica ▶ promoted? ▶ lock
 //!     no progress row    first copy: straight from the source where it can be reached, else the archive's newest base backup
-//!     tables unfinished  copied at a new snapshot of the source
+//!     tables unfinished  left to whoever copies late tables beside the stream ([`look_receiving`]); with replica.set_aside =
+//!                        "never" copied at a new snapshot of the source
 //!     otherwise          settle what a killed agent left ▶ goes on; the source is not asked
 //! ```
 //!
@@ -27,10 +28,14 @@ use super::replica::{self, Known, Progress, Server};
 use super::source_side::{self, SourceSide};
 use super::table_sync::Missed;
 use super::target::HalfLoaded;
-use super::{Prepared, Setup, lock, recover, schema, sending, table_sync};
+use super::{
+    Aside, Found, Prepared, Setup, late, lock, recover, resume, schema, sending, table_sync,
+};
 use crate::catalog::TableName;
-use crate::config::Config;
+use crate::config::{Config, SetAside};
 use crate::error::chain;
+use crate::history::History;
+use crate::listed::Listed;
 use crate::pg::{ConnInfo, PgError, PgLsn};
 use crate::snapshot::CopyObserver;
 use crate::stream::StreamName;
@@ -108,6 +113,59 @@ pub async fn uncopied(
     Ok(Uncopied {
         tables: published.difference(&known).cloned().collect(),
         source_in_reach,
+    })
+}
+
+/// Looks for tables that are to be copied beside the stream; where the source of this history cannot be reached from here, says so
+/// of each.
+///
+/// # Errors
+/// [`SetupError`]
+pub async fn look_receiving(
+    config: &Config,
+    database: &str,
+    history: History,
+    archived: &mut Watch,
+) -> Result<Found, SetupError> {
+    let stream = config.stream(database);
+    let client = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
+    let rows = table_sync::rows(&client, &stream).await?;
+    let is_ready = |name: &TableName| rows.iter().any(|row| row.ready && row.table == *name);
+    let source = config.source.conninfo.with_dbname(database);
+    let why = match within_reach(super::published(&source, &stream)).await {
+        Ok(Some(published)) if published.history == history => {
+            let mut tables = published.tables;
+            tables.retain(|table| !is_ready(&table.name));
+            return Ok(Found {
+                tables,
+                elsewhere: Vec::new(),
+                out_of_reach: None,
+                listed: published.listed,
+                warnings: Vec::new(),
+            });
+        }
+        Ok(_) => "the server at source.url does not send this stream".to_owned(),
+        Err(error) if error.is_out_of_reach(Side::Source) => {
+            format!("the source cannot be reached from here ({})", chain(&error))
+        }
+        Err(error) => return Err(error),
+    };
+    let mut names: BTreeSet<TableName> = rows.iter().map(|row| row.table.clone()).collect();
+    if let Some(archive) = &config.archive {
+        names.extend(archived.tables(archive, &stream, database).await?);
+    }
+    names.retain(|name| !is_ready(name));
+    let reason = format!("{why}; it is copied once source.url leads there");
+    let aside = |table| Aside {
+        table,
+        reason: reason.clone(),
+    };
+    Ok(Found {
+        tables: Vec::new(),
+        elsewhere: names.into_iter().map(aside).collect(),
+        out_of_reach: Some(reason.clone()),
+        listed: Listed::new(),
+        warnings: Vec::new(),
     })
 }
 
@@ -204,6 +262,12 @@ impl<'a> Receiving<'a> {
         let recorded = known.recorded.ok_or_else(|| SetupError::NotSent {
             stream: self.stream.to_string(),
         })?;
+        let is_begun = rows.iter().any(|row| row.ready);
+        if is_begun && self.config.replica.set_aside == SetAside::Retry {
+            self.leave_to_late(&mut client, &rows, uncopied).await?;
+            let prepared = self.prepared(&client, recorded, progress, as_of).await?;
+            return prepared.holding(client, Side::Replica).await;
+        }
         let unfinished = rows.iter().find(|row| !row.ready).map(|row| &row.table);
         match uncopied.or(unfinished) {
             // Whatever is not on the list and changes from here on, or since the source was last looked at, is new.
@@ -227,6 +291,29 @@ impl<'a> Receiving<'a> {
                     source: Box::new(error),
                 }),
             },
+        }
+    }
+
+    /// What is not copied, or is of another table, is copied beside the stream.
+    async fn leave_to_late(
+        &self,
+        client: &mut Client,
+        rows: &[table_sync::Row],
+        another: Option<&TableName>,
+    ) -> Result<(), SetupError> {
+        const REASON: &str =
+            "it is another table than was copied, or was not published for a while";
+        if resume::catches_up(client, &self.stream).await? {
+            // It is half-way between two moments.
+            let unfinished = rows.iter().filter(|row| !row.ready);
+            let unfinished = unfinished.map(|row| (row.table.clone(), Missed::Changes));
+            table_sync::reset(client, &self.stream, &unfinished.collect()).await?;
+        }
+        let is_ready =
+            |table: &&TableName| rows.iter().any(|row| row.ready && row.table == **table);
+        match another.filter(is_ready) {
+            Some(table) => late::leave_out(client, &self.stream, table, REASON).await,
+            None => Ok(()),
         }
     }
 

@@ -27,6 +27,7 @@ use crate::config::SetAside;
 use crate::error::chain;
 use crate::pg::leftover;
 use crate::pg::replication::ReplicationConnection;
+use crate::stream::StreamName;
 
 /// Tables that are larger together are copied beside the stream.
 const AT_ONCE_BYTES: i64 = 32 << 20;
@@ -50,6 +51,19 @@ async fn bytes_of(client: &Client, tables: &[&TableName]) -> Result<i64, SetupEr
         .map_err(|error| SetupError::sql(Side::Source, "read the size of tables")(error.into()))
 }
 
+/// Whether an earlier session has caught up with tables beside the stream and was not done.
+pub(super) async fn catches_up(client: &Client, stream: &StreamName) -> Result<bool, SetupError> {
+    const SQL: &str = "SELECT EXISTS (SELECT 1 FROM dr_agent.progress WHERE stream = $1)";
+    let late = stream.late();
+    let asked = client
+        .query_typed_one(SQL, &[(&late.as_str(), Type::TEXT)])
+        .await;
+    let doing = "look what was caught up with beside the stream";
+    asked
+        .map(|row| row.get(0))
+        .map_err(|error| SetupError::sql(Side::Replica, doing)(error.into()))
+}
+
 impl Setup<'_> {
     pub(super) async fn resume(
         &mut self,
@@ -61,7 +75,7 @@ impl Setup<'_> {
         let (rows, present, late) = future::join3(
             table_sync::rows(&self.replica, &self.source.stream),
             replica::tables(&self.replica),
-            self.forget_late(),
+            catches_up(&self.replica, &self.source.stream),
         )
         .await;
         let (rows, present, late) = (rows?, present?, late?);
@@ -102,22 +116,6 @@ impl Setup<'_> {
             self.forget_unfinished().await?;
         }
         self.copy_the_rest(walsender, &ready, &missed).await
-    }
-
-    /// Ends what an earlier session caught up with beside the stream; whether there was any.
-    async fn forget_late(&self) -> Result<bool, SetupError> {
-        let late = self.source.stream.late();
-        let forgotten = self
-            .replica
-            .query_typed(
-                "DELETE FROM dr_agent.progress WHERE stream = $1 RETURNING stream",
-                &[(&late.as_str(), Type::TEXT)],
-            )
-            .await;
-        let doing = "end what was caught up with beside the stream";
-        forgotten
-            .map(|rows| !rows.is_empty())
-            .map_err(|error| SetupError::sql(Side::Replica, doing)(error.into()))
     }
 
     /// A table that was dropped, or left out, before its copy was finished.

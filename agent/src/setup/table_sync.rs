@@ -170,7 +170,8 @@ pub(super) enum Missed {
 }
 
 /// Sets tables whose changes were missed back to `pending`, and empties them. One that is another table goes as a whole, so that
-/// the copy creates it as it is now; unless something else on the replica depends on it.
+/// the copy creates it as it is now; unless something else on the replica depends on it. What was catching up with tables beside
+/// the stream ends in the same moment: a session that an agent has left behind writes to them no more.
 pub(super) async fn reset(
     client: &mut Client,
     stream: &StreamName,
@@ -200,6 +201,12 @@ async fn set_back(
                         WHERE contype = 'f' AND confrelid = to_regclass($1::text)
                           AND conrelid <> confrelid)";
     let mut transaction = client.transaction().await?;
+    transaction
+        .execute(
+            "DELETE FROM dr_agent.progress WHERE stream = $1",
+            &[&stream.late().as_str()],
+        )
+        .await?;
     let replaced = tables.iter().filter(|(_, missed)| **missed == Missed::All);
     // Ours are not in a dump.
     let replaced = replaced.filter(|(table, _)| table.schema != "dr_agent");

@@ -8,6 +8,7 @@
 //!
 //! # Invariants
 //! - A statement and its row in `dr_agent.deferred` change together: run and removed, or neither.
+//! - One that the server refuses costs itself: it stays, with the reason, and is tried again.
 //! - Replicated changes do not need the constraints: they are applied in replica role and, for
 //!   partitions, under the partition's own name.
 //!
@@ -24,6 +25,8 @@ use super::inventory::{Attachment, ForeignKey};
 use super::progress::CopyObserver;
 use super::table_sync::Ledger;
 use crate::catalog::quote_ident;
+use crate::error::{Class, Classify as _, chain};
+use crate::pg::PgError;
 use crate::stream::StreamName;
 
 /// One statement on the replica, and what a person calls it.
@@ -129,7 +132,7 @@ impl Added {
     }
 }
 
-/// Runs each statement, or keeps it for later where a row it refers to is still missing.
+/// Runs each statement, or keeps it for later where a row it refers to is still missing, or the replica refuses it.
 pub(super) async fn run_or_defer(
     replica: &Client,
     job: &CopyJob<'_>,
@@ -139,10 +142,16 @@ pub(super) async fn run_or_defer(
         let Err(error) = replica.batch_execute(sql).await else {
             continue;
         };
-        if !is_missing_row(&error) {
-            return Err(CopyError::replica(format!("add {what}"))(error));
+        if is_missing_row(&error) {
+            tracing::info!(what, after_lsn = %job.snapshot_lsn, "waits for the stream");
+        } else {
+            let reason = refusal(error, what)?;
+            tracing::warn!(
+                what,
+                reason,
+                "cannot be added now; it is tried again behind the copy"
+            );
         }
-        tracing::info!(what, after_lsn = %job.snapshot_lsn, "waits for the stream");
         let stream = job.stream.as_str();
         replica
             .execute(DEFER, &[&stream, what, sql, &job.snapshot_lsn])
@@ -150,6 +159,18 @@ pub(super) async fn run_or_defer(
             .map_err(CopyError::replica("write dr_agent.deferred"))?;
     }
     Ok(())
+}
+
+/// Why the server refuses a statement; an error where it is not the statement that it refuses.
+fn refusal(error: tokio_postgres::Error, what: &str) -> Result<String, CopyError> {
+    let error = PgError::from(error);
+    match error.class() {
+        Class::Definite if error.sqlstate().is_some() => Ok(chain(&error)),
+        _ => Err(CopyError::Replica {
+            doing: format!("add {what}"),
+            source: error,
+        }),
+    }
 }
 
 /// foreign_key_violation
@@ -162,16 +183,23 @@ fn is_of_a_partitioned_table(error: &tokio_postgres::Error) -> bool {
     error.code().is_some_and(|code| code.code() == "42809")
 }
 
-/// Adds a foreign key as NOT VALID, if that can be.
-async fn add_not_valid(
+/// Runs a statement in a transaction, a foreign key as NOT VALID where rows violate it: here, the replica equals the source, and it
+/// is so there as well.
+async fn add(
     transaction: &mut Transaction<'_>,
     statement: &str,
 ) -> Result<Added, tokio_postgres::Error> {
+    let attempt = transaction.savepoint("valid").await?;
+    match attempt.batch_execute(statement).await {
+        Ok(()) => return attempt.commit().await.map(|()| Added::Valid),
+        Err(error) if is_missing_row(&error) && statement.contains(" FOREIGN KEY ") => {
+            attempt.rollback().await?;
+        }
+        Err(error) => return Err(error),
+    }
     let attempt = transaction.savepoint("not_valid").await?;
-    match attempt
-        .batch_execute(&format!("{statement} NOT VALID"))
-        .await
-    {
+    let not_valid = format!("{statement} NOT VALID");
+    match attempt.batch_execute(&not_valid).await {
         Ok(()) => attempt.commit().await.map(|()| Added::NotValid),
         Err(error) if is_of_a_partitioned_table(&error) => {
             attempt.rollback().await.map(|()| Added::No)
@@ -180,7 +208,16 @@ async fn add_not_valid(
     }
 }
 
-/// Runs the statements whose moment has come, and returns how many still wait.
+/// What became of the statements that were kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ran {
+    /// How many still wait for the stream.
+    pub waiting: usize,
+    /// What the replica refuses, and why. It stays, and may be tried again.
+    pub refused: Vec<(String, String)>,
+}
+
+/// Runs the statements whose moment has come, and says what became of the others.
 ///
 /// Call it when the stream has passed a snapshot, and before a promoted replica is opened; repeatable
 /// and cheap when there is nothing to do. `replica` is a session that may write, in replica role,
@@ -188,8 +225,9 @@ async fn add_not_valid(
 /// tables until it has looked at every row.
 ///
 /// # Errors
-/// [`CopyError::Replica`] with the statement's name; it stays for the next call.
-pub async fn run_deferred(replica: &mut Client, stream: &StreamName) -> Result<usize, CopyError> {
+/// [`CopyError::Replica`] where the replica does not answer, or something else than a statement is wrong; all that was not
+/// added stays for the next call.
+pub async fn run_deferred(replica: &mut Client, stream: &StreamName) -> Result<Ran, CopyError> {
     const DUE: &str = "
         SELECT d.what, d.statement, coalesce(d.after_lsn <= p.end_lsn, false)
           FROM dr_agent.deferred d LEFT JOIN dr_agent.progress p USING (stream)
@@ -198,40 +236,82 @@ pub async fn run_deferred(replica: &mut Client, stream: &StreamName) -> Result<u
         .query_typed(DUE, &[(&stream.as_str(), Type::TEXT)])
         .await
         .map_err(CopyError::replica("read dr_agent.deferred"))?;
-    let mut waiting = 0;
+    let mut ran = Ran::default();
     for row in &rows {
         let (what, statement): (String, String) = (row.get(0), row.get(1));
         if !row.get::<_, bool>(2) {
-            waiting += 1;
+            ran.waiting += 1;
             continue;
         }
-        let doing = || CopyError::replica(format!("add {what}"));
-        let mut transaction = replica.transaction().await.map_err(doing())?;
-        let attempt = transaction.savepoint("valid").await.map_err(doing())?;
-        let added = attempt.batch_execute(&statement).await;
-        match added {
-            Ok(()) => attempt.commit().await.map_err(doing())?,
-            // The replica equals the source here: it is so there as well.
-            Err(error) if is_missing_row(&error) && statement.contains(" FOREIGN KEY ") => {
-                attempt.rollback().await.map_err(doing())?;
-                let added = add_not_valid(&mut transaction, &statement)
-                    .await
-                    .map_err(doing())?;
-                tracing::warn!(what, "{}", added.problem().unwrap_or_default());
-            }
-            Err(error) => return Err(doing()(error)),
+        if let Some(reason) = run_one(replica, stream, &what, &statement).await? {
+            ran.refused.push((what, reason));
         }
-        transaction
-            .execute(
-                "DELETE FROM dr_agent.deferred WHERE stream = $1 AND what = $2",
-                &[&stream.as_str(), &what],
-            )
-            .await
-            .map_err(doing())?;
-        transaction.commit().await.map_err(doing())?;
-        tracing::info!(what, "added");
     }
-    Ok(waiting)
+    Ok(ran)
+}
+
+/// Runs one statement and forgets it; or keeps why the replica refuses it, and says so.
+async fn run_one(
+    replica: &mut Client,
+    stream: &StreamName,
+    what: &str,
+    statement: &str,
+) -> Result<Option<String>, CopyError> {
+    let doing = || CopyError::replica(format!("add {what}"));
+    let mut transaction = replica.transaction().await.map_err(doing())?;
+    let added = match add(&mut transaction, statement).await {
+        Ok(added) => added,
+        Err(error) => {
+            let reason = refusal(error, what)?;
+            transaction.rollback().await.map_err(doing())?;
+            note_problem(replica, stream, what, &reason).await?;
+            return Ok(Some(reason));
+        }
+    };
+    if let Some(problem) = added.problem() {
+        tracing::warn!(what, "{problem}");
+    }
+    transaction
+        .execute(
+            "DELETE FROM dr_agent.deferred WHERE stream = $1 AND what = $2",
+            &[&stream.as_str(), &what],
+        )
+        .await
+        .map_err(doing())?;
+    transaction.commit().await.map_err(doing())?;
+    tracing::info!(what, "added");
+    Ok(None)
+}
+
+/// Keeps the reason beside the statement. A replica whose schema is of an earlier version has no place for it.
+async fn note_problem(
+    replica: &Client,
+    stream: &StreamName,
+    what: &str,
+    reason: &str,
+) -> Result<(), CopyError> {
+    const HAS_PLACE: &str = "
+        SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute
+                        WHERE attrelid = 'dr_agent.deferred'::regclass AND attname = 'problem')";
+    const NOTE: &str = "
+        UPDATE dr_agent.deferred SET problem = $3 WHERE stream = $1 AND what = $2 AND problem IS DISTINCT FROM $3";
+    let doing = || CopyError::replica("note what is missing");
+    let row = replica.query_one(HAS_PLACE, &[]).await.map_err(doing())?;
+    if !row.get::<_, bool>(0) {
+        return Ok(());
+    }
+    let noted = replica
+        .execute(NOTE, &[&stream.as_str(), &what, &reason])
+        .await
+        .map_err(doing())?;
+    if noted > 0 {
+        tracing::warn!(
+            what,
+            reason,
+            "missing on the replica; the rest goes on, and it is tried again"
+        );
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -46,7 +46,7 @@ use std::collections::HashSet;
 
 use tokio_util::sync::CancellationToken;
 
-pub use deferred::run_deferred;
+pub use deferred::{Ran, run_deferred};
 pub use error::CopyError;
 pub use progress::{CopyObserver, CopyPhase, ProgressDisplay};
 

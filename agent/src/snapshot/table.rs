@@ -25,6 +25,7 @@ use super::table_sync::Ledger;
 use super::work::{Taken, Work};
 use super::{Sessions, refused};
 use crate::catalog::TableName;
+use crate::failpoint;
 
 /// Rows are handed to the replica in pieces of this size: one write and one message for hundreds of
 /// rows. Larger gains nothing, smaller costs system calls.
@@ -142,6 +143,7 @@ async fn copy_whole(
         may_freeze,
     )
     .await?;
+    failpoint::hit("copy:rows-written");
     ledger.copied(replica, &layout.name, rows, bytes).await?;
     commit(replica).await?;
     Ok((rows, bytes))

@@ -1,10 +1,13 @@
 //! Tables that are copied beside the stream, and from where on the stream brings their changes.
 //!
 //! Whoever copies them says so here; the relations of the sink ask. Until then, changes of a table that is on no list are left out:
-//! they come with its copy.
+//! they come with its copy. What the source says of its domains by then is kept as well: those of a late table may be newer than the
+//! session.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
 
 use crate::catalog::TableName;
 use crate::listed::Copied;
@@ -12,27 +15,81 @@ use crate::pg::PgLsn;
 
 /// Shared by the sink and whoever copies.
 #[derive(Clone, Debug, Default)]
-pub struct Beside(Arc<Mutex<HashMap<TableName, Copied>>>);
+pub struct Beside(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    known: Mutex<Known>,
+    /// A table has come of which changes are left out.
+    news: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    tables: HashMap<TableName, Copied>,
+    /// Those that have not joined, and of which the stream has brought changes.
+    left_out: BTreeSet<TableName>,
+    /// What each domain of the source is, by its OID, as [`crate::computed`] says it.
+    domains: HashMap<u32, String>,
+}
 
 impl Beside {
-    fn lock(&self) -> MutexGuard<'_, HashMap<TableName, Copied>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        let known = &self.0.known;
+        known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// From its snapshot on the stream brings the changes of this table. Nothing behind that snapshot may have been folded yet.
     pub fn join(&self, table: TableName, copied: Copied) {
-        self.lock().insert(table, copied);
+        let mut known = self.lock();
+        known.left_out.remove(&table);
+        known.tables.insert(table, copied);
+    }
+
+    /// Changes of a table come that has not joined.
+    pub(super) fn leave_out(&self, table: &TableName) {
+        let mut known = self.lock();
+        if !known.left_out.contains(table) {
+            known.left_out.insert(table.clone());
+            self.0.news.notify_one();
+        }
+    }
+
+    /// The tables of which changes were left out.
+    pub fn left_out(&self) -> BTreeSet<TableName> {
+        self.lock().left_out.clone()
+    }
+
+    /// Ends once there is another one of them.
+    pub async fn news(&self) {
+        self.0.news.notified().await;
+    }
+
+    /// What the source says its domains are, now that tables are going to join.
+    pub fn know(&self, domains: HashMap<u32, String>) {
+        self.lock().domains.extend(domains);
     }
 
     /// What has been copied of a table.
     pub(super) fn get(&self, table: &TableName) -> Option<Copied> {
-        self.lock().get(table).cloned()
+        self.lock().tables.get(table).cloned()
+    }
+
+    /// What a domain is that came after the session.
+    pub(super) fn domain(&self, oid: u32) -> Option<String> {
+        self.lock().domains.get(&oid).cloned()
+    }
+
+    /// Those that have joined.
+    pub fn tables(&self) -> BTreeSet<TableName> {
+        self.lock().tables.keys().cloned().collect()
     }
 
     /// The newest snapshot of them.
     pub fn newest(&self) -> Option<PgLsn> {
-        let tables = self.lock();
-        tables
+        let known = self.lock();
+        known
+            .tables
             .values()
             .filter_map(|copied| copied.snapshot_lsn)
             .max()

@@ -45,6 +45,14 @@ pub struct Synced {
     pub domains: Option<HashMap<u32, String>>,
 }
 
+impl Synced {
+    /// What a domain of the source is, where that is known.
+    pub(super) fn domain(&self, oid: u32) -> Option<String> {
+        let known = self.domains.as_ref()?.get(&oid).cloned();
+        known.or_else(|| self.beside.as_ref()?.domain(oid))
+    }
+}
+
 /// What is known of one description of a relation.
 #[derive(Debug)]
 enum Standing {
@@ -230,7 +238,13 @@ impl Relations {
             Standing::Unknown(table) if self.synced.beside.is_some() => {
                 let joined = self.synced.beside.as_ref();
                 match joined.and_then(|beside| beside.get(table)) {
-                    None => Ok(false),
+                    None => {
+                        // One that was gone before the list was made concerns nobody.
+                        if let Some(beside) = joined.filter(|_| commit_lsn >= self.synced.as_of) {
+                            beside.leave_out(table);
+                        }
+                        Ok(false)
+                    }
                     Some(copied) if is_in_the_copy(&copied.snapshot_lsn) => Ok(false),
                     Some(copied) if copied.is_of(relation.relation.id) => Ok(true),
                     Some(_) => Err(SinkError::TableNotCopied {
@@ -309,7 +323,10 @@ mod tests {
         relations.synced.beside = Some(beside.clone());
         let [late, other] =
             [(7, "late"), (8, "late")].map(|(id, name)| relation(table(id, name, &["a"])));
+        assert!(!relations.applies(&late, lsn(99)).unwrap());
+        assert!(beside.left_out().is_empty());
         assert!(!relations.applies(&late, lsn(200)).unwrap());
+        assert_eq!(beside.left_out().len(), 1);
         let copied = Copied {
             snapshot_lsn: Some(lsn(300)),
             listed_as: Some(ListedAs::new("7:70".to_owned())),
@@ -319,6 +336,7 @@ mod tests {
             name: "late".to_owned(),
         };
         beside.join(name, copied);
+        assert!(beside.left_out().is_empty());
         assert!(!relations.applies(&late, lsn(299)).unwrap());
         assert!(relations.applies(&late, lsn(300)).unwrap());
         assert!(!relations.applies(&other, lsn(299)).unwrap());

@@ -335,13 +335,13 @@ async fn load(
             let why = type_misfit(client, relation, sent, &column.found).await?;
             unfit = Some(misfit(&table, &sent.name, why));
         }
-        if let (Some(domains), true) = (&synced.domains, column.found.is_domain) {
-            let there = domains.get(&sent.type_oid);
+        if synced.domains.is_some() && column.found.is_domain {
+            let there = synced.domain(sent.type_oid);
             newer |= there.is_none();
-            let is_other = there.filter(|there| Some(*there) != column.found.domain.as_ref());
+            let is_other = there.filter(|there| Some(there) != column.found.domain.as_ref());
             if let Some(there) = is_other.filter(|_| unfit.is_none()) {
                 let why = Misfit::Type {
-                    source: there.clone(),
+                    source: there,
                     replica: column.found.domain.clone().unwrap_or_default(),
                 };
                 unfit = Some(misfit(&table, &sent.name, why));

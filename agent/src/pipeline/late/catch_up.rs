@@ -1,0 +1,263 @@
+//! What happens to late tables between their snapshot and the moment when they join the stream.
+//!
+//! ```text
+//! a copy of the slot ─▶ waiting ─(what the stream has shipped)─▶ queue ─▶ a sink for these tables alone
+//! ```
+//! The copy brings the same transactions as the stream, so that both are at one position whenever they have had the same last one.
+//!
+//! # Invariants
+//! - Nothing is applied that the stream has not shipped: the tables are never of a later moment than the others.
+//! - The stream pauses for [`PAUSE_MAX`] at most, and only while what is missing is less than [`CLOSE_BYTES`].
+//! - What waits here is within `limits.queue_bytes`; the rest waits on the source.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::{Ask, Late, Tasks, or_ended};
+use crate::batch::{Batch, IN_FLIGHT_MAX, Queue};
+use crate::catalog::TableName;
+use crate::failpoint;
+use crate::ledger::{BatchNumber, FlushLsn, Ledger};
+use crate::listed::Copied;
+use crate::pg::PgLsn;
+use crate::pipeline::error::SessionError;
+use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
+use crate::source::{self, IntakeLimits, Received, SlotUse, SourcePosition, SourceSettings};
+use crate::spill::{self, SpillSpace};
+
+/// Less than that is caught up with in a moment.
+const CLOSE_BYTES: u64 = 4 << 20;
+
+/// The stream does not wait longer.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// One copy of the slot that is read, and the transactions that come of it.
+pub(super) struct Reading {
+    transactions: mpsc::Receiver<Received>,
+    /// Those that the stream has not shipped yet.
+    waiting: VecDeque<Received>,
+    /// The end of the last one that came.
+    seen: PgLsn,
+    ledger: Ledger,
+    flush: watch::Sender<FlushLsn>,
+}
+
+impl Reading {
+    fn take(&mut self, received: Received) {
+        self.seen = received.transaction.end_lsn;
+        self.waiting.push_back(received);
+    }
+
+    /// Those that end at `bound` or before, with what they take of the memory.
+    fn up_to(&mut self, bound: PgLsn, queue: &mut Queue) -> Vec<OwnedSemaphorePermit> {
+        let mut permits = Vec::new();
+        while let Some(first) = self.waiting.pop_front() {
+            if first.transaction.end_lsn > bound {
+                self.waiting.push_front(first);
+                break;
+            }
+            queue.push(first.transaction);
+            permits.push(first.permit);
+        }
+        permits
+    }
+}
+
+/// Where transactions go.
+struct Sink {
+    batches: mpsc::Sender<Arc<Batch>>,
+    outcomes: mpsc::Receiver<Outcome>,
+}
+
+impl Late {
+    /// Begins to read a copy of the slot; returns once it is there, so that nothing behind a snapshot that is taken afterwards
+    /// is missed.
+    pub(super) async fn read(&self, tasks: &mut Tasks) -> Result<Reading, SessionError> {
+        let limits = &self.config.limits;
+        let start = PgLsn::from(0);
+        let ledger = Ledger::resume(1, BatchNumber(0), start);
+        let (flush, flush_seen) = watch::channel(ledger.flush_lsn());
+        let (received, transactions) = mpsc::channel(crate::pipeline::QUEUE_TRANSACTIONS);
+        let (position, mut position_seen) = watch::channel(SourcePosition::default());
+        let settings = SourceSettings {
+            conninfo: self.source(),
+            stream: self.stream.clone(),
+            slot: SlotUse::Late,
+            start,
+            // Nobody has looked at the types of these tables yet.
+            binary: false,
+            limits: IntakeLimits {
+                queue_bytes: limits.queue_bytes,
+                transaction_bytes: limits.transaction_bytes,
+            },
+            catch_up_bytes: limits.catch_up_bytes,
+        };
+        let directory = spill::directory_of(&limits.spill_directory, &self.stream.late());
+        let space = SpillSpace::open(directory, limits.spill_bytes)?;
+        tasks.spawn(async move {
+            let reading = source::run(settings, space, received, flush_seen, position);
+            Ok(Box::pin(reading).await?)
+        });
+        let begun = position_seen.wait_for(|position| position.wal_end.is_some());
+        or_ended(tasks, begun)
+            .await?
+            .map_err(|_| SessionError::TaskLost)?;
+        Ok(Reading {
+            transactions,
+            waiting: VecDeque::new(),
+            seen: start,
+            ledger,
+            flush,
+        })
+    }
+
+    /// Applies what comes until the stream waits and the tables are where it is; returns that position. They hold everything up
+    /// to `snapshot` already.
+    pub(super) async fn catch_up(
+        &self,
+        mut reading: Reading,
+        tables: HashMap<TableName, Copied>,
+        snapshot: PgLsn,
+        tasks: &mut Tasks,
+    ) -> Result<PgLsn, SessionError> {
+        let mut sink = self.sink(tables, tasks).await?;
+        let limits = &self.config.limits;
+        let mut queue = Queue::new(limits.batch_bytes, limits.batch_changes);
+        let mut shipped_seen = self.shipped.clone();
+        let mut paused: Option<(PgLsn, Instant)> = None;
+        loop {
+            let shipped = *shipped_seen.borrow_and_update();
+            let bound = paused.map_or(shipped, |(at, _)| at);
+            let permits = reading.up_to(bound, &mut queue);
+            sink.apply(&mut queue, &mut reading, tasks).await?;
+            drop(permits);
+            let missing = u64::from(bound).saturating_sub(u64::from(reading.seen));
+            match paused {
+                Some((at, _)) if missing == 0 => return Ok(at),
+                Some((_, since)) if since.elapsed() >= PAUSE_MAX => {
+                    let _ = self.asks.send(Ask::GoOn).await;
+                    paused = None;
+                    // It is to get ahead before it is asked again.
+                    sleep(PAUSE_MAX).await;
+                    continue;
+                }
+                None if bound >= snapshot && missing < CLOSE_BYTES => {
+                    paused = Some((self.pause().await?, Instant::now()));
+                    failpoint::hit("late:paused");
+                    continue;
+                }
+                _ => {}
+            }
+            let until = paused.map(|(_, since)| since + PAUSE_MAX);
+            tokio::select! {
+                biased;
+                received = or_ended(tasks, reading.transactions.recv()) => {
+                    reading.take(received?.ok_or(SessionError::TaskLost)?);
+                    while let Ok(received) = reading.transactions.try_recv() {
+                        reading.take(received);
+                    }
+                }
+                changed = shipped_seen.changed() => changed.map_err(|_| SessionError::TaskLost)?,
+                () = at(until) => {}
+            }
+        }
+    }
+
+    /// Has the stream wait; says up to where everything is applied.
+    async fn pause(&self) -> Result<PgLsn, SessionError> {
+        let (answer, answered) = oneshot::channel();
+        let asked = self.asks.send(Ask::Pause(answer)).await;
+        asked.map_err(|_| SessionError::TaskLost)?;
+        answered.await.map_err(|_| SessionError::TaskLost)
+    }
+
+    async fn sink(
+        &self,
+        tables: HashMap<TableName, Copied>,
+        tasks: &mut Tasks,
+    ) -> Result<Sink, SessionError> {
+        let replica = self.replica();
+        let limits = &self.config.limits;
+        let (mut sink, batches) = ReplicaSink::connect(
+            &replica,
+            SinkSettings {
+                stream: self.stream.late(),
+                term: self.term,
+                segment: SegmentLimits {
+                    bytes: limits.batch_bytes,
+                    changes: (limits.batch_changes / 4).max(1),
+                },
+                lanes: 1,
+                spread_changes: u64::MAX,
+                session: &[],
+                distance: None,
+            },
+            Synced {
+                tables,
+                listed_by: self.stream.clone(),
+                as_of: PgLsn::from(u64::MAX),
+                beside: None,
+                left_out: HashSet::new(),
+                sends_generated: self.sends_generated,
+                // Compared a moment ago.
+                domains: None,
+            },
+        )
+        .await?;
+        let (outcomes, outcomes_seen) = mpsc::channel(IN_FLIGHT_MAX);
+        tasks.spawn(async move {
+            while let Some(outcome) = sink.next().await {
+                let failed = outcome.result.is_err();
+                if outcomes.send(outcome).await.is_err() || failed {
+                    break;
+                }
+            }
+            // Its last outcome says what was wrong; who waits for another one will not wait in vain.
+            sleep(PAUSE_MAX).await;
+            Ok(())
+        });
+        Ok(Sink {
+            batches,
+            outcomes: outcomes_seen,
+        })
+    }
+}
+
+impl Sink {
+    /// Applies what is in the queue, and lets the copy of the slot move on.
+    async fn apply(
+        &mut self,
+        queue: &mut Queue,
+        reading: &mut Reading,
+        tasks: &mut Tasks,
+    ) -> Result<(), SessionError> {
+        while let Some(batch) = {
+            let (last, end) = reading.ledger.last();
+            queue.take(last.next(), end)
+        } {
+            let (number, end_lsn) = (batch.number, batch.end_lsn());
+            reading.ledger.ship(number, batch.previous, end_lsn);
+            let sent = self.batches.send(Arc::new(batch)).await;
+            sent.map_err(|_| SessionError::TaskLost)?;
+            let outcome = or_ended(tasks, self.outcomes.recv()).await?;
+            outcome.ok_or(SessionError::TaskLost)?.result?;
+            if let Some(flush) = reading.ledger.durable(0, number) {
+                reading.flush.send_replace(flush);
+            }
+            failpoint::hit("late:catching-up");
+        }
+        Ok(())
+    }
+}
+
+/// Ends at that time; without one, never.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,424 @@
+//! Tables that come late are copied beside the stream, never in its way; those that cannot be are set aside and tried again.
+//!
+//! ```text
+//! look: publish, mend ▶ a copy of the slot, read from here on ▶ snapshot L ▶ rows as of L ▶ their changes from L on
+//!                                        ▶ close to the stream? it pauses, with everything up to F applied ▶ up to F ▶ join
+//! ```
+//! The snapshot waits for every transaction that is open on the source; the stream does not. What changes meanwhile is read a
+//! second time, from a copy of the slot ([`catch_up`]), and of it only what concerns these tables is applied, with a progress row
+//! of its own, and nothing that the stream has not shipped. Once that is close, the stream ships nothing for a moment, and from
+//! `F` on brings their changes itself.
+//!
+//! # Invariants
+//! - A table joins at the very position of the stream: the source may be lost the next moment, and the replica is of one.
+//! - Whatever fails here fails no session: the tables stay set aside, with the reason, and are tried again.
+//! - The copy of the slot holds WAL on the source no longer than a snapshot may take to come.
+//!
+//! # What it does not do
+//! It takes no table away from the stream: one that is listed anew ends the session, and the next one sets it back.
+
+mod catch_up;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::Leg;
+use super::error::SessionError;
+use crate::catalog::{Table, TableName};
+use crate::computed::Which;
+use crate::config::Config;
+use crate::coverage;
+use crate::error::{Class, Classify, chain};
+use crate::failpoint;
+use crate::history::History;
+use crate::listed::{Copied, Listed};
+use crate::metrics::DatabaseMetrics;
+use crate::pg::{ConnInfo, PgLsn};
+use crate::setup::{self, Aside, SetupError, export};
+use crate::sink::replica::Beside;
+use crate::snapshot::{self, CopyJob};
+use crate::status::StatusCell;
+use crate::stream::StreamName;
+
+/// How often it is looked without being told that there is something new, and how soon what failed is tried again at first.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
+
+/// The same beside a replica whose source nobody watches from here.
+const LOOK_EVERY_APART: Duration = Duration::from_secs(10);
+
+/// What fails again and again is tried this often.
+const AGAIN_MAX: Duration = Duration::from_secs(600);
+
+/// How long the first attempt may wait for open transactions; each further one may wait twice as long, up to an hour: meanwhile
+/// the copy of the slot holds WAL.
+const SNAPSHOT_WITHIN: Duration = Duration::from_secs(60);
+
+/// A replica that needs longer to take tables in is in trouble, and the stream waits meanwhile.
+const JOIN_WITHIN: Duration = Duration::from_secs(10);
+
+/// What the stream is asked.
+#[derive(Debug)]
+pub(super) enum Ask {
+    /// Ship nothing more for now, and say up to where everything was, once that is applied.
+    Pause(oneshot::Sender<PgLsn>),
+    /// Go on.
+    GoOn,
+}
+
+/// The task of one session.
+pub(super) struct Late {
+    pub(super) config: Arc<Config>,
+    /// Where the tables come from: under [`Leg::Apply`] the source need not be in reach.
+    pub(super) leg: Leg,
+    pub(super) history: History,
+    pub(super) database: String,
+    pub(super) stream: StreamName,
+    pub(super) term: i64,
+    /// Whether the source may send generated columns.
+    pub(super) sends_generated: bool,
+    pub(super) beside: Beside,
+    pub(super) asks: mpsc::Sender<Ask>,
+    /// Told when there is something new.
+    pub(super) wake: Arc<Notify>,
+    /// Up to where the stream has shipped.
+    pub(super) shipped: watch::Receiver<PgLsn>,
+    pub(super) metrics: DatabaseMetrics,
+    pub(super) status: StatusCell,
+}
+
+/// What is known of a table that could not be copied.
+#[derive(Clone, Debug)]
+struct Failed {
+    reason: String,
+    attempts: u32,
+    again_at: Instant,
+}
+
+/// What one look leaves for the next.
+#[derive(Default)]
+struct Seen {
+    failed: BTreeMap<TableName, Failed>,
+    /// Warnings that were said.
+    said: Vec<String>,
+    archived: setup::Watch,
+}
+
+type Tasks = JoinSet<Result<(), SessionError>>;
+
+impl Late {
+    /// Looks and copies for as long as the session lasts.
+    pub(super) async fn run(self) -> Option<SessionError> {
+        let mut seen = Seen::default();
+        loop {
+            if let Err(error) = self.look(&mut seen).await {
+                if error.class() == Class::Fenced || matches!(error, SessionError::LateJoin(_)) {
+                    return Some(error);
+                }
+                tracing::warn!(database = %self.database, error = %chain(&error), "no look at late tables");
+                // Their changes are left out all the same.
+                let reason = chain(&error);
+                if let Err(error) = self.tell(&[], &[], &seen.failed, &reason).await {
+                    tracing::debug!(database = %self.database, error = %chain(&error), "not noted");
+                }
+            }
+            let soon = seen.failed.values().map(|one| one.again_at).min();
+            let every = match self.leg {
+                Leg::Apply => LOOK_EVERY_APART,
+                Leg::Whole | Leg::Send => LOOK_EVERY,
+            };
+            let until = soon.map_or(every, |at| {
+                at.saturating_duration_since(Instant::now()).min(every)
+            });
+            let told = async {
+                tokio::select! {
+                    () = self.wake.notified() => {}
+                    () = self.beside.news() => {}
+                }
+            };
+            let _ = timeout(until.max(Duration::from_secs(1)), told).await;
+        }
+    }
+
+    async fn look(&self, seen: &mut Seen) -> Result<(), SessionError> {
+        let (config, database) = (&self.config, &self.database);
+        let found = match self.leg {
+            Leg::Apply => {
+                setup::look_receiving(config, database, self.history, &mut seen.archived).await?
+            }
+            Leg::Whole | Leg::Send => {
+                setup::look(config, database, &CancellationToken::new()).await?
+            }
+        };
+        for warning in &found.warnings {
+            if !seen.said.contains(warning) {
+                tracing::warn!(database = %self.database, "{warning}");
+            }
+        }
+        seen.said = found.warnings;
+        let failed = &mut seen.failed;
+        failed.retain(|table, _| found.tables.iter().any(|one| one.name == *table));
+        let is_due = |table: &&Table| {
+            let one = failed.get(&table.name);
+            one.is_none_or(|one| one.again_at <= Instant::now())
+        };
+        let due: Vec<Table> = found.tables.iter().filter(is_due).cloned().collect();
+        let elsewhere = &found.elsewhere;
+        // Where the source was seen, those of which changes come and that it has not have gone, or come with the next look.
+        let unseen = found.out_of_reach.unwrap_or_default();
+        self.tell(&found.tables, elsewhere, failed, &unseen).await?;
+        if due.is_empty() {
+            return Ok(());
+        }
+        let mut done: Vec<TableName> = Vec::new();
+        // Together; and where that fails for good, one by one, so that one table costs no other.
+        let together = self.attempt(&due, &found.listed, failed, &mut done).await?;
+        if due.len() > 1 && together == Some(Class::Definite) {
+            for table in &due {
+                let one = std::slice::from_ref(table);
+                self.attempt(one, &found.listed, failed, &mut done).await?;
+            }
+        }
+        let mut rest = found.tables;
+        rest.retain(|table| !done.contains(&table.name));
+        self.tell(&rest, elsewhere, failed, &unseen).await
+    }
+
+    /// Copies tables, and notes what became of it; returns of which class the error was. An error only where the session is
+    /// over.
+    async fn attempt(
+        &self,
+        tables: &[Table],
+        listed: &Listed,
+        failed: &mut BTreeMap<TableName, Failed>,
+        done: &mut Vec<TableName>,
+    ) -> Result<Option<Class>, SessionError> {
+        let before = tables.iter().filter_map(|table| failed.get(&table.name));
+        let attempts = before.map(|one| one.attempts).max().unwrap_or(0) + 1;
+        let mut tasks = Tasks::new();
+        let outcome = Box::pin(self.round(tables, listed, attempts, &mut tasks)).await;
+        tasks.shutdown().await;
+        if matches!(outcome, Err(SessionError::LateWaits(_))) {
+            let ended = setup::end_late_sessions(&self.source(), &self.stream).await;
+            if let Err(error) = ended {
+                tracing::debug!(error = %chain(&error), "a session on the source waits on");
+            }
+        }
+        let Err(error) = outcome else {
+            for table in tables {
+                failed.remove(&table.name);
+                done.push(table.name.clone());
+                tracing::info!(database = %self.database, table = %table.name, "copied beside the stream, and replicated from now on");
+            }
+            return Ok(None);
+        };
+        if error.class() == Class::Fenced || matches!(error, SessionError::LateJoin(_)) {
+            return Err(error);
+        }
+        let reason = chain(&error);
+        let pause = LOOK_EVERY
+            .saturating_mul(1 << (attempts - 1).min(10))
+            .min(AGAIN_MAX);
+        for table in tables {
+            tracing::warn!(
+                database = %self.database, table = %table.name, error = reason, hint = error.hint(), again_in = ?pause,
+                "set aside: it is not protected; the rest goes on"
+            );
+            failed.insert(
+                table.name.clone(),
+                Failed {
+                    reason: reason.clone(),
+                    attempts,
+                    again_at: Instant::now() + pause,
+                },
+            );
+        }
+        Ok(Some(error.class()))
+    }
+
+    /// Shows what is set aside, here and on the replica: `tables`, what is to be had `elsewhere` only, and with the reason
+    /// `unseen`, if there is one, whatever else changes were left out of.
+    async fn tell(
+        &self,
+        tables: &[Table],
+        elsewhere: &[Aside],
+        failed: &BTreeMap<TableName, Failed>,
+        unseen: &str,
+    ) -> Result<(), SessionError> {
+        let mut aside: BTreeMap<TableName, String> = BTreeMap::new();
+        if !unseen.is_empty() {
+            let left_out = self.beside.left_out().into_iter();
+            aside.extend(left_out.map(|table| (table, unseen.to_owned())));
+        }
+        aside.extend(
+            elsewhere
+                .iter()
+                .map(|one| (one.table.clone(), one.reason.clone())),
+        );
+        for table in tables {
+            let reason = failed.get(&table.name).map(|one| one.reason.clone());
+            let reason = reason.unwrap_or_else(|| "is being copied".to_owned());
+            aside.insert(table.name.clone(), reason);
+        }
+        let shown = self.status.set_aside();
+        for (table, reason) in &aside {
+            let is_said = shown.contains_key(&table.to_string()) || failed.contains_key(table);
+            if !is_said && !tables.iter().any(|one| one.name == *table) {
+                tracing::warn!(
+                    database = %self.database, %table, reason,
+                    "set aside: it is not protected; the rest goes on"
+                );
+            }
+        }
+        let count = aside.len() as u64;
+        self.metrics.tables_set_aside(count);
+        if self.leg == Leg::Apply {
+            self.metrics.unprotected(coverage::NOT_COPIED, count);
+        }
+        self.status.update(|status| {
+            let shown = aside.iter();
+            status.set_aside = shown
+                .map(|(table, reason)| (table.to_string(), reason.clone()))
+                .collect();
+        });
+        let aside: Vec<Aside> = aside
+            .into_iter()
+            .map(|(table, reason)| Aside { table, reason })
+            .collect();
+        setup::note_aside(&self.replica(), &self.stream, &aside).await?;
+        Ok(())
+    }
+
+    fn source(&self) -> ConnInfo {
+        self.config.source.conninfo.with_dbname(&self.database)
+    }
+
+    fn replica(&self) -> ConnInfo {
+        self.config.replica.conninfo.with_dbname(&self.database)
+    }
+
+    async fn round(
+        &self,
+        tables: &[Table],
+        listed: &Listed,
+        attempts: u32,
+        tasks: &mut Tasks,
+    ) -> Result<(), SessionError> {
+        let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
+        let (source, replica) = (self.source(), self.replica());
+        // A backend that waits for a snapshot notices late that nobody listens.
+        setup::end_late_sessions(&source, &self.stream).await?;
+        setup::set_back_to_pending(&replica, &self.stream, tables, attempts > 1).await?;
+        // From here on what is copied does not count after a crash: the stream passes it by, and leaves its changes out.
+        setup::catch_up_from_nothing(&replica, &self.stream, self.term).await?;
+        let reading = self.read(tasks).await?;
+        failpoint::hit("late:slot-copied");
+        let mut exporter = export::session(&source, self.stream.application_name("late"))
+            .await
+            .map_err(SessionError::LateSnapshot)?;
+        let within = SNAPSHOT_WITHIN * (1 << (attempts - 1).min(6));
+        let exporting = export::snapshot(&mut exporter, &self.stream);
+        let exported = or_ended(tasks, timeout(within, exporting)).await?;
+        let exported = exported
+            .map_err(|_| SessionError::LateWaits(within))?
+            .map_err(SessionError::LateSnapshot)?;
+        let snapshot_lsn = exported.consistent_point;
+        failpoint::hit("late:snapshot");
+        let job = CopyJob {
+            source: &source,
+            replica: &replica,
+            stream: &self.stream,
+            tables: tables.to_vec(),
+            listed,
+            snapshot: exported.snapshot_name.as_deref().unwrap_or_default(),
+            snapshot_lsn,
+            settings: &self.config.copy,
+            whole_schema: false,
+            beside: true,
+        };
+        let never = CancellationToken::new();
+        or_ended(tasks, snapshot::copy(job, &(), &never))
+            .await?
+            .map_err(SessionError::LateCopy)?;
+        drop(exporter);
+        self.compare(&names).await?;
+        failpoint::hit("late:copied");
+        let copied = |table: &TableName, lsn| Copied {
+            snapshot_lsn: Some(lsn),
+            listed_as: listed.get(table).cloned(),
+        };
+        let synced = names
+            .iter()
+            .map(|table| (table.clone(), copied(table, snapshot_lsn)));
+        let caught_up = self.catch_up(reading, synced.collect(), snapshot_lsn, tasks);
+        let joined = match caught_up.await {
+            Ok(at) => {
+                failpoint::hit("late:caught-up");
+                let joining = self.join(&names, (snapshot_lsn, at), |table| copied(table, at));
+                joining.await
+            }
+            Err(error) => Err(error),
+        };
+        // Whatever became of it.
+        let _ = self.asks.send(Ask::GoOn).await;
+        joined
+    }
+
+    /// Gives the tables to the stream. Where that fails nobody knows whether it was done, and only a new session can look.
+    async fn join(
+        &self,
+        names: &[TableName],
+        positions: (PgLsn, PgLsn),
+        copied: impl Fn(&TableName) -> Copied,
+    ) -> Result<(), SessionError> {
+        let replica = self.replica();
+        let joining = setup::joined(&replica, &self.stream, self.term, names, positions);
+        match timeout(JOIN_WITHIN, joining).await {
+            Ok(joined) => joined.map_err(|error| SessionError::LateJoin(Some(error)))?,
+            Err(_) => return Err(SessionError::LateJoin(None)),
+        }
+        failpoint::hit("late:joined");
+        for table in names {
+            self.beside.join(table.clone(), copied(table));
+        }
+        failpoint::hit("late:join");
+        Ok(())
+    }
+
+    /// What the stream does not tell of these tables' columns is the same on both sides; and what it cannot tell of their domains
+    /// is kept for it.
+    async fn compare(&self, names: &[TableName]) -> Result<(), SessionError> {
+        let names = names.iter().cloned().collect();
+        let (config, database) = (&self.config, &self.database);
+        let looked = setup::altered(config, database, None, &names, Which::All).await?;
+        let Some((computed, difference)) = looked else {
+            return Ok(());
+        };
+        if let Some(difference) = difference {
+            return Err(SetupError::Computed(Box::new(difference)).into());
+        }
+        self.beside.know(computed.domains().clone());
+        Ok(())
+    }
+}
+
+/// What is waited for, unless a task ends first.
+async fn or_ended<T>(
+    tasks: &mut Tasks,
+    waiting: impl Future<Output = T>,
+) -> Result<T, SessionError> {
+    tokio::pin!(waiting);
+    tokio::select! {
+        biased;
+        done = &mut waiting => Ok(done),
+        Some(ended) = tasks.join_next() => {
+            ended.unwrap_or(Ok(()))?;
+            Err(SessionError::TaskLost)
+        }
+    }
+}
