@@ -113,8 +113,6 @@ pub struct Table {
     pub virtual_generated: bool,
     /// UNLOGGED tables are not in the WAL and cannot be published.
     pub unlogged: bool,
-    /// Size on disk without indexes, in bytes.
-    pub bytes: i64,
     /// Belongs to an extension; its rows are the extension's configuration.
     pub of_extension: bool,
 }
@@ -163,18 +161,9 @@ impl Table {
 /// order. The in-band tables of schema `dr_agent` are among them, so that they are published and
 /// copied like any other; what else that schema holds, on a server that was a replica once, is not.
 pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
-    tables_with(client, "coalesce(pg_table_size(c.oid), 0)").await
-}
-
-/// The same as [`tables`], with `bytes` 0. Reading a table's size opens it, which waits behind
-/// `ALTER TABLE` and `VACUUM FULL`; whoever looks often, or must not hang, takes this one.
-pub async fn tables_without_sizes(client: &Client) -> Result<Vec<Table>, PgError> {
-    tables_with(client, "0::bigint").await
-}
-
-async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError> {
-    let sql = format!(
-        "SELECT n.nspname, c.relname, rn.nspname, r.relname,
+    // Without sizes: reading one opens the table, which waits behind ALTER TABLE and VACUUM FULL.
+    const SQL: &str = "
+        SELECT n.nspname, c.relname, rn.nspname, r.relname,
                CASE WHEN c.relreplident = 'f' AND NOT v.virtual THEN 'full'
                     WHEN c.relreplident = 'i' AND EXISTS (
                          SELECT 1 FROM pg_index i
@@ -187,7 +176,6 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                          THEN CASE WHEN k.hidden THEN 'missing' ELSE 'key' END
                     ELSE 'missing' END,
                c.relpersistence = 'u',
-               {bytes},
                EXISTS (SELECT 1 FROM pg_depend d
                         WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
                           AND d.deptype = 'e'),
@@ -210,9 +198,8 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
          WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
            AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state', 'listed', 'coverage', 'clock'))
-         ORDER BY 1, 2"
-    );
-    let rows = client.query_typed(&sql, &[]).await?;
+         ORDER BY 1, 2";
+    let rows = client.query_typed(SQL, &[]).await?;
     Ok(rows
         .iter()
         .map(|row| Table {
@@ -229,12 +216,11 @@ async fn tables_with(client: &Client, bytes: &str) -> Result<Vec<Table>, PgError
                 "key" => Identity::Key,
                 _ => Identity::Missing,
             },
-            oid: row.get(9),
+            oid: row.get(8),
             unlogged: row.get(5),
-            bytes: row.get(6),
-            of_extension: row.get(7),
-            virtual_generated: row.get(8),
-            generated_key: row.get(10),
+            of_extension: row.get(6),
+            virtual_generated: row.get(7),
+            generated_key: row.get(9),
         })
         .filter(|table: &Table| !table.of_extension)
         .collect())

@@ -23,7 +23,7 @@ use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
 
-use crate::catalog::{Protection, Table, TableName, keyed_roots, tables_without_sizes};
+use crate::catalog::{Protection, Table, TableName, keyed_roots, tables};
 use crate::config::Config;
 use crate::listed;
 use crate::pg::{Again, PgError};
@@ -89,7 +89,7 @@ pub async fn unprotected(client: &Client, config: &Config) -> Result<Vec<Unprote
 }
 
 async fn count(client: &Client, config: &Config) -> Result<Vec<Unprotected>, PgError> {
-    let tables = tables_without_sizes(client).await?;
+    let tables = tables(client).await?;
     let row = client
         .query_one("SELECT current_database()::text", &[])
         .await?;
@@ -261,7 +261,6 @@ mod tests {
             root: name(root),
             identity,
             unlogged: false,
-            bytes: 0,
             of_extension: false,
         }
     }

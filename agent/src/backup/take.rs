@@ -378,7 +378,7 @@ async fn export_snapshot(
 
 /// The tables that are not in the publication: their rows are in no base and no log.
 async fn unpublished(client: &Client, published: &[TableName]) -> Result<Vec<String>, BackupError> {
-    let tables = catalog::tables_without_sizes(client)
+    let tables = catalog::tables(client)
         .await
         .map_err(source("list the tables"))?;
     let rest = tables

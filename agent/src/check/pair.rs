@@ -422,7 +422,6 @@ mod tests {
             root: name(one),
             identity: Identity::Key,
             unlogged: false,
-            bytes: 0,
             of_extension: false,
         });
         SourceDatabase {

@@ -241,7 +241,7 @@ async fn read(
     config: &Config,
     findings: &mut Vec<Finding>,
 ) -> Option<SourceDatabase> {
-    let tables = catalog::tables_without_sizes(client);
+    let tables = catalog::tables(client);
     let tables = note_failure(at, "list the tables", findings, tables).await?;
     let keyed_roots = catalog::keyed_roots(client);
     let keyed_roots = note_failure(at, "list partitioned tables", findings, keyed_roots).await?;

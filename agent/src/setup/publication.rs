@@ -350,7 +350,6 @@ mod tests {
             root: name(root),
             identity,
             unlogged: false,
-            bytes: 0,
             of_extension: false,
         }
     }

@@ -506,7 +506,7 @@ async fn has_tables(
 
 /// The tables of the replica's database.
 pub(super) async fn tables(client: &Client) -> Result<BTreeSet<TableName>, SetupError> {
-    let tables = catalog::tables_without_sizes(client)
+    let tables = catalog::tables(client)
         .await
         .map_err(SetupError::sql(Side::Replica, "list tables"))?;
     Ok(tables.into_iter().map(|table| table.name).collect())

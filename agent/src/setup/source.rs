@@ -144,7 +144,7 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
         has_namespace: facts.get(11),
         writes_in_band: client.query_one(WRITES_IN_BAND, &[]).await?.get(0),
         // Without sizes: whoever has a table locked would be waited for.
-        tables: catalog::tables_without_sizes(client).await?,
+        tables: catalog::tables(client).await?,
         keyed_roots: catalog::keyed_roots(client).await?,
         not_owned: names(client, NOT_OWNED).await?,
         publication,
@@ -761,7 +761,6 @@ mod tests {
             name,
             identity: catalog::Identity::Key,
             unlogged: false,
-            bytes: 0,
             of_extension: false,
         }
     }
