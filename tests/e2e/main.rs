@@ -36,6 +36,7 @@ mod golden;
 mod harness;
 mod init;
 mod kill_campaign;
+mod killed_starts;
 mod kinesis;
 mod lanes;
 mod large;

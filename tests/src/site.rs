@@ -164,6 +164,11 @@ impl Database {
         self.source.url(&self.name)
     }
 
+    /// The URL of the database on the replica.
+    pub fn replica_url(&self) -> String {
+        self.replica.url(&self.name)
+    }
+
     /// The slot, publication and progress row.
     pub fn stream(&self) -> dr_agent::stream::StreamName {
         dr_agent::stream::StreamName::new(&self.slot, &self.name)

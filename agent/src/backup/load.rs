@@ -18,6 +18,7 @@
 //! empty; the caller removes that ([`super::wipe()`]) and begins again.
 
 use futures_util::future;
+use std::collections::HashSet;
 use tokio_postgres::{Client, GenericClient};
 use tokio_util::sync::CancellationToken;
 
@@ -154,7 +155,7 @@ async fn load_all(
         .iter()
         .map(|(_, data)| (data.table.clone(), data.root.clone()))
         .collect();
-    finish::analyze(&client, &pairs, job.only.is_none()).await?;
+    finish::analyze(&client, &pairs, job.only.is_none(), &HashSet::new()).await?;
     if job.views {
         finish::refresh_views(&client, &manifest.materialized_views, observer).await?;
     }

@@ -11,6 +11,8 @@
 //!   between means.
 //! - Publication before slot: every transaction that the slot decodes began after the publication
 //!   was there.
+//! - A start that was killed behind its slot is gone on with at that slot, and the tables are copied at the snapshot of a
+//!   temporary one, as they are when a copy is gone on with.
 //! - What fails before the progress row leaves both sides as they were ([`super::undo`]).
 
 use std::time::SystemTime;
@@ -25,10 +27,26 @@ use super::target::{self, HalfLoaded, Target};
 use super::undo::Undo;
 use super::{Setup, lock, role, schema, setting, slot, table_sync};
 use crate::catalog::TableName;
+use crate::failpoint;
 use crate::history::History;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection};
 use crate::pg::{ConnInfo, PgError, PgLsn};
 use crate::stream::StreamName;
+
+/// What a first start begins with.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Beginning {
+    /// No slot that it could go on with.
+    Nothing {
+        /// There is one to be dropped first.
+        drop_slot: bool,
+    },
+    /// The slot of a start that was interrupted.
+    Slot {
+        /// Where it begins.
+        since: PgLsn,
+    },
+}
 
 /// The replica's side of a first start: judged, and on its way to be written.
 pub(super) struct First {
@@ -154,12 +172,21 @@ impl Setup<'_> {
     pub(super) async fn begin(
         &mut self,
         walsender: &mut ReplicationConnection,
-        source: &Cluster,
-        drop_slot: bool,
+        (source, recorded, from): (&Cluster, Option<Recorded>, Beginning),
         first: &mut First,
     ) -> Result<(Progress, History), SetupError> {
         let of_source = self.source.undo().await?;
-        let writing = self.write_first(walsender, source, drop_slot, first).await;
+        let writing = match (from, recorded) {
+            (Beginning::Slot { since }, Some(recorded)) => {
+                self.go_on_first(walsender, &recorded, since, first).await
+            }
+            (Beginning::Slot { .. }, None) => {
+                self.write_first(walsender, source, true, first).await
+            }
+            (Beginning::Nothing { drop_slot }, _) => {
+                self.write_first(walsender, source, drop_slot, first).await
+            }
+        };
         let (snapshot, progress, history) = match writing {
             Ok(written) => written,
             Err(error) => {
@@ -168,19 +195,22 @@ impl Setup<'_> {
             }
         };
         first.begun();
-        self.copy(self.source.wanted.published.clone(), &snapshot, true)
-            .await?;
+        let published = self.source.wanted.published.clone();
+        match snapshot {
+            Some(snapshot) => self.copy(published, &snapshot, true).await?,
+            None => self.copy_tables(walsender, published, true).await?,
+        }
         Ok((progress, history))
     }
 
-    /// Everything before the first row.
+    /// Everything before the first row, and the snapshot that it is copied at.
     async fn write_first(
         &mut self,
         walsender: &mut ReplicationConnection,
         source: &Cluster,
         drop_slot: bool,
         first: &mut First,
-    ) -> Result<(CreatedSlot, Progress, History), SetupError> {
+    ) -> Result<(Option<CreatedSlot>, Progress, History), SetupError> {
         self.source.publish(true).await?;
         let history = slot::begin(&self.source, source).await?;
         let recorded = Recorded {
@@ -191,8 +221,27 @@ impl Setup<'_> {
         first.take(&mut self.replica, place, &recorded).await?;
         let copied_at = self.source_time().await?;
         let snapshot = slot::create(&self.source, walsender, drop_slot).await?;
-        let progress = self.first_row(first, &snapshot, copied_at).await?;
-        Ok((snapshot, progress, history))
+        failpoint::hit("setup:slot-created");
+        let since = snapshot.consistent_point;
+        let progress = self.first_row(first, since, copied_at).await?;
+        Ok((Some(snapshot), progress, history))
+    }
+
+    /// What is left of that where an interrupted start has left its slot, which no snapshot belongs to any more.
+    async fn go_on_first(
+        &mut self,
+        walsender: &mut ReplicationConnection,
+        recorded: &Recorded,
+        since: PgLsn,
+        first: &mut First,
+    ) -> Result<(Option<CreatedSlot>, Progress, History), SetupError> {
+        self.source.publish(true).await?;
+        let place = (self.database, &self.source.stream);
+        first.take(&mut self.replica, place, recorded).await?;
+        slot::make_the_list_known(&self.source, walsender).await?;
+        let copied_at = self.source_time().await?;
+        let progress = self.first_row(first, since, copied_at).await?;
+        Ok((None, progress, recorded.history()))
     }
 
     /// The same where the slot is somebody else's, up to the progress row.
@@ -206,7 +255,8 @@ impl Setup<'_> {
         first.take(&mut self.replica, place, recorded).await?;
         let copied_at = self.source_time().await?;
         let snapshot = slot::snapshot(&self.source, walsender).await?;
-        let progress = self.first_row(first, &snapshot, copied_at).await?;
+        let since = snapshot.consistent_point;
+        let progress = self.first_row(first, since, copied_at).await?;
         first.begun();
         Ok((snapshot, progress))
     }
@@ -216,17 +266,16 @@ impl Setup<'_> {
     async fn first_row(
         &mut self,
         first: &First,
-        snapshot: &CreatedSlot,
+        since: PgLsn,
         copied_at: SystemTime,
     ) -> Result<Progress, SetupError> {
         self.carry_over(first).await?;
-        let consistent_point = snapshot.consistent_point;
-        let recorded = self.record_progress(consistent_point, copied_at).await;
+        let recorded = self.record_progress(since, copied_at).await;
         recorded.map_err(SetupError::sql(Side::Replica, "record the progress"))?;
         Ok(Progress {
             term: 1,
             batch: 0,
-            end_lsn: consistent_point,
+            end_lsn: since,
             commit_time: Some(copied_at),
             applied_at: None,
         })

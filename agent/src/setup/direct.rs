@@ -11,7 +11,7 @@ use futures_util::future::{self, OptionFuture};
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
-use super::begin::First;
+use super::begin::{Beginning, First};
 use super::error::{SetupError, Side};
 use super::identity::{self, Cluster, Observed, Recorded, Verdict};
 use super::replica::{self, Known, Progress, Server};
@@ -62,7 +62,11 @@ pub(super) async fn prepare(
                 .await?
         }
         (Verdict::Begin { drop_slot }, replica) => {
-            let from = (&seen.known, &seen.cluster, drop_slot);
+            let from = (&seen.known, &seen.cluster, Beginning::Nothing { drop_slot });
+            sides.begin(&mut walsender, replica, from).await?
+        }
+        (Verdict::BeginAt { since }, replica) => {
+            let from = (&seen.known, &seen.cluster, Beginning::Slot { since });
             sides.begin(&mut walsender, replica, from).await?
         }
         (Verdict::Resume | Verdict::Follow, None) => {
@@ -85,7 +89,8 @@ pub(super) async fn rehearse(config: &Config, database: &str) -> Result<(), Setu
         server,
         ..
     } = opened.sides;
-    if matches!(opened.seen.verdict, Verdict::Begin { .. }) {
+    let begins = |verdict| matches!(verdict, Verdict::Begin { .. } | Verdict::BeginAt { .. });
+    if begins(opened.seen.verdict) {
         source.judge().await?;
         let place = (database, &source.stream);
         let how = (source.locale().await?, HalfLoaded::Refused);
@@ -194,13 +199,16 @@ async fn look(
         }
         _ => Vec::new(),
     };
+    let noted = source.note().await?;
+    let is_published = source.found.publication.is_some();
     let verdict = identity::verdict(&Observed {
         stream: source.stream.clone(),
         database: database.to_owned(),
         source: cluster,
         source_lsn,
         slot,
-        noted: source.note().await?.map(|noted| noted.began),
+        noted: noted.map(|noted| noted.began),
+        since: noted.and_then(|noted| noted.since.filter(|_| is_published)),
         recorded: known.recorded,
         applied: known.progress.map(|progress| progress.end_lsn),
         branches,
@@ -235,7 +243,7 @@ impl<'a> Sides<'a> {
         mut self,
         walsender: &mut ReplicationConnection,
         replica: Option<Client>,
-        (known, cluster, drop_slot): (&Known, &Cluster, bool),
+        (known, cluster, from): (&Known, &Cluster, Beginning),
     ) -> Result<(Setup<'a>, Progress, History), SetupError> {
         self.source.judge().await?;
         let how = (self.source.locale().await?, HalfLoaded::Refused);
@@ -252,7 +260,8 @@ impl<'a> Sides<'a> {
             observer: self.observer,
             distance: None,
         };
-        match setup.begin(walsender, cluster, drop_slot, &mut first).await {
+        let from = (cluster, known.recorded, from);
+        match setup.begin(walsender, from, &mut first).await {
             Ok((progress, history)) => Ok((setup, progress, history)),
             Err(error) => {
                 let place = (setup.database, &setup.source.stream);

@@ -9,6 +9,8 @@
 //!   timeline, position).
 //! - A slot is given up for dropping only when the replica says that this stream began to be set up
 //!   and never got as far as a progress row: then nothing depends on it.
+//! - It is begun with instead where the source has noted that it was created to the end, in the history that the replica has
+//!   recorded, and it stands where it begins: nothing was acknowledged, so nothing is missing.
 //!
 //! # What it does not do
 //! It knows nothing of promotions: a promoted replica is refused before this is asked.
@@ -36,6 +38,8 @@ pub struct Observed {
     pub slot: Option<Slot>,
     /// When the history began that the source has noted: `dr_agent.sending`.
     pub noted: Option<Micros>,
+    /// Where the slot begins that the source has noted, if it was created to the end and there is still a publication.
+    pub since: Option<PgLsn>,
     /// Which source the replica was set up from: `dr_agent.stream`.
     pub recorded: Option<Recorded>,
     /// How far the replica is: `dr_agent.progress.end_lsn`.
@@ -123,6 +127,11 @@ pub enum Verdict {
         /// The interrupted set-up left its slot behind.
         drop_slot: bool,
     },
+    /// A set-up was interrupted between its slot and its progress row: begin at the slot, which is whole.
+    BeginAt {
+        /// Where that is.
+        since: PgLsn,
+    },
     /// Slot and progress fit together.
     Resume,
     /// The same, on another timeline: the source failed over to its standby, which has everything that was applied.
@@ -146,6 +155,9 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
         // long as a slot of that name is not one that another replica of another source needs.
         if seen.slot.is_some() && recorded.cluster != seen.source {
             return Err(Mismatch::SlotOccupied { slot: slot_name() });
+        }
+        if let Some(since) = begun_at(seen, recorded) {
+            return if_free(seen, Verdict::BeginAt { since });
         }
         let drop_slot = seen.slot.is_some();
         return if_free(seen, Verdict::Begin { drop_slot });
@@ -205,6 +217,14 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
         Some(_) if follows => if_free(seen, Verdict::Follow),
         Some(_) => if_free(seen, Verdict::Resume),
     }
+}
+
+/// Where the slot of an interrupted set-up begins, if it may be begun with.
+fn begun_at(seen: &Observed, recorded: &Recorded) -> Option<PgLsn> {
+    let (slot, since) = seen.slot.as_ref().zip(seen.since)?;
+    let same = recorded.cluster == seen.source && seen.noted == Some(recorded.began);
+    let whole = slot.confirmed == Some(since) && since <= seen.source_lsn;
+    (same && whole && !slot.lost).then_some(since)
 }
 
 /// Whether everything up to `applied` is part of the timeline that the source is on now, and its slot has come along.
@@ -345,6 +365,7 @@ mod tests {
             source_lsn: PgLsn::from(200),
             slot: Some(slot(90)),
             noted: Some(5),
+            since: Some(PgLsn::from(80)),
             recorded: Some(Recorded {
                 cluster: cluster(7, 1),
                 began: 5,
@@ -389,6 +410,40 @@ mod tests {
             another_source_meanwhile,
             Ok(Verdict::Begin { drop_slot: false })
         );
+    }
+
+    #[test]
+    fn an_interrupted_set_up_begins_with_its_slot_only_where_that_is_whole() {
+        let interrupted = |change: fn(&mut Observed)| {
+            after(|seen| {
+                (seen.applied, seen.since) = (None, Some(PgLsn::from(90)));
+                change(seen);
+            })
+        };
+        let since = PgLsn::from(90);
+        assert_eq!(interrupted(|_| {}), Ok(Verdict::BeginAt { since }));
+        type Change = fn(&mut Observed);
+        let drop: [Change; 7] = [
+            |seen| seen.since = None,
+            |seen| seen.noted = None,
+            |seen| seen.noted = Some(6),
+            |seen| seen.slot = Some(slot(91)),
+            |seen| seen.slot.as_mut().unwrap().confirmed = None,
+            |seen| seen.slot.as_mut().unwrap().lost = true,
+            |seen| seen.source_lsn = PgLsn::from(89),
+        ];
+        for change in drop {
+            assert_eq!(interrupted(change), Ok(Verdict::Begin { drop_slot: true }));
+        }
+        let busy = interrupted(|seen| seen.slot.as_mut().unwrap().active_pid = Some(42));
+        assert!(matches!(busy, Err(Mismatch::SlotActive { .. })));
+        let another_timeline = interrupted(|seen| seen.source = cluster(7, 2));
+        assert!(matches!(
+            another_timeline,
+            Err(Mismatch::SlotOccupied { .. })
+        ));
+        let gone = interrupted(|seen| seen.slot = None);
+        assert_eq!(gone, Ok(Verdict::Begin { drop_slot: false }));
     }
 
     #[test]

@@ -76,6 +76,7 @@ async fn prepare(
             }
             begun?
         }
+        Verdict::BeginAt { .. } => unreachable!("what is sent begins at its slot in any case"),
         Verdict::Resume | Verdict::Follow => {
             source.found.require_unaltered(&source.stream)?;
             source.leave_out_what_cannot_be_published();
@@ -110,7 +111,7 @@ pub(super) async fn rehearse(config: &Config, database: &str) -> Result<(), Setu
         database: database.to_owned(),
         source,
     })? {
-        Verdict::Begin { .. } => source.judge().await,
+        Verdict::Begin { .. } | Verdict::BeginAt { .. } => source.judge().await,
         Verdict::Resume | Verdict::Follow => source.found.require_unaltered(&source.stream),
     }
 }

@@ -15,7 +15,8 @@
 //!
 //! # Invariants
 //! - What is decoded from [`create`]'s slot began when its catalog was right.
-//! - Killed in between, the slot is there and nothing says yet that it may be gone on with: the next start drops it.
+//! - Killed in between, the slot is there and nothing says yet that it may be gone on with: the next start drops it. Killed
+//!   behind the note, the next start begins with it.
 //! - A history begins before its slot is there, so no slot is taken for one of a history before.
 
 use super::error::{SetupError, Side};

@@ -184,13 +184,14 @@ pub(crate) async fn refresh_views(
 
 /// Gathers statistics, without which the replica's first plans after a promotion would be bad.
 /// `tables` are copied tables with the topmost table above each; where all of a partitioned table is
-/// new, the topmost one is analyzed, which includes its partitions.
+/// new, the topmost one is analyzed, which includes its partitions. What was `analyzed` since its rows are there is left out.
 pub(crate) async fn analyze(
     replica: &Client,
     tables: &[(TableName, TableName)],
     roots: bool,
+    analyzed: &HashSet<TableName>,
 ) -> Result<(), CopyError> {
-    let mut done = HashSet::new();
+    let mut done: HashSet<&TableName> = analyzed.iter().collect();
     for (table, root) in tables {
         let target = if roots { root } else { table };
         if !done.insert(target) {

@@ -13,7 +13,7 @@
 //! # Invariants
 //! - Killed anywhere and called again with a new snapshot, it ends in the same place: tables that
 //!   hold their rows (`copied`) keep them and their older snapshot LSN, the others are emptied and
-//!   filled again, indexes that exist stay.
+//!   filled again, indexes that exist stay, and so do statistics.
 //! - A table is `ready` only when rows, indexes and constraints are there.
 //! - Whatever of the source is not carried over is logged as a warning and told to the observer.
 //!
@@ -158,7 +158,7 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
 
     observer.phase(CopyPhase::PreData);
     let held = ledger.begin(&replica, &names, job.listed).await?;
-    let schema = schema::Schema::dump(job, &sessions, &source, &replica, observer).await?;
+    let schema = schema::Schema::new(job, &sessions, &source, observer).await?;
     // An earlier copy may have been killed between creating and quieting them.
     quiet::quiet(&replica, observer).await?;
     schema.restore_pre_data(&source, &replica).await?;
@@ -189,7 +189,8 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
         .iter()
         .map(|table| (table.name.clone(), table.root.clone()))
         .collect();
-    finish::analyze(&replica, &pairs, job.whole_schema).await?;
+    let analyzed = ledger.analyzed_since_copied(&replica).await?;
+    finish::analyze(&replica, &pairs, job.whole_schema, &analyzed).await?;
     if job.whole_schema {
         let views = finish::filled_views(&source).await?;
         finish::refresh_views(&replica, &views, observer).await?;

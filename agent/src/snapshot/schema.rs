@@ -9,6 +9,9 @@
 //! attached last, when its indexes exist: attaching first would give it the parent's indexes under
 //! other names, and then a second set of its own.
 //!
+//! Dumping takes longer than looking, so it is done when something is to be restored of it: a copy that is killed again and
+//! again while its rows are copied does not begin with a dump each time.
+//!
 //! # Invariants
 //! - The source's event triggers never see the restore: its sessions are in replica role.
 //!
@@ -17,6 +20,7 @@
 
 use std::collections::HashSet;
 
+use tokio::sync::OnceCell;
 use tokio_postgres::Client;
 
 use super::deferred::{self, Statement};
@@ -33,65 +37,66 @@ use crate::catalog::{TableName, quote_ident};
 pub(super) struct Schema<'a> {
     job: &'a CopyJob<'a>,
     sessions: &'a Sessions<'a>,
-    dump: Dump,
+    dump: OnceCell<Dump>,
     observer: &'a dyn CopyObserver,
     /// Tables of the job and the partitioned tables above them, without those of `dr_agent`.
     tables: Vec<TableName>,
 }
 
 impl<'a> Schema<'a> {
-    /// Finds the tools, dumps the schema at the snapshot, and decides about owners.
-    pub(super) async fn dump(
+    /// Nothing is dumped yet.
+    pub(super) async fn new(
         job: &'a CopyJob<'a>,
         sessions: &'a Sessions<'a>,
         source: &Client,
-        replica: &Client,
         observer: &'a dyn CopyObserver,
     ) -> Result<Self, CopyError> {
-        let tools = Tools::find(
-            job.settings.pg_bin.as_deref(),
-            sessions.source.version_num(),
-        )
-        .await?;
-        let dump = Dump::new(tools)?;
         let own: Vec<TableName> = job
             .tables
             .iter()
             .map(|table| table.name.clone())
             .filter(|name| name.schema != "dr_agent")
             .collect();
-        let roles = inventory::roles(source).await?;
-        let mut dump = dump;
-        dump.extensions_of(inventory::extension_owners(source).await?);
-        let mut schema = Self {
+        Ok(Self {
             job,
             sessions,
-            dump,
+            dump: OnceCell::new(),
             observer,
             tables: inventory::with_ancestors(source, own).await?,
-        };
-        if job.whole_schema {
-            schema.dump_to("schema", &[]).await?;
-        } else if !schema.tables.is_empty() {
-            schema.dump_to("schema", &schema.tables).await?;
-        } else {
-            return Ok(schema);
-        }
-        let lacking = inventory::lacking_roles(replica, &roles).await?;
-        let everything = LeftOut::default();
-        let without = schema
-            .dump
-            .leave_out_roles("schema", &everything, &lacking)
-            .await?;
-        for what in without {
-            super::leave_out(observer, &what);
-        }
-        Ok(schema)
+        })
     }
 
-    /// Dumps `tables`, or everything where there are none.
-    async fn dump_to(&self, archive: &str, tables: &[TableName]) -> Result<(), CopyError> {
-        self.dump.take(&self.sessions.source, archive, tables).await
+    /// Whether there is anything to dump.
+    fn is_nothing(&self) -> bool {
+        !self.job.whole_schema && self.tables.is_empty()
+    }
+
+    /// The dump of the schema, taken when it is first asked for.
+    async fn dump(&self, source: &Client, replica: &Client) -> Result<&Dump, CopyError> {
+        let taking = || self.take_dump(source, replica);
+        self.dump.get_or_try_init(taking).await
+    }
+
+    /// Finds the tools, dumps the schema at the snapshot, and decides about owners.
+    async fn take_dump(&self, source: &Client, replica: &Client) -> Result<Dump, CopyError> {
+        let from = &self.sessions.source;
+        let pg_bin = self.job.settings.pg_bin.as_deref();
+        let tools = Tools::find(pg_bin, from.version_num()).await?;
+        let roles = inventory::roles(source).await?;
+        let mut dump = Dump::new(tools)?;
+        dump.extensions_of(inventory::extension_owners(source).await?);
+        let tables: &[TableName] = match self.job.whole_schema {
+            true => &[],
+            false => &self.tables,
+        };
+        dump.take(from, "schema", tables).await?;
+        let lacking = inventory::lacking_roles(replica, &roles).await?;
+        let everything = LeftOut::default();
+        let without = dump.leave_out_roles("schema", &everything, &lacking);
+        for what in without.await? {
+            super::leave_out(self.observer, &what);
+        }
+        Ok(dump)
     }
 
     /// Makes sure that every table exists on the replica, empty or not.
@@ -108,7 +113,8 @@ impl<'a> Schema<'a> {
             let extensions = inventory::extensions(source).await?;
             inventory::check_extensions(replica, &extensions).await?;
             inventory::check_untrusted(replica, &extensions).await?;
-            let script = self.script("schema", &LeftOut::default()).await?;
+            let dump = self.dump(source, replica).await?;
+            let script = self.script(dump, "schema", &LeftOut::default()).await?;
             return self.execute_pre_data(&script).await;
         }
         if by_hand && self.job.whole_schema {
@@ -117,13 +123,15 @@ impl<'a> Schema<'a> {
         if missing.is_empty() {
             return Ok(());
         }
-        self.bring_along(source, replica).await?;
+        let dump = self.dump(source, replica).await?;
+        self.bring_along(dump, source, replica).await?;
         let mut missing = missing;
         missing.extend(inventory::lacking_sequences(source, replica, &missing).await?);
-        self.dump_to("missing", &missing).await?;
+        dump.take(&self.sessions.source, "missing", &missing)
+            .await?;
         let mut left_out = LeftOut::default();
         left_out.kind("TABLE ATTACH");
-        let script = self.script("missing", &left_out).await?;
+        let script = self.script(dump, "missing", &left_out).await?;
         let schemas: HashSet<&str> = missing.iter().map(|table| table.schema.as_str()).collect();
         let create: String = schemas
             .into_iter()
@@ -134,16 +142,19 @@ impl<'a> Schema<'a> {
 
     /// Creates what a late table may need and the replica has not: schemas, types, functions, extensions. One that cannot be
     /// created is missing afterwards as it was before; whether the table needs it, its own creation shows.
-    async fn bring_along(&self, source: &Client, replica: &Client) -> Result<(), CopyError> {
+    async fn bring_along(
+        &self,
+        dump: &Dump,
+        source: &Client,
+        replica: &Client,
+    ) -> Result<(), CopyError> {
         let mut left_out = LeftOut::default();
         for entry in inventory::present_pre_data(source, replica).await? {
             left_out.entry(&entry);
         }
-        self.dump
-            .take_without_tables(&self.sessions.source, "needed")
+        dump.take_without_tables(&self.sessions.source, "needed")
             .await?;
-        self.dump
-            .create_what_can_be("needed", &left_out, &self.sessions.replica)
+        dump.create_what_can_be("needed", &left_out, &self.sessions.replica)
             .await
     }
 
@@ -177,11 +188,14 @@ impl<'a> Schema<'a> {
         transaction.commit().await.map_err(doing())
     }
 
-    async fn script(&self, archive: &str, left_out: &LeftOut) -> Result<String, CopyError> {
+    async fn script(
+        &self,
+        dump: &Dump,
+        archive: &str,
+        left_out: &LeftOut,
+    ) -> Result<String, CopyError> {
         let version_num = self.sessions.replica.version_num();
-        self.dump
-            .script(archive, left_out, PRE_DATA, version_num)
-            .await
+        dump.script(archive, left_out, PRE_DATA, version_num).await
     }
 
     /// Builds indexes, constraints, triggers and rules, then attaches new partitions.
@@ -196,9 +210,10 @@ impl<'a> Schema<'a> {
         replicated: &HashSet<TableName>,
         one_snapshot: bool,
     ) -> Result<(), CopyError> {
-        if !self.dump.path("schema").exists() {
+        if self.is_nothing() {
             return Ok(());
         }
+        let dump = self.dump(source, replica).await?;
         let attachments = inventory::unattached(source, replica, &self.tables).await?;
         let mut left_out = LeftOut::default();
         let present = inventory::present_post_data(source, replica).await?;
@@ -228,26 +243,27 @@ impl<'a> Schema<'a> {
                 later.push(Statement::foreign_key(&key));
             }
         }
-        match self.build(&left_out).await {
+        match self.build(dump, &left_out).await {
             Err(error) if error.is_missing_reference() => {
-                self.build_without_keys(source, replica, left_out).await?;
+                let both = (source, replica);
+                self.build_without_keys(dump, both, left_out).await?;
             }
             built => built?,
         }
         deferred::run_or_defer(replica, self.job, &later).await
     }
 
-    async fn build(&self, left_out: &LeftOut) -> Result<(), CopyError> {
+    async fn build(&self, dump: &Dump, left_out: &LeftOut) -> Result<(), CopyError> {
         let (replica, jobs) = (&self.sessions.replica, self.sessions.jobs());
-        self.dump.build("schema", left_out, replica, jobs).await
+        dump.build("schema", left_out, replica, jobs).await
     }
 
     /// Rows of the source violate one of its own foreign keys: what was written in replica role, or with triggers disabled.
     /// Everything else is built as before, and each key by itself.
     async fn build_without_keys(
         &self,
-        source: &Client,
-        replica: &Client,
+        dump: &Dump,
+        (source, replica): (&Client, &Client),
         mut left_out: LeftOut,
     ) -> Result<(), CopyError> {
         let present = inventory::present_post_data(source, replica).await?;
@@ -260,7 +276,7 @@ impl<'a> Schema<'a> {
                 keys.push(Statement::foreign_key(&key));
             }
         }
-        self.build(&left_out).await?;
+        self.build(dump, &left_out).await?;
         deferred::add_keys(replica, &keys, self.observer).await
     }
 }

@@ -12,7 +12,7 @@
 
 use std::collections::HashSet;
 
-use tokio_postgres::{Client, GenericClient};
+use tokio_postgres::{Client, GenericClient, Row};
 
 use super::error::CopyError;
 use super::layout::name_arrays;
@@ -82,13 +82,7 @@ impl Ledger<'_> {
             .query(HELD, &[&self.stream.as_str()])
             .await
             .map_err(CopyError::replica("read dr_agent.table_sync"))?;
-        Ok(rows
-            .iter()
-            .map(|row| TableName {
-                schema: row.get(0),
-                name: row.get(1),
-            })
-            .collect())
+        Ok(rows.iter().map(table_name).collect())
     }
 
     /// Marks a table as `copying`.
@@ -175,6 +169,22 @@ impl Ledger<'_> {
         })
     }
 
+    /// What an earlier copy that was killed has analyzed since the last row of the stream was copied.
+    pub(super) async fn analyzed_since_copied(
+        self,
+        replica: &Client,
+    ) -> Result<HashSet<TableName>, CopyError> {
+        const SQL: &str = "
+            SELECT schemaname::text, relname::text FROM pg_stat_user_tables
+             WHERE last_analyze > (SELECT max(updated_at) FROM dr_agent.table_sync
+                                    WHERE stream = $1 AND state IN ('copied', 'ready'))";
+        let rows = replica
+            .query(SQL, &[&self.stream.as_str()])
+            .await
+            .map_err(CopyError::replica("look up what was analyzed"))?;
+        Ok(rows.iter().map(table_name).collect())
+    }
+
     /// Marks the tables as `ready`: rows, indexes and constraints are there.
     pub(super) async fn ready(
         self,
@@ -198,6 +208,13 @@ impl Ledger<'_> {
             }),
             _ => Ok(()),
         }
+    }
+}
+
+fn table_name(row: &Row) -> TableName {
+    TableName {
+        schema: row.get(0),
+        name: row.get(1),
     }
 }
 
