@@ -9,6 +9,7 @@
 //! - No password is stored in a printable field.
 
 mod archive;
+pub mod reload;
 mod route;
 
 use std::collections::BTreeMap;
@@ -300,7 +301,7 @@ pub struct CopySettings {
 }
 
 /// `[[promote.hook]]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hook {
     /// What the report calls it.
     pub name: String,

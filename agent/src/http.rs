@@ -5,6 +5,7 @@
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use axum::extract::State as Shared;
 use axum::http::{StatusCode, header};
@@ -14,9 +15,10 @@ use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Serialize;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Objectives;
+use crate::config::{Config, Objectives};
 use crate::status::{DatabaseStatus, Leg, Registry, State};
 use crate::watch::Side;
 use crate::{metrics, time};
@@ -28,11 +30,15 @@ pub struct Shown {
     pub prometheus: PrometheusHandle,
     /// The pipelines.
     pub registry: Registry,
-    /// From the configuration.
-    pub objectives: Objectives,
+    /// The configuration in use.
+    pub config: watch::Receiver<Arc<Config>>,
 }
 
 impl Shown {
+    fn objectives(&self) -> Objectives {
+        self.config.borrow().objectives
+    }
+
     fn databases(&self) -> Vec<DatabaseStatus> {
         self.registry.read(time::now())
     }
@@ -92,11 +98,12 @@ async fn scraped(Shared(shown): Shared<Shown>) -> impl IntoResponse {
 }
 
 async fn status(Shared(shown): Shared<Shown>) -> impl IntoResponse {
+    let objectives = shown.objectives();
     Json(Status {
         version: crate::VERSION,
         objectives: StatusObjectives {
-            rpo_seconds: shown.objectives.rpo.as_secs_f64(),
-            rto_seconds: shown.objectives.rto.as_secs_f64(),
+            rpo_seconds: objectives.rpo.as_secs_f64(),
+            rto_seconds: objectives.rto.as_secs_f64(),
         },
         clock_offset_seconds: StatusClocks {
             source: shown.registry.servers().clock_offset_seconds(Side::Source),
@@ -147,7 +154,7 @@ async fn readyz(Shared(shown): Shared<Shown>) -> Response {
 }
 
 async fn page(Shared(shown): Shared<Shown>) -> impl IntoResponse {
-    Html(render(&shown.objectives, &shown.databases()))
+    Html(render(&shown.objectives(), &shown.databases()))
 }
 
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;\

@@ -64,16 +64,23 @@ pub struct Verdict {
 impl Lag {
     /// Starts without knowledge.
     pub fn new(heartbeat_every: Duration, rpo: Duration) -> Self {
-        let micros = |d: Duration| i64::try_from(d.as_micros()).unwrap_or(i64::MAX);
-        Self {
-            heartbeat_every: micros(heartbeat_every),
-            rpo: micros(rpo),
+        let mut lag = Self {
+            heartbeat_every: 0,
+            rpo: 0,
             source: SourceClock::default(),
             resumed: None,
             applied: None,
             received: None,
             queued_oldest: None,
-        }
+        };
+        lag.go_by(heartbeat_every, rpo);
+        lag
+    }
+
+    /// Judges by other values of the configuration from now on.
+    pub fn go_by(&mut self, heartbeat_every: Duration, rpo: Duration) {
+        let micros = |d: Duration| i64::try_from(d.as_micros()).unwrap_or(i64::MAX);
+        (self.heartbeat_every, self.rpo) = (micros(heartbeat_every), micros(rpo));
     }
 
     /// The source's clock is this far ahead of the agent's time.

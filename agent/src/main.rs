@@ -2,13 +2,14 @@
 //! mistakes show at once; then the runtime.
 
 use std::io::IsTerminal as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser as _;
 use dr_agent::aws;
 use dr_agent::cli::{Cli, Command, Shared};
 use dr_agent::cmd;
-use dr_agent::config::{Config, ConfigError};
+use dr_agent::config::Config;
 use dr_agent::error::{Classify, chain};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -22,7 +23,7 @@ const USAGE: u8 = 2;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     start_logging(&cli.shared);
-    let config = match load(&cli.shared) {
+    let config = match cmd::reload::load(&cli.shared.config) {
         Ok(config) => config,
         Err(error) => {
             failed(&error);
@@ -39,7 +40,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let outcome = runtime.block_on(Box::pin(run(cli.command, config)));
+    let outcome = runtime.block_on(Box::pin(run(cli.command, config, cli.shared.config)));
     // Tasks that are still sleeping or blocked hold nothing that matters after the outcome is known.
     runtime.shutdown_background();
     outcome.unwrap_or_else(|error| {
@@ -57,7 +58,7 @@ fn failed(error: &(impl Classify + 'static)) -> ExitCode {
     ExitCode::FAILURE
 }
 
-async fn run(command: Command, config: Config) -> anyhow::Result<ExitCode> {
+async fn run(command: Command, config: Config, file: PathBuf) -> anyhow::Result<ExitCode> {
     // Whoever hangs up in the middle of a promotion, or tells an agent to look again, kills neither: once it is listened for,
     // the signal does nothing else.
     let _hangup = signal(SignalKind::hangup()).ok();
@@ -67,22 +68,13 @@ async fn run(command: Command, config: Config) -> anyhow::Result<ExitCode> {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => failed(&error),
         }),
-        Command::Run => cmd::run::run(config).await,
-        Command::Apply => cmd::run::apply(config).await,
+        Command::Run => cmd::run::run(config, file).await,
+        Command::Apply => cmd::run::apply(config, file).await,
         Command::Status(args) => Ok(cmd::status::run(config, args).await),
         Command::Promote(args) => Ok(cmd::promote::run(config, args).await),
         Command::Backup(args) => Ok(cmd::backup::run(config, args).await),
         Command::Restore(args) => Ok(cmd::restore::run(config, args).await),
     }
-}
-
-fn load(shared: &Shared) -> Result<Config, ConfigError> {
-    let origin = shared.config.display().to_string();
-    let text = std::fs::read_to_string(&shared.config).map_err(|error| ConfigError::Syntax {
-        origin: origin.clone(),
-        message: format!("cannot be read: {error}; name the file with --config or DR_AGENT_CONFIG"),
-    })?;
-    Config::parse(&origin, &text, std::env::vars())
 }
 
 /// Logs go to standard error; `RUST_LOG` chooses, `info` otherwise.

@@ -289,9 +289,14 @@ pub fn install(objectives: &Objectives) -> Result<PrometheusHandle, BuildError> 
         }
     }
     gauge!("dr_agent_build_info", "version" => crate::VERSION).set(1.0);
+    self::objectives(objectives);
+    Ok(handle)
+}
+
+/// Shows the objectives of the configuration.
+pub fn objectives(objectives: &Objectives) {
     gauge!("dr_agent_objective_rpo_seconds").set(objectives.rpo.as_secs_f64());
     gauge!("dr_agent_objective_rto_seconds").set(objectives.rto.as_secs_f64());
-    Ok(handle)
 }
 
 /// The metrics of one database's archive; exported where there is one.

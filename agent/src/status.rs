@@ -18,6 +18,7 @@ mod judge;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -213,6 +214,11 @@ impl StatusCell {
     /// What is known of the lag. Outlives sessions: while one is being restored, the lag goes on growing from where it was.
     pub fn lag(&self) -> Lag {
         self.lock().lag.clone()
+    }
+
+    /// The lag is judged by these values of the configuration from now on.
+    pub fn go_by(&self, heartbeat_every: Duration, rpo: Duration) {
+        self.lock().lag.go_by(heartbeat_every, rpo);
     }
 
     /// Takes over what a session knows.

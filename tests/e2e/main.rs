@@ -60,6 +60,7 @@ mod promote_kinesis;
 mod promote_sequences;
 mod refused;
 mod refused_start;
+mod reload;
 mod restore;
 mod restore_target;
 mod restore_told;

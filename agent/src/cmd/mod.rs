@@ -8,6 +8,7 @@ pub mod check;
 pub mod init;
 mod kinesis_status;
 pub mod promote;
+pub mod reload;
 pub mod restore;
 pub mod run;
 pub mod status;

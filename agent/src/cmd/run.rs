@@ -3,22 +3,25 @@
 //! Pipelines share the HTTP listener, the watch of the two servers and the configuration, and nothing else. One that stops
 //! with a definite error leaves the others running, shows its error and looks again from time to time whether it was mended.
 //! So the process stays even when none streams any more: somebody has to go on saying so, with a lag that grows. It ends when
-//! it is told to, or once every pipeline is fenced, which no time mends.
+//! it is told to, or once every pipeline is fenced, which no time mends. SIGHUP has it read its configuration file again
+//! ([`super::reload`]).
 //!
 //! # Invariants
 //! - What a pipeline's task leaves behind when it dies of a bug is shown as stopped, and it is begun anew.
 
 use std::collections::{BTreeSet, HashMap};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch::channel;
+use tokio::sync::watch::{Receiver, channel};
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
+use super::reload::Reloading;
 use crate::backoff::{self, Decision};
 use crate::backup;
 use crate::config::{Config, Databases, Route};
@@ -45,16 +48,16 @@ const FENCED: u8 = 3;
 const USAGE: u8 = 2;
 
 /// `dr-agent run`.
-pub async fn run(config: Config) -> anyhow::Result<ExitCode> {
+pub async fn run(config: Config, file: PathBuf) -> anyhow::Result<ExitCode> {
     let leg = match config.route {
         Route::Direct => Leg::Whole,
         Route::Kinesis { .. } => Leg::Send,
     };
-    serve(config, leg).await
+    serve(config, file, leg).await
 }
 
 /// `dr-agent apply`.
-pub async fn apply(config: Config) -> anyhow::Result<ExitCode> {
+pub async fn apply(config: Config, file: PathBuf) -> anyhow::Result<ExitCode> {
     if config.route == Route::Direct {
         eprintln!(
             "dr-agent: route.kind is \"direct\": `dr-agent run` applies to the replica itself"
@@ -62,13 +65,14 @@ pub async fn apply(config: Config) -> anyhow::Result<ExitCode> {
         eprintln!("  hint: apply belongs to route.kind = \"kinesis\"");
         return Ok(ExitCode::from(USAGE));
     }
-    serve(config, Leg::Apply).await
+    serve(config, file, Leg::Apply).await
 }
 
 /// Runs until stopped: 0 after SIGTERM or SIGINT, 1 where not everything that had been received was applied in time, 3 once
 /// all are fenced, 1 where it cannot begin.
-async fn serve(config: Config, leg: Leg) -> anyhow::Result<ExitCode> {
+async fn serve(config: Config, file: PathBuf, leg: Leg) -> anyhow::Result<ExitCode> {
     let config = Arc::new(config);
+    let (in_use, config_in_use) = channel(Arc::clone(&config));
     let prometheus =
         metrics::install(&config.objectives).context("install the metrics recorder")?;
     let listener = http::bind(config.http_listen).await.with_context(|| {
@@ -87,7 +91,7 @@ async fn serve(config: Config, leg: Leg) -> anyhow::Result<ExitCode> {
     let shown = Shown {
         prometheus,
         registry: registry.clone(),
-        objectives: config.objectives,
+        config: config_in_use.clone(),
     };
     let http = tokio::spawn(http::serve(listener, shown, served.clone()));
     for side in Side::ALL {
@@ -102,7 +106,7 @@ async fn serve(config: Config, leg: Leg) -> anyhow::Result<ExitCode> {
     }
     let waker = Waker::default();
     let mut supervisor = Supervisor {
-        config,
+        in_use: config_in_use,
         leg,
         registry,
         stop: stop.clone(),
@@ -114,7 +118,12 @@ async fn serve(config: Config, leg: Leg) -> anyhow::Result<ExitCode> {
         died: false,
         not_drained: false,
     };
-    tokio::spawn(wake_on_signal(waker));
+    let reloading = Reloading {
+        file,
+        in_use,
+        waker,
+    };
+    tokio::spawn(reloading.on_signal());
     tokio::spawn(stop_on_signal(
         stop,
         "stopping: what has been received is still applied",
@@ -149,20 +158,6 @@ pub(super) async fn stop_on_signal(stop: CancellationToken, saying: &'static str
     std::process::abort();
 }
 
-/// SIGHUP: what waits, stopped or between two attempts, tries now. What every attempt reads anew needs nothing else.
-async fn wake_on_signal(waker: Waker) {
-    let Ok(mut hangup) = signal(SignalKind::hangup()) else {
-        return;
-    };
-    while hangup.recv().await.is_some() {
-        tracing::info!(
-            "SIGHUP: looking again at every database that does not stream; passwords and certificates are read anew, the \
-             configuration file at the next start"
-        );
-        waker.now();
-    }
-}
-
 /// As `/status` says it.
 fn shown(leg: Leg) -> status::Leg {
     match leg {
@@ -173,7 +168,7 @@ fn shown(leg: Leg) -> status::Leg {
 }
 
 struct Supervisor {
-    config: Arc<Config>,
+    in_use: Receiver<Arc<Config>>,
     leg: Leg,
     registry: Registry,
     stop: CancellationToken,
@@ -194,7 +189,7 @@ impl Supervisor {
         }
         let mut discover = tokio::time::interval(DISCOVER_EVERY);
         discover.reset();
-        let discovers = self.config.source.databases == Databases::All;
+        let discovers = self.config().source.databases == Databases::All;
         loop {
             tokio::select! {
                 biased;
@@ -203,10 +198,15 @@ impl Supervisor {
                     Some(Ok((_, End::Stopped))) => {}
                     Some(Ok((_, End::Fenced))) => self.fenced = true,
                     Some(Ok((_, End::NotDrained))) => self.not_drained = true,
+                    Some(Ok((id, End::Reconfigured))) => {
+                        if let Some((database, cell)) = self.cells.remove(&id) {
+                            self.begin(database, cell, Duration::ZERO);
+                        }
+                    }
                     Some(Err(error)) => self.died(&error),
                 },
                 _ = discover.tick(), if discovers && !self.stop.is_cancelled() => {
-                    match setup::source_databases(&self.config).await {
+                    match setup::source_databases(&self.config()).await {
                         Ok(databases) => self.start(databases),
                         // The pipelines notice an unreachable source themselves.
                         Err(error) => tracing::debug!(error = %chain(&error), "no look for new databases"),
@@ -223,11 +223,15 @@ impl Supervisor {
         }
     }
 
+    fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.in_use.borrow())
+    }
+
     /// Finds the databases; without a source there is nothing to start, so it waits for one.
     async fn first_discovery(&mut self) -> Result<(), ExitCode> {
         let mut attempt = 0;
         loop {
-            let error = match setup::source_databases(&self.config).await {
+            let error = match setup::source_databases(&self.config()).await {
                 Ok(databases) => {
                     self.start(databases);
                     return Ok(());
@@ -238,7 +242,7 @@ impl Supervisor {
             let hint = error.hint();
             let hint = hint.as_deref();
             let text = chain(&error);
-            let retry_max = self.config.limits.retry_max;
+            let retry_max = self.config().limits.retry_max;
             match backoff::decide(error.class(), attempt, retry_max, rand::random()) {
                 Decision::Retry(pause) => {
                     tracing::warn!(attempt, ?pause, error = %text, hint, "no databases known yet, will retry");
@@ -262,7 +266,7 @@ impl Supervisor {
             if !self.started.insert(database.clone()) {
                 continue;
             }
-            let (config, leg) = (&self.config, shown(self.leg));
+            let (config, leg) = (self.config(), shown(self.leg));
             let stream = config.stream(&database);
             let lag = Lag::new(config.source.heartbeat_every, config.objectives.rpo);
             let servers = self.registry.servers();
@@ -294,22 +298,15 @@ impl Supervisor {
     /// Begins a database's pipeline after a pause.
     fn begin(&mut self, database: String, cell: StatusCell, pause: Duration) {
         let (broken, broken_at) = channel(None);
-        let (config, leg, stop) = (Arc::clone(&self.config), self.leg, self.stop.clone());
+        let (in_use, leg, stop) = (self.in_use.clone(), self.leg, self.stop.clone());
         let wake = self.wake.clone();
         let known = (database.clone(), cell.clone());
         let task = self.pipelines.spawn(async move {
             if !pause.is_zero() && tokio::time::timeout(pause, stop.cancelled()).await.is_ok() {
                 return End::Stopped;
             }
-            let pipeline = Pipeline::new(
-                Arc::clone(&config),
-                leg,
-                &database,
-                cell,
-                stop.clone(),
-                wake,
-                broken,
-            );
+            let config = Arc::clone(&in_use.borrow());
+            let pipeline = Pipeline::new(in_use, leg, &database, cell, stop.clone(), wake, broken);
             // Base backups are taken for as long as the pipeline runs.
             let backing_up = stop.child_token();
             let keeping = async {

@@ -32,7 +32,7 @@ enum RawEncryption {
 }
 
 /// `[archive]`
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Archive {
     /// The store.
     pub url: StoreUrl,

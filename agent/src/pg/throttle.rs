@@ -32,6 +32,15 @@ pub(super) struct Bandwidth {
     schedule: Arc<Mutex<Schedule>>,
 }
 
+/// The same limit, whoever shares it.
+impl PartialEq for Bandwidth {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes_per_second == other.bytes_per_second
+    }
+}
+
+impl Eq for Bandwidth {}
+
 impl Bandwidth {
     pub(super) fn new(bytes_per_second: u64) -> Self {
         let bytes_per_second = bytes_per_second.max(1);
@@ -41,6 +50,10 @@ impl Bandwidth {
                 free_at: Instant::now(),
             })),
         }
+    }
+
+    pub(super) fn bytes_per_second(&self) -> u64 {
+        self.bytes_per_second
     }
 
     /// How much of a write may go out at once: never more than may gather.

@@ -48,6 +48,8 @@ pub(super) enum SessionError {
         "take copied tables in: the replica did not answer in time, or refused; the next start looks"
     )]
     LateJoin(#[source] Option<SetupError>),
+    #[error("the configuration was changed")]
+    Reconfigured,
     #[error("a new table is to be copied")]
     NewTable,
     #[error("table {table} is published on the source and not copied yet")]
@@ -80,10 +82,13 @@ impl Classify for SessionError {
             Self::LateSnapshot(error) => error.class(),
             // Whether the tables are in shows at the next start.
             Self::LateJoin(Some(error)) if error.class() == Class::Fenced => Class::Fenced,
-            Self::LateWaits(_) | Self::LateJoin(_) => Class::Transient,
-            Self::NewTable | Self::NotCopied { .. } | Self::NotDrained { .. } | Self::TaskLost => {
-                Class::Transient
-            }
+            Self::LateWaits(_)
+            | Self::LateJoin(_)
+            | Self::Reconfigured
+            | Self::NewTable
+            | Self::NotCopied { .. }
+            | Self::NotDrained { .. }
+            | Self::TaskLost => Class::Transient,
         }
     }
 
@@ -109,6 +114,7 @@ impl Classify for SessionError {
             ),
             Self::Log { .. }
             | Self::NoKinesisStream
+            | Self::Reconfigured
             | Self::NewTable
             | Self::NotCopied { .. }
             | Self::TaskLost => None,
@@ -143,7 +149,8 @@ impl SessionError {
     pub(super) fn is_expected(&self) -> bool {
         matches!(
             self,
-            Self::NewTable
+            Self::Reconfigured
+                | Self::NewTable
                 | Self::NotCopied { .. }
                 | Self::Sink(SinkError::TableNotCopied { .. } | SinkError::DomainNotKnown { .. })
         )

@@ -92,6 +92,8 @@ pub enum End {
     Stopped,
     /// It was told to stop, and what it had received was not applied in time.
     NotDrained,
+    /// The configuration was changed: it is to be begun anew with the one in use.
+    Reconfigured,
     /// The replica was promoted.
     Fenced,
 }
@@ -99,6 +101,8 @@ pub enum End {
 /// One database's pipeline.
 pub struct Pipeline {
     config: Arc<Config>,
+    /// What is in use, which may be another one meanwhile.
+    in_use: watch::Receiver<Arc<Config>>,
     leg: Leg,
     database: String,
     stream: StreamName,
@@ -119,7 +123,7 @@ pub struct Pipeline {
 impl Pipeline {
     /// A pipeline that has not started.
     pub fn new(
-        config: Arc<Config>,
+        in_use: watch::Receiver<Arc<Config>>,
         leg: Leg,
         database: &str,
         status: StatusCell,
@@ -127,11 +131,13 @@ impl Pipeline {
         wake: Wake,
         broken: watch::Sender<Option<PgLsn>>,
     ) -> Self {
+        let config = Arc::clone(&in_use.borrow());
         let stream = config.stream(database);
         let metrics = DatabaseMetrics::new(database);
         let database = database.to_owned();
         Self {
             config,
+            in_use,
             leg,
             database,
             stream,
@@ -148,6 +154,8 @@ impl Pipeline {
 
     /// Replicates until told to stop, or until an error needs a person.
     pub async fn run(mut self) -> End {
+        let (source, objectives) = (&self.config.source, &self.config.objectives);
+        self.status.go_by(source.heartbeat_every, objectives.rpo);
         if let Some(archive) = self
             .config
             .archive
@@ -168,7 +176,7 @@ impl Pipeline {
     /// One session after the other.
     async fn sessions(&mut self) -> End {
         let mut attempt = 0;
-        loop {
+        while !self.is_outdated() {
             let started = now_instant();
             let error = match self.session().await {
                 Ok(()) => {
@@ -205,6 +213,24 @@ impl Pipeline {
                 return end;
             }
         }
+        End::Reconfigured
+    }
+
+    /// Whether the configuration in use is another one by now.
+    fn is_outdated(&self) -> bool {
+        !Arc::ptr_eq(&self.config, &self.in_use.borrow())
+    }
+
+    /// Ends once it is.
+    async fn outdated(&self) -> SessionError {
+        let mut in_use = self.in_use.clone();
+        let another = in_use.wait_for(|config| !Arc::ptr_eq(config, &self.config));
+        // Where nobody reads the file any more it stays as it is.
+        let never = another.await.is_err();
+        if never {
+            std::future::pending::<()>().await;
+        }
+        SessionError::Reconfigured
     }
 
     /// How a session ended that was told to.
@@ -339,6 +365,7 @@ impl Pipeline {
             biased;
             outcome = streaming.run() => outcome,
             lost = prepared.right_lost() => Err(lost.into()),
+            outdated = self.outdated() => Err(outdated),
         };
         streaming.stop().await;
         let mut lag = streaming.owned.lag;

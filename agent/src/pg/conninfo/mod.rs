@@ -156,7 +156,7 @@ impl fmt::Display for Host {
 }
 
 /// How to reach a server.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct ConnInfo {
     pub(super) hosts: Vec<Host>,
     pub(super) user: String,
@@ -188,6 +188,23 @@ impl ConnInfo {
     pub fn with_bandwidth(mut self, bytes_per_second: u64) -> Self {
         self.bandwidth = Some(Bandwidth::new(bytes_per_second));
         self
+    }
+
+    /// What [`Self::with_bandwidth`] was given.
+    pub fn bytes_per_second(&self) -> Option<u64> {
+        self.bandwidth.as_ref().map(Bandwidth::bytes_per_second)
+    }
+
+    /// Shares the limit of another one's sessions, or has none where that has none.
+    #[must_use]
+    pub fn bound_like(mut self, other: &Self) -> Self {
+        self.bandwidth.clone_from(&other.bandwidth);
+        self
+    }
+
+    /// Whether both lead to the same place in the same way, whatever may be sent there.
+    pub fn is_same_place(&self, other: &Self) -> bool {
+        *self == other.clone().bound_like(self)
     }
 
     /// Reads a libpq-style URL (`postgres://…`, `postgresql://…`) or a `key=value` string.
