@@ -23,6 +23,7 @@ mod bad_input;
 mod by_hand;
 mod catch_up;
 mod check;
+mod check_roles;
 mod check_start;
 mod churn;
 mod connection;

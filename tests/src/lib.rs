@@ -34,6 +34,7 @@ pub mod http;
 pub mod kinesalite;
 pub mod kinesis_faults;
 pub mod moto;
+pub mod pooler;
 pub mod proxy;
 pub mod records;
 pub mod route;

@@ -103,10 +103,12 @@ pub(super) fn database(
     ));
     let uninstalled = here.extensions.iter().map(|(name, _)| name.as_str());
     let uninstalled = uninstalled.filter(|name| !installed.iter().any(|(there, _)| there == name));
-    findings.extend(
-        uninstalled
-            .filter_map(|name| startable::preloaded(&at, name, &source.server, &replica.server)),
-    );
+    for extension in uninstalled {
+        let preloaded = startable::preloaded(&at, extension, &source.server, &replica.server);
+        findings.extend(preloaded);
+        let in_it = startable::in_one_database(&at, extension, name, &replica.server);
+        findings.extend(in_it);
+    }
     if kept.progress.is_none() {
         let there = Place::database(Side::Replica, name);
         findings.extend(startable::newer_features(
@@ -348,7 +350,7 @@ fn missing(at: &Place, name: &TableName, kept: &Kept) -> Option<Finding> {
             "table_new",
             "is not on the replica yet: it is not protected",
         )
-        .hint("restart dr-agent run: it publishes tables that are new, and they are copied")
+        .hint("dr-agent run publishes and copies it by itself, within half a minute; its log says what is in the way if it does not")
     };
     Some(finding.on(name))
 }

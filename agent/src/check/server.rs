@@ -64,7 +64,7 @@ pub(super) struct Role {
 }
 
 /// The settings that are judged.
-const SETTINGS: [&str; 16] = [
+const SETTINGS: [&str; 17] = [
     "wal_level",
     "max_replication_slots",
     "max_wal_senders",
@@ -81,6 +81,7 @@ const SETTINGS: [&str; 16] = [
     "max_locks_per_transaction",
     "autovacuum_max_workers",
     "max_worker_processes",
+    "cron.database_name",
 ];
 
 /// Where the server's WAL ends; `None` on a standby.

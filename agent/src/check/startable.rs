@@ -18,6 +18,9 @@ const CREATED_WITHOUT: [&str; 5] = [
     "pg_prewarm",
 ];
 
+/// Extensions that are in one database of a server only: the setting that names it, and its default.
+const IN_ONE_DATABASE: [(&str, &str, &str); 1] = [("pg_cron", "cron.database_name", "postgres")];
+
 /// Whether the replica has room for the sessions of so many databases.
 pub(super) fn connections(
     at: &Place,
@@ -122,6 +125,32 @@ pub(super) fn preloaded(
     };
     Some(finding.on(name).hint(format!(
         "add {name} to shared_preload_libraries of the replica and restart it"
+    )))
+}
+
+/// Whether an extension can be created in this database of the replica, where a server has it in one database only.
+pub(super) fn in_one_database(
+    at: &Place,
+    name: &str,
+    database: &str,
+    replica: &Server,
+) -> Option<Finding> {
+    let (_, setting, default) = IN_ONE_DATABASE
+        .iter()
+        .find(|(extension, ..)| *extension == name)?;
+    let only = replica
+        .settings
+        .get(*setting)
+        .map_or(*default, String::as_str);
+    if only == database {
+        return None;
+    }
+    let finding = at.error(
+        "extension_database",
+        format!("can be created in database \"{only}\" of the replica only, by {setting} there"),
+    );
+    Some(finding.on(name).hint(format!(
+        "set {setting} = '{database}' on the replica and restart it"
     )))
 }
 
@@ -282,6 +311,21 @@ mod tests {
         assert_eq!(severity("hstore", ""), None);
         let unknown = preloaded(&at(), "pg_cron", &source, &server(150_000, &[]));
         assert_eq!(unknown.unwrap().severity, Severity::Note);
+    }
+
+    #[test]
+    fn an_extension_of_one_database_must_be_in_that_one() {
+        let found = |name, database, settings: &[(&str, &str)]| {
+            in_one_database(&at(), name, database, &server(150_000, settings))
+        };
+        let set = [("cron.database_name", "app")];
+        assert_eq!(found("pg_cron", "app", &set), None);
+        assert_eq!(found("pg_cron", "postgres", &[]), None);
+        assert_eq!(found("hstore", "app", &[]), None);
+        let missing = found("pg_cron", "app", &[]).unwrap();
+        assert_eq!(missing.severity, Severity::Error);
+        assert!(missing.hint.unwrap().contains("cron.database_name = 'app'"));
+        assert!(found("pg_cron", "other", &set).is_some());
     }
 
     #[test]
