@@ -214,11 +214,10 @@ impl Classify for SourceError {
             Self::Pg(error) => error.hint(),
             Self::Assemble(error) => error.hint(),
             Self::Spill(error) => error.hint(),
-            Self::UnknownFate { .. } => Some(
-                "nothing of the transaction was applied; report this with the source's version, and \
-                 copy the database anew"
-                    .to_owned(),
-            ),
+            Self::UnknownFate { .. } => Some(format!(
+                "nothing of the transaction was applied; report this with the source's version. {}",
+                remedy::start_over(remedy::SLOT_TOO)
+            )),
             Self::Behind { .. } => Some(
                 "source.url must lead every session to the same server".to_owned(),
             ),
@@ -229,7 +228,7 @@ impl Classify for SourceError {
             Self::Record(error) => error.hint(),
             Self::Archive(error) => error.hint(),
             Self::TooMuchWaits { .. } => Some(
-                "raise limits.spill_bytes (and give the disk that room), then start `dr-agent apply` again".to_owned(),
+                "raise limits.spill_bytes (and give the disk that room), then send SIGHUP to `dr-agent apply`".to_owned(),
             ),
             Self::BegunAnew { .. } => Some(format!(
                 "everything that the stream had before is applied. {}",

@@ -82,8 +82,8 @@ impl Classify for SpillError {
                     .to_owned(),
             ),
             Self::Full { .. } => Some(
-                "raise limits.spill_bytes (and give the disk that room), then start the agent \
-                 again; the transaction is sent again from its beginning"
+                "raise limits.spill_bytes (and give the disk that room), then send SIGHUP to the agent \
+                 (systemctl reload); the transaction is sent again from its beginning"
                     .to_owned(),
             ),
             Self::Damaged { .. } => {

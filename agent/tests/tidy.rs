@@ -273,6 +273,10 @@ fn no_hint_destroys_what_may_be_the_only_copy() {
         "DELETE its row",
         "DELETE FROM dr_agent",
         "TRUNCATE it",
+        "drop it and",
+        "drop the slot;",
+        "delete the row",
+        "copy the database anew",
     ];
     /// What says when that loses nothing; or a statement of ours, no advice.
     const HARMLESS: &[&str] = &[

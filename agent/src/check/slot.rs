@@ -258,7 +258,7 @@ fn two_phase(at: &Place, name: &str, slot: &Slot) -> Option<Finding> {
             "was created with two_phase, which dr-agent does not read",
         )
         .on(name)
-        .hint("drop the slot; dr-agent run creates its own")
+        .hint(remedy::start_over(&remedy::drop_slot(name)))
     })
 }
 

@@ -154,11 +154,22 @@ impl Classify for PgError {
                 "the server is a standby, or transactions there are read-only by default; it is tried again"
             }
             "42501" => "the role lacks a right; `dr-agent check` lists every one it needs",
-            "3D000" => "the database does not exist",
-            "53100" => "the server's disk is full; free space, the agent goes on by itself",
-            "53300" | "53400" => {
-                "raise max_connections, max_wal_senders or max_replication_slots on that server"
+            "3D000" => {
+                "create it, or mend its name: for the server as a whole it is in the URL, for each database on both sides the same"
             }
+            "53100" => "the server's disk is full; free space, the agent goes on by itself",
+            "53300" | "53400" => none_left(&error.message),
+            "53200" if error.message.contains("shared memory") => {
+                "raise max_locks_per_transaction on that server, and restart it; it is tried again"
+            }
+            "55000"
+                if error
+                    .message
+                    .contains("not currently accepting connections") =>
+            {
+                "that database lets nobody in (ALTER DATABASE … ALLOW_CONNECTIONS true); it is tried again"
+            }
+            "57P03" => "the server starts, stops or recovers; it is tried again",
             _ => return error.hint.clone(),
         };
         Some(ours.to_owned())
@@ -197,6 +208,33 @@ fn refused_at_the_door(message: &str) -> &'static str {
     let found = causes.iter().find(|(words, _)| message.contains(words));
     found.map_or(
         "pg_hba.conf or the role's attributes do not let us in; the message above says which",
+        |(_, hint)| hint,
+    )
+}
+
+/// What there is not enough of, which the message tells, where it is English.
+fn none_left(message: &str) -> &'static str {
+    let causes = [
+        (
+            "for role",
+            "raise the role's own limit on that server: ALTER ROLE … CONNECTION LIMIT; it is tried again",
+        ),
+        (
+            "for database",
+            "raise the database's own limit on that server: ALTER DATABASE … CONNECTION LIMIT; it is tried again",
+        ),
+        (
+            "max_wal_senders",
+            "raise max_wal_senders on that server, and restart it; it is tried again",
+        ),
+        (
+            "replication slots",
+            "raise max_replication_slots on that server, and restart it; it is tried again",
+        ),
+    ];
+    let found = causes.iter().find(|(words, _)| message.contains(words));
+    found.map_or(
+        "all sessions of that server are taken: end some, or raise max_connections there and restart it; it is tried again",
         |(_, hint)| hint,
     )
 }
@@ -275,5 +313,33 @@ mod tests {
             assert!(hint.contains(words), "{message}: {hint}");
         }
         assert!(refused("28P01", "password authentication failed").contains("password"));
+    }
+
+    #[test]
+    fn what_there_is_not_enough_of_is_named() {
+        let cases = [
+            ("sorry, too many clients already", "max_connections"),
+            (
+                "remaining connection slots are reserved for non-replication superuser connections",
+                "max_connections",
+            ),
+            ("too many connections for role \"dr\"", "ALTER ROLE"),
+            (
+                "too many connections for database \"app\"",
+                "ALTER DATABASE",
+            ),
+            (
+                "number of requested standby connections exceeds max_wal_senders (currently 2)",
+                "max_wal_senders",
+            ),
+            ("all replication slots are in use", "max_replication_slots"),
+        ];
+        for (message, words) in cases {
+            let hint = refused("53300", message);
+            assert!(hint.contains(words), "{message}: {hint}");
+        }
+        let locks = refused("53200", "out of shared memory");
+        assert!(locks.contains("max_locks_per_transaction"), "{locks}");
+        assert!(!refused("53200", "out of memory").contains("locks"));
     }
 }

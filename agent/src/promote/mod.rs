@@ -193,7 +193,8 @@ impl Classify for PromoteError {
             Self::Barred(_) => "once that is done, run the same command again: it opens what is left",
             Self::RowGone { .. } => "somebody changed schema dr_agent by hand; nothing more was done",
             Self::Stored { .. } => {
-                "if the replica was set up anew after an earlier promotion, delete the row; otherwise use the version that wrote it"
+                "use the version of dr-agent that wrote it; its row in dr_agent.promotion may go only if this replica was set up \
+                 anew after that promotion"
             }
             Self::NotOneMoment(_) => {
                 "the Kinesis stream did not lead that far, or was left out (--skip-drain): with more of it, run the same command \

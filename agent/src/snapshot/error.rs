@@ -245,8 +245,8 @@ impl Classify for CopyError {
                     .to_owned(),
             ),
             Self::ReplicaTable { .. } => Some(
-                "give the replica's table the source's columns, or drop it and let the copy \
-                 create it"
+                "give the replica's table the columns that the source's has (SET default_transaction_read_only = off; ALTER \
+                 TABLE), or rename it away if it is somebody else's; it is tried again then"
                     .to_owned(),
             ),
             Self::RowCount { .. } => Some(
@@ -271,10 +271,18 @@ fn tool_hint(stderr: &str) -> Option<String> {
     } else if stderr.contains("permission denied") || stderr.contains("must be owner") {
         "the role lacks a right; `dr-agent check` lists every one it needs"
     } else if stderr.contains("No space left on device") {
-        "the replica's disk is full; free space, the copy goes on by itself"
-    } else if stderr.contains("violates foreign key") || stderr.contains("could not create unique")
-    {
+        // The server speaks of its own files as ERROR.
+        match stderr.contains("ERROR:") {
+            true => "the server's disk is full; free space, the copy goes on by itself",
+            false => {
+                "the directory for temporary files (TMPDIR) of this machine is full; free space, the copy goes on by itself"
+            }
+        }
+    } else if stderr.contains("violates foreign key") {
         "the source itself holds rows that break this constraint; repair them there"
+    } else if stderr.contains("could not create unique") {
+        "the source itself holds rows that are equal by this index (SELECT … GROUP BY … HAVING count(*) > 1), or they are equal \
+         only here, where text is ordered by another locale or version of it: compare both, and repair what is wrong"
     } else {
         return None;
     };
@@ -288,13 +296,16 @@ fn server_hint(error: &PgError) -> Option<String> {
              repair it there"
         }
         "42P07" | "42710" | "42723" | "42P06" => {
-            "the replica's database is not empty; drop it and let the agent create it, or give it \
-             all of the source's tables"
+            "something of that name is there already, and it is not the agent's: rename it away, or let replica.url lead to \
+             another server; the copy goes into an empty database, or one that has all of the source's tables"
         }
         "42704" => {
             "the replica lacks a role, type or other object the source has; create it there first"
         }
-        "53200" => "raise max_locks_per_transaction on that server: every table is locked once",
+        "53200" if error.to_string().contains("shared memory") => {
+            "raise max_locks_per_transaction on that server, and restart it: every table is locked once"
+        }
+        "53200" => "that server has no memory left; it is tried again",
         _ => return None,
     };
     Some(hint.to_owned())
