@@ -651,6 +651,39 @@ async fn a_table_that_comes_later_and_never_changes_is_copied_all_the_same() {
         None,
         "the stream went on"
     );
+    applying.stop().await;
+    // It may die at any step of that.
+    let points = ["late:copied", "late:catching-up", "late:joined"];
+    for (n, point) in points.into_iter().enumerate() {
+        let mut armed = route.apply(&[("DR_AGENT_FAILPOINT", point)]);
+        armed.wait_for_streaming(&route.database.name).await;
+        source
+            .run(&format!(
+                "CREATE TABLE late_{n} (id int PRIMARY KEY, v int); INSERT INTO late_{n} SELECT g, 0 FROM generate_series(1, 500) g"
+            ))
+            .await;
+        let written = async {
+            for id in 1000.. {
+                source
+                    .run(&format!(
+                        "INSERT INTO late_{n} VALUES ({id}); UPDATE late_{n} SET v = {id} WHERE id = {id} - 1003; DELETE FROM late_{n} WHERE id = {id} - 5"
+                    ))
+                    .await;
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            () = armed.expect_death_by_signal() => {}
+            () = written => {}
+        }
+    }
+    let applying = route.apply(&[]);
+    let replica = route.database.replica().await;
+    wait_until("the tables to join", PATIENCE, || {
+        replica.holds("SELECT count(*) = 3 FROM dr_agent.table_sync WHERE table_name LIKE 'late%' AND state = 'ready'")
+    })
+    .await;
+    route.database.expect_equal().await;
     running.stop().await;
     applying.stop().await;
 }

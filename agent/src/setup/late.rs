@@ -252,6 +252,15 @@ pub async fn joined(
     transaction.commit().await.map_err(&doing)
 }
 
+/// What becomes of what was noted before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Noted {
+    /// It goes.
+    Alone,
+    /// It stays.
+    Beside,
+}
+
 /// Notes on the replica which tables are not protected for now: a promotion goes on without them.
 ///
 /// # Errors
@@ -260,11 +269,12 @@ pub async fn note_aside(
     replica: &ConnInfo,
     stream: &StreamName,
     aside: &[Aside],
+    noted: Noted,
 ) -> Result<(), SetupError> {
     const NOTE: &str = "
         WITH wanted (s, n, r) AS (SELECT * FROM unnest($2::text[], $3::text[], $4::text[])),
         gone AS (
-            DELETE FROM dr_agent.set_aside AS a WHERE stream = $1
+            DELETE FROM dr_agent.set_aside AS a WHERE stream = $1 AND $5
                AND NOT EXISTS (SELECT 1 FROM wanted WHERE s = a.table_schema AND n = a.table_name))
         INSERT INTO dr_agent.set_aside AS a (stream, table_schema, table_name, reason)
         SELECT $1, s, n, r FROM wanted
@@ -276,7 +286,13 @@ pub async fn note_aside(
     client
         .execute(
             NOTE,
-            &[&stream.as_str(), &schemas, &names, &of(|one| &one.reason)],
+            &[
+                &stream.as_str(),
+                &schemas,
+                &names,
+                &of(|one| &one.reason),
+                &(noted == Noted::Alone),
+            ],
         )
         .await
         .map_err(sql("note which tables are set aside"))?;

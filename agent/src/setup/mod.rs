@@ -72,7 +72,7 @@ pub use base::Watch;
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
 pub use late::{
-    Aside, Found, catch_up_from_nothing, end_late_sessions, joined, look, note_aside,
+    Aside, Found, Noted, catch_up_from_nothing, end_late_sessions, joined, look, note_aside,
     set_back_to_pending,
 };
 pub use locale::{Locale, Provider};

@@ -17,6 +17,7 @@
 //! # What it does not do
 //! It takes no table away from the stream: one that is listed anew ends the session, and the next one sets it back.
 
+mod aside;
 mod catch_up;
 
 use std::collections::BTreeMap;
@@ -33,14 +34,13 @@ use super::error::SessionError;
 use crate::catalog::{Table, TableName};
 use crate::computed::Which;
 use crate::config::Config;
-use crate::coverage;
 use crate::error::{Class, Classify, chain};
 use crate::failpoint;
 use crate::history::History;
 use crate::listed::{Copied, Listed};
 use crate::metrics::DatabaseMetrics;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::setup::{self, Aside, SetupError, export};
+use crate::setup::{self, SetupError, export};
 use crate::sink::replica::Beside;
 use crate::snapshot::{self, CopyJob};
 use crate::status::StatusCell;
@@ -121,9 +121,7 @@ impl Late {
                     return Some(error);
                 }
                 tracing::warn!(database = %self.database, error = %chain(&error), "no look at late tables");
-                // Their changes are left out all the same.
-                let reason = chain(&error);
-                if let Err(error) = self.tell(&[], &[], &seen.failed, &reason).await {
+                if let Err(error) = self.tell_unseen(&chain(&error)).await {
                     tracing::debug!(database = %self.database, error = %chain(&error), "not noted");
                 }
             }
@@ -170,8 +168,8 @@ impl Late {
         let due: Vec<Table> = found.tables.iter().filter(is_due).cloned().collect();
         let elsewhere = &found.elsewhere;
         // Where the source was seen, those of which changes come and that it has not have gone, or come with the next look.
-        let unseen = found.out_of_reach.unwrap_or_default();
-        self.tell(&found.tables, elsewhere, failed, &unseen).await?;
+        let unseen = found.out_of_reach.as_deref();
+        self.tell(&found.tables, elsewhere, failed, unseen).await?;
         if due.is_empty() {
             return Ok(());
         }
@@ -186,7 +184,7 @@ impl Late {
         }
         let mut rest = found.tables;
         rest.retain(|table| !done.contains(&table.name));
-        self.tell(&rest, elsewhere, failed, &unseen).await
+        self.tell(&rest, elsewhere, failed, unseen).await
     }
 
     /// Copies tables, and notes what became of it; returns of which class the error was. An error only where the session is
@@ -239,59 +237,6 @@ impl Late {
             );
         }
         Ok(Some(error.class()))
-    }
-
-    /// Shows what is set aside, here and on the replica: `tables`, what is to be had `elsewhere` only, and with the reason
-    /// `unseen`, if there is one, whatever else changes were left out of.
-    async fn tell(
-        &self,
-        tables: &[Table],
-        elsewhere: &[Aside],
-        failed: &BTreeMap<TableName, Failed>,
-        unseen: &str,
-    ) -> Result<(), SessionError> {
-        let mut aside: BTreeMap<TableName, String> = BTreeMap::new();
-        if !unseen.is_empty() {
-            let left_out = self.beside.left_out().into_iter();
-            aside.extend(left_out.map(|table| (table, unseen.to_owned())));
-        }
-        aside.extend(
-            elsewhere
-                .iter()
-                .map(|one| (one.table.clone(), one.reason.clone())),
-        );
-        for table in tables {
-            let reason = failed.get(&table.name).map(|one| one.reason.clone());
-            let reason = reason.unwrap_or_else(|| "is being copied".to_owned());
-            aside.insert(table.name.clone(), reason);
-        }
-        let shown = self.status.set_aside();
-        for (table, reason) in &aside {
-            let is_said = shown.contains_key(&table.to_string()) || failed.contains_key(table);
-            if !is_said && !tables.iter().any(|one| one.name == *table) {
-                tracing::warn!(
-                    database = %self.database, %table, reason,
-                    "set aside: it is not protected; the rest goes on"
-                );
-            }
-        }
-        let count = aside.len() as u64;
-        self.metrics.tables_set_aside(count);
-        if self.leg == Leg::Apply {
-            self.metrics.unprotected(coverage::NOT_COPIED, count);
-        }
-        self.status.update(|status| {
-            let shown = aside.iter();
-            status.set_aside = shown
-                .map(|(table, reason)| (table.to_string(), reason.clone()))
-                .collect();
-        });
-        let aside: Vec<Aside> = aside
-            .into_iter()
-            .map(|(table, reason)| Aside { table, reason })
-            .collect();
-        setup::note_aside(&self.replica(), &self.stream, &aside).await?;
-        Ok(())
     }
 
     fn source(&self) -> ConnInfo {
