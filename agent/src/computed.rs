@@ -127,32 +127,33 @@ pub async fn read(client: &Client) -> Result<Computed, PgError> {
     })
 }
 
-/// The first column of these tables that is not the same on both sides. A column that the replica does not have at all is the
-/// stream's to find.
+/// The columns of these tables that are not the same on both sides, of each table the first. A column that the replica does not
+/// have at all is the stream's to find.
 ///
 /// # Errors
 /// When the replica does not answer.
-pub async fn difference(
+pub async fn differences(
     source: &Computed,
     replica: &Client,
     tables: &BTreeSet<TableName>,
     which: Which,
-) -> Result<Option<Difference>, PgError> {
+) -> Result<Vec<Difference>, PgError> {
     let here = read(replica).await?;
-    difference_from(source, &here, replica, tables, which).await
+    differences_from(source, &here, replica, tables, which).await
 }
 
 /// The same, where the replica has been [`read`].
 ///
 /// # Errors
 /// When the replica does not answer.
-pub async fn difference_from(
+pub async fn differences_from(
     source: &Computed,
     here: &Computed,
     replica: &Client,
     tables: &BTreeSet<TableName>,
     which: Which,
-) -> Result<Option<Difference>, PgError> {
+) -> Result<Vec<Difference>, PgError> {
+    let mut found: Vec<Difference> = Vec::new();
     let places: BTreeSet<&Place> = source.columns.keys().chain(here.columns.keys()).collect();
     for place in places {
         let (there, here_is) = (source.columns.get(place), here.columns.get(place));
@@ -163,20 +164,23 @@ pub async fn difference_from(
         if which == Which::Generated && !is_generated {
             continue;
         }
+        if found.last().is_some_and(|last| last.table == place.0) {
+            continue;
+        }
         if !tables.contains(&place.0) || is_same(there, here_is, source.major == here.major) {
             continue;
         }
         if here_is.is_none() && !exists(replica, place).await? {
             continue;
         }
-        return Ok(Some(Difference {
+        found.push(Difference {
             table: place.0.clone(),
             column: place.1.clone(),
             source: there.cloned(),
             replica: here_is.cloned(),
-        }));
+        });
     }
-    Ok(None)
+    Ok(found)
 }
 
 fn is_generated(what: &str) -> bool {

@@ -30,7 +30,7 @@ use crate::pg::{Again, PgError};
 use crate::setup::publication::Wanted;
 use crate::stream::StreamName;
 pub use inventory::tell;
-pub use kept::{Coverage, NOT_COPIED, NotProtected, of};
+pub use kept::{Coverage, NOT_COPIED, NotProtected, SET_ASIDE, of, set_aside};
 
 /// The unprotected objects of one kind in one database.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -14,7 +14,8 @@
 //! - Nothing is waited for without an end: neither a stream that stands still nor somebody else's lock.
 //!
 //! # What it does not do
-//! It does not wait for the source: what is in the stream when it begins is all it takes. It leaves no table out by itself.
+//! It does not wait for the source: what is in the stream when it begins is all it takes. It leaves no table out by itself: it
+//! ends before the change that is in the way, and says of which table that is.
 
 mod archive;
 mod error;
@@ -29,7 +30,8 @@ use tokio::sync::{mpsc, watch};
 
 use self::error::Failed;
 use crate::backoff::{self, Decision};
-use crate::config::{Config, Route};
+use crate::catalog::TableName;
+use crate::config::{Config, Route, SetAside};
 use crate::error::{Class, Classify, chain};
 use crate::failpoint;
 use crate::kinesis::{Kinesis, KinesisError};
@@ -141,9 +143,22 @@ impl RouteDrain<'_> {
             Err(Failed::Replay(ReplayError::Sink(SinkError::TableNotCopied { table }))) => {
                 drained.end = End::Uncopied(table);
             }
+            Err(Failed::Replay(ReplayError::Sink(error))) if self.set_aside(&error).is_some() => {
+                let table = self.set_aside(&error);
+                let reason = chain(&error);
+                drained.end = table.map_or(drained.end, |table| End::Troubled { table, reason });
+            }
             Err(error) => return Err(error),
         }
         Ok(drained)
+    }
+
+    /// The table that an error costs, where one table is not to cost the rest.
+    fn set_aside(&self, error: &SinkError) -> Option<TableName> {
+        let is_wanted = self.config.replica.set_aside == SetAside::Retry;
+        // Where a right is missing of one table, it may be of all.
+        let cost = error.costs().filter(|cost| is_wanted && !cost.of_a_right);
+        cost.map(|cost| cost.table)
     }
 
     /// The stream, and from where that ends the archive; returns what could not be applied, in words.

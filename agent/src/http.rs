@@ -23,6 +23,9 @@ use crate::status::{DatabaseStatus, Leg, Registry, State};
 use crate::watch::Side;
 use crate::{metrics, time};
 
+/// Names of a kind that the page shows; `/status` has more.
+const NAMES_SHOWN: usize = 5;
+
 /// What the handlers read.
 #[derive(Clone)]
 pub struct Shown {
@@ -178,17 +181,25 @@ fn render(objectives: &Objectives, databases: &[DatabaseStatus]) -> String {
             .map_or_else(|| "unknown".to_owned(), bytes);
         let _ = write!(
             rows,
-            "<tr><td>{}</td><td class=\"{class}\">{verdict}</td><td>{}<br><span class=hint>since {}</span></td><td class=n>{lag}</td>\
+            "<tr><td>{}</td><td class=\"{class}\">{verdict}</td>{}<td>{}<br><span class=hint>since {}</span></td><td class=n>{lag}</td>\
              <td class=n>{behind}</td><td class=n>{retained}</td><td><code>{}</code></td></tr>",
             escape(&database.database),
+            protected(database),
             database.state.as_str(),
             database.since.as_deref().unwrap_or("the start"),
             escape(database.end_lsn.as_deref().unwrap_or("none")),
         );
+        for line in not_protected(database) {
+            let _ = write!(
+                rows,
+                "<tr><td></td><td colspan=7 class=bad>{}</td></tr>",
+                escape(&line)
+            );
+        }
         if let Some(waits) = &database.waits_for {
             let _ = write!(
                 rows,
-                "<tr><td></td><td colspan=6 class=bad>{}</td></tr>",
+                "<tr><td></td><td colspan=7 class=bad>{}</td></tr>",
                 escape(waits)
             );
         }
@@ -196,7 +207,7 @@ fn render(objectives: &Objectives, databases: &[DatabaseStatus]) -> String {
             let hint = database.hint.as_deref().unwrap_or("");
             let _ = write!(
                 rows,
-                "<tr><td></td><td colspan=6><span class=bad>{}</span><br><span class=hint>{}</span></td></tr>",
+                "<tr><td></td><td colspan=7><span class=bad>{}</span><br><span class=hint>{}</span></td></tr>",
                 escape(error),
                 escape(hint)
             );
@@ -206,7 +217,7 @@ fn render(objectives: &Objectives, databases: &[DatabaseStatus]) -> String {
         "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=2>\
          <meta name=viewport content=\"width=device-width\"><title>dr-agent</title><style>{STYLE}</style>\
          <h1>dr-agent {}</h1>{}<p>RPO {} · RTO {} · <a href=/status>status</a> · <a href=/metrics>metrics</a></p>\
-         <table><thead><tr><th>Database<th>RPO<th>State<th>Lag<th>Lag, bytes<th>WAL kept on source<th>Applied up to</thead>\
+         <table><thead><tr><th>Database<th>RPO<th>Protected<th>State<th>Lag<th>Lag, bytes<th>WAL kept on source<th>Applied up to</thead>\
          <tbody>{rows}</tbody></table>",
         crate::VERSION,
         what_it_does(databases),
@@ -234,6 +245,30 @@ fn verdict(database: &DatabaseStatus) -> (&'static str, &'static str) {
     }
 }
 
+/// The second verdict: which tables a failover would bring. A sender does not see the replica.
+fn protected(database: &DatabaseStatus) -> String {
+    let Some(coverage) = &database.coverage else {
+        return "<td class=hint>not known</td>".to_owned();
+    };
+    let class = match coverage.tables.is_some() && coverage.protected == coverage.tables {
+        true => "ok",
+        false => "bad",
+    };
+    format!(
+        "<td class={class}>protected: {}</td>",
+        escape(&coverage.verdict())
+    )
+}
+
+/// What is not protected, a line each; of tables that are set aside also why.
+fn not_protected(database: &DatabaseStatus) -> Vec<String> {
+    let missing = database.coverage.iter().flat_map(|seen| &seen.missing);
+    let missing = missing.map(|one| format!("not protected: {}", one.text(NAMES_SHOWN)));
+    let aside = database.set_aside.iter();
+    let aside = aside.map(|(table, reason)| format!("set aside, not protected: {table}: {reason}"));
+    missing.chain(aside).collect()
+}
+
 fn bytes(count: u64) -> String {
     bytesize::ByteSize(count).display().iec().to_string()
 }
@@ -248,6 +283,7 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::coverage::{Coverage, NotProtected};
     use std::time::Duration;
 
     #[test]
@@ -269,6 +305,41 @@ mod tests {
         assert!(page.contains("BREACHED") && page.contains("it broke") && page.contains("mend it"));
         assert!(page.contains("31.0 s") && page.contains("RPO 30s"));
         assert!(!page.contains("Kinesis"));
+    }
+
+    #[test]
+    fn the_page_says_how_many_tables_are_protected_and_names_the_others() {
+        let objectives = Objectives {
+            rpo: Duration::from_secs(30),
+            rto: Duration::from_secs(300),
+        };
+        let aside = ("public.<t>".to_owned(), "another type".to_owned());
+        let coverage = Coverage {
+            known: true,
+            tables: Some(43),
+            protected: Some(42),
+            missing: vec![NotProtected {
+                kind: "table_set_aside".to_owned(),
+                count: 1,
+                names: vec!["public.<t>".to_owned()],
+            }],
+            set_aside: [aside.clone()].into(),
+        };
+        let database = DatabaseStatus {
+            coverage: Some(coverage),
+            set_aside: [aside].into(),
+            ..DatabaseStatus::default()
+        };
+        let page = render(&objectives, &[database]);
+        for words in [
+            "<td class=bad>protected: 42 of 43 tables",
+            "table set aside: 1 (public.&lt;t&gt;)",
+            "public.&lt;t&gt;: another type",
+        ] {
+            assert!(page.contains(words), "{words}: {page}");
+        }
+        let unknown = render(&objectives, &[DatabaseStatus::default()]);
+        assert!(unknown.contains("not known") && !unknown.contains("protected: "));
     }
 
     #[test]

@@ -166,6 +166,16 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         "Tables whose changes are kept out for now; status names them and says why",
     ),
     (
+        "dr_agent_tables",
+        Kind::Gauge,
+        "Tables of the users on the source; NaN while unknown",
+    ),
+    (
+        "dr_agent_tables_protected",
+        Kind::Gauge,
+        "Of these, tables whose rows are all on the replica; NaN while unknown",
+    ),
+    (
         "dr_agent_sink_flush_lsn",
         Kind::Gauge,
         "LSN up to which a sink is durable, as a number",
@@ -598,6 +608,16 @@ pub fn show(databases: &[DatabaseStatus], servers: &Servers) {
             "dr_agent_source_disk_full_seconds",
             status.source_disk_full_seconds,
         );
+        let coverage = status.coverage.as_ref();
+        for (name, count) in [
+            ("dr_agent_tables", coverage.and_then(|seen| seen.tables)),
+            (
+                "dr_agent_tables_protected",
+                coverage.and_then(|seen| seen.protected),
+            ),
+        ] {
+            set(name, count.map(|count| count as f64));
+        }
         for (stage, seconds) in [
             ("received", status.stages.received),
             ("queued", Some(status.stages.queued)),

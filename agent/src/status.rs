@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::coverage::Coverage;
 use crate::lag::{Lag, Micros};
 use crate::pg::PgLsn;
 use crate::watch::Servers;
@@ -127,6 +128,8 @@ pub struct DatabaseStatus {
     pub set_aside: BTreeMap<String, String>,
     /// Foreign keys and partitions that the replica refuses, and why; they are tried again.
     pub missing_constraints: BTreeMap<String, String>,
+    /// What a failover would bring, and what not, as seen on the replica; null before the first look, and where the last one is old.
+    pub coverage: Option<Coverage>,
     /// What went wrong last, with its causes; null while all is well.
     pub error: Option<String>,
     /// What to do about it.
@@ -148,6 +151,8 @@ struct Written {
     told: Option<PgLsn>,
     /// Up to where the sink is.
     applied: Option<PgLsn>,
+    /// What was seen on the replica, and when.
+    coverage: Option<(Micros, Coverage)>,
 }
 
 /// A slot for one database's status: the pipeline writes, HTTP reads.
@@ -174,6 +179,7 @@ impl StatusCell {
                 lag,
                 told: None,
                 applied: None,
+                coverage: None,
             })),
             servers: servers.clone(),
         }
@@ -227,6 +233,11 @@ impl StatusCell {
         written.lag.clone_from(lag);
         written.told = told;
         written.applied = applied.or(written.applied);
+    }
+
+    /// What is protected, as seen on the replica.
+    pub fn covered(&self, coverage: Coverage, now: Micros) {
+        self.lock().coverage = Some((now, coverage));
     }
 
     /// What is known of the two servers.

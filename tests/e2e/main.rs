@@ -75,6 +75,7 @@ mod route_kinesis_oracle;
 mod route_kinesis_senders;
 mod route_kinesis_shared;
 mod schema;
+mod set_aside;
 mod set_back;
 mod settings;
 mod slot;

@@ -1,4 +1,5 @@
-//! Goal: what cannot be on the replica as it is on the source stops there, is named in full, and costs nothing that came
+//! Goal: what cannot be on the replica as it is on the source stops there where one table is not to be set aside
+//! (`replica.set_aside = "never"`; `set_aside` has what happens otherwise), is named in full, and costs nothing that came
 //! before; and what looks as if it could not, can.
 //! Method: tables of cases. The source is altered alone, or the replica has something of its own; then the words of the
 //! error, the place where it stands, and a full comparison once it is mended.
@@ -9,7 +10,7 @@ use dr_agent_tests::site::{Database, Site};
 use crate::bad_input::expect_stopped;
 
 /// A column of one type, what it becomes on the source alone, a value of that, and both types as the error says them.
-const ALTERED: &[(&str, &str, &str, &str)] = &[
+pub(crate) const ALTERED: &[(&str, &str, &str, &str)] = &[
     (
         "date",
         "timestamp",
@@ -90,14 +91,23 @@ const ALTERED: &[(&str, &str, &str, &str)] = &[
     ),
 ];
 
-const TYPES: &str = "
+pub(crate) const TYPES: &str = "
     CREATE TYPE mood AS ENUM ('ok', 'sad');
     CREATE TYPE state AS ENUM ('ok', 'sad');
     CREATE DOMAIN positive AS int CHECK (VALUE > 0)";
 
-fn alter(case: usize) -> String {
+pub(crate) fn alter(case: usize) -> String {
     let (_, to, ..) = ALTERED[case];
     format!("ALTER TABLE t{case} ALTER c TYPE {to} USING c::text::{to}")
+}
+
+/// An agent that stops for one table.
+pub(crate) async fn strict(database: &Database) -> (Agent, Running) {
+    let mut agent = database.agent();
+    agent.configure("replica.set_aside", "\"never\"");
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    (agent, running)
 }
 
 /// The agent has stopped; it is killed, and the same one started again streams.
@@ -119,7 +129,7 @@ async fn a_column_that_is_altered_on_the_source_alone_stops_right_before_its_fir
             .run(&format!("CREATE TABLE t{case} (id int PRIMARY KEY, c {from}); INSERT INTO t{case} VALUES (1)"))
             .await;
     }
-    let (agent, mut running) = database.replicate().await;
+    let (agent, mut running) = strict(&database).await;
     let replica = database.writable_replica().await;
     for (case, (.., value, words)) in ALTERED.iter().enumerate() {
         // What comes before it is applied, also where it is of the same batch and the same table.
@@ -181,6 +191,7 @@ async fn an_insert_that_touches_no_row_is_never_committed() {
         .await;
     let mut agent = database.agent();
     agent.configure("source.keyless", "\"full\"");
+    agent.configure("replica.set_aside", "\"never\"");
     agent.configure("replica.lanes", "3");
     agent.configure("limits.spread_changes", "200");
     let mut running = agent.start();
@@ -355,6 +366,7 @@ async fn a_value_that_is_refused_is_named_by_everything_but_itself() {
         .await;
     let mut agent = database.agent();
     agent.configure("source.keyless", "\"full\"");
+    agent.configure("replica.set_aside", "\"never\"");
     let mut running = agent.start();
     running.wait_for_streaming(&database.name).await;
     let replica = database.writable_replica().await;
@@ -474,7 +486,7 @@ async fn what_the_stream_does_not_tell_of_a_column_is_compared_and_stops() {
              INSERT INTO priced SELECT g, g FROM generate_series(1, 9) AS g",
         )
         .await;
-    let (agent, mut running) = database.replicate().await;
+    let (agent, mut running) = strict(&database).await;
     let replica = database.writable_replica().await;
     // One domain for another: at its place in the stream, also where the domain is newer than the session.
     source.run("CREATE DOMAIN finer AS numeric(8,4)").await;

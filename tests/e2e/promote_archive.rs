@@ -112,3 +112,55 @@ async fn what_the_archive_holds_behind_damage_is_named_and_does_not_keep_the_rep
         "{warnings}"
     );
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_cannot_take_what_the_archive_holds_does_not_keep_the_others_from_it() {
+    let site = Site::shared().await;
+    let (database, archive, mut agent, mut running) = protected(&site, "one_table").await;
+    database.wait_caught_up().await;
+    let source = database.source().await;
+    let holding = database.writable_replica().await;
+    holding
+        .run("BEGIN; LOCK TABLE entry IN ACCESS EXCLUSIVE MODE")
+        .await;
+    source
+        .run(
+            "INSERT INTO account VALUES (7001, 1, 'too long'); INSERT INTO entry (account, v) VALUES (7001, 'beyond');
+             INSERT INTO account VALUES (7002, 1, 'x'); INSERT INTO entry (account, v) VALUES (7002, 'beyond')",
+        )
+        .await;
+    wait_archived(&database, &archive).await;
+    running.kill();
+    holding
+        .run("ROLLBACK; ALTER TABLE account ALTER note TYPE varchar(3) USING left(note, 3)")
+        .await;
+    let replica = database.replica().await;
+    let beyond = "SELECT count(*) FROM entry WHERE v = 'beyond'";
+
+    // Where one table is to cost everything it does, and the same command goes on.
+    agent.configure("replica.set_aside", "\"never\"");
+    let strict = agent.command(&["promote", "--failover"]).await;
+    strict
+        .expect_code(1)
+        .expect_words(&["public.account", "character varying(3)"]);
+    assert_eq!(replica.number(beyond).await, 0);
+
+    agent.configure("replica.set_aside", "\"retry\"");
+    let promoted = agent.command(&["promote", "--failover"]).await;
+    let text = promoted.text();
+    promoted.expect_code(0);
+    for words in [
+        "table public.account is not complete",
+        "table set aside",
+        "left out",
+    ] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    assert_eq!(replica.number(beyond).await, 2);
+    assert_eq!(
+        replica
+            .number("SELECT count(*) FROM account WHERE id > 7000")
+            .await,
+        0
+    );
+}

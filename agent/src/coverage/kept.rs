@@ -6,13 +6,12 @@
 //! - Nothing told is "not known", never "nothing is missing".
 //! - What belongs to a missing table is not named once more.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
 use super::inventory::{self, EXTENSION_VERSION, KINDS};
-use crate::catalog::TableName;
 use crate::pg::PgError;
 use crate::stream::StreamName;
 
@@ -40,10 +39,15 @@ pub struct Coverage {
     pub protected: Option<u64>,
     /// What is not protected, by kind.
     pub missing: Vec<NotProtected>,
+    /// Tables that are set aside, and why.
+    pub set_aside: BTreeMap<String, String>,
 }
 
-/// Tables whose copy is not complete.
+/// Tables whose copy is not complete, for no other reason than that.
 pub const NOT_COPIED: &str = "table_not_copied";
+
+/// Tables whose changes are kept out.
+pub const SET_ASIDE: &str = "table_set_aside";
 
 /// Names of a kind that are kept.
 const NAMES_MAX: usize = 20;
@@ -62,22 +66,51 @@ pub(super) struct Told {
 ///
 /// # Errors
 /// When the replica refuses.
-pub async fn of(
-    client: &Client,
-    stream: &StreamName,
-    not_copied: &[TableName],
-) -> Result<Coverage, PgError> {
+pub async fn of(client: &Client, stream: &StreamName) -> Result<Coverage, PgError> {
+    const NOT_READY: &str = "
+        SELECT table_schema || '.' || table_name FROM dr_agent.table_sync
+         WHERE stream = $1 AND state <> 'ready' AND table_schema <> 'dr_agent' ORDER BY 1";
+    let rows = client.query(NOT_READY, &[&stream.as_str()]).await?;
+    let not_ready = rows.iter().map(|row| row.get(0)).collect();
+    let set_aside = set_aside(client, stream).await?;
     let told = inventory::told(client, stream).await?;
     let here = match told.is_empty() {
         true => Vec::new(),
         false => inventory::here(client).await?,
     };
-    Ok(compare(&told, &here, not_copied))
+    Ok(compare(&told, &here, not_ready, set_aside))
 }
 
-/// `not_copied`: tables of the users whose copy is not complete.
-fn compare(told: &[Told], here: &[Told], not_copied: &[TableName]) -> Coverage {
-    let not_copied: Vec<String> = not_copied.iter().map(ToString::to_string).collect();
+/// The tables that are set aside, and why.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn set_aside(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<BTreeMap<String, String>, PgError> {
+    const THERE: &str = "SELECT to_regclass('dr_agent.set_aside') IS NOT NULL";
+    const SQL: &str = "
+        SELECT table_schema || '.' || table_name, reason FROM dr_agent.set_aside AS a
+         WHERE stream = $1
+           AND NOT EXISTS (SELECT 1 FROM dr_agent.table_sync AS t
+                            WHERE t.stream = a.stream AND t.table_schema = a.table_schema AND t.table_name = a.table_name
+                              AND t.state = 'ready')";
+    // A replica of an earlier version has none.
+    if !client.query_one(THERE, &[]).await?.get::<_, bool>(0) {
+        return Ok(BTreeMap::new());
+    }
+    let rows = client.query(SQL, &[&stream.as_str()]).await?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// `not_ready`: tables of the users whose copy is not complete, whether they are set aside or not.
+fn compare(
+    told: &[Told],
+    here: &[Told],
+    not_ready: Vec<String>,
+    set_aside: BTreeMap<String, String>,
+) -> Coverage {
     let mut missing: Vec<NotProtected> = told
         .iter()
         .filter(|told| !told.protected && told.objects > 0)
@@ -91,22 +124,25 @@ fn compare(told: &[Told], here: &[Told], not_copied: &[TableName]) -> Coverage {
             missing.extend(lacking(has, is, &mut absent));
         }
     }
-    if !not_copied.is_empty() {
-        let count = not_copied.len() as u64;
-        missing.push(not_protected(
-            NOT_COPIED.to_owned(),
-            count,
-            Some(not_copied.clone()),
-        ));
+    let aside: Vec<String> = set_aside.keys().cloned().collect();
+    let mut not_copied = not_ready;
+    not_copied.retain(|table| !set_aside.contains_key(table));
+    for (kind, tables) in [(NOT_COPIED, &not_copied), (SET_ASIDE, &aside)] {
+        if !tables.is_empty() {
+            let count = tables.len() as u64;
+            missing.push(not_protected(kind.to_owned(), count, Some(tables.clone())));
+        }
     }
     missing.sort_by(|a, b| a.kind.cmp(&b.kind));
     let tables = has("table").map(|has| has.objects);
-    let unprotected = unprotected_tables(told, &absent, &not_copied, &missing);
+    let without_rows: Vec<String> = not_copied.into_iter().chain(aside).collect();
+    let unprotected = unprotected_tables(told, &absent, &without_rows, &missing);
     Coverage {
         known: tables.is_some(),
         tables,
         protected: tables.map(|tables| tables.saturating_sub(unprotected)),
         missing,
+        set_aside,
     }
 }
 
@@ -190,10 +226,13 @@ impl Coverage {
         self.known && self.missing.is_empty()
     }
 
-    /// Tables that are to be replicated and whose rows are not here.
+    /// Tables that are to be replicated and whose rows are not here, or not as they were on the source.
     pub fn not_copied(&self) -> u64 {
-        let one = self.missing.iter().find(|one| one.kind == NOT_COPIED);
-        one.map_or(0, |one| one.count)
+        let without_rows = self
+            .missing
+            .iter()
+            .filter(|one| [NOT_COPIED, SET_ASIDE].contains(&one.kind.as_str()));
+        without_rows.map(|one| one.count).sum()
     }
 
     /// `41 of 43 tables`, or that it is not known.
@@ -234,11 +273,9 @@ mod tests {
         }
     }
 
-    fn table(name: &str) -> TableName {
-        TableName {
-            schema: "s".to_owned(),
-            name: name.to_owned(),
-        }
+    fn compared(told: &[Told], here: &[Told], not_ready: &[&str]) -> Coverage {
+        let not_ready = not_ready.iter().map(|table| (*table).to_owned());
+        compare(told, here, not_ready.collect(), BTreeMap::new())
     }
 
     fn missing(coverage: &Coverage) -> Vec<(&str, u64)> {
@@ -248,7 +285,7 @@ mod tests {
 
     #[test]
     fn what_nobody_told_is_not_known() {
-        let coverage = compare(&[], &[], &[table("a")]);
+        let coverage = compared(&[], &[], &["s.a"]);
         assert!(!coverage.known && !coverage.is_whole());
         assert_eq!((coverage.tables, coverage.not_copied()), (None, 1));
         assert!(coverage.verdict().contains("not known"));
@@ -272,7 +309,7 @@ mod tests {
             } else {
                 &here[..]
             };
-            let coverage = compare(source, here, &[]);
+            let coverage = compared(source, here, &[]);
             let expected = format!("missing_{kind}");
             assert_eq!(missing(&coverage), [(expected.as_str(), 1)], "{kind}");
             assert_eq!(coverage.missing[0].names, ["s.b"]);
@@ -291,7 +328,7 @@ mod tests {
                 told("table", true, &[]),
                 told(EXTENSION_VERSION, true, here),
             ];
-            missing(&compare(&source, &here, &[])).len()
+            missing(&compared(&source, &here, &[])).len()
         };
         assert_eq!(lacks(&["postgis 3.10.1"]), 0);
         assert_eq!(lacks(&["postgis 3.11", "postgis_raster 1.0"]), 0);
@@ -321,7 +358,7 @@ mod tests {
             told("inheritance", true, &[]),
             told("comment", true, &[]),
         ];
-        let coverage = compare(&source, &here, &[table("d")]);
+        let coverage = compared(&source, &here, &["s.d"]);
         assert_eq!((coverage.tables, coverage.protected), (Some(5), Some(2)));
         assert_eq!(coverage.verdict(), "2 of 5 tables");
         assert_eq!(
@@ -338,6 +375,28 @@ mod tests {
     }
 
     #[test]
+    fn a_table_that_is_set_aside_is_not_protected_whatever_the_ledger_of_copies_says() {
+        let tables = [told("table", true, &["s.a", "s.b", "s.c"])];
+        let aside = |names: &[&str]| -> BTreeMap<String, String> {
+            let why = |name: &&str| ((*name).to_owned(), "why".to_owned());
+            names.iter().map(why).collect()
+        };
+        let not_ready = vec!["s.a".to_owned(), "s.b".to_owned()];
+        for (names, missing_here) in [
+            (&["s.a"][..], &[(NOT_COPIED, 1), (SET_ASIDE, 1)][..]),
+            (&["s.a", "s.b"], &[(SET_ASIDE, 2)]),
+            (&["s.a", "s.b", "s.c"], &[(SET_ASIDE, 3)]),
+        ] {
+            let coverage = compare(&tables, &tables, not_ready.clone(), aside(names));
+            assert_eq!(missing(&coverage), missing_here);
+            let count: u64 = missing_here.iter().map(|(_, count)| count).sum();
+            assert_eq!(coverage.not_copied(), count);
+            assert_eq!(coverage.protected, Some(3 - count));
+            assert_eq!(coverage.set_aside.len(), names.len());
+        }
+    }
+
+    #[test]
     fn too_many_to_be_named_are_still_counted() {
         let many = |objects| Told {
             kind: "table".to_owned(),
@@ -345,13 +404,13 @@ mod tests {
             objects,
             names: None,
         };
-        let coverage = compare(&[many(5000)], &[many(4990)], &[]);
+        let coverage = compared(&[many(5000)], &[many(4990)], &[]);
         assert_eq!(
             (coverage.tables, coverage.protected),
             (Some(5000), Some(4990))
         );
         assert_eq!(coverage.missing[0].text(5), "missing table: 10");
-        let whole = compare(&[many(5000)], &[many(5000)], &[]);
+        let whole = compared(&[many(5000)], &[many(5000)], &[]);
         assert!(whole.is_whole());
     }
 }

@@ -19,17 +19,22 @@
 //!
 //! # Invariants
 //! - The source task is sent what the ledger says is durable, nothing else.
-//! - A definite error stops this pipeline and no other. It stays, so that it is seen to have stopped, and looks every few
+//! - An error that is one table's costs that table (`trouble`, `set_aside`): it is set aside on the replica, and the next session
+//!   goes on without it.
+//! - Any other definite error stops this pipeline and no other. It stays, so that it is seen to have stopped, and looks every few
 //!   minutes, and whenever it is told to ([`Wake`]), whether the error was mended.
 //! - While it is stopped, nothing of it is prepared on the replica.
 
 mod apart;
 mod apply;
 mod change_log;
+mod cover;
 mod error;
 mod late;
+mod set_aside;
 mod start;
 mod streaming;
+mod trouble;
 mod wake;
 
 use std::sync::Arc;
@@ -53,6 +58,8 @@ use crate::stream::StreamName;
 use crate::time;
 use change_log::ChangeLog;
 use error::SessionError;
+use set_aside::SetAside;
+use trouble::Cost;
 pub use wake::{Wake, Waker};
 
 /// How long a start may take to end that was told to stop.
@@ -118,6 +125,7 @@ pub struct Pipeline {
     binary: bool,
     /// A table that the stream has and the replica has not, or has of another.
     uncopied: Option<TableName>,
+    aside: SetAside,
 }
 
 impl Pipeline {
@@ -135,7 +143,9 @@ impl Pipeline {
         let stream = config.stream(database);
         let metrics = DatabaseMetrics::new(database);
         let database = database.to_owned();
+        let aside = SetAside::new(&config, &database, &metrics, &status);
         Self {
+            aside,
             config,
             in_use,
             leg,
@@ -205,6 +215,10 @@ impl Pipeline {
                 tracing::info!(database = %self.database, reason = %chain(&error), "starting again");
                 continue;
             }
+            let error = match self.cost_tables(error).await {
+                None => continue,
+                Some(error) => error,
+            };
             if started.elapsed() > HEALTHY_AFTER {
                 attempt = 0;
             }
@@ -233,6 +247,24 @@ impl Pipeline {
         SessionError::Reconfigured
     }
 
+    /// One table's trouble costs that table: it is set aside, and the rest goes on. Returns an error that costs the database.
+    async fn cost_tables(&self, error: SessionError) -> Option<SessionError> {
+        if !self.copies_beside() {
+            return Some(error);
+        }
+        let Some(cost) = Cost::of(&error) else {
+            return Some(error);
+        };
+        match self.aside.tables_of(&cost, &error).await {
+            Ok(true) => None,
+            Ok(false) => Some(error),
+            Err(other) => {
+                tracing::warn!(database = %self.database, error = %chain(&error), "the table is not set aside yet");
+                Some(other.into())
+            }
+        }
+    }
+
     /// How a session ended that was told to.
     fn stopped_by(&self, error: &SessionError) -> End {
         self.enter(State::Stopped);
@@ -246,6 +278,11 @@ impl Pipeline {
 
     /// Shows the error and waits if it is to be tried again.
     async fn failed(&self, error: &SessionError, attempt: u32) -> Option<End> {
+        if self.copies_beside() {
+            // Also while no session lasts, for whoever looks.
+            let recalled = tokio::time::timeout(SETTLE_WITHIN, self.aside.recall()).await;
+            tracing::debug!(database = %self.database, ?recalled, "what was set aside before");
+        }
         let class = error.class();
         let hint = error.hint();
         self.metrics.errors(class).increment(1);

@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 
 use super::apply::{Deferred, apply_batches};
 use super::change_log::{SessionLog, spool_first};
+use super::cover::Cover;
 use super::error::SessionError;
 use super::late::Late;
 use super::streaming::{LateSide, Owned, Streaming};
@@ -144,6 +145,15 @@ impl Pipeline {
                 self.look_for_alterations(prepared, beside.clone(), &mut tasks);
             }
         }
+        if leg != Leg::Send {
+            let cover = Cover {
+                replica: self.config.replica.conninfo.with_dbname(&self.database),
+                stream: self.stream.clone(),
+                status: self.status.clone(),
+                changed: Arc::clone(&self.aside.changed),
+            };
+            tasks.spawn(cover.run());
+        }
         let at = ledger.last().1;
         let late = beside.map(|beside| self.late(prepared, beside, at, &mut tasks));
         Ok(Streaming {
@@ -168,8 +178,8 @@ impl Pipeline {
         })
     }
 
-    /// Whether late tables are copied beside the stream.
-    fn copies_beside(&self) -> bool {
+    /// Whether late tables are copied beside the stream, and those in trouble set aside until they are.
+    pub(super) fn copies_beside(&self) -> bool {
         self.leg != Leg::Send && self.config.replica.set_aside == SetAside::Retry
     }
 
@@ -188,9 +198,11 @@ impl Pipeline {
             beside,
             asks,
             wake: Arc::clone(&wake),
+            wanted: self.wake.clone(),
             shipped: shipped_seen,
             metrics: self.metrics.clone(),
             status: self.status.clone(),
+            aside: self.aside.clone(),
         };
         tasks.spawn(late.run());
         LateSide {
@@ -359,10 +371,8 @@ impl Pipeline {
                 let tables = listed.union(&beside.tables()).cloned().collect();
                 match setup::altered(&config, &database, seen.as_ref(), &tables, which).await {
                     Ok(None) => {}
-                    Ok(Some((_, Some(difference)))) => {
-                        return Some(SetupError::Computed(Box::new(difference)).into());
-                    }
-                    Ok(Some((computed, None))) => seen = Some(computed),
+                    Ok(Some((computed, found))) if found.is_empty() => seen = Some(computed),
+                    Ok(Some((_, found))) => return Some(SetupError::Computed(found).into()),
                     // Under route `kinesis` the source need not be in reach.
                     Err(error) => {
                         tracing::debug!(database, error = %chain(&error), "no look for alterations");

@@ -4,7 +4,7 @@
 //! ```text
 //! ┌▶ end sessions ▶ read the progress row ▶ settle by it ─┬─ --skip-drain ───────────┐
 //! │                                                       └▶ Drain ── to its tip ────┴▶ behind every copy? ─▶ drained
-//! └── store: this table is left out ◀── a table that was never copied ──┘
+//! └── store: this table is left out ◀── a table that was never copied, or that a change cannot be applied to ──┘
 //! ```
 //!
 //! # Invariants
@@ -27,7 +27,7 @@ use super::execute::Begun;
 use super::observe::{self, DATABASES_AT_ONCE, Observed};
 use super::plan::{self, Plan, Refusal};
 use super::steps::{self, Record};
-use super::{ACCEPT_INCOMPLETE, PromoteError, SKIP_DRAIN, fence};
+use super::{ACCEPT_INCOMPLETE, Doing as _, PromoteError, SKIP_DRAIN, fence};
 use crate::catalog::TableName;
 use crate::error::Class;
 
@@ -77,6 +77,13 @@ pub enum End {
     },
     /// Before a change of a table that the replica does not have.
     Uncopied(TableName),
+    /// Before a change that cannot be applied to its table; without it the rest can go on.
+    Troubled {
+        /// The table.
+        table: TableName,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// Why it could not be drained.
@@ -222,8 +229,43 @@ async fn up_to_the_tip(
                 record.detail.left_out.push(table);
                 record.store(client, record.state).await?;
             }
+            End::Troubled { table, reason } => {
+                let from = &record.detail.database.end_lsn;
+                record.warn(format!(
+                    "table {table} is not complete: its changes in {} behind {from} were left out, because one could not be \
+                     applied: {reason}",
+                    route.what()
+                ));
+                note_aside(client, record, &table, &reason).await?;
+                record.detail.left_out.push(table);
+                record.store(client, record.state).await?;
+            }
         }
     }
+}
+
+/// It counts as not protected from here on. Killed before it is stored that the table is left out, the next one meets it again.
+async fn note_aside(
+    client: &Client,
+    record: &Record,
+    table: &TableName,
+    reason: &str,
+) -> Result<(), PromoteError> {
+    const NOTE: &str = "
+        WITH out AS (
+            UPDATE dr_agent.table_sync SET state = 'pending', updated_at = now()
+             WHERE stream = $1 AND table_schema = $2 AND table_name = $3)
+        INSERT INTO dr_agent.set_aside (stream, table_schema, table_name, reason) VALUES ($1, $2, $3, $4)
+            ON CONFLICT (stream, table_schema, table_name) DO UPDATE SET reason = excluded.reason";
+    if !observe::knows_set_aside(client).await? {
+        // Of an earlier version; the warning says it.
+        return Ok(());
+    }
+    let stream = record.stream.as_str();
+    let noted = client
+        .execute(NOTE, &[&stream, &table.schema, &table.name, &reason])
+        .await;
+    noted.doing("note which table is set aside").map(drop)
 }
 
 /// Tables whose copy the operator does not wait for: the stream would be read once more for each of them.

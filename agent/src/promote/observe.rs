@@ -459,7 +459,7 @@ pub(super) async fn table_sync(
     })
 }
 
-async fn knows_set_aside(client: &Client) -> Result<bool, PromoteError> {
+pub(super) async fn knows_set_aside(client: &Client) -> Result<bool, PromoteError> {
     let row = client
         .query_one("SELECT to_regclass('dr_agent.set_aside') IS NOT NULL", &[])
         .await
@@ -472,17 +472,10 @@ pub(super) async fn set_aside(
     client: &Client,
     stream: &StreamName,
 ) -> Result<Vec<String>, PromoteError> {
-    if !knows_set_aside(client).await? {
-        return Ok(Vec::new());
-    }
-    const SQL: &str = "
-        SELECT table_schema || '.' || table_name, reason FROM dr_agent.set_aside WHERE stream = $1 ORDER BY 1";
-    let rows = client
-        .query(SQL, &[&stream.as_str()])
+    let aside = coverage::set_aside(client, stream)
         .await
         .doing("read dr_agent.set_aside")?;
-    let said = rows.iter().map(|row| {
-        let (table, reason): (String, String) = (row.get(0), row.get(1));
+    let said = aside.iter().map(|(table, reason)| {
         format!("table {table} was set aside, and is not on the replica as it was on the source: {reason}")
     });
     Ok(said.collect())
@@ -512,9 +505,7 @@ pub(super) async fn coverage(
     client: &Client,
     stream: &StreamName,
 ) -> Result<Coverage, PromoteError> {
-    let mut not_copied = not_ready(client, stream).await?;
-    not_copied.retain(|table| table.schema != "dr_agent");
-    match coverage::of(client, stream, &not_copied).await {
+    match coverage::of(client, stream).await {
         Ok(coverage) => Ok(coverage),
         Err(error) => {
             tracing::warn!(%stream, error = %chain(&error), "what is not protected cannot be read");

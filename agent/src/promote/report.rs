@@ -353,6 +353,9 @@ impl DatabaseReport {
                 one.text(NAMES_SHOWN)
             );
         }
+        for (table, reason) in &coverage.set_aside {
+            let _ = writeln!(out, "  {:<25} {table}: {reason}", "set aside");
+        }
     }
 
     /// One sentence: what the replica does not have.
@@ -365,7 +368,7 @@ impl DatabaseReport {
                 _ => "tables that were",
             };
             parts.push(format!(
-                "everything in {tables} {noun} never copied; of the others"
+                "everything in {tables} {noun} never copied, or what was written since it was set aside; of the others"
             ));
         }
         if let Some(transactions) = self.lost_transactions {
@@ -476,6 +479,7 @@ mod tests {
             tables: Some(2),
             protected: Some(2),
             missing: Vec::new(),
+            ..Coverage::default()
         };
         let mut one = lost(Some(1.0), Some(0));
         one.end_lsn = "0/1A2B3C4".into();

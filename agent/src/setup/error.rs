@@ -214,9 +214,9 @@ pub enum SetupError {
         /// Why the source and the archive cannot.
         why: String,
     },
-    /// A column is computed from something else on the source, or of another domain, which the stream does not tell.
-    #[error("{0}")]
-    Computed(Box<Difference>),
+    /// Columns are computed from something else on the source, or of another domain, which the stream does not tell.
+    #[error("{}", some(.0))]
+    Computed(Vec<Difference>),
     /// A table has come that the replica does not have, and its source cannot be asked.
     #[error("table {table} is new on the source, which cannot be reached from here to copy it")]
     NewTableElsewhere {
@@ -359,11 +359,11 @@ impl Classify for SetupError {
                 remedy::STAY,
                 start_over(SLOT_TOO)
             ),
-            Self::Computed(difference) => format!(
+            Self::Computed(differences) => format!(
                 "DDL is not replicated: make the same ALTER TABLE on the replica (SET default_transaction_read_only = off), \
                  then start the agent again. Where a column became a generated one, or ceased to be one, copy the table again \
                  as well. {}",
-                remedy::copy_again(Some(&difference.table.name))
+                remedy::copy_again(differences.first().map(|one| one.table.name.as_str()))
             ),
             Self::ReplicaTableMissing(tables) => format!(
                 "they were copied once and are gone from the replica. {}",

@@ -1,22 +1,20 @@
-//! Tables that appear while the stream runs, and those that are set aside: what there is to do on both sides, in single steps.
+//! Tables that appear while the stream runs: what there is to do on both sides, in single steps.
 //!
-//! The pipeline's task for late tables takes the steps ([`look`], [`set_back_to_pending`], [`catch_up_from_nothing`], the copy,
-//! [`joined`]); nothing here waits for the stream, and the stream waits for nothing here.
+//! The pipeline's task for late tables takes the steps ([`look`], [`catch_up_from_nothing`], [`super::make_room`], the
+//! copy, [`joined`]); nothing here waits for the stream, and the stream waits for nothing here.
 //!
 //! # Invariants
 //! - A table is `ready` only once its rows are as of a position that the stream has not passed.
 //! - What is begun here and not finished is begun anew, and the progress of what catches up gives it away: a `copied` table may be
 //!   half caught up with, and the stream has passed it by.
 
-use std::collections::BTreeMap;
-
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
+use super::aside::Aside;
 use super::error::{SetupError, Side};
 use super::source_side::SourceSide;
-use super::table_sync::{self, Missed};
-use super::{replica, slot};
+use super::{replica, slot, table_sync};
 use crate::catalog::{Table, TableName};
 use crate::config::Config;
 use crate::listed::Listed;
@@ -36,15 +34,6 @@ pub struct Found {
     pub listed: Listed,
     /// What is not as it should be.
     pub warnings: Vec<String>,
-}
-
-/// A table that is not protected for now.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Aside {
-    /// Which.
-    pub table: TableName,
-    /// Why.
-    pub reason: String,
 }
 
 /// Publishes what is new, mends what makes the source's own statements fail, and returns what is to be copied.
@@ -101,38 +90,6 @@ pub async fn end_late_sessions(source: &ConnInfo, stream: &StreamName) -> Result
         ))
 }
 
-/// Enters tables that are going to be copied; what is there of them goes. Those that are `another` than was copied, or where an
-/// attempt has failed, go as a whole, so that they are created as they are now.
-///
-/// # Errors
-/// [`SetupError`]
-pub async fn set_back_to_pending(
-    replica: &ConnInfo,
-    stream: &StreamName,
-    tables: &[Table],
-    failed_before: bool,
-) -> Result<(), SetupError> {
-    let mut client = replica::open(replica, stream).await?;
-    let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
-    let rows = table_sync::rows(&client, stream).await?;
-    let is_another = |table: &Table| {
-        let row = rows.iter().find(|row| row.table == table.name);
-        row.is_some_and(|row| row.another || !row.copied.is_of(table.oid))
-    };
-    table_sync::add(&client, stream, &names)
-        .await
-        .map_err(SetupError::sql(Side::Replica, "record new tables"))?;
-    let missed = |table: &Table| match failed_before || is_another(table) {
-        true => Missed::All,
-        false => Missed::Changes,
-    };
-    let missed: BTreeMap<TableName, Missed> = tables
-        .iter()
-        .map(|table| (table.name.clone(), missed(table)))
-        .collect();
-    table_sync::reset(&mut client, stream, &missed).await
-}
-
 /// Sets a table aside that was replicated so far. Its rows stay as they are until they are copied again.
 pub(super) async fn leave_out(
     client: &mut Client,
@@ -141,7 +98,7 @@ pub(super) async fn leave_out(
     reason: &str,
 ) -> Result<(), SetupError> {
     const PENDING: &str = "
-        UPDATE dr_agent.table_sync SET state = 'pending', updated_at = now()
+        UPDATE dr_agent.table_sync SET state = 'pending', replica_oid = NULL, updated_at = now()
          WHERE stream = $1 AND table_schema = $2 AND table_name = $3 AND state = 'ready'";
     const NOTE: &str = "
         INSERT INTO dr_agent.set_aside AS a (stream, table_schema, table_name, reason) VALUES ($1, $2, $3, $4)
@@ -223,6 +180,9 @@ pub async fn joined(
                replica_oid = to_regclass(format('%I.%I', t.table_schema, t.table_name))
           FROM unnest($2::text[], $3::text[]) AS wanted (s, n)
          WHERE t.stream = $1 AND t.table_schema = s AND t.table_name = n AND t.state = 'copied'";
+    const NOT_ASIDE: &str = "
+        DELETE FROM dr_agent.set_aside AS a USING unnest($2::text[], $3::text[]) AS wanted (s, n)
+         WHERE a.stream = $1 AND a.table_schema = s AND a.table_name = n";
     let doing = sql("take in copied tables");
     let mut client = replica::open(replica, stream).await?;
     let transaction = client.transaction().await.map_err(&doing)?;
@@ -249,52 +209,9 @@ pub async fn joined(
         )
         .await
         .map_err(&doing)?;
-    transaction.commit().await.map_err(&doing)
-}
-
-/// What becomes of what was noted before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Noted {
-    /// It goes.
-    Alone,
-    /// It stays.
-    Beside,
-}
-
-/// Notes on the replica which tables are not protected for now: a promotion goes on without them.
-///
-/// # Errors
-/// [`SetupError`]
-pub async fn note_aside(
-    replica: &ConnInfo,
-    stream: &StreamName,
-    aside: &[Aside],
-    noted: Noted,
-) -> Result<(), SetupError> {
-    const NOTE: &str = "
-        WITH wanted (s, n, r) AS (SELECT * FROM unnest($2::text[], $3::text[], $4::text[])),
-        gone AS (
-            DELETE FROM dr_agent.set_aside AS a WHERE stream = $1 AND $5
-               AND NOT EXISTS (SELECT 1 FROM wanted WHERE s = a.table_schema AND n = a.table_name))
-        INSERT INTO dr_agent.set_aside AS a (stream, table_schema, table_name, reason)
-        SELECT $1, s, n, r FROM wanted
-            ON CONFLICT (stream, table_schema, table_name) DO UPDATE SET reason = excluded.reason
-         WHERE a.reason <> excluded.reason";
-    let client = replica::open(replica, stream).await?;
-    let of = |text: fn(&Aside) -> &str| aside.iter().map(text).collect::<Vec<&str>>();
-    let (schemas, names) = (of(|one| &one.table.schema), of(|one| &one.table.name));
-    client
-        .execute(
-            NOTE,
-            &[
-                &stream.as_str(),
-                &schemas,
-                &names,
-                &of(|one| &one.reason),
-                &(noted == Noted::Alone),
-            ],
-        )
+    transaction
+        .execute(NOT_ASIDE, &[&stream.as_str(), &schemas, &names])
         .await
-        .map_err(sql("note which tables are set aside"))?;
-    Ok(())
+        .map_err(&doing)?;
+    transaction.commit().await.map_err(&doing)
 }

@@ -36,6 +36,7 @@ pub mod publication;
 mod publishing;
 
 mod agent_role;
+mod aside;
 mod base;
 mod begin;
 mod direct;
@@ -68,13 +69,13 @@ use futures_util::future;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
+pub use aside::{
+    Aside, BEING_COPIED, Noted, make_room, note_aside, noted_aside, remove_half_made, set_aside,
+};
 pub use base::Watch;
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
-pub use late::{
-    Aside, Found, Noted, catch_up_from_nothing, end_late_sessions, joined, look, note_aside,
-    set_back_to_pending,
-};
+pub use late::{Found, catch_up_from_nothing, end_late_sessions, joined, look};
 pub use locale::{Locale, Provider};
 pub use mismatch::Mismatch;
 pub(crate) use mismatch::raise;
@@ -239,7 +240,7 @@ pub async fn published(
     }))
 }
 
-/// What the source's columns are computed from, if that is not what was `seen`, and what of these tables is not so on the
+/// What the source's columns are computed from, if that is not what was `seen`, and which of these tables are not so on the
 /// replica.
 ///
 /// # Errors
@@ -250,7 +251,7 @@ pub async fn altered(
     seen: Option<&Computed>,
     tables: &BTreeSet<TableName>,
     which: Which,
-) -> Result<Option<(Computed, Option<Difference>)>, SetupError> {
+) -> Result<Option<(Computed, Vec<Difference>)>, SetupError> {
     const DOING: &str = "look up what columns are computed from";
     let stream = config.stream(database);
     let source = source::open(&config.source.conninfo.with_dbname(database), &stream).await?;
@@ -260,9 +261,9 @@ pub async fn altered(
         return Ok(None);
     }
     let replica = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
-    let difference = computed::difference(&computed, &replica, tables, which).await;
-    let difference = difference.map_err(SetupError::sql(Side::Replica, DOING))?;
-    Ok(Some((computed, difference)))
+    let found = computed::differences(&computed, &replica, tables, which).await;
+    let found = found.map_err(SetupError::sql(Side::Replica, DOING))?;
+    Ok(Some((computed, found)))
 }
 
 /// Brings `database` to where streaming can start. Repeatable, whatever was killed before.
@@ -367,14 +368,17 @@ impl Setup<'_> {
         let round_trip = asked.elapsed();
         let rows = rows?;
         noted?;
-        let tables = rows.iter().map(|row| row.table.clone()).collect();
+        // What is not ready is copied once more, as it is by then.
+        let ready = rows.iter().filter(|row| row.ready);
+        let tables = ready.map(|row| row.table.clone()).collect();
         let looking = "look up what columns are computed from";
         let here = here.map_err(SetupError::sql(Side::Replica, looking))?;
         let which = Which::Generated;
-        let difference =
-            computed::difference_from(&computed, &here, &self.replica, &tables, which).await;
-        if let Some(difference) = difference.map_err(SetupError::sql(Side::Replica, looking))? {
-            return Err(SetupError::Computed(Box::new(difference)));
+        let found =
+            computed::differences_from(&computed, &here, &self.replica, &tables, which).await;
+        let found = found.map_err(SetupError::sql(Side::Replica, looking))?;
+        if !found.is_empty() {
+            return Err(SetupError::Computed(found));
         }
         if self.database == replica::MAINTENANCE {
             // It may hold tables now.

@@ -21,7 +21,7 @@ use tokio_postgres::types::Type;
 use super::error::{SetupError, Side};
 use super::replica;
 use super::table_sync::{Missed, Row};
-use super::{Setup, export, slot, source_side, table_sync};
+use super::{Setup, aside, export, slot, source_side, table_sync};
 use crate::catalog::{Table, TableName};
 use crate::config::SetAside;
 use crate::error::chain;
@@ -86,7 +86,7 @@ impl Setup<'_> {
         let ready = that(|row| row.ready);
         if late {
             // What was being caught up with beside the stream is half-way between two moments.
-            let unfinished = rows.iter().filter(|row| !row.ready);
+            let unfinished = rows.iter().filter(|row| row.held && !row.ready);
             let unfinished = unfinished.map(|row| (row.table.clone(), Missed::Changes));
             table_sync::reset(
                 &mut self.replica,
@@ -176,7 +176,13 @@ impl Setup<'_> {
         if ready.is_empty() || self.source.config.replica.set_aside == SetAside::Never {
             return self.copy_tables(walsender, rest, ready.is_empty()).await;
         }
-        // What takes no time is done before the stream begins; the rest beside it.
+        // What takes no time is done before the stream begins; the rest beside it, and what something is wrong with.
+        let aside = aside::noted(&self.replica, &self.source.stream).await?;
+        let mut rest = rest;
+        rest.retain(|table| !aside.iter().any(|one| one.table == table.name));
+        if rest.is_empty() {
+            return Ok(());
+        }
         if let Err(error) = self.copy_at_once(rest).await {
             tracing::info!(
                 database = self.database, reason = %chain(&error),

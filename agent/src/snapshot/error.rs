@@ -149,6 +149,20 @@ impl CopyError {
         }
     }
 
+    /// Whether the replica's table of that name is in the way of the rows: its columns, a constraint, a trigger.
+    pub(crate) fn is_of_the_replicas_table(&self) -> bool {
+        match self {
+            Self::ReplicaTable { .. } | Self::RowCount { .. } => true,
+            Self::Replica { source, .. } => {
+                let state = source.sqlstate().unwrap_or_default();
+                ["23", "P0", "54", "XX"]
+                    .iter()
+                    .any(|class| state.starts_with(class))
+            }
+            _ => false,
+        }
+    }
+
     pub(super) fn replica(doing: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Self {
         let doing = doing.into();
         |error| Self::Replica {
@@ -245,8 +259,8 @@ impl Classify for CopyError {
                     .to_owned(),
             ),
             Self::ReplicaTable { .. } => Some(
-                "give the replica's table the columns that the source's has (SET default_transaction_read_only = off; ALTER \
-                 TABLE), or rename it away if it is somebody else's; it is tried again then"
+                "give the replica's table the source's columns (SET default_transaction_read_only = off, ALTER TABLE), or take \
+                 away the views that depend on it, so that the copy can create it anew"
                     .to_owned(),
             ),
             Self::RowCount { .. } => Some(
@@ -278,6 +292,9 @@ fn tool_hint(stderr: &str) -> Option<String> {
                 "the directory for temporary files (TMPDIR) of this machine is full; free space, the copy goes on by itself"
             }
         }
+    } else if stderr.contains("already exists") {
+        "an index, a constraint or another object of the replica has that name, perhaps of a table that was renamed there: give \
+         it another name, or rename the table back"
     } else if stderr.contains("violates foreign key") {
         "the source itself holds rows that break this constraint; repair them there"
     } else if stderr.contains("could not create unique") {

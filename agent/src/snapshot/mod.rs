@@ -157,7 +157,7 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
     };
 
     observer.phase(CopyPhase::PreData);
-    let held = ledger.begin(&replica, &names, job.listed).await?;
+    let held = ledger.begin(&replica, &names, job).await?;
     let schema = schema::Schema::new(job, &sessions, &source, observer).await?;
     // An earlier copy may have been killed between creating and quieting them.
     quiet::quiet(&replica, observer).await?;

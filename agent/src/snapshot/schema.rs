@@ -28,6 +28,7 @@ use super::dump::{Dump, PRE_DATA};
 use super::error::CopyError;
 use super::inventory;
 use super::progress::CopyObserver;
+use super::table_sync::Ledger;
 use super::toc::LeftOut;
 use super::tools::Tools;
 use super::{CopyJob, Sessions};
@@ -115,10 +116,10 @@ impl<'a> Schema<'a> {
             inventory::check_untrusted(replica, &extensions).await?;
             let dump = self.dump(source, replica).await?;
             let script = self.script(dump, "schema", &LeftOut::default()).await?;
-            return self.execute_pre_data(&script).await;
+            return self.execute_pre_data(&script, &[]).await;
         }
         if by_hand && self.job.whole_schema {
-            return self.execute_pre_data("").await;
+            return self.execute_pre_data("", &[]).await;
         }
         if missing.is_empty() {
             return Ok(());
@@ -137,7 +138,7 @@ impl<'a> Schema<'a> {
             .into_iter()
             .map(|name| format!("CREATE SCHEMA IF NOT EXISTS {};\n", quote_ident(name)))
             .collect();
-        self.execute_pre_data(&(create + &script)).await
+        self.execute_pre_data(&(create + &script), &missing).await
     }
 
     /// Creates what a late table may need and the replica has not: schemas, types, functions, extensions. One that cannot be
@@ -169,7 +170,8 @@ impl<'a> Schema<'a> {
         Ok(!rows.is_empty())
     }
 
-    async fn execute_pre_data(&self, script: &str) -> Result<(), CopyError> {
+    /// Executes the script, which creates these tables of a database that is replicated already.
+    async fn execute_pre_data(&self, script: &str, created: &[TableName]) -> Result<(), CopyError> {
         // A session of its own: the script changes settings.
         let mut client = self.sessions.replica.open().await?;
         let doing = || CopyError::replica("create the source's schema");
@@ -185,6 +187,12 @@ impl<'a> Schema<'a> {
                 .await
                 .map_err(doing())?;
         }
+        let ledger = Ledger {
+            stream: self.job.stream,
+            snapshot_lsn: self.job.snapshot_lsn,
+        };
+        let noted = ledger.created(&transaction, created).await;
+        noted.map_err(doing())?;
         transaction.commit().await.map_err(doing())
     }
 

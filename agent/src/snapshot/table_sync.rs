@@ -14,10 +14,11 @@ use std::collections::HashSet;
 
 use tokio_postgres::{Client, GenericClient, Row};
 
+use super::CopyJob;
 use super::error::CopyError;
 use super::layout::name_arrays;
 use crate::catalog::TableName;
-use crate::listed::{Listed, ListedAs};
+use crate::listed::ListedAs;
 use crate::pg::PgLsn;
 use crate::stream::StreamName;
 
@@ -30,13 +31,13 @@ pub(super) struct Ledger<'a> {
 
 impl Ledger<'_> {
     /// Enters all tables as `pending` at this copy's snapshot, except those that hold their rows
-    /// from an earlier one, and forgets unfinished ones that are not in the copy any more. Returns
+    /// from an earlier one; where everything is copied, forgets unfinished ones that are not in the copy any more. Returns
     /// all tables of the stream that hold their rows.
     pub(super) async fn begin(
         self,
         replica: &Client,
         tables: &[TableName],
-        listed: &Listed,
+        job: &CopyJob<'_>,
     ) -> Result<HashSet<TableName>, CopyError> {
         const SQL: &str = "
             INSERT INTO dr_agent.table_sync AS t
@@ -46,7 +47,7 @@ impl Ledger<'_> {
                SET state = 'pending', snapshot_lsn = excluded.snapshot_lsn, listed_as = excluded.listed_as,
                    rows = 0, bytes = 0, updated_at = now()
              WHERE t.state NOT IN ('copied', 'ready')";
-        // All tables that are not ready are in this copy; others have left the source.
+        // Then all tables that are not ready are in this copy; others have left the source.
         const FORGET: &str = "
             DELETE FROM dr_agent.table_sync AS t
              WHERE stream = $1 AND state <> 'ready'
@@ -58,7 +59,7 @@ impl Ledger<'_> {
         let (schemas, names) = name_arrays(tables);
         let listed_as: Vec<Option<&str>> = tables
             .iter()
-            .map(|table| listed.get(table).map(ListedAs::as_str))
+            .map(|table| job.listed.get(table).map(ListedAs::as_str))
             .collect();
         let enter = CopyError::replica("enter the tables into dr_agent.table_sync");
         replica
@@ -74,15 +75,35 @@ impl Ledger<'_> {
             )
             .await
             .map_err(enter)?;
-        replica
-            .execute(FORGET, &[&self.stream.as_str(), &schemas, &names])
-            .await
-            .map_err(CopyError::replica("clean dr_agent.table_sync"))?;
+        if job.whole_schema {
+            replica
+                .execute(FORGET, &[&self.stream.as_str(), &schemas, &names])
+                .await
+                .map_err(CopyError::replica("clean dr_agent.table_sync"))?;
+        }
         let rows = replica
             .query(HELD, &[&self.stream.as_str()])
             .await
             .map_err(CopyError::replica("read dr_agent.table_sync"))?;
         Ok(rows.iter().map(table_name).collect())
+    }
+
+    /// Notes that this copy has created these tables, in the transaction that does: half-made, they may go again.
+    pub(super) async fn created(
+        self,
+        replica: &impl GenericClient,
+        tables: &[TableName],
+    ) -> Result<(), tokio_postgres::Error> {
+        const SQL: &str = "
+            UPDATE dr_agent.table_sync AS t
+               SET replica_oid = to_regclass(format('%I.%I', t.table_schema, t.table_name))
+              FROM unnest($2::text[], $3::text[]) AS wanted (s, n)
+             WHERE t.stream = $1 AND t.table_schema = s AND t.table_name = n AND t.state <> 'ready'";
+        let (schemas, names) = name_arrays(tables);
+        replica
+            .execute(SQL, &[&self.stream.as_str(), &schemas, &names])
+            .await?;
+        Ok(())
     }
 
     /// Marks a table as `copying`.

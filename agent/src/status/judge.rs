@@ -14,6 +14,9 @@ use crate::watch::{Facts, Wal};
 /// Longer than the source may take to answer, and than the pause between two looks.
 pub(super) const FRESH: Micros = 30_000_000;
 
+/// What was seen on the replica is believed longer: it is looked at less often.
+const COVERAGE_FRESH: Micros = 90_000_000;
+
 /// Lag by stage, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Stages {
@@ -52,6 +55,9 @@ pub(super) fn judge(written: &Written, facts: &Facts, now: Micros) -> DatabaseSt
         .zip(applied)
         .map(|(end, applied)| u64::from(end).saturating_sub(u64::from(applied)));
     status.waits_for = facts.waits_for(&status.stream, now);
+    let seen = written.coverage.as_ref();
+    let seen = seen.filter(|(at, _)| now - at <= COVERAGE_FRESH);
+    status.coverage = seen.map(|(_, coverage)| coverage.clone());
     status
 }
 
@@ -68,6 +74,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::coverage::Coverage;
     use crate::lag::Lag;
     use crate::status::Leg;
     use crate::watch::Slot;
@@ -92,6 +99,7 @@ mod tests {
             lag,
             told: Some(PgLsn::from(900)),
             applied: applied.then(|| PgLsn::from(500)),
+            coverage: Some((0, Coverage::default())),
         }
     }
 
@@ -156,6 +164,15 @@ mod tests {
         }
         for state in State::ALL {
             assert_eq!(TABLE.iter().filter(|row| row.0 == state).count(), 2);
+        }
+    }
+
+    #[test]
+    fn what_is_protected_is_not_known_for_ever() {
+        for state in State::ALL {
+            let written = written(state, true);
+            let known = |at| judge(&written, &facts(at), at).coverage.is_some();
+            assert!(known(SECOND) && !known(HOUR), "{state:?}");
         }
     }
 

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Failed, Late};
+use super::Late;
 use crate::catalog::{Table, TableName};
 use crate::coverage;
 use crate::pipeline::Leg;
@@ -22,17 +22,23 @@ impl Late {
         &self,
         tables: &[Table],
         elsewhere: &[Aside],
-        failed: &BTreeMap<TableName, Failed>,
         unseen: Option<&str>,
     ) -> Result<(), SessionError> {
         let mut aside = unseen.map_or_else(Reasons::new, |reason| self.left_out(reason));
         let elsewhere = elsewhere.iter();
         aside.extend(elsewhere.map(|one| (one.table.clone(), one.reason.clone())));
         self.say(&aside);
-        for table in tables {
-            let reason = failed.get(&table.name).map(|one| one.reason.clone());
-            let reason = reason.unwrap_or_else(|| "is being copied".to_owned());
-            aside.insert(table.name.clone(), reason);
+        {
+            let troubles = self.aside.troubles();
+            if unseen.is_some() {
+                let known = troubles.reasons();
+                aside.extend(known.map(|(table, reason)| (table.clone(), reason.clone())));
+            }
+            for table in tables {
+                let reason = troubles.reason(&table.name);
+                let reason = reason.unwrap_or(setup::BEING_COPIED).to_owned();
+                aside.insert(table.name.clone(), reason);
+            }
         }
         self.show(aside, Noted::Alone).await
     }
@@ -72,11 +78,10 @@ impl Late {
         let as_text = |(table, reason): (&TableName, &String)| (table.to_string(), reason.clone());
         shown.extend(aside.iter().map(as_text));
         let count = shown.len() as u64;
-        self.metrics.tables_set_aside(count);
         if self.leg == Leg::Apply {
             self.metrics.unprotected(coverage::NOT_COPIED, count);
         }
-        self.status.update(|status| status.set_aside = shown);
+        self.aside.show(shown);
         let aside: Vec<Aside> = aside
             .into_iter()
             .map(|(table, reason)| Aside { table, reason })

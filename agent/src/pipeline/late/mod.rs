@@ -20,17 +20,17 @@
 mod aside;
 mod catch_up;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout};
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::Leg;
 use super::error::SessionError;
+use super::set_aside::SetAside;
+use super::{Leg, Wake, now_instant};
 use crate::catalog::{Table, TableName};
 use crate::computed::Which;
 use crate::config::Config;
@@ -46,14 +46,11 @@ use crate::snapshot::{self, CopyJob};
 use crate::status::StatusCell;
 use crate::stream::StreamName;
 
-/// How often it is looked without being told that there is something new, and how soon what failed is tried again at first.
+/// How often it is looked without being told that there is something new.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 
 /// The same beside a replica whose source nobody watches from here.
 const LOOK_EVERY_APART: Duration = Duration::from_secs(10);
-
-/// What fails again and again is tried this often.
-const AGAIN_MAX: Duration = Duration::from_secs(600);
 
 /// How long the first attempt may wait for open transactions; each further one may wait twice as long, up to an hour: meanwhile
 /// the copy of the slot holds WAL.
@@ -90,20 +87,14 @@ pub(super) struct Late {
     pub(super) shipped: watch::Receiver<PgLsn>,
     pub(super) metrics: DatabaseMetrics,
     pub(super) status: StatusCell,
-}
-
-/// What is known of a table that could not be copied.
-#[derive(Clone, Debug)]
-struct Failed {
-    reason: String,
-    attempts: u32,
-    again_at: Instant,
+    pub(super) aside: SetAside,
+    /// Told when a person has mended something.
+    pub(super) wanted: Wake,
 }
 
 /// What one look leaves for the next.
 #[derive(Default)]
 struct Seen {
-    failed: BTreeMap<TableName, Failed>,
     /// Warnings that were said.
     said: Vec<String>,
     archived: setup::Watch,
@@ -113,7 +104,7 @@ type Tasks = JoinSet<Result<(), SessionError>>;
 
 impl Late {
     /// Looks and copies for as long as the session lasts.
-    pub(super) async fn run(self) -> Option<SessionError> {
+    pub(super) async fn run(mut self) -> Option<SessionError> {
         let mut seen = Seen::default();
         loop {
             if let Err(error) = self.look(&mut seen).await {
@@ -125,26 +116,26 @@ impl Late {
                     tracing::debug!(database = %self.database, error = %chain(&error), "not noted");
                 }
             }
-            let soon = seen.failed.values().map(|one| one.again_at).min();
+            let soon = self.aside.troubles().next();
             let every = match self.leg {
                 Leg::Apply => LOOK_EVERY_APART,
                 Leg::Whole | Leg::Send => LOOK_EVERY,
             };
             let until = soon.map_or(every, |at| {
-                at.saturating_duration_since(Instant::now()).min(every)
+                at.saturating_duration_since(now_instant()).min(every)
             });
-            let told = async {
-                tokio::select! {
-                    () = self.wake.notified() => {}
-                    () = self.beside.news() => {}
-                }
-            };
-            let _ = timeout(until.max(Duration::from_secs(1)), told).await;
+            tokio::select! {
+                () = self.wake.notified() => {}
+                () = self.beside.news() => {}
+                () = self.wanted.wanted() => self.aside.troubles().now(now_instant()),
+                () = sleep(until.max(Duration::from_secs(1))) => {}
+            }
         }
     }
 
     async fn look(&self, seen: &mut Seen) -> Result<(), SessionError> {
         let (config, database) = (&self.config, &self.database);
+        self.aside.recall().await?;
         let found = match self.leg {
             Leg::Apply => {
                 setup::look_receiving(config, database, self.history, &mut seen.archived).await?
@@ -159,57 +150,69 @@ impl Late {
             }
         }
         seen.said = found.warnings;
-        let failed = &mut seen.failed;
-        failed.retain(|table, _| found.tables.iter().any(|one| one.name == *table));
-        let is_due = |table: &&Table| {
-            let one = failed.get(&table.name);
-            one.is_none_or(|one| one.again_at <= Instant::now())
-        };
-        let due: Vec<Table> = found.tables.iter().filter(is_due).cloned().collect();
         let elsewhere = &found.elsewhere;
         // Where the source was seen, those of which changes come and that it has not have gone, or come with the next look.
         let unseen = found.out_of_reach.as_deref();
-        self.tell(&found.tables, elsewhere, failed, unseen).await?;
-        if due.is_empty() {
+        let now = now_instant();
+        let (known, new): (Vec<Table>, Vec<Table>) = {
+            let mut troubles = self.aside.troubles();
+            let is_found = |table: &TableName| found.tables.iter().any(|one| one.name == *table);
+            troubles.retain(|table| unseen.is_some() || is_found(table));
+            let due = found.tables.iter().cloned();
+            due.filter(|table| troubles.is_due(&table.name, now))
+                .partition(|table| troubles.knows(&table.name))
+        };
+        self.tell(&found.tables, elsewhere, unseen).await?;
+        if known.is_empty() && new.is_empty() {
             return Ok(());
         }
         let mut done: Vec<TableName> = Vec::new();
-        // Together; and where that fails for good, one by one, so that one table costs no other.
-        let together = self.attempt(&due, &found.listed, failed, &mut done).await?;
-        if due.len() > 1 && together == Some(Class::Definite) {
-            for table in &due {
-                let one = std::slice::from_ref(table);
-                self.attempt(one, &found.listed, failed, &mut done).await?;
-            }
+        for tables in [&new, &known] {
+            self.attempt_all(tables, &found.listed, &mut done).await?;
         }
         let mut rest = found.tables;
         rest.retain(|table| !done.contains(&table.name));
-        self.tell(&rest, elsewhere, failed, unseen).await
+        self.tell(&rest, elsewhere, unseen).await
     }
 
-    /// Copies tables, and notes what became of it; returns of which class the error was. An error only where the session is
-    /// over.
+    /// Together; and where that fails for good, one by one, so that one table costs no other.
+    async fn attempt_all(
+        &self,
+        tables: &[Table],
+        listed: &Listed,
+        done: &mut Vec<TableName>,
+    ) -> Result<(), SessionError> {
+        if tables.is_empty() {
+            return Ok(());
+        }
+        let together = self.attempt(tables, listed, done).await?;
+        if tables.len() > 1 && together == Some(Class::Definite) {
+            for table in tables.chunks(1) {
+                self.attempt(table, listed, done).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies tables, and notes what became of it, unless it failed for good because of one of several; returns of which class the
+    /// error was. An error only where the session is over.
     async fn attempt(
         &self,
         tables: &[Table],
         listed: &Listed,
-        failed: &mut BTreeMap<TableName, Failed>,
         done: &mut Vec<TableName>,
     ) -> Result<Option<Class>, SessionError> {
-        let before = tables.iter().filter_map(|table| failed.get(&table.name));
-        let attempts = before.map(|one| one.attempts).max().unwrap_or(0) + 1;
-        let mut tasks = Tasks::new();
-        let outcome = Box::pin(self.round(tables, listed, attempts, &mut tasks)).await;
-        tasks.shutdown().await;
-        if matches!(outcome, Err(SessionError::LateWaits(_))) {
-            let ended = setup::end_late_sessions(&self.source(), &self.stream).await;
-            if let Err(error) = ended {
-                tracing::debug!(error = %chain(&error), "a session on the source waits on");
-            }
+        let mut outcome = self.try_once(tables, listed).await;
+        if let (Err(error), [table]) = (&outcome, tables)
+            && is_of_the_table_there(error)
+            && self.aside.troubles().rebuild(&table.name, now_instant())
+        {
+            tracing::info!(database = %self.database, table = %table.name, reason = chain(error), "is created anew");
+            outcome = self.try_once(tables, listed).await;
         }
         let Err(error) = outcome else {
             for table in tables {
-                failed.remove(&table.name);
+                self.aside.troubles().joined(&table.name, now_instant());
                 done.push(table.name.clone());
                 tracing::info!(database = %self.database, table = %table.name, "copied beside the stream, and replicated from now on");
             }
@@ -218,25 +221,46 @@ impl Late {
         if error.class() == Class::Fenced || matches!(error, SessionError::LateJoin(_)) {
             return Err(error);
         }
+        if tables.len() > 1 && error.class() == Class::Definite {
+            return Ok(Some(Class::Definite));
+        }
         let reason = chain(&error);
-        let pause = LOOK_EVERY
-            .saturating_mul(1 << (attempts - 1).min(10))
-            .min(AGAIN_MAX);
         for table in tables {
+            let now = now_instant();
+            let pause = self.aside.troubles().failed(&table.name, &reason, now);
             tracing::warn!(
                 database = %self.database, table = %table.name, error = reason, hint = error.hint(), again_in = ?pause,
                 "set aside: it is not protected; the rest goes on"
             );
-            failed.insert(
-                table.name.clone(),
-                Failed {
-                    reason: reason.clone(),
-                    attempts,
-                    again_at: Instant::now() + pause,
-                },
-            );
         }
         Ok(Some(error.class()))
+    }
+
+    /// One attempt, after which nothing of it is left but the tables, or not even these.
+    async fn try_once(&self, tables: &[Table], listed: &Listed) -> Result<(), SessionError> {
+        let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
+        let attempts = {
+            let troubles = self.aside.troubles();
+            names.iter().map(|name| troubles.attempts(name)).max()
+        };
+        let mut tasks = Tasks::new();
+        let round = self.round(tables, listed, attempts.unwrap_or(0) + 1, &mut tasks);
+        let outcome = Box::pin(round).await;
+        tasks.shutdown().await;
+        if matches!(outcome, Err(SessionError::LateWaits(_))) {
+            let ended = setup::end_late_sessions(&self.source(), &self.stream).await;
+            if let Err(error) = ended {
+                tracing::debug!(error = %chain(&error), "a session on the source waits on");
+            }
+        }
+        let is_lost = matches!(outcome, Err(SessionError::LateJoin(_)));
+        if outcome.is_err() && !is_lost {
+            let removing = setup::remove_half_made(&self.replica(), &self.stream, &names).await;
+            if let Err(error) = removing {
+                tracing::debug!(error = %chain(&error), "what was not finished is left to the next attempt");
+            }
+        }
+        outcome
     }
 
     fn source(&self) -> ConnInfo {
@@ -258,7 +282,6 @@ impl Late {
         let (source, replica) = (self.source(), self.replica());
         // A backend that waits for a snapshot notices late that nobody listens.
         setup::end_late_sessions(&source, &self.stream).await?;
-        setup::set_back_to_pending(&replica, &self.stream, tables, attempts > 1).await?;
         // From here on what is copied does not count after a crash: the stream passes it by, and leaves its changes out.
         setup::catch_up_from_nothing(&replica, &self.stream, self.term).await?;
         let reading = self.read(tasks).await?;
@@ -274,6 +297,8 @@ impl Late {
             .map_err(SessionError::LateSnapshot)?;
         let snapshot_lsn = exported.consistent_point;
         failpoint::hit("late:snapshot");
+        let is_rebuilt = |table: &TableName| self.aside.troubles().is_rebuilt(table);
+        setup::make_room(&replica, &self.stream, tables, is_rebuilt, snapshot_lsn).await?;
         let job = CopyJob {
             source: &source,
             replica: &replica,
@@ -341,14 +366,24 @@ impl Late {
         let names = names.iter().cloned().collect();
         let (config, database) = (&self.config, &self.database);
         let looked = setup::altered(config, database, None, &names, Which::All).await?;
-        let Some((computed, difference)) = looked else {
+        let Some((computed, differences)) = looked else {
             return Ok(());
         };
-        if let Some(difference) = difference {
-            return Err(SetupError::Computed(Box::new(difference)).into());
+        if !differences.is_empty() {
+            return Err(SetupError::Computed(differences).into());
         }
         self.beside.know(computed.domains().clone());
         Ok(())
+    }
+}
+
+/// Whether what is on the replica under the table's name is in the way: created anew it may do.
+fn is_of_the_table_there(error: &SessionError) -> bool {
+    match error {
+        SessionError::LateCopy(error) => error.is_of_the_replicas_table(),
+        SessionError::Setup(SetupError::Computed(_)) => true,
+        SessionError::Sink(error) => error.costs().is_some(),
+        _ => false,
     }
 }
 

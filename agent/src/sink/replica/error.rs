@@ -75,6 +75,8 @@ pub enum SinkError {
     Refused {
         /// `schema.table`, or "a table".
         table: String,
+        /// The same, where the server names one.
+        named: Option<TableName>,
         /// ` (constraint name)`, or nothing.
         constraint: String,
         /// What the server said.
@@ -144,7 +146,10 @@ impl SinkError {
             Self::Unfit(unfit) => Some(&unfit.table),
             Self::TableMissing { table }
             | Self::ColumnMissing { table, .. }
+            | Self::BinaryForm { table, .. }
+            | Self::DomainNotKnown { table }
             | Self::TableNotCopied { table } => Some(table),
+            Self::Refused { named, .. } => named.as_ref(),
             _ => None,
         }
     }
@@ -221,6 +226,7 @@ impl From<PgError> for SinkError {
             // Class 23, integrity constraint violation.
             state if state.starts_with("23") => Self::Refused {
                 table: server.table.clone().unwrap_or_else(|| "a table".to_owned()),
+                named: server.table.as_deref().and_then(named),
                 constraint: server
                     .constraint
                     .as_ref()
@@ -230,6 +236,14 @@ impl From<PgError> for SinkError {
             _ => Self::Pg(error),
         }
     }
+}
+
+fn named(table: &str) -> Option<TableName> {
+    let (schema, name) = table.split_once('.')?;
+    Some(TableName {
+        schema: schema.to_owned(),
+        name: name.to_owned(),
+    })
 }
 
 impl From<tokio_postgres::Error> for SinkError {

@@ -29,6 +29,7 @@ mod attempt;
 mod beside;
 mod boxed;
 mod chain;
+mod cost;
 mod divide;
 mod error;
 mod execute;
@@ -62,6 +63,7 @@ use lane::Lane;
 use relations::Relations;
 
 pub use beside::Beside;
+pub use cost::Cost;
 pub use error::{Place, SinkError};
 pub use relations::Synced;
 pub use segment::SegmentLimits;

@@ -1,0 +1,52 @@
+//! Looks at the replica for what is protected, and writes it down: for the page, the status and the metrics.
+//!
+//! It reads what the source told in-band and what is here, so it says the same as `dr-agent status` and a promotion do.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
+
+use super::error::SessionError;
+use crate::coverage;
+use crate::error::chain;
+use crate::pg::{self, ConnInfo, PgError, Session};
+use crate::status::StatusCell;
+use crate::stream::StreamName;
+use crate::time;
+
+/// How often it is looked without being told.
+const LOOK_EVERY: Duration = Duration::from_secs(20);
+
+/// The task of one session.
+pub(super) struct Cover {
+    pub(super) replica: ConnInfo,
+    pub(super) stream: StreamName,
+    pub(super) status: StatusCell,
+    /// Told when a table was set aside, or came back.
+    pub(super) changed: Arc<Notify>,
+}
+
+impl Cover {
+    /// Looks for as long as the session lasts. What it does not get to know is not known after a while.
+    pub(super) async fn run(self) -> Option<SessionError> {
+        loop {
+            match self.look().await {
+                Ok(coverage) => self.status.covered(coverage, time::now()),
+                Err(error) => {
+                    tracing::debug!(stream = %self.stream, error = %chain(&error), "no look at what is protected");
+                }
+            }
+            let _ = timeout(LOOK_EVERY, self.changed.notified()).await;
+            // Several tables come or go together.
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    async fn look(&self) -> Result<coverage::Coverage, PgError> {
+        let session = Session::new(self.stream.application_name("cover"));
+        let client = pg::connect(&self.replica, &session).await?;
+        coverage::of(&client, &self.stream).await
+    }
+}
