@@ -248,7 +248,8 @@ mod tests {
     #[test]
     fn sections_that_need_a_restart_stay_as_they_were() {
         let archive = format!("{LEAST}[archive]\nurl = \"file:///somewhere\"\n");
-        let route = format!("{LEAST}[route]\nkind = \"kinesis\"\nstream = \"app\"\n");
+        let named = LEAST.replace("[replica]", "databases = [\"app\"]\n[replica]");
+        let route = format!("{named}[route]\nkind = \"kinesis\"\nstream = \"app\"\n");
         let hook = format!("{LEAST}[[promote.hook]]\nname = \"a\"\ncommand = [\"b\"]\n");
         let (old, lanes) = (parse(LEAST), "[limits]\nbatch_changes = 7\n");
         let found = reload(&old, &parse(&format!("{archive}{lanes}")));
@@ -261,7 +262,8 @@ mod tests {
         assert_eq!(found.restart, ["archive"]);
         let kept: Option<Archive> = parse(&archive).archive;
         assert_eq!(found.config.archive, kept);
-        assert_eq!(reload(&old, &parse(&route)).restart, ["route"]);
+        let found = reload(&parse(&named), &parse(&route));
+        assert_eq!(found.restart, ["route"]);
         assert_eq!(reload(&old, &parse(&hook)).taken, ["promote.hook"]);
     }
 }
