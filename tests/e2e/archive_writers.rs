@@ -96,10 +96,18 @@ async fn two_databases_share_an_archive_and_not_their_histories() {
         .into_iter()
         .find(|path| span(path).start <= end && span(path).end > end)
         .unwrap();
-    let name = crossing.file_name().unwrap();
-    fs::copy(&crossing, of(&one)[0].with_file_name(name)).unwrap();
+    // Right behind the last of its own: a stretch that intact segments cover would not be missed.
+    let name = format!(
+        "{}.zst",
+        Span {
+            start: end,
+            ..span(&crossing)
+        }
+        .name()
+    );
+    fs::copy(&crossing, of(&one)[0].with_file_name(&name)).unwrap();
     let stream = other.stream();
-    let words = [name.to_str().unwrap(), stream.as_str()];
+    let words = [name.as_str(), stream.as_str()];
     restore(&one, &first, "with_a_stranger", &[])
         .await
         .expect_code(1)
