@@ -132,7 +132,7 @@ impl fmt::Display for Refusal {
             } => write!(
                 f,
                 "{database}: dr_agent.promotion is of term {promotion}, dr_agent.progress of term {progress}; \
-                 if the replica was set up anew, delete the row of dr_agent.promotion"
+                 the row of dr_agent.promotion may go only if this replica was set up anew after that promotion"
             ),
         }
     }
