@@ -136,6 +136,7 @@ impl Late {
     async fn look(&self, seen: &mut Seen) -> Result<(), SessionError> {
         let (config, database) = (&self.config, &self.database);
         self.aside.recall().await?;
+        let mut gone = self.beside.left_out();
         let found = match self.leg {
             Leg::Apply => {
                 setup::look_receiving(config, database, self.history, &mut seen.archived).await?
@@ -144,6 +145,10 @@ impl Late {
                 setup::look(config, database, &CancellationToken::new()).await?
             }
         };
+        if found.out_of_reach.is_none() {
+            gone.retain(|table| !found.tables.iter().any(|one| one.name == *table));
+            self.beside.forget(gone);
+        }
         for warning in &found.warnings {
             if !seen.said.contains(warning) {
                 tracing::warn!(database = %self.database, "{warning}");

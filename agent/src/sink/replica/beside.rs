@@ -60,6 +60,14 @@ impl Beside {
         self.lock().left_out.clone()
     }
 
+    /// These are gone from the source: what was left out of them concerns nobody.
+    pub fn forget(&self, tables: impl IntoIterator<Item = TableName>) {
+        let mut known = self.lock();
+        for table in tables {
+            known.left_out.remove(&table);
+        }
+    }
+
     /// Ends once there is another one of them.
     pub async fn news(&self) {
         self.0.news.notified().await;
