@@ -171,7 +171,7 @@ pub(super) async fn create_database(
     if is_half_dropped(admin, database).await? {
         tracing::info!(
             database,
-            "a DROP DATABASE that was interrupted is brought to its end"
+            "dropping the database was interrupted: it is brought to its end"
         );
         drop_database(admin, database).await;
     }
