@@ -140,15 +140,17 @@ impl RouteDrain<'_> {
         match Box::pin(self.both(&asked, &mut drained)).await {
             Ok(warnings) => drained.end = End::Tip { warnings },
             // Its first rows are on the source alone.
-            Err(Failed::Replay(ReplayError::Sink(SinkError::TableNotCopied { table }))) => {
-                drained.end = End::Uncopied(table);
-            }
-            Err(Failed::Replay(ReplayError::Sink(error))) if self.set_aside(&error).is_some() => {
+            Err(Failed::Replay(ReplayError::Sink(error)))
+                if error.uncopied().is_none() && self.set_aside(&error).is_some() =>
+            {
                 let table = self.set_aside(&error);
                 let reason = chain(&error);
                 drained.end = table.map_or(drained.end, |table| End::Troubled { table, reason });
             }
-            Err(error) => return Err(error),
+            Err(error) => match error.uncopied() {
+                Some(table) => drained.end = End::Uncopied(table.clone()),
+                None => return Err(error),
+            },
         }
         Ok(drained)
     }

@@ -74,6 +74,7 @@ mod route_kinesis_gaps;
 mod route_kinesis_oracle;
 mod route_kinesis_senders;
 mod route_kinesis_shared;
+mod routed;
 mod schema;
 mod set_aside;
 mod set_back;

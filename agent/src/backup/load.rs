@@ -17,6 +17,8 @@
 //! in-band tables are filled, otherwise their rows are passed over. Killed, it leaves a database that is not
 //! empty; the caller removes that ([`super::wipe()`]) and begins again.
 
+use std::collections::BTreeMap;
+
 use futures_util::future;
 use std::collections::HashSet;
 use tokio_postgres::{Client, GenericClient};
@@ -30,14 +32,16 @@ use crate::catalog::TableName;
 use crate::config::CopySettings;
 use crate::failpoint;
 use crate::pg::ConnInfo;
+use crate::refused::{self, Taken};
+use crate::routing;
 use crate::snapshot::deferred::{self, Statement};
 use crate::snapshot::dump::{Dump, PRE_DATA};
 use crate::snapshot::inventory::ForeignKey;
 use crate::snapshot::plan::{Pages, Part};
 use crate::snapshot::session::ReplicaSide;
 use crate::snapshot::toc::LeftOut;
-use crate::snapshot::work::{Taken, Work};
-use crate::snapshot::{self, CopyObserver, CopyPhase, finish, inventory, quiet, refused};
+use crate::snapshot::work::{self, Work};
+use crate::snapshot::{self, CopyObserver, CopyPhase, finish, inventory, quiet};
 use crate::store::Store;
 use crate::stream::StreamName;
 
@@ -136,15 +140,11 @@ async fn load_all(
         .collect();
     let missing = inventory::missing_on(&client, &in_band).await?;
     chosen.retain(|(_, data)| !missing.contains(&data.table));
-    let taken = fill(job, &side, &chosen, observer).await?;
+    let constraints = fill(job, &side, &chosen, observer).await?;
 
     observer.phase(CopyPhase::PostData);
     build(job, &dump, &left_out, &side, &client, observer).await?;
-    for taken in &taken {
-        let adding = BackupError::target(format!("add {}", taken.what));
-        client.batch_execute(&taken.add).await.map_err(adding)?;
-        taken.say(observer);
-    }
+    bring_back(job, &client, &constraints, observer).await?;
     quiet::quiet(&client, observer).await?;
     let sequences = small(job, SEQUENCES).await?;
     client
@@ -162,6 +162,32 @@ async fn load_all(
     Ok(())
 }
 
+/// Keeps the constraints that have refused rows until the database is opened; where nobody replays a log into it, that is now.
+async fn bring_back(
+    job: &LoadJob<'_>,
+    client: &Client,
+    constraints: &[Taken],
+    observer: &dyn CopyObserver,
+) -> Result<(), BackupError> {
+    const REPLAYS: &str = "SELECT to_regclass('dr_agent.deferred') IS NOT NULL";
+    let asked = client.query_typed_one(REPLAYS, &[]).await;
+    let asked = asked.map_err(BackupError::target("look for schema dr_agent"))?;
+    let replays: bool = asked.get(0);
+    for taken in constraints {
+        let Taken { what, add } = taken;
+        let done = match replays {
+            true => {
+                let stream = job.stream.as_str();
+                refused::keep(client, stream, (what, add), refused::when_opened()).await
+            }
+            false => client.batch_execute(add).await,
+        };
+        done.map_err(BackupError::target(format!("add {what}")))?;
+        snapshot::leave_out(observer, &taken.told());
+    }
+    Ok(())
+}
+
 /// Builds indexes, then constraints. Rows may violate a foreign key, as they did on the source.
 async fn build(
     job: &LoadJob<'_>,
@@ -171,7 +197,7 @@ async fn build(
     client: &Client,
     observer: &dyn CopyObserver,
 ) -> Result<(), BackupError> {
-    const KEYS: [&str; 2] = ["FK CONSTRAINT", "COMMENT"];
+    const KEYS: [&str; 1] = ["FK CONSTRAINT"];
     let jobs = job.settings.jobs.max(1);
     let others = left_out.without(&KEYS);
     dump.build("schema", &others, side, jobs).await?;
@@ -179,8 +205,11 @@ async fn build(
         .build("schema", &left_out.only(&KEYS), side, jobs)
         .await
     {
-        Err(error) if error.is_missing_reference() => {}
-        built => return Ok(built?),
+        Err(error) if error.may_be_missing_reference() => {}
+        built => {
+            built?;
+            return Ok(dump.comment("schema", left_out, side).await?);
+        }
     }
     let there = inventory::foreign_keys(client).await?;
     let is_there = |key: &ForeignKey| {
@@ -189,10 +218,9 @@ async fn build(
     };
     let keys = job.manifest.foreign_keys.iter();
     let lacking = keys.filter(|key| !left_out.has(&key.entry) && !is_there(key));
-    let statements: Vec<_> = lacking.map(Statement::foreign_key).collect();
+    let statements = Statement::foreign_keys(lacking);
     deferred::add_keys(client, &statements, observer).await?;
-    let comments = left_out.only(&["COMMENT"]);
-    Ok(dump.build("schema", &comments, side, jobs).await?)
+    Ok(dump.comment("schema", left_out, side).await?)
 }
 
 /// Fills materialized views that are empty, each behind those that it reads; what cannot be filled is told.
@@ -306,7 +334,7 @@ async fn fill(
     side: &ReplicaSide<'_>,
     chosen: &[Chosen<'_>],
     observer: &dyn CopyObserver,
-) -> Result<Vec<refused::Taken>, BackupError> {
+) -> Result<Vec<Taken>, BackupError> {
     let mut tables: Vec<&TableName> = Vec::new();
     // The objects are in the order in which they were best taken: the biggest first.
     let parts: Vec<Part> = chosen
@@ -324,10 +352,12 @@ async fn fill(
             }
         })
         .collect();
+    let tops = routing::tops(&side.open().await?, tables.iter().copied()).await;
+    let tops = tops.map_err(BackupError::target("read the partitioned tables"))?;
     let total = tables.len();
     let work = Work::new(tables, &parts, total, observer);
     let sessions = usize::from(job.settings.jobs.max(1)).min(parts.len());
-    let each = (0..sessions).map(|_| Box::pin(load_parts(job, side, chosen, &work)));
+    let each = (0..sessions).map(|_| Box::pin(load_parts(job, side, (chosen, &tops), &work)));
     let taken = future::try_join_all(each).await?;
     Ok(taken.into_iter().flatten().collect())
 }
@@ -336,12 +366,12 @@ async fn fill(
 async fn load_parts(
     job: &LoadJob<'_>,
     side: &ReplicaSide<'_>,
-    chosen: &[Chosen<'_>],
+    (chosen, tops): (&[Chosen<'_>], &BTreeMap<TableName, TableName>),
     work: &Work<'_>,
-) -> Result<Vec<refused::Taken>, BackupError> {
+) -> Result<Vec<Taken>, BackupError> {
     let mut client = side.open().await?;
     let mut taken = Vec::new();
-    while let Some(Taken {
+    while let Some(work::Taken {
         number,
         part,
         is_whole,
@@ -353,6 +383,7 @@ async fn load_parts(
             base: job.base,
             object,
             data,
+            top: tops.get(&data.table),
         };
         let mut in_vain = false;
         while let Err(error) = source.load(&client, is_whole, work).await {
@@ -378,7 +409,7 @@ async fn take_away(
     client: &mut Client,
     error: &BackupError,
     table: &TableName,
-) -> Result<Option<Vec<refused::Taken>>, BackupError> {
+) -> Result<Option<Vec<Taken>>, BackupError> {
     let BackupError::Target { source, .. } = error else {
         return Ok(None);
     };

@@ -15,7 +15,7 @@ use tokio_postgres::Client;
 use super::error::BackupError;
 use super::manifest::{DataFile, Object};
 use super::object::{self, Feed, Sum};
-use crate::catalog::quote_ident;
+use crate::catalog::{TableName, quote_ident};
 use crate::snapshot::CopyError;
 use crate::snapshot::layout::Layout;
 use crate::snapshot::plan::Part;
@@ -83,6 +83,8 @@ pub(super) struct Source<'a> {
     pub(super) base: &'a str,
     pub(super) object: &'a Object,
     pub(super) data: &'a DataFile,
+    /// Through which its rows are written, where not into itself: all of that is empty.
+    pub(super) top: Option<&'a TableName>,
 }
 
 impl Source<'_> {
@@ -95,7 +97,8 @@ impl Source<'_> {
         work: &Work<'_>,
     ) -> Result<(), BackupError> {
         table::begin(target).await?;
-        let freeze = is_whole && table::empty(target, &self.data.table).await?;
+        let freeze =
+            is_whole && self.top.is_none() && table::empty(target, &self.data.table).await?;
         self.copy(target, freeze, work).await?;
         Ok(table::commit(target).await?)
     }
@@ -109,7 +112,8 @@ impl Source<'_> {
         let Self { object, data, .. } = self;
         let writing = || BackupError::target(format!("write table {}", data.table));
         let columns: Vec<String> = data.columns.iter().map(|name| quote_ident(name)).collect();
-        let statement = table::copy_in(&data.table, &columns.join(", "), false, freeze);
+        let taker = self.top.unwrap_or(&data.table);
+        let statement = table::copy_in(taker, &columns.join(", "), false, freeze);
         let sink = target.copy_in::<_, Bytes>(&statement).await;
         let mut sink = pin!(sink.map_err(writing())?);
         let (mut pieces, unpacking) =

@@ -6,13 +6,18 @@
 //! # Invariants
 //! - An object is loaded as a whole or not at all: whether `zstd` found it whole is known only after its last row.
 
+use std::collections::BTreeMap;
+
 use super::manifest::DataFile;
-use crate::catalog::{quote_ident, quote_literal};
+use crate::catalog::{TableName, quote_ident, quote_literal};
 use crate::pg::settings::VALUES;
 use crate::snapshot::finish::Position;
 
-/// Fills the tables from the objects with rows. The tables of schema `dr_agent` are not for people.
-pub(super) fn load_data<'a>(files: impl Iterator<Item = (&'a str, &'a DataFile)>) -> String {
+/// Fills the tables from the objects with rows. `takers` are the tables through which rows of others are written. The tables of schema `dr_agent` are not for people.
+pub(super) fn load_data<'a>(
+    files: impl Iterator<Item = (&'a str, &'a DataFile)>,
+    takers: &BTreeMap<TableName, TableName>,
+) -> String {
     let mut script = String::from(
         "-- Fills the tables of this base backup. Run by psql in the directory that holds it,\n\
          -- between pre-data.sql and post-data.sql; zstd must be on the PATH.\n\
@@ -22,19 +27,19 @@ pub(super) fn load_data<'a>(files: impl Iterator<Item = (&'a str, &'a DataFile)>
         script.push_str(&format!("SET {name} = '{value}';\n"));
     }
     for (name, data) in files.filter(|(_, data)| data.table.schema != "dr_agent") {
-        script.push_str(&fill(name, data));
+        script.push_str(&fill(name, data, takers.get(&data.table)));
     }
     script
 }
 
-fn fill(name: &str, data: &DataFile) -> String {
+fn fill(name: &str, data: &DataFile, taker: Option<&TableName>) -> String {
     let columns: Vec<String> = data.columns.iter().map(|name| quote_ident(name)).collect();
     let columns = if columns.is_empty() {
         String::new()
     } else {
         format!(" ({})", columns.join(", "))
     };
-    let target = format!("{}{columns}", data.table.sql());
+    let target = format!("{}{columns}", taker.unwrap_or(&data.table).sql());
     if target.contains(['\n', '\r']) {
         // The command ends with its line.
         return format!(
@@ -61,7 +66,6 @@ pub(super) fn set_sequences<'a>(positions: impl Iterator<Item = &'a Position>) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::TableName;
 
     fn data(table: &str, columns: &[&str]) -> DataFile {
         let table = TableName {
@@ -80,14 +84,14 @@ mod tests {
     #[test]
     fn each_object_is_one_transaction_and_a_name_with_a_line_break_is_said() {
         assert_eq!(
-            fill("data/00001.copy.zst", &data("t\"1", &["a", "B c"])),
+            fill("data/00001.copy.zst", &data("t\"1", &["a", "B c"]), None),
             "BEGIN;\n\\copy \"S\".\"t\"\"1\" (\"a\", \"B c\") FROM PROGRAM 'zstd -dcq data/00001.copy.zst'\nCOMMIT;\n"
         );
         assert_eq!(
-            fill("d", &data("t", &[])),
+            fill("d", &data("t", &[]), None),
             "BEGIN;\n\\copy \"S\".\"t\" FROM PROGRAM 'zstd -dcq d'\nCOMMIT;\n"
         );
-        assert!(fill("d", &data("a\nb", &[])).starts_with("\\warn"));
+        assert!(fill("d", &data("a\nb", &[]), None).starts_with("\\warn"));
     }
 
     #[test]

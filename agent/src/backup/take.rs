@@ -198,7 +198,9 @@ impl<'a> Taking<'a> {
         }
         let files = taking.objects.iter();
         let files = files.filter_map(|object| Some((object.name.as_str(), object.data.as_ref()?)));
-        let load = script::load_data(files);
+        let takers = layouts.iter();
+        let takers = takers.filter_map(|layout| Some((layout.name.clone(), layout.top.clone()?)));
+        let load = script::load_data(files, &takers.collect());
         taking.put("load.sql", load.into()).await?;
         let read_locale = locale::locale(&client, side.version_num()).await;
         let manifest = Manifest {

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use crate::archive::{ArchiveError, SpoolError};
+use crate::catalog::TableName;
 use crate::error::{Class, Classify};
 use crate::kinesis::KinesisError;
 use crate::pg::PgError;
@@ -38,6 +39,16 @@ pub(super) enum Failed {
     ArchiveSilent(Duration),
     #[error("the session that holds the promotion's lock has ended")]
     LockLost(#[source] PgError),
+}
+
+impl Failed {
+    /// The table whose rows are on the source alone.
+    pub(super) fn uncopied(&self) -> Option<&TableName> {
+        match self {
+            Self::Replay(ReplayError::Sink(error)) => error.uncopied(),
+            _ => None,
+        }
+    }
 }
 
 impl From<StoreError> for Failed {

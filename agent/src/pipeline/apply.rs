@@ -83,7 +83,7 @@ impl Deferred {
         let mut client = pg::connect(&self.replica, &session)
             .await
             .map_err(SinkError::from)?;
-        let ran = snapshot::run_deferred(&mut client, &self.stream)
+        let ran = snapshot::run_deferred(&mut client, &self.stream, snapshot::Moment::Streaming)
             .await
             .map_err(SessionError::Deferred)?;
         self.again = (!ran.refused.is_empty()).then(|| {

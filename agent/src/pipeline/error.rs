@@ -145,14 +145,22 @@ impl SessionError {
         }
     }
 
+    /// The table that has to be copied before anything goes on.
+    pub(super) fn uncopied(&self) -> Option<&TableName> {
+        match self {
+            Self::NotCopied { table } | Self::Setup(SetupError::CopiedTogether(table)) => {
+                Some(table)
+            }
+            Self::Sink(error) => error.uncopied(),
+            _ => None,
+        }
+    }
+
     /// Not a failure: starting again is how the pipeline takes in what is new.
     pub(super) fn is_expected(&self) -> bool {
         matches!(
             self,
-            Self::Reconfigured
-                | Self::NewTable
-                | Self::NotCopied { .. }
-                | Self::Sink(SinkError::TableNotCopied { .. } | SinkError::DomainNotKnown { .. })
-        )
+            Self::Reconfigured | Self::NewTable | Self::Sink(SinkError::DomainNotKnown { .. })
+        ) || self.uncopied().is_some()
     }
 }

@@ -207,9 +207,10 @@ impl Pipeline {
                     tracing::info!(database = %self.database, reason = %chain(&error), "starting again, as text");
                     continue;
                 }
-                SessionError::Sink(SinkError::TableNotCopied { table })
-                | SessionError::NotCopied { table } => self.uncopied = Some(table.clone()),
                 _ => {}
+            }
+            if let Some(table) = error.uncopied() {
+                self.uncopied = Some(table.clone());
             }
             if error.is_expected() {
                 tracing::info!(database = %self.database, reason = %chain(&error), "starting again");

@@ -199,11 +199,12 @@ async fn walk_edge(
             )
         }
         Action::Drain => draining::drain(begun, client, record).await?,
-        Action::StateLoss => state_loss(begun.config, client, record).await?,
-        Action::SetSequences => {
+        Action::StateLoss => {
+            // What is there counts, and what is told of it.
             steps::add_deferred(client, record).await?;
-            steps::set_sequences(begun.config, client, record).await?
+            state_loss(begun.config, client, record).await?
         }
+        Action::SetSequences => steps::set_sequences(begun.config, client, record).await?,
         Action::Open => {
             let now = || Timestamp::now().to_string();
             let (session, note) = steps::open(begun.config, client, record, now).await?;

@@ -247,7 +247,7 @@ pub(super) async fn add_deferred(
     client: &mut Client,
     record: &mut Record,
 ) -> Result<(), PromoteError> {
-    match snapshot::run_deferred(client, &record.stream).await {
+    match snapshot::run_deferred(client, &record.stream, snapshot::Moment::Opening).await {
         Ok(Ran { waiting, refused }) => {
             if waiting > 0 {
                 record.warn(format!(

@@ -208,6 +208,10 @@ impl Classify for RestoreError {
             Self::Source(error) => return error.hint(),
             Self::Spill(error) => return error.hint(),
             Self::Replay(ReplayError::Sink(error)) => match error.cause() {
+                SinkError::TruncatedInPart { .. } | SinkError::PartitionMissing { .. } => {
+                    "restore to a moment before that, or behind the next base backup (dr-agent backup --list); or all other \
+                     tables, with --table"
+                }
                 SinkError::TableNotCopied { .. } => {
                     "the table came after this base backup, or took the place of another one or was not published for a while \
                      behind it, and what is missing of it is in no log: restore to a moment behind the next base backup \

@@ -44,13 +44,14 @@ pub use plan::{Plan, Start, plan};
 use crate::backup;
 use crate::catalog::TableName;
 use crate::config::Config;
+use crate::error::chain;
 use crate::failpoint;
 use crate::history::History;
 use crate::lag::Micros;
 use crate::ledger::BatchNumber;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::replay::{self, Reached, Sessions, Target};
-use crate::snapshot::CopyObserver;
+use crate::snapshot::{self, CopyObserver};
 use crate::source::{IntakeLimits, LogIntake};
 use crate::spill::{self, SpillSpace};
 use crate::store::Store;
@@ -166,7 +167,8 @@ pub async fn restore(
     target::keep(&client, owner, &position.kept).await?;
     let source = config.stream(&options.database);
     let unlisted = target::unlisted(&client, &source, &position).await?;
-    let (sequences, mut warnings) = finish(options, &stream, &client, &position.kept, copy).await?;
+    let (sequences, mut warnings) =
+        finish(options, &stream, &mut client, &position.kept, copy).await?;
     warnings.extend(unlisted.into_iter().map(|table| {
         format!("{table}: it was dropped on the source, or left out of the stream, before that moment; its rows are of before")
     }));
@@ -208,11 +210,24 @@ fn kept(plan: &Plan, options: &Options, left_out: Vec<String>) -> Kept {
 async fn finish(
     options: &Options,
     stream: &StreamName,
-    client: &Client,
+    client: &mut Client,
     kept: &Kept,
     copy: &dyn CopyObserver,
 ) -> Result<(u64, Vec<String>), RestoreError> {
     let mut warnings = kept.left_out.clone();
+    let added = snapshot::run_deferred(client, stream, snapshot::Moment::Opening).await;
+    match added {
+        Ok(ran) => {
+            let refused = ran.refused.into_iter();
+            warnings.extend(refused.map(|(what, reason)| format!("{what}: {reason}")));
+        }
+        Err(error) => {
+            let what = "constraints that refused rows of the source";
+            warnings.push(format!("{what}: {}", chain(&error)));
+            let ended = client.batch_execute("ROLLBACK").await;
+            ended.map_err(|error| RestoreError::target("add constraints")(error.into()))?;
+        }
+    }
     let gathering = Gathering::new(copy);
     backup::refresh_views(&options.target, stream, &kept.views, &gathering).await?;
     warnings.extend(gathering.into_left_out());

@@ -238,6 +238,11 @@ pub enum SetupError {
     /// The agent was told to stop; the next start goes on from here.
     #[error("stopped while setting up")]
     Stopped,
+    /// A partition that is replicated has to be copied again with one that came late. The next start does that.
+    #[error(
+        "a partition beside {0} came late, and the rows of both cannot be told from one another: both are copied again"
+    )]
+    CopiedTogether(TableName),
 }
 
 impl SetupError {
@@ -272,6 +277,7 @@ impl Classify for SetupError {
             | Self::InRecovery { .. }
             | Self::RightLost { .. }
             | Self::Stopped
+            | Self::CopiedTogether(_)
             | Self::ListIsNew { .. }
             | Self::NotSent { .. }
             | Self::NothingToCopyFrom { .. }
@@ -298,7 +304,7 @@ impl Classify for SetupError {
             Self::Mismatch { source, .. } => return source.hint(),
             Self::Copy { source, .. } => return source.hint(),
             Self::Base { source, .. } => return source.hint(),
-            Self::Stopped => return None,
+            Self::Stopped | Self::CopiedTogether(_) => return None,
             Self::ListIsNew { .. } => "`dr-agent run` sees to it when it starts, once the transactions that ran then have ended; \
                 restart it if it does not; it is retried"
                 .to_owned(),

@@ -8,6 +8,8 @@
 //! - What is begun here and not finished is begun anew, and the progress of what catches up gives it away: a `copied` table may be
 //!   half caught up with, and the stream has passed it by.
 
+use std::collections::BTreeMap;
+
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -19,6 +21,7 @@ use crate::catalog::{Table, TableName};
 use crate::config::Config;
 use crate::listed::Listed;
 use crate::pg::{ConnInfo, PgError, PgLsn, leftover};
+use crate::routing;
 use crate::stream::StreamName;
 
 /// What a look at the source has found.
@@ -55,9 +58,13 @@ pub async fn look(
     }
     let client = open(config, database, &source.stream).await?;
     let rows = table_sync::rows(&client, &source.stream).await?;
-    let is_ready = |table: &Table| rows.iter().any(|row| row.ready && row.table == table.name);
-    let mut tables = source.wanted.published;
-    tables.retain(|table| !is_ready(table));
+    let is_ready = |name: &TableName| rows.iter().any(|row| row.ready && row.table == *name);
+    let tables = source.wanted.published;
+    let tops = routing::tops(&source.client, tables.iter().map(|table| &table.name)).await;
+    let tops = tops.map_err(|error| {
+        SetupError::sql(Side::Source, "read the partitioned tables")(error.into())
+    })?;
+    let tables = missing(tables, &tops, is_ready)?;
     Ok(Found {
         tables,
         elsewhere: Vec::new(),
@@ -65,6 +72,23 @@ pub async fn look(
         listed: source.found.listed,
         warnings: source.warnings,
     })
+}
+
+/// Splits tables into those that are there and the others. Partitions whose rows cannot be told from one another on the replica
+/// are copied together: below one of the `tops` there may not be some of either.
+pub(super) fn missing(
+    tables: Vec<Table>,
+    tops: &BTreeMap<TableName, TableName>,
+    is_ready: impl Fn(&TableName) -> bool,
+) -> Result<Vec<Table>, SetupError> {
+    let mut together = routing::copied_together(tops, |name| !is_ready(name));
+    match together.find(|name| is_ready(name)) {
+        Some(table) => Err(SetupError::CopiedTogether(table.clone())),
+        None => Ok(tables
+            .into_iter()
+            .filter(|table| !is_ready(&table.name))
+            .collect()),
+    }
 }
 
 async fn open(config: &Config, database: &str, stream: &StreamName) -> Result<Client, SetupError> {
@@ -90,7 +114,8 @@ pub async fn end_late_sessions(source: &ConnInfo, stream: &StreamName) -> Result
         ))
 }
 
-/// Sets a table aside that was replicated so far. Its rows stay as they are until they are copied again.
+/// Sets a table aside that was replicated so far, with those that are copied together with it. Their rows stay as they are until
+/// they are copied again.
 pub(super) async fn leave_out(
     client: &mut Client,
     stream: &StreamName,
@@ -105,15 +130,17 @@ pub(super) async fn leave_out(
             ON CONFLICT (stream, table_schema, table_name) DO UPDATE SET reason = excluded.reason";
     let doing = sql("set a table aside");
     let transaction = client.transaction().await.map_err(&doing)?;
-    let (stream, schema, name) = (stream.as_str(), &table.schema, &table.name);
-    transaction
-        .execute(PENDING, &[&stream, schema, name])
-        .await
-        .map_err(&doing)?;
-    transaction
-        .execute(NOTE, &[&stream, schema, name, &reason])
-        .await
-        .map_err(&doing)?;
+    let stream = stream.as_str();
+    for TableName { schema, name } in &routing::beside(&transaction, table).await.map_err(&doing)? {
+        transaction
+            .execute(PENDING, &[&stream, schema, name])
+            .await
+            .map_err(&doing)?;
+        transaction
+            .execute(NOTE, &[&stream, schema, name, &reason])
+            .await
+            .map_err(&doing)?;
+    }
     transaction.commit().await.map_err(&doing)
 }
 

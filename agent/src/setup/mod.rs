@@ -62,7 +62,7 @@ mod target;
 pub mod timeline;
 mod undo;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Instant, SystemTime};
 
 use futures_util::future;
@@ -92,6 +92,7 @@ use crate::history::History;
 use crate::listed::{Copied, Listed};
 use crate::pg::replication::CreatedSlot;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
+use crate::routing;
 use crate::sink::replica::Distance;
 use crate::snapshot::{self, CopyJob, CopyObserver};
 use crate::stream::StreamName;
@@ -207,6 +208,8 @@ pub struct Published {
     pub tables: Vec<Table>,
     /// What they are listed as.
     pub listed: Listed,
+    /// Which of them are below a table that places their rows.
+    pub tops: BTreeMap<TableName, TableName>,
 }
 
 /// Reads what is published under a stream's name; nothing before its slot is there.
@@ -233,7 +236,12 @@ pub async fn published(
     };
     let mut tables = found.tables;
     tables.retain(|table| publication.publishes(table) && !table.unlogged);
+    let tops = routing::tops(&client, tables.iter().map(|table| &table.name)).await;
+    let tops = tops.map_err(|error| {
+        SetupError::sql(Side::Source, "read the partitioned tables")(error.into())
+    })?;
     Ok(Some(Published {
+        tops,
         history: noted.history(),
         tables,
         listed: found.listed,

@@ -134,8 +134,7 @@ pub async fn look_receiving(
     let source = config.source.conninfo.with_dbname(database);
     let why = match within_reach(super::published(&source, &stream)).await {
         Ok(Some(published)) if published.history == history => {
-            let mut tables = published.tables;
-            tables.retain(|table| !is_ready(&table.name));
+            let tables = late::missing(published.tables, &published.tops, is_ready)?;
             return Ok(Found {
                 tables,
                 elsewhere: Vec::new(),
@@ -460,19 +459,17 @@ impl<'a> Receiving<'a> {
         if let Some(another) = another {
             missed.entry(another.clone()).or_insert(Missed::Changes);
         }
+        let ready = rows.iter().filter(|row| row.ready);
+        let ready: BTreeSet<TableName> = ready.map(|row| row.table.clone()).collect();
+        setup.miss_together(&ready, &mut missed).await?;
         table_sync::reset(&mut setup.replica, &setup.source.stream, &missed).await?;
         setup.forget_unfinished().await?;
-        let ready: BTreeSet<&TableName> = rows
-            .iter()
-            .filter(|row| row.ready && !missed.contains_key(&row.table))
-            .map(|row| &row.table)
-            .collect();
+        let is_there = |table: &TableName| ready.contains(table) && !missed.contains_key(table);
         let mut rest = setup.source.wanted.published.clone();
-        rest.retain(|table| !ready.contains(&table.name));
+        let nothing = !ready.iter().any(is_there);
+        rest.retain(|table| !is_there(&table.name));
         if !rest.is_empty() {
-            setup
-                .copy_tables(&mut walsender, rest, ready.is_empty())
-                .await?;
+            setup.copy_tables(&mut walsender, rest, nothing).await?;
         }
         let from = (cluster, recorded.history());
         let (prepared, client) = setup.finish(from, progress, source_lsn).await?;

@@ -63,7 +63,7 @@ async fn is_half_dropped(admin: &Client, database: &str) -> Result<bool, SetupEr
 
 /// Whether constraints of the copy wait for the stream.
 pub(super) async fn has_deferred(client: &Client, stream: &StreamName) -> Result<bool, SetupError> {
-    const SQL: &str = "SELECT EXISTS (SELECT 1 FROM dr_agent.deferred WHERE stream = $1)";
+    const SQL: &str = "SELECT EXISTS (SELECT 1 FROM dr_agent.deferred WHERE stream = $1 AND after_lsn < 'FFFFFFFF/FFFFFFFF')";
     let asked = client
         .query_typed_one(SQL, &[(&stream.as_str(), Type::TEXT)])
         .await;

@@ -27,6 +27,7 @@ use crate::config::SetAside;
 use crate::error::chain;
 use crate::pg::leftover;
 use crate::pg::replication::ReplicationConnection;
+use crate::routing;
 use crate::stream::StreamName;
 
 /// Tables that are larger together are copied beside the stream.
@@ -99,6 +100,7 @@ impl Setup<'_> {
         if let Some(another) = another.filter(|table| ready.contains(*table)) {
             missed.entry(another.clone()).or_insert(Missed::Changes);
         }
+        self.miss_together(&ready, &mut missed).await?;
         self.require_tables(&ready, &missed, &present)?;
         if rows.iter().any(|row| row.ready && !row.noted) {
             table_sync::adopt(&self.replica, &self.source.stream).await?;
@@ -116,6 +118,29 @@ impl Setup<'_> {
             self.forget_unfinished().await?;
         }
         self.copy_the_rest(walsender, &ready, &missed).await
+    }
+
+    /// Partitions whose rows cannot be told from one another on the replica are copied again together.
+    pub(super) async fn miss_together(
+        &self,
+        ready: &BTreeSet<TableName>,
+        missed: &mut BTreeMap<TableName, Missed>,
+    ) -> Result<(), SetupError> {
+        let published = self.source.wanted.published.iter();
+        let (source, names) = (&self.source.client, published.map(|table| &table.name));
+        let tops = routing::tops(source, names).await.map_err(|error| {
+            SetupError::sql(Side::Source, "read the partitioned tables")(error.into())
+        })?;
+        let again: Vec<TableName> = routing::copied_together(&tops, |table| {
+            !ready.contains(table) || missed.contains_key(table)
+        })
+        .filter(|table| ready.contains(*table))
+        .cloned()
+        .collect();
+        for table in again {
+            missed.entry(table).or_insert(Missed::Changes);
+        }
+        Ok(())
     }
 
     /// A table that was dropped, or left out, before its copy was finished.

@@ -8,16 +8,17 @@
 //!   way, and a table that is listed again must be known to have missed some.
 //! - A table is emptied in the same transaction that sets its row back to `pending`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Transaction};
 
 use super::error::{SetupError, Side};
 use crate::catalog::TableName;
 use crate::listed::{Copied, Listed, ListedAs};
 use crate::pg::{PgError, PgLsn};
+use crate::routing;
 use crate::stream::StreamName;
 
 /// One row.
@@ -212,7 +213,12 @@ async fn set_back(
     let replaced = replaced.filter(|(table, _)| table.schema != "dr_agent");
     let replaced: Vec<String> = replaced.map(|(table, _)| table.sql()).collect();
     drop_tables(&mut transaction, &replaced).await?;
-    for table in tables.keys() {
+    let tops = routing::tops(&transaction, tables.keys()).await?;
+    for top in tops.values().collect::<BTreeSet<_>>() {
+        routing::empty(&transaction, top).await?;
+        set_back_below(&transaction, stream, top).await?;
+    }
+    for table in tables.keys().filter(|table| !tops.contains_key(table)) {
         let sql = table.sql();
         let found = transaction
             .query_one(EXISTS_AND_IS_REFERRED_TO, &[&sql])
@@ -231,6 +237,28 @@ async fn set_back(
             .await?;
     }
     transaction.commit().await?;
+    Ok(())
+}
+
+/// The rows of its partitions have gone together.
+async fn set_back_below(
+    transaction: &Transaction<'_>,
+    stream: &StreamName,
+    top: &TableName,
+) -> Result<(), PgError> {
+    const PENDING: &str = "
+        UPDATE dr_agent.table_sync AS s
+           SET state = 'pending', snapshot_lsn = NULL, listed_as = NULL, replica_oid = NULL, rows = 0, bytes = 0, updated_at = now()
+          FROM pg_catalog.pg_partition_tree(pg_catalog.to_regclass($2)) AS t
+          JOIN pg_catalog.pg_class c ON c.oid = t.relid
+          JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         WHERE s.stream = $1 AND s.table_schema = n.nspname AND s.table_name = c.relname";
+    let of_stream = stream.as_str();
+    let parameters = [
+        (&of_stream as &(dyn ToSql + Sync), Type::TEXT),
+        (&top.sql(), Type::TEXT),
+    ];
+    transaction.query_typed(PENDING, &parameters).await?;
     Ok(())
 }
 

@@ -17,16 +17,16 @@
 //! snapshot, the promotion before it opens the replica.
 
 use tokio_postgres::types::Type;
-use tokio_postgres::{Client, GenericClient, Transaction};
+use tokio_postgres::{Client, Transaction};
 
 use super::CopyJob;
 use super::error::CopyError;
 use super::inventory::{Attachment, ForeignKey};
 use super::progress::CopyObserver;
-use super::table_sync::Ledger;
-use crate::catalog::quote_ident;
+use crate::catalog::{quote_ident, quote_literal};
 use crate::error::{Class, Classify as _, chain};
 use crate::pg::PgError;
+use crate::refused;
 use crate::stream::StreamName;
 
 /// One statement on the replica, and what a person calls it.
@@ -50,6 +50,30 @@ impl Statement {
         }
     }
 
+    /// The comment on a foreign key, if it has one and the key is there.
+    pub(crate) fn comment(key: &ForeignKey) -> Option<Self> {
+        let comment = format!(
+            "COMMENT ON CONSTRAINT {} ON {} IS {}",
+            quote_ident(&key.name),
+            key.table.sql(),
+            quote_literal(key.comment.as_ref()?).trim_start()
+        );
+        let body = format!(
+            "BEGIN EXECUTE {}; EXCEPTION WHEN undefined_object THEN NULL; END",
+            quote_literal(&comment).trim_start()
+        );
+        Some(Self {
+            what: format!("comment on foreign key {} of {}", key.name, key.table),
+            sql: format!("DO {}", quote_literal(&body).trim_start()),
+        })
+    }
+
+    /// Adds a foreign key, and its comment.
+    pub(crate) fn foreign_keys<'k>(keys: impl IntoIterator<Item = &'k ForeignKey>) -> Vec<Self> {
+        let both = |key| [Some(Self::foreign_key(key)), Self::comment(key)];
+        keys.into_iter().flat_map(both).flatten().collect()
+    }
+
     /// Attaches a partition.
     pub(super) fn attachment(attachment: &Attachment) -> Self {
         Self {
@@ -62,25 +86,6 @@ impl Statement {
             ),
         }
     }
-}
-
-const DEFER: &str = "
-    INSERT INTO dr_agent.deferred (stream, what, statement, after_lsn) VALUES ($1, $2, $3, $4)
-        ON CONFLICT (stream, what) DO UPDATE
-           SET statement = excluded.statement, after_lsn = excluded.after_lsn";
-
-/// Keeps a statement until the stream has passed the copy.
-pub(super) async fn keep(
-    client: &(impl GenericClient + Sync),
-    ledger: Ledger<'_>,
-    what: &str,
-    statement: &str,
-) -> Result<(), tokio_postgres::Error> {
-    let stream = ledger.stream.as_str();
-    client
-        .execute(DEFER, &[&stream, &what, &statement, &ledger.snapshot_lsn])
-        .await?;
-    Ok(())
 }
 
 /// What became of a foreign key that rows of the source may violate.
@@ -153,8 +158,7 @@ pub(super) async fn run_or_defer(
             );
         }
         let stream = job.stream.as_str();
-        replica
-            .execute(DEFER, &[&stream, what, sql, &job.snapshot_lsn])
+        refused::keep(replica, stream, (what, sql), job.snapshot_lsn)
             .await
             .map_err(CopyError::replica("write dr_agent.deferred"))?;
     }
@@ -208,6 +212,15 @@ async fn add(
     }
 }
 
+/// When [`run_deferred`] is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// Changes go on coming.
+    Streaming,
+    /// The last one has come.
+    Opening,
+}
+
 /// What became of the statements that were kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ran {
@@ -227,13 +240,26 @@ pub struct Ran {
 /// # Errors
 /// [`CopyError::Replica`] where the replica does not answer, or something else than a statement is wrong; all that was not
 /// added stays for the next call.
-pub async fn run_deferred(replica: &mut Client, stream: &StreamName) -> Result<Ran, CopyError> {
+pub async fn run_deferred(
+    replica: &mut Client,
+    stream: &StreamName,
+    moment: Moment,
+) -> Result<Ran, CopyError> {
     const DUE: &str = "
-        SELECT d.what, d.statement, coalesce(d.after_lsn <= p.end_lsn, false)
+        SELECT d.what, d.statement, d.after_lsn = $2 OR coalesce(d.after_lsn <= p.end_lsn, false)
           FROM dr_agent.deferred d LEFT JOIN dr_agent.progress p USING (stream)
-         WHERE d.stream = $1 ORDER BY d.place";
+         WHERE d.stream = $1 AND (d.after_lsn < $2 OR $3) ORDER BY d.place";
+    let (of_stream, opened) = (stream.as_str(), refused::when_opened());
+    let is_opening = moment == Moment::Opening;
     let rows = replica
-        .query_typed(DUE, &[(&stream.as_str(), Type::TEXT)])
+        .query_typed(
+            DUE,
+            &[
+                (&of_stream, Type::TEXT),
+                (&opened, Type::PG_LSN),
+                (&is_opening, Type::BOOL),
+            ],
+        )
         .await
         .map_err(CopyError::replica("read dr_agent.deferred"))?;
     let mut ran = Ran::default();

@@ -34,8 +34,11 @@ const ATTACH: &str = "INDEX ATTACH";
 const OF_SUPERUSERS: [&str; 2] = ["EVENT TRIGGER", "FOREIGN DATA WRAPPER"];
 
 /// What comes behind all indexes: what locks a partitioned table with all of its partitions, and what would see the rest
-/// being built, or speaks of it.
-const BEHIND_INDEXES: [&str; 4] = ["FK CONSTRAINT", "TRIGGER", "EVENT TRIGGER", "COMMENT"];
+/// being built.
+const BEHIND_INDEXES: [&str; 3] = ["FK CONSTRAINT", "TRIGGER", "EVENT TRIGGER"];
+
+/// Comes last, and only to what is there.
+const COMMENT: &str = "COMMENT";
 
 /// What tables may need that is none of them.
 const NEEDED_BY_TABLES: [&str; 12] = [
@@ -189,29 +192,39 @@ impl Dump {
         replica: &ReplicaSide<'_>,
     ) -> Result<(), CopyError> {
         let needed = LeftOut::all_but_kinds(&NEEDED_BY_TABLES);
-        let Some(list) = self.list(name, &[left_out, &needed], PRE_DATA).await? else {
+        let (what, doing) = ([left_out, &needed], "create types and functions");
+        self.restore_what_can_be(name, &what, PRE_DATA, doing, replica)
+            .await
+    }
+
+    /// Each object by itself; what is refused stays away.
+    async fn restore_what_can_be(
+        &self,
+        name: &str,
+        left_out: &[&LeftOut],
+        section: &str,
+        doing: &'static str,
+        replica: &ReplicaSide<'_>,
+    ) -> Result<(), CopyError> {
+        let Some(list) = self.list(name, left_out, section).await? else {
             return Ok(());
         };
         let mut arguments = vec![
             "--dbname=".to_owned(),
             "--no-password".to_owned(),
-            PRE_DATA.to_owned(),
+            section.to_owned(),
             format!("--use-list={}", list.display()),
         ];
         arguments.extend(self.ownership.iter().map(|&option| option.to_owned()));
         arguments.push(self.path(name).display().to_string());
         let environment = replica.environment();
-        let doing = "create types and functions";
         match self
             .tools
             .restore(Some(&environment), doing, &arguments)
             .await
         {
             Err(CopyError::ToolFailed { stderr, .. }) => {
-                tracing::debug!(
-                    stderr,
-                    "not everything that late tables may need could be created"
-                );
+                tracing::debug!(doing, stderr, "not everything could be done");
                 Ok(())
             }
             created => created.map(|_| ()),
@@ -352,7 +365,8 @@ impl Dump {
             // Its sessions begin with a setting the replica does not know. One session of ours
             // leaves that out; slower, since it is one.
             let version_num = replica.version_num();
-            let script = self.script(name, left_out, POST_DATA, version_num).await?;
+            let left_out = left_out.without(&[COMMENT]);
+            let script = self.script(name, &left_out, POST_DATA, version_num).await?;
             let client = replica.open().await?;
             return client
                 .batch_execute(&script)
@@ -363,6 +377,7 @@ impl Dump {
         // or a trigger to a partitioned table. Attaching takes no time: one session does it, in between.
         let mut indexes = LeftOut::kinds(&BEHIND_INDEXES);
         indexes.kind(ATTACH);
+        indexes.kind(COMMENT);
         let steps = [
             (indexes, jobs),
             (LeftOut::all_but_kinds(&[ATTACH]), 1),
@@ -373,6 +388,20 @@ impl Dump {
                 .await?;
         }
         Ok(())
+    }
+
+    /// Comments on indexes, constraints and triggers, but for those that are not there.
+    pub(crate) async fn comment(
+        &self,
+        name: &str,
+        left_out: &LeftOut,
+        replica: &ReplicaSide<'_>,
+    ) -> Result<(), CopyError> {
+        let comments = LeftOut::all_but_kinds(&[COMMENT]);
+        let doing = "write comments";
+        let what = [left_out, &comments];
+        self.restore_what_can_be(name, &what, POST_DATA, doing, replica)
+            .await
     }
 
     async fn build_some(

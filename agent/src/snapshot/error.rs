@@ -140,10 +140,11 @@ impl CopyError {
         }
     }
 
-    /// Whether a foreign key was refused because of rows that violate it.
-    pub(crate) fn is_missing_reference(&self) -> bool {
+    /// Whether a foreign key may have been refused because of rows that violate it. A tool passes on what the server says, and
+    /// no SQLSTATE; the server may speak another language.
+    pub(crate) fn may_be_missing_reference(&self) -> bool {
         match self {
-            Self::ToolFailed { stderr, .. } => stderr.contains("violates foreign key constraint"),
+            Self::ToolFailed { .. } => self.class() == Class::Definite,
             Self::Replica { source, .. } => source.sqlstate() == Some("23503"),
             _ => false,
         }

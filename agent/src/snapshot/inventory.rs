@@ -446,6 +446,9 @@ pub(crate) struct ForeignKey {
     pub(crate) name: String,
     /// `FOREIGN KEY … REFERENCES …`
     pub(super) definition: String,
+    /// What somebody has written on it.
+    #[serde(default)]
+    pub(super) comment: Option<String>,
     /// The tables referred to; several where the table is partitioned.
     pub(crate) refers_to: Vec<TableName>,
 }
@@ -470,7 +473,7 @@ pub(crate) async fn foreign_keys(source: &Client) -> Result<Vec<ForeignKey>, Cop
     const SQL: &str = "
         SELECT f.oid, n.nspname::text, c.relname::text, f.conname::text,
                pg_get_userbyid(c.relowner)::text, coalesce(pg_get_constraintdef(f.oid), ''),
-               ln.nspname::text, l.relname::text
+               ln.nspname::text, l.relname::text, obj_description(f.oid, 'pg_constraint')
           FROM pg_constraint f
           JOIN pg_class c ON c.oid = f.conrelid
           JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -506,6 +509,7 @@ pub(crate) async fn foreign_keys(source: &Client) -> Result<Vec<ForeignKey>, Cop
                 table,
                 name,
                 definition: row.get(5),
+                comment: row.get(8),
                 refers_to: Vec::new(),
             };
             keys.push((oid, key));

@@ -17,6 +17,7 @@ use tokio_postgres::Client;
 use super::error::CopyError;
 use super::format::{FIRST_NOT_PINNED, Shape, TypeInfo, TypeOid, is_binary_safe};
 use crate::catalog::{TableName, quote_ident};
+use crate::routing;
 
 /// One table as the copy sees it.
 #[derive(Clone, Debug)]
@@ -29,6 +30,8 @@ pub(crate) struct Layout {
     pub(crate) bytes: u64,
     /// A heap table: its ctids mean pages.
     pub(crate) is_heap: bool,
+    /// Where its rows are written where not into itself ([`crate::routing`]).
+    pub(crate) top: Option<TableName>,
     /// Columns that are stored and sent, in order: name and type.
     pub(crate) columns: Vec<(String, String)>,
     /// FORMAT binary or text.
@@ -36,6 +39,11 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
+    /// The table that takes the rows.
+    pub(crate) fn taker(&self) -> &TableName {
+        self.top.as_ref().unwrap_or(&self.name)
+    }
+
     /// The sent columns, quoted, with commas; empty for a table without any.
     pub(crate) fn column_list(&self) -> String {
         let names: Vec<String> = self
@@ -90,6 +98,8 @@ pub(crate) async fn read(source: &Client, tables: &[TableName]) -> Result<Vec<La
         .query(SQL, &[&schemas, &names])
         .await
         .map_err(CopyError::source("read the tables' sizes"))?;
+    let tops = routing::tops(source, tables).await;
+    let mut tops = tops.map_err(CopyError::source("read the partitioned tables"))?;
     let mut oids = Vec::with_capacity(rows.len());
     let mut layouts = Vec::with_capacity(rows.len());
     for (row, table) in rows.iter().zip(tables) {
@@ -108,6 +118,7 @@ pub(crate) async fn read(source: &Client, tables: &[TableName]) -> Result<Vec<La
             pages: u32::try_from(pages).unwrap_or(u32::MAX),
             bytes: u64::try_from(bytes).unwrap_or(0),
             is_heap: row.get(1),
+            top: tops.remove(table),
             columns: Vec::new(),
             binary: true,
         });
@@ -276,6 +287,7 @@ mod tests {
             pages: 1,
             bytes: 1,
             is_heap: true,
+            top: None,
             columns: vec![
                 ("id".into(), "integer".into()),
                 ("at".into(), "date".into()),

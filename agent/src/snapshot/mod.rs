@@ -32,7 +32,7 @@ mod owners;
 pub(crate) mod plan;
 mod progress;
 pub(crate) mod quiet;
-pub(crate) mod refused;
+mod refused;
 pub(crate) mod roles;
 mod schema;
 pub(crate) mod session;
@@ -46,7 +46,7 @@ use std::collections::HashSet;
 
 use tokio_util::sync::CancellationToken;
 
-pub use deferred::{Ran, run_deferred};
+pub use deferred::{Moment, Ran, run_deferred};
 pub use error::CopyError;
 pub use progress::{CopyObserver, CopyPhase, ProgressDisplay};
 
@@ -171,6 +171,7 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
         .collect();
     let layouts = layout::read(&source, &wanted).await?;
     layout::verify(&replica, &layouts).await?;
+    table::empty_tops(&replica, &layouts, &held).await?;
     copy_rows(&sessions, ledger, &layouts, observer, names.len()).await?;
 
     observer.phase(CopyPhase::PostData);
@@ -219,7 +220,11 @@ async fn copy_rows(
 pub(crate) fn parts(layouts: &[Layout], split_bytes: u64) -> Vec<Part> {
     let sizes: Vec<(u32, u64, bool)> = layouts
         .iter()
-        .map(|layout| (layout.pages, layout.bytes, layout.is_heap))
+        // What is written through another table cannot be emptied by itself: it is there as a whole or not at all.
+        .map(|layout| {
+            let divisible = layout.is_heap && layout.top.is_none();
+            (layout.pages, layout.bytes, divisible)
+        })
         .collect();
     plan::order(&sizes, split_bytes)
 }

@@ -33,6 +33,7 @@ use super::toc::LeftOut;
 use super::tools::Tools;
 use super::{CopyJob, Sessions};
 use crate::catalog::{TableName, quote_ident};
+use crate::routing;
 
 /// The schema of one copy.
 pub(super) struct Schema<'a> {
@@ -122,7 +123,10 @@ impl<'a> Schema<'a> {
             return self.execute_pre_data("", &[]).await;
         }
         if missing.is_empty() {
-            return Ok(());
+            // An earlier copy may have been killed between creating and attaching them.
+            return self
+                .attach_what_is_routed(source, replica, &self.tables)
+                .await;
         }
         let dump = self.dump(source, replica).await?;
         self.bring_along(dump, source, replica).await?;
@@ -138,7 +142,27 @@ impl<'a> Schema<'a> {
             .into_iter()
             .map(|name| format!("CREATE SCHEMA IF NOT EXISTS {};\n", quote_ident(name)))
             .collect();
-        self.execute_pre_data(&(create + &script), &missing).await
+        self.execute_pre_data(&(create + &script), &missing).await?;
+        self.attach_what_is_routed(source, replica, &missing).await
+    }
+
+    /// Rows that are placed by the table above need their partition in its place before they come. The others are attached
+    /// last.
+    async fn attach_what_is_routed(
+        &self,
+        source: &Client,
+        replica: &Client,
+        missing: &[TableName],
+    ) -> Result<(), CopyError> {
+        let tops = routing::tops(source, missing).await;
+        let tops = tops.map_err(CopyError::source("read the partitioned tables"))?;
+        if tops.is_empty() {
+            return Ok(());
+        }
+        let mut attachments = inventory::unattached(source, replica, missing).await?;
+        attachments.retain(|attachment| tops.contains_key(&attachment.child));
+        let statements: Vec<Statement> = attachments.iter().map(Statement::attachment).collect();
+        deferred::run_or_defer(replica, self.job, &statements).await
     }
 
     /// Creates what a late table may need and the replica has not: schemas, types, functions, extensions. One that cannot be
@@ -248,17 +272,20 @@ impl<'a> Schema<'a> {
                 left_out.entry(&key.entry);
             } else if !one_snapshot {
                 left_out.entry(&key.entry);
-                later.push(Statement::foreign_key(&key));
+                later.extend(Statement::foreign_keys([&key]));
             }
         }
         match self.build(dump, &left_out).await {
-            Err(error) if error.is_missing_reference() => {
+            Err(error) if error.may_be_missing_reference() => {
                 let both = (source, replica);
-                self.build_without_keys(dump, both, left_out).await?;
+                self.build_without_keys(dump, both, left_out.clone())
+                    .await?;
             }
             built => built?,
         }
-        deferred::run_or_defer(replica, self.job, &later).await
+        deferred::run_or_defer(replica, self.job, &later).await?;
+        dump.comment("schema", &left_out, &self.sessions.replica)
+            .await
     }
 
     async fn build(&self, dump: &Dump, left_out: &LeftOut) -> Result<(), CopyError> {
@@ -281,7 +308,7 @@ impl<'a> Schema<'a> {
             let concerns_us = self.job.whole_schema || self.tables.contains(&key.table);
             if concerns_us && !left_out.has(&key.entry) {
                 left_out.entry(&key.entry);
-                keys.push(Statement::foreign_key(&key));
+                keys.extend(Statement::foreign_keys([&key]));
             }
         }
         self.build(dump, &left_out).await?;

@@ -11,6 +11,7 @@
 //!   source down.
 //! - Dropping the future at any point leaves at most a `copying` table, which is emptied again.
 
+use std::collections::{BTreeSet, HashSet};
 use std::pin::pin;
 
 use bytes::{Bytes, BytesMut};
@@ -26,6 +27,7 @@ use super::work::{Taken, Work};
 use super::{Sessions, refused};
 use crate::catalog::TableName;
 use crate::failpoint;
+use crate::routing;
 
 /// Rows are handed to the replica in pieces of this size: one write and one message for hundreds of
 /// rows. Larger gains nothing, smaller costs system calls.
@@ -133,7 +135,7 @@ async fn copy_whole(
     ledger.claim(replica, &layout.name).await?;
     begin(replica).await?;
     ledger.hold(replica, &layout.name).await?;
-    let may_freeze = empty(replica, &layout.name).await?;
+    let may_freeze = layout.top.is_none() && empty(replica, &layout.name).await?;
     let (rows, bytes) = pass_through(
         source,
         replica,
@@ -162,6 +164,25 @@ async fn copy_part(
         pass_through(source, replica, shared.work.observer(), layout, part, false).await?;
     commit(replica).await?;
     Ok(counted)
+}
+
+/// Empties the tables that rows of these partitions are written through. Where one of their partitions holds its rows already, a
+/// copy was killed: what is missing goes in beside them, since a partition is copied by one transaction.
+pub(super) async fn empty_tops(
+    replica: &Client,
+    layouts: &[Layout],
+    held: &HashSet<TableName>,
+) -> Result<(), CopyError> {
+    let asking = || CopyError::replica("look for partitions that hold their rows");
+    let tops = routing::tops(replica, held).await.map_err(asking())?;
+    let filled: HashSet<&TableName> = tops.values().collect();
+    let wanted = layouts.iter().filter_map(|layout| layout.top.as_ref());
+    let wanted: BTreeSet<&TableName> = wanted.filter(|top| !filled.contains(top)).collect();
+    for top in wanted {
+        let empty = routing::empty(replica, top).await;
+        empty.map_err(CopyError::replica(format!("empty table {top}")))?;
+    }
+    Ok(())
 }
 
 pub(crate) async fn begin(replica: &Client) -> Result<(), CopyError> {
@@ -245,7 +266,7 @@ async fn pass_through(
     freeze: bool,
 ) -> Result<(u64, u64), CopyError> {
     let out = copy_out(layout, part);
-    let into = copy_in(&layout.name, &layout.column_list(), layout.binary, freeze);
+    let into = copy_in(layout.taker(), &layout.column_list(), layout.binary, freeze);
     let reading = || CopyError::source(format!("read table {}", layout.name));
     let writing = || CopyError::replica(format!("write table {}", layout.name));
     let stream = source.copy_out(&out).await.map_err(reading())?;
@@ -389,6 +410,7 @@ mod tests {
             pages: 9,
             bytes: 9,
             is_heap: true,
+            top: None,
             columns: vec![
                 ("a".into(), "integer".into()),
                 ("B c".into(), "text".into()),

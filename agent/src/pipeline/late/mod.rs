@@ -20,6 +20,7 @@
 mod aside;
 mod catch_up;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -108,7 +109,11 @@ impl Late {
         let mut seen = Seen::default();
         loop {
             if let Err(error) = self.look(&mut seen).await {
-                if error.class() == Class::Fenced || matches!(error, SessionError::LateJoin(_)) {
+                let is_over = matches!(
+                    error,
+                    SessionError::LateJoin(_) | SessionError::Setup(SetupError::CopiedTogether(_))
+                );
+                if error.class() == Class::Fenced || is_over {
                     return Some(error);
                 }
                 tracing::warn!(database = %self.database, error = %chain(&error), "no look at late tables");
@@ -180,7 +185,8 @@ impl Late {
         self.tell(&rest, elsewhere, unseen).await
     }
 
-    /// Together; and where that fails for good, one by one, so that one table costs no other.
+    /// Together; and where that fails for good, one by one, so that one table costs no other. Partitions may have to be copied
+    /// together.
     async fn attempt_all(
         &self,
         tables: &[Table],
@@ -192,8 +198,12 @@ impl Late {
         }
         let together = self.attempt(tables, listed, done).await?;
         if tables.len() > 1 && together == Some(Class::Definite) {
-            for table in tables.chunks(1) {
-                self.attempt(table, listed, done).await?;
+            let mut by_root: BTreeMap<&TableName, Vec<Table>> = BTreeMap::new();
+            for table in tables {
+                by_root.entry(&table.root).or_default().push(table.clone());
+            }
+            for one in by_root.values() {
+                self.attempt(one, listed, done).await?;
             }
         }
         Ok(())

@@ -49,6 +49,8 @@ impl SinkError {
             | Self::ProgressGone(_)
             | Self::PositionMismatch(_)
             | Self::TableNotCopied { .. }
+            | Self::TruncatedInPart { .. }
+            | Self::PartitionMissing { .. }
             | Self::DomainNotKnown { .. }
             | Self::At(..)
             | Self::Unplannable(_)

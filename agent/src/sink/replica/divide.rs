@@ -14,7 +14,8 @@
 //!   it, whatever a person does next.
 //!
 //! # What it does not do
-//! It does not leave anything out.
+//! It does not leave anything out. A constraint of the source's that refuses what the source has accepted does not stand in
+//! the way ([`crate::refused`]).
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -33,6 +34,7 @@ use crate::error::{Class, Classify as _};
 use crate::failpoint;
 use crate::net;
 use crate::pg::pgoutput::{self, Message};
+use crate::refused::{self, Taken};
 use crate::txn::{Change, Transaction};
 
 /// So many changes are carried out one by one rather than divided again: each attempt is a round trip.
@@ -63,6 +65,7 @@ pub(super) async fn apply(
             folder: &mut *folder,
             batch,
             net_changes: 0,
+            taken: Vec::new(),
         };
         let Err(stop) = divided.transactions(until).await else {
             let net_changes = divided.net_changes;
@@ -91,6 +94,8 @@ struct Divided<'a> {
     folder: &'a mut Folder,
     batch: &'a Batch,
     net_changes: u64,
+    /// Constraints that are taken away with the transaction.
+    taken: Vec<Taken>,
 }
 
 impl<'a> Divided<'a> {
@@ -119,6 +124,9 @@ impl<'a> Divided<'a> {
         failpoint::hit("apply:before-commit");
         self.lane.run("COMMIT").await.map_err(at(0))?;
         failpoint::hit("apply:after-commit");
+        for taken in self.taken.drain(..) {
+            tracing::warn!(stream = %self.settings.stream, "{}", taken.told());
+        }
         Ok(())
     }
 
@@ -186,7 +194,15 @@ impl<'a> Divided<'a> {
                         error,
                     });
                 }
-                Err(error) if part.len() == 1 => return Err(self.refused(&part[0], error).await),
+                Err(error) if part.len() == 1 => {
+                    let at = |error| Stop {
+                        transaction: *transaction,
+                        error,
+                    };
+                    if !self.without(&part[0], &error).await.map_err(at)? {
+                        return Err(self.refused(&part[0], error).await);
+                    }
+                }
                 Err(_) if part.len() > FEW => ranges.extend(halves(&range)),
                 Err(_) => ranges.extend(range.rev().map(|one| one..one + 1)),
             }
@@ -220,12 +236,69 @@ impl<'a> Divided<'a> {
         result
     }
 
+    /// Takes constraints away that refuse what the source has accepted, if the change goes in without them.
+    async fn without(&mut self, placed: &Placed<'_>, error: &SinkError) -> Result<bool, SinkError> {
+        const BACK: &str = "ROLLBACK TO constraints; RELEASE constraints";
+        let relation = placed.1.relations().first();
+        let (Some(relation), Some(refused)) = (relation, error.of_server()) else {
+            return Ok(false);
+        };
+        let table = TableName {
+            schema: relation.schema().to_owned(),
+            name: relation.relation.name.clone(),
+        };
+        self.lane.run("SAVEPOINT constraints").await?;
+        let taken = refused::take_away(self.lane.client(), refused, &table).await;
+        let taken = match taken {
+            Ok(taken) => taken.unwrap_or_default(),
+            // They belong to somebody else, or cannot be altered now.
+            Err(error) if error.as_db_error().is_some() => Vec::new(),
+            Err(error) => return Err(error.into()),
+        };
+        let goes_in = match taken.is_empty() {
+            true => Ok(false),
+            false => self
+                .part(slice::from_ref(placed), Path::Slow)
+                .await
+                .map(|()| true),
+        };
+        match goes_in {
+            Ok(true) => {}
+            Err(error) if !error.is_for_the_slow_path() => return Err(error),
+            Ok(false) | Err(_) => {
+                self.lane.run(BACK).await?;
+                return Ok(false);
+            }
+        }
+        let stream = self.settings.stream.as_str();
+        for Taken { what, add } in &taken {
+            let opened = refused::when_opened();
+            refused::keep(self.lane.client(), stream, (what, add), opened).await?;
+        }
+        self.lane.run("RELEASE constraints").await?;
+        self.taken.extend(taken);
+        Ok(true)
+    }
+
     /// A change that is refused by itself: where it is, and which value it is, if it is one.
     async fn refused(&self, (transaction, change): &Placed<'_>, error: SinkError) -> Stop {
         let transaction = *transaction;
         let Some(relation) = change.relations().first() else {
             return Stop { transaction, error };
         };
+        if let (true, Some(top)) = (
+            error.is_of_no_partition(),
+            &self.folder.target(relation).top,
+        ) {
+            let error = SinkError::PartitionMissing {
+                table: TableName {
+                    schema: relation.schema().to_owned(),
+                    name: relation.relation.name.clone(),
+                },
+                top: top.table.clone(),
+            };
+            return Stop { transaction, error };
+        }
         let column = match error.is_of_a_value() {
             true => self.column(change).await,
             false => None,

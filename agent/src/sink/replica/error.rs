@@ -53,6 +53,25 @@ pub enum SinkError {
         /// Which one.
         table: TableName,
     },
+    /// Some partitions were emptied whose rows cannot be told from those of the others on the replica: all of them must be copied
+    /// again.
+    #[error(
+        "partition {table} was truncated on the source, and on the replica its rows are among those of other partitions of {top}"
+    )]
+    TruncatedInPart {
+        /// The partition.
+        table: TableName,
+        /// What it is a partition of.
+        top: TableName,
+    },
+    /// A row belongs, on the replica, to a partition that is not there yet.
+    #[error("a row of {table} belongs to a partition of {top} that is not on the replica yet")]
+    PartitionMissing {
+        /// The partition that has the row on the source.
+        table: TableName,
+        /// What it is a partition of.
+        top: TableName,
+    },
     /// A column is of a domain that came after the source was asked what its domains are.
     #[error("table {table} has a column of a domain that is new on the source")]
     DomainNotKnown {
@@ -148,10 +167,37 @@ impl SinkError {
             | Self::ColumnMissing { table, .. }
             | Self::BinaryForm { table, .. }
             | Self::DomainNotKnown { table }
-            | Self::TableNotCopied { table } => Some(table),
+            | Self::TableNotCopied { table }
+            | Self::TruncatedInPart { table, .. } => Some(table),
             Self::Refused { named, .. } => named.as_ref(),
             _ => None,
         }
+    }
+
+    /// The table that has to be copied before anything goes on.
+    pub fn uncopied(&self) -> Option<&TableName> {
+        match self.cause() {
+            Self::TableNotCopied { table }
+            | Self::TruncatedInPart { table, .. }
+            | Self::PartitionMissing { table, .. } => Some(table),
+            _ => None,
+        }
+    }
+
+    /// What the server has said.
+    pub(super) fn of_server(&self) -> Option<&PgError> {
+        match self {
+            Self::Pg(error) | Self::Refused { source: error, .. } => Some(error),
+            _ => None,
+        }
+    }
+
+    /// Whether the server found no partition for a row.
+    pub(super) fn is_of_no_partition(&self) -> bool {
+        let Some(PgError::Server(server)) = self.of_server() else {
+            return false;
+        };
+        server.sqlstate == "23514" && server.constraint.is_none() && server.datatype.is_none()
     }
 
     /// Whether the server refused a value: data exceptions, and checks of a domain, which it says no table of.
@@ -183,6 +229,8 @@ impl SinkError {
             | Self::ProgressGone(_)
             | Self::PositionMismatch(_)
             | Self::TableNotCopied { .. }
+            | Self::TruncatedInPart { .. }
+            | Self::PartitionMissing { .. }
             | Self::DomainNotKnown { .. }
             | Self::BinaryForm { .. }
             | Self::At(..)
@@ -257,7 +305,10 @@ impl Classify for SinkError {
         match self {
             Self::Fenced(_) => Class::Fenced,
             // Starting again cures it: the copy is made, the source is asked.
-            Self::TableNotCopied { .. } | Self::DomainNotKnown { .. } => Class::Transient,
+            Self::TableNotCopied { .. }
+            | Self::TruncatedInPart { .. }
+            | Self::PartitionMissing { .. }
+            | Self::DomainNotKnown { .. } => Class::Transient,
             // Never seen outside: one lane takes over, or the session ends with another error first.
             Self::Unplannable(_) | Self::Interrupted => Class::Transient,
             Self::Pg(error) => error.class(),
@@ -311,6 +362,10 @@ impl Classify for SinkError {
                      default_transaction_read_only = off), then start the agent again; it stands right before the \
                      first change of the altered table"
                 }
+                Misfit::KeyOfAPartition => {
+                    "ALTER TABLE … REPLICA IDENTITY FULL on the source for this partition, or a key on the partitioned table; \
+                     then start the agent again"
+                }
                 Misfit::KeyNotSent => {
                     return Some(format!(
                         "ALTER TABLE … REPLICA IDENTITY FULL on the source, or leave the table out with source.exclude. {}",
@@ -347,6 +402,8 @@ impl Classify for SinkError {
             Self::Pg(error) => return error.hint(),
             Self::Spill(error) => return error.hint(),
             Self::TableNotCopied { .. }
+            | Self::TruncatedInPart { .. }
+            | Self::PartitionMissing { .. }
             | Self::DomainNotKnown { .. }
             | Self::Unplannable(_)
             | Self::Interrupted => return None,

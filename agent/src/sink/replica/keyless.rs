@@ -29,12 +29,12 @@ pub(super) enum Nulls {
 /// Deletes rows. After their columns come, for each, its number and how many of it go.
 pub(super) fn delete(target: &Target, old: &[Sent], nulls: &[Nulls]) -> String {
     let n = old.len();
-    let table = target.table.sql();
+    let (holder, same_place) = (target.holder(), same_place(target));
     let wanted = wanted(target, old, ["kind", "copies"]);
     let found = found(target, old, nulls, "d.copies", "true");
     let doing = format!(
-        "{wanted}), {found}, done AS (DELETE FROM ONLY {table} AS t USING found AS f \
-         WHERE t.ctid OPERATOR(pg_catalog.=) f.place AND f.copy OPERATOR(pg_catalog.<=) f.copies \
+        "{wanted}), {found}, done AS (DELETE FROM {holder} AS t USING found AS f \
+         WHERE {same_place} AND f.copy OPERATOR(pg_catalog.<=) f.copies \
          RETURNING 1"
     );
     expecting_of("wanted", &doing, target, "delete", n + 2)
@@ -44,7 +44,7 @@ pub(super) fn delete(target: &Target, old: &[Sent], nulls: &[Nulls]) -> String {
 /// have this number it is, counted from one.
 pub(super) fn update(target: &Target, old: &[Sent], nulls: &[Nulls], new: &[Sent]) -> String {
     let all: Vec<Sent> = old.iter().chain(new).copied().collect();
-    let table = target.table.sql();
+    let (holder, same_place) = (target.holder(), same_place(target));
     let wanted = wanted(target, &all, ["kind", "copy"]);
     let first = "d.copy OPERATOR(pg_catalog.=) 1";
     let found = found(target, old, nulls, "1 AS one", first);
@@ -55,18 +55,28 @@ pub(super) fn update(target: &Target, old: &[Sent], nulls: &[Nulls], new: &[Sent
         is_set.then(|| format!("{} = {}", column.name, value(target, *sent, "d", i)))
     }));
     let (verb, rest) = match sets.is_empty() {
-        true => (format!("SELECT 1 FROM ONLY {table} AS t, "), ""),
+        true => (format!("SELECT 1 FROM {holder} AS t, "), ""),
         false => (
-            format!("UPDATE ONLY {table} AS t SET {sets} FROM "),
+            format!("UPDATE {holder} AS t SET {sets} FROM "),
             " RETURNING 1",
         ),
     };
     let doing = format!(
         "{wanted}), {found}, done AS ({verb}found AS f, wanted AS d \
-         WHERE t.ctid OPERATOR(pg_catalog.=) f.place AND f.kind OPERATOR(pg_catalog.=) d.kind \
+         WHERE {same_place} AND f.kind OPERATOR(pg_catalog.=) d.kind \
          AND f.copy OPERATOR(pg_catalog.=) d.copy{rest}"
     );
     expecting_of("wanted", &doing, target, "update", all.len() + 2)
+}
+
+/// Where a row is.
+fn same_place(target: &Target) -> &'static str {
+    match target.top {
+        Some(_) => {
+            "t.ctid OPERATOR(pg_catalog.=) f.place AND t.tableoid OPERATOR(pg_catalog.=) f.partition"
+        }
+        None => "t.ctid OPERATOR(pg_catalog.=) f.place",
+    }
 }
 
 /// The rows that the arrays hold, and two numbers for each.
@@ -106,10 +116,14 @@ fn found(target: &Target, old: &[Sent], nulls: &[Nulls], more: &str, which: &str
         ));
     }
     format!(
-        "found AS (SELECT s.ctid AS place, d.kind, {more}, \
+        "found AS (SELECT s.ctid AS place{}, d.kind, {more}, \
          pg_catalog.row_number() OVER (PARTITION BY d.kind) AS copy \
-         FROM wanted AS d, ONLY {} AS s WHERE {})",
-        target.table.sql(),
+         FROM wanted AS d, {} AS s WHERE {})",
+        match target.top {
+            Some(_) => ", s.tableoid AS partition",
+            None => "",
+        },
+        target.holder(),
         conjunction(conditions.into_iter())
     )
 }

@@ -52,6 +52,11 @@ impl Lane {
         execution.send(&self.client, chain).await;
     }
 
+    /// For what is neither prepared nor chained.
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
     /// Runs SQL and waits for its answer.
     pub(super) async fn run(&self, sql: &str) -> Result<(), SinkError> {
         Ok(self.client.batch_execute(sql).await?)

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use tokio_postgres::Client;
 
-use super::target::{Targets, address};
+use super::target::{Targets, Top, address};
 use super::{Beside, SinkError};
 use crate::catalog::TableName;
 use crate::listed::{Copied, Marker, marker};
@@ -117,7 +117,37 @@ impl Relations {
             self.targets.load(client, &unknown, &self.synced).await?;
         }
         self.fitting(&wanted)?;
+        self.whole(&wanted)?;
         Ok(wanted.into_iter().map(|(_, change)| change).collect())
+    }
+
+    /// Refuses to empty some of the partitions whose rows the replica has placed for itself.
+    fn whole(&self, wanted: &[(PgLsn, Cow<'_, Change>)]) -> Result<(), SinkError> {
+        for (_, change) in wanted {
+            let ChangeRelations::Truncate(relations) = &change.relations else {
+                continue;
+            };
+            let targets = relations.iter().map(|relation| self.targets.of(relation));
+            let mut emptied: HashMap<&TableName, (usize, &Top, &TableName)> = HashMap::new();
+            for target in targets {
+                if let Some(top) = &target.top {
+                    emptied
+                        .entry(&top.table)
+                        .or_insert((0, top, &target.table))
+                        .0 += 1;
+                }
+            }
+            let in_part = emptied
+                .values()
+                .find(|(count, top, _)| *count != top.leaves);
+            if let Some((_, top, table)) = in_part {
+                return Err(SinkError::TruncatedInPart {
+                    table: (*table).clone(),
+                    top: top.table.clone(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Refuses what does not fit.

@@ -48,7 +48,7 @@ pub(super) fn hold(stream: &str, term: i64) -> String {
 
 /// Inserts rows.
 pub(super) fn insert(target: &Target, sent: &[Sent]) -> String {
-    let table = target.table.sql();
+    let table = target.taker();
     let doing = if sent.is_empty() {
         // A table without columns still has rows.
         format!("INSERT INTO {table} SELECT FROM pg_catalog.generate_series(1, $1::bigint)")
@@ -104,11 +104,11 @@ pub(super) fn update(target: &Target, sent: &[Sent]) -> String {
 
 /// UPDATE; where nothing but what a row is found by was sent, a look whether the row is there.
 fn setting(target: &Target, sets: &str, from: &str, matches: &str) -> String {
-    let table = target.table.sql();
+    let holder = target.holder();
     match sets.is_empty() {
-        true => format!("SELECT 1 FROM ONLY {table} AS t, {from} WHERE {matches}"),
+        true => format!("SELECT 1 FROM {holder} AS t, {from} WHERE {matches}"),
         false => {
-            format!("UPDATE ONLY {table} AS t SET {sets} FROM {from} WHERE {matches} RETURNING 1")
+            format!("UPDATE {holder} AS t SET {sets} FROM {from} WHERE {matches} RETURNING 1")
         }
     }
 }
@@ -128,7 +128,7 @@ fn replacing(target: &Target, sent: &[Sent], from: &str, matches: &str) -> Strin
         .chain(&target.only_here)
         .collect();
     let kept_as = |i: usize| format!("k{i}");
-    let table = target.table.sql();
+    let (holder, taker) = (target.holder(), target.taker());
     let returned = list(
         written.iter().map(|(i, _)| format!("d.c{i}")).chain(
             kept.iter()
@@ -149,8 +149,8 @@ fn replacing(target: &Target, sent: &[Sent], from: &str, matches: &str) -> Strin
             .chain((0..kept.len()).map(kept_as)),
     );
     format!(
-        "gone AS (DELETE FROM ONLY {table} AS t USING {from} WHERE {matches} RETURNING {returned}), \
-         came AS (INSERT INTO {table} ({names}) OVERRIDING SYSTEM VALUE SELECT {values} FROM gone RETURNING 1)"
+        "gone AS (DELETE FROM {holder} AS t USING {from} WHERE {matches} RETURNING {returned}), \
+         came AS (INSERT INTO {taker} ({names}) OVERRIDING SYSTEM VALUE SELECT {values} FROM gone RETURNING 1)"
     )
 }
 
@@ -162,8 +162,8 @@ pub(super) fn delete(target: &Target, key: &[Sent]) -> String {
             .map(|(i, sent)| equals(target, *sent, "t", "d", i)),
     );
     let doing = format!(
-        "DELETE FROM ONLY {} AS t USING {} WHERE {matches} RETURNING 1",
-        target.table.sql(),
+        "DELETE FROM {} AS t USING {} WHERE {matches} RETURNING 1",
+        target.holder(),
         unnest(target, key, 0, "d")
     );
     expecting(&doing, target, "delete", key.len())
@@ -356,6 +356,7 @@ pub(super) mod tests {
                 column("note", "public.mood", false),
             ],
             key: Key { columns },
+            top: None,
             spread: Spread::Table,
             only_here: Vec::new(),
             unfit: None,

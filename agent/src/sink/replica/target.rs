@@ -17,6 +17,7 @@ use crate::net::{Key, KeyColumn, KeyOrder};
 use crate::pg::binary;
 use crate::pg::pgoutput::{Column, ReplicaIdentity};
 use crate::plan::Spread;
+use crate::routing;
 use crate::txn::{FIRST_NAMED_OID, SourceRelation, TypeName};
 
 /// A column of the relation on the replica.
@@ -52,11 +53,21 @@ pub(super) struct Native {
     pub(super) is_boxed: bool,
 }
 
+/// The partitioned table above a partition whose rows the replica places for itself ([`crate::routing`]).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Top {
+    pub(super) table: TableName,
+    /// How many partitions with rows are below it.
+    pub(super) leaves: usize,
+}
+
 /// Where a relation goes.
 #[derive(Clone, Debug)]
 pub(super) struct Target {
     /// The table.
     pub(super) table: TableName,
+    /// Through which its rows are written and found, where not by its own name.
+    pub(super) top: Option<Top>,
     /// By position in the relation.
     pub(super) columns: Vec<TargetColumn>,
     /// How rows are identified.
@@ -72,6 +83,22 @@ pub(super) struct Target {
 }
 
 impl Target {
+    /// What takes new rows, as SQL.
+    pub(super) fn taker(&self) -> String {
+        self.top
+            .as_ref()
+            .map_or(&self.table, |top| &top.table)
+            .sql()
+    }
+
+    /// What holds the rows, as SQL.
+    pub(super) fn holder(&self) -> String {
+        match &self.top {
+            Some(top) => top.table.sql(),
+            None => format!("ONLY {}", self.table.sql()),
+        }
+    }
+
     /// Positions of the columns that are sent to the replica.
     pub(super) fn written(&self) -> impl Iterator<Item = usize> {
         (0..self.columns.len()).filter(|position| !self.columns[*position].is_generated)
@@ -267,6 +294,29 @@ const UNIQUE: &str = "
        AND i.indrelid IN (SELECT to_regclass($1)::oid
                           UNION SELECT relid FROM pg_partition_tree(to_regclass($1)))";
 
+/// The top above the table `$1`, how many leaves it has, and of each of its unique constraints the names of the columns.
+static ABOVE: LazyLock<String> =
+    LazyLock::new(|| ABOVE_OF.replace("{top}", &routing::top_of("pg_catalog.to_regclass($1)")));
+
+const ABOVE_OF: &str = "
+    SELECT n.nspname::text, c.relname::text,
+           (SELECT count(*) FROM pg_partition_tree(c.oid) AS t WHERE t.isleaf),
+           (SELECT array_agg(a.attname::text) FROM pg_attribute a
+             WHERE a.attrelid = c.oid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]))
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+      LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indexprs IS NULL AND i.indpred IS NULL
+     WHERE c.oid = {top}";
+
+/// Whether the key tells a row from those of all other partitions that may be beside it.
+fn key_holds_everywhere(above: &[tokio_postgres::Row], key: &[(String, bool)]) -> bool {
+    let is_in_key = |name: &&str| key.iter().any(|(column, _)| column == name);
+    let holds = |row: &tokio_postgres::Row| {
+        let unique: Option<Vec<&str>> = row.get(3);
+        unique.is_some_and(|unique| unique.iter().all(is_in_key))
+    };
+    above.is_empty() || key.is_empty() || above.iter().any(holds)
+}
+
 /// Rows of a table depend on one another beyond their key where another constraint compares them, and a
 /// key only tells rows apart where equal values are the same bytes.
 fn spread(unique: &[tokio_postgres::Row], key: &[(String, bool)]) -> Spread {
@@ -299,10 +349,18 @@ async fn load(
     let named: [(&(dyn ToSql + Sync), Type); 2] =
         [(&table.schema, Type::TEXT), (&table.name, Type::TEXT)];
     let of_table: [(&(dyn ToSql + Sync), Type); 1] = [(&sql, Type::TEXT)];
-    let (mut rows, unique) = tokio::try_join!(
+    let (mut rows, unique, above) = tokio::try_join!(
         client.query_typed(&COLUMNS, &named),
         client.query_typed(UNIQUE, &of_table),
+        client.query_typed(&ABOVE, &of_table),
     )?;
+    let top = above.first().map(|row| Top {
+        table: TableName {
+            schema: row.get(0),
+            name: row.get(1),
+        },
+        leaves: usize::try_from(row.get::<_, i64>(2)).unwrap_or(usize::MAX),
+    });
     let missing = boxed::missing(&rows);
     if !missing.is_empty() {
         boxed::create(client, &missing).await?;
@@ -372,9 +430,13 @@ async fn load(
         }
         columns.push(column.column);
     }
-    if full && key.columns.len() != primary_key {
+    let key_holds = key_holds_everywhere(&above, &key_columns);
+    if full && (key.columns.len() != primary_key || !key_holds) {
         key.columns.clear();
         key_columns.clear();
+    }
+    if let (false, Some((column, _))) = (key_holds, key_columns.first()) {
+        unfit.get_or_insert_with(|| misfit(&table, column, Misfit::KeyOfAPartition));
     }
     if let Some(column) = key_not_sent(relation.relation.identity, &on_replica) {
         unfit.get_or_insert_with(|| misfit(&table, column, Misfit::KeyNotSent));
@@ -387,6 +449,7 @@ async fn load(
             .map(|column| column.name)
             .collect(),
         table,
+        top,
         columns,
         key,
         unfit,

@@ -39,6 +39,8 @@ pub enum Misfit {
     GeneratedHere,
     /// It is generated and part of the key, and the source does not send it: without it a row is not found.
     KeyNotSent,
+    /// It is of a key that holds within one partition alone, and on the replica rows are in others ([`crate::routing`]).
+    KeyOfAPartition,
 }
 
 impl fmt::Display for Unfit {
@@ -52,6 +54,10 @@ impl fmt::Display for Unfit {
             Misfit::GeneratedHere => write!(
                 f,
                 "column {column} of {table} is an ordinary column on the source and generated on the replica"
+            ),
+            Misfit::KeyOfAPartition => write!(
+                f,
+                "column {column} is of a key that {table} has for itself, and on the replica its rows may be in other partitions"
             ),
             Misfit::KeyNotSent => write!(
                 f,
