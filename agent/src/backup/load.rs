@@ -17,10 +17,9 @@
 //! in-band tables are filled, otherwise their rows are passed over. Killed, it leaves a database that is not
 //! empty; the caller removes that ([`super::wipe()`]) and begins again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use futures_util::future;
-use std::collections::HashSet;
 use tokio_postgres::{Client, GenericClient};
 use tokio_util::sync::CancellationToken;
 
