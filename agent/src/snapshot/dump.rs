@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use super::build;
 use super::error::CopyError;
 use super::owners;
 use super::roles::LackingRoles;
@@ -18,24 +19,14 @@ use super::toc::{self, LeftOut, server_script, table_pattern};
 use super::tools::Tools;
 use crate::catalog::TableName;
 
-/// Newest replica that does not know `transaction_timeout`, and oldest `pg_restore` that sets it.
-const TRANSACTION_TIMEOUT_SINCE: u32 = 17;
-
 /// What rows need: tables, types, functions.
 pub(crate) const PRE_DATA: &str = "--section=pre-data";
 
 /// What needs rows: indexes, constraints, triggers.
 pub(crate) const POST_DATA: &str = "--section=post-data";
 
-/// Attaches the index of a partition.
-const ATTACH: &str = "INDEX ATTACH";
-
 /// What no other role may create.
 const OF_SUPERUSERS: [&str; 2] = ["EVENT TRIGGER", "FOREIGN DATA WRAPPER"];
-
-/// What comes behind all indexes: what locks a partitioned table with all of its partitions, and what would see the rest
-/// being built.
-const BEHIND_INDEXES: [&str; 3] = ["FK CONSTRAINT", "TRIGGER", "EVENT TRIGGER"];
 
 /// Comes last, and only to what is there.
 const COMMENT: &str = "COMMENT";
@@ -351,7 +342,7 @@ impl Dump {
             .await
     }
 
-    /// Builds indexes, constraints, triggers and rules, `jobs` at a time.
+    /// Builds indexes, constraints, triggers and rules, on `jobs` sessions.
     pub(crate) async fn build(
         &self,
         name: &str,
@@ -359,35 +350,10 @@ impl Dump {
         replica: &ReplicaSide<'_>,
         jobs: u16,
     ) -> Result<(), CopyError> {
-        let refuses_settings = self.tools.version.major >= TRANSACTION_TIMEOUT_SINCE
-            && replica.version_num() / 10_000 < TRANSACTION_TIMEOUT_SINCE as i32;
-        if refuses_settings {
-            // Its sessions begin with a setting the replica does not know. One session of ours
-            // leaves that out; slower, since it is one.
-            let version_num = replica.version_num();
-            let left_out = left_out.without(&[COMMENT]);
-            let script = self.script(name, &left_out, POST_DATA, version_num).await?;
-            let client = replica.open().await?;
-            return client
-                .batch_execute(&script)
-                .await
-                .map_err(CopyError::replica("build indexes and constraints"));
-        }
-        // Two of its sessions may lock one another out for good where one attaches an index and the other adds a foreign key
-        // or a trigger to a partitioned table. Attaching takes no time: one session does it, in between.
-        let mut indexes = LeftOut::kinds(&BEHIND_INDEXES);
-        indexes.kind(ATTACH);
-        indexes.kind(COMMENT);
-        let steps = [
-            (indexes, jobs),
-            (LeftOut::all_but_kinds(&[ATTACH]), 1),
-            (LeftOut::all_but_kinds(&BEHIND_INDEXES), jobs),
-        ];
-        for (others, jobs) in steps {
-            self.build_some(name, &[left_out, &others], replica, jobs)
-                .await?;
-        }
-        Ok(())
+        let version_num = replica.version_num();
+        let left_out = left_out.without(&[COMMENT]);
+        let script = self.script(name, &left_out, POST_DATA, version_num).await?;
+        build::run(&script, replica, jobs).await
     }
 
     /// Comments on indexes, constraints and triggers, but for those that are not there.
@@ -402,37 +368,5 @@ impl Dump {
         let what = [left_out, &comments];
         self.restore_what_can_be(name, &what, POST_DATA, doing, replica)
             .await
-    }
-
-    async fn build_some(
-        &self,
-        name: &str,
-        left_out: &[&LeftOut],
-        replica: &ReplicaSide<'_>,
-        jobs: u16,
-    ) -> Result<(), CopyError> {
-        let Some(list) = self.list(name, left_out, POST_DATA).await? else {
-            return Ok(());
-        };
-        let mut arguments = vec![
-            // PGDATABASE names the database; given here it would be read as a connection string.
-            "--dbname=".to_owned(),
-            "--no-password".to_owned(),
-            "--exit-on-error".to_owned(),
-            POST_DATA.to_owned(),
-            format!("--jobs={jobs}"),
-            format!("--use-list={}", list.display()),
-        ];
-        arguments.extend(self.owning(POST_DATA));
-        arguments.push(self.path(name).display().to_string());
-        let environment = replica.environment();
-        self.tools
-            .restore(
-                Some(&environment),
-                "build indexes and constraints",
-                &arguments,
-            )
-            .await?;
-        Ok(())
     }
 }

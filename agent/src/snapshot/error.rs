@@ -320,6 +320,9 @@ fn server_hint(error: &PgError) -> Option<String> {
         "42704" => {
             "the replica lacks a role, type or other object the source has; create it there first"
         }
+        "23503" | "23505" => {
+            "the source itself holds rows that break this constraint; repair them there"
+        }
         "53200" if error.to_string().contains("shared memory") => {
             "raise max_locks_per_transaction on that server, and restart it: every table is locked once"
         }

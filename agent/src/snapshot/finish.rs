@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 
+use futures_util::future;
 use tokio_postgres::Client;
 
 use super::error::CopyError;
@@ -15,6 +16,9 @@ use crate::catalog::{TableName, quote_literal};
 
 /// As many sequences are read or set with one statement.
 const SEQUENCES_AT_ONCE: usize = 200;
+
+/// As many tables are analyzed without an answer in between.
+const ANALYZED_AT_ONCE: usize = 64;
 
 /// Where one sequence stands.
 #[derive(Clone, Debug)]
@@ -192,15 +196,23 @@ pub(crate) async fn analyze(
     analyzed: &HashSet<TableName>,
 ) -> Result<(), CopyError> {
     let mut done: HashSet<&TableName> = analyzed.iter().collect();
-    for (table, root) in tables {
-        let target = if roots { root } else { table };
-        if !done.insert(target) {
-            continue;
+    let targets: Vec<&TableName> = tables
+        .iter()
+        .map(|(table, root)| if roots { root } else { table })
+        .filter(|target| done.insert(*target))
+        .collect();
+    // Several at once, since the replica may be far away; it does them one after the other.
+    let mut analyzed = Vec::with_capacity(targets.len());
+    for some in targets.chunks(ANALYZED_AT_ONCE) {
+        let mut asked = Vec::with_capacity(some.len());
+        for target in some {
+            let sql = format!("ANALYZE {}", target.sql());
+            asked.push(async move { replica.batch_execute(&sql).await });
         }
-        if let Err(error) = replica
-            .batch_execute(&format!("ANALYZE {}", target.sql()))
-            .await
-        {
+        analyzed.extend(future::join_all(asked).await);
+    }
+    for (target, analyzed) in targets.into_iter().zip(analyzed) {
+        if let Err(error) = analyzed {
             if error.as_db_error().is_none() {
                 return Err(CopyError::replica("analyze")(error));
             }

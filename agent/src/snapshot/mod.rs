@@ -21,12 +21,14 @@
 //! It creates neither database nor roles nor schema `dr_agent`, and it retries nothing: a
 //! [`crate::error::Class::Transient`] error means "call again with a new snapshot".
 
+mod build;
 pub(crate) mod deferred;
 pub(crate) mod dump;
 mod error;
 pub(crate) mod finish;
 mod format;
 pub(crate) mod inventory;
+mod lanes;
 pub(crate) mod layout;
 mod owners;
 pub(crate) mod plan;
@@ -35,6 +37,7 @@ pub(crate) mod quiet;
 mod refused;
 pub(crate) mod roles;
 mod schema;
+mod script;
 pub(crate) mod session;
 pub(crate) mod table;
 mod table_sync;
@@ -237,7 +240,7 @@ struct Sessions<'a> {
 }
 
 impl Sessions<'_> {
-    /// Connection pairs, and jobs of `pg_restore`.
+    /// Connection pairs, and sessions that build indexes.
     fn jobs(&self) -> u16 {
         self.settings.jobs.max(1)
     }

@@ -2,8 +2,8 @@
 //!
 //! Before the rows, what rows need (`pre-data`) goes through a session of our own in one transaction,
 //! with a mark in `dr_agent.schema_sync`: it is there as a whole or not at all, and a restart knows
-//! which. After the rows, `pg_restore` builds indexes and constraints in parallel, each in its own
-//! transaction; what is there already is left out of its list, so a restart builds the rest.
+//! which. After the rows, several sessions build indexes and constraints ([`super::build`]), each in its own
+//! transaction; what is there already is left out, so a restart builds the rest.
 //!
 //! New tables of a database that is replicated already are dumped by name. A new partition is
 //! attached last, when its indexes exist: attaching first would give it the parent's indexes under

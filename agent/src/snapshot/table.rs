@@ -38,6 +38,8 @@ struct Shared<'a> {
     layouts: &'a [Layout],
     ledger: Ledger<'a>,
     work: Work<'a>,
+    /// Tables on the replica that cannot be truncated by themselves.
+    referred_to: HashSet<TableName>,
 }
 
 /// Copies the rows of all `layouts`, whose `parts` are in the order in which they are taken.
@@ -54,11 +56,15 @@ pub(super) async fn copy_all(
     let names = layouts.iter().map(|layout| &layout.name).collect();
     let work = Work::new(names, parts, tables_total, observer);
     let several = work.split_tables();
-    if !several.is_empty() {
+    let mut referred_to = HashSet::new();
+    if !parts.is_empty() {
+        let replica = sessions.replica.open().await?;
         let several: Vec<&Layout> = several.into_iter().map(|table| &layouts[table]).collect();
-        empty_first(&sessions.replica.open().await?, ledger, &several).await?;
+        empty_first(&replica, ledger, &several).await?;
+        referred_to = all_referred_to(&replica).await?;
     }
     let shared = Shared {
+        referred_to,
         layouts,
         ledger,
         work,
@@ -130,24 +136,32 @@ async fn copy_whole(
     layout: &Layout,
     part: &Part,
 ) -> Result<(u64, u64), CopyError> {
-    let ledger = shared.ledger;
-    // Outside the transaction, so that others see which tables are on their way.
-    ledger.claim(replica, &layout.name).await?;
-    begin(replica).await?;
-    ledger.hold(replica, &layout.name).await?;
-    let may_freeze = layout.top.is_none() && empty(replica, &layout.name).await?;
-    let (rows, bytes) = pass_through(
-        source,
-        replica,
-        shared.work.observer(),
-        layout,
-        part,
-        may_freeze,
+    let (ledger, table) = (shared.ledger, &layout.name);
+    let may_freeze = layout.top.is_none() && !shared.referred_to.contains(table);
+    // What is placed by the table above was emptied with it.
+    let emptied = async {
+        match layout.top {
+            None => empty_with(replica, table, !may_freeze).await,
+            Some(_) => Ok(()),
+        }
+    };
+    // Sent together: the replica may be far away. What of it is not ours to do ends with the transaction, which nobody commits.
+    // The claim is outside of it, so that others see which tables are on their way.
+    let (claimed, begun, held, emptied) = future::join4(
+        ledger.claim(replica, table),
+        begin(replica),
+        ledger.hold(replica, table),
+        emptied,
     )
-    .await?;
+    .await;
+    (claimed?, begun?, held?, emptied?);
+    let observer = shared.work.observer();
+    let (rows, bytes) = pass_through(source, replica, observer, layout, part, may_freeze).await?;
     failpoint::hit("copy:rows-written");
-    ledger.copied(replica, &layout.name, rows, bytes).await?;
-    commit(replica).await?;
+    // The row is held since the transaction began: it cannot have become another's.
+    let copied = ledger.copied(replica, table, rows, bytes);
+    let (copied, committed) = future::join(copied, commit(replica)).await;
+    (copied?, committed?);
     Ok((rows, bytes))
 }
 
@@ -158,8 +172,9 @@ async fn copy_part(
     layout: &Layout,
     part: &Part,
 ) -> Result<(u64, u64), CopyError> {
-    begin(replica).await?;
-    shared.ledger.hold(replica, &layout.name).await?;
+    let hold = shared.ledger.hold(replica, &layout.name);
+    let (begun, held) = future::join(begin(replica), hold).await;
+    (begun?, held?);
     let counted =
         pass_through(source, replica, shared.work.observer(), layout, part, false).await?;
     commit(replica).await?;
@@ -208,12 +223,21 @@ pub(crate) async fn empty(replica: &Client, table: &TableName) -> Result<bool, C
         SELECT EXISTS (SELECT 1 FROM pg_constraint
                         WHERE contype = 'f' AND confrelid = $1::text::regclass
                           AND conrelid <> confrelid)";
-    let sql = table.sql();
     let row = replica
-        .query_one(REFERRED_TO, &[&sql])
+        .query_one(REFERRED_TO, &[&table.sql()])
         .await
         .map_err(CopyError::replica("look for foreign keys"))?;
     let referred_to: bool = row.get(0);
+    empty_with(replica, table, referred_to).await?;
+    Ok(!referred_to)
+}
+
+async fn empty_with(
+    replica: &Client,
+    table: &TableName,
+    referred_to: bool,
+) -> Result<(), CopyError> {
+    let sql = table.sql();
     let statement = if referred_to {
         format!("DELETE FROM ONLY {sql}")
     } else {
@@ -222,8 +246,25 @@ pub(crate) async fn empty(replica: &Client, table: &TableName) -> Result<bool, C
     replica
         .batch_execute(&statement)
         .await
-        .map_err(CopyError::replica(format!("empty table {table}")))?;
-    Ok(!referred_to)
+        .map_err(CopyError::replica(format!("empty table {table}")))
+}
+
+/// The tables that a foreign key of another one refers to: [`empty`] for all of them at once.
+async fn all_referred_to(replica: &Client) -> Result<HashSet<TableName>, CopyError> {
+    const REFERRED_TO: &str = "
+        SELECT DISTINCT n.nspname::text, c.relname::text
+          FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_class c ON c.oid = k.confrelid
+          JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         WHERE k.contype = 'f' AND k.conrelid <> k.confrelid";
+    let rows = replica
+        .query_typed(REFERRED_TO, &[])
+        .await
+        .map_err(CopyError::replica("look for foreign keys"))?;
+    let name = |row: &tokio_postgres::Row| TableName {
+        schema: row.get(0),
+        name: row.get(1),
+    };
+    Ok(rows.iter().map(name).collect())
 }
 
 /// COPY of a part out of the source.

@@ -12,6 +12,7 @@
 
 use std::collections::HashSet;
 
+use tokio_postgres::types::Type;
 use tokio_postgres::{Client, GenericClient, Row};
 
 use super::CopyJob;
@@ -140,9 +141,14 @@ impl Ledger<'_> {
     ) -> Result<(), CopyError> {
         let stream = self.stream.as_str();
         let rows = replica
-            .execute(
+            .execute_typed(
                 sql,
-                &[&stream, &table.schema, &table.name, &self.snapshot_lsn],
+                &[
+                    (&stream, Type::TEXT),
+                    (&table.schema, Type::TEXT),
+                    (&table.name, Type::TEXT),
+                    (&self.snapshot_lsn, Type::PG_LSN),
+                ],
             )
             .await
             .map_err(CopyError::replica("update dr_agent.table_sync"))?;
@@ -165,15 +171,15 @@ impl Ledger<'_> {
         let (rows, bytes) = (signed(rows), signed(bytes));
         let stream = self.stream.as_str();
         let updated = replica
-            .execute(
+            .execute_typed(
                 SQL,
                 &[
-                    &stream,
-                    &table.schema,
-                    &table.name,
-                    &self.snapshot_lsn,
-                    &rows,
-                    &bytes,
+                    (&stream, Type::TEXT),
+                    (&table.schema, Type::TEXT),
+                    (&table.name, Type::TEXT),
+                    (&self.snapshot_lsn, Type::PG_LSN),
+                    (&rows, Type::INT8),
+                    (&bytes, Type::INT8),
                 ],
             )
             .await

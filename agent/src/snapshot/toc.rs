@@ -98,14 +98,6 @@ impl LeftOut {
         }
     }
 
-    /// Leaves these kinds out.
-    pub(super) fn kinds(kinds: &[&'static str]) -> Self {
-        Self {
-            kinds: kinds.to_vec(),
-            ..Self::default()
-        }
-    }
-
     fn holds(&self, object: &str) -> bool {
         let is_one_of = |kinds: &[&'static str]| kinds.iter().any(|kind| is_of(object, kind));
         self.only.as_ref().is_some_and(|only| only != object)
@@ -238,7 +230,7 @@ mod tests {
     #[test]
     fn some_kinds_and_all_others_are_the_whole() {
         let kinds = ["FK CONSTRAINT", "INDEX ATTACH"];
-        let without = LeftOut::kinds(&kinds).filter(LISTING).0;
+        let without = LeftOut::default().without(&kinds).filter(LISTING).0;
         let only = LeftOut::all_but_kinds(&kinds).filter(LISTING).0;
         let objects = |listing: &str| {
             let lines = listing.lines().filter_map(object_of).map(str::to_owned);
