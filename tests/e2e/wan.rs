@@ -7,8 +7,11 @@ use std::time::{Duration, Instant};
 
 use dr_agent_tests::agent::{Agent, AgentConfig};
 use dr_agent_tests::compare;
+use dr_agent_tests::kinesalite::Kinesalite;
 use dr_agent_tests::proxy::Proxy;
+use dr_agent_tests::route::{Route, STREAM};
 use dr_agent_tests::site::Site;
+use dr_agent_tests::streams;
 use dr_agent_tests::wait::{PATIENCE, wait_for};
 use dr_agent_tests::workload::{BALANCED, Workload, seed};
 
@@ -116,7 +119,9 @@ async fn a_session_begins_within_twelve_round_trips() {
     database.wait_caught_up().await;
     running.stop().await;
     far.delay(Duration::from_millis(100));
-    // The session that watches the replica asks meanwhile, on its own: what it asks can only add to the count.
+    // The session that watches the replica asks meanwhile, on its own, and nobody waits for it.
+    far.do_not_count("dr_agent:watch");
+    // What is applied between the start and the look at it, which a loaded machine delays, can only add to the count.
     let mut least = u64::MAX;
     for _ in 0..4 {
         let before = far.rounds();
@@ -135,6 +140,84 @@ async fn a_session_begins_within_twelve_round_trips() {
     source.run("INSERT INTO t VALUES (1, 'one')").await;
     database.expect_equal().await;
     running.stop().await;
+}
+
+/// The same beside the replica, where the source is not asked.
+const ROUNDS_OF_APPLY_MAX: u64 = 14;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn apply_begins_within_fourteen_round_trips() {
+    let site = Site::own().await;
+    let database = site.database("rounds_apply").await;
+    let fill = "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'one')";
+    database.source().await.run(fill).await;
+    let kinesalite = Kinesalite::start().await;
+    streams::create(kinesalite.port(), STREAM, 1).await;
+    let mut route = Route::new(database, kinesalite.port(), None);
+    let (running, applying) = route.start().await;
+    applying.stop().await;
+    let far = Proxy::start(site.replica.port()).await;
+    far.delay(Duration::from_millis(100));
+    far.do_not_count("dr_agent:watch");
+    let through = site.replica.url_through(far.port(), "postgres");
+    let through = format!("\"{through}\"");
+    route.applier.configure("replica.url", &through);
+    let applying = route.apply(&[]);
+    applying.wait_for_streaming(&route.database.name).await;
+    let rounds = far.rounds();
+    eprintln!("{rounds} round trips");
+    assert!(rounds <= ROUNDS_OF_APPLY_MAX, "{rounds} round trips");
+    route.database.expect_equal().await;
+    applying.stop().await;
+    running.stop().await;
+}
+
+/// Tables with two indexes and a foreign key each. `DR_AGENT_TEST_TABLES=300` to measure.
+const TABLES: usize = 40;
+
+/// What a copy of this schema may take, one round trip after the other: some for each table's rows, on four sessions; none for
+/// a statement of the schema.
+fn rounds_of_a_copy(tables: usize) -> u64 {
+    120 + 2 * tables as u64
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_statement_of_the_schema_waits_for_the_one_before() {
+    let tables = std::env::var("DR_AGENT_TEST_TABLES").map_or(TABLES, |n| n.parse().unwrap());
+    let site = Site::own().await;
+    let database = site.database("schema").await;
+    let source = database.source().await;
+    let each = (0..tables).map(|n| {
+        let before = n.saturating_sub(1);
+        format!(
+            "CREATE TABLE t{n} (id int PRIMARY KEY, v text, w int REFERENCES t{before});
+             CREATE INDEX ON t{n} (v); CREATE INDEX ON t{n} (w);
+             COMMENT ON INDEX t{n}_v_idx IS 'of v';
+             INSERT INTO t{n} VALUES (1, 'one', 1);"
+        )
+    });
+    source.run(&each.collect::<String>()).await;
+    let far = Proxy::start(site.replica.port()).await;
+    far.delay(Duration::from_millis(40));
+    far.do_not_count("dr_agent:watch");
+    let mut agent = database.agent();
+    let through = site.replica.url_through(far.port(), "postgres");
+    agent.configure("replica.url", &format!("\"{through}\""));
+    let started = Instant::now();
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    let (rounds, took) = (far.rounds(), started.elapsed());
+    eprintln!("{tables} tables: {rounds} round trips, {took:?}");
+    far.heal();
+    database.expect_equal().await;
+    let there = "SELECT (SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND connamespace = 'public'::regnamespace AND convalidated)
+                      + (SELECT count(*) FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid
+                          WHERE c.relnamespace = 'public'::regnamespace AND i.indisvalid)
+                      + (SELECT count(*) FROM pg_description WHERE description = 'of v')";
+    let built = database.replica().await.number(there).await;
+    assert_eq!(built, i64::try_from(5 * tables).unwrap());
+    running.stop().await;
+    assert!(rounds <= rounds_of_a_copy(tables), "{rounds} round trips");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

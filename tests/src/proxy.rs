@@ -145,6 +145,7 @@ pub struct Proxy {
     upstream: Arc<Direction>,
     downstream: Arc<Direction>,
     rounds: Arc<Rounds>,
+    apart: Arc<Mutex<Option<String>>>,
     accepting: JoinHandle<()>,
 }
 
@@ -158,8 +159,10 @@ impl Proxy {
         let (network, state) = watch::channel(Network::Up(Line::default()));
         let (upstream, downstream) = (Direction::new(), Direction::new());
         let rounds = Arc::<Rounds>::default();
+        let apart = Arc::<Mutex<Option<String>>>::default();
         let connection = Connection {
             rounds: Arc::clone(&rounds),
+            apart: Arc::clone(&apart),
             target: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
             network: state,
             upstream: Arc::clone(&upstream),
@@ -176,8 +179,16 @@ impl Proxy {
             upstream,
             downstream,
             rounds,
+            apart,
             accepting,
         }
+    }
+
+    /// Does not count the round trips of connections that begin with this text somewhere in what they send first: sessions with
+    /// such an `application_name`, as long as nothing is encrypted.
+    pub fn do_not_count(&self, text: &str) {
+        let mut apart = self.apart.lock().unwrap_or_else(PoisonError::into_inner);
+        *apart = Some(text.to_owned());
     }
 
     /// Round trips one after the other so far, of all connections together. Only on a line with a delay.
@@ -238,6 +249,8 @@ impl Drop for Proxy {
 #[derive(Clone)]
 struct Connection {
     rounds: Arc<Rounds>,
+    /// Whose rounds are not counted.
+    apart: Arc<Mutex<Option<String>>>,
     target: SocketAddr,
     network: watch::Receiver<Network>,
     upstream: Arc<Direction>,
@@ -245,9 +258,31 @@ struct Connection {
 }
 
 impl Connection {
+    fn set_apart(&self) -> Option<String> {
+        let apart = self.apart.lock().unwrap_or_else(PoisonError::into_inner);
+        apart.clone()
+    }
+
+    /// Whether this connection is one whose rounds are not counted.
+    async fn is_apart(&self, client: &TcpStream) -> bool {
+        let Some(text) = self.set_apart() else {
+            return false;
+        };
+        let mut first = vec![0; 4096];
+        let length = client.peek(&mut first).await.unwrap_or(0);
+        first[..length]
+            .windows(text.len())
+            .any(|window| window == text.as_bytes())
+    }
+
     async fn carry(self, mut client: TcpStream) {
+        let rounds = match self.is_apart(&client).await {
+            true => Arc::<Rounds>::default(),
+            false => Arc::clone(&self.rounds),
+        };
         let Self {
-            rounds,
+            rounds: _,
+            apart: _,
             target,
             mut network,
             upstream,

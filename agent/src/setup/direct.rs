@@ -281,6 +281,7 @@ impl<'a> Sides<'a> {
     ) -> Result<(Setup<'a>, Progress, History), SetupError> {
         self.source.found.require_unaltered(&self.source.stream)?;
         let roles = role::of_source(&self.source.client).await?;
+        let asked = Instant::now();
         let (roles, ensured, progress, guarded) = future::join4(
             role::ensure(&self.admin, &roles),
             schema::ensure(&replica, &self.server.role),
@@ -288,6 +289,7 @@ impl<'a> Sides<'a> {
             replica::is_safely_guarded(&replica),
         )
         .await;
+        let round_trip = round_trip.min(asked.elapsed());
         self.source.warnings.extend(roles?);
         ensured?;
         let progress = progress?;

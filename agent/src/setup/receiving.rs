@@ -15,8 +15,9 @@
 //! - One agent at a time: an advisory lock is held for as long as what is returned.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use futures_util::future;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -37,6 +38,7 @@ use crate::error::chain;
 use crate::history::History;
 use crate::listed::Listed;
 use crate::pg::{ConnInfo, PgError, PgLsn};
+use crate::sink::replica::Distance;
 use crate::snapshot::CopyObserver;
 use crate::stream::StreamName;
 
@@ -233,30 +235,50 @@ struct Receiving<'a> {
 
 impl<'a> Receiving<'a> {
     async fn prepare(self, uncopied: Option<&TableName>) -> Result<Prepared, SetupError> {
-        let admin = replica::open(&self.config.replica.conninfo, &self.stream).await?;
-        let server = Server::observe(&admin, self.database).await?;
+        // Together, and so is what follows: the replica may be far away, and nothing is applied meanwhile.
+        let (server, opened) = future::join(self.server(), self.open()).await;
+        let (admin, server) = server?;
         server.require_fit()?;
+        let opened = match opened? {
+            None if server.has_database => self.open().await?,
+            opened => opened,
+        };
         let mut replica = Sides {
             admin,
             server,
             opened: None,
             known: Known::default(),
         };
-        if !replica.server.has_database {
+        let Some((mut client, known)) = opened else {
             return Box::pin(self.first(replica)).await;
-        }
-        let (mut client, known) = self.open().await?;
+        };
         if known.progress.is_none() {
-            (replica.opened, replica.known) = (Some(client), known);
+            // Read before the lock was ours, if another agent had it.
+            replica.known = replica::known(&client, &self.stream).await?;
+        }
+        if known.progress.is_none() && replica.known.progress.is_none() {
+            replica.opened = Some(client);
             return Box::pin(self.first(replica)).await;
         }
-        let server = replica.server;
-        schema::ensure(&client, &server.role).await?;
-        let progress = recover::settle(&client, &self.stream)
-            .await?
-            .expect("nobody else works on the stream, and it has progress");
-        replica::guard(&mut client, self.database).await?;
-        let rows = table_sync::rows(&client, &self.stream).await?;
+        let (known, server) = match known.progress {
+            None => (replica.known, replica.server),
+            Some(_) => (known, replica.server),
+        };
+        let asked = Instant::now();
+        let (ensured, settled, guarded, rows) = future::join4(
+            schema::ensure(&client, &server.role),
+            recover::settle(&client, &self.stream),
+            replica::is_safely_guarded(&client),
+            table_sync::rows(&client, &self.stream),
+        )
+        .await;
+        let round_trip = asked.elapsed();
+        ensured?;
+        let progress = settled?.expect("nobody else works on the stream, and it has progress");
+        if !guarded? {
+            replica::guard(&mut client, self.database).await?;
+        }
+        let rows = rows?;
         let as_of = known.list_as_of(progress);
         let recorded = known.recorded.ok_or_else(|| SetupError::NotSent {
             stream: self.stream.to_string(),
@@ -271,10 +293,16 @@ impl<'a> Receiving<'a> {
         match uncopied.or(unfinished) {
             // Whatever is not on the list and changes from here on, or since the source was last looked at, is new.
             None => {
-                self.prepared(&client, recorded, progress, as_of)
-                    .await?
-                    .holding(client, Side::Replica)
-                    .await
+                let asked = Instant::now();
+                let prepared = self.prepared(&client, recorded, progress, as_of).await?;
+                let round_trip = round_trip.min(asked.elapsed());
+                let asked = Instant::now();
+                let mut prepared = prepared.holding(client, Side::Replica).await?;
+                prepared.distance = Some(Distance {
+                    round_trip: round_trip.min(asked.elapsed()),
+                    prepared_max: server.prepared_max,
+                });
+                Ok(prepared)
             }
             Some(table) => match self.reach_source().await {
                 Ok((source, note)) => {
@@ -316,12 +344,26 @@ impl<'a> Receiving<'a> {
         }
     }
 
-    /// The replica's database, locked.
-    async fn open(&self) -> Result<(Client, Known), SetupError> {
-        let client = replica::open(&self.replica_info, &self.stream).await?;
-        lock::take(&client, Side::Replica, &self.stream).await?;
-        let known = replica::known(&client, &self.stream).await?;
-        Ok((client, known))
+    /// The replica's server, as it is.
+    async fn server(&self) -> Result<(Client, Server), SetupError> {
+        let admin = replica::open(&self.config.replica.conninfo, &self.stream).await?;
+        let server = Server::observe(&admin, self.database).await?;
+        Ok((admin, server))
+    }
+
+    /// The replica's database, locked, if it is there. What is known may be of the time before the lock.
+    async fn open(&self) -> Result<Option<(Client, Known)>, SetupError> {
+        let opened = replica::open(&self.replica_info, &self.stream).await;
+        let Some(client) = replica::if_it_exists(opened)? else {
+            return Ok(None);
+        };
+        let (locked, known) = future::join(
+            lock::take(&client, Side::Replica, &self.stream),
+            replica::known(&client, &self.stream),
+        )
+        .await;
+        locked?;
+        Ok(Some((client, known?)))
     }
 
     /// The source, if it can be reached from here and is sent from.
@@ -495,8 +537,12 @@ impl<'a> Receiving<'a> {
         progress: Progress,
         as_of: PgLsn,
     ) -> Result<Prepared, SetupError> {
-        let rows = table_sync::rows(client, &self.stream).await?;
-        let deferred = replica::has_deferred(client, &self.stream).await?;
+        let (rows, deferred) = future::join(
+            table_sync::rows(client, &self.stream),
+            replica::has_deferred(client, &self.stream),
+        )
+        .await;
+        let (rows, deferred) = (rows?, deferred?);
         Ok(Prepared {
             left_out: 0,
             term: progress.term,

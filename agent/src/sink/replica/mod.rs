@@ -121,7 +121,7 @@ pub struct SinkSettings {
 /// What whoever has talked to the replica before can tell: it saves round trips.
 #[derive(Clone, Copy, Debug)]
 pub struct Distance {
-    /// The shortest of a few answers.
+    /// The shortest of three answers: a moment's load must not make it look far.
     pub round_trip: Duration,
     /// `max_prepared_transactions` of the replica.
     pub prepared_max: u16,
@@ -173,11 +173,15 @@ impl ReplicaSink {
             try_join_all((0..expected).map(|_| Lane::connect(replica, &lane))),
         )?;
         let catalog = Arc::new(catalog);
-        let (possible, round_trip) =
-            futures_util::try_join!(lanes_possible(&catalog, &settings), async {
-                let known = settings.distance.map(|known| known.round_trip);
-                Ok(round_trip(known, || catalog.batch_execute("")).await?)
-            },)?;
+        // What the set-up has seen a moment ago is not asked again.
+        let distance = match settings.distance {
+            Some(seen) => seen,
+            None => distance(&catalog).await?,
+        };
+        let (possible, round_trip) = (
+            lanes_possible(distance.prepared_max, &settings),
+            distance.round_trip,
+        );
         let more = (expected..possible).map(|_| Lane::connect(replica, &lane));
         lanes.extend(try_join_all(more).await?);
         lanes.truncate(usize::from(possible));
@@ -425,55 +429,52 @@ async fn answer(in_flight: &mut VecDeque<InFlight>) -> Result<(), SinkError> {
     }
 }
 
+/// What the set-up has not seen.
+async fn distance(catalog: &tokio_postgres::Client) -> Result<Distance, SinkError> {
+    const SQL: &str = "SELECT pg_catalog.current_setting('max_prepared_transactions')::int";
+    let (limit, round_trip) = futures_util::try_join!(
+        catalog.query_typed_one(SQL, &[]),
+        round_trip(|| catalog.batch_execute(""))
+    )?;
+    Ok(Distance {
+        round_trip,
+        prepared_max: u16::try_from(limit.get::<_, i32>(0)).unwrap_or(u16::MAX),
+    })
+}
+
 /// How many lanes the replica has room for: each holds a prepared transaction for a moment.
-async fn lanes_possible(
-    catalog: &tokio_postgres::Client,
-    settings: &SinkSettings,
-) -> Result<u16, SinkError> {
+fn lanes_possible(prepared_max: u16, settings: &SinkSettings) -> u16 {
     if settings.lanes <= 1 {
-        return Ok(1);
+        return 1;
     }
-    let limit: i32 = catalog
-        .query_typed_one(
-            "SELECT pg_catalog.current_setting('max_prepared_transactions')::int",
-            &[],
-        )
-        .await?
-        .get(0);
-    let possible = u16::try_from(limit).unwrap_or(u16::MAX).min(settings.lanes);
+    let possible = prepared_max.min(settings.lanes);
     if possible < settings.lanes {
         let possible = if possible < 2 { 1 } else { possible };
         tracing::warn!(
-            stream = %settings.stream, max_prepared_transactions = limit, lanes = possible,
+            stream = %settings.stream, max_prepared_transactions = prepared_max, lanes = possible,
             "the replica applies on fewer lanes than replica.lanes asks for: set its \
              max_prepared_transactions to at least replica.lanes times the number of databases, and \
              restart it"
         );
-        return Ok(possible);
+        return possible;
     }
-    Ok(possible)
+    possible
 }
 
 /// The shortest of a few answers, or the first that shows that the replica is near: a moment's load must not make it look far.
-/// `known` is the shortest of those before.
-async fn round_trip<E, F>(
-    known: Option<Duration>,
-    mut ask: impl FnMut() -> F,
-) -> Result<Duration, E>
+async fn round_trip<E, F>(mut ask: impl FnMut() -> F) -> Result<Duration, E>
 where
     F: Future<Output = Result<(), E>>,
 {
     const SAMPLES: u32 = 3;
-    const SAMPLES_WHERE_KNOWN: u32 = 1;
-    let samples = known.map_or(SAMPLES, |_| SAMPLES_WHERE_KNOWN);
-    let mut shortest = known.unwrap_or(Duration::MAX);
-    for _ in 0..samples {
-        if shortest < Spacing::FAR {
-            break;
-        }
+    let mut shortest = Duration::MAX;
+    for _ in 0..SAMPLES {
         let asked = Instant::now();
         ask().await?;
         shortest = shortest.min(asked.elapsed());
+        if shortest < Spacing::FAR {
+            break;
+        }
     }
     Ok(shortest)
 }
@@ -495,7 +496,7 @@ mod tests {
     async fn a_first_answer_that_is_slow_does_not_make_a_replica_look_far() {
         const SLOW: Duration = Duration::from_millis(300);
         let mut asked = 0;
-        let shortest = round_trip(None, || {
+        let shortest = round_trip(|| {
             asked += 1;
             let takes = if asked == 1 { SLOW } else { Duration::ZERO };
             async move {
