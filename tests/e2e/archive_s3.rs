@@ -11,7 +11,7 @@ use dr_agent::pg::PgLsn;
 use dr_agent::store::{Encryption, Store};
 use dr_agent_tests::agent::{Agent, Running};
 use dr_agent_tests::archive::{
-    TABLES, agent_at, archive, expect_state, first_base, position, restore, work,
+    TABLES, agent_at, archive, expect_state, files_below, first_base, position, restore, work,
 };
 use dr_agent_tests::client::Client;
 use dr_agent_tests::faults::{Fault, FaultyProxy};
@@ -406,8 +406,17 @@ async fn two_agents_at_once_in_one_place_overwrite_nothing() {
     for word in ["has a gap", "taking a base backup"] {
         assert!(!second.log().contains(word), "{word}");
     }
-    // The other one takes over.
+    // The other one takes over, and what the first one has not uploaded is on its disk and nowhere else.
+    let busy = Fault::Answer(503, "SlowDown");
+    bucket.faults.spoil_every("PUT /", Some(busy));
+    source.run("INSERT INTO bag VALUES ('kept')").await;
+    wait_until("the spool to have a segment", PATIENCE, || async {
+        let mut files = files_below(&spool).into_iter();
+        files.any(|file| file.extension().is_some_and(|ending| ending == "log"))
+    })
+    .await;
     first.kill();
+    bucket.faults.spoil_every("PUT /", None);
     second.wait_for_streaming(&database.name).await;
     moments.extend(work(&source, 6, 12).await);
     source.run("INSERT INTO bag VALUES ('later')").await;
@@ -416,8 +425,12 @@ async fn two_agents_at_once_in_one_place_overwrite_nothing() {
     second
         .wait_for_metric(segments, &labels, |segments| segments > 3.0)
         .await;
-    // What the first one had not uploaded, if anything, is on its disk and nowhere else: it brings it when it is started again.
+    // It brings it when it is started again.
+    assert!(Spool::waiting(&spool).is_some_and(|bytes| bytes > 0));
     let again = one.start();
+    again
+        .wait_for_metric(segments, &labels, |segments| segments >= 1.0)
+        .await;
     wait_until("the spool to be empty", PATIENCE, || async {
         Spool::waiting(&spool) == Some(0)
     })
