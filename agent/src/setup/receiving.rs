@@ -215,6 +215,21 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
     receiving.prepared(&client, recorded, progress, as_of).await
 }
 
+/// Keeps the right to the stream, and what has been seen of the replica.
+async fn held(
+    prepared: Prepared,
+    client: Client,
+    (round_trip, prepared_max): (Duration, u16),
+) -> Result<Prepared, SetupError> {
+    let asked = Instant::now();
+    let mut prepared = prepared.holding(client, Side::Replica).await?;
+    prepared.distance = Some(Distance {
+        round_trip: round_trip.min(asked.elapsed()),
+        prepared_max,
+    });
+    Ok(prepared)
+}
+
 /// The replica, looked at and not yet written to.
 struct Sides {
     admin: Client,
@@ -286,8 +301,10 @@ impl<'a> Receiving<'a> {
         let is_begun = rows.iter().any(|row| row.ready);
         if is_begun && self.config.replica.set_aside == SetAside::Retry {
             self.leave_to_late(&mut client, &rows, uncopied).await?;
+            let asked = Instant::now();
             let prepared = self.prepared(&client, recorded, progress, as_of).await?;
-            return prepared.holding(client, Side::Replica).await;
+            let seen = (round_trip.min(asked.elapsed()), server.prepared_max);
+            return held(prepared, client, seen).await;
         }
         let unfinished = rows.iter().find(|row| !row.ready).map(|row| &row.table);
         match uncopied.or(unfinished) {
@@ -295,14 +312,8 @@ impl<'a> Receiving<'a> {
             None => {
                 let asked = Instant::now();
                 let prepared = self.prepared(&client, recorded, progress, as_of).await?;
-                let round_trip = round_trip.min(asked.elapsed());
-                let asked = Instant::now();
-                let mut prepared = prepared.holding(client, Side::Replica).await?;
-                prepared.distance = Some(Distance {
-                    round_trip: round_trip.min(asked.elapsed()),
-                    prepared_max: server.prepared_max,
-                });
-                Ok(prepared)
+                let seen = (round_trip.min(asked.elapsed()), server.prepared_max);
+                held(prepared, client, seen).await
             }
             Some(table) => match self.reach_source().await {
                 Ok((source, note)) => {
