@@ -251,13 +251,18 @@ struct Receiving<'a> {
 impl<'a> Receiving<'a> {
     async fn prepare(self, uncopied: Option<&TableName>) -> Result<Prepared, SetupError> {
         // Together, and so is what follows: the replica may be far away, and nothing is applied meanwhile.
-        let (server, opened) = future::join(self.server(), self.open()).await;
-        let (admin, server) = server?;
+        let (admin, opened) = future::join(
+            replica::open(&self.config.replica.conninfo, &self.stream),
+            replica::open(&self.replica_info, &self.stream),
+        )
+        .await;
+        let admin = admin?;
+        let opened = replica::if_it_exists(opened, (&admin, self.database)).await?;
+        let (server, opened) =
+            future::join(Server::observe(&admin, self.database), self.locked(opened)).await;
+        let server = server?;
         server.require_fit()?;
-        let opened = match opened? {
-            None if server.has_database => self.open().await?,
-            opened => opened,
-        };
+        let opened = opened?;
         let mut replica = Sides {
             admin,
             server,
@@ -355,17 +360,9 @@ impl<'a> Receiving<'a> {
         }
     }
 
-    /// The replica's server, as it is.
-    async fn server(&self) -> Result<(Client, Server), SetupError> {
-        let admin = replica::open(&self.config.replica.conninfo, &self.stream).await?;
-        let server = Server::observe(&admin, self.database).await?;
-        Ok((admin, server))
-    }
-
     /// The replica's database, locked, if it is there. What is known may be of the time before the lock.
-    async fn open(&self) -> Result<Option<(Client, Known)>, SetupError> {
-        let opened = replica::open(&self.replica_info, &self.stream).await;
-        let Some(client) = replica::if_it_exists(opened)? else {
+    async fn locked(&self, opened: Option<Client>) -> Result<Option<(Client, Known)>, SetupError> {
+        let Some(client) = opened else {
             return Ok(None);
         };
         let (locked, known) = future::join(
