@@ -229,9 +229,9 @@ async fn a_table_in_trouble_is_set_aside_and_comes_back_by_itself() {
         .map(|(table, ..)| (*table).to_owned())
         .chain(altered)
     {
-        if ["gone", "swallowed", "raised", "part_1"].contains(&table.as_str()) {
+        if ["gone", "swallowed", "raised", "part_1", "checked"].contains(&table.as_str()) {
             // A start that is quicker than the stream sees the first by itself, and any copy takes ALWAYS from triggers; `misfit` has
-            // the trigger by itself.
+            // the trigger by itself. The CHECK waits for the promotion: the change goes in without it (`refused`).
             continue;
         }
         let table = format!("table=public.{table} ");

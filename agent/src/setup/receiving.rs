@@ -32,7 +32,7 @@ use super::target::HalfLoaded;
 use super::{
     Aside, Found, Prepared, Setup, late, lock, recover, resume, schema, sending, table_sync,
 };
-use crate::catalog::TableName;
+use crate::catalog::{Table, TableName};
 use crate::config::{Config, SetAside};
 use crate::error::chain;
 use crate::history::History;
@@ -354,10 +354,35 @@ impl<'a> Receiving<'a> {
         }
         let is_ready =
             |table: &&TableName| rows.iter().any(|row| row.ready && row.table == **table);
-        match another.filter(is_ready) {
-            Some(table) => late::leave_out(client, &self.stream, table, REASON).await,
-            None => Ok(()),
+        let Some(table) = another.filter(is_ready) else {
+            return Ok(());
+        };
+        let mut tables = BTreeSet::from([table.clone()]);
+        tables.extend(self.listed_anew(rows).await);
+        for table in &tables {
+            late::leave_out(client, &self.stream, table, REASON).await?;
         }
+        Ok(())
+    }
+
+    /// The tables of which the source says, where it can be asked, that they are not those that were copied: they may have taken
+    /// the names of one another.
+    async fn listed_anew(&self, rows: &[table_sync::Row]) -> Vec<TableName> {
+        let source = self.config.source.conninfo.with_dbname(self.database);
+        let asking = within_reach(super::published(&source, &self.stream)).await;
+        let Ok(Some(published)) = asking else {
+            return Vec::new();
+        };
+        let is_anew = |table: &&Table| {
+            let row = rows.iter().find(|row| row.ready && row.table == table.name);
+            row.is_some_and(|row| {
+                let was = row.copied.listed_as.as_ref();
+                let is = published.listed.get(&table.name);
+                !row.copied.is_of(table.oid) || was.zip(is).is_some_and(|(was, is)| was != is)
+            })
+        };
+        let anew = published.tables.iter().filter(is_anew);
+        anew.map(|table| table.name.clone()).collect()
     }
 
     /// The replica's database, locked, if it is there. What is known may be of the time before the lock.
