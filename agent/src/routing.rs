@@ -142,10 +142,10 @@ pub async fn empty(
 }
 
 /// The tables that have to be copied again with those that are: all below the same tops. `tops` are those of all tables.
-pub fn copied_together<'t>(
-    tops: &'t BTreeMap<TableName, TableName>,
+pub fn copied_together(
+    tops: &BTreeMap<TableName, TableName>,
     is_copied: impl Fn(&TableName) -> bool,
-) -> impl Iterator<Item = &'t TableName> {
+) -> impl Iterator<Item = &TableName> {
     let concerned: BTreeSet<&TableName> = tops
         .iter()
         .filter(|(table, _)| is_copied(table))

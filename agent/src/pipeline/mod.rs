@@ -216,9 +216,8 @@ impl Pipeline {
                 tracing::info!(database = %self.database, reason = %chain(&error), "starting again");
                 continue;
             }
-            let error = match self.cost_tables(error).await {
-                None => continue,
-                Some(error) => error,
+            let Some(error) = self.cost_tables(error).await else {
+                continue;
             };
             if started.elapsed() > HEALTHY_AFTER {
                 attempt = 0;

@@ -154,14 +154,18 @@ async fn copy_whole(
         emptied,
     )
     .await;
-    (claimed?, begun?, held?, emptied?);
+    claimed?;
+    begun?;
+    held?;
+    emptied?;
     let observer = shared.work.observer();
     let (rows, bytes) = pass_through(source, replica, observer, layout, part, may_freeze).await?;
     failpoint::hit("copy:rows-written");
     // The row is held since the transaction began: it cannot have become another's.
     let copied = ledger.copied(replica, table, rows, bytes);
     let (copied, committed) = future::join(copied, commit(replica)).await;
-    (copied?, committed?);
+    copied?;
+    committed?;
     Ok((rows, bytes))
 }
 
@@ -174,7 +178,8 @@ async fn copy_part(
 ) -> Result<(u64, u64), CopyError> {
     let hold = shared.ledger.hold(replica, &layout.name);
     let (begun, held) = future::join(begin(replica), hold).await;
-    (begun?, held?);
+    begun?;
+    held?;
     let counted =
         pass_through(source, replica, shared.work.observer(), layout, part, false).await?;
     commit(replica).await?;

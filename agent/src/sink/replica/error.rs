@@ -93,11 +93,11 @@ pub enum SinkError {
     #[error("the replica refuses a change of {table}{constraint}")]
     Refused {
         /// `schema.table`, or "a table".
-        table: String,
+        table: Box<str>,
         /// The same, where the server names one.
-        named: Option<TableName>,
+        named: Option<Box<TableName>>,
         /// ` (constraint name)`, or nothing.
-        constraint: String,
+        constraint: Box<str>,
         /// What the server said.
         #[source]
         source: PgError,
@@ -169,7 +169,7 @@ impl SinkError {
             | Self::DomainNotKnown { table }
             | Self::TableNotCopied { table }
             | Self::TruncatedInPart { table, .. } => Some(table),
-            Self::Refused { named, .. } => named.as_ref(),
+            Self::Refused { named, .. } => named.as_deref(),
             _ => None,
         }
     }
@@ -273,12 +273,12 @@ impl From<PgError> for SinkError {
             "DR005" => Self::Swallowed(error),
             // Class 23, integrity constraint violation.
             state if state.starts_with("23") => Self::Refused {
-                table: server.table.clone().unwrap_or_else(|| "a table".to_owned()),
-                named: server.table.as_deref().and_then(named),
+                table: server.table.as_deref().unwrap_or("a table").into(),
+                named: server.table.as_deref().and_then(named).map(Box::new),
                 constraint: server
                     .constraint
                     .as_ref()
-                    .map_or_else(String::new, |name| format!(" (constraint {name})")),
+                    .map_or_else(Box::default, |name| format!(" (constraint {name})").into()),
                 source: error,
             },
             _ => Self::Pg(error),
