@@ -1,4 +1,4 @@
-//! The one retry decision: a class of error and the attempts so far become "retry after" or "stop".
+//! ● The one retry decision: a class of error and the attempts so far become "retry after" or "stop".
 //!
 //! Pure: randomness is an argument. Leaves never sleep and retry; they return their error and the
 //! pipeline asks here.

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use dr_agent::aws;
 use dr_agent::cli::{Cli, Command, Shared};
+use dr_agent::cloud::aws;
 use dr_agent::cmd;
 use dr_agent::config::Config;
 use dr_agent::error::{Classify, chain};

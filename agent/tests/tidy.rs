@@ -3,130 +3,72 @@
 //! Reads the sources and the manual as text. A rule that holds by construction (visibility, types)
 //! is not repeated here, and nothing here judges size or style.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dr_agent::metrics;
+use dr_agent::observe::metrics;
 
 const README: &str = include_str!("../../README.md");
 const EXAMPLE: &str = include_str!("../../ops/dr-agent.toml");
 
-/// Files and directories below `agent/src` that have neither tokio nor I/O nor a clock; time is an
-/// argument.
-const PURE: &[&str] = &[
-    "backoff.rs",
-    "archive/unzstd.rs",
-    "archive/way.rs",
-    "archive/chain.rs",
-    "aws/refusal.rs",
-    "archive/layout.rs",
-    "backup/manifest.rs",
-    "backup/retention.rs",
-    "backup/script.rs",
-    "changelog/frames.rs",
-    "changelog/gather.rs",
-    "changelog/unpack.rs",
-    "kinesis/calls.rs",
-    "kinesis/error.rs",
-    "kinesis/pace.rs",
-    "kinesis/progress.rs",
-    "restore/choose.rs",
-    "restore/moment.rs",
-    "snapshot/owners.rs",
-    "snapshot/roles.rs",
-    "store/error.rs",
-    "store/name.rs",
-    "store/url.rs",
-    "batch.rs",
-    "clock.rs",
-    "config.rs",
-    "error.rs",
-    "history.rs",
-    "lag.rs",
-    "ledger.rs",
-    "net.rs",
-    "net",
-    "pg/pgoutput",
-    "pg/redact.rs",
-    "pg/settings.rs",
-    "plan.rs",
-    "plan",
-    "remedy.rs",
-    "pipeline/trouble.rs",
-    "setup/identity.rs",
-    "setup/mismatch.rs",
-    "setup/timeline.rs",
-    "promote/plan.rs",
-    "promote/report.rs",
-    "promote/sequences.rs",
-    "promote/state.rs",
-    "sink/replica/cost.rs",
-    "source/pace.rs",
-    "status/judge.rs",
-    "stream.rs",
-    "txn.rs",
-    "txn/assembler.rs",
-    "txn/descriptions.rs",
-    "txn/open.rs",
-    "txn/types.rs",
-];
+/// There were so many in November 2026.
+const PURE_AT_LEAST: usize = 59;
 
-/// What a part may not name, and why it would be wrong.
-const STRANGERS: &[(&str, &[&str])] = &[
-    // What PostgreSQL says knows nothing of ours.
+/// What somebody can keep in mind.
+const ROOMS_MAX: usize = 28;
+
+/// Whom each room at the root of `agent/src` may name. No two may reach one another, by whatever way.
+const MAY_NAME: &[(&str, &str)] = &[
     (
-        "pg",
-        &[
-            "batch", "cmd", "ledger", "net", "pipeline", "promote", "setup", "sink", "snapshot",
-            "source", "txn",
-        ],
+        "archive",
+        "backoff catalog cloud config copy error failpoint flow names observe pg private schema time",
     ),
-    // Transactions and batches know nothing of sinks.
-    ("txn.rs", &["sink", "pipeline"]),
-    ("txn", &["sink", "pipeline"]),
-    ("batch.rs", &["sink", "pipeline"]),
-    ("net.rs", &["sink", "pipeline"]),
-    ("plan.rs", &["sink", "pipeline"]),
-    // Sinks know nothing of the source.
-    ("sink", &["source", "pipeline", "setup", "snapshot"]),
-    // The object store knows nothing of what is kept in it.
+    ("backoff", "error"),
+    ("catalog", "config names pg"),
     (
-        "store",
-        &[
-            "batch", "cmd", "config", "ledger", "net", "pg", "pipeline", "promote", "setup",
-            "sink", "snapshot", "source", "txn",
-        ],
+        "check",
+        "catalog cloud config copy error names pg setup watch",
     ),
-    // Kinesis knows nothing of what is sent through it.
+    ("cli", "cmd config"),
+    ("cloud", "backoff error private"),
     (
-        "kinesis",
-        &[
-            "batch",
-            "changelog",
-            "cmd",
-            "config",
-            "ledger",
-            "net",
-            "pg",
-            "pipeline",
-            "promote",
-            "setup",
-            "sink",
-            "snapshot",
-            "source",
-            "txn",
-        ],
+        "cmd",
+        "archive backoff check cloud config copy error names observe pg pipeline promote replay setup time watch",
     ),
-    // Clients of AWS have their beginnings in common, and nothing else.
-    ("aws.rs", &["store", "kinesis", "config", "cmd"]),
-    ("aws", &["store", "kinesis", "config", "cmd"]),
-    // A base backup and its load have nothing to do with streaming.
-    ("backup", &["pipeline", "sink", "promote", "cmd"]),
-    // A promotion shares nothing with a running agent but the replica.
+    ("config", "cloud error names pg"),
+    ("copy", "catalog config error failpoint names pg schema"),
+    ("flow", "error names pg time"),
+    ("names", "error pg time"),
+    ("observe", "cloud config error flow pg time watch"),
+    ("pg", "error"),
+    (
+        "pipeline",
+        "archive backoff catalog cloud config copy error failpoint flow names observe pg schema setup shape sink source time watch",
+    ),
     (
         "promote",
-        &["pipeline", "source", "sink", "kinesis", "drain"],
+        "config copy error failpoint names pg schema watch",
     ),
+    (
+        "replay",
+        "archive backoff catalog cloud config copy error failpoint flow names observe pg promote schema setup sink source time",
+    ),
+    ("schema", "flow names pg"),
+    (
+        "setup",
+        "archive catalog cloud config copy error failpoint names pg schema shape sink time",
+    ),
+    ("shape", "catalog names pg"),
+    (
+        "sink",
+        "catalog cloud error failpoint flow names observe pg schema time",
+    ),
+    (
+        "source",
+        "archive cloud error failpoint flow names observe pg private time",
+    ),
+    ("watch", "backoff catalog config error names pg schema time"),
 ];
 
 fn files(below: &str) -> Vec<PathBuf> {
@@ -164,47 +106,115 @@ fn program(path: &Path) -> String {
         .join("\n")
 }
 
+/// The first line of a file, where it says of itself that it is pure.
+fn is_pure(path: &Path) -> bool {
+    let text = fs::read_to_string(path).expect("the sources can be read");
+    text.starts_with("//! ●")
+}
+
+/// The room at the root of `agent/src` that a file is in.
+fn room(path: &Path) -> String {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let within = path.strip_prefix(src).expect("a file of the sources");
+    let first = within.components().next().expect("a name");
+    let name = first.as_os_str().to_string_lossy();
+    name.trim_end_matches(".rs").to_owned()
+}
+
+/// The rooms that a program text names.
+fn named(text: &str) -> BTreeSet<String> {
+    let word = |rest: &str| {
+        let end = rest.find(|c: char| c != '_' && !c.is_ascii_alphanumeric());
+        rest[..end.unwrap_or(rest.len())].to_owned()
+    };
+    let mut found = BTreeSet::new();
+    for rest in text.split("crate::").skip(1) {
+        match rest.strip_prefix('{') {
+            Some(list) => {
+                let list = list.split('}').next().unwrap_or_default();
+                found.extend(list.split(',').map(|item| word(item.trim())));
+            }
+            None => _ = found.insert(word(rest)),
+        }
+    }
+    found.retain(|name| name.starts_with(|c: char| c.is_ascii_lowercase()));
+    found
+}
+
 #[test]
 fn pure_files_know_no_runtime_no_files_and_no_clock() {
-    for part in PURE {
-        for path in files(part) {
-            let text = program(&path);
-            for word in [
-                "tokio::",
-                "std::fs",
-                "std::net::Tcp",
-                "SystemTime::now",
-                "Instant::now",
-            ] {
-                assert!(
-                    !text.contains(word),
-                    "{} is pure and names {word}",
-                    path.display()
-                );
-            }
+    let pure: Vec<PathBuf> = files("").into_iter().filter(|path| is_pure(path)).collect();
+    assert!(
+        pure.len() > PURE_AT_LEAST,
+        "only {} say that they are pure",
+        pure.len()
+    );
+    for path in pure {
+        let text = program(&path);
+        for word in [
+            "tokio::",
+            "std::fs",
+            "std::net::Tcp",
+            "SystemTime::now",
+            "Instant::now",
+        ] {
+            assert!(
+                !text.contains(word),
+                "{} is pure and names {word}",
+                path.display()
+            );
         }
     }
 }
 
 #[test]
-fn parts_name_only_whom_they_may_know() {
-    for (part, strangers) in STRANGERS {
-        for path in files(part) {
-            let text = program(&path);
-            for stranger in *strangers {
-                for form in [
-                    format!("crate::{stranger}::"),
-                    format!("crate::{stranger};"),
-                ] {
-                    assert!(
-                        !text.contains(&form),
-                        "{} may not know {stranger}",
-                        path.display()
-                    );
-                }
-            }
+fn rooms_name_only_whom_they_may() {
+    let mut arrows: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for path in files("") {
+        let from = room(&path);
+        if ["lib", "main"].contains(&from.as_str()) || path.ends_with("tests.rs") {
+            continue;
+        }
+        let mut to = named(&program(&path));
+        to.remove(&from);
+        let may = MAY_NAME.iter().find(|(name, _)| *name == from);
+        let may: Vec<&str> = may.map_or(Vec::new(), |(_, to)| to.split(' ').collect());
+        for name in &to {
+            assert!(
+                may.contains(&name.as_str()),
+                "{} may not name {name}: {from} is not above it",
+                path.display()
+            );
+        }
+        arrows.entry(from).or_default().extend(to);
+    }
+    for (from, may) in MAY_NAME {
+        for to in may.split(' ') {
+            let is_used = arrows.get(*from).is_some_and(|names| names.contains(to));
+            assert!(
+                is_used,
+                "{from} does not name {to} any more: take it off the list"
+            );
         }
     }
+    assert!(arrows.len() <= ROOMS_MAX, "{} rooms", arrows.len());
+}
+
+#[test]
+fn no_two_rooms_reach_one_another() {
+    // Whoever has nobody left below leaves; a circle stays.
+    let mut left: Vec<(&str, Vec<&str>)> = MAY_NAME
+        .iter()
+        .map(|(from, to)| (*from, to.split(' ').collect()))
+        .collect();
+    loop {
+        let names: Vec<&str> = left.iter().map(|(from, _)| *from).collect();
+        left.retain(|(_, to)| to.iter().any(|name| names.contains(name)));
+        if left.len() == names.len() {
+            break;
+        }
+    }
+    assert!(left.is_empty(), "a circle among {left:?}");
 }
 
 /// A session begins with the settings of `pg/settings.rs`, which only these put into a start-up packet.
@@ -219,7 +229,7 @@ fn no_session_is_opened_without_the_common_settings() {
             &[
                 "pg/conninfo/environment.rs",
                 "pg/connect.rs",
-                "snapshot/tools.rs",
+                "copy/tools.rs",
             ],
         ),
     ];

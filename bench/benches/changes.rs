@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use criterion::{Criterion, Throughput};
-use dr_agent::net::{self, Key, KeyColumn, KeyOrder};
+use dr_agent::flow::net::{self, Key, KeyColumn, KeyOrder};
+use dr_agent::flow::transaction::{Change, Named, Relations, SourceRelation};
 use dr_agent::pg::pgoutput::{self, Message};
-use dr_agent::txn::{Change, Named, Relations, SourceRelation};
 
 /// Transactions of the batch: as many as gather while a replica is busy.
 const TRANSACTIONS: u32 = 5_000;

@@ -22,8 +22,9 @@ use dr_agent_tests::wait::wait_until;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
 
+use crate::load;
+use crate::servers;
 use crate::sustained::{PROBE_TABLE, sample_probe, sample_reported, write_probe};
-use crate::{load, servers};
 
 #[derive(Args)]
 pub(crate) struct Options {

@@ -14,8 +14,9 @@ use dr_agent_tests::server::PgServer;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::load;
 use crate::sample::Samples;
-use crate::{load, servers};
+use crate::servers;
 
 /// Pause between two attempts to write; the resolution of the result.
 const TRY_EVERY: Duration = Duration::from_millis(5);

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use clap::Args;
 
+use crate::plot;
 use crate::results::{Drain, Loaded, Pass, Results, median};
-use crate::{plot, verdict};
+use crate::verdict;
 
 /// Where all of it is shown against.
 pub(crate) const REFERENCE: &str = "subscription";

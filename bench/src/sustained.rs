@@ -16,8 +16,10 @@ use dr_agent_tests::site::{Database, Site};
 use serde_json::{Value, json};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
+use crate::load;
 use crate::sample::Samples;
-use crate::{load, servers, usage};
+use crate::servers;
+use crate::usage;
 
 /// Lag that still counts as following.
 const LAG_MAX_SECONDS: f64 = 1.0;

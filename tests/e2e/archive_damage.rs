@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use dr_agent::store::{Encryption, Put, Store};
+use dr_agent::cloud::store::{Encryption, Put, Store};
 use dr_agent_tests::archive::{
     TABLES, agent_at, archive, bases, expect_state, files_below, first_base, protected, restore,
     segments, span, wait_archived, work,

@@ -7,8 +7,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use dr_agent::cloud::store::{Encryption, Store};
 use dr_agent::pg::PgLsn;
-use dr_agent::store::{Encryption, Store};
 use dr_agent_tests::archive::{
     Moment, TABLES, agent_at, archive, bases, expect_state, files_below, first_base, protected,
     restore, work,

@@ -6,9 +6,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use dr_agent::archive::Spool;
+use dr_agent::archive::log::Spool;
+use dr_agent::cloud::store::{Encryption, Store};
 use dr_agent::pg::PgLsn;
-use dr_agent::store::{Encryption, Store};
 use dr_agent_tests::agent::{Agent, Running};
 use dr_agent_tests::archive::{
     TABLES, agent_at, archive, expect_state, files_below, first_base, position, restore, work,

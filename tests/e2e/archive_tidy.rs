@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use dr_agent::backup;
-use dr_agent::store::{Encryption, Store, StoreUrl};
+use dr_agent::archive::base;
+use dr_agent::cloud::store::{Encryption, Store, StoreUrl};
 use dr_agent_tests::agent::Agent;
 use dr_agent_tests::archive::{Moment, expect_state, files_below, protected, restore, work};
 use dr_agent_tests::site::{Database, Site};
@@ -54,7 +54,7 @@ impl Month {
         assert_eq!(manifests.len(), AGES.len());
         for (manifest, days) in manifests.iter().zip(AGES) {
             let base = manifest.strip_suffix("manifest.json").unwrap();
-            let mut manifest = backup::manifest(&store, base).await.unwrap();
+            let mut manifest = base::manifest(&store, base).await.unwrap();
             let age = Duration::from_secs(days * 24 * 3600);
             manifest.as_of -= age;
             manifest.started_at -= age;

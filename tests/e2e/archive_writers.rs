@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dr_agent::archive::Span;
-use dr_agent::history::History;
+use dr_agent::archive::log::Span;
+use dr_agent::names::history::History;
 use dr_agent::pg::PgLsn;
 use dr_agent_tests::agent::Agent;
 use dr_agent_tests::archive::{

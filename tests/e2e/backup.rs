@@ -8,17 +8,18 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use dr_agent::backup::retention::Segment;
-use dr_agent::backup::{self, BackupError, LoadJob, Manifest, Ownership, Patience, TakeJob};
-use dr_agent::catalog::{self, TableName};
+use dr_agent::archive::base::retention::Segment;
+use dr_agent::archive::base::{self, BackupError, LoadJob, Manifest, Ownership, Patience, TakeJob};
+use dr_agent::catalog;
+use dr_agent::cloud::store::{Encryption, Store, StoreUrl};
 use dr_agent::config::CopySettings;
 use dr_agent::error::{Class, Classify as _, chain};
-use dr_agent::history::History;
-use dr_agent::listed::Listed;
-use dr_agent::metrics::ArchiveMetrics;
+use dr_agent::names::TableName;
+use dr_agent::names::history::History;
+use dr_agent::names::stream::StreamName;
+use dr_agent::observe::metrics::ArchiveMetrics;
 use dr_agent::pg::ConnInfo;
-use dr_agent::store::{Encryption, Store, StoreUrl};
-use dr_agent::stream::StreamName;
+use dr_agent::schema::listed::Listed;
 use dr_agent_tests::backup::Backup;
 use dr_agent_tests::binaries::Binaries;
 use dr_agent_tests::client::Client;
@@ -77,7 +78,7 @@ impl Archive {
             settings: &settings(),
             patience: &patience(),
         };
-        backup::take(job, &(), &CancellationToken::new()).await
+        base::take(job, &(), &CancellationToken::new()).await
     }
 
     async fn load(
@@ -86,7 +87,7 @@ impl Archive {
         url: &str,
         only: Option<&[TableName]>,
     ) -> Result<Manifest, BackupError> {
-        let manifest = backup::manifest(&self.store, base).await?;
+        let manifest = base::manifest(&self.store, base).await?;
         let job = LoadJob {
             store: &self.store,
             base,
@@ -99,14 +100,14 @@ impl Archive {
             views: true,
         };
         let client = Client::connect(url).await;
-        let examined = backup::examine(&job, client.driver()).await?;
-        backup::load(job, examined, &(), &CancellationToken::new()).await?;
+        let examined = base::examine(&job, client.driver()).await?;
+        base::load(job, examined, &(), &CancellationToken::new()).await?;
         Ok(manifest)
     }
 
     /// Prefixes of the bases that are listed.
     async fn list(&self) -> Vec<String> {
-        let found = backup::find(&self.store, BASES).await.unwrap();
+        let found = base::find(&self.store, BASES).await.unwrap();
         assert!(found.unusable.is_empty());
         found.bases.into_iter().map(|base| base.base).collect()
     }
@@ -203,7 +204,7 @@ async fn a_base_taken_under_load_is_the_source_as_of_its_lsn() {
     assert_eq!(client.number(slots).await, 0);
 
     let base = archive.only_base().await;
-    expect(backup::verify(&archive.store, &base).await);
+    expect(base::verify(&archive.store, &base).await);
     let (url, loaded) = new_database(&site, "loaded").await;
     expect(archive.load(&base, &url, None).await);
     assert!(loaded.holds(BALANCED).await);
@@ -384,7 +385,7 @@ async fn a_damaged_missing_or_surplus_object_is_named() {
                 Some(bytes) => fs::write(&path, bytes).unwrap(),
                 None => fs::remove_file(&path).unwrap(),
             }
-            expect_error(backup::verify(&archive.store, &base).await, &[object]);
+            expect_error(base::verify(&archive.store, &base).await, &[object]);
             // Only people need this one.
             if object != "post-data.sql.zst" {
                 number += 1;
@@ -407,26 +408,26 @@ async fn a_damaged_missing_or_surplus_object_is_named() {
         }
         fs::write(&path, &kept).unwrap();
     }
-    expect(backup::verify(&archive.store, &base).await);
+    expect(base::verify(&archive.store, &base).await);
 
     let surplus = archive.path(&format!("{base}data/99999.copy.zst"));
     fs::write(&surplus, "x").unwrap();
-    let verified = backup::verify(&archive.store, &base).await;
+    let verified = base::verify(&archive.store, &base).await;
     expect_error(verified, &["data/99999.copy.zst", "not in the manifest"]);
     fs::remove_file(&surplus).unwrap();
 
     let path = archive.path(&format!("{base}manifest.json"));
     let kept = fs::read_to_string(&path).unwrap();
     fs::write(&path, kept.replace("\"rows\": 5000", "\"rows\": 5001")).unwrap();
-    let verified = backup::verify(&archive.store, &base).await;
+    let verified = base::verify(&archive.store, &base).await;
     expect_error(verified, &["manifest.json", "damaged"]);
     // It is named beside the others, and not hidden.
-    let found = backup::find(&archive.store, BASES).await.unwrap();
+    let found = base::find(&archive.store, BASES).await.unwrap();
     assert_eq!((found.bases.len(), found.unusable.len()), (0, 1));
     assert!(found.unusable[0].reason.contains("damaged"));
     fs::remove_file(&path).unwrap();
     assert!(archive.list().await.is_empty());
-    let verified = backup::verify(&archive.store, &base).await;
+    let verified = base::verify(&archive.store, &base).await;
     expect_error(verified, &["no base backup", &base]);
 }
 
@@ -469,7 +470,7 @@ async fn a_backup_for_the_tests_that_kill_it() {
 
 fn start_backup(url: &str, archive: &Archive, failpoint: &str) -> Child {
     Command::new(std::env::current_exe().unwrap())
-        .args(["backup::a_backup_for_the_tests_that_kill_it", "--exact"])
+        .args(["base::a_backup_for_the_tests_that_kill_it", "--exact"])
         .env(CHILD, format!("{url}\n{}", archive.directory.display()))
         .env("DR_AGENT_FAILPOINT", failpoint)
         .stdin(Stdio::null())
@@ -546,7 +547,7 @@ async fn a_killed_backup_is_not_listed_and_is_tidied_up_a_day_later() {
     let prune = |hours: u32, dry_run: bool| {
         let now = second.as_of + Duration::from_secs(u64::from(hours) * 3600);
         let retention = Duration::from_secs(48 * 3600);
-        backup::prune(&archive.store, BASES, &log, now, retention, dry_run)
+        base::prune(&archive.store, BASES, &log, now, retention, dry_run)
     };
     let young = prune(23, false).await.unwrap();
     assert_eq!((young.objects, young.log.len()), (0, 0), "{young:?}");
@@ -559,7 +560,7 @@ async fn a_killed_backup_is_not_listed_and_is_tidied_up_a_day_later() {
     let rest = archive.store.list("", None).await.unwrap();
     let stays = |name: &str| name.starts_with(&listed[1]) || name == "log/3";
     assert!(rest.iter().all(|object| stays(&object.name)), "{rest:?}");
-    expect(backup::verify(&archive.store, &listed[1]).await);
+    expect(base::verify(&archive.store, &listed[1]).await);
     let last = prune(24 * 365, false).await.unwrap();
     assert_eq!((last.bases.len(), last.log.len()), (0, 2), "{last:?}");
 }

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use dr_agent::store::{Encryption, Store};
+use dr_agent::cloud::store::{Encryption, Store};
 use dr_agent_tests::agent::{Agent, Outcome};
 use dr_agent_tests::faults::{Fault, FaultyProxy};
 use dr_agent_tests::moto::{self, Moto};

@@ -10,10 +10,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use dr_agent::error::{Class, Classify as _, chain};
-use dr_agent::kinesis::{
+use dr_agent::cloud::kinesis::{
     Event, Kinesis, KinesisError, PutStats, RECORD_BYTES_MAX, ReadStats, Record, Refusal, StartAt,
 };
+use dr_agent::error::{Class, Classify as _, chain};
 use dr_agent_tests::kinesalite::Kinesalite;
 use dr_agent_tests::kinesis_faults::{Call, Fault, KinesisProxy};
 use dr_agent_tests::moto::{Moto, SECRET, settings};

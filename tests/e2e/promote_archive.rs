@@ -2,7 +2,7 @@
 //! Method: the replica is held up by a lock while the change log goes on into the archive, and then, while the archive is away,
 //! into the spool; the source is killed, and what the promoted replica has is compared with what it had committed.
 
-use dr_agent::archive::Spool;
+use dr_agent::archive::log::Spool;
 use dr_agent_tests::archive::{bring_back, files_below, protected, take_away, wait_archived};
 use dr_agent_tests::site::Site;
 use dr_agent_tests::wait::{PATIENCE, wait_until};

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use dr_agent::kinesis::{Kinesis, Record};
+use dr_agent::cloud::kinesis::{Kinesis, Record};
 use dr_agent_tests::agent::{Running, line_with};
 use dr_agent_tests::compare::expect_same_content;
 use dr_agent_tests::kinesalite::Kinesalite;

@@ -6,7 +6,7 @@
 use std::fs;
 use std::time::Instant;
 
-use dr_agent::kinesis::{Event, Kinesis, StartAt};
+use dr_agent::cloud::kinesis::{Event, Kinesis, StartAt};
 use dr_agent_tests::agent::{Agent, AgentConfig, Outcome};
 use dr_agent_tests::kinesalite::Kinesalite;
 use dr_agent_tests::kinesis_faults::{Fault, KinesisProxy};

@@ -8,8 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use dr_agent::changelog::Part;
-use dr_agent::kinesis::{Kinesis, Record};
+use dr_agent::cloud::kinesis::{Kinesis, Record};
+use dr_agent::flow::changelog::Part;
 use dr_agent_tests::agent::{Running, line_with};
 use dr_agent_tests::kinesalite::Kinesalite;
 use dr_agent_tests::kinesis_faults::KinesisProxy;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use dr_agent::kinesis::Kinesis;
+use dr_agent::cloud::kinesis::Kinesis;
 use dr_agent_tests::agent::{Running, line_with};
 use dr_agent_tests::kinesalite::Kinesalite;
 use dr_agent_tests::kinesis_faults::{Fault, KinesisProxy};

@@ -4,8 +4,8 @@
 
 use std::collections::BTreeSet;
 
-use dr_agent::changelog::Part;
-use dr_agent::kinesis::Kinesis;
+use dr_agent::cloud::kinesis::Kinesis;
+use dr_agent::flow::changelog::Part;
 use dr_agent_tests::agent::Agent;
 use dr_agent_tests::kinesalite::Kinesalite;
 use dr_agent_tests::kinesis_faults::KinesisProxy;

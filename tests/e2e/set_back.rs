@@ -6,9 +6,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use dr_agent::changelog::Part;
-use dr_agent::kinesis::{Kinesis, Record};
-use dr_agent::lag::system_time;
+use dr_agent::cloud::kinesis::{Kinesis, Record};
+use dr_agent::flow::changelog::Part;
+use dr_agent::time::system_time;
 use dr_agent_tests::agent::line_with;
 use dr_agent_tests::kinesalite::Kinesalite;
 use dr_agent_tests::records;

@@ -1,4 +1,4 @@
-//! Goal: both object stores keep the contract of `dr_agent::store`, and S3 keeps it through whatever a network and a
+//! Goal: both object stores keep the contract of `dr_agent::cloud::store`, and S3 keeps it through whatever a network and a
 //! busy service do to single requests.
 //! Method: one function asks the same of a directory and of a bucket (of moto); a proxy in front of moto
 //! refuses, cuts and damages chosen requests, and records all.
@@ -7,8 +7,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use dr_agent::cloud::store::{
+    Encryption, ObjectSummary, Put, Refusal, Store, StoreError, StoreUrl,
+};
 use dr_agent::error::{Class, Classify as _, chain};
-use dr_agent::store::{Encryption, ObjectSummary, Put, Refusal, Store, StoreError, StoreUrl};
 use dr_agent_tests::faults::{Fault, FaultyProxy};
 use dr_agent_tests::moto::{self, Moto, PAGE, SECRET};
 use dr_agent_tests::rundir::directory_for;

@@ -7,7 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dr_agent::archive::Span;
+use dr_agent::archive::log::Span;
 use dr_agent::pg::PgLsn;
 
 use crate::agent::{Agent, Outcome, Running};

@@ -17,8 +17,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use dr_agent::catalog::{quote_ident, quote_literal};
-use dr_agent::stream::StreamName;
+use dr_agent::names::stream::StreamName;
+use dr_agent::pg::quote::{quote_ident, quote_literal};
 
 use crate::client::Client;
 use crate::wait::{PATIENCE, wait_for};

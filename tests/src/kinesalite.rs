@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use dr_agent::aws::AwsSettings;
+use dr_agent::cloud::aws::AwsSettings;
 
 use crate::moto::{settings, stand_ins};
 use crate::rundir::{directory_for, tail};

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use dr_agent::aws::AwsSettings;
+use dr_agent::cloud::aws::AwsSettings;
 
 use crate::http;
 use crate::rundir::{directory_for, tail};

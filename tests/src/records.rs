@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use bytes::Bytes;
-use dr_agent::changelog::Part;
-use dr_agent::kinesis::{Event, Kinesis, StartAt};
+use dr_agent::cloud::kinesis::{Event, Kinesis, StartAt};
+use dr_agent::flow::changelog::Part;
 use prost::Message as _;
 use tokio::sync::mpsc;
 

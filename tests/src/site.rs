@@ -170,8 +170,8 @@ impl Database {
     }
 
     /// The slot, publication and progress row.
-    pub fn stream(&self) -> dr_agent::stream::StreamName {
-        dr_agent::stream::StreamName::new(&self.slot, &self.name)
+    pub fn stream(&self) -> dr_agent::names::stream::StreamName {
+        dr_agent::names::stream::StreamName::new(&self.slot, &self.name)
     }
 
     /// Drops the slot. A walsender notices in its own time that nobody listens any more.

@@ -19,9 +19,9 @@ use bytesize::ByteSize;
 
 use super::finding::{Finding, Place, Severity, Side, counted};
 use super::host;
+use crate::cloud::store::{Encryption, Put, Store, StoreError, StoreUrl};
 use crate::config::{Archive, Config};
 use crate::error::{Classify as _, chain};
-use crate::store::{Encryption, Put, Store, StoreError, StoreUrl};
 
 /// What names of the objects written here begin with. A stream's objects are below its name, which has an underscore.
 const PROBES: &str = "check/";

@@ -1,4 +1,4 @@
-//! Compares one table of the source with the table of the same name on the replica.
+//! ● Compares one table of the source with the table of the same name on the replica.
 //!
 //! Pure. Finds what would make a batch fail ("no such column", "violates …") or silently slow before
 //! the first batch meets it.
@@ -9,7 +9,7 @@
 
 use super::finding::{Finding, Place, some_of};
 use super::shape::{Column, Shape, Unique};
-use crate::catalog::TableName;
+use crate::names::TableName;
 
 /// Everything that differs between the two. Empty when rows of the source fit.
 pub(super) fn table(at: &Place, name: &TableName, source: &Shape, replica: &Shape) -> Vec<Finding> {

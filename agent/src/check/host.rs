@@ -14,8 +14,8 @@ use super::finding::{Finding, Place, Side};
 use super::server::Server;
 use super::{service_user, startable};
 use crate::config::Config;
+use crate::copy;
 use crate::error::{Classify as _, chain};
-use crate::snapshot;
 
 /// Looks at everything. `source_version_num` is the source's version, where it is known.
 pub(super) async fn look(
@@ -28,7 +28,7 @@ pub(super) async fn look(
     findings.push(tools(&at, config, source_version_num).await);
     findings.extend(service_user::look(&at, config));
     if let (Ok(version), Some(replica)) = (
-        snapshot::find_tools_version(&config.copy, source_version_num.unwrap_or(140_000)).await,
+        copy::find_tools_version(&config.copy, source_version_num.unwrap_or(140_000)).await,
         replica,
     ) {
         findings.extend(startable::tools(&at, version, replica));
@@ -42,7 +42,7 @@ pub(super) async fn look(
 async fn tools(at: &Place, config: &Config, source_version_num: Option<i32>) -> Finding {
     // While the source is away any version is accepted; the oldest one known is asked for.
     let needed = source_version_num.unwrap_or(140_000);
-    match snapshot::find_tools(&config.copy, needed).await {
+    match copy::find_tools(&config.copy, needed).await {
         Ok(found) => at.ok("pg_tools", format!("pg_dump and pg_restore {found}")),
         Err(error) => {
             let finding = at.error("pg_tools", chain(&error));

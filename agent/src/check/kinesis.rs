@@ -15,9 +15,9 @@ use futures_util::{StreamExt as _, stream};
 
 use super::finding::{Finding, Place, Severity, Side, counted, some_of};
 use super::reach::Reach;
+use crate::cloud::kinesis::{Kinesis, KinesisError, Refusal, StreamSummary};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
-use crate::kinesis::{Kinesis, KinesisError, Refusal, StreamSummary};
 
 /// For all that is asked of one stream. The SDK alone would try longer.
 const STREAM_WITHIN: Duration = Duration::from_secs(30);
@@ -234,7 +234,7 @@ fn of(code: &'static str, severity: Severity, error: &KinesisError, who: &str) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kinesis::Operation;
+    use crate::cloud::kinesis::Operation;
 
     fn config(more: &str) -> Config {
         let text = format!(

@@ -1,4 +1,4 @@
-//! Source and replica compared: the two servers, then each database on both.
+//! ● Source and replica compared: the two servers, then each database on both.
 //!
 //! Pure: what `source` and `replica` learned comes in, findings go out.
 
@@ -13,9 +13,9 @@ use super::shape::Shapes;
 use super::slot::{self, Kept};
 use super::source::{Source, SourceDatabase};
 use super::startable;
-use crate::catalog::TableName;
 use crate::config::{Config, Route};
-use crate::remedy;
+use crate::error::remedy;
+use crate::names::TableName;
 
 /// Compares the servers.
 pub(super) fn servers(config: &Config, source: &Source, replica: &Replica) -> Vec<Finding> {
@@ -378,9 +378,9 @@ mod tests {
     use super::super::shape::{Column, Shape, Unique};
     use super::super::slot::Progress;
     use super::*;
+    use crate::catalog::publication::Wanted;
     use crate::catalog::{Identity, Table};
     use crate::pg::PgLsn;
-    use crate::setup::publication::Wanted;
 
     fn at() -> Place {
         Place::database(Side::Both, "app")

@@ -1,4 +1,4 @@
-//! The publication as it is, against the publication as it ought to be.
+//! ● The publication as it is, against the publication as it ought to be.
 //!
 //! Pure, but for [`read`]. A publication that sends less than every column of every row of every wanted
 //! table loses data silently; one that sends a keyless table breaks the source's own statements.
@@ -8,9 +8,9 @@ use std::collections::BTreeSet;
 use tokio_postgres::Client;
 
 use super::finding::{Finding, Place, counted, some_of};
-use crate::catalog::TableName;
-use crate::coverage;
+use crate::names::TableName;
 use crate::pg::PgError;
+use crate::watch::coverage;
 
 /// A publication.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! Route `kinesis`: which sides can be reached from here, and what that means.
+//! ● Route `kinesis`: which sides can be reached from here, and what that means.
 //!
 //! Pure. Sites need not see one another: a side that cannot be reached says where this is and is no error, unless none
 //! can be reached.

@@ -10,10 +10,11 @@ use super::settings;
 use super::shape::{self, Shapes};
 use super::slot::{Kept, Progress};
 use super::{note_failure, open};
-use crate::catalog::{self, TableName};
 use crate::config::Config;
+use crate::names::TableName;
+use crate::names::stream::APPLICATION_PREFIX;
 use crate::pg::PgError;
-use crate::stream::APPLICATION_PREFIX;
+use crate::pg::quote::quote_ident;
 
 /// What was learned of the replica server.
 #[derive(Debug)]
@@ -96,7 +97,7 @@ async fn replication_role_setting(at: &Place, client: &Client, server: &Server) 
     };
     // A failure leaves the transaction open; a connection that broke shows at the next question.
     let _ = client.batch_execute("ROLLBACK").await;
-    let role = catalog::quote_ident(&server.role.name);
+    let role = quote_ident(&server.role.name);
     let hint = if server.major() >= 15 {
         format!(
             "GRANT SET ON PARAMETER session_replication_role TO {role}; (on RDS: GRANT rds_replication TO {role})"
@@ -158,8 +159,8 @@ pub(super) async fn database(
             )
             .hint(format!(
                 "ALTER ROLE {user} CREATEDB; or CREATE DATABASE {} OWNER {user}",
-                catalog::quote_ident(name),
-                user = catalog::quote_ident(&role.name),
+                quote_ident(name),
+                user = quote_ident(&role.name),
             ))
         });
         return None;
@@ -209,8 +210,8 @@ fn guard(at: &Place, entry: &Database, kept: &Kept, role: &str, applier: &str) -
         );
         return Some(finding.hint(format!(
             "ALTER DATABASE {} OWNER TO {}",
-            catalog::quote_ident(&entry.name),
-            catalog::quote_ident(role)
+            quote_ident(&entry.name),
+            quote_ident(role)
         )));
     }
     if guarded {
@@ -250,7 +251,7 @@ fn rights(at: &Place, shapes: &Shapes, role: &str) -> Vec<Finding> {
             )
             .hint(format!(
                 "GRANT the owning role TO {}, or GRANT INSERT, UPDATE, DELETE, TRUNCATE ON …",
-                catalog::quote_ident(role)
+                quote_ident(role)
             )),
         );
     }
@@ -265,10 +266,7 @@ fn rights(at: &Place, shapes: &Shapes, role: &str) -> Vec<Finding> {
                     some_of(&secured)
                 ),
             )
-            .hint(format!(
-                "ALTER ROLE {} BYPASSRLS",
-                catalog::quote_ident(role)
-            )),
+            .hint(format!("ALTER ROLE {} BYPASSRLS", quote_ident(role))),
         );
     }
     findings

@@ -1,4 +1,4 @@
-//! What is judged about a server as a whole: version, settings, limits, clock.
+//! ● What is judged about a server as a whole: version, settings, limits, clock.
 //!
 //! Pure: [`Server`] and numbers in, findings out.
 
@@ -337,8 +337,8 @@ pub(super) fn replication_role(at: &Place, server: &Server) -> Finding {
     )
     .hint(format!(
         "ALTER ROLE {} REPLICATION; (on RDS: GRANT rds_replication TO {})",
-        crate::catalog::quote_ident(&role.name),
-        crate::catalog::quote_ident(&role.name),
+        crate::pg::quote::quote_ident(&role.name),
+        crate::pg::quote::quote_ident(&role.name),
     ))
 }
 

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use tokio_postgres::{Client, Row};
 
-use crate::catalog::TableName;
+use crate::names::TableName;
 use crate::pg::{Again, PgError};
 
 /// One table: what a row of it must look like and what may refuse it.

@@ -1,4 +1,4 @@
-//! What the slot on the source and the progress row on the replica say about each other.
+//! ● What the slot on the source and the progress row on the replica say about each other.
 //!
 //! Pure. The slot holds what the replica has not acknowledged; the progress row says what it has
 //! applied. If the slot is ahead, changes are gone for good (promise 3 of the design), and that must be
@@ -13,9 +13,10 @@ use bytesize::ByteSize;
 
 use super::finding::{Finding, Place};
 use super::server::{Server, Slot};
-use crate::catalog::{TableName, quote_literal};
+use crate::error::remedy::{self, SLOT_TOO};
+use crate::names::TableName;
 use crate::pg::PgLsn;
-use crate::remedy::{self, SLOT_TOO};
+use crate::pg::quote::quote_literal;
 use crate::setup::raise;
 
 /// What the replica keeps about one stream in schema `dr_agent`.

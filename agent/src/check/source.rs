@@ -15,15 +15,17 @@ use super::shape::{self, Shapes};
 use super::slot::{self, Noted};
 use super::startable::{self, Feature};
 use super::{note_failure, open, pair};
-use crate::catalog::{self, Protection, Table, TableName};
+use crate::catalog::publication::{Wanted, in_band_tables};
+use crate::catalog::{self, Protection, Table};
 use crate::config::{Config, Databases, Route};
-use crate::coverage;
 use crate::error::{Classify as _, chain};
+use crate::names::TableName;
+use crate::names::stream::{APPLICATION_PREFIX, StreamName};
 use crate::pg::PgLsn;
+use crate::pg::quote::quote_ident;
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgError, Session};
-use crate::setup::publication::{Wanted, in_band_tables};
-use crate::stream::{APPLICATION_PREFIX, StreamName};
+use crate::watch::coverage;
 use crate::watch::{self, waits};
 
 /// What was learned of the source server.
@@ -323,8 +325,8 @@ fn connect_right(at: &Place, source: &Source, entry: &Database) -> Finding {
     )
     .hint(format!(
         "GRANT CONNECT ON DATABASE {} TO {}",
-        catalog::quote_ident(&entry.name),
-        catalog::quote_ident(&source.server.role.name)
+        quote_ident(&entry.name),
+        quote_ident(&source.server.role.name)
     ))
 }
 
@@ -413,7 +415,7 @@ fn rights(
     found: &SourceDatabase,
     publication: Option<&Publication>,
 ) -> Vec<Finding> {
-    let role = catalog::quote_ident(&source.server.role.name);
+    let role = quote_ident(&source.server.role.name);
     let mut findings = Vec::new();
     let in_band: Vec<_> = found
         .shapes
@@ -428,7 +430,7 @@ fn rights(
             )
             .hint(format!(
                 "GRANT CREATE ON DATABASE {} TO {role}; or run `dr-agent init` once as a superuser",
-                catalog::quote_ident(&entry.name)
+                quote_ident(&entry.name)
             )),
         );
     }

@@ -1,4 +1,4 @@
-//! What lets every part of the check be content and still keeps `run` from working: room for connections and locks, libraries,
+//! ● What lets every part of the check be content and still keeps `run` from working: room for connections and locks, libraries,
 //! output plugins, features of a newer PostgreSQL.
 //!
 //! Pure: what was learned of both servers comes in, findings go out.

@@ -1,4 +1,4 @@
-//! The report of `dr-agent check` as text for a terminal at three in the morning.
+//! ● The report of `dr-agent check` as text for a terminal at three in the morning.
 //!
 //! Pure: a [`Report`] and a style in, text out. Grouped by place, worst first, columns aligned, long
 //! lines wrapped under their column, the counts on the last line.

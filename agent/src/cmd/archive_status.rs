@@ -18,12 +18,12 @@ use jiff::Timestamp;
 use serde::Serialize;
 use tokio::time::{Instant, timeout_at};
 
-use crate::archive::{Chain, Span, Spool};
-use crate::backup::{BackupError, Bases, Found};
+use crate::archive::base::{BackupError, Bases, Found};
+use crate::archive::log::{Chain, Span, Spool};
+use crate::cloud::store::Store;
 use crate::config::{Archive, Config};
 use crate::error::{Classify as _, chain};
 use crate::pg::PgLsn;
-use crate::store::Store;
 
 /// For all databases together.
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);

@@ -1,6 +1,6 @@
 //! `dr-agent backup`: base backups on demand, and what the archive has.
 //!
-//! Thin: everything happens in [`crate::backup`] and [`crate::archive`]. Here it becomes text or JSON.
+//! Thin: everything happens in [`crate::archive::base`] and [`crate::archive::log`]. Here it becomes text or JSON.
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -9,17 +9,17 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::run::stop_on_signal;
-use crate::archive::{Chain, Span, idle_age};
-use crate::backup::keep::Keeper;
-use crate::backup::{self, BackupError, Bases, Found, Pruned, Summary, Verified};
+use crate::archive::base::{self, BackupError, Bases, Found, Pruned, Summary, Verified};
+use crate::archive::log::{Chain, Span, idle_age};
+use crate::cloud::store::{Store, StoreError};
 use crate::config::{Archive, Config, Databases};
+use crate::copy::ProgressDisplay;
 use crate::error::{Classify, chain};
-use crate::metrics::ArchiveMetrics;
+use crate::names::stream::StreamName;
+use crate::observe::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
+use crate::pipeline::schedule::Keeper;
 use crate::setup::{self, SetupError};
-use crate::snapshot::ProgressDisplay;
-use crate::store::{Store, StoreError};
-use crate::stream::StreamName;
 
 /// Flags of `backup`.
 #[derive(Clone, Debug, clap::Args)]
@@ -370,7 +370,7 @@ fn listed(bases: &Bases, named: &Named, name: &str, found: &Found, spans: &[Span
             "log_resumes_at": chain.resumes.map(|lsn| lsn.to_string()),
         }));
     }
-    for backup::Unusable { lsn, reason, .. } in &found.unusable {
+    for base::Unusable { lsn, reason, .. } in &found.unusable {
         lines.push(format!(
             "{name}: base backup at {lsn} cannot be used: {reason}"
         ));

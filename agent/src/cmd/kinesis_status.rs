@@ -17,9 +17,9 @@ use serde::Serialize;
 use tokio::time::timeout;
 
 use super::status::DatabaseStatus;
+use crate::cloud::kinesis::{Kinesis, KinesisError, StreamSummary};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
-use crate::kinesis::{Kinesis, KinesisError, StreamSummary};
 
 /// For one stream.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);

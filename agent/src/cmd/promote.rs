@@ -10,10 +10,10 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use crate::config::Config;
-use crate::drain::RouteDrain;
 use crate::error::{Classify as _, chain};
 use crate::promote::report::{Outcome, Report};
 use crate::promote::{Drain, Options, execute};
+use crate::replay::drain::RouteDrain;
 
 /// Flags of `promote`.
 #[derive(Clone, Copy, Debug, clap::Args)]

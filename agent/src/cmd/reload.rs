@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 use crate::config::{Config, ConfigError, reload};
 use crate::error::chain;
-use crate::metrics;
+use crate::observe::metrics;
 use crate::pipeline::Waker;
 
 /// Reads the file and what the environment overrides.

@@ -1,6 +1,6 @@
 //! `dr-agent restore`: a database as of any moment, out of the archive.
 //!
-//! Thin: everything happens in [`crate::restore`]. Here its plan and report become text or JSON.
+//! Thin: everything happens in [`crate::replay::restore`]. Here its plan and report become text or JSON.
 
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
@@ -11,17 +11,17 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::Timestamp;
 use serde_json::json;
 
-use crate::catalog::TableName;
+use crate::cloud::store::Store;
 use crate::config::{Config, Databases};
+use crate::copy::ProgressDisplay;
 use crate::error::{Classify as _, chain};
-use crate::history::History;
-use crate::lag::{Micros, pg_micros, system_time};
+use crate::names::TableName;
+use crate::names::history::History;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::restore::{
+use crate::replay::restore::{
     self, Committed, Moment, Observer, Options, Plan, Report, RestoreError, Start,
 };
-use crate::snapshot::ProgressDisplay;
-use crate::store::Store;
+use crate::time::{Micros, pg_micros, system_time};
 
 /// Flags of `restore`.
 #[derive(Clone, Debug, clap::Args)]

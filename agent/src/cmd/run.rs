@@ -23,15 +23,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::reload::Reloading;
 use crate::backoff::{self, Decision};
-use crate::backup;
 use crate::config::{Config, Databases, Route};
 use crate::error::{Classify as _, chain};
-use crate::http::{self, Shown};
-use crate::lag::Lag;
-use crate::metrics;
+use crate::observe::http::{self, Shown};
+use crate::observe::lag::Lag;
+use crate::observe::metrics;
+use crate::observe::status::{self, Registry, State, StatusCell};
+use crate::pipeline::schedule;
 use crate::pipeline::{End, Leg, Pipeline, Wake, Waker};
 use crate::setup;
-use crate::status::{self, Registry, State, StatusCell};
 use crate::time;
 use crate::watch::{self, Side};
 
@@ -312,7 +312,7 @@ impl Supervisor {
             let keeping = async {
                 // Whoever tails the source keeps the archive.
                 if leg != Leg::Apply {
-                    backup::keep::keep(&config, &database, broken_at, &backing_up).await;
+                    schedule::keep(&config, &database, broken_at, &backing_up).await;
                 }
             };
             let running = async {

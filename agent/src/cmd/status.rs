@@ -27,10 +27,10 @@ use super::agent_status::{self, AgentDatabase};
 use super::archive_status::{self, ArchiveStatus};
 use super::kinesis_status::{self, KinesisStatus};
 use crate::config::{Config, Databases, Route};
-use crate::coverage::Coverage;
 use crate::error::chain;
 use crate::promote::loss::{self, Answer};
 use crate::promote::observe::{self, Database, Observed};
+use crate::watch::coverage::Coverage;
 
 /// For all databases together, under route `kinesis`.
 const REPLICA_WITHIN: Duration = Duration::from_secs(15);
@@ -506,11 +506,11 @@ impl DatabaseStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::names::stream::StreamName;
     use crate::pg::PgLsn;
     use crate::promote::Detail;
     use crate::promote::observe::{Progress, Stored, TableSync};
     use crate::promote::state::State;
-    use crate::stream::StreamName;
 
     fn applied(age: Option<f64>) -> Database {
         Database {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::{ConfigError, bytes, duration, value};
-use crate::store::{Encryption, StoreUrl};
+use crate::cloud::store::{Encryption, StoreUrl};
 
 /// The section as written.
 #[derive(Debug, Default, Deserialize)]

@@ -25,7 +25,7 @@ use super::{PgError, settings, tls};
 /// What a session is for: its `application_name` and the settings it starts with.
 #[derive(Clone, Debug)]
 pub struct Session {
-    /// `application_name`, see [`crate::stream::StreamName::application_name`].
+    /// `application_name`, see [`crate::names::stream::StreamName::application_name`].
     pub(super) application_name: String,
     /// Settings sent with the start-up packet, as `-c name=value`.
     settings: Vec<(&'static str, String)>,

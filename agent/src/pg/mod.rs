@@ -13,6 +13,7 @@ mod error;
 pub mod leftover;
 mod password;
 pub mod pgoutput;
+pub mod quote;
 mod redact;
 pub mod replication;
 pub mod settings;

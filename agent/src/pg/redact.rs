@@ -1,4 +1,4 @@
-//! What may be repeated of a data exception (class 22): everything but the value.
+//! ● What may be repeated of a data exception (class 22): everything but the value.
 //!
 //! Pure. PostgreSQL puts the value at the end (`invalid input syntax for type integer: "x"`) or in front (`value "x" is out
 //! of range for type integer`). Only texts that are known are repeated, and only up to where a value begins: a server that

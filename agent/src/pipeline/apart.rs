@@ -17,20 +17,20 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::QUEUE_TRANSACTIONS;
-use crate::archive::{LogHandle, Origin, SpoolError, Taken};
-use crate::batch::Queue;
+use crate::archive::log::{LogHandle, Origin, SpoolError, Taken};
 use crate::config::Config;
 use crate::error::{Class, Classify};
-use crate::ledger::{BatchNumber, Ledger};
-use crate::monitor;
+use crate::flow::batch::Queue;
+use crate::flow::ledger::{BatchNumber, Ledger};
+use crate::flow::spill::{self, SpillError, SpillSpace};
+use crate::names::stream::StreamName;
 use crate::pg::PgError;
 use crate::setup::Logged;
 use crate::source::{
     self, IntakeLimits, Received, SlotUse, SourceError, SourcePosition, SourceSettings,
 };
-use crate::spill::{self, SpillError, SpillSpace};
-use crate::stream::StreamName;
 use crate::watch::Servers;
+use crate::watch::monitor;
 
 /// How often it is looked whether the pipeline is at the front again.
 const LOOK_EVERY: Duration = Duration::from_millis(500);

@@ -9,11 +9,11 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::error::SessionError;
+use crate::copy;
+use crate::names::stream::StreamName;
+use crate::observe::status::StatusCell;
 use crate::pg::{self, ConnInfo, PgLsn};
 use crate::sink::replica::{Beside, Outcome, ReplicaSink, SinkError};
-use crate::snapshot;
-use crate::status::StatusCell;
-use crate::stream::StreamName;
 
 /// The sink task: batches in, outcomes out, in order.
 pub(super) async fn apply_batches(
@@ -83,7 +83,7 @@ impl Deferred {
         let mut client = pg::connect(&self.replica, &session)
             .await
             .map_err(SinkError::from)?;
-        let ran = snapshot::run_deferred(&mut client, &self.stream, snapshot::Moment::Streaming)
+        let ran = copy::run_deferred(&mut client, &self.stream, copy::Moment::Streaming)
             .await
             .map_err(SessionError::Deferred)?;
         self.again = (!ran.refused.is_empty()).then(|| {

@@ -31,23 +31,23 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::apart::{self, ApartError};
 use super::error::SessionError;
-use crate::archive::{
+use crate::archive::base::{BackupError, Bases};
+use crate::archive::log::{
     self, ArchiveError, Chain, Layout, Log, LogHandle, LogSettings, Origin, Span, SpoolError,
     SpoolLimits, Way, upload_leftover,
 };
 use crate::backoff::{self, Decision};
-use crate::backup::{BackupError, Bases};
-use crate::batch::Batch;
-use crate::changelog::Author;
+use crate::cloud::store::Store;
 use crate::config::{Archive, Config};
 use crate::error::{Class, Classify as _, chain};
 use crate::failpoint;
-use crate::history::History;
-use crate::metrics::ArchiveMetrics;
+use crate::flow::batch::Batch;
+use crate::flow::changelog::Author;
+use crate::names::history::History;
+use crate::names::stream::StreamName;
+use crate::observe::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
 use crate::setup::{self, Logged, SetupError};
-use crate::store::Store;
-use crate::stream::StreamName;
 
 /// How often it is looked whether the log moves on.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -88,7 +88,7 @@ async fn believed(bases: &Bases, from: PgLsn, spans: Vec<Span>) -> Result<Vec<Sp
     let mut way = Way::new(from, spans);
     for _ in 0..READ_FIRST {
         let Some(span) = way.pop() else { break };
-        match archive::verify(&bases.store, &bases.layout, span).await {
+        match log::verify(&bases.store, &bases.layout, span).await {
             Ok(()) => {}
             Err(ArchiveError::Store(error)) if !error.is_of_one_object() => {
                 return Err(error.into());

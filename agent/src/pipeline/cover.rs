@@ -9,12 +9,12 @@ use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 use super::error::SessionError;
-use crate::coverage;
 use crate::error::chain;
+use crate::names::stream::StreamName;
+use crate::observe::status::StatusCell;
 use crate::pg::{self, ConnInfo, PgError, Session};
-use crate::status::StatusCell;
-use crate::stream::StreamName;
 use crate::time;
+use crate::watch::coverage;
 
 /// How often it is looked without being told.
 const LOOK_EVERY: Duration = Duration::from_secs(20);

@@ -1,16 +1,16 @@
 //! Why a session ended early, and what is to be done about it.
 
-use crate::archive::SpoolError;
-use crate::catalog::TableName;
+use crate::archive::log::SpoolError;
+use crate::cloud::kinesis::KinesisError;
+use crate::copy::CopyError;
 use crate::error::{Class, Classify};
-use crate::kinesis::KinesisError;
+use crate::flow::spill::SpillError;
+use crate::names::TableName;
 use crate::pg::PgError;
 use crate::setup::{SetupError, Side};
 use crate::sink::kinesis::KinesisSinkError;
 use crate::sink::replica::SinkError;
-use crate::snapshot::CopyError;
 use crate::source::SourceError;
-use crate::spill::SpillError;
 use std::time::Duration;
 
 /// Why a session ended early.

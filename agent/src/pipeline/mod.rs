@@ -31,6 +31,7 @@ mod change_log;
 mod cover;
 mod error;
 mod late;
+pub mod schedule;
 mod set_aside;
 mod start;
 mod streaming;
@@ -44,18 +45,18 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::{self, Decision};
-use crate::catalog::TableName;
 use crate::config::Config;
+use crate::copy::{CopyObserver, CopyPhase, ProgressDisplay};
 use crate::error::{Class, Classify, chain};
-use crate::lag::pg_micros;
-use crate::metrics::DatabaseMetrics;
+use crate::names::TableName;
+use crate::names::stream::StreamName;
+use crate::observe::metrics::DatabaseMetrics;
+use crate::observe::status::{State, StatusCell};
 use crate::pg::PgLsn;
 use crate::setup::{self, Prepared, SetupError};
 use crate::sink::replica::SinkError;
-use crate::snapshot::{CopyObserver, CopyPhase, ProgressDisplay};
-use crate::status::{State, StatusCell};
-use crate::stream::StreamName;
 use crate::time;
+use crate::time::pg_micros;
 use change_log::ChangeLog;
 use error::SessionError;
 use set_aside::SetAside;
@@ -443,7 +444,7 @@ impl CopyObserver for Observer<'_> {
         self.metrics.copy_bytes.increment(bytes);
     }
 
-    fn table_ready(&self, _: &crate::catalog::TableName, _: u64) {}
+    fn table_ready(&self, _: &crate::names::TableName, _: u64) {}
 
     fn phase(&self, _: CopyPhase) {
         self.status.enter(State::Copying, time::now());

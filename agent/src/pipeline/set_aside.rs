@@ -12,11 +12,11 @@ use super::now_instant;
 use super::trouble::{Cost, Troubles};
 use crate::config::Config;
 use crate::error::{Class, chain};
-use crate::metrics::DatabaseMetrics;
+use crate::names::stream::StreamName;
+use crate::observe::metrics::DatabaseMetrics;
+use crate::observe::status::StatusCell;
 use crate::pg::ConnInfo;
 use crate::setup::{self, SetupError};
-use crate::status::StatusCell;
-use crate::stream::StreamName;
 
 /// What is done with tables that cannot be applied.
 #[derive(Clone)]

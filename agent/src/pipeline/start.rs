@@ -21,26 +21,26 @@ use super::error::SessionError;
 use super::late::Late;
 use super::streaming::{LateSide, Owned, Streaming};
 use super::{Leg, Pipeline, QUEUE_TRANSACTIONS};
-use crate::archive::idle_age;
-use crate::batch::{Batch, IN_FLIGHT_MAX, Spacing};
-use crate::catalog::TableName;
-use crate::changelog::Author;
-use crate::computed::Which;
+use crate::archive::log::idle_age;
+use crate::cloud::kinesis::Kinesis;
 use crate::config::SetAside;
-use crate::coverage::Unprotected;
 use crate::error::chain;
-use crate::kinesis::Kinesis;
-use crate::ledger::{BatchNumber, FlushLsn, Ledger};
-use crate::metrics::StreamMetrics;
-use crate::monitor;
+use crate::flow::batch::{Batch, IN_FLIGHT_MAX, Spacing};
+use crate::flow::changelog::Author;
+use crate::flow::ledger::{BatchNumber, FlushLsn, Ledger};
+use crate::flow::spill::{self, SpillSpace};
+use crate::names::TableName;
+use crate::observe::metrics::StreamMetrics;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::setup::{self, Prepared, SetupError};
+use crate::shape::computed::Which;
 use crate::sink::kinesis::KinesisSink;
 use crate::sink::replica::{Beside, Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
 use crate::source::{
     self, IntakeLimits, Received, SlotUse, SourcePosition, SourceSettings, StreamSettings, Until,
 };
-use crate::spill::{self, SpillSpace};
+use crate::watch::coverage::Unprotected;
+use crate::watch::monitor;
 
 /// Between two batches that are not full: a record has its price, and small batches compress badly. A transaction that comes
 /// alone does not wait.

@@ -15,17 +15,19 @@ use super::change_log::SessionLog;
 use super::error::SessionError;
 use super::late::Ask;
 use super::{Leg, Pipeline, TICK, as_f64, now_instant};
-use crate::batch::{Batch, Queue, Ship, Spacing};
-use crate::changes::{ChangeCounts, KINDS};
 use crate::config::Config;
-use crate::coverage::{self, Unprotected};
 use crate::failpoint;
-use crate::lag::{Lag, Micros, system_time};
-use crate::ledger::{FlushLsn, Ledger};
+use crate::flow::batch::{Batch, Queue, Ship, Spacing};
+use crate::flow::counts::{ChangeCounts, KINDS};
+use crate::flow::ledger::{FlushLsn, Ledger};
+use crate::observe::lag::Lag;
+use crate::observe::reader::Reader;
 use crate::pg::PgLsn;
 use crate::sink::replica::Outcome;
-use crate::source::{Reader, Received, SourcePosition};
+use crate::source::{Received, SourcePosition};
 use crate::time;
+use crate::time::{Micros, system_time};
+use crate::watch::coverage::{self, Unprotected};
 
 /// The sink that takes batches: the replica, or the Kinesis stream.
 const SINK: usize = 0;

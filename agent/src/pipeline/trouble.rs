@@ -1,4 +1,4 @@
-//! Which tables of a database are set aside, why, and when each is tried again.
+//! ● Which tables of a database are set aside, why, and when each is tried again.
 //!
 //! Pure: time is an argument. The pipeline keeps it across sessions, so that a table that fails again and again makes neither
 //! sessions nor copies in a loop; what a person and a promotion see is on the replica (`dr_agent.set_aside`), and is read from
@@ -13,8 +13,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use super::error::SessionError;
-use crate::catalog::TableName;
 use crate::error::{Class, Classify};
+use crate::names::TableName;
 use crate::setup::SetupError;
 
 /// How soon what failed is tried again at first.
@@ -205,9 +205,9 @@ impl Troubles {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::computed::Difference;
     use crate::pg::{PgError, ServerError};
     use crate::setup::Side;
+    use crate::shape::computed::Difference;
     use crate::sink::replica::SinkError;
 
     const SECOND: Duration = Duration::from_secs(1);

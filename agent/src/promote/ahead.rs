@@ -22,10 +22,11 @@ use tokio_postgres::types::Oid;
 use tokio_postgres::{Client, Row};
 
 use super::sequences::{self, Facts, Known, Since};
-use crate::catalog::{TableName, quote_ident};
 use crate::error::chain;
+use crate::names::TableName;
 use crate::pg::PgError;
-use crate::sequence_look::{self, RATE_OF};
+use crate::pg::quote::quote_ident;
+use crate::watch::sequence_look::{self, RATE_OF};
 
 /// Sequences in one piece: a statement locks all it touches, and a server's lock table may be small.
 const PIECE: usize = 200;

@@ -28,8 +28,8 @@ use super::observe::{self, DATABASES_AT_ONCE, Observed};
 use super::plan::{self, Plan, Refusal};
 use super::steps::{self, Record};
 use super::{ACCEPT_INCOMPLETE, Doing as _, PromoteError, SKIP_DRAIN, fence};
-use crate::catalog::TableName;
 use crate::error::Class;
+use crate::names::TableName;
 
 /// What is between the source and the replica, as far as a promotion knows it: a Kinesis stream, an archive.
 pub trait Drain: Sync {

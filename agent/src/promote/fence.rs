@@ -24,8 +24,8 @@ use super::observe::{self, agent_application_names};
 use super::settle;
 use super::steps::Record;
 use super::{Doing, PromoteError};
+use crate::names::stream::StreamName;
 use crate::pg::{PgError, PgLsn};
-use crate::stream::StreamName;
 
 /// How long a batch in flight may take to finish before it is ended.
 const LOCK_WAIT: &str = "2s";

@@ -14,8 +14,8 @@ use tokio_postgres::Client;
 
 use super::{Doing, PromoteError, observe};
 use crate::config::{Config, Databases};
+use crate::names::stream::APPLICATION_PREFIX;
 use crate::pg::Session;
-use crate::stream::APPLICATION_PREFIX;
 
 /// How long another promotion's lock is waited for: that of a killed one goes away by itself.
 pub(super) const LOCK_WITHIN: Duration = Duration::from_secs(10);

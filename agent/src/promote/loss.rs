@@ -21,10 +21,10 @@ use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 
 use crate::error::chain;
+use crate::names::stream::StreamName;
 use crate::pg::pgoutput::{self, DecodeError, Message};
 use crate::pg::{self, ConnInfo, PgError, PgLsn, Session};
-use crate::sequence_look::{self, Look};
-use crate::stream::StreamName;
+use crate::watch::sequence_look::{self, Look};
 
 /// How long the source may take to accept a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(3);

@@ -17,12 +17,12 @@ use tokio_postgres::Client;
 use super::loss::CommitAge;
 use super::state::State;
 use super::{Detail, Doing, PromoteError};
-use crate::catalog::TableName;
 use crate::config::{Config, Databases};
-use crate::coverage::{self, Coverage};
 use crate::error::{Class, Classify as _, chain};
+use crate::names::TableName;
+use crate::names::stream::{APPLICATION_PREFIX, StreamName};
 use crate::pg::{self, PgLsn, Session};
-use crate::stream::{APPLICATION_PREFIX, StreamName};
+use crate::watch::coverage::{self, Coverage};
 
 /// Databases looked at, or worked on, at the same time.
 pub(super) const DATABASES_AT_ONCE: usize = 8;

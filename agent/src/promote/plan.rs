@@ -1,4 +1,4 @@
-//! Decides from what was observed whether a promotion may begin, and what remains to be done.
+//! ● Decides from what was observed whether a promotion may begin, and what remains to be done.
 //!
 //! Pure. The same plan is printed by `--plan` and obeyed by [`super::execute`].
 //!
@@ -263,9 +263,9 @@ pub(super) fn before_snapshot(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::names::stream::StreamName;
     use crate::promote::Detail;
     use crate::promote::observe::{Progress, Stored};
-    use crate::stream::StreamName;
 
     fn ready(name: &str) -> Database {
         Database {
@@ -289,7 +289,7 @@ mod tests {
             sequences: 0,
             agent_sessions: 0,
             prepared: 0,
-            coverage: crate::coverage::Coverage::default(),
+            coverage: crate::watch::coverage::Coverage::default(),
         }
     }
 

@@ -1,4 +1,4 @@
-//! The report of a promotion: what `promote --json` prints and `dr_agent.promotion.detail` keeps.
+//! ● The report of a promotion: what `promote --json` prints and `dr_agent.promotion.detail` keeps.
 //!
 //! Plain data with serde, and one rendering for people. The JSON object is part of the contract:
 //! fields are added, never renamed or removed. Times are RFC 3339 in UTC, LSNs text such as
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::loss::Answer;
 use super::state::State;
-use crate::coverage::Coverage;
+use crate::watch::coverage::Coverage;
 
 /// How the command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -407,7 +407,7 @@ impl DatabaseReport {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::coverage::NotProtected;
+    use crate::watch::coverage::NotProtected;
 
     fn report(databases: Vec<DatabaseReport>) -> Report {
         Report {
@@ -502,7 +502,7 @@ mod tests {
     fn tables_that_were_never_copied_are_a_loss_without_a_number() {
         let mut one = lost(Some(1.0), Some(0));
         one.coverage.missing.push(NotProtected {
-            kind: crate::coverage::NOT_COPIED.into(),
+            kind: crate::watch::coverage::NOT_COPIED.into(),
             count: 3,
             names: Vec::new(),
         });

@@ -1,4 +1,4 @@
-//! Where a sequence must stand when the replica opens: arithmetic only.
+//! ● Where a sequence must stand when the replica opens: arithmetic only.
 //!
 //! Logical decoding does not carry sequences; their positions travel in the in-band table
 //! `sequence_state`, polled every `source.sequences`. Between the last look and the crash the source

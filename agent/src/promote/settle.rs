@@ -1,6 +1,6 @@
 //! Prepared transactions that an older agent left behind, seen from a promotion.
 //!
-//! Names and verdict are [`crate::prepared`]'s. What is special here is the moment before the term is
+//! Names and verdict are [`crate::schema::prepared`]'s. What is special here is the moment before the term is
 //! raised, when an undecided batch may hold the progress row that the promotion has to lock.
 //!
 //! # Invariants
@@ -10,8 +10,8 @@
 use tokio_postgres::Client;
 
 use super::{Doing, PromoteError};
-use crate::prepared::{self, Verdict};
-use crate::stream::StreamName;
+use crate::names::stream::StreamName;
+use crate::schema::prepared::{self, Verdict};
 
 /// Before the term is raised: decides against the batch whose prepared lane 0 keeps the progress row
 /// locked. Returns whether there was one.

@@ -1,4 +1,4 @@
-//! The promotion as a table: states, and on each edge one idempotent action with its reason.
+//! ● The promotion as a table: states, and on each edge one idempotent action with its reason.
 //!
 //! Pure. [`super::execute`] walks the table; `--plan` prints what remains of it. The state is stored
 //! in `dr_agent.promotion` of the replica once its action is done and before the next edge is

@@ -20,15 +20,16 @@ use super::report::{DatabaseReport, Report, StepReport};
 use super::sequences::Since;
 use super::state::State;
 use super::{Doing, PromoteError, loss};
-use crate::catalog::{TableName, quote_ident};
 use crate::config::Config;
+use crate::copy::{self, Ran};
 use crate::error::chain;
 use crate::failpoint;
+use crate::names::TableName;
+use crate::names::stream::{APPLICATION_PREFIX, StreamName};
+use crate::pg::quote::quote_ident;
 use crate::pg::{self, PgError, PgLsn, Session};
-use crate::prepared::{self, Settled};
-use crate::sequence_look::Notes;
-use crate::snapshot::{self, Ran};
-use crate::stream::{APPLICATION_PREFIX, StreamName};
+use crate::schema::prepared::{self, Settled};
+use crate::watch::sequence_look::Notes;
 
 /// How long storing a state may take: somebody may have locked the table.
 const STORE_WITHIN: Duration = Duration::from_secs(30);
@@ -247,7 +248,7 @@ pub(super) async fn add_deferred(
     client: &mut Client,
     record: &mut Record,
 ) -> Result<(), PromoteError> {
-    match snapshot::run_deferred(client, &record.stream, snapshot::Moment::Opening).await {
+    match copy::run_deferred(client, &record.stream, copy::Moment::Opening).await {
         Ok(Ran { waiting, refused }) => {
             if waiting > 0 {
                 record.warn(format!(

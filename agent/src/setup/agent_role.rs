@@ -8,15 +8,15 @@
 use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
-use super::publication::Wanted;
 use super::replica::Server;
 use super::role::{Role, Statement};
 use super::source;
-use crate::catalog::{quote_ident, quote_literal};
+use crate::catalog::publication::Wanted;
 use crate::config::Config;
-use crate::listed;
+use crate::names::stream::StreamName;
 use crate::pg::PgError;
-use crate::stream::StreamName;
+use crate::pg::quote::{quote_ident, quote_literal};
+use crate::schema::listed;
 
 /// The agent's own role on one side, as it is.
 #[derive(Debug, Default)]

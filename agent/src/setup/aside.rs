@@ -17,10 +17,12 @@ use tokio_postgres::{Client, Transaction};
 
 use super::error::{SetupError, Side};
 use super::{replica, table_sync};
-use crate::catalog::{Table, TableName, quote_ident};
+use crate::catalog::Table;
 use crate::failpoint;
+use crate::names::TableName;
+use crate::names::stream::StreamName;
+use crate::pg::quote::quote_ident;
 use crate::pg::{ConnInfo, PgError, PgLsn};
-use crate::stream::StreamName;
 
 /// A table that is not protected for now.
 #[derive(Clone, Debug, PartialEq, Eq)]

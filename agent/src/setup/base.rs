@@ -16,13 +16,13 @@ use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
 use super::replica::Progress;
 use super::table_sync;
-use crate::backup::{self, BackupError, LoadJob, Manifest, Newest, Ownership};
-use crate::catalog::TableName;
+use crate::archive::base::{self, BackupError, LoadJob, Manifest, Newest, Ownership};
+use crate::cloud::store::Store;
 use crate::config::{Archive, Config};
+use crate::copy::CopyObserver;
+use crate::names::TableName;
+use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgError, PgLsn};
-use crate::snapshot::CopyObserver;
-use crate::store::Store;
-use crate::stream::StreamName;
 
 /// The archive of a stream, for whoever asks again and again what its newest base backup has.
 #[derive(Debug, Default)]
@@ -123,7 +123,7 @@ impl Base {
             ownership: Ownership::IfPossible,
             views: true,
         };
-        let examined = backup::examine(&job, client).await;
+        let examined = base::examine(&job, client).await;
         let examined = examined.map_err(|source| in_archive(source, database))?;
         first
             .take(client, (database, stream), &self.recorded())
@@ -131,12 +131,12 @@ impl Base {
         first.begun();
         if first.is_interrupted() {
             tracing::info!(database, "an earlier load was interrupted: begins anew");
-            backup::wipe(client).await.map_err(SetupError::sql(
+            base::wipe(client).await.map_err(SetupError::sql(
                 Side::Replica,
                 "remove what an interrupted load left",
             ))?;
         }
-        backup::load(job, examined, observer, cancel)
+        base::load(job, examined, observer, cancel)
             .await
             .map_err(|source| in_archive(source, database))?;
         let progress = Progress {

@@ -21,17 +21,17 @@ use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
-use super::locale::Locale;
 use super::replica::{self, Known, Progress, Server};
 use super::target::{self, HalfLoaded, Target};
 use super::undo::Undo;
 use super::{Setup, lock, role, schema, setting, slot, table_sync};
-use crate::catalog::TableName;
+use crate::copy::locale::Locale;
 use crate::failpoint;
-use crate::history::History;
+use crate::names::TableName;
+use crate::names::history::History;
+use crate::names::stream::StreamName;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection};
 use crate::pg::{ConnInfo, PgError, PgLsn};
-use crate::stream::StreamName;
 
 /// What a first start begins with.
 #[derive(Clone, Copy, Debug)]

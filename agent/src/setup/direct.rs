@@ -18,14 +18,14 @@ use super::replica::{self, Known, Progress, Server};
 use super::source_side::{self, SourceSide};
 use super::target::HalfLoaded;
 use super::{Prepared, Setup, heartbeat, lock, recover, role, schema};
-use crate::catalog::TableName;
 use crate::config::Config;
-use crate::history::History;
+use crate::copy::CopyObserver;
+use crate::names::TableName;
+use crate::names::history::History;
+use crate::names::stream::StreamName;
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::sink::replica::Distance;
-use crate::snapshot::CopyObserver;
-use crate::stream::StreamName;
 
 /// See [`super::prepare`].
 pub(super) async fn prepare(

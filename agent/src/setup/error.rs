@@ -5,13 +5,13 @@
 use std::fmt;
 
 use super::mismatch::Mismatch;
-use crate::backup::BackupError;
-use crate::catalog::TableName;
-use crate::computed::Difference;
+use crate::archive::base::BackupError;
+use crate::copy::CopyError;
+use crate::error::remedy::{self, SLOT_TOO, start_over};
 use crate::error::{Class, Classify};
+use crate::names::TableName;
 use crate::pg::PgError;
-use crate::remedy::{self, SLOT_TOO, start_over};
-use crate::snapshot::CopyError;
+use crate::shape::computed::Difference;
 
 /// Which server is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

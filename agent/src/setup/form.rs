@@ -6,8 +6,8 @@
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
+use crate::names::stream::StreamName;
 use crate::pg::{PgError, binary};
-use crate::stream::StreamName;
 
 /// Whether every published column is of a type whose binary form means the same on another server, or a domain over one.
 pub(super) async fn binary_travels(client: &Client, stream: &StreamName) -> Result<bool, PgError> {

@@ -1,6 +1,6 @@
 //! How many heartbeats a side knows of: a source that was set back knows of fewer than its replica.
 //!
-//! The row is the source's, and comes to the replica like any other ([`crate::monitor`] writes it). [`super::identity`] judges.
+//! The row is the source's, and comes to the replica like any other ([`crate::watch::monitor`] writes it). [`super::identity`] judges.
 
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;

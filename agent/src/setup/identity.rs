@@ -1,4 +1,4 @@
-//! Whether the slot, the source and the replica belong together: the verdict at every start.
+//! ● Whether the slot, the source and the replica belong together: the verdict at every start.
 //!
 //! Pure. [`super::prepare`] observes both sides, asks here, and acts on the answer. A wrong "resume"
 //! here would be a silent gap in the replica, so whatever is not understood is refused.
@@ -17,11 +17,11 @@
 
 use super::mismatch::Mismatch;
 use super::timeline::{Branch, Fork};
-use crate::history::History;
-use crate::lag::Micros;
+use crate::names::history::History;
+use crate::names::stream::StreamName;
 use crate::pg::PgLsn;
 use crate::pg::slot::SlotState;
-use crate::stream::StreamName;
+use crate::time::Micros;
 
 /// What both sides say about one stream.
 #[derive(Clone, Debug)]

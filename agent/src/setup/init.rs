@@ -21,20 +21,20 @@ use tokio_postgres::Client;
 use super::agent_role::{self, Agent, own_schema};
 use super::error::{SetupError, Side};
 use super::identity::{self, Observed};
-use super::locale::{self, Locale};
 use super::mismatch::Mismatch;
-use super::publication::Wanted;
 use super::role::{self, Statement};
 use super::source_side::observe_slot;
 use super::table_sync::Missed;
 use super::target::{self, HalfLoaded, Target};
 use super::undo::Undo;
 use super::{heartbeat, lock, note, replica, schema, sending, source, table_sync};
-use crate::catalog::TableName;
+use crate::catalog::publication::Wanted;
 use crate::config::{Config, Route};
+use crate::copy::locale::{self, Locale};
 use crate::error::chain;
+use crate::names::TableName;
+use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgError};
-use crate::stream::StreamName;
 
 /// How long a replica may take to answer that may be out of reach for good.
 const REPLICA_WITHIN: Duration = Duration::from_secs(10);

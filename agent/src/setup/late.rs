@@ -17,12 +17,13 @@ use super::aside::Aside;
 use super::error::{SetupError, Side};
 use super::source_side::SourceSide;
 use super::{replica, slot, table_sync};
-use crate::catalog::{Table, TableName};
+use crate::catalog::Table;
+use crate::catalog::routing;
 use crate::config::Config;
-use crate::listed::Listed;
+use crate::names::TableName;
+use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgError, PgLsn, leftover};
-use crate::routing;
-use crate::stream::StreamName;
+use crate::schema::listed::Listed;
 
 /// What a look at the source has found.
 #[derive(Debug)]

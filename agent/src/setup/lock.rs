@@ -17,8 +17,8 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::error::{SetupError, Side};
+use crate::names::stream::StreamName;
 use crate::pg::PgError;
-use crate::stream::StreamName;
 
 /// How long a session that has ended may take to let go of its locks.
 const LOCK_WITHIN: Duration = Duration::from_secs(5);

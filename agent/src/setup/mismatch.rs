@@ -3,13 +3,13 @@
 //! Decided by [`super::identity`].
 //!
 //! # Invariants
-//! - No hint advises to drop a replica but by [`crate::remedy`], which says when that loses nothing.
+//! - No hint advises to drop a replica but by [`crate::error::remedy`], which says when that loses nothing.
 
+use crate::error::remedy::{SLOT_TOO, drop_slot, start_over};
 use crate::error::{Class, Classify};
-use crate::lag::{Micros, system_time};
+use crate::names::stream::StreamName;
 use crate::pg::PgLsn;
-use crate::remedy::{SLOT_TOO, drop_slot, start_over};
-use crate::stream::StreamName;
+use crate::time::{Micros, system_time};
 
 /// Why the slot, the source and the replica do not belong together.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

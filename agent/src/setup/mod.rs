@@ -24,15 +24,12 @@
 //!
 //! # What it does not do
 //! It does not stream, retry or log; [`SetupError`] says what a person has to do. The copy itself
-//! is [`crate::snapshot`].
+//! is [`crate::copy`].
 
-pub(crate) mod export;
 mod form;
 mod heartbeat;
 pub mod identity;
 mod late;
-pub(crate) mod locale;
-pub mod publication;
 mod publishing;
 
 mod agent_role;
@@ -76,7 +73,6 @@ pub use base::Watch;
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
 pub use late::{Found, catch_up_from_nothing, end_late_sessions, joined, look};
-pub use locale::{Locale, Provider};
 pub use mismatch::Mismatch;
 pub(crate) use mismatch::raise;
 pub use receiving::{Uncopied, look_receiving, prepare_draining, prepare_receiving, uncopied};
@@ -84,18 +80,19 @@ pub use recover::settle_prepared;
 pub use role::Statement;
 pub use sending::{Logged, logged, prepare_sending};
 
-use crate::catalog::{self, Protection, Table, TableName};
-use crate::computed::{self, Computed, Difference, Which};
+use crate::catalog::routing;
+use crate::catalog::{self, Protection, Table};
 use crate::config::{Config, Databases, Route};
+use crate::copy::{self, CopyJob, CopyObserver};
 use crate::failpoint;
-use crate::history::History;
-use crate::listed::{Copied, Listed};
+use crate::names::TableName;
+use crate::names::history::History;
+use crate::names::stream::StreamName;
 use crate::pg::replication::CreatedSlot;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
-use crate::routing;
+use crate::schema::listed::{Copied, Listed};
+use crate::shape::computed::{self, Computed, Difference, Which};
 use crate::sink::replica::Distance;
-use crate::snapshot::{self, CopyJob, CopyObserver};
-use crate::stream::StreamName;
 use identity::Cluster;
 use lock::Right;
 use replica::Progress;
@@ -337,7 +334,7 @@ impl Setup<'_> {
             whole_schema,
             beside: false,
         };
-        snapshot::copy(job, self.observer, self.source.cancel)
+        copy::copy(job, self.observer, self.source.cancel)
             .await
             .map_err(|source| SetupError::Copy {
                 database: self.database.to_owned(),

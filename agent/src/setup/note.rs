@@ -13,11 +13,11 @@ use tokio_postgres::{Client, Row};
 
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
-use crate::catalog::quote_literal;
-use crate::history::History;
-use crate::lag::{Micros, pg_micros};
+use crate::names::history::History;
+use crate::names::stream::StreamName;
+use crate::pg::quote::quote_literal;
 use crate::pg::{PgError, PgLsn};
-use crate::stream::StreamName;
+use crate::time::{Micros, pg_micros};
 
 /// A row of `dr_agent.sending`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,9 +11,9 @@ use std::collections::BTreeMap;
 use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
-use super::publication::Piece;
 use super::source::title;
-use crate::catalog::TableName;
+use crate::catalog::publication::Piece;
+use crate::names::TableName;
 use crate::pg::PgError;
 
 /// A session with the source, and what a table that cannot be published means.

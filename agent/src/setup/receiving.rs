@@ -32,15 +32,16 @@ use super::target::HalfLoaded;
 use super::{
     Aside, Found, Prepared, Setup, late, lock, recover, resume, schema, sending, table_sync,
 };
-use crate::catalog::{Table, TableName};
+use crate::catalog::Table;
 use crate::config::{Config, SetAside};
+use crate::copy::CopyObserver;
 use crate::error::chain;
-use crate::history::History;
-use crate::listed::Listed;
+use crate::names::TableName;
+use crate::names::history::History;
+use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgError, PgLsn};
+use crate::schema::listed::Listed;
 use crate::sink::replica::Distance;
-use crate::snapshot::CopyObserver;
-use crate::stream::StreamName;
 
 /// How long a source may take to answer that may be out of reach for good.
 const SOURCE_WITHIN: Duration = Duration::from_secs(10);

@@ -3,7 +3,7 @@
 //! # Invariants
 //! - Runs under the stream's advisory lock and after the slot was found free: no other agent streams.
 //! - The sessions are ended first. Only then can nobody move the progress row any more, by which every
-//!   prepared lane is committed or rolled back ([`crate::prepared`]); and only then is that row read.
+//!   prepared lane is committed or rolled back ([`crate::schema::prepared`]); and only then is that row read.
 
 use futures_util::future;
 use tokio_postgres::Client;
@@ -12,9 +12,9 @@ use super::error::{SetupError, Side};
 use super::lock;
 use super::replica::{self, Progress};
 use crate::config::Config;
+use crate::names::stream::StreamName;
 use crate::pg::leftover;
-use crate::prepared::{self, Settled};
-use crate::stream::StreamName;
+use crate::schema::prepared::{self, Settled};
 
 /// Settles what a session of this process has left that ended.
 ///

@@ -6,7 +6,7 @@
 //! - A database that holds anything of unknown origin is never written to ([`super::target`]).
 //!
 //! # What it does not do
-//! User tables are created and filled by [`crate::snapshot`]; roles are in [`super::role`].
+//! User tables are created and filled by [`crate::copy`]; roles are in [`super::role`].
 
 use std::collections::BTreeSet;
 use std::time::SystemTime;
@@ -17,13 +17,15 @@ use tokio_postgres::types::{ToSql, Type};
 
 use super::error::{SetupError, Side};
 use super::identity::Recorded;
-use super::locale::Locale;
 use super::note;
 use super::source::MAJOR_VERSIONS;
-use crate::catalog::{self, TableName, quote_ident};
-use crate::lag::{pg_micros, system_time};
+use crate::catalog;
+use crate::copy::locale::Locale;
+use crate::names::TableName;
+use crate::names::stream::StreamName;
+use crate::pg::quote::quote_ident;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect_silently};
-use crate::stream::StreamName;
+use crate::time::{pg_micros, system_time};
 
 /// Opens a set-up session on the replica, past its read-only guard.
 pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Client, SetupError> {

@@ -21,14 +21,16 @@ use tokio_postgres::types::Type;
 use super::error::{SetupError, Side};
 use super::replica;
 use super::table_sync::{Missed, Row};
-use super::{Setup, aside, export, slot, source_side, table_sync};
-use crate::catalog::{Table, TableName};
+use super::{Setup, aside, slot, source_side, table_sync};
+use crate::catalog::Table;
+use crate::catalog::routing;
 use crate::config::SetAside;
+use crate::copy::export;
 use crate::error::chain;
+use crate::names::TableName;
+use crate::names::stream::StreamName;
 use crate::pg::leftover;
 use crate::pg::replication::ReplicationConnection;
-use crate::routing;
-use crate::stream::StreamName;
 
 /// Tables that are larger together are copied beside the stream.
 const AT_ONCE_BYTES: i64 = 32 << 20;

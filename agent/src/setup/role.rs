@@ -18,9 +18,9 @@ use tokio_postgres::Client;
 use super::agent_role::Agent;
 use super::error::{SetupError, Side};
 use super::setting;
-use crate::catalog::{quote_ident, quote_literal};
 use crate::error::{Class, Classify as _};
 use crate::pg::PgError;
+use crate::pg::quote::{quote_ident, quote_literal};
 
 /// A role of the source.
 #[derive(Clone, Default, PartialEq, Eq)]

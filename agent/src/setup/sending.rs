@@ -23,10 +23,10 @@ use super::note::Note;
 use super::source_side::{self, SourceSide};
 use super::{Prepared, form, lock, slot};
 use crate::config::{Config, Route};
-use crate::history::History;
+use crate::names::history::History;
+use crate::names::stream::StreamName;
 use crate::pg::PgLsn;
 use crate::pg::replication::ReplicationConnection;
-use crate::stream::StreamName;
 use tokio_util::sync::CancellationToken;
 
 /// A source that was never a replica sends at this term. A promotion raises its replica's.
@@ -298,7 +298,7 @@ async fn term(source: &SourceSide<'_>) -> Result<i64, SetupError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::lsn;
+    use crate::flow::testing::lsn;
 
     fn cluster(timeline: i32) -> Cluster {
         Cluster {

@@ -16,9 +16,9 @@ use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
 use super::role::Statement;
-use crate::catalog::{quote_ident, quote_literal};
 use crate::error::{Class, Classify as _};
 use crate::pg::PgError;
+use crate::pg::quote::{quote_ident, quote_literal};
 
 /// Reads a stored setting as name and value from `c`.
 pub(super) const NAME_AND_VALUE: &str = "split_part(c, '=', 1), substr(c, strpos(c, '=') + 1)";

@@ -22,11 +22,13 @@
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
 use super::source_side::SourceSide;
-use super::{export, note, publication, source};
-use crate::history::History;
-use crate::listed;
+use super::{note, source};
+use crate::catalog::publication;
+use crate::copy::export;
+use crate::names::history::History;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
 use crate::pg::slot;
+use crate::schema::listed;
 
 /// Begins a history: from here on, no slot that is there may be gone on with.
 pub(super) async fn begin(

@@ -21,14 +21,15 @@ use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
 use super::lock_table::LockTable;
 use super::note;
-use super::publication::{self, Piece, Publication, Wanted};
 use super::table_sync::{Missed, Row};
 use super::timeline::{self, Branch};
-use crate::catalog::{self, Table, TableName};
+use crate::catalog::publication::{self, Piece, Publication, Wanted};
+use crate::catalog::{self, Table};
 use crate::config::Config;
-use crate::listed::{self, Listed};
+use crate::names::TableName;
+use crate::names::stream::StreamName;
 use crate::pg::{Again, ConnInfo, PgError, PgLsn, Session, connect};
-use crate::stream::StreamName;
+use crate::schema::listed::{self, Listed};
 
 /// Schema `dr_agent` with the in-band tables.
 pub(super) const SCHEMA_SQL: &str = include_str!("../../sql/source.sql");
@@ -580,7 +581,7 @@ pub(super) fn title(statement: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::listed::{Copied, ListedAs};
+    use crate::schema::listed::{Copied, ListedAs};
 
     fn observed() -> Observed {
         Observed {

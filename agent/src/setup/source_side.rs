@@ -14,19 +14,21 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Slot};
-use super::locale::{self, Locale};
 use super::note::{self, Note};
-use super::publication::Piece;
-use super::publication::Wanted;
 use super::publishing::Publishing;
+use super::source;
 use super::timeline::{self, Branch};
 use super::undo::Undo;
-use super::{export, source};
-use crate::catalog::{Protection, TableName};
+use crate::catalog::Protection;
+use crate::catalog::publication::Piece;
+use crate::catalog::publication::Wanted;
 use crate::config::Config;
+use crate::copy::export;
+use crate::copy::locale::{self, Locale};
+use crate::names::TableName;
+use crate::names::stream::StreamName;
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgLsn, slot};
-use crate::stream::StreamName;
 
 /// One database of the source, while it is set up.
 pub(super) struct SourceSide<'a> {

@@ -15,11 +15,11 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Transaction};
 
 use super::error::{SetupError, Side};
-use crate::catalog::TableName;
-use crate::listed::{Copied, Listed, ListedAs};
+use crate::catalog::routing;
+use crate::names::TableName;
+use crate::names::stream::StreamName;
 use crate::pg::{PgError, PgLsn};
-use crate::routing;
-use crate::stream::StreamName;
+use crate::schema::listed::{Copied, Listed, ListedAs};
 
 /// One row.
 #[derive(Clone, Debug, PartialEq, Eq)]

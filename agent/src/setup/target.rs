@@ -16,10 +16,10 @@ use tokio_postgres::types::Type;
 
 use super::error::{SetupError, Side};
 use super::replica::{Known, Server};
-use crate::backup;
-use crate::catalog::quote_ident;
+use crate::archive::base;
+use crate::names::stream::StreamName;
 use crate::pg::PgError;
-use crate::stream::StreamName;
+use crate::pg::quote::quote_ident;
 
 /// The replica's database, as a first start finds it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -97,7 +97,7 @@ async fn read(client: &Client, server: &Server, stream: &StreamName) -> Result<T
             .get(0),
         false => false,
     };
-    let mut objects = backup::found_in(client).await?;
+    let mut objects = base::found_in(client).await?;
     // A managed service has its own of these in every database, and schemas are made for extensions.
     let is_content = |what: &String| {
         let beside = ["schema ", "event trigger ", "foreign data wrapper "];

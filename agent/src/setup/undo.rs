@@ -18,12 +18,13 @@ use std::time::Duration;
 use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
-use super::publication::Wanted;
 use super::source;
 use super::target::Target;
-use crate::catalog::{TableName, quote_ident, quote_literal};
+use crate::catalog::publication::Wanted;
+use crate::names::TableName;
+use crate::names::stream::StreamName;
 use crate::pg::PgError;
-use crate::stream::StreamName;
+use crate::pg::quote::{quote_ident, quote_literal};
 
 /// How long it may take: an operator waits for the error.
 const WITHIN: Duration = Duration::from_secs(10);

@@ -4,7 +4,7 @@
 //! batch ─▶ Packing ─Part, Part, …─▶ Record, Record, … ─▶ PutRecords over all shards ─▶ outcome
 //! ```
 //! A batch is durable once the stream has accepted every part of it; readers put parts back in order
-//! ([`crate::changelog::Gather`]), so neither shards nor retries have to keep one.
+//! ([`crate::flow::changelog::Gather`]), so neither shards nor retries have to keep one.
 //!
 //! # Invariants
 //! - An outcome is given once every record of its batch was accepted, in the order of batches.
@@ -12,7 +12,7 @@
 //! - Of a batch at most 12 MiB are in memory as records, however large it is.
 //!
 //! # What it does not do
-//! What passes by itself is retried in [`crate::kinesis`], for ever; what somebody has to mend ends the session.
+//! What passes by itself is retried in [`crate::cloud::kinesis`], for ever; what somebody has to mend ends the session.
 
 use std::sync::Arc;
 
@@ -25,13 +25,13 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::replica::{Applied, Outcome};
-use crate::batch::{Batch, IN_FLIGHT_MAX};
-use crate::changelog::{Author, Compression, Packing, Part};
+use crate::cloud::kinesis::{Kinesis, KinesisError, Record};
 use crate::error::{Class, Classify};
 use crate::failpoint;
-use crate::kinesis::{Kinesis, KinesisError, Record};
-use crate::metrics::StreamMetrics;
-use crate::spill::SpillError;
+use crate::flow::batch::{Batch, IN_FLIGHT_MAX};
+use crate::flow::changelog::{Author, Compression, Packing, Part};
+use crate::flow::spill::SpillError;
+use crate::observe::metrics::StreamMetrics;
 
 /// Bytes of a part before compression. What does not compress at all still fits into a record of 1 MiB, with what
 /// zstd and the part's other fields add.
@@ -199,7 +199,7 @@ fn record(part: &Part) -> Record {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kinesis::RECORD_BYTES_MAX;
+    use crate::cloud::kinesis::RECORD_BYTES_MAX;
 
     #[test]
     fn what_does_not_compress_still_fits_into_a_record() {

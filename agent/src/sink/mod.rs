@@ -1,5 +1,5 @@
 //! Sinks: places where a batch becomes durable. The replica under route `direct`, a Kinesis stream under route
-//! `kinesis`; the archive takes batches beside either ([`crate::archive`]).
+//! `kinesis`; the archive takes batches beside either ([`crate::archive::log`]).
 //!
 //! # What a sink promises
 //! It is given batches in order, each once per session. An outcome that is `Ok` means the batch is durable:

@@ -39,7 +39,7 @@ use super::intake::{Intake, Taken};
 use super::positions::{Positions, first_size};
 use super::{Next, Reader, SourceError, SourceSettings, begins_at};
 use crate::failpoint;
-use crate::ledger::FlushLsn;
+use crate::flow::ledger::FlushLsn;
 use crate::pg::{self, PgError, PgLsn, Session, slot};
 
 /// Once only this part of `limits.catch_up_bytes` is left, one in so many, the walsender goes on.

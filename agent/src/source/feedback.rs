@@ -17,10 +17,10 @@ use tokio_postgres::Client;
 use super::SourceError;
 use super::intake::Meanwhile;
 use crate::failpoint;
-use crate::ledger::FlushLsn;
+use crate::flow::ledger::FlushLsn;
+use crate::names::stream::StreamName;
 use crate::pg::replication::StatusSender;
 use crate::pg::{PgError, PgLsn, slot};
-use crate::stream::StreamName;
 
 /// Well below the smallest sensible `wal_sender_timeout` (its default is 60 s).
 const EVERY: Duration = Duration::from_secs(5);

@@ -8,10 +8,10 @@
 
 use super::shelf::Kept;
 use super::{LogIntake, SourceError};
-use crate::archive::{Ahead, ArchiveError, Layout, SegmentReader, Span, Way};
-use crate::changelog::{Gap, Gather};
+use crate::archive::log::{Ahead, ArchiveError, Layout, SegmentReader, Span, Way};
+use crate::cloud::store::{Encryption, Store, StoreUrl};
 use crate::error::chain;
-use crate::store::{Encryption, Store, StoreUrl};
+use crate::flow::changelog::{Gap, Gather};
 
 /// The archive's change log of one stream, where there is an archive.
 pub(super) struct FromArchive {

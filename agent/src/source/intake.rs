@@ -12,10 +12,10 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::{Received, SourceError, SourcePosition, SourceSettings, subtransactions};
-use crate::lag::Micros;
+use crate::flow::spill::{SpillSpace, Spills};
+use crate::flow::transaction::{Assembler, Complete, Ended};
 use crate::pg::{ConnInfo, PgLsn, Session};
-use crate::spill::{SpillSpace, Spills};
-use crate::txn::{Assembler, Complete, Ended};
+use crate::time::Micros;
 
 /// The questions asked in passing take milliseconds; a source that needs longer is in trouble.
 const STATEMENT_TIMEOUT: &str = "60s";

@@ -34,20 +34,20 @@ use tokio_util::task::AbortOnDropHandle;
 use super::from_archive::{Filled, FromArchive};
 use super::shelf::{Kept, Shelf};
 use super::{IntakeLimits, LogIntake, Received, SourceError, SourcePosition};
-use crate::archive::Layout;
-use crate::batch::IN_FLIGHT_MAX;
-use crate::changelog::{
+use crate::archive::log::Layout;
+use crate::cloud::kinesis::{Event, Kinesis, KinesisError, Records, StartAt, Wanted};
+use crate::cloud::store::{Encryption, StoreUrl};
+use crate::failpoint;
+use crate::flow::batch::IN_FLIGHT_MAX;
+use crate::flow::changelog::{
     self, Gap, Gather, Gathered, Part, UnpackError, Unpacker, VERSION, Worth, history_of,
 };
-use crate::failpoint;
-use crate::history::History;
-use crate::kinesis::{Event, Kinesis, KinesisError, Records, StartAt, Wanted};
-use crate::lag::pg_micros;
-use crate::metrics::StreamMetrics;
+use crate::flow::spill::{SpillError, SpillSpace};
+use crate::names::history::History;
+use crate::names::stream::StreamName;
+use crate::observe::metrics::StreamMetrics;
 use crate::pg::PgLsn;
-use crate::spill::{SpillError, SpillSpace};
-use crate::store::{Encryption, StoreUrl};
-use crate::stream::StreamName;
+use crate::time::pg_micros;
 
 /// Events of the reader that wait; each holds one page of a shard at most.
 const EVENTS: usize = 4;

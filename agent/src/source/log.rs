@@ -7,11 +7,11 @@ use tokio::sync::{mpsc, watch};
 
 use super::intake::{Intake, Nothing, Taken};
 use super::{IntakeLimits, Received, SourceError, SourcePosition};
-use crate::history::comes_again;
-use crate::lag::Micros;
+use crate::flow::spill::SpillSpace;
+use crate::names::history::comes_again;
 use crate::pg::PgLsn;
 use crate::pg::pgoutput::{self, Message, MessageKind};
-use crate::spill::SpillSpace;
+use crate::time::Micros;
 
 /// Takes the messages of a change log, in which a transaction may come more than once.
 pub struct LogIntake {

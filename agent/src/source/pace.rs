@@ -1,4 +1,4 @@
-//! When to read again: at once while caught up, in bulk while behind.
+//! ● When to read again: at once while caught up, in bulk while behind.
 //!
 //! Pure. The walsender issues one `send` per message, and a reader that wakes for each costs both sides
 //! about twice the work. So while behind, data is left to gather for a few milliseconds between two
@@ -22,7 +22,7 @@
 
 use std::time::Duration;
 
-use crate::lag::Micros;
+use crate::time::Micros;
 
 /// Up to this lateness every read is made at once. Above what a slow disk takes to flush a commit.
 const CAUGHT_UP: Duration = Duration::from_millis(20);

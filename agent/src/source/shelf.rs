@@ -16,9 +16,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use prost::Message as _;
 
-use crate::changelog::Part;
+use crate::flow::changelog::Part;
+use crate::flow::spill::{SpillError, SpillRoom, SpillSpace};
 use crate::private;
-use crate::spill::{SpillError, SpillRoom, SpillSpace};
 
 /// A file ends at this size. Small, so that few stragglers hold little; but each open file counts for the process, too.
 const FILE_BYTES: u64 = 64 << 20;

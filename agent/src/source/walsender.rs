@@ -14,7 +14,7 @@ use super::feedback::{Feedback, Listener, ticks};
 use super::intake::{Intake, Meanwhile as _, Taken};
 use super::pace::Pace;
 use super::{Behind, Next, Reader, SlotUse, SourceError, SourceSettings, begins_at};
-use crate::ledger::FlushLsn;
+use crate::flow::ledger::FlushLsn;
 use crate::pg::replication::{
     ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
 };

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use tokio_postgres::Client;
 
-use crate::lag::Micros;
 use crate::pg::{ConnInfo, PgError, PgLsn};
+use crate::time::Micros;
 
 /// The directory whose disk fills up, where it is this host's and may be seen.
 #[derive(Debug, Default)]

@@ -13,9 +13,9 @@
 use tokio_postgres::{Client, Row};
 
 use super::Side;
-use crate::lag::Micros;
+use crate::names::stream::APPLICATION_PREFIX;
 use crate::pg::PgError;
-use crate::stream::APPLICATION_PREFIX;
+use crate::time::Micros;
 
 /// A wait that gives up after a while and begins anew is one wait.
 const GONE_AFTER: Micros = 10_000_000;

@@ -21,8 +21,10 @@ use super::contestant::{agent, limits};
 use super::drain::workload;
 use super::workload::DATABASE;
 use super::{Journal, Options};
+use crate::load;
 use crate::results::{Cost, Loaded};
-use crate::{load, servers, usage};
+use crate::servers;
+use crate::usage;
 
 /// Clients of pgbench.
 const CLIENTS: u32 = 8;

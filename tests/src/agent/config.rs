@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use dr_agent::stream::StreamName;
+use dr_agent::names::stream::StreamName;
 
 use crate::binaries::Binaries;
 

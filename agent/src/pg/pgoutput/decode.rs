@@ -1,4 +1,4 @@
-//! Bytes to [`Message`].
+//! ● Bytes to [`Message`].
 //!
 //! One function per message that has more than a few fields, in the order of the documentation;
 //! [`Reader`] takes the fields one by one and is the only place that looks at lengths.

@@ -1,4 +1,4 @@
-//! [`Message`](super::Message) to bytes, for tests: synthesises what a source would send.
+//! ● [`Message`](super::Message) to bytes, for tests: synthesises what a source would send.
 //!
 //! One function per message, named as in the documentation. Changes and descriptions are written as
 //! outside a streamed block; [`streamed`] turns one into what it looks like inside.

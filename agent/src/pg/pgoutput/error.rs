@@ -1,4 +1,4 @@
-//! Why a pgoutput message could not be understood.
+//! ● Why a pgoutput message could not be understood.
 //!
 //! # Invariants
 //! Every variant is definite: the same bytes would come again after a reconnect. None quotes a value,

@@ -1,4 +1,4 @@
-//! The messages of pgoutput as types.
+//! ● The messages of pgoutput as types.
 //!
 //! # Invariants
 //! Field by field what the source sent, under our names: `commit_lsn` is the start of the commit

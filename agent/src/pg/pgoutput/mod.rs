@@ -1,4 +1,4 @@
-//! pgoutput: the logical decoding messages of PostgreSQL, protocol versions 1 to 4.
+//! ● pgoutput: the logical decoding messages of PostgreSQL, protocol versions 1 to 4.
 //!
 //! The payload of one XLogData message (or of one row of `pg_logical_slot_peek_binary_changes`) goes
 //! through [`decode`] and comes out as one [`Message`]; the assembler puts transactions together from

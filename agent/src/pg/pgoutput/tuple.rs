@@ -1,4 +1,4 @@
-//! The values of one row inside a message, read lazily and without a copy.
+//! ● The values of one row inside a message, read lazily and without a copy.
 //!
 //! # Invariants
 //! A [`Tuple`] can only be made by the decoder, which has checked every kind and every length in it;

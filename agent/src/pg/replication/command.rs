@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 
 use super::{CreatedSlot, SlotOptions, SystemIdentity};
-use crate::catalog::{quote_ident, quote_literal};
+use crate::pg::quote::{quote_ident, quote_literal};
 use crate::pg::{PgError, PgLsn};
 
 /// From this version on the options of a slot stand in parentheses.

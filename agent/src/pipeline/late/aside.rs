@@ -7,11 +7,12 @@
 use std::collections::BTreeMap;
 
 use super::Late;
-use crate::catalog::{Table, TableName};
-use crate::coverage;
+use crate::catalog::Table;
+use crate::names::TableName;
 use crate::pipeline::Leg;
 use crate::pipeline::error::SessionError;
 use crate::setup::{self, Aside, Noted};
+use crate::watch::coverage;
 
 type Reasons = BTreeMap<TableName, String>;
 

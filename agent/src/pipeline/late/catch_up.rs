@@ -18,16 +18,16 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{Ask, Late, Tasks, or_ended};
-use crate::batch::{Batch, IN_FLIGHT_MAX, Queue};
-use crate::catalog::TableName;
 use crate::failpoint;
-use crate::ledger::{BatchNumber, FlushLsn, Ledger};
-use crate::listed::Copied;
+use crate::flow::batch::{Batch, IN_FLIGHT_MAX, Queue};
+use crate::flow::ledger::{BatchNumber, FlushLsn, Ledger};
+use crate::flow::spill::{self, SpillSpace};
+use crate::names::TableName;
 use crate::pg::PgLsn;
 use crate::pipeline::error::SessionError;
+use crate::schema::listed::Copied;
 use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
 use crate::source::{self, IntakeLimits, Received, SlotUse, SourcePosition, SourceSettings};
-use crate::spill::{self, SpillSpace};
 
 /// Less than that is caught up with in a moment.
 const CLOSE_BYTES: u64 = 4 << 20;

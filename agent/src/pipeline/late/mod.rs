@@ -32,20 +32,22 @@ use tokio_util::sync::CancellationToken;
 use super::error::SessionError;
 use super::set_aside::SetAside;
 use super::{Leg, Wake, now_instant};
-use crate::catalog::{Table, TableName};
-use crate::computed::Which;
+use crate::catalog::Table;
 use crate::config::Config;
+use crate::copy::export;
+use crate::copy::{self, CopyJob};
 use crate::error::{Class, Classify, chain};
 use crate::failpoint;
-use crate::history::History;
-use crate::listed::{Copied, Listed};
-use crate::metrics::DatabaseMetrics;
+use crate::names::TableName;
+use crate::names::history::History;
+use crate::names::stream::StreamName;
+use crate::observe::metrics::DatabaseMetrics;
+use crate::observe::status::StatusCell;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::setup::{self, SetupError, export};
+use crate::schema::listed::{Copied, Listed};
+use crate::setup::{self, SetupError};
+use crate::shape::computed::Which;
 use crate::sink::replica::Beside;
-use crate::snapshot::{self, CopyJob};
-use crate::status::StatusCell;
-use crate::stream::StreamName;
 
 /// How often it is looked without being told that there is something new.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
@@ -327,7 +329,7 @@ impl Late {
             beside: true,
         };
         let never = CancellationToken::new();
-        or_ended(tasks, snapshot::copy(job, &(), &never))
+        or_ended(tasks, copy::copy(job, &(), &never))
             .await?
             .map_err(SessionError::LateCopy)?;
         drop(exporter);

@@ -1,4 +1,4 @@
-//! Column-wise parameters: the values of one column over many rows as one PostgreSQL array.
+//! ● Column-wise parameters: the values of one column over many rows as one PostgreSQL array.
 //!
 //! Pure. A statement takes one array per column and unnests them, so its text does not depend on the
 //! number of rows. Values that came as text travel as `text[]` and are cast on the replica; values

@@ -25,15 +25,15 @@ use super::chain::{Chain, while_settling};
 use super::fold::{Folded, Folding, Work};
 use super::lane::Lane;
 use super::{Applied, SinkError, SinkSettings, sql};
-use crate::batch::Batch;
 use crate::failpoint;
-use crate::lag::system_time;
-use crate::net::Step;
-use crate::plan::{Part, Planner};
-use crate::prepared::{Prepared, Verdict};
-use crate::txn::Transaction;
+use crate::flow::batch::Batch;
+use crate::flow::lanes::{Part, Planner};
+use crate::flow::net::Step;
+use crate::flow::transaction::Transaction;
+use crate::schema::prepared::{Prepared, Verdict};
+use crate::time::system_time;
 
-/// Lanes of one batch never wait for one another by design ([`crate::plan`]). A trigger that the replica
+/// Lanes of one batch never wait for one another by design ([`crate::flow::lanes`]). A trigger that the replica
 /// alone has could make them: two-phase commit would hide that from the deadlock detector.
 const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '10s'";
 

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-use crate::catalog::TableName;
-use crate::listed::Copied;
+use crate::names::TableName;
 use crate::pg::PgLsn;
+use crate::schema::listed::Copied;
 
 /// Shared by the sink and whoever copies.
 #[derive(Clone, Debug, Default)]
@@ -29,7 +29,7 @@ struct Known {
     tables: HashMap<TableName, Copied>,
     /// Those that have not joined, and of which the stream has brought changes.
     left_out: BTreeSet<TableName>,
-    /// What each domain of the source is, by its OID, as [`crate::computed`] says it.
+    /// What each domain of the source is, by its OID, as [`crate::shape::computed`] says it.
     domains: HashMap<u32, String>,
 }
 

@@ -14,7 +14,7 @@ use tokio_postgres::{Client, Row};
 
 use super::SinkError;
 use super::target::Native;
-use crate::catalog::quote_ident;
+use crate::pg::quote::quote_ident;
 
 /// Columns of a row of `target`'s query: the name of the element type, and the domain if it is there.
 const ELEMENT: usize = 11;

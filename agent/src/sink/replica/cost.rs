@@ -1,4 +1,4 @@
-//! What an error on the way into the replica costs: one table, or the database.
+//! ● What an error on the way into the replica costs: one table, or the database.
 //!
 //! Pure. One table's trouble is what would be over if that table were copied again, created anew where needed: its type, a row that
 //! is not there, a constraint, a trigger. Whoever can copy sets the table aside for it and goes on; see [`SinkError::costs`].
@@ -10,8 +10,8 @@
 
 use super::SinkError;
 use super::unfit::Misfit;
-use crate::catalog::TableName;
 use crate::error::{Class, Classify as _};
+use crate::names::TableName;
 use crate::pg::PgError;
 
 /// The schema of what is ours.
@@ -106,10 +106,10 @@ fn is_of_the_server(state: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::FoldError;
+    use crate::flow::net::FoldError;
+    use crate::flow::testing::lsn;
     use crate::pg::ServerError;
     use crate::sink::replica::{Place, Unfit};
-    use crate::testing::lsn;
 
     fn name(schema: &str) -> TableName {
         TableName {

@@ -15,7 +15,7 @@
 //!
 //! # What it does not do
 //! It does not leave anything out. A constraint of the source's that refuses what the source has accepted does not stand in
-//! the way ([`crate::refused`]).
+//! the way ([`crate::schema::refused`]).
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -28,14 +28,14 @@ use super::fold::{Folder, Path};
 use super::lane::Lane;
 use super::segment::{Segment, Segments};
 use super::{Applied, SinkError, SinkSettings, attempt};
-use crate::batch::Batch;
-use crate::catalog::TableName;
 use crate::error::{Class, Classify as _};
 use crate::failpoint;
-use crate::net;
+use crate::flow::batch::Batch;
+use crate::flow::net;
+use crate::flow::transaction::{Change, Transaction};
+use crate::names::TableName;
 use crate::pg::pgoutput::{self, Message};
-use crate::refused::{self, Taken};
-use crate::txn::{Change, Transaction};
+use crate::schema::refused::{self, Taken};
 
 /// So many changes are carried out one by one rather than divided again: each attempt is a round trip.
 const FEW: usize = 64;

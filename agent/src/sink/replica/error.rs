@@ -3,13 +3,13 @@
 use std::fmt;
 
 use super::unfit::{Misfit, Unfit};
-use crate::catalog::TableName;
+use crate::error::remedy;
 use crate::error::{Class, Classify};
-use crate::net::FoldError;
+use crate::flow::lanes::Unplannable;
+use crate::flow::net::FoldError;
+use crate::flow::spill::SpillError;
+use crate::names::TableName;
 use crate::pg::{PgError, PgLsn};
-use crate::plan::Unplannable;
-use crate::remedy;
-use crate::spill::SpillError;
 
 /// What can stop a batch on its way into the replica.
 #[derive(Debug, thiserror::Error)]

@@ -22,7 +22,7 @@ use super::keyless::{self, Nulls};
 use super::large::{self, LARGE_BYTES, LargeValue, Reading};
 use super::sql::{self, Sent};
 use super::target::{Target, Targets};
-use crate::net::{
+use crate::flow::net::{
     KeyChange, Multiset, NetChange, Row, RowKey, RowValues, Stage, Step, TableChanges,
 };
 use crate::pg::pgoutput::{Tuple, Value};

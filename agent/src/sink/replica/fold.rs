@@ -27,10 +27,10 @@ use super::large::LARGE_BYTES;
 use super::relations::Relations;
 use super::segment::{Segment, SegmentLimits, Segments};
 use super::target::{Target, Targets, address};
-use crate::batch::Batch;
-use crate::net::{self, Step};
+use crate::flow::batch::Batch;
+use crate::flow::net::{self, Step};
+use crate::flow::transaction::{Change, SourceRelation};
 use crate::pg::PgLsn;
-use crate::txn::{Change, SourceRelation};
 
 /// How changes become steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! The statements of tables without a key: many rows at once, found by all of their values.
+//! ● The statements of tables without a key: many rows at once, found by all of their values.
 //!
 //! Pure. Of several equal rows one is as good as another, so each wanted row says of how many it is wanted, and what is found
 //! is numbered:

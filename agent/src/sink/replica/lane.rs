@@ -11,7 +11,7 @@ use super::SinkError;
 use super::chain::Chain;
 use super::execute::{Execution, Statements};
 use super::target::Targets;
-use crate::net::Step;
+use crate::flow::net::Step;
 use crate::pg::{self, ConnInfo, Session};
 
 /// One session with the replica.

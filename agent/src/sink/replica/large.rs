@@ -22,7 +22,7 @@ use tokio_postgres::{Client, Statement};
 
 use super::SinkError;
 use super::target::TargetColumn;
-use crate::net::RowValues;
+use crate::flow::net::RowValues;
 use crate::pg::pgoutput::Value;
 
 /// From this size on a value is sent ahead. Below it an array of many rows is faster.

@@ -51,11 +51,11 @@ use futures_util::future::try_join_all;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::batch::{Batch, IN_FLIGHT_MAX, Spacing};
-use crate::changes::TRUNCATE;
 use crate::failpoint;
+use crate::flow::batch::{Batch, IN_FLIGHT_MAX, Spacing};
+use crate::flow::counts::TRUNCATE;
+use crate::names::stream::StreamName;
 use crate::pg::{self, ConnInfo, Session};
-use crate::stream::StreamName;
 use attempt::{Attempt, Parts};
 use chain::{Chain, while_settling};
 use fold::{Folded, Folder, Work};

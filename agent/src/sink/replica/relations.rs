@@ -18,12 +18,12 @@ use tokio_postgres::Client;
 
 use super::target::{Targets, Top, address};
 use super::{Beside, SinkError};
-use crate::catalog::TableName;
-use crate::listed::{Copied, Marker, marker};
-use crate::net::FoldError;
+use crate::flow::net::FoldError;
+use crate::flow::transaction::{Change, Relations as ChangeRelations, SourceRelation};
+use crate::names::TableName;
+use crate::names::stream::StreamName;
 use crate::pg::PgLsn;
-use crate::stream::StreamName;
-use crate::txn::{Change, Relations as ChangeRelations, SourceRelation};
+use crate::schema::listed::{Copied, Marker, marker};
 
 /// What the sink must know of the initial copy to leave out what is already in it.
 #[derive(Clone, Debug)]
@@ -41,7 +41,7 @@ pub struct Synced {
     pub left_out: HashSet<TableName>,
     /// Whether a column that comes may be a generated one of the source's.
     pub sends_generated: bool,
-    /// What each domain of the source is, by its OID, as [`crate::computed`] says it; `None` where the source cannot be asked.
+    /// What each domain of the source is, by its OID, as [`crate::shape::computed`] says it; `None` where the source cannot be asked.
     pub domains: Option<HashMap<u32, String>>,
 }
 
@@ -295,8 +295,8 @@ impl Relations {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::listed::ListedAs;
-    use crate::testing::{lsn, relation, table};
+    use crate::flow::testing::{lsn, relation, table};
+    use crate::schema::listed::ListedAs;
 
     /// What is on the list: its name, where it was copied, and as what it was listed.
     fn relations(tables: &[(&str, Option<u64>, Option<&str>)]) -> Relations {

@@ -6,9 +6,9 @@
 use std::collections::VecDeque;
 
 use super::large::LARGE_BYTES;
+use crate::flow::spill::{SpillError, SpillReader};
+use crate::flow::transaction::{Change, Transaction};
 use crate::pg::PgLsn;
-use crate::spill::{SpillError, SpillReader};
-use crate::txn::{Change, Transaction};
 
 /// Changes that are folded together.
 pub(super) enum Segment<'b> {

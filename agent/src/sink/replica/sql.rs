@@ -1,4 +1,4 @@
-//! The text of every statement the replica sink runs.
+//! ● The text of every statement the replica sink runs.
 //!
 //! Pure. Statements take one array per column ([`super::array`]) and, last, the number of rows they
 //! must touch. Every name is quoted, every function and operator qualified: apply sessions have an
@@ -9,8 +9,8 @@ use std::time::SystemTime;
 
 use super::array::Form;
 use super::target::Target;
-use crate::catalog::quote_literal;
 use crate::pg::PgLsn;
+use crate::pg::quote::quote_literal;
 
 /// A column that a statement takes as a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -318,9 +318,9 @@ pub(super) fn conjunction(items: impl Iterator<Item = String>) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::catalog::TableName;
-    use crate::net::{Key, KeyColumn, KeyOrder};
-    use crate::plan::Spread;
+    use crate::flow::lanes::Spread;
+    use crate::flow::net::{Key, KeyColumn, KeyOrder};
+    use crate::names::TableName;
     use crate::sink::replica::target::{Native, TargetColumn};
 
     pub(in crate::sink::replica) fn target(keyed: bool) -> Target {

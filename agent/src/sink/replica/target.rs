@@ -12,13 +12,14 @@ use tokio_postgres::types::{ToSql, Type};
 
 use super::unfit::{self, Misfit, ReplicaType, Unfit};
 use super::{SinkError, Synced, boxed};
-use crate::catalog::{TableName, quote_ident};
-use crate::net::{Key, KeyColumn, KeyOrder};
+use crate::catalog::routing;
+use crate::flow::lanes::Spread;
+use crate::flow::net::{Key, KeyColumn, KeyOrder};
+use crate::flow::transaction::{FIRST_NAMED_OID, SourceRelation, TypeName};
+use crate::names::TableName;
 use crate::pg::binary;
 use crate::pg::pgoutput::{Column, ReplicaIdentity};
-use crate::plan::Spread;
-use crate::routing;
-use crate::txn::{FIRST_NAMED_OID, SourceRelation, TypeName};
+use crate::pg::quote::quote_ident;
 
 /// A column of the relation on the replica.
 #[derive(Clone, Debug)]
@@ -53,7 +54,7 @@ pub(super) struct Native {
     pub(super) is_boxed: bool,
 }
 
-/// The partitioned table above a partition whose rows the replica places for itself ([`crate::routing`]).
+/// The partitioned table above a partition whose rows the replica places for itself ([`crate::catalog::routing`]).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Top {
     pub(super) table: TableName,

@@ -1,18 +1,18 @@
-//! Whether rows of the source's table can be rows of the replica's: the types of the columns, and what rows are found by.
+//! ● Whether rows of the source's table can be rows of the replica's: the types of the columns, and what rows are found by.
 //!
 //! Pure. A Relation message tells the type of every column that travels, with its modifier (the 8 and the 1 of
 //! `numeric(8,1)`). The replica would cast whatever comes, and round or cut it without a word; so what differs is refused.
 //!
 //! # What it does not do
 //! It judges only what the stream tells. Of a domain that is the type it is made of, so that one domain in the place of
-//! another that is made of the same is seen only where the source was asked for its domains ([`super::Synced`]); nor is what a generated column is computed from ([`crate::computed`]
+//! another that is made of the same is seen only where the source was asked for its domains ([`super::Synced`]); nor is what a generated column is computed from ([`crate::shape::computed`]
 //! compares both).
 
 use std::fmt;
 
-use crate::catalog::TableName;
+use crate::flow::transaction::{FIRST_NAMED_OID, Named, TypeName};
+use crate::names::TableName;
 use crate::pg::pgoutput::Column;
-use crate::txn::{FIRST_NAMED_OID, Named, TypeName};
 
 /// Why rows of the source's table cannot be applied to the replica's. A person has to decide.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub enum Misfit {
     GeneratedHere,
     /// It is generated and part of the key, and the source does not send it: without it a row is not found.
     KeyNotSent,
-    /// It is of a key that holds within one partition alone, and on the replica rows are in others ([`crate::routing`]).
+    /// It is of a key that holds within one partition alone, and on the replica rows are in others ([`crate::catalog::routing`]).
     KeyOfAPartition,
 }
 
@@ -82,7 +82,7 @@ pub(super) struct ReplicaType {
     pub(super) element: Option<String>,
     /// In SQL, with length or precision.
     pub(super) sql: String,
-    /// Of a domain what it is, as [`crate::computed`] says it.
+    /// Of a domain what it is, as [`crate::shape::computed`] says it.
     pub(super) domain: Option<String>,
 }
 

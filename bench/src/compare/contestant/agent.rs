@@ -9,7 +9,8 @@ use crate::compare::arena::{Arena, Base};
 use crate::compare::network::Way;
 use crate::compare::workload::DATABASE;
 use crate::results::Round;
-use crate::{servers, usage};
+use crate::servers;
+use crate::usage;
 
 const SLOT: &str = "dr";
 

@@ -13,7 +13,8 @@ use super::{Ground, Outcome, Watch};
 use crate::compare::arena::Arena;
 use crate::compare::network::Way;
 use crate::compare::workload::DATABASE;
-use crate::{load, usage};
+use crate::load;
+use crate::usage;
 
 const SLOT: &str = "bare";
 

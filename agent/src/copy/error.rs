@@ -1,0 +1,386 @@
+//! What can go wrong in a copy, and what the operator does about it.
+//!
+//! # Invariants
+//! - A lost or outdated snapshot is transient: the caller starts again with a new one and keeps the
+//!   tables that are finished.
+//! - What a tool wrote to standard error is kept as its last lines only, and without DETAIL and
+//!   CONTEXT lines, which may quote rows.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::error::{Class, Classify};
+use crate::names::TableName;
+use crate::pg::{PgError, tells_of_a_drop};
+
+/// Why a copy ended before all its tables were ready.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// `pg_dump` or `pg_restore` was found nowhere.
+    #[error("{program} {needed} or newer needed: source is {source_version}, found none")]
+    ToolMissing {
+        /// `pg_dump` or `pg_restore`.
+        program: &'static str,
+        /// Major version of the source.
+        needed: u32,
+        /// The source's version, as 16.4.
+        source_version: String,
+    },
+    /// Every `pg_dump` found is older than the source and would refuse it.
+    #[error(
+        "{program} {needed} or newer needed: source is {source_version}, found {found} at {}",
+        path.display()
+    )]
+    ToolTooOld {
+        /// `pg_dump` or `pg_restore`.
+        program: &'static str,
+        /// Major version of the source.
+        needed: u32,
+        /// The source's version, as 16.4.
+        source_version: String,
+        /// The newest version found.
+        found: String,
+        /// Where.
+        path: PathBuf,
+    },
+    /// A tool could not be started or talked to.
+    #[error("run {program}")]
+    ToolStart {
+        /// Its path.
+        program: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A tool reported a failure.
+    #[error("{program} could not {doing}: {stderr}")]
+    ToolFailed {
+        /// `pg_dump` or `pg_restore`.
+        program: &'static str,
+        /// Verb and object.
+        doing: &'static str,
+        /// The end of what it wrote to standard error.
+        stderr: String,
+    },
+    /// A conversation with the source failed.
+    #[error("{doing} on the source")]
+    Source {
+        /// Verb and object.
+        doing: String,
+        /// Why.
+        #[source]
+        source: PgError,
+    },
+    /// A conversation with the replica failed.
+    #[error("{doing} on the replica")]
+    Replica {
+        /// Verb and object.
+        doing: String,
+        /// Why.
+        #[source]
+        source: PgError,
+    },
+    /// Extensions that only a superuser creates are not on the replica yet.
+    #[error("only a superuser can create these extensions on the replica: {}", names.join(", "))]
+    ExtensionsUntrusted {
+        /// Their names.
+        names: Vec<String>,
+    },
+    /// The source uses extensions that are not installed on the replica's machine.
+    #[error("the replica's server lacks extensions the source uses: {}", names.join(", "))]
+    ExtensionsMissing {
+        /// Their names.
+        names: Vec<String>,
+    },
+    /// The exported snapshot is gone: its session ended, or the source restarted.
+    #[error("the exported snapshot is gone")]
+    SnapshotLost,
+    /// A table was dropped or rewritten after the snapshot was taken, so that the snapshot no longer
+    /// shows its rows.
+    #[error("the source changed under the snapshot: {what}")]
+    SourceChanged {
+        /// Which table, and how.
+        what: String,
+    },
+    /// The replica's table cannot take the source's rows.
+    #[error("table {table} on the replica {reason}")]
+    ReplicaTable {
+        /// The table.
+        table: TableName,
+        /// How it differs.
+        reason: String,
+    },
+    /// The replica stored another number of rows than the source sent.
+    #[error("table {table}: the source sent {sent} rows, the replica stored {stored}")]
+    RowCount {
+        /// The table.
+        table: TableName,
+        /// Rows in the source's COPY stream.
+        sent: u64,
+        /// Rows in the replica's COPY tag.
+        stored: u64,
+    },
+    /// Another copy of the same stream has taken the table over.
+    #[error("table {table} is being copied by another agent of this stream")]
+    Superseded {
+        /// The table.
+        table: TableName,
+    },
+    /// The caller's token was cancelled.
+    #[error("the copy was stopped")]
+    Cancelled,
+}
+
+impl CopyError {
+    pub(crate) fn source(doing: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Self {
+        let doing = doing.into();
+        |error| Self::Source {
+            doing,
+            source: error.into(),
+        }
+    }
+
+    /// Whether a foreign key may have been refused because of rows that violate it. A tool passes on what the server says, and
+    /// no SQLSTATE; the server may speak another language.
+    pub(crate) fn may_be_missing_reference(&self) -> bool {
+        match self {
+            Self::ToolFailed { .. } => self.class() == Class::Definite,
+            Self::Replica { source, .. } => source.sqlstate() == Some("23503"),
+            _ => false,
+        }
+    }
+
+    /// Whether the replica's table of that name is in the way of the rows: its columns, a constraint, a trigger.
+    pub(crate) fn is_of_the_replicas_table(&self) -> bool {
+        match self {
+            Self::ReplicaTable { .. } | Self::RowCount { .. } => true,
+            Self::Replica { source, .. } => {
+                let state = source.sqlstate().unwrap_or_default();
+                ["23", "P0", "54", "XX"]
+                    .iter()
+                    .any(|class| state.starts_with(class))
+            }
+            _ => false,
+        }
+    }
+
+    pub(super) fn replica(doing: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Self {
+        let doing = doing.into();
+        |error| Self::Replica {
+            doing,
+            source: error.into(),
+        }
+    }
+}
+
+/// Whether a program is not there, or is none.
+fn is_of_the_file(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    // ENOEXEC
+    let no_program = error.raw_os_error() == Some(8);
+    no_program
+        || matches!(
+            error.kind(),
+            ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::NotADirectory
+        )
+}
+
+/// Whether a tool failed for a reason that goes away by itself: its message is all there is.
+fn passes_by_itself(stderr: &str) -> bool {
+    const PASSING: [&str; 14] = [
+        "connection to server",
+        "server closed the connection",
+        "terminating connection",
+        "the database system is",
+        "canceling statement due to lock timeout",
+        // What `--lock-wait-timeout` of pg_dump comes to.
+        "canceling statement due to statement timeout",
+        "could not obtain lock",
+        "too many clients",
+        "Too many open files",
+        "read-only transaction",
+        "remaining connection slots",
+        "No space left on device",
+        "lost connection",
+        "deadlock detected",
+    ];
+    // These also begin with "connection to server", and do not pass. A password and pg_hba.conf may be being changed.
+    const STAYING: [&str; 2] = ["no password supplied", "does not exist"];
+    // A table, a function or a type that was dropped while pg_dump looked at it; the next snapshot does not show it.
+    let dropped = tells_of_a_drop(stderr)
+        || stderr.contains("no matching tables were found")
+        || stderr.contains("relation \"") && stderr.contains("does not exist");
+    dropped
+        || PASSING.iter().any(|text| stderr.contains(text))
+            && !STAYING.iter().any(|text| stderr.contains(text))
+}
+
+impl Classify for CopyError {
+    fn class(&self) -> Class {
+        match self {
+            Self::Source { source, .. } | Self::Replica { source, .. } => source.class(),
+            Self::ToolFailed { stderr, .. } if passes_by_itself(stderr) => Class::Transient,
+            // No process, no memory, no file descriptor is left.
+            Self::ToolStart { source, .. } if !is_of_the_file(source) => Class::Transient,
+            Self::SnapshotLost
+            | Self::SourceChanged { .. }
+            | Self::Superseded { .. }
+            | Self::Cancelled => Class::Transient,
+            Self::ToolMissing { .. }
+            | Self::ToolTooOld { .. }
+            | Self::ToolStart { .. }
+            | Self::ToolFailed { .. }
+            | Self::ExtensionsMissing { .. }
+            | Self::ExtensionsUntrusted { .. }
+            | Self::ReplicaTable { .. }
+            | Self::RowCount { .. } => Class::Definite,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::ToolMissing { needed, .. } | Self::ToolTooOld { needed, .. } => Some(format!(
+                "install postgresql-client-{needed} or set copy.pg_bin"
+            )),
+            Self::ToolStart { .. } => {
+                Some("copy.pg_bin must name a directory with pg_dump and pg_restore".to_owned())
+            }
+            Self::ToolFailed { stderr, .. } => tool_hint(stderr),
+            Self::Source { source, .. } | Self::Replica { source, .. } => {
+                server_hint(source).or_else(|| source.hint())
+            }
+            Self::ExtensionsMissing { .. } => Some(
+                "install their packages on the replica's machine; CREATE EXTENSION is then done \
+                 by the copy"
+                    .to_owned(),
+            ),
+            Self::ExtensionsUntrusted { .. } => Some(
+                "run `dr-agent init --replica-url URL` with a superuser, or CREATE EXTENSION there as one; then start the \
+                 agent again"
+                    .to_owned(),
+            ),
+            Self::ReplicaTable { .. } => Some(
+                "give the replica's table the source's columns (SET default_transaction_read_only = off, ALTER TABLE), or take \
+                 away the views that depend on it, so that the copy can create it anew"
+                    .to_owned(),
+            ),
+            Self::RowCount { .. } => Some(
+                "nothing was kept of this table; a rule or a trigger that fires ALWAYS on the \
+                 replica may drop rows"
+                    .to_owned(),
+            ),
+            Self::SnapshotLost | Self::SourceChanged { .. } => {
+                Some("the copy starts again with a new snapshot; finished tables stay".to_owned())
+            }
+            Self::Superseded { .. } => {
+                Some("stop one of the two agents that run with this configuration".to_owned())
+            }
+            Self::Cancelled => None,
+        }
+    }
+}
+
+fn tool_hint(stderr: &str) -> Option<String> {
+    let hint = if stderr.contains("role \"") && stderr.contains("does not exist") {
+        "create the source's roles on the replica: pg_dumpall --roles-only | psql"
+    } else if stderr.contains("permission denied") || stderr.contains("must be owner") {
+        "the role lacks a right; `dr-agent check` lists every one it needs"
+    } else if stderr.contains("No space left on device") {
+        // The server speaks of its own files as ERROR.
+        match stderr.contains("ERROR:") {
+            true => "the server's disk is full; free space, the copy goes on by itself",
+            false => {
+                "the directory for temporary files (TMPDIR) of this machine is full; free space, the copy goes on by itself"
+            }
+        }
+    } else if stderr.contains("already exists") {
+        "an index, a constraint or another object of the replica has that name, perhaps of a table that was renamed there: give \
+         it another name, or rename the table back"
+    } else if stderr.contains("violates foreign key") {
+        "the source itself holds rows that break this constraint; repair them there"
+    } else if stderr.contains("could not create unique") {
+        "the source itself holds rows that are equal by this index (SELECT … GROUP BY … HAVING count(*) > 1), or they are equal \
+         only here, where text is ordered by another locale or version of it: compare both, and repair what is wrong"
+    } else {
+        return None;
+    };
+    Some(hint.to_owned())
+}
+
+fn server_hint(error: &PgError) -> Option<String> {
+    let hint = match error.sqlstate()? {
+        "22021" | "22P05" => {
+            "the source holds text that is not valid in its encoding (SQL_ASCII holds anything); \
+             repair it there"
+        }
+        "42P07" | "42710" | "42723" | "42P06" => {
+            "something of that name is there already, and it is not the agent's: rename it away, or let replica.url lead to \
+             another server; the copy goes into an empty database, or one that has all of the source's tables"
+        }
+        "42704" => {
+            "the replica lacks a role, type or other object the source has; create it there first"
+        }
+        "23503" | "23505" => {
+            "the source itself holds rows that break this constraint; repair them there"
+        }
+        "53200" if error.to_string().contains("shared memory") => {
+            "raise max_locks_per_transaction on that server, and restart it: every table is locked once"
+        }
+        "53200" => "that server has no memory left; it is tried again",
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed(stderr: &str) -> CopyError {
+        CopyError::ToolFailed {
+            program: "pg_restore",
+            doing: "restore indexes",
+            stderr: stderr.to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_tool_that_lost_its_server_is_retried_and_one_without_rights_is_not() {
+        let lost = failed("pg_restore: error: server closed the connection unexpectedly");
+        assert_eq!(lost.class(), Class::Transient);
+        let waited = failed(
+            "pg_dump: error: query failed: ERROR:  canceling statement due to statement timeout",
+        );
+        assert_eq!(waited.class(), Class::Transient);
+        for passing in [
+            "connection to server at \"h\" failed: FATAL: password authentication failed for user \"a\"",
+            "connection to server at \"h\" failed: FATAL:  no pg_hba.conf entry for host",
+            "connection to server at \"h\" failed: could not fork new process for connection",
+            "query failed: ERROR:  could not open file \"base/1\": Too many open files in system",
+        ] {
+            assert_eq!(failed(passing).class(), Class::Transient, "{passing}");
+        }
+        let absent = failed("connection to server failed: FATAL:  database \"a\" does not exist");
+        assert_eq!(absent.class(), Class::Definite);
+        assert!(failed("permission denied for schema x").hint().is_some());
+    }
+
+    #[test]
+    fn an_old_tool_names_the_version_that_is_needed() {
+        let error = CopyError::ToolTooOld {
+            program: "pg_dump",
+            needed: 16,
+            source_version: "16.4".to_owned(),
+            found: "15.18".to_owned(),
+            path: PathBuf::from("/usr/bin/pg_dump"),
+        };
+        assert_eq!(
+            error.to_string(),
+            "pg_dump 16 or newer needed: source is 16.4, found 15.18 at /usr/bin/pg_dump"
+        );
+        assert_eq!(
+            error.hint().as_deref(),
+            Some("install postgresql-client-16 or set copy.pg_bin")
+        );
+    }
+}

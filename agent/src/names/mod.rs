@@ -1,0 +1,7 @@
+//! ● What streams, histories and tables are called.
+
+pub mod history;
+pub mod stream;
+mod table;
+
+pub use table::TableName;

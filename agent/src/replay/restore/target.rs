@@ -1,0 +1,436 @@
+//! The database that is built: what it must be, and what it remembers of a restore that was killed.
+//!
+//! While a restore runs the database has schema `dr_agent`, as a replica has: the progress row makes every batch
+//! count once, and a restore that is started again goes on from it. At the end the schema goes.
+//!
+//! ```text
+//! empty ─begin─▶ half loaded ─loaded─▶ interrupted ─finish─▶ the users'
+//!                     └──── wiped, begun anew
+//! ```
+//!
+//! # Invariants
+//! - Nothing is written to a database that holds anything of unknown origin. Ours is what has our note in
+//!   `dr_agent.restore`, which was written when the database was empty.
+//! - What a killed restore left prepared is committed or rolled back before the progress row is read.
+//! - The progress row comes after all of the base backup, in the transaction that records its tables. Without it
+//!   there is nothing to go on from.
+//! - The source's event triggers, which are in the database by then, see nothing of this.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::SystemTime;
+
+use tokio_postgres::{Client, GenericClient};
+
+use super::RestoreError;
+use super::told::Kept;
+use crate::archive::base;
+use crate::names::TableName;
+use crate::names::history::History;
+use crate::names::stream::StreamName;
+use crate::pg::{self, ConnInfo, PgError, PgLsn, Session, leftover};
+use crate::schema::listed::{self, Copied, ListedAs};
+use crate::schema::prepared;
+use crate::setup::replica_schema;
+use crate::time::{Micros, pg_micros};
+
+/// What a restore keeps beside what a replica has.
+const SCHEMA_SQL: &str = include_str!("../../../sql/restore.sql");
+
+/// What a target is found to be.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// Nothing is in it.
+    Empty,
+    /// A restore was interrupted within its base backup.
+    HalfLoaded,
+    /// A restore was interrupted behind its base backup.
+    Interrupted(Position),
+}
+
+/// Tables, and what they were listed as where that is known.
+pub(super) type Tables = BTreeMap<TableName, Option<ListedAs>>;
+
+/// How far a target is.
+#[derive(Clone, Debug)]
+pub(super) struct Position {
+    /// Where its base backup stands.
+    pub(super) base: PgLsn,
+    /// The end of the last transaction in it.
+    pub(super) end_lsn: PgLsn,
+    /// When that committed on the source; none if nothing came after the base backup yet.
+    pub(super) commit_time: Option<Micros>,
+    /// Number of the last batch.
+    pub(super) batch: i64,
+    /// Whether all tables were asked for.
+    pub(super) whole: bool,
+    /// The tables of the base backup that were restored, by every name that the log may call them.
+    pub(super) tables: Tables,
+    /// What is to be told at the end.
+    pub(super) kept: Kept,
+}
+
+/// The term of a restore's progress row: there is nobody to fence.
+pub(super) const TERM: i64 = 1;
+
+/// Whose restore it is, and of what.
+#[derive(Clone, Copy)]
+pub(super) struct Owner<'a> {
+    /// Under which name it works.
+    pub(super) stream: &'a StreamName,
+    /// What the LSNs are of.
+    pub(super) history: History,
+}
+
+/// Opens a session on the target.
+///
+/// # Errors
+/// When it cannot be reached.
+pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Client, RestoreError> {
+    let session = Session::new(stream.application_name("restoring"))
+        .silent()
+        .set("client_min_messages", "warning");
+    pg::connect(conninfo, &session)
+        .await
+        .map_err(RestoreError::target("connect"))
+}
+
+fn sql(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> RestoreError {
+    move |error| RestoreError::target(doing)(error.into())
+}
+
+/// Takes the right to work on the target, for as long as the session lasts.
+///
+/// # Errors
+/// [`RestoreError::Busy`]
+pub(super) async fn lock(client: &Client) -> Result<(), RestoreError> {
+    const LOCK: &str = "SELECT pg_try_advisory_lock(hashtextextended('dr_agent:restore', 0))";
+    let locked: bool = client
+        .query_one(LOCK, &[])
+        .await
+        .map_err(sql("lock the target"))?
+        .get(0);
+    match locked {
+        true => Ok(()),
+        false => Err(RestoreError::Busy),
+    }
+}
+
+/// Looks what is there, and changes nothing; refuses what no restore of this owner has made.
+///
+/// # Errors
+/// [`RestoreError::NotEmpty`], [`RestoreError::OtherRestore`]
+pub(super) async fn look(
+    client: &(impl GenericClient + Sync),
+    owner: Owner<'_>,
+) -> Result<Found, RestoreError> {
+    let asking = sql("look at the target");
+    const IS_OURS: &str = "SELECT to_regclass('dr_agent.restore') IS NOT NULL";
+    let is_ours: bool = client
+        .query_one(IS_OURS, &[])
+        .await
+        .map_err(&asking)?
+        .get(0);
+    if !is_ours {
+        let objects = objects(client).await.map_err(&asking)?;
+        return match objects.is_empty() {
+            true => Ok(Found::Empty),
+            false => Err(RestoreError::NotEmpty { objects }),
+        };
+    }
+    let noted = client
+        .query("SELECT stream, history FROM dr_agent.restore", &[])
+        .await
+        .map_err(&asking)?;
+    let (stream, history) = (owner.stream.as_str(), owner.history.to_string());
+    for row in &noted {
+        let (other, of): (&str, &str) = (row.get(0), row.get(1));
+        if (other, of) != (stream, history.as_str()) {
+            return Err(RestoreError::OtherRestore {
+                stream: other.to_owned(),
+                history: of.to_owned(),
+            });
+        }
+    }
+    const POSITION: &str = "
+        SELECT p.end_lsn, p.batch, r.base_lsn, p.commit_time,
+               EXISTS (SELECT 1 FROM dr_agent.schema_sync y WHERE y.stream = p.stream), r.detail::text
+          FROM dr_agent.progress p JOIN dr_agent.restore r USING (stream) WHERE p.stream = $1";
+    let Some(row) = client
+        .query_opt(POSITION, &[&stream])
+        .await
+        .map_err(&asking)?
+    else {
+        return Ok(Found::HalfLoaded);
+    };
+    let tables = client
+        .query(
+            "SELECT table_schema, table_name, listed_as FROM dr_agent.table_sync WHERE stream = $1",
+            &[&stream],
+        )
+        .await
+        .map_err(&asking)?;
+    Ok(Found::Interrupted(Position {
+        end_lsn: row.get(0),
+        batch: row.get(1),
+        base: row.get(2),
+        commit_time: row.get::<_, Option<SystemTime>>(3).map(pg_micros),
+        whole: row.get(4),
+        // What a newer version has written is read as far as it is known.
+        kept: serde_json::from_str(row.get(5)).unwrap_or_default(),
+        tables: tables
+            .iter()
+            .map(|row| {
+                let table = TableName {
+                    schema: row.get(0),
+                    name: row.get(1),
+                };
+                (table, row.get::<_, Option<String>>(2).map(ListedAs::new))
+            })
+            .collect(),
+    }))
+}
+
+/// What a database holds that is not empty, extensions and schema `dr_agent` included.
+async fn objects(
+    client: &(impl GenericClient + Sync),
+) -> Result<Vec<String>, tokio_postgres::Error> {
+    const BESIDE: &str = "
+        SELECT 'extension ' || extname FROM pg_extension WHERE extname <> 'plpgsql'
+        UNION ALL SELECT 'schema dr_agent' FROM pg_namespace WHERE nspname = 'dr_agent'
+         ORDER BY 1";
+    let mut objects = base::found_in(client).await?;
+    let beside = client.query(BESIDE, &[]).await?;
+    objects.extend(beside.iter().map(|row| row.get::<_, String>(0)));
+    Ok(objects)
+}
+
+/// Settles what a killed restore left behind its base backup.
+///
+/// # Errors
+/// When the target refuses.
+pub(super) async fn settle(client: &Client, stream: &StreamName) -> Result<(), RestoreError> {
+    leftover::end_sessions(client, &stream.application_name("apply"))
+        .await
+        .map_err(RestoreError::target(
+            "end the sessions of an earlier restore",
+        ))?;
+    const BATCH: &str = "SELECT batch FROM dr_agent.progress WHERE stream = $1";
+    let batch = client
+        .query_opt(BATCH, &[&stream.as_str()])
+        .await
+        .map_err(|error| RestoreError::target("read the progress row")(error.into()))?;
+    if let Some(batch) = batch {
+        prepared::settle(client, stream, batch.get(0))
+            .await
+            .map_err(RestoreError::target("settle prepared transactions"))?;
+    }
+    Ok(())
+}
+
+/// Notes that a restore begins in an empty database, or anew in one that is half loaded, and creates schema `dr_agent` for the
+/// time of the restore.
+///
+/// # Errors
+/// When the role may not, or somebody has put something there meanwhile.
+pub(super) async fn begin(
+    client: &mut Client,
+    owner: Owner<'_>,
+    base: PgLsn,
+    found: &Found,
+) -> Result<(), RestoreError> {
+    let doing = sql("create schema dr_agent");
+    if matches!(found, Found::HalfLoaded) {
+        // A `pg_restore` outlives an agent that was killed.
+        leftover::end_sessions(client, &owner.stream.application_name("restore"))
+            .await
+            .map_err(RestoreError::target(
+                "end the sessions of an earlier restore",
+            ))?;
+        base::wipe(client).await.map_err(RestoreError::target(
+            "remove what an interrupted restore left",
+        ))?;
+    }
+    let transaction = client.transaction().await.map_err(&doing)?;
+    if matches!(found, Found::HalfLoaded) {
+        transaction
+            .batch_execute("DROP SCHEMA dr_agent CASCADE")
+            .await
+            .map_err(&doing)?;
+    }
+    look(&transaction, owner).await?;
+    for statements in [replica_schema(), SCHEMA_SQL.to_owned()] {
+        transaction
+            .batch_execute(&statements)
+            .await
+            .map_err(&doing)?;
+    }
+    transaction
+        .execute(
+            "INSERT INTO dr_agent.restore (stream, history, base_lsn) VALUES ($1, $2, $3)",
+            &[&owner.stream.as_str(), &owner.history.to_string(), &base],
+        )
+        .await
+        .map_err(&doing)?;
+    transaction.commit().await.map_err(&doing)
+}
+
+/// What was loaded.
+pub(super) struct Loaded {
+    /// Where the base backup stands.
+    pub(super) base: PgLsn,
+    /// Its tables that are there, by every name that the log may call them.
+    pub(super) tables: Tables,
+    /// Whether these are all.
+    pub(super) whole: bool,
+    /// What is to be told at the end.
+    pub(super) kept: Kept,
+}
+
+/// Records that the base backup is there.
+///
+/// # Errors
+/// When the target refuses.
+pub(super) async fn loaded(
+    client: &mut Client,
+    owner: Owner<'_>,
+    loaded: Loaded,
+) -> Result<Position, RestoreError> {
+    let doing = sql("record the base backup");
+    let stream = owner.stream.as_str();
+    let Loaded {
+        base,
+        tables,
+        whole,
+        kept,
+    } = loaded;
+    let (schemas, names): (Vec<&str>, Vec<&str>) = tables
+        .keys()
+        .map(|table| (table.schema.as_str(), table.name.as_str()))
+        .unzip();
+    let listed_as: Vec<Option<&str>> = tables
+        .values()
+        .map(|listed_as| listed_as.as_ref().map(ListedAs::as_str))
+        .collect();
+    let transaction = client.transaction().await.map_err(&doing)?;
+    transaction
+        .execute(
+            "INSERT INTO dr_agent.table_sync (stream, table_schema, table_name, state, snapshot_lsn, listed_as)
+             SELECT $1, t.s, t.n, 'ready', $5, t.l FROM unnest($2::text[], $3::text[], $4::text[]) AS t(s, n, l)",
+            &[&stream, &schemas, &names, &listed_as, &base],
+        )
+        .await
+        .map_err(&doing)?;
+    transaction
+        .execute(
+            "INSERT INTO dr_agent.progress (stream, term, batch, end_lsn, applied_at) VALUES ($1, $2, 0, $3, now())",
+            &[&stream, &TERM, &base],
+        )
+        .await
+        .map_err(&doing)?;
+    if whole {
+        transaction
+            .execute(
+                "INSERT INTO dr_agent.schema_sync (stream) VALUES ($1)",
+                &[&stream],
+            )
+            .await
+            .map_err(&doing)?;
+    }
+    keep(&transaction, owner, &kept).await?;
+    transaction.commit().await.map_err(&doing)?;
+    Ok(Position {
+        base,
+        end_lsn: base,
+        commit_time: None,
+        batch: 0,
+        whole,
+        tables,
+        kept,
+    })
+}
+
+/// Keeps what is to be told at the end.
+///
+/// # Errors
+/// When the target refuses.
+pub(super) async fn keep(
+    client: &(impl GenericClient + Sync),
+    owner: Owner<'_>,
+    kept: &Kept,
+) -> Result<(), RestoreError> {
+    let json = serde_json::to_string(kept).expect("it is plain data");
+    client
+        .execute(
+            "UPDATE dr_agent.restore SET detail = $2::text::jsonb WHERE stream = $1",
+            &[&owner.stream.as_str(), &json],
+        )
+        .await
+        .map_err(sql("record what is left out"))?;
+    Ok(())
+}
+
+/// The tables that were published at the base backup and not any more at the moment.
+///
+/// # Errors
+/// When the target refuses.
+pub(super) async fn unlisted(
+    client: &Client,
+    of: &StreamName,
+    position: &Position,
+) -> Result<Vec<TableName>, RestoreError> {
+    let listed = listed::noted(client, of).await;
+    let listed = listed.map_err(RestoreError::target("read what is listed"))?;
+    let were = position
+        .tables
+        .iter()
+        .filter(|(_, listed_as)| listed_as.is_some());
+    let gone = were.filter(|(table, _)| position.whole && !listed.contains_key(*table));
+    Ok(gone.map(|(table, _)| table.clone()).collect())
+}
+
+/// Removes what only the restore needed; returns what of the users' goes with it.
+///
+/// # Errors
+/// When the target refuses.
+pub(super) async fn finish(client: &Client) -> Result<Vec<String>, RestoreError> {
+    let doing = sql("remove schema dr_agent");
+    // A view's rule is what depends; what depends on the view goes as well.
+    const GOING: &str = "
+        WITH RECURSIVE going (classid, objid) AS (
+            SELECT 'pg_class'::regclass::oid, oid FROM pg_class WHERE relnamespace = 'dr_agent'::regnamespace
+            UNION ALL
+            SELECT 'pg_proc'::regclass::oid, oid FROM pg_proc WHERE pronamespace = 'dr_agent'::regnamespace
+            UNION
+            SELECT CASE WHEN r.oid IS NULL THEN d.classid ELSE 'pg_class'::regclass::oid END,
+                   coalesce(r.ev_class, d.objid)
+              FROM going JOIN pg_depend d ON d.refclassid = going.classid AND d.refobjid = going.objid
+              LEFT JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid)
+        SELECT DISTINCT o.type || ' ' || o.identity
+          FROM going CROSS JOIN LATERAL pg_identify_object(classid, objid, 0) AS o
+         WHERE o.type IN ('view', 'materialized view', 'table', 'foreign table', 'sequence', 'function', 'procedure',
+                          'aggregate', 'table constraint', 'domain constraint', 'default value', 'policy', 'trigger')
+           AND o.identity !~ '(^| )dr_agent\\.'
+         ORDER BY 1";
+    let going = client.query(GOING, &[]).await.map_err(&doing)?;
+    client
+        .batch_execute("DROP SCHEMA dr_agent CASCADE")
+        .await
+        .map_err(|error: tokio_postgres::Error| {
+            RestoreError::target("remove schema dr_agent")(PgError::from(error))
+        })?;
+    Ok(going.iter().map(|row| row.get(0)).collect())
+}
+
+/// The tables as the replica sink wants them: changes before the base backup are in it.
+pub(super) fn synced(position: &Position) -> HashMap<TableName, Copied> {
+    let snapshot_lsn = Some(position.base);
+    let tables = position.tables.clone().into_iter();
+    let copied = tables.map(|(table, listed_as)| {
+        let copied = Copied {
+            snapshot_lsn,
+            listed_as,
+        };
+        (table, copied)
+    });
+    copied.collect()
+}

@@ -1,0 +1,361 @@
+//! What a database has, by kind and name: on the source as told in-band, on the replica as it is.
+//!
+//! The source's monitor brings `dr_agent.coverage` up to date; it is published, so the rows stand in the stream where the
+//! source was so, and are on the replica when the source is gone.
+//!
+//! ```text
+//! source    catalogs ─▶ dr_agent.coverage (protected: what should be on both sides; not protected: what is not)
+//! replica   dr_agent.coverage, catalogs ─▶ [super::kept]
+//! ```
+//!
+//! # Invariants
+//! - Catalogs only, and no OID is resolved by a function that fails when it is gone.
+//! - A row is bounded: beyond [`NAMES_BYTES_MAX`] there is a number and no names.
+//!
+//! # What it does not do
+//! It compares names, not definitions: no privileges, attributes of roles, or what a function does.
+
+use tokio_postgres::Client;
+
+use super::Unprotected;
+use super::kept::Told;
+use crate::names::stream::StreamName;
+use crate::pg::PgError;
+
+/// Every kind of object whose names are compared. A table comes before what belongs to it.
+pub(super) const KINDS: [&str; 42] = [
+    "role",
+    "schema",
+    "extension",
+    EXTENSION_VERSION,
+    "language",
+    "type",
+    "function",
+    "operator",
+    "operator_family",
+    "operator_class",
+    "access_method",
+    "cast",
+    "transform",
+    "conversion",
+    "collation",
+    "text_search_parser",
+    "text_search_template",
+    "text_search_dictionary",
+    "text_search_configuration",
+    "foreign_data_wrapper",
+    "foreign_server",
+    "user_mapping",
+    "table",
+    "partitioned_table",
+    "foreign_table",
+    "view",
+    "materialized_view",
+    "sequence",
+    "column",
+    "default",
+    "inheritance",
+    "constraint",
+    "index",
+    "statistics",
+    "trigger",
+    "rule",
+    "policy",
+    "row_security",
+    "event_trigger",
+    "publication",
+    "default_privileges",
+    "comment",
+];
+
+/// Extensions with their versions: a newer one serves as well.
+pub(super) const EXTENSION_VERSION: &str = "extension_version";
+
+/// Names of one kind, all together.
+const NAMES_BYTES_MAX: usize = 100_000;
+
+/// What the queries below begin with: schemas, extensions' own objects and relations.
+const OWN: &str = "
+    WITH own AS (
+        SELECT oid, nspname::text AS schema FROM pg_catalog.pg_namespace
+         WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'dr_agent')),
+    extension AS (
+        SELECT classid, objid FROM pg_catalog.pg_depend
+         WHERE deptype = 'e' AND refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass),
+    relation AS (
+        SELECT c.oid, c.relkind, c.relrowsecurity, own.schema || '.' || c.relname AS name
+          FROM pg_catalog.pg_class c JOIN own ON own.oid = c.relnamespace
+         WHERE c.relpersistence <> 't'
+           AND NOT EXISTS (SELECT FROM extension e
+                            WHERE (e.classid, e.objid) = ('pg_catalog.pg_class'::pg_catalog.regclass, c.oid))),
+    function AS (
+        SELECT p.oid, own.schema || '.' || p.proname || '(' || pg_catalog.oidvectortypes(p.proargtypes) || ')' AS name
+          FROM pg_catalog.pg_proc p JOIN own ON own.oid = p.pronamespace
+         WHERE NOT EXISTS (SELECT FROM extension e
+                            WHERE (e.classid, e.objid) = ('pg_catalog.pg_proc'::pg_catalog.regclass, p.oid))
+           -- A range type brings its constructors along, one more of them in later versions.
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
+                            WHERE (d.classid, d.objid, d.deptype) = ('pg_catalog.pg_proc'::pg_catalog.regclass, p.oid, 'i'))),
+    type AS (
+        SELECT t.oid, own.schema || '.' || t.typname AS name
+          FROM pg_catalog.pg_type t JOIN own ON own.oid = t.typnamespace
+         WHERE (t.typtype IN ('e', 'd', 'r') OR t.typtype = 'b' AND t.typarray <> 0
+                OR t.typtype = 'c' AND EXISTS (SELECT FROM relation r WHERE r.oid = t.typrelid AND r.relkind = 'c'))
+           AND NOT EXISTS (SELECT FROM extension e
+                            WHERE (e.classid, e.objid) = ('pg_catalog.pg_type'::pg_catalog.regclass, t.oid)))";
+
+/// `kind, name` of relations and of what belongs to them, which is named after them.
+const OF_RELATIONS: &str = "
+    SELECT CASE relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned_table' WHEN 'f' THEN 'foreign_table'
+                        WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized_view' ELSE 'sequence' END, name
+      FROM relation WHERE relkind IN ('r', 'p', 'f', 'v', 'm', 'S')
+    UNION ALL
+    SELECT 'column', r.name || '.' || a.attname FROM relation r
+      JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid
+     WHERE r.relkind IN ('r', 'p', 'f') AND a.attnum > 0 AND NOT a.attisdropped
+    UNION ALL
+    SELECT 'default', r.name || '.' || a.attname FROM relation r
+      JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid
+     WHERE a.attnum > 0 AND NOT a.attisdropped AND (a.atthasdef OR a.attidentity <> '')
+    UNION ALL
+    SELECT 'inheritance', r.name || ' of ' || of.name FROM relation r
+      JOIN pg_catalog.pg_inherits i ON i.inhrelid = r.oid JOIN relation of ON of.oid = i.inhparent
+     WHERE r.relkind IN ('r', 'p', 'f')
+    UNION ALL
+    -- Not those that a partition has of its parent: how many there are depends on the version.
+    SELECT 'constraint', r.name || '.' || c.conname FROM relation r
+      JOIN pg_catalog.pg_constraint c ON c.conrelid = r.oid
+     WHERE c.contype IN ('c', 'f', 'p', 'u', 'x') AND c.conparentid = 0
+    UNION ALL
+    SELECT 'constraint', t.name || '.' || c.conname FROM type t
+      JOIN pg_catalog.pg_constraint c ON c.contypid = t.oid WHERE c.contype = 'c'
+    UNION ALL
+    SELECT 'index', r.name || '.' || i.relname FROM relation r
+      JOIN pg_catalog.pg_index x ON x.indrelid = r.oid
+      JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
+    UNION ALL
+    SELECT 'statistics', r.name || '.' || s.stxname FROM relation r
+      JOIN pg_catalog.pg_statistic_ext s ON s.stxrelid = r.oid
+    UNION ALL
+    SELECT 'trigger', r.name || '.' || t.tgname FROM relation r
+      JOIN pg_catalog.pg_trigger t ON t.tgrelid = r.oid WHERE NOT t.tgisinternal AND t.tgparentid = 0
+    UNION ALL
+    SELECT 'rule', r.name || '.' || w.rulename FROM relation r
+      JOIN pg_catalog.pg_rewrite w ON w.ev_class = r.oid WHERE w.rulename <> '_RETURN'
+    UNION ALL
+    SELECT 'policy', r.name || '.' || p.polname FROM relation r
+      JOIN pg_catalog.pg_policy p ON p.polrelid = r.oid
+    UNION ALL
+    SELECT 'row_security', r.name FROM relation r WHERE r.relrowsecurity
+    UNION ALL
+    SELECT 'comment', r.name || coalesce('.' || a.attname, '') FROM relation r
+      JOIN pg_catalog.pg_description d ON (d.classoid, d.objoid) = ('pg_catalog.pg_class'::pg_catalog.regclass, r.oid)
+      LEFT JOIN pg_catalog.pg_attribute a ON (a.attrelid, a.attnum) = (d.objoid, d.objsubid) AND d.objsubid <> 0
+     WHERE r.relkind IN ('r', 'p', 'f', 'v', 'm', 'S')";
+
+/// `kind, name` of what belongs to no relation.
+const OF_DATABASE: &str = "
+    SELECT 'function', name FROM function
+    UNION ALL
+    SELECT 'type', name FROM type
+    UNION ALL
+    SELECT 'schema', own.schema FROM own
+     WHERE NOT EXISTS (SELECT FROM extension e
+                        WHERE (e.classid, e.objid) = ('pg_catalog.pg_namespace'::pg_catalog.regclass, own.oid))
+    UNION ALL
+    SELECT 'extension', extname FROM pg_catalog.pg_extension
+    UNION ALL
+    SELECT 'extension_version', extname || ' ' || extversion FROM pg_catalog.pg_extension
+    UNION ALL
+    SELECT 'comment', 'function ' || f.name FROM function f
+      JOIN pg_catalog.pg_description d ON (d.classoid, d.objoid) = ('pg_catalog.pg_proc'::pg_catalog.regclass, f.oid)
+    UNION ALL
+    SELECT 'comment', 'type ' || t.name FROM type t
+      JOIN pg_catalog.pg_description d ON (d.classoid, d.objoid) = ('pg_catalog.pg_type'::pg_catalog.regclass, t.oid)
+    UNION ALL
+    SELECT 'user_mapping', srvname || ' for ' || coalesce(usename, 'public') FROM pg_catalog.pg_user_mappings
+    UNION ALL
+    SELECT 'default_privileges', pg_catalog.pg_get_userbyid(defaclrole) || coalesce(' in ' || n.nspname, '')
+           || CASE defaclobjtype WHEN 'r' THEN ' on tables' WHEN 'S' THEN ' on sequences' WHEN 'f' THEN ' on functions'
+                                 WHEN 'T' THEN ' on types' WHEN 'n' THEN ' on schemas' ELSE ' on ' || defaclobjtype::text END
+      FROM pg_catalog.pg_default_acl d LEFT JOIN pg_catalog.pg_namespace n ON n.oid = d.defaclnamespace";
+
+/// The catalogs whose rows have a name in a schema: kind, catalog, prefix of its columns, what stands behind the name.
+const IN_SCHEMAS: [(&str, &str, &str, &str); 9] = [
+    ("collation", "pg_collation", "coll", "''"),
+    ("conversion", "pg_conversion", "con", "''"),
+    ("text_search_parser", "pg_ts_parser", "prs", "''"),
+    ("text_search_template", "pg_ts_template", "tmpl", "''"),
+    ("text_search_dictionary", "pg_ts_dict", "dict", "''"),
+    ("text_search_configuration", "pg_ts_config", "cfg", "''"),
+    ("operator_class", "pg_opclass", "opc", AM_OF_CLASS),
+    ("operator_family", "pg_opfamily", "opf", AM_OF_FAMILY),
+    ("operator", "pg_operator", "opr", OPERANDS),
+];
+const AM_OF_CLASS: &str =
+    "coalesce((SELECT ' using ' || amname FROM pg_catalog.pg_am a WHERE a.oid = x.opcmethod), '')";
+const AM_OF_FAMILY: &str =
+    "coalesce((SELECT ' using ' || amname FROM pg_catalog.pg_am a WHERE a.oid = x.opfmethod), '')";
+const OPERANDS: &str =
+    "'(' || CASE x.oprleft WHEN 0 THEN 'none' ELSE pg_catalog.format_type(x.oprleft, NULL) END
+                                || ', ' || pg_catalog.format_type(x.oprright, NULL) || ')'";
+
+/// The catalogs whose rows have a name of the whole database, or none: kind, catalog, name. Those of PostgreSQL itself have low OIDs.
+const OUTSIDE_SCHEMAS: [(&str, &str, &str); 7] = [
+    ("language", "pg_language", "x.lanname"),
+    ("access_method", "pg_am", "x.amname"),
+    (
+        "foreign_data_wrapper",
+        "pg_foreign_data_wrapper",
+        "x.fdwname",
+    ),
+    ("foreign_server", "pg_foreign_server", "x.srvname"),
+    ("event_trigger", "pg_event_trigger", "x.evtname"),
+    (
+        "cast",
+        "pg_cast",
+        "pg_catalog.format_type(x.castsource, NULL) || ' as ' || pg_catalog.format_type(x.casttarget, NULL)",
+    ),
+    (
+        "transform",
+        "pg_transform",
+        "pg_catalog.format_type(x.trftype, NULL) || ' for ' || (SELECT lanname FROM pg_catalog.pg_language l WHERE l.oid = x.trflang)",
+    ),
+];
+
+/// Of the source: the roles that the database depends on, with their members and groups, but for the agent's own and the one that
+/// every server has; and publications, but for this stream's.
+const OF_SOURCE: &str = "
+    SELECT 'role', r.rolname::text FROM pg_catalog.pg_roles r
+     WHERE r.rolname !~ '^(pg|rds)_' AND r.rolname <> current_user AND r.oid <> 10 AND r.oid IN (
+        WITH RECURSIVE here AS (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()),
+        needed (oid) AS (
+            SELECT d.refobjid FROM pg_catalog.pg_shdepend d, here
+             WHERE d.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass
+               AND (d.dbid = here.oid OR d.classid = 'pg_catalog.pg_database'::pg_catalog.regclass AND d.objid = here.oid)
+            UNION SELECT CASE WHEN m.member = n.oid THEN m.roleid ELSE m.member END
+                    FROM needed n JOIN pg_catalog.pg_auth_members m ON n.oid IN (m.member, m.roleid)
+                   WHERE m.roleid >= 16384 AND m.member <> current_user::pg_catalog.regrole)
+        SELECT oid FROM needed)
+    UNION ALL
+    SELECT 'publication', pubname FROM pg_catalog.pg_publication WHERE pubname <> $2";
+
+/// The same, of the replica: all there are.
+const OF_REPLICA: &str = "
+    SELECT 'role', rolname::text FROM pg_catalog.pg_roles
+    UNION ALL
+    SELECT 'publication', pubname FROM pg_catalog.pg_publication";
+
+/// `kind, name` of everything that is the users' own.
+fn objects(of_side: &str) -> String {
+    let in_schemas = IN_SCHEMAS.iter().map(|(kind, catalog, prefix, behind)| {
+        format!(
+            "SELECT '{kind}', own.schema || '.' || x.{prefix}name || {behind}
+               FROM pg_catalog.{catalog} x JOIN own ON own.oid = x.{prefix}namespace
+              WHERE NOT EXISTS (SELECT FROM extension e
+                                 WHERE (e.classid, e.objid) = ('pg_catalog.{catalog}'::pg_catalog.regclass, x.oid))"
+        )
+    });
+    let outside = OUTSIDE_SCHEMAS.iter().map(|(kind, catalog, name)| {
+        format!(
+            "SELECT '{kind}', {name} FROM pg_catalog.{catalog} x
+              WHERE x.oid >= 16384
+                AND NOT EXISTS (SELECT FROM extension e
+                                 WHERE (e.classid, e.objid) = ('pg_catalog.{catalog}'::pg_catalog.regclass, x.oid))"
+        )
+    });
+    let parts: Vec<String> = [OF_RELATIONS, OF_DATABASE, of_side]
+        .into_iter()
+        .map(str::to_owned)
+        .chain(in_schemas)
+        .chain(outside)
+        .collect();
+    format!("{OWN}\n{}", parts.join("\nUNION ALL\n"))
+}
+
+/// A JSON list of names, or nothing where they are too long together.
+fn by_kind(of_side: &str) -> String {
+    format!(
+        "SELECT k.kind, count(o.name)::bigint,
+                CASE WHEN coalesce(sum(length(o.name)), 0) <= {NAMES_BYTES_MAX}
+                     THEN coalesce(json_agg(o.name ORDER BY o.name COLLATE \"C\") FILTER (WHERE o.name IS NOT NULL), '[]')::text
+                     ELSE '' END
+           FROM unnest($1::text[]) AS k (kind) LEFT JOIN ({}) AS o (kind, name) USING (kind)
+          GROUP BY k.kind",
+        objects(of_side)
+    )
+}
+
+/// Brings the source's rows of `dr_agent.coverage` up to date; what is as it was is not written.
+pub async fn tell(
+    client: &Client,
+    stream: &StreamName,
+    unprotected: &[Unprotected],
+) -> Result<(), PgError> {
+    const CHANGED: &str = "
+        ON CONFLICT (stream, kind, protected) DO UPDATE SET objects = EXCLUDED.objects, names = EXCLUDED.names
+         WHERE (c.objects, c.names) IS DISTINCT FROM (EXCLUDED.objects, EXCLUDED.names)";
+    let has = format!(
+        "INSERT INTO dr_agent.coverage AS c (stream, kind, protected, objects, names)
+         SELECT $2, b.kind, true, b.objects, b.names FROM ({}) AS b (kind, objects, names) {CHANGED}",
+        by_kind(OF_SOURCE)
+    );
+    client
+        .execute(&has, &[&KINDS.as_slice(), &stream.as_str()])
+        .await?;
+    let kinds: Vec<&str> = unprotected.iter().map(|one| one.kind).collect();
+    let counts: Vec<i64> = unprotected
+        .iter()
+        .map(|one| i64::try_from(one.count).unwrap_or(i64::MAX))
+        .collect();
+    let names: Vec<String> = unprotected
+        .iter()
+        .map(|one| serde_json::Value::from(one.examples.clone()).to_string())
+        .collect();
+    let lacks = format!(
+        "INSERT INTO dr_agent.coverage AS c (stream, kind, protected, objects, names)
+         SELECT $1, u.kind, false, u.objects, u.names
+           FROM unnest($2::text[], $3::bigint[], $4::text[]) AS u (kind, objects, names) {CHANGED}"
+    );
+    client
+        .execute(&lacks, &[&stream.as_str(), &kinds, &counts, &names])
+        .await?;
+    Ok(())
+}
+
+/// What the source told last, as far as it has arrived; nothing of an agent that did not tell.
+pub(super) async fn told(client: &Client, stream: &StreamName) -> Result<Vec<Told>, PgError> {
+    let there = client
+        .query_one(
+            "SELECT pg_catalog.to_regclass('dr_agent.coverage') IS NOT NULL",
+            &[],
+        )
+        .await?;
+    if !there.get::<_, bool>(0) {
+        return Ok(Vec::new());
+    }
+    let rows = client
+        .query(
+            "SELECT kind, objects, names, protected FROM dr_agent.coverage WHERE stream = $1",
+            &[&stream.as_str()],
+        )
+        .await?;
+    Ok(rows.iter().map(|row| told_by(row, row.get(3))).collect())
+}
+
+/// What the database has that this client is connected to.
+pub(super) async fn here(client: &Client) -> Result<Vec<Told>, PgError> {
+    let rows = client
+        .query(&by_kind(OF_REPLICA), &[&KINDS.as_slice()])
+        .await?;
+    Ok(rows.iter().map(|row| told_by(row, true)).collect())
+}
+
+fn told_by(row: &tokio_postgres::Row, protected: bool) -> Told {
+    Told {
+        kind: row.get(0),
+        protected,
+        objects: row.get::<_, i64>(1).unsigned_abs(),
+        names: serde_json::from_str(row.get(2)).ok(),
+    }
+}
