@@ -157,7 +157,11 @@ async fn a_required_archive_lacks_nothing_although_the_spool_is_lost_with_what_i
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_refuses_for_good_does_not_end_the_log() {
     let site = Site::shared().await;
-    let (database, archive, agent, running) = protected(&site, "refused").await;
+    let (database, archive, mut agent, running) = protected(&site, "refused").await;
+    running.stop().await;
+    agent.configure("replica.set_aside", "\"never\"");
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
     let (source, replica) = (database.source().await, database.writable_replica().await);
     replica.run("ALTER TABLE bag RENAME TO mislaid").await;
     let moments = work(&source, 6, 0).await;

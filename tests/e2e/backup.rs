@@ -470,7 +470,7 @@ async fn a_backup_for_the_tests_that_kill_it() {
 
 fn start_backup(url: &str, archive: &Archive, failpoint: &str) -> Child {
     Command::new(std::env::current_exe().unwrap())
-        .args(["base::a_backup_for_the_tests_that_kill_it", "--exact"])
+        .args(["backup::a_backup_for_the_tests_that_kill_it", "--exact"])
         .env(CHILD, format!("{url}\n{}", archive.directory.display()))
         .env("DR_AGENT_FAILPOINT", failpoint)
         .stdin(Stdio::null())

@@ -188,6 +188,7 @@ async fn neither_passwords_nor_row_values_are_ever_logged() {
             &format!("\"{}\"", file.display()),
         );
     }
+    agent.configure("replica.set_aside", "\"never\"");
     let running = agent.start_with(&[("RUST_LOG", "trace")]);
     running.wait_for_streaming(&database.name).await;
     source

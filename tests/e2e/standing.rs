@@ -53,7 +53,8 @@ async fn a_database_that_stopped_looks_worse_every_second_until_it_is_mended() {
     let config = good
         .config()
         .databases(&[&good.name, &bad.name])
-        .set_text("objectives.rpo", "1h");
+        .set_text("objectives.rpo", "1h")
+        .set_text("replica.set_aside", "never");
     let stream = config.stream(&bad.name);
     let agent = Agent::new(config);
     let mut running = agent.start();

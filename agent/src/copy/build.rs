@@ -24,7 +24,9 @@ use super::error::CopyError;
 use super::lanes::{Hold, Holds, Lanes, Work};
 use super::script::{self, Object};
 use super::session::ReplicaSide;
+use crate::error::chain;
 use crate::names::TableName;
+use crate::pg::PgError;
 use crate::pg::quote::identifier;
 
 /// A table that is there.
@@ -56,6 +58,31 @@ pub(super) async fn run(
         Work { holds, bytes, what }
     });
     send_all(&clients, Lanes::new(lanes, work.collect())).await
+}
+
+/// Runs the script on one session; what is refused is left out.
+pub(super) async fn run_what_can_be(
+    script: &str,
+    replica: &ReplicaSide<'_>,
+) -> Result<(), CopyError> {
+    let (preamble, objects) = script::objects(script);
+    if objects.is_empty() {
+        return Ok(());
+    }
+    let client = open(replica, &preamble).await?;
+    let sent = objects.iter().map(|object| async {
+        let done = client.batch_execute(&object.sql).await;
+        (&object.what, done)
+    });
+    for (what, done) in future::join_all(sent).await {
+        match done {
+            Err(error) if error.as_db_error().is_some() => {
+                tracing::debug!(what, error = %chain(&PgError::from(error)), "left out");
+            }
+            done => done.map_err(CopyError::replica("write what can be written"))?,
+        }
+    }
+    Ok(())
 }
 
 /// Which objects come first. Attaching an index, and a foreign key or a trigger of a partitioned table, lock it with all of its

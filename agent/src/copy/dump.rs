@@ -363,10 +363,9 @@ impl Dump {
         left_out: &LeftOut,
         replica: &ReplicaSide<'_>,
     ) -> Result<(), CopyError> {
-        let comments = LeftOut::all_but_kinds(&[COMMENT]);
-        let doing = "write comments";
-        let what = [left_out, &comments];
-        self.restore_what_can_be(name, &what, POST_DATA, doing, replica)
-            .await
+        let version_num = replica.version_num();
+        let comments = left_out.only(&[COMMENT]);
+        let script = self.script(name, &comments, POST_DATA, version_num).await?;
+        build::run_what_can_be(&script, replica).await
     }
 }

@@ -148,7 +148,8 @@ impl SessionError {
     /// The table that has to be copied before anything goes on.
     pub(super) fn uncopied(&self) -> Option<&TableName> {
         match self {
-            Self::NotCopied { table } | Self::Setup(SetupError::CopiedTogether(table)) => {
+            Self::NotCopied { table }
+            | Self::Setup(SetupError::CopiedTogether(table) | SetupError::ListedAnew(table)) => {
                 Some(table)
             }
             Self::Sink(error) => error.uncopied(),

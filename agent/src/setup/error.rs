@@ -243,6 +243,9 @@ pub enum SetupError {
         "a partition beside {0} came late, and the rows of both cannot be told from one another: both are copied again"
     )]
     CopiedTogether(TableName),
+    /// A table that is replicated is another one on the source, or was not published for a while. The next start leaves it out.
+    #[error("table {0} is not the one on the source that was copied: it is copied again")]
+    ListedAnew(TableName),
 }
 
 impl SetupError {
@@ -278,6 +281,7 @@ impl Classify for SetupError {
             | Self::RightLost { .. }
             | Self::Stopped
             | Self::CopiedTogether(_)
+            | Self::ListedAnew(_)
             | Self::ListIsNew { .. }
             | Self::NotSent { .. }
             | Self::NothingToCopyFrom { .. }
@@ -304,7 +308,7 @@ impl Classify for SetupError {
             Self::Mismatch { source, .. } => return source.hint(),
             Self::Copy { source, .. } => return source.hint(),
             Self::Base { source, .. } => return source.hint(),
-            Self::Stopped | Self::CopiedTogether(_) => return None,
+            Self::Stopped | Self::CopiedTogether(_) | Self::ListedAnew(_) => return None,
             Self::ListIsNew { .. } => "`dr-agent run` sees to it when it starts, once the transactions that ran then have ended; \
                 restart it if it does not; it is retried"
                 .to_owned(),

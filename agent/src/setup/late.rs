@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::aside::Aside;
 use super::error::{SetupError, Side};
 use super::source_side::SourceSide;
-use super::{replica, slot, table_sync};
+use super::{Published, replica, slot, table_sync};
 use crate::catalog::Table;
 use crate::catalog::routing;
 use crate::config::Config;
@@ -90,6 +90,23 @@ pub(super) fn missing(
             .filter(|table| !is_ready(&table.name))
             .collect()),
     }
+}
+
+/// The copied tables of which the source says that they are not those any more.
+pub(super) fn listed_anew<'p>(
+    published: &'p Published,
+    rows: &[table_sync::Row],
+) -> impl Iterator<Item = &'p TableName> {
+    let is_anew = |table: &&Table| {
+        let row = rows.iter().find(|row| row.ready && row.table == table.name);
+        row.is_some_and(|row| {
+            let was = row.copied.listed_as.as_ref();
+            let is = published.listed.get(&table.name);
+            !row.copied.is_of(table.oid) || was.zip(is).is_some_and(|(was, is)| was != is)
+        })
+    };
+    let anew = published.tables.iter().filter(is_anew);
+    anew.map(|table| &table.name)
 }
 
 async fn open(config: &Config, database: &str, stream: &StreamName) -> Result<Client, SetupError> {

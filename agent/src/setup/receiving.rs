@@ -32,7 +32,6 @@ use super::target::HalfLoaded;
 use super::{
     Aside, Found, Prepared, Setup, late, lock, recover, resume, schema, sending, table_sync,
 };
-use crate::catalog::Table;
 use crate::config::{Config, SetAside};
 use crate::copy::CopyObserver;
 use crate::error::chain;
@@ -137,6 +136,9 @@ pub async fn look_receiving(
     let source = config.source.conninfo.with_dbname(database);
     let why = match within_reach(super::published(&source, &stream)).await {
         Ok(Some(published)) if published.history == history => {
+            if let Some(table) = late::listed_anew(&published, &rows).next() {
+                return Err(SetupError::ListedAnew(table.clone()));
+            }
             let tables = late::missing(published.tables, &published.tops, is_ready)?;
             return Ok(Found {
                 tables,
@@ -359,7 +361,7 @@ impl<'a> Receiving<'a> {
             return Ok(());
         };
         let mut tables = BTreeSet::from([table.clone()]);
-        tables.extend(self.listed_anew(rows).await);
+        tables.extend(self.listed_anew(rows).await?);
         for table in &tables {
             late::leave_out(client, &self.stream, table, REASON).await?;
         }
@@ -368,22 +370,15 @@ impl<'a> Receiving<'a> {
 
     /// The tables of which the source says, where it can be asked, that they are not those that were copied: they may have taken
     /// the names of one another.
-    async fn listed_anew(&self, rows: &[table_sync::Row]) -> Vec<TableName> {
+    async fn listed_anew(&self, rows: &[table_sync::Row]) -> Result<Vec<TableName>, SetupError> {
         let source = self.config.source.conninfo.with_dbname(self.database);
-        let asking = within_reach(super::published(&source, &self.stream)).await;
-        let Ok(Some(published)) = asking else {
-            return Vec::new();
+        let published = match within_reach(super::published(&source, &self.stream)).await {
+            Ok(Some(published)) => published,
+            Ok(None) => return Ok(Vec::new()),
+            Err(error) if error.is_out_of_reach(Side::Source) => return Ok(Vec::new()),
+            Err(error) => return Err(error),
         };
-        let is_anew = |table: &&Table| {
-            let row = rows.iter().find(|row| row.ready && row.table == table.name);
-            row.is_some_and(|row| {
-                let was = row.copied.listed_as.as_ref();
-                let is = published.listed.get(&table.name);
-                !row.copied.is_of(table.oid) || was.zip(is).is_some_and(|(was, is)| was != is)
-            })
-        };
-        let anew = published.tables.iter().filter(is_anew);
-        anew.map(|table| table.name.clone()).collect()
+        Ok(late::listed_anew(&published, rows).cloned().collect())
     }
 
     /// The replica's database, locked, if it is there. What is known may be of the time before the lock.

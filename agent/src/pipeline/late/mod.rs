@@ -113,7 +113,10 @@ impl Late {
             if let Err(error) = self.look(&mut seen).await {
                 let is_over = matches!(
                     error,
-                    SessionError::LateJoin(_) | SessionError::Setup(SetupError::CopiedTogether(_))
+                    SessionError::LateJoin(_)
+                        | SessionError::Setup(
+                            SetupError::CopiedTogether(_) | SetupError::ListedAnew(_)
+                        )
                 );
                 if error.class() == Class::Fenced || is_over {
                     return Some(error);
