@@ -19,7 +19,7 @@ use dr_agent::names::history::History;
 use dr_agent::names::stream::StreamName;
 use dr_agent::observe::metrics::ArchiveMetrics;
 use dr_agent::pg::ConnInfo;
-use dr_agent::schema::listed::Listed;
+use dr_agent::schema::listing::Listed;
 use dr_agent_tests::backup::Backup;
 use dr_agent_tests::binaries::Binaries;
 use dr_agent_tests::client::Client;

@@ -79,7 +79,7 @@ async fn a_table_that_is_another_one_is_copied_again() {
 
     // It goes by what is in the stream, too: the agent sees only later that the list is another one.
     list_anew(&database, "t", CHANGE).await;
-    let note = dr_agent::schema::listed::note(&database.stream());
+    let note = dr_agent::schema::listing::note(&database.stream());
     database.source().await.run(&note).await;
     copied_again(&running, &database).await;
     running.stop().await;

@@ -14,7 +14,7 @@ use std::time::Duration;
 use futures_util::{StreamExt as _, stream};
 
 use super::finding::{Finding, Place, Severity, Side, counted, some_of};
-use super::reach::Reach;
+use super::reachability::Reach;
 use crate::cloud::kinesis::{Kinesis, KinesisError, Refusal, StreamSummary};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};

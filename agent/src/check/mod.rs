@@ -29,7 +29,7 @@ mod kinesis;
 mod open;
 mod pair;
 mod publication;
-mod reach;
+mod reachability;
 mod replica;
 mod server;
 mod service_user;
@@ -44,7 +44,7 @@ use crate::config::{Config, Databases, Route};
 use crate::error::{Class, Classify as _, chain};
 use crate::pg::PgError;
 use crate::setup;
-use reach::Reach;
+use reachability::Reach;
 
 pub use finding::{Finding, Place, Report, Severity, Side};
 pub use text::{Style, render};
@@ -58,7 +58,7 @@ pub async fn check(config: &Config) -> Report {
     let source = Box::pin(source::server(config, &mut findings)).await;
     let replica = Box::pin(replica::server(config, &mut findings)).await;
     let reach = Reach::of(&findings);
-    reach::excuse(config, reach, &mut findings);
+    reachability::excuse(config, reach, &mut findings);
     let version = source.as_ref().map(|source| source.server.version_num);
     findings.extend(
         host::look(
@@ -68,7 +68,7 @@ pub async fn check(config: &Config) -> Report {
         )
         .await,
     );
-    reach::excuse_tools(config, reach, &mut findings);
+    reachability::excuse_tools(config, reach, &mut findings);
     if let (Some(source), Some(replica)) = (&source, &replica) {
         findings.extend(pair::servers(config, source, replica));
     }
@@ -104,7 +104,7 @@ pub async fn check(config: &Config) -> Report {
                 (_, Some(there)) => there.kept.progress.is_none(),
                 (None, None) => false,
             };
-            findings.extend(to_come.then(|| reach::first_copy(config, &name)));
+            findings.extend(to_come.then(|| reachability::first_copy(config, &name)));
         }
         let here = match &source {
             Some(source) => Box::pin(source::database(config, source, &name, &mut findings)).await,

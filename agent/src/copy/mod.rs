@@ -35,12 +35,12 @@ pub mod locale;
 mod owners;
 pub(crate) mod plan;
 mod progress;
-pub(crate) mod quiet;
 mod refused;
 pub(crate) mod roles;
 mod schema;
 mod script;
 pub(crate) mod session;
+pub(crate) mod silence_triggers;
 pub(crate) mod table;
 mod table_sync;
 pub(crate) mod toc;
@@ -60,7 +60,7 @@ use crate::config::CopySettings;
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::schema::listed::Listed;
+use crate::schema::listing::Listed;
 use layout::Layout;
 use plan::Part;
 use session::{ReplicaSide, SourceSide};
@@ -166,7 +166,7 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
     let held = ledger.begin(&replica, &names, job).await?;
     let schema = schema::Schema::new(job, &sessions, &source, observer).await?;
     // An earlier copy may have been killed between creating and quieting them.
-    quiet::quiet(&replica, observer).await?;
+    silence_triggers::quiet(&replica, observer).await?;
     schema.restore_pre_data(&source, &replica).await?;
 
     observer.phase(CopyPhase::Data);
@@ -186,7 +186,7 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
     schema
         .restore_post_data(&source, &replica, &replicated, one_snapshot)
         .await?;
-    quiet::quiet(&replica, observer).await?;
+    silence_triggers::quiet(&replica, observer).await?;
     let only = (!job.whole_schema).then_some(names.as_slice());
     for some in finish::sequences(&source, only).await? {
         finish::set_sequences(&replica, &some).await?;

@@ -21,7 +21,7 @@ use super::layout::name_arrays;
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::PgLsn;
-use crate::schema::listed::ListedAs;
+use crate::schema::listing::ListedAs;
 
 /// The ledger of one stream, for one copy.
 #[derive(Clone, Copy)]

@@ -29,8 +29,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::apart::{self, ApartError};
 use super::error::SessionError;
+use super::log_reader::{self, LogReaderError};
 use crate::archive::base::{BackupError, Bases};
 use crate::archive::log::{
     self, ArchiveError, Chain, Layout, Log, LogHandle, LogSettings, Origin, Span, SpoolError,
@@ -289,7 +289,7 @@ enum KeepError {
     #[error("open the spool")]
     Spool(#[from] SpoolError),
     #[error(transparent)]
-    Apart(#[from] ApartError),
+    LogReader(#[from] LogReaderError),
     #[error(
         "another agent reads the slot, and what is missing in this one's change log may be in its spool"
     )]
@@ -301,7 +301,7 @@ impl KeepError {
         match self {
             Self::Look(error) => error.class(),
             Self::Spool(error) => error.class(),
-            Self::Apart(error) => error.class(),
+            Self::LogReader(error) => error.class(),
             Self::Elsewhere => Class::Transient,
         }
     }
@@ -310,7 +310,7 @@ impl KeepError {
         match self {
             Self::Look(error) => error.hint(),
             Self::Spool(error) => error.hint(),
-            Self::Apart(error) => error.hint(),
+            Self::LogReader(error) => error.hint(),
             Self::Elsewhere => None,
         }
     }
@@ -319,10 +319,10 @@ impl KeepError {
     fn is_said_elsewhere(&self) -> bool {
         match self {
             Self::Look(SetupError::NotSent { .. })
-            | Self::Apart(ApartError::Ended)
+            | Self::LogReader(LogReaderError::Ended)
             | Self::Elsewhere => true,
             Self::Look(error) => error.class() == Class::Transient,
-            Self::Spool(_) | Self::Apart(_) => false,
+            Self::Spool(_) | Self::LogReader(_) => false,
         }
     }
 }
@@ -477,7 +477,7 @@ impl Keeping {
         });
         tokio::select! {
             kept = self.keep_going(&handle, found) => kept,
-            () = self.let_go(&handle) => Err(ApartError::Ended.into()),
+            () = self.let_go(&handle) => Err(LogReaderError::Ended.into()),
         }
     }
 
@@ -526,10 +526,10 @@ impl Keeping {
             let found = self.find().await?;
             if found.history != handle.history() {
                 // Begins anew with that one.
-                return Err(ApartError::Ended.into());
+                return Err(LogReaderError::Ended.into());
             }
             self.expect_to_lead_on(handle, &found).await?;
-            let apart = apart::Apart {
+            let apart = log_reader::LogReader {
                 config: &self.config,
                 database: &self.database,
                 stream: &self.stream,
@@ -560,7 +560,7 @@ impl Keeping {
             return Err(KeepError::Elsewhere);
         }
         let going_on = log.go_on_at(found.confirmed, leads_to).await;
-        going_on.map_err(|_| ApartError::Ended.into())
+        going_on.map_err(|_| LogReaderError::Ended.into())
     }
 
     /// What the store has of the log: another agent, with a spool of its own, may have brought it there. Where it does not

@@ -25,12 +25,12 @@
 //!   minutes, and whenever it is told to ([`Wake`]), whether the error was mended.
 //! - While it is stopped, nothing of it is prepared on the replica.
 
-mod apart;
 mod apply;
 mod change_log;
 mod cover;
 mod error;
 mod late;
+mod log_reader;
 pub mod schedule;
 mod set_aside;
 mod start;

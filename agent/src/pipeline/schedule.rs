@@ -27,7 +27,7 @@ use crate::names::TableName;
 use crate::names::history::History;
 use crate::observe::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
-use crate::schema::listed::{Listed, ListedAs};
+use crate::schema::listing::{Listed, ListedAs};
 use crate::setup::{self, Published};
 
 /// How often it is looked whether a base backup is due. Each look asks the source for its tables.

@@ -35,7 +35,7 @@ use crate::pg::{ConnInfo, PgLsn};
 use crate::setup::{self, Prepared, SetupError};
 use crate::shape::computed::Which;
 use crate::sink::kinesis::KinesisSink;
-use crate::sink::replica::{Beside, Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
+use crate::sink::replica::{Beside, Outcome, ReplicaSink, SinkSettings, SliceLimits, Synced};
 use crate::source::{
     self, IntakeLimits, Received, SlotUse, SourcePosition, SourceSettings, StreamSettings, Until,
 };
@@ -239,7 +239,7 @@ impl Pipeline {
                 stream: self.stream.clone(),
                 term: prepared.term,
                 // Several are in memory at a time (read, folded, on their way), as rows, not as messages.
-                segment: SegmentLimits {
+                segment: SliceLimits {
                     bytes: limits.batch_bytes,
                     changes: (limits.batch_changes / 4).max(1),
                 },

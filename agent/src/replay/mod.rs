@@ -19,8 +19,8 @@ use crate::flow::ledger::BatchNumber;
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::schema::listed::Copied;
-use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkError, SinkSettings, Synced};
+use crate::schema::listing::Copied;
+use crate::sink::replica::{Outcome, ReplicaSink, SinkError, SinkSettings, SliceLimits, Synced};
 use crate::source::Received;
 use crate::time::Micros;
 
@@ -100,7 +100,7 @@ impl Sessions {
         let settings = SinkSettings {
             stream: target.stream.clone(),
             term: target.term,
-            segment: SegmentLimits {
+            segment: SliceLimits {
                 bytes: limits.batch_bytes,
                 changes: (limits.batch_changes / 4).max(1),
             },

@@ -1,5 +1,5 @@
 //! The agent's own tables in the databases.
 
-pub mod listed;
+pub mod listing;
 pub mod prepared;
 pub mod refused;

@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
 use crate::pg::quote::{quote_ident, quote_literal};
-use crate::schema::listed;
+use crate::schema::listing;
 
 /// The agent's own role on one side, as it is.
 #[derive(Debug, Default)]
@@ -265,9 +265,9 @@ pub(super) async fn source_statements(
             // In one transaction: another owner of it is nothing that was missed.
             statements.push(format!(
                 "BEGIN;\n{};\nALTER PUBLICATION {} OWNER TO {agent_sql};\n{};\nCOMMIT",
-                listed::note(stream),
+                listing::note(stream),
                 quote_ident(stream.as_str()),
-                listed::acknowledge(stream)
+                listing::acknowledge(stream)
             ));
         }
     }

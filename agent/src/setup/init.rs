@@ -27,7 +27,7 @@ use super::source_side::observe_slot;
 use super::table_sync::Missed;
 use super::target::{self, HalfLoaded, Target};
 use super::undo::Undo;
-use super::{heartbeat, lock, note, replica, schema, sending, source, table_sync};
+use super::{heartbeat, lock, replica, schema, sending, sending_note, source, table_sync};
 use crate::catalog::publication::Wanted;
 use crate::config::{Config, Route};
 use crate::copy::locale::{self, Locale};
@@ -202,7 +202,7 @@ async fn judge(
         target::contents(database, stream, &seen.known, judged)?;
     }
     let slot = observe_slot(source, stream).await?;
-    let noted = note::read(source, stream).await?;
+    let noted = sending_note::read(source, stream).await?;
     let (cluster, source_lsn) = source::identify(source).await?;
     let verdict = match (config.route == Route::Direct, seen) {
         (true, Some(seen)) => {

@@ -23,7 +23,7 @@ use crate::config::Config;
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgError, PgLsn, leftover};
-use crate::schema::listed::Listed;
+use crate::schema::listing::Listed;
 
 /// What a look at the source has found.
 #[derive(Debug)]

@@ -26,7 +26,7 @@
 //! It does not stream, retry or log; [`SetupError`] says what a person has to do. The copy itself
 //! is [`crate::copy`].
 
-mod form;
+mod binary_form;
 mod heartbeat;
 pub mod identity;
 mod late;
@@ -42,7 +42,6 @@ mod init;
 mod lock;
 mod lock_table;
 mod mismatch;
-pub(crate) mod note;
 mod receiving;
 mod recover;
 mod replica;
@@ -50,6 +49,7 @@ mod resume;
 mod role;
 mod schema;
 mod sending;
+pub(crate) mod sending_note;
 mod setting;
 mod slot;
 mod source;
@@ -90,7 +90,7 @@ use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::replication::CreatedSlot;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
-use crate::schema::listed::{Copied, Listed};
+use crate::schema::listing::{Copied, Listed};
 use crate::shape::computed::{self, Computed, Difference, Which};
 use crate::sink::replica::Distance;
 use identity::Cluster;
@@ -218,7 +218,7 @@ pub async fn published(
     stream: &StreamName,
 ) -> Result<Option<Published>, SetupError> {
     let client = source::open(source, stream).await?;
-    let noted = note::read(&client, stream).await?;
+    let noted = sending_note::read(&client, stream).await?;
     let Some(noted) = noted.filter(|noted| noted.since.is_some()) else {
         return Ok(None);
     };
@@ -349,7 +349,7 @@ impl Setup<'_> {
         progress: Progress,
         as_of: PgLsn,
     ) -> Result<(Prepared, Client), SetupError> {
-        let binary = form::binary_travels(&self.source.client, &self.source.stream)
+        let binary = binary_form::binary_travels(&self.source.client, &self.source.stream)
             .await
             .map_err(SetupError::sql(
                 Side::Source,

@@ -39,7 +39,7 @@ use crate::names::TableName;
 use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgError, PgLsn};
-use crate::schema::listed::Listed;
+use crate::schema::listing::Listed;
 use crate::sink::replica::Distance;
 
 /// How long a source may take to answer that may be out of reach for good.

@@ -17,7 +17,7 @@ use tokio_postgres::types::{ToSql, Type};
 
 use super::error::{SetupError, Side};
 use super::identity::Recorded;
-use super::note;
+use super::sending_note;
 use super::source::MAJOR_VERSIONS;
 use crate::catalog;
 use crate::copy::locale::Locale;
@@ -326,7 +326,7 @@ pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<K
     let tables_as_of = recorded.as_ref().and_then(|row| row.get(3));
     let recorded = recorded.map(|row| {
         Ok(Recorded {
-            cluster: note::cluster(&row)?,
+            cluster: sending_note::cluster(&row)?,
             began: pg_micros(row.get::<_, SystemTime>(2)),
         })
     });

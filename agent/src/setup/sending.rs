@@ -19,9 +19,9 @@
 use super::error::{SetupError, Side};
 use super::identity::{self, Cluster, Recorded, Slot, Verdict};
 use super::mismatch::Mismatch;
-use super::note::Note;
+use super::sending_note::Note;
 use super::source_side::{self, SourceSide};
-use super::{Prepared, form, lock, slot};
+use super::{Prepared, binary_form, lock, slot};
 use crate::config::{Config, Route};
 use crate::names::history::History;
 use crate::names::stream::StreamName;
@@ -179,7 +179,7 @@ pub async fn logged(
             reason: lost_by,
         }));
     }
-    let travels = form::binary_travels(&source.client, &source.stream).await;
+    let travels = binary_form::binary_travels(&source.client, &source.stream).await;
     let travels = travels.map_err(SetupError::sql(
         Side::Source,
         "look up the types of published columns",

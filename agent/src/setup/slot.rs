@@ -22,20 +22,20 @@
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
 use super::source_side::SourceSide;
-use super::{note, source};
+use super::{sending_note, source};
 use crate::catalog::publication;
 use crate::copy::export;
 use crate::names::history::History;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
 use crate::pg::slot;
-use crate::schema::listed;
+use crate::schema::listing;
 
 /// Begins a history: from here on, no slot that is there may be gone on with.
 pub(super) async fn begin(
     source: &SourceSide<'_>,
     cluster: &Cluster,
 ) -> Result<History, SetupError> {
-    let began = note::begin(&source.client, &source.stream, cluster).await?;
+    let began = sending_note::begin(&source.client, &source.stream, cluster).await?;
     let cluster = *cluster;
     Ok(Recorded { cluster, began }.history())
 }
@@ -64,7 +64,7 @@ pub(super) async fn create(
     slot::advance(&source.client, name, snapshot.consistent_point)
         .await
         .map_err(SetupError::sql(Side::Source, "move the replication slot"))?;
-    note::created(&source.client, &source.stream, snapshot.consistent_point).await?;
+    sending_note::created(&source.client, &source.stream, snapshot.consistent_point).await?;
     Ok(snapshot)
 }
 
@@ -83,7 +83,7 @@ pub(super) async fn make_the_list_known(
     walsender: &mut ReplicationConnection,
 ) -> Result<(), SetupError> {
     if !source.found.forgets_publication_changes()
-        || !note::is_listing(&source.client, &source.stream).await?
+        || !sending_note::is_listing(&source.client, &source.stream).await?
     {
         return Ok(());
     }
@@ -92,7 +92,7 @@ pub(super) async fn make_the_list_known(
     let name = snapshot(source, walsender).await?.name;
     drop(walsender, &name, "drop a temporary slot").await?;
     touch(source).await?;
-    note::list_is_known(&source.client, &source.stream).await
+    sending_note::list_is_known(&source.client, &source.stream).await
 }
 
 async fn drop(
@@ -109,9 +109,9 @@ async fn touch(source: &SourceSide<'_>) -> Result<(), SetupError> {
     // What somebody else altered before counts; this alteration does not.
     let touch = format!(
         "BEGIN;\n{};\n{};\n{};\nCOMMIT",
-        listed::note(stream),
+        listing::note(stream),
         publication::touch(stream, source.found.version),
-        listed::acknowledge(stream)
+        listing::acknowledge(stream)
     );
     source::execute(&source.client, Side::Source, &[touch]).await
 }

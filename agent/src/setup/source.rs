@@ -20,7 +20,7 @@ use tokio_postgres::types::Type;
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Recorded};
 use super::lock_table::LockTable;
-use super::note;
+use super::sending_note;
 use super::table_sync::{Missed, Row};
 use super::timeline::{self, Branch};
 use crate::catalog::publication::{self, Piece, Publication, Wanted};
@@ -29,7 +29,7 @@ use crate::config::Config;
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::{Again, ConnInfo, PgError, PgLsn, Session, connect};
-use crate::schema::listed::{self, Listed};
+use crate::schema::listing::{self, Listed};
 
 /// Schema `dr_agent` with the in-band tables.
 pub(super) const SCHEMA_SQL: &str = include_str!("../../sql/source.sql");
@@ -149,8 +149,8 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
         keyed_roots: catalog::keyed_roots(client).await?,
         not_owned: names(client, NOT_OWNED).await?,
         publication,
-        listed: listed::read(client, stream).await?,
-        noted: listed::noted(client, stream).await?,
+        listed: listing::read(client, stream).await?,
+        noted: listing::noted(client, stream).await?,
         owns_publication: owns_publication.unwrap_or(true),
     })
 }
@@ -409,7 +409,7 @@ impl Observed {
         }
         if !self.has_schema || !is_altered && self.listed != self.noted {
             // Of a publication that is there already: nothing was missed.
-            pieces.push(Piece::Statement(listed::note(stream)));
+            pieces.push(Piece::Statement(listing::note(stream)));
         }
         pieces.extend(missing);
         Ok(pieces)
@@ -418,9 +418,9 @@ impl Observed {
     /// What is said in every transaction that alters the publication: what is not published in between must not look
     /// published.
     pub(super) fn said(&self, stream: &StreamName) -> Vec<String> {
-        let mut said = vec![listed::note(stream)];
+        let mut said = vec![listing::note(stream)];
         if self.forgets_publication_changes() {
-            said.push(note::list_is_new(stream));
+            said.push(sending_note::list_is_new(stream));
         }
         said
     }
@@ -509,7 +509,7 @@ pub(super) async fn identify(client: &Client) -> Result<(Cluster, PgLsn), SetupE
         Ok(row) => row,
         Err(error) => return Err(asking(error.into())),
     };
-    let cluster = note::cluster(&row).map_err(asking)?;
+    let cluster = sending_note::cluster(&row).map_err(asking)?;
     Ok((cluster, row.get(2)))
 }
 
@@ -581,7 +581,7 @@ pub(super) fn title(statement: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::schema::listed::{Copied, ListedAs};
+    use crate::schema::listing::{Copied, ListedAs};
 
     fn observed() -> Observed {
         Observed {
@@ -666,10 +666,10 @@ mod tests {
         let mut wanted = Wanted::default();
         wanted.units.insert(table.clone());
         let mut seen = observed();
-        let note = Piece::Statement(listed::note(&stream));
+        let note = Piece::Statement(listing::note(&stream));
         let pieces = seen.pieces(&stream, &wanted).unwrap();
         let said = seen.said(&stream);
-        assert_eq!(said, [listed::note(&stream)]);
+        assert_eq!(said, [listing::note(&stream)]);
         for (piece, begins) in pieces
             .iter()
             .zip(["BEGIN;\nCREATE PUBLICATION", "BEGIN;\nALTER PUBLICATION"])

@@ -14,8 +14,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::{SetupError, Side};
 use super::identity::{Cluster, Slot};
-use super::note::{self, Note};
 use super::publishing::Publishing;
+use super::sending_note::{self, Note};
 use super::source;
 use super::timeline::{self, Branch};
 use super::undo::Undo;
@@ -86,7 +86,7 @@ impl<'a> SourceSide<'a> {
 
     /// What the source remembers of the stream's slot.
     pub(super) async fn note(&self) -> Result<Option<Note>, SetupError> {
-        note::read(&self.client, &self.stream).await
+        sending_note::read(&self.client, &self.stream).await
     }
 
     /// Refuses what a first start cannot do; nothing was written yet.
@@ -163,7 +163,7 @@ impl<'a> SourceSide<'a> {
 
     /// Refuses while changes of a table may not come although it is published: what is copied now could lack them.
     pub(super) async fn require_known_list(&self) -> Result<(), SetupError> {
-        match note::is_listing(&self.client, &self.stream).await? {
+        match sending_note::is_listing(&self.client, &self.stream).await? {
             true => Err(SetupError::ListIsNew {
                 publication: self.stream.to_string(),
             }),

@@ -19,7 +19,7 @@ use crate::catalog::routing;
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::{PgError, PgLsn};
-use crate::schema::listed::{Copied, Listed, ListedAs};
+use crate::schema::listing::{Copied, Listed, ListedAs};
 
 /// One row.
 #[derive(Clone, Debug, PartialEq, Eq)]

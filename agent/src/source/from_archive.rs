@@ -6,7 +6,7 @@
 //! # What it does not do
 //! It does not decide when: what the archive has is right at any time, and costs reading.
 
-use super::shelf::Kept;
+use super::overflow::Held;
 use super::{LogIntake, SourceError};
 use crate::archive::log::{Ahead, ArchiveError, Layout, SegmentReader, Span, Way};
 use crate::cloud::store::{Encryption, Store, StoreUrl};
@@ -50,7 +50,7 @@ impl FromArchive {
     pub(super) async fn fill(
         &mut self,
         gap: Gap,
-        gather: &mut Gather<Kept>,
+        gather: &mut Gather<Held>,
         intake: &mut LogIntake,
     ) -> Result<Filled, SourceError> {
         let Some(store) = self.open().await? else {

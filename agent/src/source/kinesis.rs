@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! shards ─Records─▶ Gather (order, duplicates) ─batch─▶ Unpacker ─messages─▶ LogIntake ─transaction─▶ pipeline
-//!                      │  └─ what waits: Shelf
+//!                      │  └─ what waits: Overflow
 //!                      └─ a gap ─▶ the archive's change log ─▶ LogIntake
 //! ```
 //!
@@ -32,7 +32,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::from_archive::{Filled, FromArchive};
-use super::shelf::{Kept, Shelf};
+use super::overflow::{Held, Overflow};
 use super::{IntakeLimits, LogIntake, Received, SourceError, SourcePosition};
 use crate::archive::log::Layout;
 use crate::cloud::kinesis::{Event, Kinesis, KinesisError, Records, StartAt, Wanted};
@@ -151,7 +151,7 @@ pub async fn receive(
             settings.start,
             IN_FLIGHT_MAX,
         ),
-        shelf: Shelf::new(&space, waiting),
+        shelf: Overflow::new(&space, waiting),
         intake: LogIntake::telling(limits, settings.start, space, queue.clone(), position)
             .committed_by(applied_by.map(pg_micros)),
         queue,
@@ -186,8 +186,8 @@ pub async fn receive(
 struct Receiving {
     settings: StreamSettings,
     until: Until,
-    gather: Gather<Kept>,
-    shelf: Shelf,
+    gather: Gather<Held>,
+    shelf: Overflow,
     intake: LogIntake,
     queue: mpsc::Sender<Received>,
     archive: FromArchive,
@@ -407,7 +407,7 @@ impl Receiving {
     }
 
     /// Hands a batch over; false once nobody wants more.
-    async fn hand_over(&mut self, batch: Gathered<Kept>) -> Result<bool, SourceError> {
+    async fn hand_over(&mut self, batch: Gathered<Held>) -> Result<bool, SourceError> {
         let mut unpacker = Unpacker::default();
         for kept in batch.parts {
             let part = tokio::task::block_in_place(|| kept.take())?;

@@ -29,9 +29,9 @@ mod from_archive;
 mod intake;
 mod kinesis;
 mod log;
+mod overflow;
 mod pace;
 mod positions;
-mod shelf;
 mod subtransactions;
 mod walsender;
 

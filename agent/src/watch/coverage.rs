@@ -29,7 +29,7 @@ use crate::config::Config;
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::{Again, PgError};
-use crate::schema::listed;
+use crate::schema::listing;
 pub use inventory::tell;
 pub use kept::{Coverage, NOT_COPIED, NotProtected, SET_ASIDE, of, set_aside};
 
@@ -105,8 +105,8 @@ async fn count(client: &Client, config: &Config) -> Result<Vec<Unprotected>, PgE
 }
 
 async fn relisted(client: &Client, stream: &StreamName) -> Result<Unprotected, PgError> {
-    let is = listed::read(client, stream).await?;
-    let was = listed::noted(client, stream).await?;
+    let is = listing::read(client, stream).await?;
+    let was = listing::noted(client, stream).await?;
     let others = was.iter().filter(|(table, listed_as)| {
         let is = is.get(table);
         is.is_some_and(|is| is != *listed_as)

@@ -37,7 +37,7 @@ use crate::copy::plan::{Pages, Part};
 use crate::copy::session::ReplicaSide;
 use crate::copy::toc::LeftOut;
 use crate::copy::work::{self, Work};
-use crate::copy::{self, CopyObserver, CopyPhase, finish, inventory, quiet};
+use crate::copy::{self, CopyObserver, CopyPhase, finish, inventory, silence_triggers};
 use crate::failpoint;
 use crate::names::TableName;
 use crate::names::stream::StreamName;
@@ -129,7 +129,7 @@ async fn load_all(
         .script("schema", &left_out, PRE_DATA, side.version_num())
         .await?;
     create_schema(&side, &script).await?;
-    quiet::quiet(&client, observer).await?;
+    silence_triggers::quiet(&client, observer).await?;
 
     observer.phase(CopyPhase::Data);
     let in_band: Vec<TableName> = chosen
@@ -144,7 +144,7 @@ async fn load_all(
     observer.phase(CopyPhase::PostData);
     build(job, &dump, &left_out, &side, &client, observer).await?;
     bring_back(job, &client, &constraints, observer).await?;
-    quiet::quiet(&client, observer).await?;
+    silence_triggers::quiet(&client, observer).await?;
     let sequences = small(job, SEQUENCES).await?;
     client
         .batch_execute(&sequences)

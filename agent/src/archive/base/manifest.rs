@@ -22,7 +22,7 @@ use crate::copy::toc::Entry;
 use crate::names::TableName;
 use crate::names::history::History;
 use crate::pg::PgLsn;
-use crate::schema::listed::{Listed, ListedAs};
+use crate::schema::listing::{Listed, ListedAs};
 use crate::time::pg_micros;
 
 /// The manifest's name in its base.

@@ -49,7 +49,7 @@ use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SystemIdentity};
 use crate::pg::{ConnInfo, PgError};
-use crate::schema::listed::{Listed, ListedAs};
+use crate::schema::listing::{Listed, ListedAs};
 use crate::time::system_time;
 
 /// The dump of the schema, in the format of `pg_restore`. The first object of a base.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 
 use super::read::Report;
-use super::streak::Streak;
+use super::retries::Retries;
 use super::{Kinesis, KinesisError, Operation};
 
 /// The watermark of a reader is not newer than its list. (ListShards may be called a thousand times as often.)
@@ -29,7 +29,7 @@ impl Kinesis {
         reports: mpsc::Sender<Report>,
         ended: Arc<Notify>,
     ) -> Result<(), KinesisError> {
-        let mut streak = Streak::default();
+        let mut streak = Retries::default();
         loop {
             let sent = now();
             match self.list_shards().await {

@@ -31,9 +31,9 @@ mod progress;
 mod put;
 mod read;
 mod refused;
+mod retries;
 mod shard;
 mod shared;
-mod streak;
 
 use std::fmt;
 use std::sync::Arc;

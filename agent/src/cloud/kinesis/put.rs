@@ -24,7 +24,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::time::Instant;
 
 use super::calls::{Record, pack};
-use super::streak::Streak;
+use super::retries::Retries;
 use super::{Kinesis, KinesisError, Operation, Refusal};
 use crate::cloud::aws::within;
 
@@ -93,7 +93,7 @@ impl Kinesis {
         mut records: Vec<Record>,
         on: &(dyn Fn(PutStats) + Send + Sync),
     ) -> Result<(), KinesisError> {
-        let mut streak = Streak::default();
+        let mut streak = Retries::default();
         loop {
             let Err(rest) = self.put_once(records).await else {
                 on(PutStats {

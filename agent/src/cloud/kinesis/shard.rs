@@ -22,7 +22,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::progress::{PAGE_RECORDS, Page, Slowest, room_for_page};
 use super::read::{Event, Records, Report, StartAt};
-use super::streak::Streak;
+use super::retries::Retries;
 use super::{Kinesis, KinesisError, Operation, Refusal};
 use crate::cloud::aws::within;
 
@@ -73,7 +73,7 @@ impl ShardReader {
     /// Reads until the shard ends, nobody listens, or something needs a person.
     pub(super) async fn run(mut self) -> Result<(), KinesisError> {
         let mut place = Place::default();
-        let mut streak = Streak::default();
+        let mut streak = Retries::default();
         loop {
             let position = place.position;
             // The reader and its place for comparison end together.
@@ -233,7 +233,7 @@ impl ShardReader {
         &self,
         error: KinesisError,
         place: &mut Place,
-        streak: &mut Streak,
+        streak: &mut Retries,
     ) -> Result<bool, KinesisError> {
         match error.refusal() {
             Some(Refusal::Expired) => {

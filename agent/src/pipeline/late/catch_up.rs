@@ -25,8 +25,8 @@ use crate::flow::spill::{self, SpillSpace};
 use crate::names::TableName;
 use crate::pg::PgLsn;
 use crate::pipeline::error::SessionError;
-use crate::schema::listed::Copied;
-use crate::sink::replica::{Outcome, ReplicaSink, SegmentLimits, SinkSettings, Synced};
+use crate::schema::listing::Copied;
+use crate::sink::replica::{Outcome, ReplicaSink, SinkSettings, SliceLimits, Synced};
 use crate::source::{self, IntakeLimits, Received, SlotUse, SourcePosition, SourceSettings};
 
 /// Less than that is caught up with in a moment.
@@ -187,7 +187,7 @@ impl Late {
             SinkSettings {
                 stream: self.stream.late(),
                 term: self.term,
-                segment: SegmentLimits {
+                segment: SliceLimits {
                     bytes: limits.batch_bytes,
                     changes: (limits.batch_changes / 4).max(1),
                 },

@@ -44,7 +44,7 @@ use crate::names::stream::StreamName;
 use crate::observe::metrics::DatabaseMetrics;
 use crate::observe::status::StatusCell;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::schema::listed::{Copied, Listed};
+use crate::schema::listing::{Copied, Listed};
 use crate::setup::{self, SetupError};
 use crate::shape::computed::Which;
 use crate::sink::replica::Beside;

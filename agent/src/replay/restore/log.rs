@@ -19,8 +19,8 @@ use std::ops::ControlFlow;
 use bytes::Bytes;
 
 use super::RestoreError;
-use super::choose::falls_short;
 use super::moment::Moment;
+use super::pick_base::falls_short;
 use super::target::Tables;
 use crate::archive::log::{Ahead, Layout, SegmentReader, Span, Way};
 use crate::cloud::store::Store;

@@ -19,15 +19,15 @@
 //! It needs no source and asks none. Roles are not created: a role that is lacking is refused, or its rights are left out.
 //! Tables that came after the base backup have their first rows in no log; a change to one is an error that says so.
 
-mod choose;
+mod closing_notes;
+mod encoding;
 mod error;
-mod fit;
 mod history;
 mod log;
 mod moment;
+mod pick_base;
 mod plan;
 mod target;
-mod told;
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
@@ -56,9 +56,9 @@ use crate::pg::{ConnInfo, PgLsn};
 use crate::replay::{self, Reached, Sessions, Target};
 use crate::source::{IntakeLimits, LogIntake};
 use crate::time::Micros;
+use closing_notes::{Gathering, Kept};
 use log::{Replay, Told};
 use target::{Found, Loaded, Position};
-use told::{Gathering, Kept};
 
 /// Transactions between reading and applying; their bytes are bounded by `limits.queue_bytes`.
 const QUEUE_TRANSACTIONS: usize = 16_384;

@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use tokio_postgres::Client;
 
-use super::choose::{self, Base};
+use super::pick_base::{self, Base};
 use super::target::{self, Found, Owner, Position, Tables};
-use super::{Options, RestoreError, fit, history, own_stream};
+use super::{Options, RestoreError, encoding, history, own_stream};
 use crate::archive::base::{self, Examined, LoadJob, Manifest, Ownership};
 use crate::archive::log::{Chain, Layout, Span};
 use crate::cloud::store::Store;
@@ -87,7 +87,7 @@ async fn read(config: &Config, store: &Store, options: &Options) -> Result<Plan,
     let (layout, summaries) =
         history::find(store, &stream, database, moment, options.history).await?;
     let bases: Vec<Base> = summaries.iter().map(base_of).collect();
-    let chosen = choose::choose(&bases, options.moment)?;
+    let chosen = pick_base::choose(&bases, options.moment)?;
     let base = summaries
         .iter()
         .find(|base| base_of(base) == chosen)
@@ -175,9 +175,9 @@ impl Plan {
         };
         let spans: Vec<Span> = self.segments.keys().copied().collect();
         self.start = start;
-        self.chain = choose::log(from, &spans, options.moment)?;
+        self.chain = pick_base::log(from, &spans, options.moment)?;
         let bases: Vec<Base> = self.summaries.iter().map(base_of).collect();
-        let needed = choose::needed(&self.chain, &bases, options.moment);
+        let needed = pick_base::needed(&self.chain, &bases, options.moment);
         self.log_segments = needed.spans.len();
         self.log_bytes = needed.spans.iter().map(|span| self.segments[span]).sum();
         self.log_end = needed.end;
@@ -225,7 +225,7 @@ pub(super) async fn examine(
     job: &LoadJob<'_>,
     client: &Client,
 ) -> Result<(Examined, Vec<String>), RestoreError> {
-    let locale = fit::check(client, &job.manifest.locale).await?;
+    let locale = encoding::check(client, &job.manifest.locale).await?;
     let examined = base::examine(job, client).await?;
     let said = job.manifest.warnings.iter().cloned().chain(locale);
     Ok((examined, said.collect()))

@@ -22,13 +22,13 @@ use std::time::SystemTime;
 use tokio_postgres::{Client, GenericClient};
 
 use super::RestoreError;
-use super::told::Kept;
+use super::closing_notes::Kept;
 use crate::archive::base;
 use crate::names::TableName;
 use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::{self, ConnInfo, PgError, PgLsn, Session, leftover};
-use crate::schema::listed::{self, Copied, ListedAs};
+use crate::schema::listing::{self, Copied, ListedAs};
 use crate::schema::prepared;
 use crate::setup::replica_schema;
 use crate::time::{Micros, pg_micros};
@@ -378,7 +378,7 @@ pub(super) async fn unlisted(
     of: &StreamName,
     position: &Position,
 ) -> Result<Vec<TableName>, RestoreError> {
-    let listed = listed::noted(client, of).await;
+    let listed = listing::noted(client, of).await;
     let listed = listed.map_err(RestoreError::target("read what is listed"))?;
     let were = position
         .tables

@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 
 use crate::names::TableName;
 use crate::pg::PgLsn;
-use crate::schema::listed::Copied;
+use crate::schema::listing::Copied;
 
 /// Shared by the sink and whoever copies.
 #[derive(Clone, Debug, Default)]

@@ -26,7 +26,7 @@ use super::error::Place;
 use super::execute::probes;
 use super::fold::{Folder, Path};
 use super::lane::Lane;
-use super::segment::{Segment, Segments};
+use super::slice::{Slice, Slices};
 use super::{Applied, SinkError, SinkSettings, attempt};
 use crate::error::{Class, Classify as _};
 use crate::failpoint;
@@ -135,14 +135,14 @@ impl<'a> Divided<'a> {
             transaction: number,
             error,
         };
-        let mut segments = Segments::new(slice::from_ref(transaction), self.folder.limits());
+        let mut segments = Slices::new(slice::from_ref(transaction), self.folder.limits());
         while let Some(segment) = segments.next().map_err(|error| at(error.into()))? {
             self.segment(number, &segment).await?;
         }
         Ok(())
     }
 
-    async fn segment(&mut self, number: usize, segment: &Segment<'_>) -> Result<(), Stop> {
+    async fn segment(&mut self, number: usize, segment: &Slice<'_>) -> Result<(), Stop> {
         let wanted = self.folder.wanted(segment.changes()).await;
         let wanted = wanted.map_err(|error| self.unfit(number, error))?;
         let placed: Vec<_> = wanted.into_iter().map(|change| (number, change)).collect();

@@ -25,7 +25,7 @@ use super::SinkError;
 use super::array::ArrayParameter;
 use super::large::LARGE_BYTES;
 use super::relations::Relations;
-use super::segment::{Segment, SegmentLimits, Segments};
+use super::slice::{Slice, SliceLimits, Slices};
 use super::target::{Target, Targets, address};
 use crate::flow::batch::Batch;
 use crate::flow::net::{self, Step};
@@ -67,13 +67,13 @@ pub(super) struct Work {
 pub(super) struct Folder {
     catalog: Arc<Client>,
     relations: Relations,
-    segment: SegmentLimits,
+    segment: SliceLimits,
     /// For one segment with a large value.
     large: Arc<Semaphore>,
 }
 
 impl Folder {
-    pub(super) fn new(catalog: Arc<Client>, relations: Relations, segment: SegmentLimits) -> Self {
+    pub(super) fn new(catalog: Arc<Client>, relations: Relations, segment: SliceLimits) -> Self {
         Self {
             catalog,
             relations,
@@ -86,7 +86,7 @@ impl Folder {
     pub(super) fn begin<'b>(&mut self, batch: &'b Batch) -> Folding<'_, 'b> {
         self.trim();
         Folding {
-            segments: Segments::new(&batch.transactions, self.segment),
+            segments: Slices::new(&batch.transactions, self.segment),
             folder: self,
             ended: false,
         }
@@ -98,7 +98,7 @@ impl Folder {
     }
 
     /// What is in memory at the same time.
-    pub(super) fn limits(&self) -> SegmentLimits {
+    pub(super) fn limits(&self) -> SliceLimits {
         self.segment
     }
 
@@ -174,7 +174,7 @@ impl Folder {
 /// A batch that is being folded, segment by segment.
 pub(super) struct Folding<'f, 'b> {
     folder: &'f mut Folder,
-    segments: Segments<'b>,
+    segments: Slices<'b>,
     ended: bool,
 }
 
@@ -198,7 +198,7 @@ impl Folding<'_, '_> {
         Ok(Some(folded))
     }
 
-    async fn fold(&mut self, segment: &Segment<'_>) -> Result<Folded, SinkError> {
+    async fn fold(&mut self, segment: &Slice<'_>) -> Result<Folded, SinkError> {
         let wanted = self.folder.wanted(segment.changes()).await?;
         let changes = wanted.iter().map(|change| &**change);
         let (steps, targets) = self.folder.steps(changes, Path::Fast)?;

@@ -38,7 +38,7 @@ mod keyless;
 mod lane;
 mod large;
 mod relations;
-mod segment;
+mod slice;
 mod sql;
 mod target;
 mod unfit;
@@ -66,7 +66,7 @@ pub use beside::Beside;
 pub use cost::Cost;
 pub use error::{Place, SinkError};
 pub use relations::Synced;
-pub use segment::SegmentLimits;
+pub use slice::SliceLimits;
 pub use unfit::{Misfit, Unfit};
 
 /// What a replica needs for one net change, in microseconds: between ten and thirty where it was
@@ -107,7 +107,7 @@ pub struct SinkSettings {
     /// The term it must hold.
     pub term: i64,
     /// How much of a spilled transaction is folded at once.
-    pub segment: SegmentLimits,
+    pub segment: SliceLimits,
     /// Sessions that apply, at most.
     pub lanes: u16,
     /// Net changes from which a batch is spread over lanes.

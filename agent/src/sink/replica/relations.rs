@@ -23,7 +23,7 @@ use crate::flow::transaction::{Change, Relations as ChangeRelations, SourceRelat
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::PgLsn;
-use crate::schema::listed::{Copied, Marker, marker};
+use crate::schema::listing::{Copied, Marker, marker};
 
 /// What the sink must know of the initial copy to leave out what is already in it.
 #[derive(Clone, Debug)]
@@ -296,7 +296,7 @@ impl Relations {
 mod tests {
     use super::*;
     use crate::flow::testing::{lsn, relation, table};
-    use crate::schema::listed::ListedAs;
+    use crate::schema::listing::ListedAs;
 
     /// What is on the list: its name, where it was copied, and as what it was listed.
     fn relations(tables: &[(&str, Option<u64>, Option<&str>)]) -> Relations {

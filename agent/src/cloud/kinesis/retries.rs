@@ -35,13 +35,13 @@ const CREDENTIALS_WITHIN: Duration = Duration::from_secs(60);
 
 /// Failures since the last success.
 #[derive(Debug, Default)]
-pub(super) struct Streak {
+pub(super) struct Retries {
     failures: u32,
     /// Which refusal lasts, and since when.
     lasts: Option<(Option<Refusal>, Instant)>,
 }
 
-impl Streak {
+impl Retries {
     /// One more: waits before the next attempt, or returns what does not pass. `shard` is for the log.
     pub(super) async fn failed(
         &mut self,
@@ -156,14 +156,14 @@ mod tests {
     #[test]
     fn a_clock_that_stays_wrong_and_old_credentials_need_another_client() {
         let start = Instant::now();
-        let lasts = |streak: &mut Streak, refusal, seconds| {
+        let lasts = |streak: &mut Retries, refusal, seconds| {
             streak.is_too_long(Some(refusal), start + Duration::from_secs(seconds))
         };
         for (refusal, within) in [
             (Refusal::Clock, CLOCK_SET_WITHIN.as_secs()),
             (Refusal::StaleCredentials, CREDENTIALS_WITHIN.as_secs()),
         ] {
-            let mut streak = Streak::default();
+            let mut streak = Retries::default();
             assert!(!lasts(&mut streak, refusal, 0));
             assert!(!lasts(&mut streak, refusal, within - 1));
             assert!(lasts(&mut streak, refusal, within));
@@ -173,7 +173,7 @@ mod tests {
             streak.end();
             assert!(!lasts(&mut streak, refusal, 3 * within));
         }
-        let mut streak = Streak::default();
+        let mut streak = Retries::default();
         assert!((0..9000).all(|second| !lasts(&mut streak, Refusal::Unavailable, second)));
     }
 
@@ -181,7 +181,7 @@ mod tests {
     async fn what_somebody_has_to_mend_is_returned_at_once() {
         for refusal in [Refusal::Denied, Refusal::Kms, Refusal::NoStream] {
             let error = refused(Operation::PutRecords, refusal);
-            let error = Streak::default().failed(error, None).await.unwrap_err();
+            let error = Retries::default().failed(error, None).await.unwrap_err();
             assert_eq!(error.refusal(), Some(refusal));
             assert_eq!(error.class(), Class::Transient);
         }

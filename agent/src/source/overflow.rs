@@ -32,7 +32,7 @@ const LEFT: u64 = 8;
 
 /// The parts of one reader.
 #[derive(Debug)]
-pub(super) struct Shelf {
+pub(super) struct Overflow {
     directory: PathBuf,
     memory_max: u64,
     disk_max: u64,
@@ -43,12 +43,12 @@ pub(super) struct Shelf {
     /// What all files take, with what does not wait in them any more.
     files: Arc<AtomicU64>,
     /// The file that is being written.
-    file: Option<Arc<ShelfFile>>,
+    file: Option<Arc<OverflowFile>>,
 }
 
 /// A part on the shelf.
 #[derive(Debug)]
-pub(super) enum Kept {
+pub(super) enum Held {
     /// In memory.
     Memory {
         /// The part.
@@ -59,7 +59,7 @@ pub(super) enum Kept {
     /// In a file.
     Disk {
         /// It lives as long as something waits in it.
-        file: Arc<ShelfFile>,
+        file: Arc<OverflowFile>,
         /// Where the part begins.
         offset: u64,
         /// Its bytes.
@@ -92,7 +92,7 @@ impl Drop for Share {
 
 /// A file without a name.
 #[derive(Debug)]
-pub(super) struct ShelfFile {
+pub(super) struct OverflowFile {
     file: File,
     directory: PathBuf,
     room: SpillRoom,
@@ -102,7 +102,7 @@ pub(super) struct ShelfFile {
     files: Arc<AtomicU64>,
 }
 
-impl Drop for ShelfFile {
+impl Drop for OverflowFile {
     fn drop(&mut self) {
         let written = self.written.load(Ordering::Relaxed);
         self.files.fetch_sub(written, Ordering::Relaxed);
@@ -110,13 +110,13 @@ impl Drop for ShelfFile {
     }
 }
 
-impl ShelfFile {
+impl OverflowFile {
     fn failed(&self, doing: &'static str) -> impl FnOnce(io::Error) -> SpillError {
         failed(doing, self.directory.clone())
     }
 }
 
-impl Shelf {
+impl Overflow {
     /// Holds `memory_max` bytes in memory, and beyond that what the disk of `space` has room for.
     pub(super) fn new(space: &SpillSpace, memory_max: u64) -> Self {
         let room = space.room();
@@ -148,11 +148,11 @@ impl Shelf {
     ///
     /// # Errors
     /// [`SpillError`]
-    pub(super) fn put(&mut self, part: &Part) -> Result<Kept, SpillError> {
+    pub(super) fn put(&mut self, part: &Part) -> Result<Held, SpillError> {
         let bytes = part.messages.len() as u64;
         let held = self.memory.load(Ordering::Relaxed);
         if held == 0 || held + bytes <= self.memory_max {
-            return Ok(Kept::Memory {
+            return Ok(Held::Memory {
                 _share: Share::take(&self.memory, bytes),
                 part: part.clone(),
             });
@@ -166,7 +166,7 @@ impl Shelf {
         file.file
             .write_all_at(&encoded, offset)
             .map_err(file.failed("write"))?;
-        Ok(Kept::Disk {
+        Ok(Held::Disk {
             _share: Share::take(&self.disk, length as u64),
             file,
             offset,
@@ -175,7 +175,7 @@ impl Shelf {
     }
 
     /// The file that is written now. One that is full, or in which nothing waits any more, is left to what still does.
-    fn file(&mut self) -> Result<Arc<ShelfFile>, SpillError> {
+    fn file(&mut self) -> Result<Arc<OverflowFile>, SpillError> {
         let current = self.file.take().filter(|file| {
             let written = file.written.load(Ordering::Relaxed);
             written < self.file_bytes && Arc::strong_count(file) > 1
@@ -187,12 +187,12 @@ impl Shelf {
         Ok(Arc::clone(self.file.insert(file)))
     }
 
-    fn create(&self) -> Result<ShelfFile, SpillError> {
+    fn create(&self) -> Result<OverflowFile, SpillError> {
         let create = || {
             private::create_dir_all(&self.directory)?;
             tempfile::tempfile_in(&self.directory)
         };
-        Ok(ShelfFile {
+        Ok(OverflowFile {
             file: create().map_err(failed("create", self.directory.clone()))?,
             directory: self.directory.clone(),
             room: self.room.clone(),
@@ -202,7 +202,7 @@ impl Shelf {
     }
 }
 
-impl Kept {
+impl Held {
     /// Takes the part from the shelf.
     ///
     /// # Errors
@@ -250,9 +250,9 @@ mod tests {
         }
     }
 
-    fn shelf(home: &tempfile::TempDir, memory: u64, disk: u64) -> (SpillSpace, Shelf) {
+    fn shelf(home: &tempfile::TempDir, memory: u64, disk: u64) -> (SpillSpace, Overflow) {
         let space = SpillSpace::open(home.path().join("spill"), disk).unwrap();
-        let shelf = Shelf::new(&space, memory);
+        let shelf = Overflow::new(&space, memory);
         (space, shelf)
     }
 
@@ -261,9 +261,9 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let (_space, mut shelf) = shelf(&home, 250, 400);
         for round in 0..3 {
-            let kept: Vec<Kept> = (0..5).map(|n| shelf.put(&part(n)).unwrap()).collect();
-            assert!(matches!(kept[1], Kept::Memory { .. }), "{round}");
-            assert!(matches!(kept[2], Kept::Disk { .. }), "{round}");
+            let kept: Vec<Held> = (0..5).map(|n| shelf.put(&part(n)).unwrap()).collect();
+            assert!(matches!(kept[1], Held::Memory { .. }), "{round}");
+            assert!(matches!(kept[2], Held::Disk { .. }), "{round}");
             assert!(shelf.bytes() > 500);
             assert!(matches!(shelf.put(&part(9)), Err(SpillError::Full { .. })));
             for (n, kept) in kept.into_iter().enumerate() {

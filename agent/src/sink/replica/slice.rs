@@ -1,4 +1,4 @@
-//! Segments: the parts of a batch that are in memory at the same time.
+//! Slices: the parts of a batch that are in memory at the same time.
 //!
 //! A batch of ordinary transactions is one segment. A spilled transaction comes back from its file in
 //! parts of bounded size, followed by what never left memory.
@@ -11,7 +11,7 @@ use crate::flow::transaction::{Change, Transaction};
 use crate::pg::PgLsn;
 
 /// Changes that are folded together.
-pub(super) enum Segment<'b> {
+pub(super) enum Slice<'b> {
     /// Whole transactions.
     Whole(&'b [Transaction]),
     /// A part of one transaction, read back from its spill file.
@@ -21,7 +21,7 @@ pub(super) enum Segment<'b> {
     },
 }
 
-impl Segment<'_> {
+impl Slice<'_> {
     /// The changes in order, each with the commit LSN of its transaction.
     pub(super) fn changes(&self) -> Box<dyn Iterator<Item = (PgLsn, &Change)> + Send + '_> {
         match self {
@@ -40,23 +40,23 @@ impl Segment<'_> {
 }
 
 /// Cuts a batch into segments.
-pub(super) struct Segments<'b> {
+pub(super) struct Slices<'b> {
     waiting: VecDeque<&'b [Transaction]>,
     reading: Option<(SpillReader, &'b Transaction)>,
-    limits: SegmentLimits,
+    limits: SliceLimits,
 }
 
 /// What a segment of a spilled transaction may hold.
 #[derive(Clone, Copy, Debug)]
-pub struct SegmentLimits {
+pub struct SliceLimits {
     /// In bytes.
     pub bytes: u64,
     /// In changes: narrow rows need many times their bytes while they are folded.
     pub changes: u64,
 }
 
-impl<'b> Segments<'b> {
-    pub(super) fn new(transactions: &'b [Transaction], limits: SegmentLimits) -> Self {
+impl<'b> Slices<'b> {
+    pub(super) fn new(transactions: &'b [Transaction], limits: SliceLimits) -> Self {
         let waiting = transactions
             .chunk_by(|a, b| a.spilled.is_none() && b.spilled.is_none())
             .collect();
@@ -83,20 +83,20 @@ impl<'b> Segments<'b> {
     }
 
     /// The next segment; `None` at the end of the batch.
-    pub(super) fn next(&mut self) -> Result<Option<Segment<'b>>, SpillError> {
+    pub(super) fn next(&mut self) -> Result<Option<Slice<'b>>, SpillError> {
         loop {
             if let Some((reader, transaction)) = &mut self.reading {
                 let commit_lsn = transaction.commit_lsn;
                 let changes = read_part(reader, self.limits)?;
                 if !changes.is_empty() {
-                    return Ok(Some(Segment::Part {
+                    return Ok(Some(Slice::Part {
                         commit_lsn,
                         changes,
                     }));
                 }
                 let rest = std::slice::from_ref(*transaction);
                 self.reading = None;
-                return Ok(Some(Segment::Whole(rest)));
+                return Ok(Some(Slice::Whole(rest)));
             }
             match self.waiting.pop_front() {
                 None => return Ok(None),
@@ -104,7 +104,7 @@ impl<'b> Segments<'b> {
                     let spill = transaction.spilled.as_ref().expect("the guard has seen it");
                     self.reading = Some((spill.reader()?, transaction));
                 }
-                Some(transactions) => return Ok(Some(Segment::Whole(transactions))),
+                Some(transactions) => return Ok(Some(Slice::Whole(transactions))),
             }
         }
     }
@@ -115,7 +115,7 @@ impl<'b> Segments<'b> {
     }
 }
 
-fn read_part(reader: &mut SpillReader, limits: SegmentLimits) -> Result<Vec<Change>, SpillError> {
+fn read_part(reader: &mut SpillReader, limits: SliceLimits) -> Result<Vec<Change>, SpillError> {
     let mut part: Vec<Change> = Vec::new();
     let mut bytes = 0;
     while bytes < limits.bytes && (part.len() as u64) < limits.changes {

@@ -37,7 +37,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Why the reading has ended.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ApartError {
+pub(super) enum LogReaderError {
     #[error("read the source for the change log")]
     Source(#[from] SourceError),
     #[error("watch the source for the change log")]
@@ -50,7 +50,7 @@ pub(super) enum ApartError {
     Ended,
 }
 
-impl Classify for ApartError {
+impl Classify for LogReaderError {
     fn class(&self) -> Class {
         match self {
             Self::Source(error) => error.class(),
@@ -73,7 +73,7 @@ impl Classify for ApartError {
 }
 
 /// One reading.
-pub(super) struct Apart<'a> {
+pub(super) struct LogReader<'a> {
     pub(super) config: &'a Arc<Config>,
     pub(super) database: &'a str,
     pub(super) stream: &'a StreamName,
@@ -84,11 +84,11 @@ pub(super) struct Apart<'a> {
     pub(super) end: &'a CancellationToken,
 }
 
-type Tasks = JoinSet<Result<(), ApartError>>;
+type Tasks = JoinSet<Result<(), LogReaderError>>;
 
-impl Apart<'_> {
+impl LogReader<'_> {
     /// Reads from where the log ends, until it is not needed any more, or told to end.
-    pub(super) async fn read(&self) -> Result<(), ApartError> {
+    pub(super) async fn read(&self) -> Result<(), LogReaderError> {
         let start = self.log.reach().position;
         let mut tasks = Tasks::new();
         let outcome = self.read_with(&mut tasks).await;
@@ -101,7 +101,7 @@ impl Apart<'_> {
         outcome
     }
 
-    async fn read_with(&self, tasks: &mut Tasks) -> Result<(), ApartError> {
+    async fn read_with(&self, tasks: &mut Tasks) -> Result<(), LogReaderError> {
         let start = self.log.reach().position;
         tracing::info!(
             database = self.database, from = %start,
@@ -137,7 +137,7 @@ impl Apart<'_> {
             // A quiet source needs a heartbeat, or no moment of it could be told to be reached.
             let watching =
                 monitor::run(&config, &source, &stream, &Servers::default(), reports).await;
-            watching.map_err(ApartError::Monitor)
+            watching.map_err(LogReaderError::Monitor)
         });
         let mut queue = Queue::new(limits.batch_bytes, limits.batch_changes);
         let mut permits = Vec::new();
@@ -149,7 +149,7 @@ impl Apart<'_> {
                 Some(ended) = tasks.join_next() => {
                     // A task that was lost has said why elsewhere.
                     ended.unwrap_or(Ok(()))?;
-                    return Err(ApartError::Ended);
+                    return Err(LogReaderError::Ended);
                 }
                 _ = look.tick() => {
                     if self.log.reach().pipeline_leads(began, Instant::now(), self.lead) {
@@ -177,11 +177,11 @@ impl Apart<'_> {
                     offered = self.log.offer(&batch, Origin::Apart) => offered,
                     () = self.end.cancelled() => return Ok(()),
                 };
-                match offered.map_err(|_| ApartError::Ended)?? {
+                match offered.map_err(|_| LogReaderError::Ended)?? {
                     Taken::Yes => {}
                     // Said by the log.
                     Taken::LeftOut => return Ok(()),
-                    Taken::Ahead => return Err(ApartError::Ended),
+                    Taken::Ahead => return Err(LogReaderError::Ended),
                 }
                 if let Some(durable) = ledger.durable(0, number) {
                     flush.send_replace(durable);
