@@ -6,7 +6,7 @@
 //! # Invariants
 //! - Each object is a transaction of its own: what is built stays, whatever becomes of the others.
 //! - After an error nothing more is begun; the first error is the one that is returned.
-//! - What attaches indexes comes behind all of them, then triggers and foreign keys, then comments.
+//! - What attaches indexes comes behind all of them, then triggers and foreign keys.
 //!
 //! # What it does not do
 //! It does not know what is there already: the caller leaves that out ([`super::toc::LeftOut`]).
@@ -86,12 +86,11 @@ pub(super) async fn run_what_can_be(
 }
 
 /// Which objects come first. Attaching an index, and a foreign key or a trigger of a partitioned table, lock it with all of its
-/// partitions; comments may speak of any of the others.
+/// partitions.
 fn turn(kind: &str) -> u8 {
     match kind {
         "INDEX ATTACH" => 1,
         "FK CONSTRAINT" | "TRIGGER" | "EVENT TRIGGER" => 2,
-        "COMMENT" => 3,
         _ => 0,
     }
 }

@@ -71,6 +71,12 @@ impl Copied {
             .as_ref()
             .is_none_or(|listed| listed.is_of(oid))
     }
+
+    /// Whether that is what the table is listed as now, as far as both are known.
+    pub fn is_listed_as(&self, now: Option<&ListedAs>) -> bool {
+        let both = self.listed_as.as_ref().zip(now);
+        both.is_none_or(|(was, is)| was == is)
+    }
 }
 
 /// Every published table with storage of its own.

@@ -100,9 +100,8 @@ pub(super) fn listed_anew<'p>(
     let is_anew = |table: &&Table| {
         let row = rows.iter().find(|row| row.ready && row.table == table.name);
         row.is_some_and(|row| {
-            let was = row.copied.listed_as.as_ref();
-            let is = published.listed.get(&table.name);
-            !row.copied.is_of(table.oid) || was.zip(is).is_some_and(|(was, is)| was != is)
+            let now = published.listed.get(&table.name);
+            !row.copied.is_of(table.oid) || !row.copied.is_listed_as(now)
         })
     };
     let anew = published.tables.iter().filter(is_anew);

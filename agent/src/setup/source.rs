@@ -322,13 +322,10 @@ impl Observed {
             let row = rows
                 .iter()
                 .find(|row| row.held && row.table == table.name)?;
-            let is = self.listed.get(&table.name);
-            let was = row.copied.listed_as.as_ref();
+            let now = self.listed.get(&table.name);
             if !row.copied.is_of(table.oid) || row.another {
                 Some(Missed::All)
-            } else if !publication.publishes(table)
-                || was.zip(is).is_some_and(|(was, is)| was != is)
-            {
+            } else if !publication.publishes(table) || !row.copied.is_listed_as(now) {
                 Some(Missed::Changes)
             } else {
                 None
