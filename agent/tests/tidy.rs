@@ -28,7 +28,7 @@ const MAY_NAME: &[(&str, &str)] = &[
     ("catalog", "config names pg"),
     (
         "check",
-        "catalog cloud config copy error names pg setup watch",
+        "catalog cloud config copy error names pg schema setup time watch",
     ),
     ("cli", "cmd config"),
     ("cloud", "backoff error private"),
@@ -48,13 +48,13 @@ const MAY_NAME: &[(&str, &str)] = &[
     ),
     (
         "promote",
-        "config copy error failpoint names pg schema watch",
+        "config copy error failpoint names pg schema time watch",
     ),
     (
         "replay",
         "archive backoff catalog cloud config copy error failpoint flow names observe pg promote schema setup sink source time",
     ),
-    ("schema", "flow names pg"),
+    ("schema", "flow names pg time"),
     (
         "setup",
         "archive catalog cloud config copy error failpoint names pg schema shape sink time",
@@ -215,6 +215,46 @@ fn no_two_rooms_reach_one_another() {
         }
     }
     assert!(left.is_empty(), "a circle among {left:?}");
+}
+
+/// The names of the agent's own tables.
+fn own_tables() -> BTreeSet<String> {
+    let sql = Path::new(env!("CARGO_MANIFEST_DIR")).join("sql");
+    let mut found = BTreeSet::new();
+    for file in fs::read_dir(sql)
+        .expect("the statements can be read")
+        .flatten()
+    {
+        let text = fs::read_to_string(file.path()).expect("the statements can be read");
+        let made = text.lines().filter(|line| line.starts_with("CREATE "));
+        let made = made.filter_map(|line| line.split_once("TABLE ")?.1.split_once("dr_agent."));
+        found.extend(made.filter_map(|(_, rest)| Some(rest.split_once(' ')?.0.to_owned())));
+    }
+    found
+}
+
+/// Each of them is read and written in one file of `schema/`; advice to people may name them.
+#[test]
+fn nobody_else_names_the_agents_own_tables() {
+    let tables = own_tables();
+    assert!(
+        tables.contains("progress") && tables.contains("sending"),
+        "{tables:?}"
+    );
+    for path in files("") {
+        if room(&path) == "schema" || path.ends_with("error/remedy.rs") {
+            continue;
+        }
+        for rest in program(&path).split("dr_agent.").skip(1) {
+            let end = rest.find(|c: char| c != '_' && !c.is_ascii_alphanumeric());
+            let name = &rest[..end.unwrap_or(rest.len())];
+            assert!(
+                !tables.contains(name),
+                "{} names dr_agent.{name}: schema/ has what reads and writes it",
+                path.display()
+            );
+        }
+    }
 }
 
 /// A session begins with the settings of `pg/settings.rs`, which only these put into a start-up packet.

@@ -135,10 +135,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
     Ok(rows
         .iter()
         .map(|row| Table {
-            name: TableName {
-                schema: row.get(0),
-                name: row.get(1),
-            },
+            name: TableName::of(row),
             root: TableName {
                 schema: row.get(2),
                 name: row.get(3),
@@ -171,13 +168,7 @@ pub async fn keyed_roots(client: &Client) -> Result<BTreeSet<TableName>, PgError
                  WHERE a.attrelid = c.oid AND a.attgenerated <> ''
                    AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1])))";
     let rows = client.query_typed(SQL, &[]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| TableName {
-            schema: row.get(0),
-            name: row.get(1),
-        })
-        .collect())
+    Ok(rows.iter().map(TableName::of).collect())
 }
 
 /// Databases of the server this client is connected to that allow connections, without templates.

@@ -103,13 +103,7 @@ pub async fn beside(
     let rows = client
         .query_typed(&sql, &[(&table.sql(), Type::TEXT)])
         .await?;
-    let mut all: Vec<TableName> = rows
-        .iter()
-        .map(|row| TableName {
-            schema: row.get(0),
-            name: row.get(1),
-        })
-        .collect();
+    let mut all: Vec<TableName> = rows.iter().map(TableName::of).collect();
     if all.is_empty() {
         all.push(table.clone());
     }

@@ -376,11 +376,11 @@ fn copy_state(at: &Place, kept: &Kept, applier: &str) -> Option<Finding> {
 #[cfg(test)]
 mod tests {
     use super::super::shape::{Column, Shape, Unique};
-    use super::super::slot::Progress;
     use super::*;
     use crate::catalog::publication::Wanted;
     use crate::catalog::{Identity, Table};
     use crate::pg::PgLsn;
+    use crate::schema::progress::Progress;
 
     fn at() -> Place {
         Place::database(Side::Both, "app")
@@ -441,11 +441,7 @@ mod tests {
         ReplicaDatabase {
             shapes: shapes(names),
             kept: Kept {
-                progress: Some(Progress {
-                    term: 1,
-                    end_lsn: PgLsn::from(1),
-                    age_seconds: 0.0,
-                }),
+                progress: Some(Progress::testing(PgLsn::from(1))),
                 copied: set(copied),
                 copying: set(copying),
                 ..Kept::default()

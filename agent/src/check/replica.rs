@@ -8,13 +8,15 @@ use super::finding::{Finding, Place, Side, counted, some_of};
 use super::server::{self, Database, Server};
 use super::settings;
 use super::shape::{self, Shapes};
-use super::slot::{Kept, Progress};
+use super::slot::Kept;
 use super::{note_failure, open};
 use crate::config::Config;
 use crate::names::TableName;
-use crate::names::stream::APPLICATION_PREFIX;
+use crate::names::stream::{APPLICATION_PREFIX, StreamName};
 use crate::pg::PgError;
 use crate::pg::quote::quote_ident;
+use crate::schema::{progress, promotion, stream, table_sync};
+use crate::time;
 
 /// What was learned of the replica server.
 #[derive(Debug)]
@@ -175,7 +177,7 @@ pub(super) async fn database(
         }
     };
     let shapes = note_failure(&at, "read the columns", findings, shape::shapes(&client)).await?;
-    let kept = kept(&client, &shapes, stream.as_str());
+    let kept = kept(&client, &shapes, &stream);
     let kept = note_failure(&at, "read schema dr_agent", findings, kept)
         .await
         .unwrap_or_default();
@@ -292,49 +294,40 @@ fn firing(at: &Place, shapes: &Shapes) -> Vec<Finding> {
 }
 
 /// Reads what the agent keeps about one stream; tables that are not there yet count as empty.
-async fn kept(client: &Client, shapes: &Shapes, stream: &str) -> Result<Kept, PgError> {
+async fn kept(client: &Client, shapes: &Shapes, stream: &StreamName) -> Result<Kept, PgError> {
     let there = |table: &str| {
+        let (schema, name) = table.split_once('.').unwrap_or_default();
         shapes.contains_key(&TableName {
-            schema: "dr_agent".to_owned(),
-            name: table.to_owned(),
+            schema: schema.to_owned(),
+            name: name.to_owned(),
         })
     };
     let mut kept = Kept::default();
-    if there("progress") {
-        let sql = "SELECT term, end_lsn, extract(epoch FROM clock_timestamp() - applied_at)::float8
-                     FROM dr_agent.progress WHERE stream = $1";
-        let row = client.query_opt(sql, &[&stream]).await?;
-        kept.progress = row.map(|row| Progress {
-            term: row.get(0),
-            end_lsn: row.get(1),
-            age_seconds: row.get(2),
+    if there(progress::TABLE) {
+        kept.progress = progress::read(client, stream).await?;
+    }
+    if there(stream::TABLE) {
+        let row = stream::read(client, stream).await?;
+        kept.origin = row.map(|row| {
+            let of = row.recorded.cluster;
+            (of.system_identifier.to_string(), of.timeline)
         });
     }
-    if there("stream") {
-        let sql = "SELECT system_identifier, timeline FROM dr_agent.stream WHERE stream = $1";
-        let row = client.query_opt(sql, &[&stream]).await?;
-        kept.origin = row.map(|row| (row.get(0), row.get(1)));
-    }
-    if there("table_sync") {
-        let sql =
-            "SELECT table_schema, table_name, state FROM dr_agent.table_sync WHERE stream = $1";
-        for row in client.query(sql, &[&stream]).await? {
-            let name = TableName {
-                schema: row.get(0),
-                name: row.get(1),
-            };
-            match row.get::<_, &str>(2) {
-                "ready" => kept.copied.insert(name),
-                _ => kept.copying.insert(name),
+    if there(table_sync::TABLE) {
+        for row in table_sync::read(client, stream).await? {
+            match row.ready {
+                true => kept.copied.insert(row.table),
+                false => kept.copying.insert(row.table),
             };
         }
     }
-    if there("promotion") {
-        let sql = "SELECT mode, state, to_char(started_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS\" UTC\"')
-                     FROM dr_agent.promotion ORDER BY started_at DESC LIMIT 1";
+    if there(promotion::TABLE) {
         // Any promotion of this database counts, under whichever stream: it takes writes of its own.
-        let row = client.query_opt(sql, &[]).await?;
-        kept.promotion = row.map(|row| (row.get(0), row.get(1), row.get(2)));
+        let row = promotion::last(client).await?;
+        kept.promotion = row.map(|row| {
+            let at = time::format(row.started_at, "%Y-%m-%d %H:%M:%S UTC");
+            (row.mode, row.state, at)
+        });
     }
     Ok(kept)
 }

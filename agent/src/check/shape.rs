@@ -222,10 +222,7 @@ async fn firing(client: &Client, shapes: &mut Shapes) -> Result<(), PgError> {
 }
 
 fn name(row: &Row) -> TableName {
-    TableName {
-        schema: row.get(0),
-        name: row.get(1),
-    }
+    TableName::of(row)
 }
 /// What is there that not every supported version can have, by the version that brought it.
 pub(super) async fn features(client: &Client) -> Result<Vec<Feature>, PgError> {

@@ -17,6 +17,8 @@ use crate::error::remedy::{self, SLOT_TOO};
 use crate::names::TableName;
 use crate::pg::PgLsn;
 use crate::pg::quote::quote_literal;
+use crate::schema::progress::Progress;
+use crate::schema::sending;
 use crate::setup::raise;
 
 /// What the replica keeps about one stream in schema `dr_agent`.
@@ -32,17 +34,6 @@ pub(super) struct Kept {
     pub(super) copying: BTreeSet<TableName>,
     /// Mode, state and start of a promotion.
     pub(super) promotion: Option<(String, String, String)>,
-}
-
-/// A row of `dr_agent.progress`.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Progress {
-    /// Fencing token.
-    pub(super) term: i64,
-    /// First byte after the last applied transaction.
-    pub(super) end_lsn: PgLsn,
-    /// Seconds since the last batch was applied.
-    pub(super) age_seconds: f64,
 }
 
 /// What to do about changes that are missing for good.
@@ -191,9 +182,10 @@ pub(super) fn apart(
 /// What must be dropped before everything can be sent again.
 fn send_again(name: &str) -> String {
     let also = format!(
-        "{} if it is there and the row {} of dr_agent.sending there",
+        "{} if it is there and the row {} of {} there",
         remedy::drop_slot(name),
-        quote_literal(name)
+        quote_literal(name),
+        sending::TABLE
     );
     let over = remedy::start_over_with(Some(&also), "`dr-agent run`, and `dr-agent apply`");
     format!("changes since then cannot be had any more. {over}")
@@ -278,7 +270,7 @@ fn position(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Option<Finding>
         );
         return Some(finding.on(name).hint(copy_again(name)));
     }
-    let age = format!("{:.0} s", progress.age_seconds.max(0.0));
+    let age = format!("{:.0} s", progress.since_applied().max(0.0));
     Some(if slot.active {
         at.ok(
             "slot",
@@ -463,11 +455,7 @@ mod tests {
 
     fn kept(end_lsn: u64) -> Kept {
         Kept {
-            progress: Some(Progress {
-                term: 1,
-                end_lsn: PgLsn::from(end_lsn),
-                age_seconds: 1.0,
-            }),
+            progress: Some(Progress::testing(PgLsn::from(end_lsn))),
             origin: Some(("7".to_owned(), 1)),
             ..Kept::default()
         }

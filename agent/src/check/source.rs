@@ -25,6 +25,7 @@ use crate::pg::PgLsn;
 use crate::pg::quote::quote_ident;
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgError, Session};
+use crate::schema::{heartbeat, sending};
 use crate::watch::coverage;
 use crate::watch::{self, waits};
 
@@ -220,8 +221,8 @@ pub(super) async fn database(
         }));
         findings.extend(rights(&at, source, entry, &found, publication.as_ref()));
         if config.route != Route::Direct {
-            let asking = noted(&client, stream.as_str());
-            let noted = note_failure(&at, "read dr_agent.sending", findings, asking).await;
+            let asking = noted(&client, &stream);
+            let noted = note_failure(&at, "read what is noted of the slot", findings, asking).await;
             found.noted = noted.flatten();
             findings.extend(sending(&at, source, name, &stream, &found));
         }
@@ -297,19 +298,16 @@ fn sending(
 }
 
 /// What this source has noted about a stream that is sent from it.
-async fn noted(client: &Client, stream: &str) -> Result<Option<Noted>, PgError> {
-    const THERE: &str = "SELECT to_regclass('dr_agent.sending') IS NOT NULL";
-    if !client.query_one(THERE, &[]).await?.get::<_, bool>(0) {
-        return Ok(None);
-    }
+async fn noted(client: &Client, stream: &StreamName) -> Result<Option<Noted>, PgError> {
     // Without since, the slot was not created to the end and nothing was sent.
-    const SQL: &str = "
-        SELECT system_identifier, timeline, since
-          FROM dr_agent.sending WHERE stream = $1 AND since IS NOT NULL";
-    let row = client.query_opt(SQL, &[&stream]).await?;
-    Ok(row.map(|row| Noted {
-        origin: (row.get(0), row.get(1)),
-        since: row.get(2),
+    let note = sending::read(client, stream).await?;
+    let begun = note.and_then(|note| Some((note, note.since?)));
+    Ok(begun.map(|(note, since)| Noted {
+        origin: (
+            note.cluster.system_identifier.to_string(),
+            note.cluster.timeline,
+        ),
+        since,
     }))
 }
 
@@ -337,13 +335,7 @@ async fn published_anywhere(client: &Client) -> Result<BTreeSet<TableName>, PgEr
           FROM pg_publication_tables t
           JOIN pg_publication p ON p.pubname = t.pubname AND (p.pubupdate OR p.pubdelete)";
     let rows = client.query(SQL, &[]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| TableName {
-            schema: row.get(0),
-            name: row.get(1),
-        })
-        .collect())
+    Ok(rows.iter().map(TableName::of).collect())
 }
 
 /// Tables without a key, each on a line of its own: somebody has to decide about each.
@@ -439,7 +431,7 @@ fn rights(
     }) {
         findings.push(
             at.error("heartbeat_right", "the role may not write the tables of schema dr_agent")
-                .hint(format!("run `dr-agent init --source-url` as a superuser; or ALTER TABLE dr_agent.heartbeat OWNER TO {role}, and so on for each")),
+                .hint(format!("run `dr-agent init --source-url` as a superuser; or ALTER TABLE {} OWNER TO {role}, and so on for each", heartbeat::TABLE)),
         );
     }
     let of_tables = |pick: fn(&shape::Shape) -> bool| -> Vec<&TableName> {

@@ -115,10 +115,7 @@ async fn tables(replica: &Client) -> Result<HashMap<TableName, Table>, CopyError
         .await
         .map_err(CopyError::replica("read the sizes of the tables"))?;
     let table = |row: &tokio_postgres::Row| {
-        let name = TableName {
-            schema: row.get(0),
-            name: row.get(1),
-        };
+        let name = TableName::of(row);
         let bytes = row.get::<_, Option<i64>>(4).unwrap_or(0);
         let bytes = u64::try_from(bytes).unwrap_or(0);
         let (oid, root) = (row.get(2), row.get(3));

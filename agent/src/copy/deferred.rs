@@ -16,7 +16,6 @@
 //! It does not watch the stream: the pipeline calls [`run_deferred`] when it has passed a copy's
 //! snapshot, the promotion before it opens the replica.
 
-use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Transaction};
 
 use super::CopyJob;
@@ -27,7 +26,7 @@ use crate::error::{Class, Classify as _, chain};
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
 use crate::pg::quote::{quote_ident, quote_literal};
-use crate::schema::refused;
+use crate::schema::deferred;
 
 /// One statement on the replica, and what a person calls it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,10 +156,9 @@ pub(super) async fn run_or_defer(
                 "cannot be added now; it is tried again behind the copy"
             );
         }
-        let stream = job.stream.as_str();
-        refused::keep(replica, stream, (what, sql), job.snapshot_lsn)
+        deferred::keep(replica, job.stream, (what, sql), job.snapshot_lsn)
             .await
-            .map_err(CopyError::replica("write dr_agent.deferred"))?;
+            .map_err(CopyError::replica("keep a constraint for later"))?;
     }
     Ok(())
 }
@@ -245,32 +243,18 @@ pub async fn run_deferred(
     stream: &StreamName,
     moment: Moment,
 ) -> Result<Ran, CopyError> {
-    const DUE: &str = "
-        SELECT d.what, d.statement, d.after_lsn = $2 OR coalesce(d.after_lsn <= p.end_lsn, false)
-          FROM dr_agent.deferred d LEFT JOIN dr_agent.progress p USING (stream)
-         WHERE d.stream = $1 AND (d.after_lsn < $2 OR $3) ORDER BY d.place";
-    let (of_stream, opened) = (stream.as_str(), refused::when_opened());
     let is_opening = moment == Moment::Opening;
-    let rows = replica
-        .query_typed(
-            DUE,
-            &[
-                (&of_stream, Type::TEXT),
-                (&opened, Type::PG_LSN),
-                (&is_opening, Type::BOOL),
-            ],
-        )
+    let kept = deferred::read(replica, stream, is_opening)
         .await
-        .map_err(CopyError::replica("read dr_agent.deferred"))?;
+        .map_err(CopyError::replica("read what waits for the stream"))?;
     let mut ran = Ran::default();
-    for row in &rows {
-        let (what, statement): (String, String) = (row.get(0), row.get(1));
-        if !row.get::<_, bool>(2) {
+    for one in kept {
+        if !one.is_due {
             ran.waiting += 1;
             continue;
         }
-        if let Some(reason) = run_one(replica, stream, &what, &statement).await? {
-            ran.refused.push((what, reason));
+        if let Some(reason) = run_one(replica, stream, &one.what, &one.statement).await? {
+            ran.refused.push((one.what, reason));
         }
     }
     Ok(ran)
@@ -297,40 +281,25 @@ async fn run_one(
     if let Some(problem) = added.problem() {
         tracing::warn!(what, "{problem}");
     }
-    transaction
-        .execute(
-            "DELETE FROM dr_agent.deferred WHERE stream = $1 AND what = $2",
-            &[&stream.as_str(), &what],
-        )
+    deferred::remove(&transaction, stream, what)
         .await
-        .map_err(doing())?;
+        .map_err(CopyError::replica("forget a constraint that is there"))?;
     transaction.commit().await.map_err(doing())?;
     tracing::info!(what, "added");
     Ok(None)
 }
 
-/// Keeps the reason beside the statement. A replica whose schema is of an earlier version has no place for it.
+/// Keeps the reason beside the statement.
 async fn note_problem(
     replica: &Client,
     stream: &StreamName,
     what: &str,
     reason: &str,
 ) -> Result<(), CopyError> {
-    const HAS_PLACE: &str = "
-        SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute
-                        WHERE attrelid = 'dr_agent.deferred'::regclass AND attname = 'problem')";
-    const NOTE: &str = "
-        UPDATE dr_agent.deferred SET problem = $3 WHERE stream = $1 AND what = $2 AND problem IS DISTINCT FROM $3";
-    let doing = || CopyError::replica("note what is missing");
-    let row = replica.query_one(HAS_PLACE, &[]).await.map_err(doing())?;
-    if !row.get::<_, bool>(0) {
-        return Ok(());
-    }
-    let noted = replica
-        .execute(NOTE, &[&stream.as_str(), &what, &reason])
+    let is_new = deferred::note_problem(replica, stream, (what, reason))
         .await
-        .map_err(doing())?;
-    if noted > 0 {
+        .map_err(CopyError::replica("note what is missing"))?;
+    if is_new {
         tracing::warn!(
             what,
             reason,

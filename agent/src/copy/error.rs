@@ -164,9 +164,9 @@ impl CopyError {
         }
     }
 
-    pub(super) fn replica(doing: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Self {
+    pub(super) fn replica<E: Into<PgError>>(doing: impl Into<String>) -> impl FnOnce(E) -> Self {
         let doing = doing.into();
-        |error| Self::Replica {
+        |error: E| Self::Replica {
             doing,
             source: error.into(),
         }

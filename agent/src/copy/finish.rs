@@ -10,7 +10,6 @@ use futures_util::future;
 use tokio_postgres::Client;
 
 use super::error::CopyError;
-use super::layout::name_arrays;
 use super::progress::CopyObserver;
 use crate::names::TableName;
 use crate::pg::quote::quote_literal;
@@ -62,16 +61,13 @@ pub(crate) async fn sequences(
                  WHERE d.classid = 'pg_attrdef'::regclass
                    AND d.refclassid = 'pg_class'::regclass AND d.refobjid = s.oid))
          ORDER BY 1, 2";
-    let (schemas, names) = name_arrays(only.unwrap_or_default());
+    let (schemas, names) = TableName::arrays(only.unwrap_or_default());
     let sequences: Vec<TableName> = source
         .query(SEQUENCES, &[&only.is_none(), &schemas, &names])
         .await
         .map_err(CopyError::source("list the sequences"))?
         .iter()
-        .map(|row| TableName {
-            schema: row.get(0),
-            name: row.get(1),
-        })
+        .map(TableName::of)
         .collect();
     let mut positions = Vec::new();
     for some in sequences.chunks(SEQUENCES_AT_ONCE) {
@@ -120,10 +116,7 @@ pub(super) async fn set_sequences(
 }
 
 fn view(row: &tokio_postgres::Row) -> TableName {
-    TableName {
-        schema: row.get(0),
-        name: row.get(1),
-    }
+    TableName::of(row)
 }
 
 /// The materialized views that are filled on the source.

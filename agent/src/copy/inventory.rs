@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::{Client, Row};
 
 use super::error::CopyError;
-use super::layout::name_arrays;
 use super::roles::LackingRoles;
 use super::toc::Entry;
 use crate::names::TableName;
@@ -34,7 +33,7 @@ pub(super) async fn with_ancestors(
          CROSS JOIN LATERAL pg_partition_ancestors(c.oid) AS up (relid)
           JOIN pg_class a ON a.oid = up.relid AND a.oid <> c.oid
           JOIN pg_namespace an ON an.oid = a.relnamespace";
-    let (schemas, names) = name_arrays(&tables);
+    let (schemas, names) = TableName::arrays(&tables);
     let rows = source
         .query(SQL, &[&schemas, &names])
         .await
@@ -53,7 +52,7 @@ pub(crate) async fn missing_on(
         SELECT s, t FROM unnest($1::text[], $2::text[]) AS wanted (s, t)
          WHERE NOT EXISTS (SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                             WHERE n.nspname = s AND c.relname = t AND c.relkind IN ('r', 'p'))";
-    let (schemas, names) = name_arrays(tables);
+    let (schemas, names) = TableName::arrays(tables);
     let rows = replica
         .query(SQL, &[&schemas, &names])
         .await
@@ -101,7 +100,7 @@ pub(super) async fn lacking_sequences(
           FROM unnest($1::text[], $2::text[]) AS wanted (s, t)
           LEFT JOIN pg_namespace n ON n.nspname = s
           LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t";
-    let (schemas, names) = name_arrays(tables);
+    let (schemas, names) = TableName::arrays(tables);
     let doing = || CopyError::source("read the sequences");
     let owned = source.query(OWNED, &[&schemas, &names]).await;
     let owned: HashSet<TableName> = owned
@@ -117,7 +116,7 @@ pub(super) async fn lacking_sequences(
         .collect();
     found.retain(|(name, _)| !owned.contains(name));
     let wanted: Vec<TableName> = found.iter().map(|(name, _)| name.clone()).collect();
-    let (schemas, names) = name_arrays(&wanted);
+    let (schemas, names) = TableName::arrays(&wanted);
     let there = replica.query(FREE, &[&schemas, &names]).await;
     let there = there.map_err(CopyError::replica("look for the sequences"))?;
     let called: HashSet<&TableName> = found
@@ -270,7 +269,7 @@ pub(super) async fn unattached(
           JOIN pg_inherits i ON i.inhrelid = c.oid
           JOIN pg_class p ON p.oid = i.inhparent
           JOIN pg_namespace pn ON pn.oid = p.relnamespace";
-    let (schemas, names) = name_arrays(tables);
+    let (schemas, names) = TableName::arrays(tables);
     let wanted = source
         .query(PARTITIONS, &[&schemas, &names])
         .await
@@ -310,7 +309,7 @@ pub(super) async fn index_attachments(
           JOIN pg_inherits xi ON xi.inhrelid = x.oid
           JOIN pg_class parent ON parent.oid = xi.inhparent";
     let children: Vec<TableName> = attachments.iter().map(|a| a.child.clone()).collect();
-    let (schemas, names) = name_arrays(&children);
+    let (schemas, names) = TableName::arrays(&children);
     let rows = source
         .query(SQL, &[&schemas, &names])
         .await

@@ -94,7 +94,7 @@ pub(crate) async fn read(source: &Client, tables: &[TableName]) -> Result<Vec<La
             ON n.nspname = wanted.nspname AND c.relname = wanted.relname
           LEFT JOIN pg_am am ON am.oid = c.relam
          ORDER BY place";
-    let (schemas, names) = name_arrays(tables);
+    let (schemas, names) = TableName::arrays(tables);
     let rows = source
         .query(SQL, &[&schemas, &names])
         .await
@@ -224,7 +224,7 @@ pub(super) async fn verify(replica: &Client, layouts: &[Layout]) -> Result<(), C
           LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
                AND a.attgenerated = ''";
     let names: Vec<TableName> = layouts.iter().map(|layout| layout.name.clone()).collect();
-    let (schemas, names) = name_arrays(&names);
+    let (schemas, names) = TableName::arrays(&names);
     let rows = replica
         .query(SQL, &[&schemas, &names])
         .await
@@ -264,14 +264,6 @@ fn difference(layout: &Layout, found: Option<&HashMap<String, String>>) -> Optio
             )),
             None => Some(format!("has no column {name} that can be written")),
         })
-}
-
-/// Two parallel arrays for `unnest`.
-pub(super) fn name_arrays(tables: &[TableName]) -> (Vec<&str>, Vec<&str>) {
-    tables
-        .iter()
-        .map(|table| (table.schema.as_str(), table.name.as_str()))
-        .unzip()
 }
 
 #[cfg(test)]

@@ -31,6 +31,7 @@ mod format;
 pub(crate) mod inventory;
 mod lanes;
 pub(crate) mod layout;
+mod ledger;
 pub mod locale;
 mod owners;
 pub(crate) mod plan;
@@ -42,7 +43,6 @@ mod script;
 pub(crate) mod session;
 pub(crate) mod silence_triggers;
 pub(crate) mod table;
-mod table_sync;
 pub(crate) mod toc;
 pub(crate) mod tools;
 pub(crate) mod work;
@@ -62,9 +62,9 @@ use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::schema::listing::Listed;
 use layout::Layout;
+use ledger::Ledger;
 use plan::Part;
 use session::{ReplicaSide, SourceSide};
-use table_sync::Ledger;
 
 /// One copy: what, from where, to where.
 pub struct CopyJob<'a> {
@@ -157,10 +157,7 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
         replica: replica_side,
         settings: job.settings,
     };
-    let ledger = Ledger {
-        stream: job.stream,
-        snapshot_lsn: job.snapshot_lsn,
-    };
+    let ledger = Ledger::new(job);
 
     observer.phase(CopyPhase::PreData);
     let held = ledger.begin(&replica, &names, job).await?;

@@ -3,9 +3,10 @@
 use tokio_postgres::Client;
 
 use super::error::CopyError;
+use super::ledger::Ledger;
 use super::progress::CopyObserver;
-use super::table_sync::Ledger;
 use crate::names::TableName;
+use crate::schema::deferred;
 use crate::schema::refused::{self, Taken};
 
 /// Sets aside what has refused rows of this table, and returns how many constraints that were. `None` if the error is not one
@@ -27,10 +28,12 @@ pub(super) async fn set_aside(
     let Some(taken) = taken.map_err(doing())? else {
         return Ok(None);
     };
-    let stream = ledger.stream.as_str();
+    let stream = ledger.0.stream;
     for Taken { what, add } in &taken {
-        let kept = refused::keep(&transaction, stream, (what, add), refused::when_opened()).await;
-        kept.map_err(doing())?;
+        let opened = deferred::when_opened();
+        deferred::keep(&transaction, stream, (what, add), opened)
+            .await
+            .map_err(CopyError::replica("keep a constraint for later"))?;
     }
     transaction.commit().await.map_err(doing())?;
     for taken in &taken {

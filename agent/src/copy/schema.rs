@@ -27,14 +27,15 @@ use super::deferred::{self, Statement};
 use super::dump::{Dump, PRE_DATA};
 use super::error::CopyError;
 use super::inventory;
+use super::ledger::Ledger;
 use super::progress::CopyObserver;
-use super::table_sync::Ledger;
 use super::toc::LeftOut;
 use super::tools::Tools;
 use super::{CopyJob, Sessions};
 use crate::catalog::routing;
 use crate::names::TableName;
 use crate::pg::quote::quote_ident;
+use crate::schema::schema_sync;
 
 /// The schema of one copy.
 pub(super) struct Schema<'a> {
@@ -185,14 +186,9 @@ impl<'a> Schema<'a> {
     }
 
     async fn is_marked(&self, replica: &Client) -> Result<bool, CopyError> {
-        let rows = replica
-            .query(
-                "SELECT 1 FROM dr_agent.schema_sync WHERE stream = $1",
-                &[&self.job.stream.as_str()],
-            )
+        schema_sync::is_noted(replica, self.job.stream)
             .await
-            .map_err(CopyError::replica("read dr_agent.schema_sync"))?;
-        Ok(!rows.is_empty())
+            .map_err(CopyError::replica("look whether the schema is there"))
     }
 
     /// Executes the script, which creates these tables of a database that is replicated already.
@@ -203,21 +199,13 @@ impl<'a> Schema<'a> {
         let transaction = client.transaction().await.map_err(doing())?;
         transaction.batch_execute(script).await.map_err(doing())?;
         if self.job.whole_schema {
-            transaction
-                .execute(
-                    "INSERT INTO dr_agent.schema_sync (stream) VALUES ($1)
-                         ON CONFLICT (stream) DO NOTHING",
-                    &[&self.job.stream.as_str()],
-                )
+            schema_sync::note(&transaction, self.job.stream)
                 .await
-                .map_err(doing())?;
+                .map_err(CopyError::replica("create the source's schema"))?;
         }
-        let ledger = Ledger {
-            stream: self.job.stream,
-            snapshot_lsn: self.job.snapshot_lsn,
-        };
-        let noted = ledger.created(&transaction, created).await;
-        noted.map_err(doing())?;
+        let ledger = Ledger::new(self.job);
+        let noted = ledger.0.created(&transaction, created).await;
+        noted.map_err(CopyError::replica("create the source's schema"))?;
         transaction.commit().await.map_err(doing())
     }
 

@@ -20,9 +20,9 @@ use tokio_postgres::Client;
 
 use super::error::CopyError;
 use super::layout::Layout;
+use super::ledger::Ledger;
 use super::plan::Part;
 use super::progress::CopyObserver;
-use super::table_sync::Ledger;
 use super::work::{Taken, Work};
 use super::{Sessions, refused};
 use crate::catalog::routing;
@@ -265,10 +265,7 @@ async fn all_referred_to(replica: &Client) -> Result<HashSet<TableName>, CopyErr
         .query_typed(REFERRED_TO, &[])
         .await
         .map_err(CopyError::replica("look for foreign keys"))?;
-    let name = |row: &tokio_postgres::Row| TableName {
-        schema: row.get(0),
-        name: row.get(1),
-    };
+    let name = |row: &tokio_postgres::Row| TableName::of(row);
     Ok(rows.iter().map(name).collect())
 }
 

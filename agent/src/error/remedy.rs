@@ -34,6 +34,9 @@ pub fn drop_slot(stream: &str) -> String {
 /// Drops the slot, which may be gone already.
 pub const SLOT_TOO: &str = "drop the slot on the source if it is there";
 
+/// Both what the source keeps of a stream.
+pub const SLOT_AND_NOTE: &str = "drop the slot and the row of dr_agent.sending on the source";
+
 /// How to have one table copied anew.
 pub fn copy_again(table: Option<&str>) -> String {
     let row = table.map_or_else(

@@ -15,6 +15,7 @@ use std::str::FromStr;
 
 use jiff::Timestamp;
 
+use crate::error::remedy;
 use crate::pg::PgLsn;
 use crate::time::{Micros, pg_micros, system_time};
 
@@ -43,10 +44,7 @@ impl WentBack {
             "the source, with its slot, was set back by a snapshot of its storage, and went on from there; the replica and the \
              archive may hold the only copy of what came after it, and `dr-agent promote` keeps it. To go on with what the \
              source has now, also if only a clock was wrong; the archive keeps both histories. {}",
-            crate::error::remedy::start_over_with(
-                Some("drop the slot and the row of dr_agent.sending on the source"),
-                "start the agents"
-            )
+            remedy::start_over_with(Some(remedy::SLOT_AND_NOTE), "start the agents")
         )
     }
 }
@@ -114,6 +112,22 @@ impl FromStr for History {
             true => Ok(history),
             false => Err(NoHistory),
         }
+    }
+}
+
+/// What tells one source from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// `pg_control`'s system identifier, made by `initdb`.
+    pub system_identifier: u64,
+    /// Raised by every promotion and point-in-time recovery of the source.
+    pub timeline: i32,
+}
+
+impl Cluster {
+    /// Whether `found` is the same cluster on a later timeline.
+    pub fn is_promoted(&self, found: &Self) -> bool {
+        self.system_identifier == found.system_identifier && self.timeline < found.timeline
     }
 }
 

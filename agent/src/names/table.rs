@@ -3,6 +3,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use tokio_postgres::Row;
 
 use crate::pg::quote::{identifier, quote_ident};
 
@@ -19,6 +20,22 @@ impl TableName {
     /// `"schema"."table"`, quoted for SQL.
     pub fn sql(&self) -> String {
         format!("{}.{}", quote_ident(&self.schema), quote_ident(&self.name))
+    }
+
+    /// The table that a row names in its first two columns.
+    pub fn of(row: &Row) -> Self {
+        Self {
+            schema: row.get(0),
+            name: row.get(1),
+        }
+    }
+
+    /// Schemas and names apart, as parameters of a statement.
+    pub fn arrays<'t>(tables: impl IntoIterator<Item = &'t Self>) -> (Vec<&'t str>, Vec<&'t str>) {
+        tables
+            .into_iter()
+            .map(|table| (table.schema.as_str(), table.name.as_str()))
+            .unzip()
     }
 
     /// Reads what a person writes: `schema.table` as in SQL, in double quotes where SQL needs them.

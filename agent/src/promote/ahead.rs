@@ -26,7 +26,7 @@ use crate::error::chain;
 use crate::names::TableName;
 use crate::pg::PgError;
 use crate::pg::quote::quote_ident;
-use crate::watch::sequence_look::{self, RATE_OF};
+use crate::schema::sequence_state::{self, State};
 
 /// Sequences in one piece: a statement locks all it touches, and a server's lock table may be small.
 const PIECE: usize = 200;
@@ -136,40 +136,31 @@ impl<'c> Setting<'c> {
     /// # Errors
     /// When the database refuses.
     pub(super) async fn missing(&self) -> Result<Vec<String>, PgError> {
-        const MISSING: &str = "
-            SELECT k.schema_name, k.sequence_name, k.last_value
-              FROM dr_agent.sequence_state k
-              LEFT JOIN pg_namespace n ON n.nspname = k.schema_name
-              LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = k.sequence_name AND c.relkind = 'S'
-             WHERE c.oid IS NULL AND k.schema_name <> 'dr_agent' ORDER BY 1, 2";
-        let rows = self.client.query(MISSING, &[]).await?;
-        let name = |row: &Row| {
-            let (schema, name): (String, String) = (row.get(0), row.get(1));
-            let name = TableName { schema, name };
-            let value: i64 = row.get(2);
+        let missing = sequence_state::missing(self.client).await?;
+        let said = missing.iter().map(|(name, value)| {
             format!(
                 "{name}: the source has it, at {value}, and the replica does not: create it beyond that"
             )
-        };
-        Ok(rows.iter().map(name).collect())
+        });
+        Ok(said.collect())
     }
 
     async fn facts(&self, oids: &[Oid]) -> Result<Vec<Sequence>, PgError> {
         const FACTS: &str = "
             SELECT c.oid, n.nspname, c.relname, s.seqincrement, s.seqmin, s.seqmax, s.seqstart, s.seqcache,
-                   s.seqcycle, k.last_value, k.is_called,
-                   CASE WHEN has_sequence_privilege(s.seqrelid, 'USAGE, SELECT') THEN pg_sequence_last_value(s.seqrelid) END,
-                   coalesce(r.last_value, 0)::float8
+                   s.seqcycle,
+                   CASE WHEN has_sequence_privilege(s.seqrelid, 'USAGE, SELECT') THEN pg_sequence_last_value(s.seqrelid) END
               FROM pg_sequence s
               JOIN pg_class c ON c.oid = s.seqrelid
               JOIN pg_namespace n ON n.oid = c.relnamespace
-              LEFT JOIN dr_agent.sequence_state k ON k.schema_name = n.nspname AND k.sequence_name = c.relname
-              LEFT JOIN dr_agent.sequence_state r
-                   ON r.schema_name = 'dr_agent' AND r.sequence_name = $2 || n.nspname || '.' || c.relname
              WHERE s.seqrelid = ANY ($1) ORDER BY c.oid";
-        let rows = self.client.query(FACTS, &[&oids, &RATE_OF]).await?;
-        let mut sequences: Vec<Sequence> =
-            rows.iter().map(|row| sequence(row, self.since)).collect();
+        let rows = self.client.query(FACTS, &[&oids]).await?;
+        let known = sequence_state::of(self.client, oids).await?;
+        let sequences = rows.iter().map(|row| {
+            let known = known.get(&row.get(0)).copied().unwrap_or_default();
+            sequence(row, known, self.since)
+        });
+        let mut sequences: Vec<Sequence> = sequences.collect();
         let mut columns = self.columns(oids).await?;
         for sequence in &mut sequences {
             let (fits, columns) = columns.remove(&sequence.oid).unwrap_or_default();
@@ -384,8 +375,7 @@ fn further(facts: &Facts, value: Option<i64>) -> Option<i64> {
     }
 }
 
-fn sequence(row: &Row, since: Since) -> Sequence {
-    let known: Option<i64> = row.get(9);
+fn sequence(row: &Row, (known, rate): (Option<State>, i64), since: Since) -> Sequence {
     Sequence {
         oid: row.get(0),
         name: TableName {
@@ -400,17 +390,19 @@ fn sequence(row: &Row, since: Since) -> Sequence {
             cache: row.get(7),
             cycle: row.get(8),
             fits: None,
-            known: known.map(|value| Known {
-                value,
-                called: row.get(10),
-            }),
-            here: row.get(11),
+            known: known.map(|(value, called)| Known { value, called }),
+            here: row.get(9),
             column: None,
-            calls_per_second: row.get(12),
+            calls_per_second: rate_of(rate),
             since,
         },
         columns: Vec::new(),
     }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a rate is far below 2^52")]
+fn rate_of(noted: i64) -> f64 {
+    noted as f64
 }
 
 /// The largest value of a column's type; none where a sequence does not get that far.
@@ -441,19 +433,9 @@ pub(super) async fn since_last_look(
     stream: &str,
     until: Option<&str>,
 ) -> Result<Since, PgError> {
-    // The source's clock and the replica's may differ: each is compared with itself, and both with one another.
-    const AGES: &str = "
-        SELECT greatest(0, extract(epoch FROM $2::text::timestamptz - l.at),
-                        coalesce(extract(epoch FROM $2::text::timestamptz - p.applied_at), 0)
-                        + coalesce(extract(epoch FROM p.commit_time - l.at), 0))::float8
-          FROM (SELECT to_timestamp(last_value / 1e6) AS at FROM dr_agent.sequence_state
-                 WHERE schema_name = 'dr_agent' AND sequence_name = $3) AS l
-          LEFT JOIN dr_agent.progress p ON p.stream = $1";
-    let row = client
-        .query_opt(AGES, &[&stream, &until, &sequence_look::LOOKED_AT])
-        .await?;
+    let seconds = sequence_state::since_last_look(client, stream, until).await?;
     // A source whose agent did not note it yet: as long as the longest period that anybody would choose.
-    Ok(Since::Seconds(row.map_or(600.0, |row| row.get(0))))
+    Ok(Since::Seconds(seconds.unwrap_or(600.0)))
 }
 
 /// Sets every sequence of a database ahead of what the source may have given out since its last look; returns how many, and what

@@ -30,6 +30,8 @@ use super::steps::{self, Record};
 use super::{ACCEPT_INCOMPLETE, Doing as _, PromoteError, SKIP_DRAIN, fence};
 use crate::error::Class;
 use crate::names::TableName;
+use crate::schema;
+use crate::schema::set_aside::{self, Aside};
 
 /// What is between the source and the replica, as far as a promotion knows it: a Kinesis stream, an archive.
 pub trait Drain: Sync {
@@ -251,21 +253,21 @@ async fn note_aside(
     table: &TableName,
     reason: &str,
 ) -> Result<(), PromoteError> {
-    const NOTE: &str = "
-        WITH out AS (
-            UPDATE dr_agent.table_sync SET state = 'pending', updated_at = now()
-             WHERE stream = $1 AND table_schema = $2 AND table_name = $3)
-        INSERT INTO dr_agent.set_aside (stream, table_schema, table_name, reason) VALUES ($1, $2, $3, $4)
-            ON CONFLICT (stream, table_schema, table_name) DO UPDATE SET reason = excluded.reason";
-    if !observe::knows_set_aside(client).await? {
+    let doing = "note which table is set aside";
+    if !schema::has(client, &[set_aside::TABLE])
+        .await
+        .doing(doing)?
+    {
         // Of an earlier version; the warning says it.
         return Ok(());
     }
-    let stream = record.stream.as_str();
-    let noted = client
-        .execute(NOTE, &[&stream, &table.schema, &table.name, &reason])
-        .await;
-    noted.doing("note which table is set aside").map(drop)
+    let aside = Aside {
+        table: table.clone(),
+        reason: reason.to_owned(),
+    };
+    set_aside::take_out(client, &record.stream, aside)
+        .await
+        .doing(doing)
 }
 
 /// Tables whose copy the operator does not wait for: the stream would be read once more for each of them.

@@ -25,7 +25,9 @@ use super::settle;
 use super::steps::Record;
 use super::{Doing, PromoteError};
 use crate::names::stream::StreamName;
-use crate::pg::{PgError, PgLsn};
+use crate::pg::PgError;
+use crate::schema::progress;
+use crate::time::rfc3339;
 
 /// How long a batch in flight may take to finish before it is ended.
 const LOCK_WAIT: &str = "2s";
@@ -73,7 +75,7 @@ pub(super) async fn raise_term(
             }
             Ok(false) => {
                 return Err(PromoteError::RowGone {
-                    table: "dr_agent.progress",
+                    table: progress::TABLE,
                     stream: record.stream.to_string(),
                     term: record.detail.database.term,
                 });
@@ -106,36 +108,21 @@ async fn try_raise(client: &mut Client, record: &mut Record) -> Result<bool, PgE
     let tx = client.transaction().await?;
     tx.batch_execute(&format!("SET LOCAL lock_timeout = '{LOCK_WAIT}'"))
         .await?;
-    let row = tx
-        .query_opt(
-            "UPDATE dr_agent.progress SET term = term + 1 WHERE stream = $1
-             RETURNING term, batch, end_lsn,
-                 to_char(commit_time AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
-                 to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
-                 extract(epoch FROM clock_timestamp() - commit_time)::float8,
-                 extract(epoch FROM clock_timestamp() - applied_at)::float8",
-            &[&record.stream.as_str()],
-        )
-        .await?;
-    let Some(row) = row else {
+    let Some(row) = progress::raise_term(&tx, &record.stream).await? else {
         return Ok(false);
     };
     // Nor goes on what is copied beside the stream.
-    tx.execute(
-        "DELETE FROM dr_agent.progress WHERE stream = $1",
-        &[&record.stream.late().as_str()],
-    )
-    .await?;
+    progress::end(&tx, &record.stream.late()).await?;
     let report = &mut record.detail.database;
-    report.term = row.get(0);
-    report.batch = row.get(1);
-    report.end_lsn = row.get::<_, PgLsn>(2).to_string();
+    report.term = row.term;
+    report.batch = row.batch;
+    report.end_lsn = row.end_lsn.to_string();
     record.detail.fenced_lsn.clone_from(&report.end_lsn);
-    report.commit_time = row.get(3);
-    report.fenced_at = row.get(4);
+    report.commit_time = row.commit_time.map(rfc3339);
+    report.fenced_at = Some(rfc3339(row.read_at));
     record.loses(&CommitAge {
-        since_commit: row.get(5),
-        since_applied: row.get(6),
+        since_commit: row.since_commit(),
+        since_applied: row.since_applied(),
         replica_ahead,
     });
     record.insert_fenced(&tx).await?;

@@ -16,6 +16,7 @@ use super::{Doing, PromoteError, observe};
 use crate::config::{Config, Databases};
 use crate::names::stream::APPLICATION_PREFIX;
 use crate::pg::Session;
+use crate::schema::promotion;
 
 /// How long another promotion's lock is waited for: that of a killed one goes away by itself.
 pub(super) const LOCK_WITHIN: Duration = Duration::from_secs(10);
@@ -32,8 +33,11 @@ impl PromotionLock {
         let session = Session::new(format!("{APPLICATION_PREFIX}promote:{slot}"))
             .set("statement_timeout", "10s");
         let client = observe::anywhere(config, &session).await?;
-        let sql = "SELECT pg_try_advisory_lock(hashtext('dr_agent.promotion'), hashtext($1))";
-        take(&client, sql, &name(config)).await?;
+        let sql = format!(
+            "SELECT pg_try_advisory_lock(hashtext('{}'), hashtext($1))",
+            promotion::TABLE
+        );
+        take(&client, &sql, &name(config)).await?;
         Ok(Self { client })
     }
 

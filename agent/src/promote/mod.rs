@@ -38,6 +38,7 @@ pub use steps::Detail;
 
 use crate::error::{Class, Classify};
 use crate::pg::PgError;
+use crate::schema::promotion;
 
 /// The flag of [`Options::accept_incomplete`].
 const ACCEPT_INCOMPLETE: &str = "--accept-incomplete";
@@ -91,7 +92,7 @@ pub enum PromoteError {
     /// The row of the stream vanished between two steps.
     #[error("{table} has no row for stream {stream} at term {term}")]
     RowGone {
-        /// `dr_agent.progress` or `dr_agent.promotion`.
+        /// That of the progress, or of promotions.
         table: &'static str,
         /// The stream.
         stream: String,
@@ -99,7 +100,7 @@ pub enum PromoteError {
         term: i64,
     },
     /// Stored by a newer version, or by hand.
-    #[error("dr_agent.promotion of stream {stream} cannot be read: {reason}")]
+    #[error("{} of stream {stream} cannot be read: {reason}", promotion::TABLE)]
     Stored {
         /// The stream.
         stream: String,
@@ -193,7 +194,7 @@ impl Classify for PromoteError {
             Self::Barred(_) => "once that is done, run the same command again: it opens what is left",
             Self::RowGone { .. } => "somebody changed schema dr_agent by hand; nothing more was done",
             Self::Stored { .. } => {
-                "use the version of dr-agent that wrote it; its row in dr_agent.promotion may go only if this replica was set up \
+                "use the version of dr-agent that wrote it; the row may go only if this replica was set up \
                  anew after that promotion"
             }
             Self::NotOneMoment(_) => {

@@ -22,6 +22,10 @@ use crate::error::{Class, Classify as _, chain};
 use crate::names::TableName;
 use crate::names::stream::{APPLICATION_PREFIX, StreamName};
 use crate::pg::{self, PgLsn, Session};
+use crate::schema;
+use crate::schema::set_aside::Aside;
+pub use crate::schema::table_sync::Summary as TableSync;
+use crate::time::rfc3339;
 use crate::watch::coverage::{self, Coverage};
 
 /// Databases looked at, or worked on, at the same time.
@@ -31,7 +35,7 @@ pub(super) const DATABASES_AT_ONCE: usize = 8;
 const ATTEMPTS: u32 = 4;
 const RETRY_AFTER: Duration = Duration::from_millis(300);
 
-/// The row of `dr_agent.progress`.
+/// How far a database is.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Progress {
     /// Fencing token.
@@ -62,20 +66,7 @@ impl Progress {
     }
 }
 
-/// What `dr_agent.table_sync` says of the initial copy.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct TableSync {
-    /// Tables known.
-    pub total: i64,
-    /// Tables not `ready`.
-    pub not_ready: i64,
-    /// The first few of them, as `schema.table (state)`.
-    pub examples: Vec<String>,
-    /// The newest snapshot: before it, tables are of different moments.
-    pub newest_snapshot: Option<PgLsn>,
-}
-
-/// The row of `dr_agent.promotion`.
+/// A promotion that was begun.
 #[derive(Clone, Debug)]
 pub struct Stored {
     /// The state reached.
@@ -314,15 +305,14 @@ async fn database(
         .batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         .await
         .doing("begin to read the replica")?;
-    let here: bool = client
-        .query_one(
-            "SELECT count(*) = 3 FROM (VALUES ('progress'), ('table_sync'), ('promotion')) AS t (name)
-              WHERE to_regclass('dr_agent.' || t.name) IS NOT NULL",
-            &[],
-        )
+    let tables = [
+        schema::progress::TABLE,
+        schema::table_sync::TABLE,
+        schema::promotion::TABLE,
+    ];
+    let here = schema::has(&client, &tables)
         .await
-        .doing("look for schema dr_agent on the replica")?
-        .get(0);
+        .doing("look for schema dr_agent on the replica")?;
     if !here {
         return Ok(None);
     }
@@ -379,27 +369,20 @@ pub async fn progress(
     client: &Client,
     stream: &StreamName,
 ) -> Result<Option<Progress>, PromoteError> {
-    const SQL: &str = "
-        SELECT term, batch, end_lsn,
-               to_char(commit_time AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
-               extract(epoch FROM clock_timestamp() - commit_time)::float8,
-               extract(epoch FROM clock_timestamp() - applied_at)::float8
-          FROM dr_agent.progress WHERE stream = $1";
-    let row = client
-        .query_opt(SQL, &[&stream.as_str()])
+    let Some(row) = schema::progress::read(client, stream)
         .await
-        .doing("read dr_agent.progress")?;
-    let Some(row) = row else {
+        .doing("read how far the replica is")?
+    else {
         return Ok(None);
     };
     Ok(Some(Progress {
         replica_ahead_seconds: replica_ahead(client, stream).await?,
-        term: row.get(0),
-        batch: row.get(1),
-        end_lsn: row.get(2),
-        commit_time: row.get(3),
-        commit_age_seconds: row.get(4),
-        applied_age_seconds: row.get(5),
+        term: row.term,
+        batch: row.batch,
+        end_lsn: row.end_lsn,
+        commit_time: row.commit_time.map(rfc3339),
+        commit_age_seconds: row.since_commit(),
+        applied_age_seconds: row.since_applied(),
     }))
 }
 
@@ -408,63 +391,19 @@ pub(super) async fn replica_ahead(
     client: &Client,
     stream: &StreamName,
 ) -> Result<Option<f64>, PromoteError> {
-    let doing = "read dr_agent.clock";
-    let there = client
-        .query_one("SELECT to_regclass('dr_agent.clock') IS NOT NULL", &[])
+    schema::clock::replica_ahead(client, stream)
         .await
-        .doing(doing)?;
-    if !there.get::<_, bool>(0) {
-        return Ok(None);
-    }
-    let row = client
-        .query_opt(
-            "SELECT replica_ahead FROM dr_agent.clock WHERE stream = $1",
-            &[&stream.as_str()],
-        )
-        .await
-        .doing(doing)?;
-    Ok(row.map(|row| row.get(0)))
+        .doing("read by how much the replica's clock is ahead")
 }
 
-/// What `dr_agent.table_sync` says.
+/// How far the initial copy is. What is set aside is named, and keeps nobody from going on.
 pub(super) async fn table_sync(
     client: &Client,
     stream: &StreamName,
 ) -> Result<TableSync, PromoteError> {
-    // What is set aside is named, and keeps nobody from going on.
-    let counts = match knows_set_aside(client).await? {
-        true => {
-            "state <> 'ready' AND NOT EXISTS (
-                 SELECT 1 FROM dr_agent.set_aside a WHERE a.stream = t.stream
-                    AND a.table_schema = t.table_schema AND a.table_name = t.table_name)"
-        }
-        false => "state <> 'ready'",
-    };
-    let sql = format!(
-        "SELECT count(*), count(*) FILTER (WHERE {counts}), max(snapshot_lsn) FILTER (WHERE state = 'ready' OR {counts}),
-                (array_agg(table_schema || '.' || table_name || ' (' || state || ')'
-                           ORDER BY table_schema, table_name)
-                 FILTER (WHERE {counts}))[1:5]
-           FROM dr_agent.table_sync t WHERE stream = $1"
-    );
-    let row = client
-        .query_one(&sql, &[&stream.as_str()])
+    schema::table_sync::summary(client, stream)
         .await
-        .doing("read dr_agent.table_sync")?;
-    Ok(TableSync {
-        total: row.get(0),
-        not_ready: row.get(1),
-        newest_snapshot: row.get(2),
-        examples: row.get::<_, Option<Vec<String>>>(3).unwrap_or_default(),
-    })
-}
-
-pub(super) async fn knows_set_aside(client: &Client) -> Result<bool, PromoteError> {
-    let row = client
-        .query_one("SELECT to_regclass('dr_agent.set_aside') IS NOT NULL", &[])
-        .await
-        .doing("look for dr_agent.set_aside")?;
-    Ok(row.get(0))
+        .doing("read which tables are copied")
 }
 
 /// What to say of each table that is set aside.
@@ -472,10 +411,10 @@ pub(super) async fn set_aside(
     client: &Client,
     stream: &StreamName,
 ) -> Result<Vec<String>, PromoteError> {
-    let aside = coverage::set_aside(client, stream)
+    let aside = schema::set_aside::read(client, stream)
         .await
-        .doing("read dr_agent.set_aside")?;
-    let said = aside.iter().map(|(table, reason)| {
+        .doing("read which tables are set aside")?;
+    let said = aside.iter().map(|Aside { table, reason }| {
         format!("table {table} was set aside, and is not on the replica as it was on the source: {reason}")
     });
     Ok(said.collect())
@@ -486,18 +425,9 @@ pub(super) async fn not_ready(
     client: &Client,
     stream: &StreamName,
 ) -> Result<Vec<TableName>, PromoteError> {
-    const SQL: &str = "
-        SELECT table_schema, table_name FROM dr_agent.table_sync
-         WHERE stream = $1 AND state <> 'ready' ORDER BY 1, 2";
-    let rows = client
-        .query(SQL, &[&stream.as_str()])
+    schema::table_sync::not_ready(client, stream)
         .await
-        .doing("read dr_agent.table_sync")?;
-    let tables = rows.iter().map(|row| TableName {
-        schema: row.get(0),
-        name: row.get(1),
-    });
-    Ok(tables.collect())
+        .doing("read which tables are copied")
 }
 
 /// What is not protected. Whatever keeps it from being read, it keeps nothing from being promoted.
@@ -519,13 +449,9 @@ pub async fn promotion(
     client: &Client,
     stream: &StreamName,
 ) -> Result<Option<Stored>, PromoteError> {
-    let row = client
-        .query_opt(
-            "SELECT state, term, detail::text FROM dr_agent.promotion WHERE stream = $1",
-            &[&stream.as_str()],
-        )
+    let row = schema::promotion::read(client, stream)
         .await
-        .doing("read dr_agent.promotion")?;
+        .doing("read how far the promotion is")?;
     let Some(row) = row else {
         return Ok(None);
     };
@@ -533,14 +459,14 @@ pub async fn promotion(
         stream: stream.to_string(),
         reason,
     };
-    let name: &str = row.get(0);
+    let name = &row.state;
     let state =
         State::parse(name).ok_or_else(|| unreadable(format!("unknown state \"{name}\"")))?;
-    let detail: Detail =
-        serde_json::from_str(row.get(2)).map_err(|error| unreadable(format!("detail: {error}")))?;
+    let detail: Detail = serde_json::from_str(&row.detail)
+        .map_err(|error| unreadable(format!("detail: {error}")))?;
     Ok(Some(Stored {
         state,
-        term: row.get(1),
+        term: row.term,
         detail,
     }))
 }

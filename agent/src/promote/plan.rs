@@ -14,6 +14,8 @@ use super::observe::{Database, Observed, TableSync};
 use super::state::{self, Edge, State};
 use super::{Options, SKIP_DRAIN};
 use crate::pg::PgLsn;
+use crate::schema::progress::TABLE as PROGRESS;
+use crate::schema::promotion::TABLE as PROMOTION;
 
 /// A promise that the promotion would break.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,8 +133,8 @@ impl fmt::Display for Refusal {
                 progress,
             } => write!(
                 f,
-                "{database}: dr_agent.promotion is of term {promotion}, dr_agent.progress of term {progress}; \
-                 the row of dr_agent.promotion may go only if this replica was set up anew after that promotion"
+                "{database}: {PROMOTION} is of term {promotion}, {PROGRESS} of term {progress}; \
+                 the row of {PROMOTION} may go only if this replica was set up anew after that promotion"
             ),
         }
     }

@@ -12,6 +12,7 @@ use tokio_postgres::Client;
 use super::{Doing, PromoteError};
 use crate::names::stream::StreamName;
 use crate::schema::prepared::{self, Verdict};
+use crate::schema::progress;
 
 /// Before the term is raised: decides against the batch whose prepared lane 0 keeps the progress row
 /// locked. Returns whether there was one.
@@ -19,20 +20,15 @@ pub(super) async fn refuse_undecided(
     client: &Client,
     stream: &StreamName,
 ) -> Result<bool, PromoteError> {
-    let applied: Option<i64> = client
-        .query_opt(
-            "SELECT batch FROM dr_agent.progress WHERE stream = $1",
-            &[&stream.as_str()],
-        )
+    let applied = progress::read(client, stream)
         .await
-        .doing("read dr_agent.progress")?
-        .map(|row| row.get(0));
+        .doing("read how far the replica is")?;
     let left = prepared::left_behind(client, stream)
         .await
         .doing("list prepared transactions")?;
     let mut any = false;
     for prepared in left {
-        let undecided = applied.is_some_and(|batch| prepared.verdict(batch) == Verdict::RollBack);
+        let undecided = applied.is_some_and(|row| prepared.verdict(row.batch) == Verdict::RollBack);
         if prepared.lane == 0 && undecided {
             any |= prepared::finish(client, &prepared, Verdict::RollBack)
                 .await

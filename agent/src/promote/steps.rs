@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
-use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Transaction};
 
 use super::ahead::{self, Setting};
@@ -28,7 +27,10 @@ use crate::names::TableName;
 use crate::names::stream::{APPLICATION_PREFIX, StreamName};
 use crate::pg::quote::quote_ident;
 use crate::pg::{self, PgError, PgLsn, Session};
+use crate::schema::deferred::TABLE as DEFERRED;
 use crate::schema::prepared::{self, Settled};
+use crate::schema::{progress, promotion, stream};
+use crate::time::rfc3339;
 use crate::watch::sequence_look::Notes;
 
 /// How long storing a state may take: somebody may have locked the table.
@@ -80,32 +82,25 @@ pub(super) async fn read_progress(
     client: &Client,
     record: &mut Record,
 ) -> Result<(), PromoteError> {
-    let row = client
-        .query_opt(
-            "SELECT batch, end_lsn,
-                    to_char(commit_time AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
-                    extract(epoch FROM $2::text::timestamptz - commit_time)::float8,
-                    extract(epoch FROM $2::text::timestamptz - applied_at)::float8
-               FROM dr_agent.progress WHERE stream = $1",
-            &[&record.stream.as_str(), &record.detail.database.fenced_at],
-        )
+    let fenced_at = record.detail.database.fenced_at.as_deref();
+    let row = progress::read_as_of(client, &record.stream, fenced_at)
         .await
-        .doing("read dr_agent.progress")?;
+        .doing("read how far the replica is")?;
     let Some(row) = row else {
         return Err(PromoteError::RowGone {
-            table: "dr_agent.progress",
+            table: progress::TABLE,
             stream: record.stream.to_string(),
             term: record.detail.database.term,
         });
     };
     let report = &mut record.detail.database;
-    report.batch = row.get(0);
-    report.end_lsn = row.get::<_, PgLsn>(1).to_string();
-    report.commit_time = row.get(2);
+    report.batch = row.batch;
+    report.end_lsn = row.end_lsn.to_string();
+    report.commit_time = row.commit_time.map(rfc3339);
     let replica_ahead = observe::replica_ahead(client, &record.stream).await?;
     record.loses(&CommitAge {
-        since_commit: row.get(3),
-        since_applied: row.get(4),
+        since_commit: row.since_commit(),
+        since_applied: row.since_applied(),
         replica_ahead,
     });
     Ok(())
@@ -186,18 +181,9 @@ impl Record {
             seconds: None,
             note: format!("term {}", detail.database.term),
         });
-        tx.execute(
-            "INSERT INTO dr_agent.promotion (stream, term, mode, state, started_at, updated_at, detail)
-             VALUES ($1, $2, 'failover', $3, $4::text::timestamptz, clock_timestamp(), $5::text::jsonb)",
-            &[
-                &self.stream.as_str(),
-                &self.detail.database.term,
-                &State::Fenced.as_str(),
-                &self.detail.started_at,
-                &json(&detail),
-            ],
-        )
-        .await?;
+        let (term, state) = (detail.database.term, State::Fenced.as_str());
+        let begun = (self.detail.started_at.as_str(), json(&detail));
+        promotion::begin(tx, &self.stream, term, state, (begun.0, &begun.1)).await?;
         Ok(())
     }
 
@@ -207,18 +193,13 @@ impl Record {
         client: &Client,
         state: State,
     ) -> Result<(), PromoteError> {
-        const STORE: &str = "
-            UPDATE dr_agent.promotion
-               SET state = $4, updated_at = clock_timestamp(), detail = $5::text::jsonb
-             WHERE stream = $1 AND term = $2 AND state IN ($3, $4)";
         let doing = "store the state of the promotion";
         let term = self.detail.database.term;
         let detail = json(&self.detail);
         let (before, after) = (self.state.as_str(), state.as_str());
-        let parameters: [&(dyn ToSql + Sync); 5] =
-            [&self.stream.as_str(), &term, &before, &after, &detail];
         // The session that proves a write has no limits of its own.
-        let stored = timeout(STORE_WITHIN, client.execute(STORE, &parameters)).await;
+        let storing = promotion::store(client, &self.stream, term, (before, after), &detail);
+        let stored = timeout(STORE_WITHIN, storing).await;
         let stored = match stored {
             Ok(stored) => stored.doing(doing)?,
             Err(_) => {
@@ -226,9 +207,9 @@ impl Record {
                 return Err(PgError::Timeout { doing, after }).doing(doing);
             }
         };
-        if stored != 1 {
+        if !stored {
             return Err(PromoteError::RowGone {
-                table: "dr_agent.promotion",
+                table: promotion::TABLE,
                 stream: self.stream.to_string(),
                 term,
             });
@@ -253,18 +234,17 @@ pub(super) async fn add_deferred(
             if waiting > 0 {
                 record.warn(format!(
                     "{waiting} constraints of the initial copy were not added, because the stream had not \
-                     passed the copy's snapshot; their text is in dr_agent.deferred"
+                     passed the copy's snapshot; their text is in {DEFERRED}"
                 ));
             }
             for (what, reason) in refused {
                 record.warn(format!(
-                    "{what} is not on the replica, which refuses it ({reason}); its text is in dr_agent.deferred"
+                    "{what} is not on the replica, which refuses it ({reason}); its text is in {DEFERRED}"
                 ));
             }
         }
         Err(error) => record.warn(format!(
-            "not every constraint of the initial copy is there: {}; their text is in \
-             dr_agent.deferred",
+            "not every constraint of the initial copy is there: {}; their text is in {DEFERRED}",
             chain(&error)
         )),
     }
@@ -376,14 +356,10 @@ pub(super) async fn system_identifier(
     client: &Client,
     record: &Record,
 ) -> Result<Option<String>, PromoteError> {
-    let row = client
-        .query_opt(
-            "SELECT system_identifier FROM dr_agent.stream WHERE stream = $1",
-            &[&record.stream.as_str()],
-        )
+    let row = stream::read(client, &record.stream)
         .await
-        .doing("read dr_agent.stream")?;
-    Ok(row.map(|row| row.get(0)))
+        .doing("read which source was followed")?;
+    Ok(row.map(|row| row.recorded.cluster.system_identifier.to_string()))
 }
 
 /// Lifts the guard, then stores `opened` by an ordinary write of a new session.

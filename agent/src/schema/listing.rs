@@ -23,7 +23,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use tokio_postgres::Client;
+use tokio_postgres::GenericClient;
 
 use crate::flow::transaction::{Change, Relations};
 use crate::names::TableName;
@@ -82,8 +82,8 @@ impl Copied {
 /// Every published table with storage of its own.
 pub type Listed = BTreeMap<TableName, ListedAs>;
 
-/// The schema and name of the in-band table.
-const TABLE: (&str, &str) = ("dr_agent", "listed");
+/// The table.
+pub const TABLE: &str = "dr_agent.listed";
 
 /// Its columns, in order.
 const COLUMNS: [&str; 4] = ["stream", "schema_name", "table_name", "listed_as"];
@@ -155,7 +155,10 @@ SELECT {name}, * FROM current
 ///
 /// # Errors
 /// When the source refuses.
-pub async fn read(client: &Client, stream: &StreamName) -> Result<Listed, PgError> {
+pub async fn read(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+) -> Result<Listed, PgError> {
     const COUNTS: &str = "
         SELECT EXISTS (SELECT 1 FROM pg_attribute
                         WHERE attrelid = to_regclass('dr_agent.sending') AND attname = 'altered')";
@@ -172,11 +175,11 @@ pub async fn read(client: &Client, stream: &StreamName) -> Result<Listed, PgErro
 ///
 /// # Errors
 /// When the server refuses.
-pub async fn noted(client: &Client, stream: &StreamName) -> Result<Listed, PgError> {
-    let there = client
-        .query_one("SELECT to_regclass('dr_agent.listed') IS NOT NULL", &[])
-        .await?;
-    if !there.get::<_, bool>(0) {
+pub async fn noted(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+) -> Result<Listed, PgError> {
+    if !super::has(client, &[TABLE]).await? {
         return Ok(Listed::new());
     }
     let noted = format!(
@@ -186,17 +189,11 @@ pub async fn noted(client: &Client, stream: &StreamName) -> Result<Listed, PgErr
     rows(client, &noted).await
 }
 
-async fn rows(client: &Client, sql: &str) -> Result<Listed, PgError> {
+async fn rows(client: &(impl GenericClient + Sync), sql: &str) -> Result<Listed, PgError> {
     let rows = client.query(sql, &[]).await?;
     Ok(rows
         .iter()
-        .map(|row| {
-            let table = TableName {
-                schema: row.get(0),
-                name: row.get(1),
-            };
-            (table, ListedAs::new(row.get(2)))
-        })
+        .map(|row| (TableName::of(row), ListedAs::new(row.get(2))))
         .collect())
 }
 
@@ -219,7 +216,7 @@ pub fn marker(change: &Change) -> Result<Option<Marker>, DecodeError> {
     let Relations::Row(relation) = &change.relations else {
         return Ok(None);
     };
-    if (relation.schema(), relation.relation.name.as_str()) != TABLE {
+    if TABLE.split_once('.') != Some((relation.schema(), relation.relation.name.as_str())) {
         return Ok(None);
     }
     let (Message::Insert { new, .. } | Message::Update { new, .. }) =

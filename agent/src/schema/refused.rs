@@ -13,7 +13,7 @@ use tokio_postgres::GenericClient;
 use tokio_postgres::types::{ToSql, Type};
 
 use crate::names::TableName;
-use crate::pg::{PgError, PgLsn, ServerError};
+use crate::pg::{PgError, ServerError};
 
 /// CHECK constraints of the table and those above it, as they were declared; `$2` is the name of one, or NULL for all.
 const CHECKS: &str = "
@@ -63,31 +63,6 @@ impl Taken {
             "it refuses rows of the source; it comes back as NOT VALID once the database is opened";
         format!("{}: {refused}", self.what)
     }
-}
-
-/// The position behind which a statement of `dr_agent.deferred` runs that waits for the replica to be opened.
-pub fn when_opened() -> PgLsn {
-    PgLsn::from(u64::MAX)
-}
-
-/// Keeps a statement until the stream has passed a position, or the database is opened.
-///
-/// # Errors
-/// When the server refuses.
-pub async fn keep(
-    client: &(impl GenericClient + Sync),
-    stream: &str,
-    (what, statement): (&str, &str),
-    after: PgLsn,
-) -> Result<(), tokio_postgres::Error> {
-    const KEEP: &str = "
-        INSERT INTO dr_agent.deferred (stream, what, statement, after_lsn) VALUES ($1, $2, $3, $4)
-            ON CONFLICT (stream, what) DO UPDATE
-               SET statement = excluded.statement, after_lsn = excluded.after_lsn";
-    client
-        .execute(KEEP, &[&stream, &what, &statement, &after])
-        .await?;
-    Ok(())
 }
 
 /// Drops what may have refused rows of this table; `None` if the error is not one of a constraint.

@@ -13,16 +13,17 @@ use tokio_util::sync::CancellationToken;
 
 use super::begin::First;
 use super::error::{SetupError, Side};
-use super::identity::{Cluster, Recorded};
-use super::replica::Progress;
-use super::table_sync;
 use crate::archive::base::{self, BackupError, LoadJob, Manifest, Newest, Ownership};
 use crate::cloud::store::Store;
 use crate::config::{Archive, Config};
 use crate::copy::CopyObserver;
 use crate::names::TableName;
+use crate::names::history::Cluster;
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgError, PgLsn};
+use crate::schema::progress::{self, Progress};
+use crate::schema::stream::Recorded;
+use crate::schema::{schema_sync, table_sync};
 
 /// The archive of a stream, for whoever asks again and again what its newest base backup has.
 #[derive(Debug, Default)]
@@ -139,54 +140,21 @@ impl Base {
         base::load(job, examined, observer, cancel)
             .await
             .map_err(|source| in_archive(source, database))?;
-        let progress = Progress {
-            term: 1,
-            batch: 0,
-            end_lsn: self.manifest.lsn,
-            commit_time: Some(self.manifest.as_of.into()),
-            applied_at: None,
-        };
-        self.loaded(client, stream, &progress)
+        self.loaded(client, stream)
             .await
-            .map_err(SetupError::sql(Side::Replica, "record the base backup"))?;
-        Ok(progress)
+            .map_err(SetupError::sql(Side::Replica, "record the base backup"))
     }
 
-    async fn loaded(
-        &self,
-        client: &mut Client,
-        stream: &StreamName,
-        progress: &Progress,
-    ) -> Result<(), PgError> {
+    async fn loaded(&self, client: &mut Client, stream: &StreamName) -> Result<Progress, PgError> {
         let lsn: PgLsn = self.manifest.lsn;
+        let (tables, listed) = (self.manifest.tables(), self.manifest.listed());
         let transaction = client.transaction().await?;
-        table_sync::add_ready(
-            &transaction,
-            stream,
-            &self.manifest.tables(),
-            &self.manifest.listed(),
-            lsn,
-        )
-        .await?;
-        transaction
-            .execute(
-                "INSERT INTO dr_agent.schema_sync (stream) VALUES ($1) ON CONFLICT DO NOTHING",
-                &[&stream.as_str()],
-            )
-            .await?;
-        transaction
-            .execute(
-                "INSERT INTO dr_agent.progress (stream, term, batch, end_lsn, commit_time, applied_at)
-                 VALUES ($1, $2, 0, $3, $4, now())",
-                &[
-                    &stream.as_str(),
-                    &progress.term,
-                    &lsn,
-                    &progress.commit_time,
-                ],
-            )
-            .await?;
+        let tables = tables.iter().map(|table| (table, listed.get(table)));
+        table_sync::add_ready(&transaction, stream, tables, lsn).await?;
+        schema_sync::note(&transaction, stream).await?;
+        let committed = Some(self.manifest.as_of.into());
+        let progress = progress::begin(&transaction, stream, 1, (lsn, committed)).await?;
         transaction.commit().await?;
-        Ok(())
+        Ok(progress)
     }
 }

@@ -20,18 +20,21 @@ use std::time::SystemTime;
 use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
-use super::identity::{Cluster, Recorded};
-use super::replica::{self, Known, Progress, Server};
+use super::replica::{self, Known, Server};
 use super::target::{self, HalfLoaded, Target};
 use super::undo::Undo;
-use super::{Setup, lock, role, schema, setting, slot, table_sync};
+use super::{Setup, lock, role, schema, setting, slot};
 use crate::copy::locale::Locale;
 use crate::failpoint;
 use crate::names::TableName;
+use crate::names::history::Cluster;
 use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection};
 use crate::pg::{ConnInfo, PgError, PgLsn};
+use crate::schema::progress::{self, Progress};
+use crate::schema::stream::{self, Recorded};
+use crate::schema::table_sync;
 
 /// What a first start begins with.
 #[derive(Clone, Copy, Debug)]
@@ -153,7 +156,7 @@ impl First {
     ) -> Result<(), SetupError> {
         schema::ensure(replica, &self.server.role).await?;
         replica::guard(replica, database).await?;
-        let recorded = replica::record(replica, stream, recorded).await;
+        let recorded = stream::record(replica, stream, recorded).await;
         recorded.map_err(SetupError::sql(Side::Replica, "record the stream"))
     }
 
@@ -271,14 +274,7 @@ impl Setup<'_> {
     ) -> Result<Progress, SetupError> {
         self.carry_over(first).await?;
         let recorded = self.record_progress(since, copied_at).await;
-        recorded.map_err(SetupError::sql(Side::Replica, "record the progress"))?;
-        Ok(Progress {
-            term: 1,
-            batch: 0,
-            end_lsn: since,
-            commit_time: Some(copied_at),
-            applied_at: None,
-        })
+        recorded.map_err(SetupError::sql(Side::Replica, "record the progress"))
     }
 
     /// Takes over the source's roles, the database's owner and settings.
@@ -314,10 +310,7 @@ impl Setup<'_> {
         &mut self,
         consistent_point: PgLsn,
         copied_at: SystemTime,
-    ) -> Result<(), PgError> {
-        const SQL: &str = "
-            INSERT INTO dr_agent.progress (stream, term, batch, end_lsn, commit_time, applied_at)
-            VALUES ($1, 1, 0, $2, $3, now())";
+    ) -> Result<Progress, PgError> {
         let tables: Vec<TableName> = self
             .source
             .wanted
@@ -326,14 +319,11 @@ impl Setup<'_> {
             .map(|table| table.name.clone())
             .collect();
         let transaction = self.replica.transaction().await?;
-        transaction
-            .execute(
-                SQL,
-                &[&self.source.stream.as_str(), &consistent_point, &copied_at],
-            )
-            .await?;
-        table_sync::add(&transaction, &self.source.stream, &tables).await?;
+        let stream = &self.source.stream;
+        let moment = (consistent_point, Some(copied_at));
+        let progress = progress::begin(&transaction, stream, 1, moment).await?;
+        table_sync::add(&transaction, stream, &tables).await?;
         transaction.commit().await?;
-        Ok(())
+        Ok(progress)
     }
 }

@@ -13,18 +13,22 @@ use tokio_util::sync::CancellationToken;
 
 use super::begin::{Beginning, First};
 use super::error::{SetupError, Side};
-use super::identity::{self, Cluster, Observed, Recorded, Verdict};
-use super::replica::{self, Known, Progress, Server};
+use super::identity::{self, Observed, Verdict};
+use super::replica::{self, Known, Server};
 use super::source_side::{self, SourceSide};
 use super::target::HalfLoaded;
-use super::{Prepared, Setup, heartbeat, lock, recover, role, schema};
+use super::{Prepared, Setup, lock, recover, role, schema};
 use crate::config::Config;
 use crate::copy::CopyObserver;
 use crate::names::TableName;
+use crate::names::history::Cluster;
 use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgLsn};
+use crate::schema::heartbeat;
+use crate::schema::progress::Progress;
+use crate::schema::stream::{self, Recorded};
 use crate::sink::replica::Distance;
 
 /// See [`super::prepare`].
@@ -45,7 +49,9 @@ pub(super) async fn prepare(
     let (setup, progress, history) = match (seen.verdict, replica) {
         (Verdict::Resume | Verdict::Follow, Some(replica)) => {
             if seen.verdict == Verdict::Follow {
-                replica::follow(&replica, &sides.source.stream, seen.cluster.timeline).await?;
+                stream::follow(&replica, &sides.source.stream, seen.cluster.timeline)
+                    .await
+                    .map_err(SetupError::sql(Side::Replica, "record the timeline"))?;
                 tracing::warn!(
                     database,
                     timeline = seen.cluster.timeline,
@@ -171,6 +177,13 @@ struct Seen {
     round_trip: Duration,
 }
 
+/// How many heartbeats a side knows of: a source that was set back knows of fewer than its replica.
+pub(super) async fn beats(client: &Client, side: Side) -> Result<Option<i64>, SetupError> {
+    heartbeat::beats(client)
+        .await
+        .map_err(SetupError::sql(side, "read the heartbeats"))
+}
+
 /// In this order: the replica is never behind the slot, and the source never behind the replica. Another agent, which may go on
 /// until it is gone, must not look like a slot that somebody has moved.
 async fn look(
@@ -185,13 +198,13 @@ async fn look(
     if let Some(client) = replica {
         let (of_stream, beats) = future::join(
             replica::known(client, &source.stream),
-            heartbeat::beats(client, Side::Replica),
+            beats(client, Side::Replica),
         )
         .await;
         (known, applied_of_them) = (of_stream?, beats?);
     }
     let round_trip = asked.elapsed();
-    let written = heartbeat::beats(&source.client, Side::Source).await?;
+    let written = beats(&source.client, Side::Source).await?;
     let (cluster, source_lsn) = source_side::identify(walsender).await?;
     let branches = match known.recorded {
         Some(recorded) if recorded.cluster.is_promoted(&cluster) => {

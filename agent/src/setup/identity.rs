@@ -17,10 +17,11 @@
 
 use super::mismatch::Mismatch;
 use super::timeline::{Branch, Fork};
-use crate::names::history::History;
+use crate::names::history::Cluster;
 use crate::names::stream::StreamName;
 use crate::pg::PgLsn;
 use crate::pg::slot::SlotState;
+use crate::schema::stream::Recorded;
 use crate::time::Micros;
 
 /// What both sides say about one stream.
@@ -48,41 +49,6 @@ pub struct Observed {
     pub branches: Vec<Branch>,
     /// How many heartbeats the source has written, and of how many the replica knows: `dr_agent.heartbeat.beat`.
     pub beats: (Option<i64>, Option<i64>),
-}
-
-/// What tells one source from another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cluster {
-    /// `pg_control`'s system identifier, made by `initdb`.
-    pub system_identifier: u64,
-    /// Raised by every promotion and point-in-time recovery of the source.
-    pub timeline: i32,
-}
-
-impl Cluster {
-    /// Whether `found` is the same cluster on a later timeline.
-    pub(super) fn is_promoted(&self, found: &Self) -> bool {
-        self.system_identifier == found.system_identifier && self.timeline < found.timeline
-    }
-}
-
-/// What a replica has recorded of where it comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Recorded {
-    /// Its source.
-    pub cluster: Cluster,
-    /// When its history began.
-    pub began: Micros,
-}
-
-impl Recorded {
-    /// What the replica's LSNs are of.
-    pub fn history(self) -> History {
-        History {
-            system_identifier: self.cluster.system_identifier,
-            began: self.began,
-        }
-    }
 }
 
 /// What `pg_replication_slots` says about the slot.

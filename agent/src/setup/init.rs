@@ -23,11 +23,11 @@ use super::error::{SetupError, Side};
 use super::identity::{self, Observed};
 use super::mismatch::Mismatch;
 use super::role::{self, Statement};
+use super::set_back::{self, Missed};
 use super::source_side::observe_slot;
-use super::table_sync::Missed;
 use super::target::{self, HalfLoaded, Target};
 use super::undo::Undo;
-use super::{heartbeat, lock, replica, schema, sending, sending_note, source, table_sync};
+use super::{direct, lock, replica, schema, sending, source, source_side};
 use crate::catalog::publication::Wanted;
 use crate::config::{Config, Route};
 use crate::copy::locale::{self, Locale};
@@ -170,7 +170,7 @@ pub async fn plan(
     match begun.and_then(|seen| seen.inside.as_ref()) {
         Some(inside) => {
             found.require_unaltered(&stream)?;
-            let rows = table_sync::rows(inside, &stream).await?;
+            let rows = replica::synced_tables(inside, &stream).await?;
             let missed = found.missed(&wanted, &rows);
             plan.list_again(&client, &mut wanted, missed).await?;
         }
@@ -202,13 +202,13 @@ async fn judge(
         target::contents(database, stream, &seen.known, judged)?;
     }
     let slot = observe_slot(source, stream).await?;
-    let noted = sending_note::read(source, stream).await?;
+    let noted = source_side::note(source, stream).await?;
     let (cluster, source_lsn) = source::identify(source).await?;
     let verdict = match (config.route == Route::Direct, seen) {
         (true, Some(seen)) => {
-            let mut beats = (heartbeat::beats(source, Side::Source).await?, None);
+            let mut beats = (direct::beats(source, Side::Source).await?, None);
             if let Some(inside) = &seen.inside {
-                beats.1 = heartbeat::beats(inside, Side::Replica).await?;
+                beats.1 = direct::beats(inside, Side::Replica).await?;
             }
             identity::verdict(&Observed {
                 stream: stream.clone(),
@@ -445,7 +445,7 @@ impl Plan {
         for statement in &self.replica {
             execute(inside, Side::Replica, statement).await?;
         }
-        table_sync::reset(inside, &self.stream, &self.missed).await
+        set_back::reset(inside, &self.stream, &self.missed).await
     }
 
     /// Whether everything is there.

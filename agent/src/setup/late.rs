@@ -13,10 +13,9 @@ use std::collections::BTreeMap;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
-use super::aside::Aside;
 use super::error::{SetupError, Side};
 use super::source_side::SourceSide;
-use super::{Published, replica, slot, table_sync};
+use super::{Published, replica, slot};
 use crate::catalog::Table;
 use crate::catalog::routing;
 use crate::config::Config;
@@ -24,6 +23,9 @@ use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgError, PgLsn, leftover};
 use crate::schema::listing::Listed;
+use crate::schema::set_aside::{self, Aside, Noted};
+use crate::schema::table_sync::TableSync;
+use crate::schema::{deferred, progress, table_sync};
 
 /// What a look at the source has found.
 #[derive(Debug)]
@@ -58,7 +60,7 @@ pub async fn look(
         slot::make_the_list_known(&source, &mut walsender).await?;
     }
     let client = open(config, database, &source.stream).await?;
-    let rows = table_sync::rows(&client, &source.stream).await?;
+    let rows = replica::synced_tables(&client, &source.stream).await?;
     let is_ready = |name: &TableName| rows.iter().any(|row| row.ready && row.table == *name);
     let tables = source.wanted.published;
     let tops = routing::tops(&source.client, tables.iter().map(|table| &table.name)).await;
@@ -95,7 +97,7 @@ pub(super) fn missing(
 /// The copied tables of which the source says that they are not those any more.
 pub(super) fn listed_anew<'p>(
     published: &'p Published,
-    rows: &[table_sync::Row],
+    rows: &[TableSync],
 ) -> impl Iterator<Item = &'p TableName> {
     let is_anew = |table: &&Table| {
         let row = rows.iter().find(|row| row.ready && row.table == table.name);
@@ -110,10 +112,6 @@ pub(super) fn listed_anew<'p>(
 
 async fn open(config: &Config, database: &str, stream: &StreamName) -> Result<Client, SetupError> {
     replica::open(&config.replica.conninfo.with_dbname(database), stream).await
-}
-
-fn sql(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> SetupError {
-    move |error| SetupError::sql(Side::Replica, doing)(PgError::from(error))
 }
 
 /// Ends what earlier attempts have left waiting on the source: it holds WAL.
@@ -139,26 +137,28 @@ pub(super) async fn leave_out(
     table: &TableName,
     reason: &str,
 ) -> Result<(), SetupError> {
-    const PENDING: &str = "
-        UPDATE dr_agent.table_sync SET state = 'pending', replica_oid = NULL, updated_at = now()
-         WHERE stream = $1 AND table_schema = $2 AND table_name = $3 AND state = 'ready'";
-    const NOTE: &str = "
-        INSERT INTO dr_agent.set_aside AS a (stream, table_schema, table_name, reason) VALUES ($1, $2, $3, $4)
-            ON CONFLICT (stream, table_schema, table_name) DO UPDATE SET reason = excluded.reason";
-    let doing = sql("set a table aside");
-    let transaction = client.transaction().await.map_err(&doing)?;
-    let stream = stream.as_str();
-    for TableName { schema, name } in &routing::beside(&transaction, table).await.map_err(&doing)? {
-        transaction
-            .execute(PENDING, &[&stream, schema, name])
-            .await
-            .map_err(&doing)?;
-        transaction
-            .execute(NOTE, &[&stream, schema, name, &reason])
-            .await
-            .map_err(&doing)?;
-    }
-    transaction.commit().await.map_err(&doing)
+    let out = take_out(client, stream, table, reason).await;
+    out.map_err(SetupError::sql(Side::Replica, "set a table aside"))
+}
+
+async fn take_out(
+    client: &mut Client,
+    stream: &StreamName,
+    table: &TableName,
+    reason: &str,
+) -> Result<(), PgError> {
+    let transaction = client.transaction().await?;
+    let tables = routing::beside(&transaction, table).await?;
+    table_sync::leave_out(&transaction, stream, &tables).await?;
+    let aside: Vec<Aside> = tables
+        .into_iter()
+        .map(|table| Aside {
+            table,
+            reason: reason.to_owned(),
+        })
+        .collect();
+    set_aside::note(&transaction, stream, &aside, Noted::Beside).await?;
+    Ok(transaction.commit().await?)
 }
 
 /// Begins the progress of what catches up, under this term.
@@ -170,41 +170,26 @@ pub async fn catch_up_from_nothing(
     stream: &StreamName,
     term: i64,
 ) -> Result<(), SetupError> {
-    let doing = sql("begin to catch up with a copied table");
     let mut client = replica::open(replica, stream).await?;
-    let transaction = client.transaction().await.map_err(&doing)?;
-    hold(&transaction, stream, term).await.map_err(&doing)?;
-    let late = stream.late();
-    transaction
-        .execute(
-            "DELETE FROM dr_agent.progress WHERE stream = $1",
-            &[&late.as_str()],
-        )
-        .await
-        .map_err(&doing)?;
-    transaction
-        .execute(
-            "INSERT INTO dr_agent.progress (stream, term, batch, end_lsn, applied_at) VALUES ($1, $2, 0, '0/0', now())",
-            &[&late.as_str(), &term],
-        )
-        .await
-        .map_err(&doing)?;
-    transaction.commit().await.map_err(&doing)
+    let begun = begin_to_catch_up(&mut client, stream, term).await;
+    begun.map_err(SetupError::sql(
+        Side::Replica,
+        "begin to catch up with a copied table",
+    ))
 }
 
-/// The row is locked: a promotion waits, or comes first.
-async fn hold(
-    transaction: &tokio_postgres::Transaction<'_>,
+async fn begin_to_catch_up(
+    client: &mut Client,
     stream: &StreamName,
     term: i64,
-) -> Result<(), tokio_postgres::Error> {
-    transaction
-        .execute(
-            "SELECT dr_agent.hold($1, $2) FROM (SELECT 1 FROM dr_agent.progress WHERE stream = $1 FOR SHARE) AS row",
-            &[&stream.as_str(), &term],
-        )
-        .await?;
-    Ok(())
+) -> Result<(), PgError> {
+    let transaction = client.transaction().await?;
+    // A promotion waits, or comes first.
+    progress::hold(&transaction, stream, term).await?;
+    let late = stream.late();
+    progress::end(&transaction, &late).await?;
+    progress::begin(&transaction, &late, term, (PgLsn::from(0), None)).await?;
+    Ok(transaction.commit().await?)
 }
 
 /// The tables hold everything that committed before `end_lsn`, which the stream has not passed: it brings the rest. Constraints
@@ -219,43 +204,23 @@ pub async fn joined(
     tables: &[TableName],
     (snapshot_lsn, end_lsn): (PgLsn, PgLsn),
 ) -> Result<(), SetupError> {
-    const READY: &str = "
-        UPDATE dr_agent.table_sync AS t SET state = 'ready', snapshot_lsn = $4, updated_at = now(),
-               replica_oid = to_regclass(format('%I.%I', t.table_schema, t.table_name))
-          FROM unnest($2::text[], $3::text[]) AS wanted (s, n)
-         WHERE t.stream = $1 AND t.table_schema = s AND t.table_name = n AND t.state = 'copied'";
-    const NOT_ASIDE: &str = "
-        DELETE FROM dr_agent.set_aside AS a USING unnest($2::text[], $3::text[]) AS wanted (s, n)
-         WHERE a.stream = $1 AND a.table_schema = s AND a.table_name = n";
-    let doing = sql("take in copied tables");
     let mut client = replica::open(replica, stream).await?;
-    let transaction = client.transaction().await.map_err(&doing)?;
-    hold(&transaction, stream, term).await.map_err(&doing)?;
-    let (schemas, names): (Vec<&str>, Vec<&str>) = tables
-        .iter()
-        .map(|table| (table.schema.as_str(), table.name.as_str()))
-        .unzip();
-    transaction
-        .execute(READY, &[&stream.as_str(), &schemas, &names, &end_lsn])
-        .await
-        .map_err(&doing)?;
-    transaction
-        .execute(
-            "UPDATE dr_agent.deferred SET after_lsn = $3 WHERE stream = $1 AND after_lsn = $2",
-            &[&stream.as_str(), &snapshot_lsn, &end_lsn],
-        )
-        .await
-        .map_err(&doing)?;
-    transaction
-        .execute(
-            "DELETE FROM dr_agent.progress WHERE stream = $1",
-            &[&stream.late().as_str()],
-        )
-        .await
-        .map_err(&doing)?;
-    transaction
-        .execute(NOT_ASIDE, &[&stream.as_str(), &schemas, &names])
-        .await
-        .map_err(&doing)?;
-    transaction.commit().await.map_err(&doing)
+    let joined = take_in(&mut client, stream, term, tables, (snapshot_lsn, end_lsn)).await;
+    joined.map_err(SetupError::sql(Side::Replica, "take in copied tables"))
+}
+
+async fn take_in(
+    client: &mut Client,
+    stream: &StreamName,
+    term: i64,
+    tables: &[TableName],
+    (snapshot_lsn, end_lsn): (PgLsn, PgLsn),
+) -> Result<(), PgError> {
+    let transaction = client.transaction().await?;
+    progress::hold(&transaction, stream, term).await?;
+    table_sync::join(&transaction, stream, tables, end_lsn).await?;
+    deferred::put_off(&transaction, stream, (snapshot_lsn, end_lsn)).await?;
+    progress::end(&transaction, &stream.late()).await?;
+    set_aside::forget(&transaction, stream, tables).await?;
+    Ok(transaction.commit().await?)
 }

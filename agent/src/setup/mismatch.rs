@@ -9,6 +9,7 @@ use crate::error::remedy::{SLOT_TOO, drop_slot, start_over};
 use crate::error::{Class, Classify};
 use crate::names::stream::StreamName;
 use crate::pg::PgLsn;
+use crate::schema::sending;
 use crate::time::{Micros, system_time};
 
 /// Why the slot, the source and the replica do not belong together.
@@ -230,9 +231,10 @@ impl Classify for Mismatch {
                 start_over(SLOT_TOO)
             ),
             Self::SendingSlotLost { slot, .. } => format!(
-                "the changes since then cannot be had any more. {} (`dr-agent apply` there), after DELETE FROM \
-                 dr_agent.sending WHERE stream = '{slot}' on the source",
-                start_over(SLOT_TOO)
+                "the changes since then cannot be had any more. {} (`dr-agent apply` there), after DELETE FROM {} \
+                 WHERE stream = '{slot}' on the source",
+                start_over(SLOT_TOO),
+                sending::TABLE
             ),
             Self::SlotInvalidated { slot, reason, .. } => {
                 format!(

@@ -27,7 +27,6 @@
 //! is [`crate::copy`].
 
 mod binary_form;
-mod heartbeat;
 pub mod identity;
 mod late;
 mod publishing;
@@ -49,12 +48,11 @@ mod resume;
 mod role;
 mod schema;
 mod sending;
-pub(crate) mod sending_note;
+mod set_back;
 mod setting;
 mod slot;
 mod source;
 mod source_side;
-mod table_sync;
 mod target;
 pub mod timeline;
 mod undo;
@@ -66,9 +64,7 @@ use futures_util::future;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
-pub use aside::{
-    Aside, BEING_COPIED, Noted, make_room, note_aside, noted_aside, remove_half_made, set_aside,
-};
+pub use aside::{make_room, note_aside, noted_aside, remove_half_made, set_aside};
 pub use base::Watch;
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
@@ -86,16 +82,16 @@ use crate::config::{Config, Databases, Route};
 use crate::copy::{self, CopyJob, CopyObserver};
 use crate::failpoint;
 use crate::names::TableName;
-use crate::names::history::History;
+use crate::names::history::{Cluster, History};
 use crate::names::stream::StreamName;
 use crate::pg::replication::CreatedSlot;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
 use crate::schema::listing::{Copied, Listed};
+use crate::schema::progress::Progress;
+use crate::schema::stream;
 use crate::shape::computed::{self, Computed, Difference, Which};
 use crate::sink::replica::Distance;
-use identity::Cluster;
 use lock::Right;
-use replica::Progress;
 use source_side::SourceSide;
 
 /// The SQL that creates schema `dr_agent` in a database that changes are applied to. Repeatable.
@@ -218,7 +214,7 @@ pub async fn published(
     stream: &StreamName,
 ) -> Result<Option<Published>, SetupError> {
     let client = source::open(source, stream).await?;
-    let noted = sending_note::read(&client, stream).await?;
+    let noted = source_side::note(&client, stream).await?;
     let Some(noted) = noted.filter(|noted| noted.since.is_some()) else {
         return Ok(None);
     };
@@ -364,15 +360,15 @@ impl Setup<'_> {
         let stream = &self.source.stream;
         let asked = Instant::now();
         let (rows, deferred, noted, here) = future::join4(
-            table_sync::rows(&self.replica, stream),
+            replica::synced_tables(&self.replica, stream),
             replica::has_deferred(&self.replica, stream),
-            replica::note_tables(&self.replica, stream, as_of),
+            stream::note_tables(&self.replica, stream, as_of),
             computed::read(&self.replica),
         )
         .await;
         let round_trip = asked.elapsed();
         let rows = rows?;
-        noted?;
+        noted.map_err(SetupError::sql(Side::Replica, "note which tables are here"))?;
         // What is not ready is copied once more, as it is by then.
         let ready = rows.iter().filter(|row| row.ready);
         let tables = ready.map(|row| row.table.clone()).collect();
@@ -399,7 +395,7 @@ impl Setup<'_> {
             timeline: cluster.timeline,
             history,
             server_version: self.source.found.version,
-            synced: table_sync::synced(rows),
+            synced: replica::synced(rows),
             deferred: deferred?,
             distance: self.distance.map(|seen| Distance {
                 round_trip: seen.round_trip.min(round_trip),

@@ -24,14 +24,12 @@ use tokio_util::sync::CancellationToken;
 use super::base::{self, Base, Watch};
 use super::begin::First;
 use super::error::{SetupError, Side};
-use super::identity::{self, Recorded};
-use super::replica::{self, Known, Progress, Server};
+use super::identity;
+use super::replica::{self, Known, Server};
+use super::set_back::{self, Missed};
 use super::source_side::{self, SourceSide};
-use super::table_sync::Missed;
 use super::target::HalfLoaded;
-use super::{
-    Aside, Found, Prepared, Setup, late, lock, recover, resume, schema, sending, table_sync,
-};
+use super::{Found, Prepared, Setup, late, lock, recover, resume, schema, sending};
 use crate::config::{Config, SetAside};
 use crate::copy::CopyObserver;
 use crate::error::chain;
@@ -40,6 +38,10 @@ use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgError, PgLsn};
 use crate::schema::listing::Listed;
+use crate::schema::progress::Progress;
+use crate::schema::set_aside::Aside;
+use crate::schema::stream::Recorded;
+use crate::schema::table_sync::TableSync;
 use crate::sink::replica::Distance;
 
 /// How long a source may take to answer that may be out of reach for good.
@@ -110,7 +112,7 @@ pub async fn uncopied(
             Err(error) => return Err(error),
         };
     let client = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
-    let known = table_sync::rows(&client, &stream).await?;
+    let known = replica::synced_tables(&client, &stream).await?;
     let known: BTreeSet<TableName> = known.into_iter().map(|row| row.table).collect();
     Ok(Uncopied {
         tables: published.difference(&known).cloned().collect(),
@@ -131,7 +133,7 @@ pub async fn look_receiving(
 ) -> Result<Found, SetupError> {
     let stream = config.stream(database);
     let client = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
-    let rows = table_sync::rows(&client, &stream).await?;
+    let rows = replica::synced_tables(&client, &stream).await?;
     let is_ready = |name: &TableName| rows.iter().any(|row| row.ready && row.table == *name);
     let source = config.source.conninfo.with_dbname(database);
     let why = match within_reach(super::published(&source, &stream)).await {
@@ -292,7 +294,7 @@ impl<'a> Receiving<'a> {
             schema::ensure(&client, &server.role),
             recover::settle(&client, &self.stream),
             replica::is_safely_guarded(&client),
-            table_sync::rows(&client, &self.stream),
+            replica::synced_tables(&client, &self.stream),
         )
         .await;
         let round_trip = asked.elapsed();
@@ -344,7 +346,7 @@ impl<'a> Receiving<'a> {
     async fn leave_to_late(
         &self,
         client: &mut Client,
-        rows: &[table_sync::Row],
+        rows: &[TableSync],
         another: Option<&TableName>,
     ) -> Result<(), SetupError> {
         const REASON: &str =
@@ -353,7 +355,7 @@ impl<'a> Receiving<'a> {
             // It is half-way between two moments.
             let unfinished = rows.iter().filter(|row| !row.ready);
             let unfinished = unfinished.map(|row| (row.table.clone(), Missed::Changes));
-            table_sync::reset(client, &self.stream, &unfinished.collect()).await?;
+            set_back::reset(client, &self.stream, &unfinished.collect()).await?;
         }
         let is_ready =
             |table: &&TableName| rows.iter().any(|row| row.ready && row.table == **table);
@@ -370,7 +372,7 @@ impl<'a> Receiving<'a> {
 
     /// The tables of which the source says, where it can be asked, that they are not those that were copied: they may have taken
     /// the names of one another.
-    async fn listed_anew(&self, rows: &[table_sync::Row]) -> Result<Vec<TableName>, SetupError> {
+    async fn listed_anew(&self, rows: &[TableSync]) -> Result<Vec<TableName>, SetupError> {
         let source = self.config.source.conninfo.with_dbname(self.database);
         let published = match within_reach(super::published(&source, &self.stream)).await {
             Ok(Some(published)) => published,
@@ -524,7 +526,7 @@ impl<'a> Receiving<'a> {
             }
         })?;
         source.look_again().await?;
-        let rows = table_sync::rows(&client, &self.stream).await?;
+        let rows = replica::synced_tables(&client, &self.stream).await?;
         let mut setup = self.setup(source, client);
         let mut missed = setup.source.found.missed(&setup.source.wanted, &rows);
         if let Some(another) = another {
@@ -533,7 +535,7 @@ impl<'a> Receiving<'a> {
         let ready = rows.iter().filter(|row| row.ready);
         let ready: BTreeSet<TableName> = ready.map(|row| row.table.clone()).collect();
         setup.miss_together(&ready, &mut missed).await?;
-        table_sync::reset(&mut setup.replica, &setup.source.stream, &missed).await?;
+        set_back::reset(&mut setup.replica, &setup.source.stream, &missed).await?;
         setup.forget_unfinished().await?;
         let is_there = |table: &TableName| ready.contains(table) && !missed.contains_key(table);
         let mut rest = setup.source.wanted.published.clone();
@@ -567,7 +569,7 @@ impl<'a> Receiving<'a> {
         as_of: PgLsn,
     ) -> Result<Prepared, SetupError> {
         let (rows, deferred) = future::join(
-            table_sync::rows(client, &self.stream),
+            replica::synced_tables(client, &self.stream),
             replica::has_deferred(client, &self.stream),
         )
         .await;
@@ -582,7 +584,7 @@ impl<'a> Receiving<'a> {
             timeline: recorded.cluster.timeline,
             history: recorded.history(),
             server_version: 0,
-            synced: table_sync::synced(rows),
+            synced: replica::synced(rows),
             deferred,
             distance: None,
             as_of,

@@ -10,11 +10,12 @@ use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
 use super::lock;
-use super::replica::{self, Progress};
+use super::replica;
 use crate::config::Config;
 use crate::names::stream::StreamName;
 use crate::pg::leftover;
 use crate::schema::prepared::{self, Settled};
+use crate::schema::progress::Progress;
 
 /// Settles what a session of this process has left that ended.
 ///

@@ -9,15 +9,12 @@
 //! User tables are created and filled by [`crate::copy`]; roles are in [`super::role`].
 
 use std::collections::BTreeSet;
-use std::time::SystemTime;
 
 use futures_util::future;
 use tokio_postgres::Client;
-use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::types::Type;
 
 use super::error::{SetupError, Side};
-use super::identity::Recorded;
-use super::sending_note;
 use super::source::MAJOR_VERSIONS;
 use crate::catalog;
 use crate::copy::locale::Locale;
@@ -25,7 +22,12 @@ use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::quote::quote_ident;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect_silently};
-use crate::time::{pg_micros, system_time};
+use crate::schema::listing::Copied;
+use crate::schema::progress::Progress;
+use crate::schema::stream::Recorded;
+use crate::schema::table_sync::TableSync;
+use crate::schema::{self, deferred, progress, promotion, stream, table_sync};
+use crate::time::rfc3339_seconds;
 
 /// Opens a set-up session on the replica, past its read-only guard.
 pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Client, SetupError> {
@@ -65,13 +67,30 @@ async fn is_half_dropped(admin: &Client, database: &str) -> Result<bool, SetupEr
 
 /// Whether constraints of the copy wait for the stream.
 pub(super) async fn has_deferred(client: &Client, stream: &StreamName) -> Result<bool, SetupError> {
-    const SQL: &str = "SELECT EXISTS (SELECT 1 FROM dr_agent.deferred WHERE stream = $1 AND after_lsn < 'FFFFFFFF/FFFFFFFF')";
-    let asked = client
-        .query_typed_one(SQL, &[(&stream.as_str(), Type::TEXT)])
-        .await;
-    asked
-        .map(|row| row.get(0))
-        .map_err(|error| SetupError::sql(Side::Replica, "read dr_agent.deferred")(error.into()))
+    let doing = "look which constraints wait for the stream";
+    deferred::any_waits(client, stream)
+        .await
+        .map_err(SetupError::sql(Side::Replica, doing))
+}
+
+/// The tables of the stream.
+pub(super) async fn synced_tables(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<Vec<TableSync>, SetupError> {
+    let rows = table_sync::read(client, stream).await;
+    rows.map_err(SetupError::sql(
+        Side::Replica,
+        "read which tables are copied",
+    ))
+}
+
+/// The tables whose changes are applied, and what is there of them already.
+pub(super) fn synced(rows: Vec<TableSync>) -> Vec<(TableName, Copied)> {
+    rows.into_iter()
+        .filter(|row| row.ready)
+        .map(|row| (row.table, row.copied))
+        .collect()
 }
 
 /// What the replica's server says about itself.
@@ -252,6 +271,9 @@ pub(super) async fn own_database(
     }
 }
 
+/// Reading what follows.
+const READ: &str = "read schema dr_agent";
+
 /// What a replica's database remembers of a stream.
 #[derive(Debug, Default)]
 pub(super) struct Known {
@@ -270,34 +292,22 @@ impl Known {
     }
 }
 
-/// The stream's row of `dr_agent.progress`.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Progress {
-    pub(super) term: i64,
-    pub(super) batch: i64,
-    pub(super) end_lsn: PgLsn,
-    /// When its last transaction committed on the source.
-    pub(super) commit_time: Option<SystemTime>,
-    /// When it was applied, by the replica's clock; none for a copy of this start.
-    pub(super) applied_at: Option<SystemTime>,
-}
-
 /// Reads what the replica remembers; refuses a promoted one.
 pub(super) async fn known(client: &Client, stream: &StreamName) -> Result<Known, SetupError> {
-    let doing = "read schema dr_agent";
-    let sql = |error: tokio_postgres::Error| SetupError::sql(Side::Replica, doing)(error.into());
-    const HAS_SCHEMA: &str = "
-        SELECT count(*) = 4 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE n.nspname = 'dr_agent'
-           AND c.relname IN ('progress', 'stream', 'table_sync', 'promotion')";
+    const TABLES: [&str; 4] = [
+        progress::TABLE,
+        stream::TABLE,
+        table_sync::TABLE,
+        promotion::TABLE,
+    ];
     // Together: the replica may be far away. Where the schema is not there, the others have failed.
     let (has_schema, promoted, remembered) = future::join3(
-        client.query_typed_one(HAS_SCHEMA, &[]),
+        schema::has(client, &TABLES),
         refuse_promoted(client),
         remembered(client, stream),
     )
     .await;
-    if !has_schema.map_err(sql)?.get::<_, bool>(0) {
+    if !has_schema.map_err(SetupError::sql(Side::Replica, READ))? {
         return Ok(Known::default());
     }
     promoted?;
@@ -306,124 +316,29 @@ pub(super) async fn known(client: &Client, stream: &StreamName) -> Result<Known,
 
 /// Reads what a replica with schema `dr_agent` remembers, promoted or not.
 pub(super) async fn remembered(client: &Client, stream: &StreamName) -> Result<Known, SetupError> {
-    let sql = |error: tokio_postgres::Error| {
-        SetupError::sql(Side::Replica, "read schema dr_agent")(error.into())
-    };
-    let name = stream.as_str();
-    let of_stream = [(&name as &(dyn ToSql + Sync), Type::TEXT)];
-    let (recorded, progress) = future::join(
-        client.query_typed_opt(
-            "SELECT system_identifier, timeline, began, tables_as_of FROM dr_agent.stream WHERE stream = $1",
-            &of_stream,
-        ),
-        client.query_typed_opt(
-            "SELECT term, batch, end_lsn, commit_time, applied_at FROM dr_agent.progress WHERE stream = $1",
-            &of_stream,
-        ),
-    )
-    .await;
-    let (recorded, progress) = (recorded.map_err(sql)?, progress.map_err(sql)?);
-    let tables_as_of = recorded.as_ref().and_then(|row| row.get(3));
-    let recorded = recorded.map(|row| {
-        Ok(Recorded {
-            cluster: sending_note::cluster(&row)?,
-            began: pg_micros(row.get::<_, SystemTime>(2)),
-        })
-    });
+    let (row, progress) =
+        future::join(stream::read(client, stream), progress::read(client, stream)).await;
+    let row = row.map_err(SetupError::sql(Side::Replica, READ))?;
     Ok(Known {
-        recorded: recorded
-            .transpose()
-            .map_err(SetupError::sql(Side::Replica, "read schema dr_agent"))?,
-        tables_as_of,
-        progress: progress.map(|row| Progress {
-            term: row.get(0),
-            batch: row.get(1),
-            end_lsn: row.get(2),
-            commit_time: row.get(3),
-            applied_at: row.get(4),
-        }),
+        recorded: row.map(|row| row.recorded),
+        tables_as_of: row.and_then(|row| row.tables_as_of),
+        progress: progress.map_err(SetupError::sql(Side::Replica, READ))?,
     })
-}
-
-/// Records whose replica this is.
-pub(super) async fn record(
-    client: &Client,
-    stream: &StreamName,
-    source: &Recorded,
-) -> Result<(), PgError> {
-    const SQL: &str = "
-        INSERT INTO dr_agent.stream (stream, system_identifier, timeline, began) VALUES ($1, $2, $3, $4)
-            ON CONFLICT (stream) DO UPDATE
-           SET system_identifier = EXCLUDED.system_identifier, timeline = EXCLUDED.timeline, began = EXCLUDED.began,
-               tables_as_of = NULL, created_at = now()";
-    let Recorded { cluster, began } = source;
-    client
-        .execute(
-            SQL,
-            &[
-                &stream.as_str(),
-                &cluster.system_identifier.to_string(),
-                &cluster.timeline,
-                &system_time(*began),
-            ],
-        )
-        .await?;
-    Ok(())
-}
-
-/// Records that the source is on a later timeline, whose history has everything that was applied.
-pub(super) async fn follow(
-    client: &Client,
-    stream: &StreamName,
-    timeline: i32,
-) -> Result<(), SetupError> {
-    client
-        .execute(
-            "UPDATE dr_agent.stream SET timeline = $2 WHERE stream = $1",
-            &[&stream.as_str(), &timeline],
-        )
-        .await
-        .map_err(|error| SetupError::sql(Side::Replica, "record the timeline")(error.into()))?;
-    Ok(())
-}
-
-/// Notes that every table is here that the source publishes at `as_of`. A later start without the source goes by it.
-pub(super) async fn note_tables(
-    client: &Client,
-    stream: &StreamName,
-    as_of: PgLsn,
-) -> Result<(), SetupError> {
-    const SQL: &str = "
-        UPDATE dr_agent.stream SET tables_as_of = greatest(tables_as_of, $2) WHERE stream = $1";
-    client
-        .execute_typed(
-            SQL,
-            &[(&stream.as_str(), Type::TEXT), (&as_of, Type::PG_LSN)],
-        )
-        .await
-        .map_err(|error| {
-            SetupError::sql(Side::Replica, "note which tables are here")(error.into())
-        })?;
-    Ok(())
 }
 
 /// Any promotion of this database counts, under whichever stream: it takes writes of its own.
 async fn refuse_promoted(
     client: &(impl tokio_postgres::GenericClient + Sync),
 ) -> Result<(), SetupError> {
-    const SQL: &str = "
-        SELECT to_char(started_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'), term, mode
-          FROM dr_agent.promotion ORDER BY started_at DESC LIMIT 1";
-    let row = client
-        .query_typed_opt(SQL, &[])
+    let last = promotion::last(client)
         .await
-        .map_err(|error| SetupError::sql(Side::Replica, "read promotions")(error.into()))?;
-    match row {
+        .map_err(SetupError::sql(Side::Replica, "read promotions"))?;
+    match last {
         None => Ok(()),
-        Some(row) => Err(SetupError::Promoted {
-            at: row.get(0),
-            term: row.get(1),
-            mode: row.get(2),
+        Some(last) => Err(SetupError::Promoted {
+            at: rfc3339_seconds(last.started_at),
+            term: last.term,
+            mode: last.mode,
         }),
     }
 }
@@ -469,10 +384,9 @@ pub(super) async fn guard(client: &mut Client, database: &str) -> Result<(), Set
     let transaction = client.transaction().await.map_err(sql)?;
     // A promotion writes its row before it lifts the guard: it either waits here and lifts
     // afterwards, or its row is seen below.
-    transaction
-        .batch_execute("LOCK TABLE dr_agent.promotion IN SHARE MODE")
+    promotion::hold_off(&transaction)
         .await
-        .map_err(sql)?;
+        .map_err(SetupError::sql(Side::Replica, doing))?;
     refuse_promoted(&transaction).await?;
     let wanted = database != MAINTENANCE || has_tables(&transaction).await?;
     let statement = match (wanted, is_guarded(&transaction).await?) {

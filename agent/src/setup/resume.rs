@@ -16,12 +16,11 @@ use std::time::Duration;
 
 use futures_util::future;
 use tokio_postgres::Client;
-use tokio_postgres::types::Type;
 
 use super::error::{SetupError, Side};
 use super::replica;
-use super::table_sync::{Missed, Row};
-use super::{Setup, aside, slot, source_side, table_sync};
+use super::set_back::{self, Missed};
+use super::{Setup, aside, slot, source_side};
 use crate::catalog::Table;
 use crate::catalog::routing;
 use crate::config::SetAside;
@@ -31,6 +30,8 @@ use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::leftover;
 use crate::pg::replication::ReplicationConnection;
+use crate::schema::table_sync::TableSync;
+use crate::schema::{progress, table_sync};
 
 /// Tables that are larger together are copied beside the stream.
 const AT_ONCE_BYTES: i64 = 32 << 20;
@@ -56,15 +57,11 @@ async fn bytes_of(client: &Client, tables: &[&TableName]) -> Result<i64, SetupEr
 
 /// Whether an earlier session has caught up with tables beside the stream and was not done.
 pub(super) async fn catches_up(client: &Client, stream: &StreamName) -> Result<bool, SetupError> {
-    const SQL: &str = "SELECT EXISTS (SELECT 1 FROM dr_agent.progress WHERE stream = $1)";
-    let late = stream.late();
-    let asked = client
-        .query_typed_one(SQL, &[(&late.as_str(), Type::TEXT)])
-        .await;
-    let doing = "look what was caught up with beside the stream";
-    asked
-        .map(|row| row.get(0))
-        .map_err(|error| SetupError::sql(Side::Replica, doing)(error.into()))
+    let late = progress::read(client, &stream.late()).await;
+    late.map(|late| late.is_some()).map_err(SetupError::sql(
+        Side::Replica,
+        "look what was caught up with beside the stream",
+    ))
 }
 
 impl Setup<'_> {
@@ -76,13 +73,13 @@ impl Setup<'_> {
         self.source.found.require_unaltered(&self.source.stream)?;
         self.source.leave_out_what_cannot_be_published();
         let (rows, present, late) = future::join3(
-            table_sync::rows(&self.replica, &self.source.stream),
+            replica::synced_tables(&self.replica, &self.source.stream),
             replica::tables(&self.replica),
             catches_up(&self.replica, &self.source.stream),
         )
         .await;
         let (rows, present, late) = (rows?, present?, late?);
-        let that = |is: fn(&Row) -> bool| -> BTreeSet<TableName> {
+        let that = |is: fn(&TableSync) -> bool| -> BTreeSet<TableName> {
             let rows = rows.iter().filter(|row| is(row));
             rows.map(|row| row.table.clone()).collect()
         };
@@ -91,7 +88,7 @@ impl Setup<'_> {
             // What was being caught up with beside the stream is half-way between two moments.
             let unfinished = rows.iter().filter(|row| row.held && !row.ready);
             let unfinished = unfinished.map(|row| (row.table.clone(), Missed::Changes));
-            table_sync::reset(
+            set_back::reset(
                 &mut self.replica,
                 &self.source.stream,
                 &unfinished.collect(),
@@ -105,14 +102,19 @@ impl Setup<'_> {
         self.miss_together(&ready, &mut missed).await?;
         self.require_tables(&ready, &missed, &present)?;
         if rows.iter().any(|row| row.ready && !row.noted) {
-            table_sync::adopt(&self.replica, &self.source.stream).await?;
+            table_sync::adopt(&self.replica, &self.source.stream)
+                .await
+                .map_err(SetupError::sql(
+                    Side::Replica,
+                    "note which tables were copied",
+                ))?;
         }
         if !missed.is_empty() {
             self.source.warnings.push(format!(
                 "tables that were not in the publication for a while, or are others under the same name on either side, are copied again: {}",
                 source_side::names(missed.keys())
             ));
-            table_sync::reset(&mut self.replica, &self.source.stream, &missed).await?;
+            set_back::reset(&mut self.replica, &self.source.stream, &missed).await?;
         }
         self.source.publish(false).await?;
         slot::make_the_list_known(&self.source, walsender).await?;
@@ -147,7 +149,7 @@ impl Setup<'_> {
 
     /// A table that was dropped, or left out, before its copy was finished.
     pub(super) async fn forget_unfinished(&self) -> Result<(), SetupError> {
-        let rows = table_sync::rows(&self.replica, &self.source.stream).await?;
+        let rows = replica::synced_tables(&self.replica, &self.source.stream).await?;
         let published = &self.source.wanted.published;
         let unfinished: Vec<TableName> = rows
             .iter()

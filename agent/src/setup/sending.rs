@@ -17,16 +17,19 @@
 //! It copies nothing: rows that are there before the slot reach the replica through [`super::receiving`].
 
 use super::error::{SetupError, Side};
-use super::identity::{self, Cluster, Recorded, Slot, Verdict};
+use super::identity::{self, Slot, Verdict};
 use super::mismatch::Mismatch;
-use super::sending_note::Note;
 use super::source_side::{self, SourceSide};
 use super::{Prepared, binary_form, lock, slot};
 use crate::config::{Config, Route};
+use crate::names::history::Cluster;
 use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::PgLsn;
 use crate::pg::replication::ReplicationConnection;
+use crate::schema::progress;
+use crate::schema::sending::Note;
+use crate::schema::stream::Recorded;
 use tokio_util::sync::CancellationToken;
 
 /// A source that was never a replica sends at this term. A promotion raises its replica's.
@@ -276,23 +279,9 @@ pub(super) async fn sent(source: &SourceSide<'_>) -> Result<Option<Recorded>, Se
 
 /// The term of this database: a source that was a replica once goes on from where its promotions raised it.
 async fn term(source: &SourceSide<'_>) -> Result<i64, SetupError> {
-    let sql =
-        |error: tokio_postgres::Error| SetupError::sql(Side::Source, "read the term")(error.into());
-    let was_replica: bool = source
-        .client
-        .query_one("SELECT to_regclass('dr_agent.progress') IS NOT NULL", &[])
-        .await
-        .map_err(sql)?
-        .get(0);
-    if !was_replica {
-        return Ok(FIRST_TERM);
-    }
-    let row = source
-        .client
-        .query_one("SELECT max(term) FROM dr_agent.progress", &[])
-        .await
-        .map_err(sql)?;
-    Ok(row.get::<_, Option<i64>>(0).unwrap_or(FIRST_TERM))
+    let highest = progress::highest_term(&source.client).await;
+    let highest = highest.map_err(SetupError::sql(Side::Source, "read the term"))?;
+    Ok(highest.unwrap_or(FIRST_TERM))
 }
 
 #[cfg(test)]

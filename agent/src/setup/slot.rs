@@ -20,22 +20,28 @@
 //! - A history begins before its slot is there, so no slot is taken for one of a history before.
 
 use super::error::{SetupError, Side};
-use super::identity::{Cluster, Recorded};
 use super::source_side::SourceSide;
-use super::{sending_note, source};
+use super::{source, source_side};
 use crate::catalog::publication;
 use crate::copy::export;
+use crate::names::history::Cluster;
 use crate::names::history::History;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SlotOptions};
 use crate::pg::slot;
-use crate::schema::listing;
+use crate::schema::stream::Recorded;
+use crate::schema::{listing, sending};
+
+/// Writing `dr_agent.sending`.
+const NOTE: &str = "note what becomes of the slot";
 
 /// Begins a history: from here on, no slot that is there may be gone on with.
 pub(super) async fn begin(
     source: &SourceSide<'_>,
     cluster: &Cluster,
 ) -> Result<History, SetupError> {
-    let began = sending_note::begin(&source.client, &source.stream, cluster).await?;
+    let began = sending::begin(&source.client, &source.stream, cluster)
+        .await
+        .map_err(SetupError::sql(Side::Source, NOTE))?;
     let cluster = *cluster;
     Ok(Recorded { cluster, began }.history())
 }
@@ -64,7 +70,9 @@ pub(super) async fn create(
     slot::advance(&source.client, name, snapshot.consistent_point)
         .await
         .map_err(SetupError::sql(Side::Source, "move the replication slot"))?;
-    sending_note::created(&source.client, &source.stream, snapshot.consistent_point).await?;
+    sending::created(&source.client, &source.stream, snapshot.consistent_point)
+        .await
+        .map_err(SetupError::sql(Side::Source, NOTE))?;
     Ok(snapshot)
 }
 
@@ -83,7 +91,7 @@ pub(super) async fn make_the_list_known(
     walsender: &mut ReplicationConnection,
 ) -> Result<(), SetupError> {
     if !source.found.forgets_publication_changes()
-        || !sending_note::is_listing(&source.client, &source.stream).await?
+        || !source_side::is_listing(&source.client, &source.stream).await?
     {
         return Ok(());
     }
@@ -92,7 +100,9 @@ pub(super) async fn make_the_list_known(
     let name = snapshot(source, walsender).await?.name;
     drop(walsender, &name, "drop a temporary slot").await?;
     touch(source).await?;
-    sending_note::list_is_known(&source.client, &source.stream).await
+    sending::list_is_known(&source.client, &source.stream)
+        .await
+        .map_err(SetupError::sql(Side::Source, NOTE))
 }
 
 async fn drop(

@@ -18,21 +18,32 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::error::{SetupError, Side};
-use super::identity::{Cluster, Recorded};
 use super::lock_table::LockTable;
-use super::sending_note;
-use super::table_sync::{Missed, Row};
+use super::set_back::Missed;
 use super::timeline::{self, Branch};
 use crate::catalog::publication::{self, Piece, Publication, Wanted};
 use crate::catalog::{self, Table};
 use crate::config::Config;
 use crate::names::TableName;
+use crate::names::history::Cluster;
 use crate::names::stream::StreamName;
 use crate::pg::{Again, ConnInfo, PgError, PgLsn, Session, connect};
 use crate::schema::listing::{self, Listed};
+use crate::schema::stream::{self, Recorded};
+use crate::schema::table_sync::TableSync;
+use crate::schema::{clock, coverage, heartbeat, progress, sending, sequence_state};
 
 /// Schema `dr_agent` with the in-band tables.
 pub(super) const SCHEMA_SQL: &str = include_str!("../../sql/source.sql");
+
+/// Those of them that are published: they reach the replica like any other.
+const IN_BAND: [&str; 5] = [
+    heartbeat::TABLE,
+    sequence_state::TABLE,
+    listing::TABLE,
+    coverage::TABLE,
+    clock::TABLE,
+];
 
 /// Long enough to win against ordinary traffic, short enough that nobody notices who queued behind.
 const LOCK_TIMEOUT: &str = "2s";
@@ -96,13 +107,8 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
                     SELECT 1 FROM pg_roles m
                      WHERE m.rolname = 'rds_replication' AND pg_has_role(m.oid, 'MEMBER')),
                has_database_privilege(current_database(), 'CREATE'),
-               to_regclass('dr_agent.heartbeat') IS NOT NULL
-               AND to_regclass('dr_agent.sequence_state') IS NOT NULL
-               AND to_regclass('dr_agent.listed') IS NOT NULL
-               AND EXISTS (SELECT 1 FROM pg_attribute
-                            WHERE attrelid = to_regclass('dr_agent.sending') AND attname = 'altered')
-               AND to_regclass('dr_agent.coverage') IS NOT NULL
-               AND to_regclass('dr_agent.clock') IS NOT NULL,
+               EXISTS (SELECT 1 FROM pg_attribute WHERE attrelid = to_regclass($1::text) AND attname = 'altered')
+               AND (SELECT bool_and(to_regclass(name) IS NOT NULL) FROM unnest($2::text[]) AS in_band (name)),
                current_setting('max_locks_per_transaction')::bigint, 1
                + current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint
                + coalesce(current_setting('autovacuum_worker_slots', true),
@@ -116,13 +122,15 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
                    AND has_table_privilege(c.oid, 'UPDATE')
                    AND has_table_privilege(c.oid, 'DELETE')), true)
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE n.nspname = 'dr_agent' AND c.relname IN ('heartbeat', 'sequence_state', 'listed', 'coverage', 'clock')";
+         WHERE n.nspname || '.' || c.relname = ANY ($1::text[])";
     const NOT_OWNED: &str = "
         SELECT n.nspname, c.relname
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE c.relkind IN ('r', 'p') AND NOT pg_has_role(c.relowner, 'USAGE')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'";
-    let facts = client.query_one(FACTS, &[]).await?;
+    let facts = client
+        .query_one(FACTS, &[&sending::TABLE, &IN_BAND.as_slice()])
+        .await?;
     let version = facts.get(2);
     let number = |column| usize::try_from(facts.get::<_, i64>(column)).unwrap_or(1);
     let locks = LockTable {
@@ -143,7 +151,10 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
         locks,
         has_schema: facts.get(8),
         has_namespace: facts.get(11),
-        writes_in_band: client.query_one(WRITES_IN_BAND, &[]).await?.get(0),
+        writes_in_band: client
+            .query_one(WRITES_IN_BAND, &[&IN_BAND.as_slice()])
+            .await?
+            .get(0),
         // Without sizes: whoever has a table locked would be waited for.
         tables: catalog::tables(client).await?,
         keyed_roots: catalog::keyed_roots(client).await?,
@@ -212,13 +223,7 @@ async fn read_publication(
 
 async fn names(client: &Client, sql: &str) -> Result<BTreeSet<TableName>, PgError> {
     let rows = client.query(sql, &[]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| TableName {
-            schema: row.get(0),
-            name: row.get(1),
-        })
-        .collect())
+    Ok(rows.iter().map(TableName::of).collect())
 }
 
 impl Observed {
@@ -315,7 +320,11 @@ impl Observed {
 
     /// The tables that are to be published, were copied, and are not published, or are since they were
     /// not: somebody took them off the list, detached or re-created them, and their changes were missed.
-    pub(super) fn missed(&self, wanted: &Wanted, rows: &[Row]) -> BTreeMap<TableName, Missed> {
+    pub(super) fn missed(
+        &self,
+        wanted: &Wanted,
+        rows: &[TableSync],
+    ) -> BTreeMap<TableName, Missed> {
         let nothing = Publication::default();
         let publication = self.publication.as_ref().unwrap_or(&nothing);
         let of = |table: &Table| {
@@ -417,7 +426,7 @@ impl Observed {
     pub(super) fn said(&self, stream: &StreamName) -> Vec<String> {
         let mut said = vec![listing::note(stream)];
         if self.forgets_publication_changes() {
-            said.push(sending_note::list_is_new(stream));
+            said.push(sending::list_is_new(stream));
         }
         said
     }
@@ -476,19 +485,8 @@ pub(super) async fn require_slots(client: &Client, stream: &StreamName) -> Resul
 
 /// Refuses a source that is itself a replica, and was not promoted: its agent writes there, and nobody else may.
 pub(super) async fn refuse_replica(client: &Client) -> Result<(), SetupError> {
-    const HAS: &str = "
-        SELECT to_regclass('dr_agent.progress') IS NOT NULL AND to_regclass('dr_agent.promotion') IS NOT NULL";
-    const OF: &str = "
-        SELECT stream FROM dr_agent.progress WHERE NOT EXISTS (SELECT FROM dr_agent.promotion) ORDER BY 1";
-    let sql = |error: tokio_postgres::Error| {
-        SetupError::sql(Side::Source, "look for schema dr_agent")(error.into())
-    };
-    let has = client.query_typed_one(HAS, &[]).await.map_err(sql)?;
-    if !has.get::<_, bool>(0) {
-        return Ok(());
-    }
-    let rows = client.query_typed(OF, &[]).await.map_err(sql)?;
-    let streams: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    let streams = progress::replicated(client).await;
+    let streams = streams.map_err(SetupError::sql(Side::Source, "look for schema dr_agent"))?;
     match streams.is_empty() {
         true => Ok(()),
         false => Err(SetupError::SourceIsReplica { streams }),
@@ -506,7 +504,7 @@ pub(super) async fn identify(client: &Client) -> Result<(Cluster, PgLsn), SetupE
         Ok(row) => row,
         Err(error) => return Err(asking(error.into())),
     };
-    let cluster = sending_note::cluster(&row).map_err(asking)?;
+    let cluster = stream::cluster(&row).map_err(asking)?;
     Ok((cluster, row.get(2)))
 }
 
@@ -698,7 +696,7 @@ mod tests {
             schema: "public".to_owned(),
             name: name.to_owned(),
         };
-        let row = |table: &str, held, listed_as: Option<&str>| Row {
+        let row = |table: &str, held, listed_as: Option<&str>| TableSync {
             table: name(table),
             ready: held,
             held,

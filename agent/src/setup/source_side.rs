@@ -13,9 +13,8 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::error::{SetupError, Side};
-use super::identity::{Cluster, Slot};
+use super::identity::Slot;
 use super::publishing::Publishing;
-use super::sending_note::{self, Note};
 use super::source;
 use super::timeline::{self, Branch};
 use super::undo::Undo;
@@ -26,9 +25,11 @@ use crate::config::Config;
 use crate::copy::export;
 use crate::copy::locale::{self, Locale};
 use crate::names::TableName;
+use crate::names::history::Cluster;
 use crate::names::stream::StreamName;
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgLsn, slot};
+use crate::schema::sending::{self, Note};
 
 /// One database of the source, while it is set up.
 pub(super) struct SourceSide<'a> {
@@ -86,7 +87,7 @@ impl<'a> SourceSide<'a> {
 
     /// What the source remembers of the stream's slot.
     pub(super) async fn note(&self) -> Result<Option<Note>, SetupError> {
-        sending_note::read(&self.client, &self.stream).await
+        note(&self.client, &self.stream).await
     }
 
     /// Refuses what a first start cannot do; nothing was written yet.
@@ -163,7 +164,7 @@ impl<'a> SourceSide<'a> {
 
     /// Refuses while changes of a table may not come although it is published: what is copied now could lack them.
     pub(super) async fn require_known_list(&self) -> Result<(), SetupError> {
-        match sending_note::is_listing(&self.client, &self.stream).await? {
+        match is_listing(&self.client, &self.stream).await? {
             true => Err(SetupError::ListIsNew {
                 publication: self.stream.to_string(),
             }),
@@ -244,4 +245,19 @@ pub(super) fn names<'t>(tables: impl IntoIterator<Item = &'t TableName>) -> Stri
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join(", ")
+}
+
+/// What the source remembers of the stream's slot.
+pub(super) async fn note(client: &Client, stream: &StreamName) -> Result<Option<Note>, SetupError> {
+    let note = sending::read(client, stream).await;
+    note.map_err(SetupError::sql(
+        Side::Source,
+        "read what is noted of the slot",
+    ))
+}
+
+/// Whether the publication was altered, and decoding may not go by it yet.
+pub(super) async fn is_listing(client: &Client, stream: &StreamName) -> Result<bool, SetupError> {
+    let noted = note(client, stream).await?;
+    Ok(noted.is_some_and(|noted| noted.listing))
 }

@@ -12,7 +12,7 @@
 //! Whether slot, source and replica belong together is [`super::identity`]'s.
 
 use tokio_postgres::Client;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::error::{SetupError, Side};
 use super::replica::{Known, Server};
@@ -20,6 +20,7 @@ use crate::archive::base;
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
 use crate::pg::quote::quote_ident;
+use crate::schema::{sending, stream, table_sync};
 
 /// The replica's database, as a first start finds it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -62,7 +63,7 @@ pub(super) async fn observe(
         .map_err(SetupError::sql(Side::Replica, "look at the database"))
 }
 
-async fn read(client: &Client, server: &Server, stream: &StreamName) -> Result<Target, PgError> {
+async fn read(client: &Client, server: &Server, of: &StreamName) -> Result<Target, PgError> {
     // Only a superuser may before 15, and the function is not there.
     let silences = match server.version >= 150_000 {
         true => "has_parameter_privilege('session_replication_role', 'SET')",
@@ -74,29 +75,25 @@ async fn read(client: &Client, server: &Server, stream: &StreamName) -> Result<T
                          WHERE s.setdatabase = d.oid AND s.setrole = 0
                            AND 'default_transaction_read_only=on' = ANY (s.setconfig)),
                 pg_has_role(d.datdba, 'USAGE'), has_database_privilege(d.oid, 'CREATE'), r.rolsuper OR {silences},
-                to_regclass('dr_agent.stream') IS NOT NULL, to_regclass('dr_agent.sending') IS NOT NULL,
-                EXISTS (SELECT FROM pg_largeobject_metadata), to_regclass('dr_agent.table_sync') IS NOT NULL,
-                pg_get_userbyid(d.datdba)::text
+                EXISTS (SELECT FROM pg_largeobject_metadata), pg_get_userbyid(d.datdba)::text,
+                to_regclass($1) IS NOT NULL, to_regclass($2) IS NOT NULL, to_regclass($3) IS NOT NULL
            FROM pg_database d CROSS JOIN pg_roles r LEFT JOIN pg_namespace n ON n.nspname = 'dr_agent'
           WHERE d.datname = current_database() AND r.rolname = current_user"
     );
-    let row = client.query_typed_one(&sql, &[]).await?;
-    let named = async |there: bool, table: &str| -> Result<Vec<String>, PgError> {
-        if !there {
-            return Ok(Vec::new());
-        }
-        let sql = format!("SELECT stream FROM dr_agent.{table} ORDER BY 1");
-        let rows = client.query_typed(&sql, &[]).await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
+    let tables = [stream::TABLE, sending::TABLE, table_sync::TABLE];
+    let tables = tables
+        .each_ref()
+        .map(|table| (table as &(dyn ToSql + Sync), Type::TEXT));
+    let row = client.query_typed_one(&sql, &tables).await?;
+    let streams = match row.get(8) {
+        true => stream::names(client).await?,
+        false => Vec::new(),
     };
-    const HAS_TABLES: &str = "SELECT EXISTS (SELECT FROM dr_agent.table_sync WHERE stream = $1)";
-    let has_tables = match row.get(9) {
-        true => client
-            .query_typed_one(HAS_TABLES, &[(&stream.as_str(), Type::TEXT)])
-            .await?
-            .get(0),
-        false => false,
+    let sent = match row.get(9) {
+        true => sending::names(client).await?,
+        false => Vec::new(),
     };
+    let has_tables = row.get(10) && table_sync::any(client, of).await?;
     let mut objects = base::found_in(client).await?;
     // A managed service has its own of these in every database, and schemas are made for extensions.
     let is_content = |what: &String| {
@@ -104,17 +101,17 @@ async fn read(client: &Client, server: &Server, stream: &StreamName) -> Result<T
         !beside.iter().any(|kind| what.starts_with(kind))
     };
     objects.retain(is_content);
-    if row.get(8) {
+    if row.get(6) {
         objects.push("large objects".to_owned());
     }
     Ok(Target {
         objects,
-        streams: named(row.get(6), "stream").await?,
-        sent: named(row.get(7), "sending").await?,
+        streams,
+        sent,
         has_tables,
         has_schema: row.get(0),
         owns_schema: row.get(1),
-        owner: row.get(10),
+        owner: row.get(7),
         guarded: row.get(2),
         owns_database: row.get(3),
         may_create: row.get(4),
@@ -274,8 +271,9 @@ fn rights(database: &str, server: &Server, target: &Target) -> Result<(), SetupE
 
 #[cfg(test)]
 mod tests {
-    use super::super::identity::{Cluster, Recorded};
     use super::*;
+    use crate::names::history::Cluster;
+    use crate::schema::stream::Recorded;
 
     fn server() -> Server {
         Server::testing(150_000, "dr")

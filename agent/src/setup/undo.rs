@@ -25,6 +25,7 @@ use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
 use crate::pg::quote::{quote_ident, quote_literal};
+use crate::schema::{sending, stream};
 
 /// How long it may take: an operator waits for the error.
 const WITHIN: Duration = Duration::from_secs(10);
@@ -38,11 +39,10 @@ pub(super) struct Undo {
 impl Undo {
     /// What a first start of `stream` adds to the replica's database.
     pub(super) fn of_replica(database: &str, stream: &StreamName, target: &Target) -> Self {
-        let stream = quote_literal(stream.as_str());
         let mut statements = Vec::new();
         statements.push(match target.has_schema {
             false => "DROP SCHEMA IF EXISTS dr_agent CASCADE".to_owned(),
-            true => format!("DELETE FROM dr_agent.stream WHERE stream = {stream}"),
+            true => stream::forget(stream),
         });
         if !target.guarded {
             statements.push(format!(
@@ -70,19 +70,8 @@ impl Undo {
         let mut statements = Vec::new();
         statements.push(match found.has_namespace {
             // Another stream may have been set up in it meanwhile.
-            false => format!(
-                "DO $undo$
-BEGIN
-    IF to_regclass('dr_agent.sending') IS NULL
-       OR NOT EXISTS (SELECT FROM dr_agent.sending WHERE stream <> {literal}) THEN
-        DROP SCHEMA IF EXISTS dr_agent CASCADE;
-    END IF;
-END
-$undo$"
-            ),
-            true => {
-                format!("DELETE FROM dr_agent.sending WHERE stream = {literal} AND since IS NULL")
-            }
+            false => sending::drop_schema_of(stream),
+            true => sending::forget_unfinished(stream),
         });
         statements.extend(identities);
         if found.publication.is_none() {
@@ -130,10 +119,7 @@ async fn identities(client: &Client, keyless: &[TableName]) -> Result<Vec<String
     let names: Vec<&str> = keyless.iter().map(|table| table.name.as_str()).collect();
     let rows = client.query(NOW, &[&schemas, &names]).await?;
     let statement = |row: &tokio_postgres::Row| {
-        let table = TableName {
-            schema: row.get(0),
-            name: row.get(1),
-        };
+        let table = TableName::of(row);
         let identity = if row.get(2) { "NOTHING" } else { "DEFAULT" };
         format!("ALTER TABLE {} REPLICA IDENTITY {identity}", table.sql())
     };

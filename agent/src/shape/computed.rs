@@ -112,10 +112,7 @@ pub async fn read(client: &Client) -> Result<Computed, PgError> {
     begun?;
     ended?;
     let column = |row: &tokio_postgres::Row| {
-        let table = TableName {
-            schema: row.get(0),
-            name: row.get(1),
-        };
+        let table = TableName::of(row);
         ((table, row.get(2)), row.get(3))
     };
     Ok(Computed {

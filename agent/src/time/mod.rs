@@ -35,6 +35,24 @@ pub fn system_time(at: Micros) -> std::time::SystemTime {
     std::time::UNIX_EPOCH + Duration::from_micros(u64::try_from(since_unix).unwrap_or(0))
 }
 
+/// A wall-clock time as people read it, to the microsecond: `2026-11-29T03:00:00.000000Z`.
+pub fn rfc3339(at: SystemTime) -> String {
+    format(at, "%Y-%m-%dT%H:%M:%S.%6fZ")
+}
+
+/// The same, to the second.
+pub fn rfc3339_seconds(at: SystemTime) -> String {
+    format(at, "%Y-%m-%dT%H:%M:%SZ")
+}
+
+/// UTC; a time that no calendar has is said to be none.
+pub fn format(at: SystemTime, how: &str) -> String {
+    match jiff::Timestamp::try_from(at) {
+        Ok(at) => at.strftime(how).to_string(),
+        Err(_) => "no time".to_owned(),
+    }
+}
+
 /// A wall clock this far ahead was set, or the machine slept; less is what two clocks drift apart.
 const STEP: Micros = 1_000_000;
 

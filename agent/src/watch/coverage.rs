@@ -31,7 +31,7 @@ use crate::names::stream::StreamName;
 use crate::pg::{Again, PgError};
 use crate::schema::listing;
 pub use inventory::tell;
-pub use kept::{Coverage, NOT_COPIED, NotProtected, SET_ASIDE, of, set_aside};
+pub use kept::{Coverage, NOT_COPIED, NotProtected, SET_ASIDE, of};
 
 /// The unprotected objects of one kind in one database.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,13 +140,7 @@ pub(crate) async fn listed(
           JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE p.pubname = $1";
     let rows = client.query(SQL, &[&publication]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| TableName {
-            schema: row.get(0),
-            name: row.get(1),
-        })
-        .collect())
+    Ok(rows.iter().map(TableName::of).collect())
 }
 
 /// Sorts the tables into the kinds that concern tables.

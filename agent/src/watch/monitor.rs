@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::error::chain;
 use crate::names::stream::StreamName;
 use crate::pg::{self, ConnInfo, PgError, Session};
+use crate::schema::{clock, heartbeat};
 use crate::watch::Servers;
 use crate::watch::coverage::{self, Unprotected};
 use crate::watch::sequence_look::{self, Notes};
@@ -65,7 +66,7 @@ pub async fn run(
             biased;
             () = reports.closed() => return Ok(()),
             _ = heartbeat.tick() => {
-                writable.after(stream, write_heartbeat(&client).await)?;
+                writable.after(stream, heartbeat::write(&client).await)?;
                 continue;
             }
             _ = sequences.tick() => {
@@ -82,7 +83,7 @@ pub async fn run(
             }
             _ = clock.tick() => {
                 if let Some(ahead) = servers.replica_ahead_seconds() {
-                    telling.told(stream, write_clock(&client, stream, ahead).await)?;
+                    telling.told(stream, clock::write(&client, stream, ahead).await)?;
                 }
                 continue;
             }
@@ -152,32 +153,6 @@ fn every(period: Duration) -> tokio::time::Interval {
     let mut interval = tokio::time::interval(period);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     interval
-}
-
-/// By how many seconds the replica's clock is ahead of the source's; a tenth more or less is not news.
-async fn write_clock(client: &Client, stream: &StreamName, ahead: f64) -> Result<(), PgError> {
-    client
-        .execute(
-            "INSERT INTO dr_agent.clock AS c (stream, replica_ahead, measured_at) VALUES ($1, $2, clock_timestamp())
-             ON CONFLICT (stream) DO UPDATE
-                SET replica_ahead = excluded.replica_ahead, measured_at = excluded.measured_at
-              WHERE abs(c.replica_ahead - excluded.replica_ahead) > 0.1",
-            &[&stream.as_str(), &ahead],
-        )
-        .await?;
-    Ok(())
-}
-
-async fn write_heartbeat(client: &Client) -> Result<(), PgError> {
-    client
-        .execute(
-            "INSERT INTO dr_agent.heartbeat AS h (id, beat, written_at)
-             VALUES (1, 1, clock_timestamp())
-             ON CONFLICT (id) DO UPDATE SET beat = h.beat + 1, written_at = excluded.written_at",
-            &[],
-        )
-        .await?;
-    Ok(())
 }
 
 /// How often the rows of the catalogs were changed that say what is protected. Statistics are written a second late, and not at

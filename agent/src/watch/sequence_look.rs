@@ -24,16 +24,13 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
+use tokio_postgres::Client;
 use tokio_postgres::types::Oid;
-use tokio_postgres::{Client, Row};
 
 use crate::names::TableName;
 use crate::pg::PgError;
+use crate::schema::sequence_state::{self, LOOKED_AT, RATE_OF, State};
 
-/// Name of the note of the last look: microseconds since 1970, on the source's clock.
-pub(crate) const LOOKED_AT: &str = "looked at";
-/// What the notes of rates begin with; the sequence's `schema.name` follows.
-pub(crate) const RATE_OF: &str = "calls per second of ";
 /// The schema that is ours.
 const OURS: &str = "dr_agent";
 
@@ -107,7 +104,7 @@ pub(crate) async fn read(client: &Client) -> Result<Look, PgError> {
     }
     let (positions, complete) = (reading.positions, reading.complete);
     client.batch_execute("RESET lock_timeout").await?;
-    let existing = rows.iter().map(name).collect();
+    let existing = rows.iter().map(TableName::of).collect();
     Ok(Look {
         at,
         positions,
@@ -151,7 +148,7 @@ impl Reading<'_> {
             for row in &rows {
                 let value: Option<i64> = row.get(4);
                 let position = Position {
-                    name: name(row),
+                    name: TableName::of(row),
                     increment: row.get(2),
                     value: value.unwrap_or_else(|| row.get(3)),
                     called: value.is_some(),
@@ -218,16 +215,6 @@ impl Reading<'_> {
     }
 }
 
-fn name(row: &Row) -> TableName {
-    TableName {
-        schema: row.get(0),
-        name: row.get(1),
-    }
-}
-
-/// A row of `sequence_state`.
-type State = (i64, bool);
-
 /// What is written down in `sequence_state`, and what has to be.
 #[derive(Debug, Default)]
 pub(crate) struct Notes {
@@ -269,14 +256,11 @@ impl Notes {
     /// # Errors
     /// [`PgError`]
     pub(crate) async fn read(client: &Client) -> Result<Self, PgError> {
-        const WRITTEN: &str =
-            "SELECT schema_name, sequence_name, last_value, is_called FROM dr_agent.sequence_state";
-        let rows = client.query(WRITTEN, &[]).await?;
-        let mut notes = Self::default();
-        for row in &rows {
-            notes.written.insert(name(row), (row.get(2), row.get(3)));
-        }
-        Ok(notes)
+        let written = sequence_state::read(client).await?;
+        Ok(Self {
+            written,
+            ..Self::default()
+        })
     }
 
     /// Writes what has changed, and when that was seen.
@@ -285,7 +269,7 @@ impl Notes {
     /// [`PgError`]; what is written is to be read again.
     pub(crate) async fn write(&mut self, client: &Client, look: &Look) -> Result<(), PgError> {
         let change = self.note(look);
-        store(client, change).await
+        sequence_state::write(client, &change.put, &change.removed).await
     }
 
     /// The same where others are known that this look may not have seen.
@@ -295,7 +279,7 @@ impl Notes {
     pub(crate) async fn add(&mut self, client: &Client, look: &Look) -> Result<(), PgError> {
         let mut change = self.note(look);
         change.removed.clear();
-        store(client, change).await
+        sequence_state::write(client, &change.put, &change.removed).await
     }
 
     /// What a look changes. Pure.
@@ -361,38 +345,6 @@ impl Notes {
     }
 }
 
-async fn store(client: &Client, change: Change) -> Result<(), PgError> {
-    const WRITE: &str = "
-        WITH gone AS (
-            DELETE FROM dr_agent.sequence_state AS s
-             USING ROWS FROM (pg_catalog.unnest($5::text[]), pg_catalog.unnest($6::text[])) AS g (schema_name, sequence_name)
-             WHERE s.schema_name = g.schema_name AND s.sequence_name = g.sequence_name)
-        INSERT INTO dr_agent.sequence_state AS s (schema_name, sequence_name, last_value, is_called)
-        SELECT * FROM ROWS FROM (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[]),
-                                 pg_catalog.unnest($3::bigint[]), pg_catalog.unnest($4::boolean[])) AS p
-            ON CONFLICT (schema_name, sequence_name)
-            DO UPDATE SET last_value = excluded.last_value, is_called = excluded.is_called";
-    let Change { put, removed } = change;
-    let (names, states): (Vec<_>, Vec<_>) = put.into_iter().unzip();
-    let (schemas, names) = arrays(names.iter());
-    let (values, called): (Vec<i64>, Vec<bool>) = states.into_iter().unzip();
-    let (gone_schemas, gone_names) = arrays(removed.iter());
-    client
-        .execute(
-            WRITE,
-            &[
-                &schemas,
-                &names,
-                &values,
-                &called,
-                &gone_schemas,
-                &gone_names,
-            ],
-        )
-        .await?;
-    Ok(())
-}
-
 /// Calls per second since the look before; none where it went backwards, or where the clock did.
 fn rate(position: &Position, (was, called): State, micros: i64) -> Option<f64> {
     if micros <= 0 || position.increment == 0 {
@@ -415,12 +367,6 @@ fn ours(name: &str) -> TableName {
         schema: OURS.to_owned(),
         name: name.to_owned(),
     }
-}
-
-fn arrays<'a>(names: impl Iterator<Item = &'a TableName>) -> (Vec<&'a str>, Vec<&'a str>) {
-    names
-        .map(|name| (name.schema.as_str(), name.name.as_str()))
-        .unzip()
 }
 
 #[cfg(test)]

@@ -172,9 +172,9 @@ impl BackupError {
         matches!(self, Self::Store(error) if error.is_full())
     }
 
-    pub(super) fn target(doing: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Self {
+    pub(super) fn target<E: Into<PgError>>(doing: impl Into<String>) -> impl FnOnce(E) -> Self {
         let doing = doing.into();
-        |error| Self::Target {
+        |error: E| Self::Target {
             doing,
             source: error.into(),
         }

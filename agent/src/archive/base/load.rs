@@ -43,6 +43,7 @@ use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::ConnInfo;
 use crate::schema::refused::{self, Taken};
+use crate::schema::{self, deferred as kept};
 
 /// The schema, as `pg_dump` wrote it.
 pub(super) const SCHEMA: &str = "schema.dump";
@@ -168,18 +169,16 @@ async fn bring_back(
     constraints: &[Taken],
     observer: &dyn CopyObserver,
 ) -> Result<(), BackupError> {
-    const REPLAYS: &str = "SELECT to_regclass('dr_agent.deferred') IS NOT NULL";
-    let asked = client.query_typed_one(REPLAYS, &[]).await;
-    let asked = asked.map_err(BackupError::target("look for schema dr_agent"))?;
-    let replays: bool = asked.get(0);
+    let replays = schema::has(client, &[kept::TABLE]).await;
+    let replays = replays.map_err(BackupError::target("look for schema dr_agent"))?;
     for taken in constraints {
         let Taken { what, add } = taken;
         let done = match replays {
             true => {
-                let stream = job.stream.as_str();
-                refused::keep(client, stream, (what, add), refused::when_opened()).await
+                let opened = kept::when_opened();
+                kept::keep(client, job.stream, (what, add), opened).await
             }
-            false => client.batch_execute(add).await,
+            false => client.batch_execute(add).await.map_err(Into::into),
         };
         done.map_err(BackupError::target(format!("add {what}")))?;
         copy::leave_out(observer, &taken.told());

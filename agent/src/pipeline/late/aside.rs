@@ -11,7 +11,8 @@ use crate::catalog::Table;
 use crate::names::TableName;
 use crate::pipeline::Leg;
 use crate::pipeline::error::SessionError;
-use crate::setup::{self, Aside, Noted};
+use crate::schema::set_aside::{Aside, BEING_COPIED, Noted};
+use crate::setup;
 use crate::watch::coverage;
 
 type Reasons = BTreeMap<TableName, String>;
@@ -37,7 +38,7 @@ impl Late {
             }
             for table in tables {
                 let reason = troubles.reason(&table.name);
-                let reason = reason.unwrap_or(setup::BEING_COPIED).to_owned();
+                let reason = reason.unwrap_or(BEING_COPIED).to_owned();
                 aside.insert(table.name.clone(), reason);
             }
         }

@@ -17,7 +17,6 @@
 //! - The source's event triggers, which are in the database by then, see nothing of this.
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::SystemTime;
 
 use tokio_postgres::{Client, GenericClient};
 
@@ -29,7 +28,7 @@ use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::{self, ConnInfo, PgError, PgLsn, Session, leftover};
 use crate::schema::listing::{self, Copied, ListedAs};
-use crate::schema::prepared;
+use crate::schema::{prepared, progress, restore, schema_sync, table_sync};
 use crate::setup::replica_schema;
 use crate::time::{Micros, pg_micros};
 
@@ -94,6 +93,9 @@ pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Cli
         .map_err(RestoreError::target("connect"))
 }
 
+/// Looking at it.
+const LOOK: &str = "look at the target";
+
 fn sql(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> RestoreError {
     move |error| RestoreError::target(doing)(error.into())
 }
@@ -123,77 +125,50 @@ pub(super) async fn look(
     client: &(impl GenericClient + Sync),
     owner: Owner<'_>,
 ) -> Result<Found, RestoreError> {
-    let asking = sql("look at the target");
-    const IS_OURS: &str = "SELECT to_regclass('dr_agent.restore') IS NOT NULL";
-    let is_ours: bool = client
-        .query_one(IS_OURS, &[])
-        .await
-        .map_err(&asking)?
-        .get(0);
-    if !is_ours {
-        let objects = objects(client).await.map_err(&asking)?;
+    let asking = || RestoreError::target(LOOK);
+    if !restore::is_there(client).await.map_err(asking())? {
+        let objects = objects(client).await.map_err(RestoreError::target(LOOK))?;
         return match objects.is_empty() {
             true => Ok(Found::Empty),
             false => Err(RestoreError::NotEmpty { objects }),
         };
     }
-    let noted = client
-        .query("SELECT stream, history FROM dr_agent.restore", &[])
-        .await
-        .map_err(&asking)?;
+    let noted = restore::read(client).await.map_err(asking())?;
     let (stream, history) = (owner.stream.as_str(), owner.history.to_string());
     for row in &noted {
-        let (other, of): (&str, &str) = (row.get(0), row.get(1));
-        if (other, of) != (stream, history.as_str()) {
+        if (row.stream.as_str(), &row.history) != (stream, &history) {
             return Err(RestoreError::OtherRestore {
-                stream: other.to_owned(),
-                history: of.to_owned(),
+                stream: row.stream.clone(),
+                history: row.history.clone(),
             });
         }
     }
-    const POSITION: &str = "
-        SELECT p.end_lsn, p.batch, r.base_lsn, p.commit_time,
-               EXISTS (SELECT 1 FROM dr_agent.schema_sync y WHERE y.stream = p.stream), r.detail::text
-          FROM dr_agent.progress p JOIN dr_agent.restore r USING (stream) WHERE p.stream = $1";
-    let Some(row) = client
-        .query_opt(POSITION, &[&stream])
-        .await
-        .map_err(&asking)?
+    let progress = progress::read(client, owner.stream).await;
+    let (Some(progress), Some(noted)) = (progress.map_err(asking())?, noted.into_iter().next())
     else {
         return Ok(Found::HalfLoaded);
     };
-    let tables = client
-        .query(
-            "SELECT table_schema, table_name, listed_as FROM dr_agent.table_sync WHERE stream = $1",
-            &[&stream],
-        )
+    let tables = table_sync::read(client, owner.stream)
         .await
-        .map_err(&asking)?;
+        .map_err(asking())?;
+    let whole = schema_sync::is_noted(client, owner.stream).await;
     Ok(Found::Interrupted(Position {
-        end_lsn: row.get(0),
-        batch: row.get(1),
-        base: row.get(2),
-        commit_time: row.get::<_, Option<SystemTime>>(3).map(pg_micros),
-        whole: row.get(4),
+        end_lsn: progress.end_lsn,
+        batch: progress.batch,
+        base: noted.base,
+        commit_time: progress.commit_time.map(pg_micros),
+        whole: whole.map_err(asking())?,
         // What a newer version has written is read as far as it is known.
-        kept: serde_json::from_str(row.get(5)).unwrap_or_default(),
+        kept: serde_json::from_str(&noted.detail).unwrap_or_default(),
         tables: tables
-            .iter()
-            .map(|row| {
-                let table = TableName {
-                    schema: row.get(0),
-                    name: row.get(1),
-                };
-                (table, row.get::<_, Option<String>>(2).map(ListedAs::new))
-            })
+            .into_iter()
+            .map(|row| (row.table, row.copied.listed_as))
             .collect(),
     }))
 }
 
 /// What a database holds that is not empty, extensions and schema `dr_agent` included.
-async fn objects(
-    client: &(impl GenericClient + Sync),
-) -> Result<Vec<String>, tokio_postgres::Error> {
+async fn objects(client: &(impl GenericClient + Sync)) -> Result<Vec<String>, PgError> {
     const BESIDE: &str = "
         SELECT 'extension ' || extname FROM pg_extension WHERE extname <> 'plpgsql'
         UNION ALL SELECT 'schema dr_agent' FROM pg_namespace WHERE nspname = 'dr_agent'
@@ -214,13 +189,11 @@ pub(super) async fn settle(client: &Client, stream: &StreamName) -> Result<(), R
         .map_err(RestoreError::target(
             "end the sessions of an earlier restore",
         ))?;
-    const BATCH: &str = "SELECT batch FROM dr_agent.progress WHERE stream = $1";
-    let batch = client
-        .query_opt(BATCH, &[&stream.as_str()])
+    let progress = progress::read(client, stream)
         .await
-        .map_err(|error| RestoreError::target("read the progress row")(error.into()))?;
-    if let Some(batch) = batch {
-        prepared::settle(client, stream, batch.get(0))
+        .map_err(RestoreError::target("read the progress row"))?;
+    if let Some(progress) = progress {
+        prepared::settle(client, stream, progress.batch)
             .await
             .map_err(RestoreError::target("settle prepared transactions"))?;
     }
@@ -264,13 +237,9 @@ pub(super) async fn begin(
             .await
             .map_err(&doing)?;
     }
-    transaction
-        .execute(
-            "INSERT INTO dr_agent.restore (stream, history, base_lsn) VALUES ($1, $2, $3)",
-            &[&owner.stream.as_str(), &owner.history.to_string(), &base],
-        )
+    restore::begin(&transaction, owner.stream, owner.history, base)
         .await
-        .map_err(&doing)?;
+        .map_err(RestoreError::target("create schema dr_agent"))?;
     transaction.commit().await.map_err(&doing)
 }
 
@@ -295,49 +264,15 @@ pub(super) async fn loaded(
     owner: Owner<'_>,
     loaded: Loaded,
 ) -> Result<Position, RestoreError> {
-    let doing = sql("record the base backup");
-    let stream = owner.stream.as_str();
     let Loaded {
         base,
         tables,
         whole,
         kept,
     } = loaded;
-    let (schemas, names): (Vec<&str>, Vec<&str>) = tables
-        .keys()
-        .map(|table| (table.schema.as_str(), table.name.as_str()))
-        .unzip();
-    let listed_as: Vec<Option<&str>> = tables
-        .values()
-        .map(|listed_as| listed_as.as_ref().map(ListedAs::as_str))
-        .collect();
-    let transaction = client.transaction().await.map_err(&doing)?;
-    transaction
-        .execute(
-            "INSERT INTO dr_agent.table_sync (stream, table_schema, table_name, state, snapshot_lsn, listed_as)
-             SELECT $1, t.s, t.n, 'ready', $5, t.l FROM unnest($2::text[], $3::text[], $4::text[]) AS t(s, n, l)",
-            &[&stream, &schemas, &names, &listed_as, &base],
-        )
+    record(client, owner, (base, &tables), whole, &kept)
         .await
-        .map_err(&doing)?;
-    transaction
-        .execute(
-            "INSERT INTO dr_agent.progress (stream, term, batch, end_lsn, applied_at) VALUES ($1, $2, 0, $3, now())",
-            &[&stream, &TERM, &base],
-        )
-        .await
-        .map_err(&doing)?;
-    if whole {
-        transaction
-            .execute(
-                "INSERT INTO dr_agent.schema_sync (stream) VALUES ($1)",
-                &[&stream],
-            )
-            .await
-            .map_err(&doing)?;
-    }
-    keep(&transaction, owner, &kept).await?;
-    transaction.commit().await.map_err(&doing)?;
+        .map_err(RestoreError::target("record the base backup"))?;
     Ok(Position {
         base,
         end_lsn: base,
@@ -349,6 +284,31 @@ pub(super) async fn loaded(
     })
 }
 
+async fn record(
+    client: &mut Client,
+    owner: Owner<'_>,
+    (base, tables): (PgLsn, &Tables),
+    whole: bool,
+    kept: &Kept,
+) -> Result<(), PgError> {
+    let stream = owner.stream;
+    let listed = tables
+        .iter()
+        .map(|(table, listed_as)| (table, listed_as.as_ref()));
+    let transaction = client.transaction().await?;
+    table_sync::add_ready(&transaction, stream, listed, base).await?;
+    progress::begin(&transaction, stream, TERM, (base, None)).await?;
+    if whole {
+        schema_sync::note(&transaction, stream).await?;
+    }
+    restore::keep(&transaction, stream, &json(kept)).await?;
+    Ok(transaction.commit().await?)
+}
+
+fn json(kept: &Kept) -> String {
+    serde_json::to_string(kept).expect("it is plain data")
+}
+
 /// Keeps what is to be told at the end.
 ///
 /// # Errors
@@ -358,14 +318,9 @@ pub(super) async fn keep(
     owner: Owner<'_>,
     kept: &Kept,
 ) -> Result<(), RestoreError> {
-    let json = serde_json::to_string(kept).expect("it is plain data");
-    client
-        .execute(
-            "UPDATE dr_agent.restore SET detail = $2::text::jsonb WHERE stream = $1",
-            &[&owner.stream.as_str(), &json],
-        )
+    restore::keep(client, owner.stream, &json(kept))
         .await
-        .map_err(sql("record what is left out"))?;
+        .map_err(RestoreError::target("record what is left out"))?;
     Ok(())
 }
 

@@ -35,6 +35,7 @@ use crate::flow::net;
 use crate::flow::transaction::{Change, Transaction};
 use crate::names::TableName;
 use crate::pg::pgoutput::{self, Message};
+use crate::schema::deferred;
 use crate::schema::refused::{self, Taken};
 
 /// So many changes are carried out one by one rather than divided again: each attempt is a round trip.
@@ -270,10 +271,9 @@ impl<'a> Divided<'a> {
                 return Ok(false);
             }
         }
-        let stream = self.settings.stream.as_str();
         for Taken { what, add } in &taken {
-            let opened = refused::when_opened();
-            refused::keep(self.lane.client(), stream, (what, add), opened).await?;
+            let (stream, opened) = (&self.settings.stream, deferred::when_opened());
+            deferred::keep(self.lane.client(), stream, (what, add), opened).await?;
         }
         self.lane.run("RELEASE constraints").await?;
         self.taken.extend(taken);

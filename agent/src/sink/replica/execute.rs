@@ -19,13 +19,14 @@ use super::SinkError;
 use super::array::{ArrayBuilder, ArrayParameter, Form, INT8_OID};
 use super::chain::{Chain, while_settling};
 use super::keyless::{self, Nulls};
-use super::large::{self, LARGE_BYTES, LargeValue, Reading};
+use super::large::{LARGE_BYTES, LargeValue, Reading};
 use super::sql::{self, Sent};
 use super::target::{Target, Targets};
 use crate::flow::net::{
     KeyChange, Multiset, NetChange, Row, RowKey, RowValues, Stage, Step, TableChanges,
 };
 use crate::pg::pgoutput::{Tuple, Value};
+use crate::schema::large_value;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verb {
@@ -112,7 +113,9 @@ impl Execution {
                 }
             }
         }
-        let copy = building.has_ahead().then(|| large::COPY.to_owned());
+        let copy = building
+            .has_ahead()
+            .then(|| large_value::COPY_IN.to_owned());
         let texts = building.ready.iter().filter_map(|ready| match ready {
             Ready::Rows { statement, .. } => Some(statement),
             Ready::Text(_) => None,
@@ -163,7 +166,7 @@ impl Execution {
                         })
                         .await;
                     if remove {
-                        send_text(client, large::REMOVE.to_owned(), chain).await;
+                        send_text(client, large_value::REMOVE.to_owned(), chain).await;
                     }
                 }
             }

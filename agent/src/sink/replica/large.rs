@@ -24,19 +24,13 @@ use super::SinkError;
 use super::target::TargetColumn;
 use crate::flow::net::RowValues;
 use crate::pg::pgoutput::Value;
+use crate::schema::large_value;
 
 /// From this size on a value is sent ahead. Below it an array of many rows is faster.
 pub(super) const LARGE_BYTES: usize = 4 << 20;
 
 /// What the replica is sent at a time.
 const PIECE_BYTES: usize = 64 << 10;
-
-/// Takes values in.
-pub(super) const COPY: &str =
-    "COPY dr_agent.large_value (number, bytes) FROM STDIN (FORMAT binary)";
-
-/// Removes those that this transaction has used.
-pub(super) const REMOVE: &str = "DELETE FROM dr_agent.large_value";
 
 /// PostgreSQL documentation, COPY, "Binary Format": signature, flags, length of the extension.
 const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
@@ -78,9 +72,7 @@ impl Reading {
             Self::Text => "pg_catalog.convert_from(l.bytes, 'UTF8')",
             Self::Jsonb => "pg_catalog.convert_from(pg_catalog.substr(l.bytes, 2), 'UTF8')",
         };
-        format!(
-            "(SELECT {value} FROM dr_agent.large_value AS l WHERE l.number OPERATOR(pg_catalog.=) {number})::{type_sql}"
-        )
+        format!("{}::{type_sql}", large_value::taken(value, number))
     }
 }
 

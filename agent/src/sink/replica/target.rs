@@ -356,10 +356,7 @@ async fn load(
         client.query_typed(&ABOVE, &of_table),
     )?;
     let top = above.first().map(|row| Top {
-        table: TableName {
-            schema: row.get(0),
-            name: row.get(1),
-        },
+        table: TableName::of(row),
         leaves: usize::try_from(row.get::<_, i64>(2)).unwrap_or(usize::MAX),
     });
     let missing = boxed::missing(&rows);

@@ -18,9 +18,9 @@
 use tokio_postgres::Client;
 
 use super::Unprotected;
-use super::kept::Told;
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
+use crate::schema::coverage::{self, Told};
 
 /// Every kind of object whose names are compared. A table comes before what belongs to it.
 pub(super) const KINDS: [&str; 42] = [
@@ -292,55 +292,16 @@ pub async fn tell(
     stream: &StreamName,
     unprotected: &[Unprotected],
 ) -> Result<(), PgError> {
-    const CHANGED: &str = "
-        ON CONFLICT (stream, kind, protected) DO UPDATE SET objects = EXCLUDED.objects, names = EXCLUDED.names
-         WHERE (c.objects, c.names) IS DISTINCT FROM (EXCLUDED.objects, EXCLUDED.names)";
-    let has = format!(
-        "INSERT INTO dr_agent.coverage AS c (stream, kind, protected, objects, names)
-         SELECT $2, b.kind, true, b.objects, b.names FROM ({}) AS b (kind, objects, names) {CHANGED}",
-        by_kind(OF_SOURCE)
-    );
-    client
-        .execute(&has, &[&KINDS.as_slice(), &stream.as_str()])
-        .await?;
-    let kinds: Vec<&str> = unprotected.iter().map(|one| one.kind).collect();
-    let counts: Vec<i64> = unprotected
+    coverage::write_all(client, stream, &by_kind(OF_SOURCE), &KINDS).await?;
+    let unprotected: Vec<(&str, u64, String)> = unprotected
         .iter()
-        .map(|one| i64::try_from(one.count).unwrap_or(i64::MAX))
+        .map(|one| {
+            let names = serde_json::Value::from(one.examples.clone());
+            (one.kind, one.count, names.to_string())
+        })
         .collect();
-    let names: Vec<String> = unprotected
-        .iter()
-        .map(|one| serde_json::Value::from(one.examples.clone()).to_string())
-        .collect();
-    let lacks = format!(
-        "INSERT INTO dr_agent.coverage AS c (stream, kind, protected, objects, names)
-         SELECT $1, u.kind, false, u.objects, u.names
-           FROM unnest($2::text[], $3::bigint[], $4::text[]) AS u (kind, objects, names) {CHANGED}"
-    );
-    client
-        .execute(&lacks, &[&stream.as_str(), &kinds, &counts, &names])
-        .await?;
+    coverage::write_unprotected(client, stream, &unprotected).await?;
     Ok(())
-}
-
-/// What the source told last, as far as it has arrived; nothing of an agent that did not tell.
-pub(super) async fn told(client: &Client, stream: &StreamName) -> Result<Vec<Told>, PgError> {
-    let there = client
-        .query_one(
-            "SELECT pg_catalog.to_regclass('dr_agent.coverage') IS NOT NULL",
-            &[],
-        )
-        .await?;
-    if !there.get::<_, bool>(0) {
-        return Ok(Vec::new());
-    }
-    let rows = client
-        .query(
-            "SELECT kind, objects, names, protected FROM dr_agent.coverage WHERE stream = $1",
-            &[&stream.as_str()],
-        )
-        .await?;
-    Ok(rows.iter().map(|row| told_by(row, row.get(3))).collect())
 }
 
 /// What the database has that this client is connected to.

@@ -12,8 +12,11 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
 use super::inventory::{self, EXTENSION_VERSION, KINDS};
+use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
+use crate::schema::coverage::{self, Told};
+use crate::schema::{set_aside, table_sync};
 
 /// Objects of one kind that a failover would not bring, or not as they are on the source.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,56 +55,28 @@ pub const SET_ASIDE: &str = "table_set_aside";
 /// Names of a kind that are kept.
 const NAMES_MAX: usize = 20;
 
-/// One row of `dr_agent.coverage`, or the same of the replica.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Told {
-    pub(super) kind: String,
-    pub(super) protected: bool,
-    pub(super) objects: u64,
-    /// None where there are too many.
-    pub(super) names: Option<Vec<String>>,
-}
-
 /// Reads and compares, on the replica.
 ///
 /// # Errors
 /// When the replica refuses.
 pub async fn of(client: &Client, stream: &StreamName) -> Result<Coverage, PgError> {
-    const NOT_READY: &str = "
-        SELECT table_schema || '.' || table_name FROM dr_agent.table_sync
-         WHERE stream = $1 AND state <> 'ready' AND table_schema <> 'dr_agent' ORDER BY 1";
-    let rows = client.query(NOT_READY, &[&stream.as_str()]).await?;
-    let not_ready = rows.iter().map(|row| row.get(0)).collect();
-    let set_aside = set_aside(client, stream).await?;
-    let told = inventory::told(client, stream).await?;
+    let not_ready = table_sync::not_ready(client, stream).await?;
+    let not_ready = not_ready
+        .iter()
+        .filter(|table| table.schema != "dr_agent")
+        .map(TableName::to_string);
+    let not_ready = not_ready.collect();
+    let set_aside = set_aside::read(client, stream).await?;
+    let set_aside = set_aside
+        .into_iter()
+        .map(|aside| (aside.table.to_string(), aside.reason))
+        .collect();
+    let told = coverage::read(client, stream).await?;
     let here = match told.is_empty() {
         true => Vec::new(),
         false => inventory::here(client).await?,
     };
     Ok(compare(&told, &here, not_ready, set_aside))
-}
-
-/// The tables that are set aside, and why.
-///
-/// # Errors
-/// When the replica refuses.
-pub async fn set_aside(
-    client: &Client,
-    stream: &StreamName,
-) -> Result<BTreeMap<String, String>, PgError> {
-    const THERE: &str = "SELECT to_regclass('dr_agent.set_aside') IS NOT NULL";
-    const SQL: &str = "
-        SELECT table_schema || '.' || table_name, reason FROM dr_agent.set_aside AS a
-         WHERE stream = $1
-           AND NOT EXISTS (SELECT 1 FROM dr_agent.table_sync AS t
-                            WHERE t.stream = a.stream AND t.table_schema = a.table_schema AND t.table_name = a.table_name
-                              AND t.state = 'ready')";
-    // A replica of an earlier version has none.
-    if !client.query_one(THERE, &[]).await?.get::<_, bool>(0) {
-        return Ok(BTreeMap::new());
-    }
-    let rows = client.query(SQL, &[&stream.as_str()]).await?;
-    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
 /// `not_ready`: tables of the users whose copy is not complete, whether they are set aside or not.
