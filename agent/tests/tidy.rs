@@ -62,11 +62,11 @@ const MAY_NAME: &[(&str, &str)] = &[
     ("shape", "catalog names pg"),
     (
         "sink",
-        "catalog cloud error failpoint flow names observe pg schema time",
+        "catalog cloud config error failpoint flow names observe pg schema time",
     ),
     (
         "source",
-        "archive cloud error failpoint flow names observe pg private time",
+        "archive cloud config error failpoint flow names observe pg private time",
     ),
     ("watch", "backoff catalog config error names pg schema time"),
 ];

@@ -53,20 +53,29 @@ impl Batch {
     }
 }
 
+/// A transaction that was received, with its share of the memory that what waits may take.
+#[derive(Debug)]
+pub struct Received<P> {
+    /// The transaction.
+    pub transaction: Transaction,
+    /// Given back when it is dropped: once the transaction is durable, or nobody wants it any more.
+    pub permit: P,
+}
+
 /// Transactions that wait for the replica.
 #[derive(Debug)]
-pub struct Queue {
+pub(super) struct Queue<P> {
     bytes_max: u64,
     changes_max: u64,
-    waiting: VecDeque<Transaction>,
+    waiting: VecDeque<Received<P>>,
     /// Of what waits.
     bytes: u64,
     changes: u64,
 }
 
-impl Queue {
+impl<P> Queue<P> {
     /// A queue whose batches stay within these limits.
-    pub fn new(bytes_max: u64, changes_max: u64) -> Self {
+    pub(super) fn new(bytes_max: u64, changes_max: u64) -> Self {
         Self {
             bytes_max,
             changes_max,
@@ -77,34 +86,34 @@ impl Queue {
     }
 
     /// Appends a transaction.
-    pub fn push(&mut self, transaction: Transaction) {
-        self.bytes += transaction.bytes;
-        self.changes += transaction.counts.total();
-        self.waiting.push_back(transaction);
+    pub(super) fn push(&mut self, received: Received<P>) {
+        self.bytes += received.transaction.bytes;
+        self.changes += received.transaction.counts.total();
+        self.waiting.push_back(received);
     }
 
     /// Whether what waits fills a batch: waiting longer would not make it larger.
-    pub fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         self.bytes >= self.bytes_max || self.changes >= self.changes_max
     }
 
     /// Commit time of the transaction that waits longest.
-    pub fn oldest_commit_time(&self) -> Option<Micros> {
-        self.waiting
-            .front()
-            .map(|transaction| transaction.commit_time)
+    pub(super) fn oldest_commit_time(&self) -> Option<Micros> {
+        let first = self.waiting.front();
+        first.map(|received| received.transaction.commit_time)
     }
 
-    /// Whether nothing waits.
-    pub fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
+    /// How many transactions wait.
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len()
     }
 
-    /// Takes the next batch out; `None` if nothing waits.
-    pub fn take(&mut self, number: BatchNumber, previous: PgLsn) -> Option<Batch> {
-        let mut transactions = Vec::new();
+    /// Takes the next batch out, with the permits of its transactions; `None` if nothing waits.
+    pub(super) fn take(&mut self, number: BatchNumber, previous: PgLsn) -> Option<(Batch, Vec<P>)> {
+        let (mut transactions, mut permits) = (Vec::new(), Vec::new());
         let (mut bytes, mut changes) = (0, 0);
-        while let Some(next) = self.waiting.front() {
+        while let Some(first) = self.waiting.front() {
+            let next = &first.transaction;
             let alone = next.spilled.is_some();
             let full = bytes + next.bytes > self.bytes_max
                 || changes + next.counts.total() > self.changes_max;
@@ -113,18 +122,22 @@ impl Queue {
             }
             bytes += next.bytes;
             changes += next.counts.total();
-            transactions.extend(self.waiting.pop_front());
+            if let Some(received) = self.waiting.pop_front() {
+                transactions.push(received.transaction);
+                permits.push(received.permit);
+            }
             if alone {
                 break;
             }
         }
         self.bytes -= bytes;
         self.changes -= changes;
-        (!transactions.is_empty()).then_some(Batch {
+        let batch = Batch {
             number,
             previous,
             transactions,
-        })
+        };
+        (!batch.transactions.is_empty()).then_some((batch, permits))
     }
 }
 
@@ -201,29 +214,25 @@ impl Spacing {
 mod tests {
     use super::*;
     use crate::flow::counts::ChangeCounts;
-    use crate::flow::testing::lsn;
+    use crate::flow::testing::{lsn, transaction};
 
-    fn transaction(end: u64, bytes: u64, changes: u64) -> Transaction {
-        Transaction {
-            xid: 1,
-            commit_lsn: lsn(end - 1),
-            end_lsn: lsn(end),
-            commit_time: i64::try_from(end).unwrap(),
-            spilled: None,
-            changes: Vec::new(),
-            counts: ChangeCounts([changes, 0, 0, 0]),
-            bytes,
+    fn received(end: u64, bytes: u64, changes: u64) -> Received<()> {
+        Received {
+            transaction: Transaction {
+                bytes,
+                counts: ChangeCounts([changes, 0, 0, 0]),
+                ..transaction(end)
+            },
+            permit: (),
         }
     }
 
-    fn ends(queue: &mut Queue) -> Vec<u64> {
+    fn ends(queue: &mut Queue<()>) -> Vec<u64> {
         let batch = queue.take(BatchNumber(1), lsn(0));
-        batch.map_or_else(Vec::new, |batch| {
-            batch
-                .transactions
-                .iter()
-                .map(|t| u64::from(t.end_lsn))
-                .collect()
+        batch.map_or_else(Vec::new, |(batch, permits)| {
+            assert_eq!(batch.transactions.len(), permits.len());
+            let transactions = batch.transactions.iter();
+            transactions.map(|t| u64::from(t.end_lsn)).collect()
         })
     }
 
@@ -237,20 +246,20 @@ mod tests {
             (40, 1, 9),
             (50, 1, 9),
         ] {
-            queue.push(transaction(end, bytes, changes));
+            queue.push(received(end, bytes, changes));
         }
         assert_eq!(queue.oldest_commit_time(), Some(10));
         assert_eq!(ends(&mut queue), [10, 20]);
         assert_eq!(ends(&mut queue), [30, 40]);
         assert_eq!(ends(&mut queue), [50]);
-        assert!(queue.is_empty());
+        assert_eq!(queue.len(), 0);
     }
 
     #[test]
     fn a_transaction_over_the_limit_still_goes_out_alone() {
         let mut queue = Queue::new(100, 10);
-        queue.push(transaction(10, 1_000, 1));
-        queue.push(transaction(20, 1, 1));
+        queue.push(received(10, 1_000, 1));
+        queue.push(received(20, 1, 1));
         assert_eq!(ends(&mut queue), [10]);
         assert_eq!(ends(&mut queue), [20]);
         assert_eq!(ends(&mut queue), [0; 0]);
@@ -284,13 +293,13 @@ mod tests {
     #[test]
     fn the_queue_is_full_when_one_batch_is() {
         let mut queue = Queue::new(100, 10);
-        queue.push(transaction(10, 60, 1));
+        queue.push(received(10, 60, 1));
         assert!(!queue.is_full());
-        queue.push(transaction(20, 60, 1));
+        queue.push(received(20, 60, 1));
         assert!(queue.is_full());
         assert_eq!(ends(&mut queue), [10]);
         assert!(!queue.is_full());
-        queue.push(transaction(30, 1, 9));
+        queue.push(received(30, 1, 9));
         assert!(queue.is_full());
     }
 }

@@ -2,13 +2,28 @@
 
 use std::sync::Arc;
 
-use crate::flow::transaction::SourceRelation;
+use crate::flow::counts::ChangeCounts;
+use crate::flow::transaction::{SourceRelation, Transaction};
 use crate::pg::PgLsn;
 use crate::pg::pgoutput::{Column, Relation, ReplicaIdentity};
 
 /// An LSN.
 pub(crate) fn lsn(n: u64) -> PgLsn {
     PgLsn::from(n)
+}
+
+/// A transaction of one insert that ends there, committed in the microsecond of that number.
+pub(crate) fn transaction(end: u64) -> Transaction {
+    Transaction {
+        xid: 1,
+        commit_lsn: lsn(end - 1),
+        end_lsn: lsn(end),
+        commit_time: i64::try_from(end).expect("a small number"),
+        spilled: None,
+        changes: Vec::new(),
+        counts: ChangeCounts([1, 0, 0, 0]),
+        bytes: 1,
+    }
 }
 
 /// `public.name` with text columns, the first of which is the key.

@@ -13,12 +13,13 @@ use crate::copy;
 use crate::names::stream::StreamName;
 use crate::observe::status::StatusCell;
 use crate::pg::{self, ConnInfo, PgLsn};
-use crate::sink::replica::{Beside, Outcome, ReplicaSink, SinkError};
+use crate::sink::replica::{Beside, ReplicaSink, SinkError};
+use crate::sink::{Outcome, Sink as _};
 
 /// The sink task: batches in, outcomes out, in order.
 pub(super) async fn apply_batches(
     mut sink: ReplicaSink,
-    outcomes: mpsc::Sender<Outcome>,
+    outcomes: mpsc::Sender<Outcome<SessionError>>,
     mut deferred: Deferred,
 ) -> Option<SessionError> {
     loop {
@@ -28,7 +29,7 @@ pub(super) async fn apply_batches(
         let outcome = sink.next().await?;
         let end_lsn = outcome.batch.end_lsn();
         let failed = outcome.result.is_err();
-        if outcomes.send(outcome).await.is_err() || failed {
+        if outcomes.send(outcome.because()).await.is_err() || failed {
             return None;
         }
         if let Err(error) = deferred.passed(end_lsn).await {

@@ -16,12 +16,11 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::QUEUE_TRANSACTIONS;
 use crate::archive::log::{LogHandle, Origin, SpoolError, Taken};
 use crate::config::Config;
 use crate::error::{Class, Classify};
-use crate::flow::batch::Queue;
-use crate::flow::ledger::{BatchNumber, Ledger};
+use crate::flow::ledger::BatchNumber;
+use crate::flow::shipment::Shipment;
 use crate::flow::spill::{self, SpillError, SpillSpace};
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
@@ -108,9 +107,10 @@ impl LogReader<'_> {
             "the change log goes on by itself: nothing has come to it for a while"
         );
         let (began, limits) = (Instant::now(), &self.config.limits);
-        let mut ledger = Ledger::resume(1, BatchNumber(0), start);
-        let (flush, flush_seen) = watch::channel(ledger.flush_lsn());
-        let (received, mut transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
+        let (bytes, changes) = (limits.batch_bytes, limits.batch_changes);
+        let mut shipment = Shipment::resume(BatchNumber(0), start, bytes, changes);
+        let (flush, flush_seen) = watch::channel(shipment.flush_lsn());
+        let (received, mut transactions) = source::queue();
         // Whoever looks at positions looks at the pipeline's.
         let (position, _) = watch::channel(SourcePosition::default());
         let (reports, mut reported) = mpsc::channel(4);
@@ -121,10 +121,7 @@ impl LogReader<'_> {
             slot: SlotUse::Copy,
             start,
             binary: self.found.binary,
-            limits: IntakeLimits {
-                queue_bytes: limits.queue_bytes,
-                transaction_bytes: limits.transaction_bytes,
-            },
+            limits: IntakeLimits::of(limits),
             catch_up_bytes: limits.catch_up_bytes,
         };
         let space = SpillSpace::open(self.spill_directory(), limits.spill_bytes)?;
@@ -139,8 +136,6 @@ impl LogReader<'_> {
                 monitor::run(&config, &source, &stream, &Servers::default(), reports).await;
             watching.map_err(LogReaderError::Monitor)
         });
-        let mut queue = Queue::new(limits.batch_bytes, limits.batch_changes);
-        let mut permits = Vec::new();
         let mut look = tokio::time::interval(LOOK_EVERY);
         loop {
             let received: Received = tokio::select! {
@@ -160,18 +155,11 @@ impl LogReader<'_> {
                 Some(_) = reported.recv() => continue,
                 Some(received) = transactions.recv() => received,
             };
-            queue.push(received.transaction);
-            permits.push(received.permit);
+            shipment.receive(received);
             while let Ok(received) = transactions.try_recv() {
-                queue.push(received.transaction);
-                permits.push(received.permit);
+                shipment.receive(received);
             }
-            loop {
-                let (last, end_lsn) = ledger.last();
-                let Some(batch) = queue.take(last.next(), end_lsn) else {
-                    break;
-                };
-                ledger.ship(batch.number, batch.previous, batch.end_lsn());
+            while let Some(batch) = shipment.ship() {
                 let (number, batch) = (batch.number, Arc::new(batch));
                 let offered = tokio::select! {
                     offered = self.log.offer(&batch, Origin::Apart) => offered,
@@ -183,11 +171,10 @@ impl LogReader<'_> {
                     Taken::LeftOut => return Ok(()),
                     Taken::Ahead => return Err(LogReaderError::Ended),
                 }
-                if let Some(durable) = ledger.durable(0, number) {
+                if let Some(durable) = shipment.durable(number) {
                     flush.send_replace(durable);
                 }
             }
-            permits.clear();
         }
     }
 

@@ -5,7 +5,7 @@
 //!      ▲ transactions from the source task · outcomes from the sink task · reports from the monitor
 //! ```
 //!
-//! `select` awaits, `apply` does not (`streaming.rs`): only one thing happens at a time, and no two things
+//! `select` awaits (`streaming`), `apply` does not (`owner` ●): only one thing happens at a time, and no two things
 //! can interleave. The price is that multi-step work is written as state.
 //!
 //! Under route `direct` one process carries changes all the way; under route `kinesis` one puts them into the stream and
@@ -31,6 +31,7 @@ mod cover;
 mod error;
 mod late;
 mod log_reader;
+mod owner;
 pub mod schedule;
 mod set_aside;
 mod start;
@@ -65,10 +66,6 @@ pub use wake::{Wake, Waker};
 
 /// How long a start may take to end that was told to stop.
 const TAKE_BACK_WITHIN: Duration = Duration::from_secs(5);
-
-/// Transactions between the source task and here. Their bytes are bounded by `limits.queue_bytes`; this
-/// only bounds how many tiny ones.
-const QUEUE_TRANSACTIONS: usize = 16_384;
 
 /// How often lag is judged without news.
 const TICK: Duration = Duration::from_millis(250);
@@ -406,7 +403,7 @@ impl Pipeline {
             outdated = self.outdated() => Err(outdated),
         };
         streaming.stop().await;
-        let mut lag = streaming.owned.lag;
+        let mut lag = streaming.owner.lag;
         // What waited is dropped and will be received again.
         lag.queued(None);
         self.status.progress(&lag, None, None);

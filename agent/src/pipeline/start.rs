@@ -11,7 +11,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::apply::{Deferred, apply_batches};
@@ -19,15 +19,17 @@ use super::change_log::{SessionLog, spool_first};
 use super::cover::Cover;
 use super::error::SessionError;
 use super::late::Late;
-use super::streaming::{LateSide, Owned, Streaming};
-use super::{Leg, Pipeline, QUEUE_TRANSACTIONS};
+use super::owner::{Owner, Terms};
+use super::streaming::{LateSide, Shown, Streaming};
+use super::{Leg, Pipeline, now_instant};
 use crate::archive::log::idle_age;
 use crate::cloud::kinesis::Kinesis;
 use crate::config::SetAside;
 use crate::error::chain;
 use crate::flow::batch::{Batch, IN_FLIGHT_MAX, Spacing};
 use crate::flow::changelog::Author;
-use crate::flow::ledger::{BatchNumber, FlushLsn, Ledger};
+use crate::flow::ledger::{BatchNumber, FlushLsn};
+use crate::flow::shipment::Shipment;
 use crate::flow::spill::{self, SpillSpace};
 use crate::names::TableName;
 use crate::observe::metrics::StreamMetrics;
@@ -35,7 +37,8 @@ use crate::pg::{ConnInfo, PgLsn};
 use crate::setup::{self, Prepared, SetupError};
 use crate::shape::computed::Which;
 use crate::sink::kinesis::KinesisSink;
-use crate::sink::replica::{Beside, Outcome, ReplicaSink, SinkSettings, SliceLimits, Synced};
+use crate::sink::replica::{Beside, ReplicaSink, SinkSettings, Synced};
+use crate::sink::{self, Outcome};
 use crate::source::{
     self, IntakeLimits, Received, SlotUse, SourcePosition, SourceSettings, StreamSettings, Until,
 };
@@ -64,9 +67,9 @@ struct Ends {
     space: SpillSpace,
     tasks: Tasks,
     batches: Batches,
-    outcomes: mpsc::Receiver<Outcome>,
+    outcomes: mpsc::Receiver<Outcome<SessionError>>,
     held: Option<SessionLog>,
-    ledger: Ledger,
+    shipment: Shipment<OwnedSemaphorePermit>,
     spacing: Spacing,
     beside: Option<Beside>,
 }
@@ -87,12 +90,14 @@ impl Pipeline {
                 self.replica(prepared, beside, outcomes, &mut tasks).await?
             }
         };
-        let mut ledger = Ledger::resume(1, BatchNumber(prepared.batch), prepared.end_lsn);
+        let (bytes, changes) = (limits.batch_bytes, limits.batch_changes);
+        let number = BatchNumber(prepared.batch);
+        let mut shipment = Shipment::resume(number, prepared.end_lsn, bytes, changes);
         let (mut batches, mut held) = (sink, None);
         if let Some(log) = &self.change_log {
             let log = log.of(prepared.history);
             // Until it says how far it is.
-            ledger = ledger.held(PgLsn::from(0));
+            shipment = shipment.held(PgLsn::from(0));
             held = Some(log.clone());
             let (to_log, to_be_logged) = mpsc::channel(IN_FLIGHT_MAX);
             let sink = std::mem::replace(&mut batches, to_log);
@@ -105,7 +110,7 @@ impl Pipeline {
             batches,
             outcomes: outcomes_seen,
             held,
-            ledger,
+            shipment,
             spacing,
             beside,
         };
@@ -121,13 +126,13 @@ impl Pipeline {
             batches,
             outcomes,
             held,
-            ledger,
+            shipment,
             spacing,
             beside,
         } = ends;
-        let (flush, flush_seen) = watch::channel(ledger.flush_lsn());
+        let (flush, flush_seen) = watch::channel(shipment.flush_lsn());
         let (position, position_seen) = watch::channel(SourcePosition::default());
-        let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
+        let (received, transactions) = source::queue();
         let (reports, reports_seen) = mpsc::channel(4);
         match leg {
             Leg::Whole | Leg::Send => {
@@ -154,8 +159,13 @@ impl Pipeline {
             };
             tasks.spawn(cover.run());
         }
-        let at = ledger.last().1;
+        let at = shipment.shipped();
         let late = beside.map(|beside| self.late(prepared, beside, at, &mut tasks));
+        let terms = Terms {
+            left_out: prepared.left_out,
+            copies_beside: late.is_some(),
+            grace: self.config.limits.shutdown_grace,
+        };
         Ok(Streaming {
             pipeline: self,
             late,
@@ -168,13 +178,9 @@ impl Pipeline {
             batches,
             flush,
             held,
-            owned: Owned::new(
-                &self.config,
-                ledger,
-                spacing,
-                self.status.lag(),
-                prepared.left_out,
-            ),
+            shown: Shown::default(),
+            arrived: Vec::new(),
+            owner: Owner::new(shipment, spacing, self.status.lag(), terms, now_instant()),
         })
     }
 
@@ -207,6 +213,7 @@ impl Pipeline {
         tasks.spawn(late.run());
         LateSide {
             asked,
+            pausing: None,
             shipped,
             wake,
         }
@@ -216,37 +223,20 @@ impl Pipeline {
         self.config.source.conninfo.with_dbname(&self.database)
     }
 
-    fn intake_limits(&self) -> IntakeLimits {
-        IntakeLimits {
-            queue_bytes: self.config.limits.queue_bytes,
-            transaction_bytes: self.config.limits.transaction_bytes,
-        }
-    }
-
     /// The replica as the sink.
     async fn replica(
         &self,
         prepared: &Prepared,
         beside: Option<Beside>,
-        outcomes: mpsc::Sender<Outcome>,
+        outcomes: mpsc::Sender<Outcome<SessionError>>,
         tasks: &mut Tasks,
     ) -> Result<(Batches, Spacing), SessionError> {
-        let limits = &self.config.limits;
         let replica = self.config.replica.conninfo.with_dbname(&self.database);
         let (sink, batches) = ReplicaSink::connect(
             &replica,
             SinkSettings {
-                stream: self.stream.clone(),
-                term: prepared.term,
-                // Several are in memory at a time (read, folded, on their way), as rows, not as messages.
-                segment: SliceLimits {
-                    bytes: limits.batch_bytes,
-                    changes: (limits.batch_changes / 4).max(1),
-                },
-                lanes: self.config.replica.lanes,
-                spread_changes: limits.spread_changes,
                 distance: prepared.distance,
-                session: &[],
+                ..SinkSettings::of(&self.config, self.stream.clone(), prepared.term)
             },
             Synced {
                 tables: prepared.synced.iter().cloned().collect(),
@@ -287,16 +277,16 @@ impl Pipeline {
     async fn kinesis(
         &self,
         prepared: &Prepared,
-        outcomes: mpsc::Sender<Outcome>,
+        outcomes: mpsc::Sender<Outcome<SessionError>>,
         tasks: &mut Tasks,
     ) -> Result<(Batches, Spacing), SessionError> {
         let kinesis = Kinesis::open(&self.kinesis_stream()?).await?;
         let author = self.author(prepared)?;
-        let (batches, batches_seen) = mpsc::channel(IN_FLIGHT_MAX);
-        let sink = KinesisSink::new(kinesis, author, StreamMetrics::new(&self.database));
+        let metrics = StreamMetrics::new(&self.database);
+        let (sink, batches) = KinesisSink::new(kinesis, author, metrics);
         tasks.spawn(async move {
-            let ended = Box::pin(sink.run(batches_seen, outcomes)).await;
-            ended.err().map(SessionError::KinesisSink)
+            sink::hand_on(sink, outcomes).await;
+            None
         });
         Ok((batches, Spacing::every(PUT_EVERY, IN_FLIGHT_MAX)))
     }
@@ -332,7 +322,7 @@ impl Pipeline {
             slot: SlotUse::Own,
             start: prepared.end_lsn,
             binary: self.binary && prepared.binary,
-            limits: self.intake_limits(),
+            limits: IntakeLimits::of(&self.config.limits),
             catch_up_bytes: self.config.limits.catch_up_bytes,
         };
         tasks.spawn(async move {
@@ -434,7 +424,7 @@ impl Pipeline {
             start: prepared.end_lsn,
             commit_time: prepared.commit_time,
             applied_at: prepared.applied_at,
-            limits: self.intake_limits(),
+            limits: IntakeLimits::of(&self.config.limits),
             archive: archive.map(|archive| (archive.url.clone(), archive.encryption.clone())),
             // What is missing may be a heartbeat, and wait in an idle segment.
             patience: (self.config.objectives.rpo * 2).max(PATIENCE_MIN)

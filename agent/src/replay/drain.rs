@@ -26,7 +26,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use self::error::Failed;
 use crate::backoff::{self, Decision};
@@ -47,9 +47,6 @@ use crate::source::{
     self, IntakeLimits, LogIntake, SourceError, SourcePosition, StreamSettings, Tip, Until,
 };
 use crate::time::pg_micros;
-
-/// Transactions between reading and applying; their bytes are bounded by `limits.queue_bytes`.
-const QUEUE_TRANSACTIONS: usize = 16_384;
 
 /// Settings of the sessions that apply.
 const SESSION: &[(&str, &str)] = &[
@@ -197,15 +194,11 @@ impl RouteDrain<'_> {
         let scratch = scratch::make(limits, &prepared.stream)?;
         let space = SpillSpace::open(scratch.path().join("transactions"), limits.spill_bytes)?;
         let (lanes, from) = self.lanes(asked, prepared).await?;
-        let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
-        let intake_limits = IntakeLimits {
-            queue_bytes: limits.queue_bytes,
-            transaction_bytes: limits.transaction_bytes,
-        };
+        let (received, transactions) = source::queue();
         let applied_by = prepared
             .applied_at
             .map(|at| at.max(prepared.commit_time.unwrap_or(at)));
-        let intake = LogIntake::new(intake_limits, prepared.end_lsn, space, received)
+        let intake = LogIntake::new(IntakeLimits::of(limits), prepared.end_lsn, space, received)
             .committed_by(applied_by.map(pg_micros));
         let reading = Box::pin(archived.read(intake));
         let count = |reached: &Reached| *applied = reached.transactions;
@@ -303,16 +296,13 @@ impl RouteDrain<'_> {
             start: prepared.end_lsn,
             commit_time: prepared.commit_time,
             applied_at: prepared.applied_at,
-            limits: IntakeLimits {
-                queue_bytes: limits.queue_bytes,
-                transaction_bytes: limits.transaction_bytes,
-            },
+            limits: IntakeLimits::of(limits),
             archive: archive.map(|archive| (archive.url.clone(), archive.encryption.clone())),
             // Nobody writes it any more.
             patience: Duration::ZERO,
         };
         let (lanes, from) = self.lanes(asked, prepared).await?;
-        let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
+        let (received, transactions) = source::queue();
         let (position, _) = watch::channel(SourcePosition::default());
         let metrics = StreamMetrics::new(asked.database);
         let until = Until::Tip(clock());

@@ -6,21 +6,24 @@
 pub mod drain;
 pub mod restore;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::config::Config;
 use crate::error::{Class, Classify};
-use crate::flow::batch::{Batch, IN_FLIGHT_MAX, Queue};
+use crate::flow::batch::{Batch, IN_FLIGHT_MAX, Ship, Spacing};
 use crate::flow::ledger::BatchNumber;
+use crate::flow::shipment::Shipment;
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::schema::listing::Copied;
-use crate::sink::replica::{Outcome, ReplicaSink, SinkError, SinkSettings, SliceLimits, Synced};
+use crate::sink::replica::{ReplicaSink, SinkError, SinkSettings, Synced};
+use crate::sink::{self, Outcome};
 use crate::source::Received;
 use crate::time::Micros;
 
@@ -96,18 +99,9 @@ impl Sessions {
     /// # Errors
     /// [`ReplayError`]
     pub async fn connect(config: &Config, target: Target<'_>) -> Result<Self, ReplayError> {
-        let limits = &config.limits;
         let settings = SinkSettings {
-            stream: target.stream.clone(),
-            term: target.term,
-            segment: SliceLimits {
-                bytes: limits.batch_bytes,
-                changes: (limits.batch_changes / 4).max(1),
-            },
-            lanes: config.replica.lanes,
-            spread_changes: limits.spread_changes,
-            distance: None,
             session: target.session,
+            ..SinkSettings::of(config, target.stream.clone(), target.term)
         };
         let synced = Synced {
             tables: target.tables,
@@ -135,21 +129,14 @@ pub async fn apply(
     mut progress: impl FnMut(&Reached),
 ) -> Result<Reached, ReplayError> {
     let limits = &config.limits;
-    let Sessions { mut sink, batches } = sessions;
-    let (outcomes, mut outcomes_seen) = mpsc::channel::<Outcome>(IN_FLIGHT_MAX);
-    let sinking = tokio::spawn(async move {
-        while let Some(outcome) = sink.next().await {
-            let failed = outcome.result.is_err();
-            if outcomes.send(outcome).await.is_err() || failed {
-                return;
-            }
-        }
-    });
+    let Sessions { sink, batches } = sessions;
+    let (outcomes, mut outcomes_seen) = mpsc::channel::<Outcome<ReplayError>>(IN_FLIGHT_MAX);
+    let sinking = tokio::spawn(sink::hand_on(sink, outcomes));
+    let (bytes, changes) = (limits.batch_bytes, limits.batch_changes);
     let mut state = State {
-        queue: Queue::new(limits.batch_bytes, limits.batch_changes),
-        permits: VecDeque::new(),
-        last: (from.batch, from.end_lsn),
-        in_flight: 0,
+        shipment: Shipment::resume(from.batch, from.end_lsn, bytes, changes),
+        // A full batch goes at once, any other when nothing is in flight.
+        spacing: Spacing::new(Duration::ZERO, IN_FLIGHT_MAX),
         ended: false,
         reached: from,
     };
@@ -181,10 +168,7 @@ pub async fn apply(
                 None => return Err(ReplayError::TaskLost),
             },
             received = transactions.recv(), if !state.ended => match received {
-                Some(received) => {
-                    state.queue.push(received.transaction);
-                    state.permits.push_back(received.permit);
-                }
+                Some(received) => state.shipment.receive(received),
                 None => state.ended = true,
             },
         }
@@ -195,41 +179,30 @@ pub async fn apply(
     Ok(state.reached)
 }
 
-struct State {
-    queue: Queue,
-    /// Shares of `limits.queue_bytes`, one per transaction that waits or is in flight.
-    permits: VecDeque<OwnedSemaphorePermit>,
-    last: (BatchNumber, PgLsn),
-    in_flight: usize,
+struct State<P> {
+    shipment: Shipment<P>,
+    spacing: Spacing,
     ended: bool,
     reached: Reached,
 }
 
-impl State {
-    /// The next batch: a full one at once, any other when nothing is in flight.
+impl<P> State<P> {
     fn next_batch(&mut self) -> Option<Batch> {
-        let now = match self.in_flight {
-            0 => true,
-            n => n < IN_FLIGHT_MAX && self.queue.is_full(),
-        };
-        if !now {
-            return None;
+        match self.shipment.judge(&self.spacing, Duration::ZERO)? {
+            Ship::Now => self.shipment.ship(),
+            Ship::In(_) | Ship::AfterAnAnswer => None,
         }
-        let batch = self.queue.take(self.last.0.next(), self.last.1)?;
-        self.last = (batch.number, batch.end_lsn());
-        self.in_flight += 1;
-        Some(batch)
     }
 
     fn is_done(&self) -> bool {
-        self.ended && self.queue.is_empty() && self.in_flight == 0
+        self.ended && self.shipment.is_settled()
     }
 
-    fn durable(&mut self, outcome: Outcome) -> Result<(), ReplayError> {
-        let batch = outcome.batch;
+    fn durable(&mut self, outcome: Outcome<ReplayError>) -> Result<(), ReplayError> {
         outcome.result?;
-        self.in_flight -= 1;
-        self.permits.drain(..batch.transactions.len());
+        let batch = outcome.batch;
+        // There is no slot to be told of it.
+        let _ = self.shipment.durable(batch.number);
         self.reached = Reached {
             end_lsn: batch.end_lsn(),
             commit_time: Some(batch.commit_time()),

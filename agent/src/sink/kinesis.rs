@@ -24,7 +24,7 @@ use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::replica::{Applied, Outcome};
+use super::{Applied, Outcome, Sink};
 use crate::cloud::kinesis::{Kinesis, KinesisError, Record};
 use crate::error::{Class, Classify};
 use crate::failpoint;
@@ -72,64 +72,86 @@ impl Classify for KinesisSinkError {
 
 /// Puts batches into a stream.
 pub struct KinesisSink {
+    putting: Arc<Putting>,
+    batches: mpsc::Receiver<Arc<Batch>>,
+    /// There are no more batches.
+    is_at_the_end: bool,
+    in_flight: FuturesOrdered<BoxFuture<'static, Outcome<KinesisSinkError>>>,
+}
+
+impl KinesisSink {
+    /// Writes what is sent to the channel, as `author`.
+    pub fn new(
+        kinesis: Kinesis,
+        author: Author,
+        metrics: StreamMetrics,
+    ) -> (Self, mpsc::Sender<Arc<Batch>>) {
+        let (batches, to_be_put) = mpsc::channel(IN_FLIGHT_MAX);
+        let putting = Putting {
+            kinesis,
+            author,
+            metrics,
+        };
+        let sink = Self {
+            putting: Arc::new(putting),
+            batches: to_be_put,
+            is_at_the_end: false,
+            in_flight: FuturesOrdered::new(),
+        };
+        (sink, batches)
+    }
+}
+
+impl Sink for KinesisSink {
+    type Error = KinesisSinkError;
+
+    async fn next(&mut self) -> Option<Outcome<KinesisSinkError>> {
+        loop {
+            let room = self.in_flight.len() < IN_FLIGHT_MAX;
+            tokio::select! {
+                biased;
+                Some(outcome) = self.in_flight.next() => {
+                    if outcome.result.is_ok() {
+                        self.putting.metrics.flushed(outcome.batch.end_lsn());
+                    }
+                    return Some(outcome);
+                }
+                batch = self.batches.recv(), if room && !self.is_at_the_end => match batch {
+                    Some(batch) => {
+                        let putting = Arc::clone(&self.putting).put(batch);
+                        self.in_flight.push_back(Box::pin(putting));
+                    }
+                    None => self.is_at_the_end = true,
+                },
+                else => return None,
+            }
+        }
+    }
+}
+
+/// What every batch is put with.
+struct Putting {
     kinesis: Kinesis,
     author: Author,
     metrics: StreamMetrics,
 }
 
-impl KinesisSink {
-    /// Writes as `author`.
-    pub fn new(kinesis: Kinesis, author: Author, metrics: StreamMetrics) -> Self {
-        Self {
-            kinesis,
-            author,
-            metrics,
-        }
-    }
-
-    /// Puts batches until there are no more; an outcome for each.
-    ///
-    /// # Errors
-    /// [`KinesisSinkError`]
-    pub async fn run(
-        self,
-        mut batches: mpsc::Receiver<Arc<Batch>>,
-        outcomes: mpsc::Sender<Outcome>,
-    ) -> Result<(), KinesisSinkError> {
-        let sink = Arc::new(self);
-        let mut in_flight: FuturesOrdered<BoxFuture<'static, Result<Outcome, KinesisSinkError>>> =
-            FuturesOrdered::new();
-        loop {
-            tokio::select! {
-                biased;
-                Some(put) = in_flight.next() => {
-                    let outcome = put?;
-                    sink.metrics.flushed(outcome.batch.end_lsn());
-                    if outcomes.send(outcome).await.is_err() {
-                        return Ok(());
-                    }
-                }
-                batch = batches.recv(), if in_flight.len() < IN_FLIGHT_MAX => match batch {
-                    Some(batch) => in_flight.push_back(Box::pin(Arc::clone(&sink).put(batch))),
-                    None => break,
-                },
-            }
-        }
-        while let Some(outcome) = in_flight.try_next().await? {
-            sink.metrics.flushed(outcome.batch.end_lsn());
-            if outcomes.send(outcome).await.is_err() {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    async fn put(self: Arc<Self>, batch: Arc<Batch>) -> Result<Outcome, KinesisSinkError> {
+impl Putting {
+    async fn put(self: Arc<Self>, batch: Arc<Batch>) -> Outcome<KinesisSinkError> {
         let started = Instant::now();
+        let result = self.put_all(&batch).await;
+        Outcome {
+            result: result.map(|()| Applied::default()),
+            took: started.elapsed(),
+            batch,
+        }
+    }
+
+    async fn put_all(self: Arc<Self>, batch: &Batch) -> Result<(), KinesisSinkError> {
         failpoint::hit("kinesis:before-put");
         let mut packing = Packing::new(
             &self.author,
-            &batch,
+            batch,
             batch.previous,
             PART_BYTES,
             Compression::Zstd,
@@ -151,11 +173,7 @@ impl KinesisSink {
         while putting.try_next().await?.is_some() {}
         drop(putting);
         failpoint::hit("kinesis:put");
-        Ok(Outcome {
-            result: Ok(Applied::default()),
-            took: started.elapsed(),
-            batch,
-        })
+        Ok(())
     }
 
     async fn put_chunk(self: Arc<Self>, chunk: Vec<(u64, Record)>) -> Result<(), KinesisError> {

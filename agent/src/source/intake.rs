@@ -12,6 +12,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::{Received, SourceError, SourcePosition, SourceSettings, subtransactions};
+use crate::config::Limits;
 use crate::flow::spill::{SpillSpace, Spills};
 use crate::flow::transaction::{Assembler, Complete, Ended};
 use crate::pg::{ConnInfo, PgLsn, Session};
@@ -59,6 +60,16 @@ pub struct IntakeLimits {
     pub queue_bytes: u64,
     /// `limits.transaction_bytes`
     pub transaction_bytes: u64,
+}
+
+impl IntakeLimits {
+    /// As they are configured.
+    pub fn of(limits: &Limits) -> Self {
+        Self {
+            queue_bytes: limits.queue_bytes,
+            transaction_bytes: limits.transaction_bytes,
+        }
+    }
 }
 
 /// Who answers the questions that a walsender cannot answer while it streams.

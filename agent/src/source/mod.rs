@@ -47,10 +47,11 @@ use crate::cloud::kinesis::KinesisError;
 use crate::error::remedy;
 use crate::error::{Class, Classify};
 use crate::failpoint;
+use crate::flow::batch;
 use crate::flow::changelog::{Gap, UnpackError};
 use crate::flow::ledger::FlushLsn;
 use crate::flow::spill::{SpillError, SpillSpace};
-use crate::flow::transaction::{AssembleError, Transaction};
+use crate::flow::transaction::AssembleError;
 use crate::names::history::{History, WentBack};
 use crate::names::stream::StreamName;
 use crate::observe::reader::Reader;
@@ -255,13 +256,15 @@ impl Classify for SourceError {
     }
 }
 
+/// Transactions in the queue at most. Their bytes are bounded by `limits.queue_bytes`; this only bounds how many tiny ones.
+const QUEUE_TRANSACTIONS: usize = 16_384;
+
 /// A transaction in the queue, with its share of `limits.queue_bytes`.
-#[derive(Debug)]
-pub struct Received {
-    /// The transaction.
-    pub transaction: Transaction,
-    /// Given back once the transaction is durable, or dropped.
-    pub permit: OwnedSemaphorePermit,
+pub type Received = batch::Received<OwnedSemaphorePermit>;
+
+/// The queue between whoever reads transactions and whoever applies them.
+pub fn queue() -> (mpsc::Sender<Received>, mpsc::Receiver<Received>) {
+    mpsc::channel(QUEUE_TRANSACTIONS)
 }
 
 /// What the source task tells of its position.

@@ -19,14 +19,16 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{Ask, Late, Tasks, or_ended};
 use crate::failpoint;
-use crate::flow::batch::{Batch, IN_FLIGHT_MAX, Queue};
-use crate::flow::ledger::{BatchNumber, FlushLsn, Ledger};
+use crate::flow::batch::{Batch, IN_FLIGHT_MAX};
+use crate::flow::ledger::{BatchNumber, FlushLsn};
+use crate::flow::shipment::Shipment;
 use crate::flow::spill::{self, SpillSpace};
 use crate::names::TableName;
 use crate::pg::PgLsn;
 use crate::pipeline::error::SessionError;
 use crate::schema::listing::Copied;
-use crate::sink::replica::{Outcome, ReplicaSink, SinkSettings, SliceLimits, Synced};
+use crate::sink::replica::{ReplicaSink, SinkSettings, Synced};
+use crate::sink::{self, Outcome};
 use crate::source::{self, IntakeLimits, Received, SlotUse, SourcePosition, SourceSettings};
 
 /// Less than that is caught up with in a moment.
@@ -42,7 +44,7 @@ pub(super) struct Reading {
     waiting: VecDeque<Received>,
     /// The end of the last one that came.
     seen: PgLsn,
-    ledger: Ledger,
+    shipment: Shipment<OwnedSemaphorePermit>,
     flush: watch::Sender<FlushLsn>,
 }
 
@@ -52,25 +54,21 @@ impl Reading {
         self.waiting.push_back(received);
     }
 
-    /// Those that end at `bound` or before, with what they take of the memory.
-    fn up_to(&mut self, bound: PgLsn, queue: &mut Queue) -> Vec<OwnedSemaphorePermit> {
-        let mut permits = Vec::new();
-        while let Some(first) = self.waiting.pop_front() {
-            if first.transaction.end_lsn > bound {
-                self.waiting.push_front(first);
-                break;
-            }
-            queue.push(first.transaction);
-            permits.push(first.permit);
+    /// Lets those go that end at `bound` or before.
+    fn up_to(&mut self, bound: PgLsn) {
+        let ends = |received: &Received| received.transaction.end_lsn;
+        while self.waiting.front().is_some_and(|next| ends(next) <= bound)
+            && let Some(next) = self.waiting.pop_front()
+        {
+            self.shipment.receive(next);
         }
-        permits
     }
 }
 
 /// Where transactions go.
 struct Sink {
     batches: mpsc::Sender<Arc<Batch>>,
-    outcomes: mpsc::Receiver<Outcome>,
+    outcomes: mpsc::Receiver<Outcome<SessionError>>,
 }
 
 impl Late {
@@ -79,9 +77,10 @@ impl Late {
     pub(super) async fn read(&self, tasks: &mut Tasks) -> Result<Reading, SessionError> {
         let limits = &self.config.limits;
         let start = PgLsn::from(0);
-        let ledger = Ledger::resume(1, BatchNumber(0), start);
-        let (flush, flush_seen) = watch::channel(ledger.flush_lsn());
-        let (received, transactions) = mpsc::channel(crate::pipeline::QUEUE_TRANSACTIONS);
+        let (bytes, changes) = (limits.batch_bytes, limits.batch_changes);
+        let shipment = Shipment::resume(BatchNumber(0), start, bytes, changes);
+        let (flush, flush_seen) = watch::channel(shipment.flush_lsn());
+        let (received, transactions) = source::queue();
         let (position, mut position_seen) = watch::channel(SourcePosition::default());
         let settings = SourceSettings {
             conninfo: self.source(),
@@ -90,10 +89,7 @@ impl Late {
             start,
             // Nobody has looked at the types of these tables yet.
             binary: false,
-            limits: IntakeLimits {
-                queue_bytes: limits.queue_bytes,
-                transaction_bytes: limits.transaction_bytes,
-            },
+            limits: IntakeLimits::of(limits),
             catch_up_bytes: limits.catch_up_bytes,
         };
         let directory = spill::directory_of(&limits.spill_directory, &self.stream.late());
@@ -110,7 +106,7 @@ impl Late {
             transactions,
             waiting: VecDeque::new(),
             seen: start,
-            ledger,
+            shipment,
             flush,
         })
     }
@@ -125,16 +121,13 @@ impl Late {
         tasks: &mut Tasks,
     ) -> Result<PgLsn, SessionError> {
         let mut sink = self.sink(tables, tasks).await?;
-        let limits = &self.config.limits;
-        let mut queue = Queue::new(limits.batch_bytes, limits.batch_changes);
         let mut shipped_seen = self.shipped.clone();
         let mut paused: Option<(PgLsn, Instant)> = None;
         loop {
             let shipped = *shipped_seen.borrow_and_update();
             let bound = paused.map_or(shipped, |(at, _)| at);
-            let permits = reading.up_to(bound, &mut queue);
-            sink.apply(&mut queue, &mut reading, tasks).await?;
-            drop(permits);
+            reading.up_to(bound);
+            sink.apply(&mut reading, tasks).await?;
             let missing = u64::from(bound).saturating_sub(u64::from(reading.seen));
             match paused {
                 Some((at, _)) if missing == 0 => return Ok(at),
@@ -181,20 +174,12 @@ impl Late {
         tasks: &mut Tasks,
     ) -> Result<Sink, SessionError> {
         let replica = self.replica();
-        let limits = &self.config.limits;
-        let (mut sink, batches) = ReplicaSink::connect(
+        let (sink, batches) = ReplicaSink::connect(
             &replica,
             SinkSettings {
-                stream: self.stream.late(),
-                term: self.term,
-                segment: SliceLimits {
-                    bytes: limits.batch_bytes,
-                    changes: (limits.batch_changes / 4).max(1),
-                },
                 lanes: 1,
                 spread_changes: u64::MAX,
-                session: &[],
-                distance: None,
+                ..SinkSettings::of(&self.config, self.stream.late(), self.term)
             },
             Synced {
                 tables,
@@ -210,12 +195,7 @@ impl Late {
         .await?;
         let (outcomes, outcomes_seen) = mpsc::channel(IN_FLIGHT_MAX);
         tasks.spawn(async move {
-            while let Some(outcome) = sink.next().await {
-                let failed = outcome.result.is_err();
-                if outcomes.send(outcome).await.is_err() || failed {
-                    break;
-                }
-            }
+            sink::hand_on(sink, outcomes).await;
             // Its last outcome says what was wrong; who waits for another one will not wait in vain.
             sleep(PAUSE_MAX).await;
             Ok(())
@@ -228,24 +208,19 @@ impl Late {
 }
 
 impl Sink {
-    /// Applies what is in the queue, and lets the copy of the slot move on.
+    /// Applies what may go, and lets the copy of the slot move on.
     async fn apply(
         &mut self,
-        queue: &mut Queue,
         reading: &mut Reading,
         tasks: &mut Tasks,
     ) -> Result<(), SessionError> {
-        while let Some(batch) = {
-            let (last, end) = reading.ledger.last();
-            queue.take(last.next(), end)
-        } {
-            let (number, end_lsn) = (batch.number, batch.end_lsn());
-            reading.ledger.ship(number, batch.previous, end_lsn);
+        while let Some(batch) = reading.shipment.ship() {
+            let number = batch.number;
             let sent = self.batches.send(Arc::new(batch)).await;
             sent.map_err(|_| SessionError::TaskLost)?;
             let outcome = or_ended(tasks, self.outcomes.recv()).await?;
             outcome.ok_or(SessionError::TaskLost)?.result?;
-            if let Some(flush) = reading.ledger.durable(0, number) {
+            if let Some(flush) = reading.shipment.durable(number) {
                 reading.flush.send_replace(flush);
             }
             failpoint::hit("late:catching-up");

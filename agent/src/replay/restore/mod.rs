@@ -32,7 +32,6 @@ mod target;
 use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
-use tokio::sync::mpsc;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
@@ -54,14 +53,11 @@ use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::replay::{self, Reached, Sessions, Target};
-use crate::source::{IntakeLimits, LogIntake};
+use crate::source::{self, IntakeLimits, LogIntake};
 use crate::time::Micros;
 use closing_notes::{Gathering, Kept};
 use log::{Replay, Told};
 use target::{Found, Loaded, Position};
-
-/// Transactions between reading and applying; their bytes are bounded by `limits.queue_bytes`.
-const QUEUE_TRANSACTIONS: usize = 16_384;
 
 /// What is to be restored.
 #[derive(Clone, Debug)]
@@ -278,12 +274,8 @@ async fn replay(
     let limits = &config.limits;
     let directory = spill_directory(&limits.spill_directory, &stream, &options.target);
     let space = SpillSpace::open(directory, limits.spill_bytes)?;
-    let intake_limits = IntakeLimits {
-        queue_bytes: limits.queue_bytes,
-        transaction_bytes: limits.transaction_bytes,
-    };
-    let (received, transactions) = mpsc::channel(QUEUE_TRANSACTIONS);
-    let intake = LogIntake::new(intake_limits, position.end_lsn, space, received);
+    let (received, transactions) = source::queue();
+    let intake = LogIntake::new(IntakeLimits::of(limits), position.end_lsn, space, received);
     let from = Reached {
         end_lsn: position.end_lsn,
         commit_time: position.commit_time,

@@ -24,13 +24,14 @@ use tokio::sync::mpsc;
 use super::chain::{Chain, while_settling};
 use super::fold::{Folded, Folding, Work};
 use super::lane::Lane;
-use super::{Applied, SinkError, SinkSettings, sql};
+use super::{SinkError, SinkSettings, sql};
 use crate::failpoint;
 use crate::flow::batch::Batch;
 use crate::flow::lanes::{Part, Planner};
 use crate::flow::net::Step;
 use crate::flow::transaction::Transaction;
 use crate::schema::prepared::{Prepared, Verdict};
+use crate::sink::Applied;
 use crate::time::system_time;
 
 /// Lanes of one batch never wait for one another by design ([`crate::flow::lanes`]). A trigger that the replica

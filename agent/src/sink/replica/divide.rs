@@ -27,7 +27,7 @@ use super::execute::probes;
 use super::fold::{Folder, Path};
 use super::lane::Lane;
 use super::slice::{Slice, Slices};
-use super::{Applied, SinkError, SinkSettings, attempt};
+use super::{SinkError, SinkSettings, attempt};
 use crate::error::{Class, Classify as _};
 use crate::failpoint;
 use crate::flow::batch::Batch;
@@ -37,6 +37,7 @@ use crate::names::TableName;
 use crate::pg::pgoutput::{self, Message};
 use crate::schema::deferred;
 use crate::schema::refused::{self, Taken};
+use crate::sink::Applied;
 
 /// So many changes are carried out one by one rather than divided again: each attempt is a round trip.
 const FEW: usize = 64;

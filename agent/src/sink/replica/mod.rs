@@ -6,7 +6,7 @@
 //!           ahead)                      refused, or not foldable
 //!                                       └─▶ divide: part by part on lane 0 (slow path)
 //! ```
-//! [`ReplicaSink::next`] is the whole of it: it takes work, sends it, and hands out one outcome per batch,
+//! [`Sink::next`] is the whole of it: it takes work, sends it, and hands out one outcome per batch,
 //! in order.
 //!
 //! # Invariants
@@ -51,6 +51,8 @@ use futures_util::future::try_join_all;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::{Applied, Outcome, Sink};
+use crate::config::Config;
 use crate::failpoint;
 use crate::flow::batch::{Batch, IN_FLIGHT_MAX, Spacing};
 use crate::flow::counts::TRUNCATE;
@@ -77,28 +79,6 @@ const NET_CHANGE_MICROS: u64 = 15;
 /// committed. Thirty of them in its work keep that below a tenth.
 const ROUND_TRIPS_OF_WORK: u32 = 30;
 
-/// What a batch did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Applied {
-    /// Net changes carried out.
-    pub net_changes: u64,
-    /// Whether the slow path was needed.
-    pub slow_path: bool,
-    /// Whether it was spread over lanes.
-    pub spread: bool,
-}
-
-/// What became of a batch.
-#[derive(Debug)]
-pub struct Outcome {
-    /// The batch.
-    pub batch: Arc<Batch>,
-    /// `Ok`: it is durable. After an error the sink is of no further use.
-    pub result: Result<Applied, SinkError>,
-    /// From sending its first statement to the answer of its last.
-    pub took: Duration,
-}
-
 /// How one sink session works.
 #[derive(Clone, Debug)]
 pub struct SinkSettings {
@@ -116,6 +96,21 @@ pub struct SinkSettings {
     pub distance: Option<Distance>,
     /// Settings of the lanes' sessions that go before those of [`session`].
     pub session: &'static [(&'static str, &'static str)],
+}
+
+impl SinkSettings {
+    /// As it is configured, of a replica of which nothing is known.
+    pub fn of(config: &Config, stream: StreamName, term: i64) -> Self {
+        Self {
+            stream,
+            term,
+            segment: SliceLimits::of(&config.limits),
+            lanes: config.replica.lanes,
+            spread_changes: config.limits.spread_changes,
+            distance: None,
+            session: &[],
+        }
+    }
 }
 
 /// What whoever has talked to the replica before can tell: it saves round trips.
@@ -145,7 +140,7 @@ pub struct ReplicaSink {
     waiting: Option<Work>,
     in_flight: VecDeque<InFlight>,
     in_flight_max: usize,
-    done: VecDeque<Outcome>,
+    done: VecDeque<Outcome<SinkError>>,
     /// For what has to be folded again.
     folder: Folder,
 }
@@ -212,41 +207,10 @@ impl ReplicaSink {
         self.round_trip
     }
 
-    /// Whether nothing shall be in flight between one outcome and the next call of [`ReplicaSink::next`]: for
+    /// Whether nothing shall be in flight between one outcome and the next call of [`Sink::next`]: for
     /// who takes locks in between that batches hold or wait for.
     pub fn one_by_one(&mut self, yes: bool) {
         self.in_flight_max = if yes { 1 } else { IN_FLIGHT_MAX };
-    }
-
-    /// The next outcome, in the order of batches; `None` once there are no more batches and all are done.
-    pub async fn next(&mut self) -> Option<Outcome> {
-        loop {
-            if let Some(outcome) = self.done.pop_front() {
-                return Some(outcome);
-            }
-            if self.in_flight.is_empty()
-                && let Some(work) = self.waiting.take()
-            {
-                return Some(Box::pin(self.alone(work)).await);
-            }
-            let room = self.waiting.is_none() && self.in_flight.len() < self.in_flight_max;
-            let taken = tokio::select! {
-                biased;
-                // What is durable is told at once: it frees memory here and WAL on the source.
-                result = answer(&mut self.in_flight), if !self.in_flight.is_empty() => Err(result),
-                work = self.work.recv(), if room => Ok(work),
-            };
-            match taken {
-                Err(result) => self.answered(result).await,
-                Ok(Some(work)) if self.is_for_lane_0(&work) => self.follow(work).await,
-                Ok(Some(work)) => self.waiting = Some(work),
-                Ok(None) if self.in_flight.is_empty() => return None,
-                Ok(None) => {
-                    let result = answer(&mut self.in_flight).await;
-                    self.answered(result).await;
-                }
-            }
-        }
     }
 
     /// Whether the work can go out whole, behind what is in flight.
@@ -374,7 +338,7 @@ impl ReplicaSink {
     }
 
     /// Applies a batch while nothing else is in flight.
-    async fn alone(&mut self, work: Work) -> Outcome {
+    async fn alone(&mut self, work: Work) -> Outcome<SinkError> {
         let started = Instant::now();
         let batch = Arc::clone(&work.batch);
         let lanes = self.lanes_for(&work);
@@ -418,6 +382,40 @@ impl ReplicaSink {
     async fn divided(&mut self, batch: &Batch) -> Result<Applied, SinkError> {
         let lane = &mut self.lanes[0];
         Box::pin(divide::apply(&self.settings, lane, &mut self.folder, batch)).await
+    }
+}
+
+impl Sink for ReplicaSink {
+    type Error = SinkError;
+
+    async fn next(&mut self) -> Option<Outcome<SinkError>> {
+        loop {
+            if let Some(outcome) = self.done.pop_front() {
+                return Some(outcome);
+            }
+            if self.in_flight.is_empty()
+                && let Some(work) = self.waiting.take()
+            {
+                return Some(Box::pin(self.alone(work)).await);
+            }
+            let room = self.waiting.is_none() && self.in_flight.len() < self.in_flight_max;
+            let taken = tokio::select! {
+                biased;
+                // What is durable is told at once: it frees memory here and WAL on the source.
+                result = answer(&mut self.in_flight), if !self.in_flight.is_empty() => Err(result),
+                work = self.work.recv(), if room => Ok(work),
+            };
+            match taken {
+                Err(result) => self.answered(result).await,
+                Ok(Some(work)) if self.is_for_lane_0(&work) => self.follow(work).await,
+                Ok(Some(work)) => self.waiting = Some(work),
+                Ok(None) if self.in_flight.is_empty() => return None,
+                Ok(None) => {
+                    let result = answer(&mut self.in_flight).await;
+                    self.answered(result).await;
+                }
+            }
+        }
     }
 }
 

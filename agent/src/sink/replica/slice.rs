@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 
 use super::large::LARGE_BYTES;
+use crate::config::Limits;
 use crate::flow::spill::{SpillError, SpillReader};
 use crate::flow::transaction::{Change, Transaction};
 use crate::pg::PgLsn;
@@ -53,6 +54,16 @@ pub struct SliceLimits {
     pub bytes: u64,
     /// In changes: narrow rows need many times their bytes while they are folded.
     pub changes: u64,
+}
+
+impl SliceLimits {
+    /// Several are in memory at a time (read, folded, on their way), as rows, not as messages.
+    pub fn of(limits: &Limits) -> Self {
+        Self {
+            bytes: limits.batch_bytes,
+            changes: (limits.batch_changes / 4).max(1),
+        }
+    }
 }
 
 impl<'b> Slices<'b> {
