@@ -30,7 +30,6 @@ mod change_log;
 mod cover;
 mod error;
 mod late;
-mod log_reader;
 mod owner;
 pub mod schedule;
 mod set_aside;
