@@ -257,7 +257,7 @@ pub(super) mod tests {
     use super::*;
     use crate::copy::locale::Provider;
 
-    pub(in crate::archive::base) fn example() -> Manifest {
+    pub(crate) fn example() -> Manifest {
         let at = |text: &str| text.parse::<Timestamp>().unwrap();
         let table = TableName {
             schema: "public".into(),

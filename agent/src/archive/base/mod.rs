@@ -46,3 +46,6 @@ pub use repository::{Found, Newest, Summary, Unusable, find, histories, manifest
 pub use take::{TakeJob, take};
 pub use wipe::wipe;
 pub use writing::Patience;
+
+#[cfg(test)]
+pub(crate) use manifest::tests::example as example_manifest;

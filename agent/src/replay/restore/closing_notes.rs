@@ -15,7 +15,7 @@ use crate::pg::PgLsn;
 /// As it is stored.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub(super) struct Kept {
+pub(super) struct ClosingNotes {
     /// The tables that were asked for, in name order; all if empty.
     pub(super) asked: Vec<TableName>,
     /// What is not in the target, in words.
@@ -26,7 +26,7 @@ pub(super) struct Kept {
     last_change: Option<(u32, u64, i64)>,
 }
 
-impl Kept {
+impl ClosingNotes {
     /// Nothing yet, of a restore of these tables.
     pub(super) fn of(asked: Vec<TableName>) -> Self {
         Self {
@@ -119,12 +119,12 @@ mod tests {
             commit_lsn: lsn(u64::from(xid) * 10),
             commit_time: 5,
         };
-        let mut kept = Kept::default();
+        let mut kept = ClosingNotes::default();
         for seen in [Some(at(2)), None, Some(at(1))] {
             kept.note_change(seen);
         }
         let json = serde_json::to_string(&kept).unwrap();
-        let kept: Kept = serde_json::from_str(&json).unwrap();
+        let kept: ClosingNotes = serde_json::from_str(&json).unwrap();
         assert_eq!(kept.last_change(), Some(at(2)));
     }
 }

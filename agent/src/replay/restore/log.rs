@@ -57,7 +57,7 @@ impl From<Begin> for Committed {
 
 /// What reading the log has told.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Told {
+pub(super) struct LogTold {
     /// The last transaction before the moment that changed a table.
     pub(super) last_change: Option<Committed>,
     /// The first behind it.
@@ -87,14 +87,14 @@ impl Replay<'_> {
     ///
     /// # Errors
     /// [`RestoreError`]; what was handed over before stays right.
-    pub(super) async fn run(&self, intake: LogIntake) -> Result<Told, RestoreError> {
-        let mut reading = Reading {
+    pub(super) async fn run(&self, intake: LogIntake) -> Result<LogTold, RestoreError> {
+        let mut reading = LogReading {
             moment: self.moment,
             tables: self.tables,
             intake: Some(intake),
             counts: HashMap::new(),
             now: None,
-            told: Told::default(),
+            told: LogTold::default(),
         };
         let mut way = Way::new(self.from, self.segments.keys().copied().collect());
         let sizes = self.segments.iter().map(|(span, bytes)| (*span, *bytes));
@@ -140,7 +140,7 @@ impl Replay<'_> {
 
 async fn read(
     mut segment: SegmentReader,
-    reading: &mut Reading<'_>,
+    reading: &mut LogReading<'_>,
 ) -> Result<ControlFlow<()>, RestoreError> {
     while let Some(messages) = segment.next_messages().await? {
         for message in messages {
@@ -167,7 +167,7 @@ struct Now {
     changes: bool,
 }
 
-struct Reading<'a> {
+struct LogReading<'a> {
     moment: Moment,
     tables: Option<&'a Tables>,
     /// None behind the moment.
@@ -175,10 +175,10 @@ struct Reading<'a> {
     /// Whether a relation's changes count.
     counts: HashMap<u32, bool>,
     now: Option<Now>,
-    told: Told,
+    told: LogTold,
 }
 
-impl Reading<'_> {
+impl LogReading<'_> {
     fn is_behind(&self) -> bool {
         self.intake.is_none()
     }
@@ -315,7 +315,7 @@ mod tests {
     }
 
     /// Which transactions are handed over, and what is told, of a target that is at `from`.
-    async fn read(moment: Moment, from: u64, messages: Vec<Bytes>) -> (Vec<u32>, Told) {
+    async fn read(moment: Moment, from: u64, messages: Vec<Bytes>) -> (Vec<u32>, LogTold) {
         let directory = tempfile::tempdir().unwrap();
         let space = SpillSpace::open(directory.path().join("spill"), 1 << 20).unwrap();
         let limits = IntakeLimits {
@@ -323,13 +323,13 @@ mod tests {
             transaction_bytes: 1 << 20,
         };
         let (received, mut transactions) = mpsc::channel::<Received>(100);
-        let mut reading = Reading {
+        let mut reading = LogReading {
             moment,
             tables: None,
             intake: Some(LogIntake::new(limits, lsn(from), space, received)),
             counts: HashMap::new(),
             now: None,
-            told: Told::default(),
+            told: LogTold::default(),
         };
         for message in described().into_iter().chain(messages) {
             if reading.take(message).await.unwrap().is_break() {

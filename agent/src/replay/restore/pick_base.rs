@@ -1,6 +1,6 @@
 //! ● What a restore reads: the base backup to begin with, and the change log from there.
 //!
-//! Pure.
+//! Pure. A restore that was interrupted goes on with the log from where it stands.
 
 use super::RestoreError;
 use super::moment::Moment;
@@ -10,25 +10,22 @@ use crate::time::Micros;
 
 /// A base backup, as far as choosing one is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Base {
+pub(super) struct DatedBase {
     /// The position whose state it holds.
     pub(super) lsn: PgLsn,
     /// When that was, on the source's clock.
     pub(super) time: Micros,
 }
 
-/// The newest base backup before the moment, and the segments that lead on from `from`: the base backup itself, or
-/// where a restore that was interrupted stands.
+/// Which of these is the newest base backup before the moment.
 ///
 /// # Errors
-/// [`RestoreError::NoBase`], [`RestoreError::LogEnds`]
-pub(super) fn choose(bases: &[Base], moment: Moment) -> Result<Base, RestoreError> {
-    let usable = bases
-        .iter()
-        .filter(|base| moment.is_at_or_after(base.lsn, base.time));
+/// [`RestoreError::NoBase`]
+pub(super) fn choose(bases: &[DatedBase], moment: Moment) -> Result<usize, RestoreError> {
+    let usable =
+        (0..bases.len()).filter(|at| moment.is_at_or_after(bases[*at].lsn, bases[*at].time));
     usable
-        .max_by_key(|base| base.lsn)
-        .copied()
+        .max_by_key(|at| bases[*at].lsn)
         .ok_or_else(|| RestoreError::NoBase {
             moment,
             oldest: bases.iter().map(|base| base.time).min(),
@@ -70,7 +67,7 @@ pub(super) struct Needed {
 }
 
 /// Cuts a chain where a moment lies at the latest: a base backup that is of a later time lies behind it.
-pub(super) fn needed(chain: &Chain, bases: &[Base], moment: Moment) -> Needed {
+pub(super) fn needed(chain: &Chain, bases: &[DatedBase], moment: Moment) -> Needed {
     let latest = match moment {
         Moment::End => None,
         Moment::Lsn(lsn) => Some(lsn),
@@ -92,8 +89,8 @@ mod tests {
     use super::*;
     use crate::flow::testing::lsn;
 
-    fn base(position: u64, time: Micros) -> Base {
-        Base {
+    fn base(position: u64, time: Micros) -> DatedBase {
+        DatedBase {
             lsn: lsn(position),
             time,
         }
@@ -109,7 +106,10 @@ mod tests {
     #[test]
     fn the_newest_base_before_the_moment_is_taken() {
         let bases = [base(100, 1_000), base(300, 3_000), base(200, 2_000)];
-        let chosen = |moment| choose(&bases, moment).ok().map(|base| u64::from(base.lsn));
+        let chosen = |moment| {
+            let chosen = choose(&bases, moment).ok();
+            chosen.map(|at| u64::from(bases[at].lsn))
+        };
         assert_eq!(chosen(Moment::End), Some(300));
         assert_eq!(chosen(Moment::Time(2_999)), Some(200));
         assert_eq!(chosen(Moment::Time(3_000)), Some(300));

@@ -21,13 +21,14 @@ use std::collections::{BTreeMap, HashMap};
 use tokio_postgres::{Client, GenericClient};
 
 use super::RestoreError;
-use super::closing_notes::Kept;
+use super::closing_notes::ClosingNotes;
 use crate::archive::base;
 use crate::names::TableName;
 use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::{self, ConnInfo, PgError, PgLsn, Session, leftover};
 use crate::schema::listing::{self, Copied, ListedAs};
+use crate::schema::restore::Restore;
 use crate::schema::{prepared, progress, restore, schema_sync, table_sync};
 use crate::setup::replica_schema;
 use crate::time::{Micros, pg_micros};
@@ -36,14 +37,19 @@ use crate::time::{Micros, pg_micros};
 const SCHEMA_SQL: &str = include_str!("../../../sql/restore.sql");
 
 /// What a target is found to be.
-#[derive(Debug)]
-pub(super) enum Found {
+#[derive(Clone, Debug)]
+pub(super) enum TargetFound {
     /// Nothing is in it.
     Empty,
-    /// A restore was interrupted within its base backup.
-    HalfLoaded,
-    /// A restore was interrupted behind its base backup.
-    Interrupted(Position),
+    /// It holds these objects, which no restore has made.
+    Foreign(Vec<String>),
+    /// A restore was interrupted in it.
+    Begun {
+        /// Under which name it worked, and the history that its LSNs are of.
+        by: Vec<(String, String)>,
+        /// How far it is; none where it was interrupted within its base backup.
+        position: Option<TargetPosition>,
+    },
 }
 
 /// Tables, and what they were listed as where that is known.
@@ -51,7 +57,7 @@ pub(super) type Tables = BTreeMap<TableName, Option<ListedAs>>;
 
 /// How far a target is.
 #[derive(Clone, Debug)]
-pub(super) struct Position {
+pub(super) struct TargetPosition {
     /// Where its base backup stands.
     pub(super) base: PgLsn,
     /// The end of the last transaction in it.
@@ -65,7 +71,7 @@ pub(super) struct Position {
     /// The tables of the base backup that were restored, by every name that the log may call them.
     pub(super) tables: Tables,
     /// What is to be told at the end.
-    pub(super) kept: Kept,
+    pub(super) kept: ClosingNotes,
 }
 
 /// The term of a restore's progress row: there is nobody to fence.
@@ -73,7 +79,7 @@ pub(super) const TERM: i64 = 1;
 
 /// Whose restore it is, and of what.
 #[derive(Clone, Copy)]
-pub(super) struct Owner<'a> {
+pub(super) struct RestoreOwner<'a> {
     /// Under which name it works.
     pub(super) stream: &'a StreamName,
     /// What the LSNs are of.
@@ -92,9 +98,6 @@ pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Cli
         .await
         .map_err(RestoreError::target("connect"))
 }
-
-/// Looking at it.
-const LOOK: &str = "look at the target";
 
 fn sql(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> RestoreError {
     move |error| RestoreError::target(doing)(error.into())
@@ -117,47 +120,61 @@ pub(super) async fn lock(client: &Client) -> Result<(), RestoreError> {
     }
 }
 
-/// Looks what is there, and changes nothing; refuses what no restore of this owner has made.
+/// Looks what is there, and changes nothing. `stream`: whose position is read, where a restore has begun.
 ///
 /// # Errors
-/// [`RestoreError::NotEmpty`], [`RestoreError::OtherRestore`]
+/// When the target refuses.
 pub(super) async fn look(
     client: &(impl GenericClient + Sync),
-    owner: Owner<'_>,
-) -> Result<Found, RestoreError> {
-    let asking = || RestoreError::target(LOOK);
-    if !restore::is_there(client).await.map_err(asking())? {
-        let objects = objects(client).await.map_err(RestoreError::target(LOOK))?;
-        return match objects.is_empty() {
-            true => Ok(Found::Empty),
-            false => Err(RestoreError::NotEmpty { objects }),
-        };
-    }
-    let noted = restore::read(client).await.map_err(asking())?;
-    let (stream, history) = (owner.stream.as_str(), owner.history.to_string());
-    for row in &noted {
-        if (row.stream.as_str(), &row.history) != (stream, &history) {
-            return Err(RestoreError::OtherRestore {
-                stream: row.stream.clone(),
-                history: row.history.clone(),
-            });
-        }
-    }
-    let progress = progress::read(client, owner.stream).await;
-    let (Some(progress), Some(noted)) = (progress.map_err(asking())?, noted.into_iter().next())
-    else {
-        return Ok(Found::HalfLoaded);
-    };
-    let tables = table_sync::read(client, owner.stream)
+    stream: &StreamName,
+) -> Result<TargetFound, RestoreError> {
+    look_at(client, stream)
         .await
-        .map_err(asking())?;
-    let whole = schema_sync::is_noted(client, owner.stream).await;
-    Ok(Found::Interrupted(Position {
+        .map_err(RestoreError::target("look at the target"))
+}
+
+async fn look_at(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+) -> Result<TargetFound, PgError> {
+    if !restore::is_there(client).await? {
+        let objects = objects(client).await?;
+        return Ok(match objects.is_empty() {
+            true => TargetFound::Empty,
+            false => TargetFound::Foreign(objects),
+        });
+    }
+    let noted = restore::read(client).await?;
+    let ours = noted.iter().find(|row| row.stream == stream.as_str());
+    let position = match ours {
+        Some(ours) => position(client, stream, ours).await?,
+        None => None,
+    };
+    Ok(TargetFound::Begun {
+        by: noted
+            .into_iter()
+            .map(|row| (row.stream, row.history))
+            .collect(),
+        position,
+    })
+}
+
+/// How far a restore is; none where it was interrupted within its base backup.
+async fn position(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    noted: &Restore,
+) -> Result<Option<TargetPosition>, PgError> {
+    let Some(progress) = progress::read(client, stream).await? else {
+        return Ok(None);
+    };
+    let tables = table_sync::read(client, stream).await?;
+    Ok(Some(TargetPosition {
         end_lsn: progress.end_lsn,
         batch: progress.batch,
         base: noted.base,
         commit_time: progress.commit_time.map(pg_micros),
-        whole: whole.map_err(asking())?,
+        whole: schema_sync::is_noted(client, stream).await?,
         // What a newer version has written is read as far as it is known.
         kept: serde_json::from_str(&noted.detail).unwrap_or_default(),
         tables: tables
@@ -200,19 +217,19 @@ pub(super) async fn settle(client: &Client, stream: &StreamName) -> Result<(), R
     Ok(())
 }
 
-/// Notes that a restore begins in an empty database, or anew in one that is half loaded, and creates schema `dr_agent` for the
-/// time of the restore.
+/// Notes that a restore begins, and creates schema `dr_agent` for its time: in an empty database, or in one that it empties of
+/// what an interrupted load left (`wipes`).
 ///
 /// # Errors
 /// When the role may not, or somebody has put something there meanwhile.
 pub(super) async fn begin(
     client: &mut Client,
-    owner: Owner<'_>,
+    owner: RestoreOwner<'_>,
     base: PgLsn,
-    found: &Found,
+    wipes: bool,
 ) -> Result<(), RestoreError> {
     let doing = sql("create schema dr_agent");
-    if matches!(found, Found::HalfLoaded) {
+    if wipes {
         // A `pg_restore` outlives an agent that was killed.
         leftover::end_sessions(client, &owner.stream.application_name("restore"))
             .await
@@ -224,13 +241,18 @@ pub(super) async fn begin(
         ))?;
     }
     let transaction = client.transaction().await.map_err(&doing)?;
-    if matches!(found, Found::HalfLoaded) {
+    if wipes {
         transaction
             .batch_execute("DROP SCHEMA dr_agent CASCADE")
             .await
             .map_err(&doing)?;
     }
-    look(&transaction, owner).await?;
+    match look(&transaction, owner.stream).await? {
+        TargetFound::Empty => {}
+        TargetFound::Foreign(objects) => return Err(RestoreError::NotEmpty { objects }),
+        // The lock keeps them away.
+        TargetFound::Begun { .. } => return Err(RestoreError::Busy),
+    }
     for statements in [replica_schema(), SCHEMA_SQL.to_owned()] {
         transaction
             .batch_execute(&statements)
@@ -252,7 +274,7 @@ pub(super) struct Loaded {
     /// Whether these are all.
     pub(super) whole: bool,
     /// What is to be told at the end.
-    pub(super) kept: Kept,
+    pub(super) kept: ClosingNotes,
 }
 
 /// Records that the base backup is there.
@@ -261,19 +283,19 @@ pub(super) struct Loaded {
 /// When the target refuses.
 pub(super) async fn loaded(
     client: &mut Client,
-    owner: Owner<'_>,
+    owner: &StreamName,
     loaded: Loaded,
-) -> Result<Position, RestoreError> {
+) -> Result<TargetPosition, RestoreError> {
+    record(client, owner, &loaded)
+        .await
+        .map_err(RestoreError::target("record the base backup"))?;
     let Loaded {
         base,
         tables,
         whole,
         kept,
     } = loaded;
-    record(client, owner, (base, &tables), whole, &kept)
-        .await
-        .map_err(RestoreError::target("record the base backup"))?;
-    Ok(Position {
+    Ok(TargetPosition {
         base,
         end_lsn: base,
         commit_time: None,
@@ -284,28 +306,21 @@ pub(super) async fn loaded(
     })
 }
 
-async fn record(
-    client: &mut Client,
-    owner: Owner<'_>,
-    (base, tables): (PgLsn, &Tables),
-    whole: bool,
-    kept: &Kept,
-) -> Result<(), PgError> {
-    let stream = owner.stream;
-    let listed = tables
-        .iter()
-        .map(|(table, listed_as)| (table, listed_as.as_ref()));
+async fn record(client: &mut Client, stream: &StreamName, loaded: &Loaded) -> Result<(), PgError> {
+    let base = loaded.base;
+    let listed = loaded.tables.iter();
+    let listed = listed.map(|(table, listed_as)| (table, listed_as.as_ref()));
     let transaction = client.transaction().await?;
     table_sync::add_ready(&transaction, stream, listed, base).await?;
     progress::begin(&transaction, stream, TERM, (base, None)).await?;
-    if whole {
+    if loaded.whole {
         schema_sync::note(&transaction, stream).await?;
     }
-    restore::keep(&transaction, stream, &json(kept)).await?;
+    restore::keep(&transaction, stream, &json(&loaded.kept)).await?;
     Ok(transaction.commit().await?)
 }
 
-fn json(kept: &Kept) -> String {
+fn json(kept: &ClosingNotes) -> String {
     serde_json::to_string(kept).expect("it is plain data")
 }
 
@@ -315,10 +330,10 @@ fn json(kept: &Kept) -> String {
 /// When the target refuses.
 pub(super) async fn keep(
     client: &(impl GenericClient + Sync),
-    owner: Owner<'_>,
-    kept: &Kept,
+    stream: &StreamName,
+    kept: &ClosingNotes,
 ) -> Result<(), RestoreError> {
-    restore::keep(client, owner.stream, &json(kept))
+    restore::keep(client, stream, &json(kept))
         .await
         .map_err(RestoreError::target("record what is left out"))?;
     Ok(())
@@ -331,7 +346,7 @@ pub(super) async fn keep(
 pub(super) async fn unlisted(
     client: &Client,
     of: &StreamName,
-    position: &Position,
+    position: &TargetPosition,
 ) -> Result<Vec<TableName>, RestoreError> {
     let listed = listing::noted(client, of).await;
     let listed = listed.map_err(RestoreError::target("read what is listed"))?;
@@ -377,7 +392,7 @@ pub(super) async fn finish(client: &Client) -> Result<Vec<String>, RestoreError>
 }
 
 /// The tables as the replica sink wants them: changes before the base backup are in it.
-pub(super) fn synced(position: &Position) -> HashMap<TableName, Copied> {
+pub(super) fn synced(position: &TargetPosition) -> HashMap<TableName, Copied> {
     let snapshot_lsn = Some(position.base);
     let tables = position.tables.clone().into_iter();
     let copied = tables.map(|(table, listed_as)| {
