@@ -1,6 +1,8 @@
 //! `dr-agent backup`: base backups on demand, and what the archive has.
 //!
-//! Thin: everything happens in [`crate::archive::base`] and [`crate::archive::log`]. Here it becomes text or JSON.
+//! Thin: everything happens in [`crate::archive::base`] and [`crate::archive::log`], and becomes text or JSON in [`view`].
+
+mod view;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -9,8 +11,8 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::run::stop_on_signal;
-use crate::archive::base::{self, BackupError, Bases, Found, Pruned, Summary, Verified};
-use crate::archive::log::{Chain, Span, idle_age};
+use crate::archive::base::{BackupError, Bases, Pruned};
+use crate::archive::log::{Span, idle_age};
 use crate::cloud::store::{Store, StoreError};
 use crate::config::{Archive, Config, Databases};
 use crate::copy::ProgressDisplay;
@@ -20,6 +22,7 @@ use crate::observe::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
 use crate::pipeline::schedule::Keeper;
 use crate::setup::{self, SetupError};
+use view::{NamedStream, Said};
 
 /// Flags of `backup`.
 #[derive(Clone, Debug, clap::Args)]
@@ -82,13 +85,6 @@ impl Failure {
             Self::Store(error) => error.hint(),
         }
     }
-}
-
-/// What is said of one database, for people and for programs, and whether all is well.
-struct Said {
-    text: String,
-    json: Value,
-    sound: bool,
 }
 
 /// Does it for every database and prints what came of it.
@@ -162,12 +158,7 @@ async fn take(config: &Config, archive: &Archive, args: &Args) -> Result<Vec<Sai
             Ok(one) => said.push(one),
             // The others are worth as much.
             Err(source) => {
-                let (error, hint) = (chain(&source), source.hint());
-                said.push(Said {
-                    text: format!("{database}: failed"),
-                    json: json!({ "database": database, "error": error, "hint": hint }),
-                    sound: false,
-                });
+                said.push(view::not_taken(&database, &source));
                 tell(&Failure::Backup { database, source });
             }
         }
@@ -198,39 +189,18 @@ async fn take_one(
     drop(display);
     let taken = bases.find().await?.bases;
     let taken = taken.iter().find(|base| base.lsn == manifest.lsn);
-    Ok(Said {
-        text: match taken {
-            Some(base) => format!("{database}: {}", base_text(base)),
-            None => format!("{database}: base backup at {}", manifest.lsn),
-        },
-        json: json!({ "database": database, "base": taken, "warnings": manifest.warnings }),
-        sound: true,
-    })
-}
-
-/// A stream, and its database where that is known.
-struct Named {
-    stream: StreamName,
-    database: Option<String>,
-}
-
-impl Named {
-    fn name(&self) -> &str {
-        self.database.as_deref().unwrap_or(self.stream.as_str())
-    }
-
-    /// What every JSON object begins with.
-    fn json(&self, mut rest: Value) -> Value {
-        rest["database"] = json!(self.database);
-        rest["stream"] = json!(self.stream.as_str());
-        rest
-    }
+    Ok(view::taken(
+        database,
+        manifest.lsn,
+        taken,
+        &manifest.warnings,
+    ))
 }
 
 /// The streams that are meant, by the configuration or, where that says "all", by what the archive has: the source may be
 /// lost.
-async fn streams(config: &Config, args: &Args, store: &Store) -> Result<Vec<Named>, Failure> {
-    let of = |database: &String| Named {
+async fn streams(config: &Config, args: &Args, store: &Store) -> Result<Vec<NamedStream>, Failure> {
+    let of = |database: &String| NamedStream {
         stream: config.stream(database),
         database: Some(database.clone()),
     };
@@ -242,7 +212,7 @@ async fn streams(config: &Config, args: &Args, store: &Store) -> Result<Vec<Name
             let streams = folders
                 .iter()
                 .filter_map(|folder| StreamName::called(&config.source.slot, folder));
-            let named = streams.map(|stream| Named {
+            let named = streams.map(|stream| NamedStream {
                 stream,
                 database: None,
             });
@@ -257,162 +227,34 @@ async fn look(
     archive: &Archive,
     args: &Args,
     store: &Store,
-    named: &Named,
+    named: &NamedStream,
 ) -> Result<Vec<Said>, BackupError> {
     let all = Bases::all(store, &named.stream).await?;
     if all.is_empty() && !args.prune {
-        let flaws = match args.verify {
-            true => vec!["there is nothing: nothing can be restored"],
-            false => Vec::new(),
-        };
-        return Ok(vec![Said {
-            text: match args.verify {
-                true => format!(
-                    "{}: nothing is there: NOTHING CAN BE RESTORED",
-                    named.name()
-                ),
-                false => format!("{}: no base backup", named.name()),
-            },
-            json: named
-                .json(json!({ "history": null, "bases": [], "segments": 0, "flaws": flaws })),
-            sound: flaws.is_empty(),
-        }]);
+        return Ok(vec![view::nothing(named, args.verify)]);
     }
     let mut said = Vec::new();
     let retention = archive.retention;
     let mut pruned = Pruned::default();
     for bases in &all {
-        let name = match all.len() {
-            1 => named.name().to_owned(),
-            _ => format!("{}, history {}", named.name(), bases.layout.history()),
-        };
+        let of = named.of_history(bases.layout.history(), all.len());
         if args.list {
             let log = bases.log(PgLsn::from(0)).await?;
             let spans: Vec<Span> = log.iter().map(|(span, _)| *span).collect();
-            said.push(listed(bases, named, &name, &bases.find().await?, &spans));
+            said.push(view::listed(&of, &bases.find().await?, &spans));
         } else if args.verify {
             // What was written lately is in the store after that, if all is well.
             let is_last = all.last().is_some_and(|last| last.layout == bases.layout);
             let settled = config.objectives.rpo * 2 + idle_age(config.objectives.rpo / 2);
             let verified = bases.verify(settled, is_last).await?;
-            said.push(verdict(bases, named, &name, verified));
+            said.push(view::verified(&of, &verified));
         } else {
             pruned = pruned.and(bases.prune(retention, args.dry_run).await?);
         }
     }
     if args.prune {
         let ended = Bases::prune_ended(&all, retention, args.dry_run).await?;
-        said.push(tidied(named, &pruned.and(ended), args.dry_run));
+        said.push(view::pruned(named, &pruned.and(ended), args.dry_run));
     }
     Ok(said)
-}
-
-fn tidied(named: &Named, pruned: &Pruned, dry_run: bool) -> Said {
-    let verb = match dry_run {
-        true => "would be deleted",
-        false => "deleted",
-    };
-    let mut text = format!(
-        "{}: {} base backups, {} leftovers, {} segments of the log and {} histories that have ended {verb}, {}",
-        named.name(),
-        pruned.bases.len(),
-        pruned.leftovers.len(),
-        pruned.log.len(),
-        pruned.histories.len(),
-        bytesize::ByteSize(pruned.bytes).display().iec()
-    );
-    // What cannot be undone is shown by name beforehand.
-    let names = [
-        &pruned.bases,
-        &pruned.leftovers,
-        &pruned.log,
-        &pruned.histories,
-    ];
-    for name in names.into_iter().flatten().filter(|_| dry_run) {
-        text.push_str("\n  ");
-        text.push_str(name);
-    }
-    Said {
-        text,
-        json: named.json(json!({ "dry_run": dry_run, "deleted": pruned })),
-        sound: true,
-    }
-}
-
-fn base_text(base: &Summary) -> String {
-    format!(
-        "base backup at {}, as of {}: {} tables, {} rows, {}",
-        base.lsn,
-        base.as_of,
-        base.tables,
-        base.rows,
-        bytesize::ByteSize(base.bytes).display().iec()
-    )
-}
-
-fn listed(bases: &Bases, named: &Named, name: &str, found: &Found, spans: &[Span]) -> Said {
-    let mut lines = Vec::new();
-    let mut objects = Vec::new();
-    for base in &found.bases {
-        let chain = Chain::from(base.lsn, spans);
-        let gap = chain
-            .resumes
-            .map(|next| format!(", then a gap up to {next}"));
-        lines.push(format!(
-            "{name}: {}; restorable up to {}{}",
-            base_text(base),
-            chain.end,
-            gap.unwrap_or_default()
-        ));
-        objects.push(json!({
-            "base": base,
-            "restorable_to": chain.end.to_string(),
-            "log_resumes_at": chain.resumes.map(|lsn| lsn.to_string()),
-        }));
-    }
-    for base::Unusable { lsn, reason, .. } in &found.unusable {
-        lines.push(format!(
-            "{name}: base backup at {lsn} cannot be used: {reason}"
-        ));
-    }
-    if found.bases.is_empty() {
-        lines.push(format!("{name}: no base backup"));
-    }
-    Said {
-        text: lines.join("\n"),
-        json: named.json(json!({
-            "history": bases.layout.history().to_string(), "segments": spans.len(), "bases": objects,
-            "unusable": found.unusable,
-        })),
-        sound: found.unusable.is_empty(),
-    }
-}
-
-fn verdict(bases: &Bases, named: &Named, name: &str, verified: Verified) -> Said {
-    let verdict = match verified.flaws.as_slice() {
-        [] if verified.bases == 0 => {
-            "it ended before its first base backup: nothing of it can be restored".to_owned()
-        }
-        [] => "sound".to_owned(),
-        flaws => format!("DAMAGED\n  {}", flaws.join("\n  ")),
-    };
-    let end = verified.end.map(|(lsn, written_at)| {
-        let when = written_at.map(|at| format!(", written at {at:.0}"));
-        format!(", the log up to {lsn}{}", when.unwrap_or_default())
-    });
-    Said {
-        text: format!(
-            "{name}: {} base backups and {} segments read{}: {verdict}",
-            verified.bases,
-            verified.segments,
-            end.unwrap_or_default()
-        ),
-        json: named.json(json!({
-            "history": bases.layout.history().to_string(), "bases": verified.bases, "segments": verified.segments,
-            "end_lsn": verified.end.map(|(lsn, _)| lsn.to_string()),
-            "written_at": verified.end.and_then(|(_, at)| at).map(|at| at.to_string()),
-            "flaws": verified.flaws,
-        })),
-        sound: verified.flaws.is_empty(),
-    }
 }

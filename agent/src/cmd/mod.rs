@@ -1,12 +1,9 @@
 //! One short file per subcommand: configuration and arguments in, text for people or programs and an
-//! exit code out.
+//! exit code out. Where there is more to print, a view beside it (●) makes the text and the JSON.
 
-mod agent_status;
-mod archive_status;
 pub mod backup;
 pub mod check;
 pub mod init;
-mod kinesis_status;
 pub mod promote;
 pub mod reload;
 pub mod restore;

@@ -9,14 +9,12 @@
 //! replica reads it, and its lag says so.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 use std::time::Duration;
 
 use futures_util::{StreamExt as _, stream};
-use serde::Serialize;
 use tokio::time::timeout;
 
-use super::status::DatabaseStatus;
+use super::view::{DatabaseStatus, KinesisStatus};
 use crate::cloud::kinesis::{Kinesis, KinesisError, StreamSummary};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
@@ -26,23 +24,6 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// Streams that are asked for at the same time; AWS allows few descriptions in a second.
 const AT_A_TIME: usize = 4;
-
-/// The Kinesis stream of one database; `null` is "unknown".
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct KinesisStatus {
-    /// Its name.
-    pub stream: String,
-    /// It takes records and can be read.
-    pub active: Option<bool>,
-    /// Shards that take records.
-    pub open_shards: Option<u32>,
-    /// So long a record can be read.
-    pub retention_hours: Option<u64>,
-    /// Why something is unknown.
-    pub error: Option<String>,
-    /// What to do about it.
-    pub hint: Option<String>,
-}
 
 /// Asks for the streams of these databases; under route `direct` there are none.
 pub(super) async fn add(config: &Config, databases: &mut [DatabaseStatus]) {
@@ -83,27 +64,4 @@ async fn ask(stream: &str) -> KinesisStatus {
 
 async fn describe(stream: &str) -> Result<StreamSummary, KinesisError> {
     Kinesis::open(stream).await?.describe().await
-}
-
-impl KinesisStatus {
-    /// For people.
-    pub(super) fn write_text(&self, out: &mut String) {
-        if let (Some(active), Some(shards), Some(hours)) =
-            (self.active, self.open_shards, self.retention_hours)
-        {
-            let _ = writeln!(
-                out,
-                "  kinesis: stream {} {}, {shards} open {}, keeps records for {hours} h",
-                self.stream,
-                if active { "is active" } else { "is NOT ACTIVE" },
-                if shards == 1 { "shard" } else { "shards" }
-            );
-        }
-        if let Some(error) = &self.error {
-            let _ = writeln!(out, "  kinesis: DOES NOT ANSWER: {error}");
-        }
-        if let Some(hint) = &self.hint {
-            let _ = writeln!(out, "  hint: {hint}");
-        }
-    }
 }

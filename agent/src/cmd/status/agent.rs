@@ -15,7 +15,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::status::SEND;
+/// The leg of an agent that puts changes into a Kinesis stream.
+pub(super) const SEND: &str = "send";
 
 /// How long the agent may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
