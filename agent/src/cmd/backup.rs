@@ -16,7 +16,7 @@ use crate::archive::log::{Span, idle_age};
 use crate::cloud::store::{Store, StoreError};
 use crate::config::{Archive, Config, Databases};
 use crate::copy::ProgressDisplay;
-use crate::error::{Classify, chain};
+use crate::error::{Because, Classify as _, chain, hands_on};
 use crate::names::stream::StreamName;
 use crate::observe::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
@@ -58,31 +58,20 @@ pub struct Args {
 enum Failure {
     #[error("there is no [archive] in the configuration")]
     NoArchive,
-    #[error("find the databases")]
-    Databases(#[from] SetupError),
-    #[error("back up {database}")]
-    Backup {
-        database: String,
-        #[source]
-        source: BackupError,
-    },
-    #[error("look into the archive of {database}")]
-    Look {
-        database: String,
-        #[source]
-        source: BackupError,
-    },
-    #[error("look into the archive")]
-    Store(#[from] StoreError),
+    #[error(transparent)]
+    Because(#[from] Because),
 }
+
+hands_on!(Failure:
+    SetupError => "find the databases",
+    StoreError => "look into the archive",
+);
 
 impl Failure {
     fn hint(&self) -> Option<String> {
         match self {
             Self::NoArchive => Some("write [archive] with its url".to_owned()),
-            Self::Databases(error) => error.hint(),
-            Self::Backup { source, .. } | Self::Look { source, .. } => source.hint(),
-            Self::Store(error) => error.hint(),
+            Self::Because(error) => error.hint(),
         }
     }
 }
@@ -132,10 +121,8 @@ async fn each(config: &Config, args: &Args) -> Result<Vec<Said>, Failure> {
     let mut said = Vec::new();
     for named in streams(config, args, &store).await? {
         let looked = Box::pin(look(config, archive, args, &store, &named)).await;
-        said.extend(looked.map_err(|source| Failure::Look {
-            database: named.name().to_owned(),
-            source,
-        })?);
+        let doing = || format!("look into the archive of {}", named.name());
+        said.extend(looked.map_err(|error| Because::new(doing(), error))?);
     }
     Ok(said)
 }
@@ -159,7 +146,8 @@ async fn take(config: &Config, archive: &Archive, args: &Args) -> Result<Vec<Sai
             // The others are worth as much.
             Err(source) => {
                 said.push(view::not_taken(&database, &source));
-                tell(&Failure::Backup { database, source });
+                let doing = format!("back up {database}");
+                tell(&Because::new(doing, source).into());
             }
         }
         if stop.is_cancelled() {

@@ -3,10 +3,11 @@
 //! Plans every database through [`crate::setup::plan`], then prints the plan or executes it. One
 //! database that cannot be set up does not keep the others from it.
 
+use std::error::Error as _;
 use std::io::{self, Write};
 
 use crate::config::Config;
-use crate::error::{Class, Classify, chain};
+use crate::error::{Because, Class, Classify, chain};
 use crate::pg::{ConnInfo, ConnInfoError};
 use crate::setup::{self, Privileged, SetupError};
 
@@ -38,18 +39,9 @@ pub enum InitError {
         #[source]
         source: ConnInfoError,
     },
-    /// The databases could not be listed.
-    #[error("find the databases")]
-    Databases(#[source] SetupError),
-    /// One database could not be set up; the others were tried.
-    #[error("database \"{database}\"")]
-    Database {
-        /// The first that failed.
-        database: String,
-        /// Why.
-        #[source]
-        source: Box<SetupError>,
-    },
+    /// The databases could not be listed, or one of them could not be set up: the first that failed; the others were tried.
+    #[error(transparent)]
+    Because(Because),
     /// Standard output is closed.
     #[error("write to standard output")]
     Output(#[source] io::Error),
@@ -59,8 +51,7 @@ impl Classify for InitError {
     fn class(&self) -> Class {
         match self {
             Self::Url { .. } | Self::Output(_) => Class::Definite,
-            Self::Databases(source) => source.class(),
-            Self::Database { source, .. } => source.class(),
+            Self::Because(error) => error.class(),
         }
     }
 
@@ -68,8 +59,7 @@ impl Classify for InitError {
         match self {
             Self::Url { .. } => Some("write postgres://user@host/database".to_owned()),
             Self::Output(_) => None,
-            Self::Databases(source) => source.hint(),
-            Self::Database { source, .. } => source.hint(),
+            Self::Because(error) => error.hint(),
         }
     }
 }
@@ -90,12 +80,14 @@ pub async fn run(config: &Config, args: &InitArgs) -> Result<(), InitError> {
     };
     let databases = setup::source_databases_as(config, &privileged)
         .await
-        .map_err(InitError::Databases)?;
+        .map_err(|error| InitError::Because(Because::new("find the databases", error)))?;
     let mut first_error = None;
     for database in databases {
         let done = Box::pin(one(config, &privileged, &database, args.plan)).await;
         let Err(error) = done else { continue };
-        if let InitError::Database { source, .. } = &error {
+        if let InitError::Because(because) = &error
+            && let Some(source) = because.source()
+        {
             say(&format!("-- {database}: {}", chain(source)))?;
         }
         first_error.get_or_insert(error);
@@ -109,9 +101,8 @@ async fn one(
     database: &str,
     only_plan: bool,
 ) -> Result<(), InitError> {
-    let failed = |source| InitError::Database {
-        database: database.to_owned(),
-        source: Box::new(source),
+    let failed = |error: SetupError| {
+        InitError::Because(Because::new(format!("database \"{database}\""), error))
     };
     let plan = setup::plan(config, privileged, database)
         .await

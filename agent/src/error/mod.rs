@@ -13,6 +13,7 @@
 
 pub mod remedy;
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::fmt::{self, Write as _};
 
@@ -52,15 +53,18 @@ pub trait Classify: Error {
 /// What was being done when another part failed, whose class and hint are the answer.
 #[derive(Debug)]
 pub struct Because {
-    doing: &'static str,
+    doing: Cow<'static, str>,
     source: Box<dyn Classify + Send + Sync>,
 }
 
 impl Because {
     /// `doing` is a verb and its object.
-    pub fn new(doing: &'static str, source: impl Classify + Send + Sync + 'static) -> Self {
+    pub fn new(
+        doing: impl Into<Cow<'static, str>>,
+        source: impl Classify + Send + Sync + 'static,
+    ) -> Self {
         Self {
-            doing,
+            doing: doing.into(),
             source: Box::new(source),
         }
     }
@@ -68,7 +72,7 @@ impl Because {
 
 impl fmt::Display for Because {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.doing)
+        f.write_str(&self.doing)
     }
 }
 
@@ -87,6 +91,19 @@ impl Classify for Because {
         self.source.hint()
     }
 }
+
+/// Errors of other parts that an enum only hands on, each with what was being done: they become its variant `Because`.
+macro_rules! hands_on {
+    ($to:ty: $($from:ty => $doing:literal),+ $(,)?) => {$(
+        impl From<$from> for $to {
+            fn from(error: $from) -> Self {
+                Self::Because($crate::error::Because::new($doing, error))
+            }
+        }
+    )+};
+}
+
+pub(crate) use hands_on;
 
 /// Renders an error and its causes on one line, each cause after a colon.
 ///
@@ -141,6 +158,39 @@ pub fn sqlstate_class(code: &str) -> Class {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the disk is full")]
+    struct Full;
+
+    impl Classify for Full {
+        fn class(&self) -> Class {
+            Class::Transient
+        }
+
+        fn hint(&self) -> Option<String> {
+            Some("make room".to_owned())
+        }
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    enum Outer {
+        #[error(transparent)]
+        Because(Because),
+    }
+
+    hands_on!(Outer: Full => "write a file");
+
+    #[test]
+    fn what_is_handed_on_keeps_its_class_and_hint_and_is_named_once() {
+        let Outer::Because(because) = Outer::from(Full);
+        assert_eq!(because.class(), Class::Transient);
+        assert_eq!(because.hint().as_deref(), Some("make room"));
+        assert_eq!(
+            chain(&Outer::Because(because)),
+            "write a file: the disk is full"
+        );
+    }
 
     #[test]
     fn what_can_heal_by_itself_is_retried_and_what_needs_a_decision_is_not() {

@@ -16,14 +16,8 @@ pub enum BackupError {
     #[error(transparent)]
     Copy(CopyError),
     /// A conversation with the source failed.
-    #[error("{doing} on the source")]
-    Source {
-        /// Verb and object.
-        doing: &'static str,
-        /// Why.
-        #[source]
-        source: PgError,
-    },
+    #[error(transparent)]
+    Because(Because),
     /// A conversation with the database that is being built failed.
     #[error("{doing} in the new database")]
     Target {
@@ -201,9 +195,9 @@ impl Classify for BackupError {
     fn class(&self) -> Class {
         match self {
             Self::Copy(error) => error.class(),
-            Self::Source { source, .. } | Self::Target { source, .. } => source.class(),
+            Self::Target { source, .. } => source.class(),
             Self::Store(error) => error.class(),
-            Self::Tables(error) => error.class(),
+            Self::Because(error) | Self::Tables(error) => error.class(),
             // The next attempt has an LSN of its own.
             Self::Exists { .. } | Self::Clocks { .. } | Self::Cancelled => Class::Transient,
             Self::Local { source, .. } => match source.kind() {
@@ -227,7 +221,6 @@ impl Classify for BackupError {
                 "the backup begins again with a new snapshot"
             }
             Self::Copy(error) => return error.hint(),
-            Self::Source { source, .. } => return source.hint(),
             Self::Target { source, .. } => match source.sqlstate() {
                 Some("22021" | "22P05") => {
                     "the source held text that is not valid in its encoding; load into a database with encoding \
@@ -240,7 +233,7 @@ impl Classify for BackupError {
                 _ => return source.hint(),
             },
             Self::Store(error) => return error.hint(),
-            Self::Tables(error) => return error.hint(),
+            Self::Because(error) | Self::Tables(error) => return error.hint(),
             Self::NotReplicated { .. } => {
                 "start `dr-agent run` first: it settles which tables are protected"
             }

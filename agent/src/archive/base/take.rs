@@ -43,6 +43,7 @@ use crate::copy::toc::LeftOut;
 use crate::copy::tools::Tools;
 use crate::copy::work::{Taken, Work};
 use crate::copy::{self, CopyObserver, CopyPhase, finish, inventory};
+use crate::error::Because;
 use crate::failpoint;
 use crate::names::TableName;
 use crate::names::history::History;
@@ -105,7 +106,7 @@ pub async fn take(
 }
 
 fn source(doing: &'static str) -> impl FnOnce(PgError) -> BackupError {
-    move |source| BackupError::Source { doing, source }
+    move |error| BackupError::Because(Because::new(format!("{doing} on the source"), error))
 }
 
 /// One backup on its way.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::archive::log::{ArchiveError, SpoolError};
 use crate::cloud::kinesis::KinesisError;
 use crate::cloud::store::StoreError;
-use crate::error::{Class, Classify};
+use crate::error::{Because, Class, Classify, hands_on};
 use crate::flow::spill::SpillError;
 use crate::names::TableName;
 use crate::pg::PgError;
@@ -21,12 +21,8 @@ use crate::source::SourceError;
 pub(super) enum Failed {
     #[error("look at the replica")]
     Setup(#[from] SetupError),
-    #[error("open a session that applies to the replica")]
-    Session(#[from] PgError),
     #[error("open a directory for large transactions")]
     Spill(#[from] SpillError),
-    #[error("read the stream")]
-    Kinesis(#[from] KinesisError),
     #[error("read the stream")]
     Source(#[from] SourceError),
     #[error(transparent)]
@@ -39,7 +35,14 @@ pub(super) enum Failed {
     ArchiveSilent(Duration),
     #[error("the session that holds the promotion's lock has ended")]
     LockLost(#[source] PgError),
+    #[error(transparent)]
+    Because(Because),
 }
+
+hands_on!(Failed:
+    PgError => "open a session that applies to the replica",
+    KinesisError => "read the stream",
+);
 
 impl Failed {
     /// The table whose rows are on the source alone.
@@ -67,23 +70,21 @@ impl Classify for Failed {
     fn class(&self) -> Class {
         match self {
             Self::Setup(error) => error.class(),
-            Self::Session(error) => error.class(),
             Self::Spill(error) => error.class(),
-            Self::Kinesis(error) => error.class(),
             Self::Source(error) => error.class(),
             Self::Replay(error) => error.class(),
             Self::Archive(error) => error.class(),
             Self::ArchiveSilent(_) => Class::Transient,
             Self::Records(_) => Class::Definite,
             Self::LockLost(error) => error.class(),
+            Self::Because(error) => error.class(),
         }
     }
 
     fn hint(&self) -> Option<String> {
         match self {
-            Self::Session(error) => error.hint(),
-            Self::Kinesis(error) => error.hint(),
             Self::Archive(error) => error.hint(),
+            Self::Because(error) => error.hint(),
             Self::ArchiveSilent(_) => {
                 Some("check that archive.url is right and can be reached from here".to_owned())
             }
@@ -171,6 +172,22 @@ mod tests {
     use super::*;
     use crate::flow::changelog::Gap;
     use crate::flow::testing::lsn;
+
+    #[test]
+    fn what_the_replicas_server_and_kinesis_say_is_handed_on() {
+        let lost = || PgError::Protocol("as planned".to_owned());
+        let refused = || KinesisError::Record {
+            stream: "s".to_owned(),
+            reason: "it is too large".to_owned(),
+        };
+        for (error, class, hint) in [
+            (Failed::from(lost()), lost().class(), lost().hint()),
+            (refused().into(), refused().class(), refused().hint()),
+        ] {
+            assert_eq!((error.class(), error.hint()), (class, hint), "{error}");
+        }
+        assert_eq!(Failed::from(refused()).to_string(), "read the stream");
+    }
 
     #[test]
     fn nobody_who_promotes_is_told_to_start_an_agent() {

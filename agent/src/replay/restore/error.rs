@@ -5,7 +5,7 @@ use crate::archive::base::BackupError;
 use crate::archive::log::ArchiveError;
 use crate::cloud::store::StoreError;
 use crate::copy::locale::Locale;
-use crate::error::{Class, Classify};
+use crate::error::{Because, Class, Classify, hands_on};
 use crate::flow::spill::SpillError;
 use crate::names::history::History;
 use crate::pg::pgoutput::DecodeError;
@@ -116,9 +116,6 @@ pub enum RestoreError {
         #[source]
         source: PgError,
     },
-    /// The base backup.
-    #[error("restore the base backup")]
-    Backup(#[from] BackupError),
     /// The archive.
     #[error("read the change log")]
     Archive(#[from] ArchiveError),
@@ -128,16 +125,19 @@ pub enum RestoreError {
     /// A record makes no sense.
     #[error("read the change log")]
     Decode(#[from] DecodeError),
-    /// The messages make no sense, or a large transaction does not fit.
-    #[error("read the change log")]
-    Source(#[from] SourceError),
-    /// No room for large transactions.
-    #[error("open the spill directory")]
-    Spill(#[from] SpillError),
     /// The target could not take the log.
     #[error(transparent)]
     Replay(#[from] ReplayError),
+    /// Another part failed: the base backup, the messages of the log, room for large transactions.
+    #[error(transparent)]
+    Because(Because),
 }
+
+hands_on!(RestoreError:
+    BackupError => "restore the base backup",
+    SourceError => "read the change log",
+    SpillError => "open the spill directory",
+);
 
 fn named(names: &[String]) -> String {
     match names {
@@ -186,12 +186,10 @@ impl Classify for RestoreError {
     fn class(&self) -> Class {
         match self {
             Self::Target { source, .. } => source.class(),
-            Self::Backup(error) => error.class(),
             Self::Archive(error) => error.class(),
             Self::Store(error) => error.class(),
-            Self::Source(error) => error.class(),
-            Self::Spill(error) => error.class(),
             Self::Replay(error) => error.class(),
+            Self::Because(error) => error.class(),
             _ => Class::Definite,
         }
     }
@@ -202,11 +200,9 @@ impl Classify for RestoreError {
                 "create the database first, empty: createdb -T template0, with the encoding and locale of the source"
             }
             Self::Target { source, .. } => return source.hint(),
-            Self::Backup(error) => return error.hint(),
             Self::Archive(error) => return error.hint(),
             Self::Store(error) => return error.hint(),
-            Self::Source(error) => return error.hint(),
-            Self::Spill(error) => return error.hint(),
+            Self::Because(error) => return error.hint(),
             Self::Replay(ReplayError::Sink(error)) => match error.cause() {
                 SinkError::TruncatedInPart { .. } | SinkError::PartitionMissing { .. } => {
                     "restore to a moment before that, or behind the next base backup (dr-agent backup --list); or all other \
@@ -273,5 +269,123 @@ impl Classify for RestoreError {
             Self::TargetUrl(_) | Self::Decode(_) => return None,
         };
         Some(hint.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::chain;
+
+    /// Class, hint and the beginning of the text.
+    fn of(error: &impl Classify) -> (Class, Option<String>) {
+        (error.class(), error.hint())
+    }
+
+    #[test]
+    fn what_other_parts_say_is_handed_on() {
+        let backup = || BackupError::NotFound {
+            base: "b/".to_owned(),
+        };
+        let full = || SpillError::Full { limit: 1 };
+        let waits = || SourceError::TooMuchWaits { limit: 1 };
+        let store = || StoreError::Torn {
+            object: "o".to_owned(),
+        };
+        let log = || ArchiveError::Lost {
+            object: "o".to_owned(),
+        };
+        let cases = [
+            (
+                RestoreError::from(backup()),
+                of(&backup()),
+                "restore the base backup: there is no base backup b/",
+            ),
+            (full().into(), of(&full()), "open the spill directory: "),
+            (waits().into(), of(&waits()), "read the change log: "),
+            (store().into(), of(&store()), "use the archive: write o: "),
+            (log().into(), of(&log()), "read the change log: o, which"),
+        ];
+        for (error, expected, begins) in cases {
+            assert!(expected.1.is_some(), "{begins}");
+            assert_eq!(of(&error), expected, "{begins}");
+            assert!(chain(&error).starts_with(begins), "{}", chain(&error));
+        }
+    }
+
+    #[test]
+    fn every_refusal_says_what_to_do() {
+        let lsn = PgLsn::from(1);
+        let moment = Moment::End;
+        let history = History {
+            system_identifier: 7,
+            began: 0,
+        };
+        let locale = Locale {
+            encoding: "UTF8".to_owned(),
+            provider: crate::copy::locale::Provider::Libc,
+            collate: "C".to_owned(),
+            ctype: "C.UTF-8".to_owned(),
+            owner: "app".to_owned(),
+            icu_rules: None,
+        };
+        let refusals = [
+            (RestoreError::NoArchive, "[archive]"),
+            (RestoreError::WhichDatabase(vec![]), "--database"),
+            (
+                RestoreError::NoHistory {
+                    asked: history,
+                    known: vec![],
+                },
+                "backup --list",
+            ),
+            (
+                RestoreError::WhichHistory {
+                    moment,
+                    histories: vec![history],
+                },
+                "--history",
+            ),
+            (RestoreError::NothingOf("app".to_owned()), "backup --list"),
+            (
+                RestoreError::NoBase {
+                    moment,
+                    oldest: None,
+                },
+                "backup --list",
+            ),
+            (RestoreError::LogEnds { end: lsn, moment }, "--to-time"),
+            (
+                RestoreError::TooFar { at: lsn, moment },
+                "TEMPLATE template0",
+            ),
+            (RestoreError::OtherTables, "TEMPLATE template0"),
+            (
+                RestoreError::NotEmpty { objects: vec![] },
+                "TEMPLATE template0",
+            ),
+            (
+                RestoreError::OtherRestore {
+                    stream: "s".to_owned(),
+                    history: "h".to_owned(),
+                },
+                "if nobody needs it",
+            ),
+            (
+                RestoreError::Encoding {
+                    wanted: Box::new(locale),
+                    target: "LATIN1".to_owned(),
+                },
+                "ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C.UTF-8'",
+            ),
+            (RestoreError::Busy, "wait for it"),
+            (RestoreError::TableName("t".to_owned()), "schema.table"),
+            (RestoreError::NoTable("t".to_owned()), "manifest.json"),
+        ];
+        for (error, words) in refusals {
+            let hint = error.hint().unwrap_or_default();
+            assert!(hint.contains(words), "{error}: {hint}");
+            assert_eq!(error.class(), Class::Definite, "{error}");
+        }
     }
 }
