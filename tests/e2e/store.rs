@@ -153,6 +153,33 @@ async fn keeps_the_contract(store: &Store) {
     assert_eq!(names(store, "log/", None).await, log);
     assert_eq!(store.put_new(&gone, second).await.unwrap(), Put::Created);
 
+    // Replaced as it was read, in one piece or in parts, and by nobody who has read something else.
+    let damaged = Bytes::from_static(b"damaged");
+    let put = store.put_new("meta/damaged", damaged).await.unwrap();
+    assert_eq!(put, Put::Created);
+    let old = store.read("meta/damaged").await.unwrap().version();
+    for bytes in [700, (8 << 20) + 7] {
+        let read = store.read("meta/damaged").await.unwrap().version();
+        let body = random(bytes);
+        let replace = async |read, body: &Bytes| {
+            let mut object = store.replace("meta/damaged", read).await.unwrap();
+            object.write(body.clone()).await.unwrap();
+            object.finish().await.unwrap().0
+        };
+        assert_eq!(replace(read.clone(), &body).await, Put::Created);
+        assert!(store.get("meta/damaged").await.unwrap() == body);
+        for read in [&old, &read] {
+            assert_eq!(replace(read.clone(), &random(9)).await, Put::Exists);
+        }
+        assert!(store.get("meta/damaged").await.unwrap() == body);
+    }
+    let read = store.read("meta/damaged").await.unwrap().version();
+    store.delete("meta/damaged").await.unwrap();
+    let mut object = store.replace("meta/damaged", read).await.unwrap();
+    object.write(Bytes::from_static(b"x")).await.unwrap();
+    let error = object.finish().await.unwrap_err();
+    assert_eq!(error.class(), Class::Transient, "{error}");
+
     // Of many writers exactly one creates.
     let mut writers = tokio::task::JoinSet::new();
     for writer in 0..8_u8 {
@@ -438,6 +465,17 @@ async fn what_is_not_s3_has_stored_read_and_listed_nothing() {
         foreign(&store.folders("").await.unwrap_err(), "folders");
     }
     assert_eq!(names(&store, "", None).await, ["small0", "small1"]);
+    // Nor has it deleted anything, or ended an upload.
+    for page in ["", ETAG] {
+        proxy.spoil("DELETE /archive/app/small0", Fault::Page(page));
+        foreign(&store.delete("small0").await.unwrap_err(), "delete");
+    }
+    assert_eq!(names(&store, "", None).await, ["small0", "small1"]);
+    proxy.spoil("DELETE /archive/app/small0", Fault::Page(""));
+    let put = store.put_new_in_parts("small0", body.clone()).await;
+    foreign(&put.unwrap_err(), "abort");
+    store.delete("small0").await.unwrap();
+    assert_eq!(names(&store, "", None).await, ["small1"]);
     assert_eq!(proxy.unused(), 0);
 }
 

@@ -201,6 +201,7 @@ pub fn settings(port: u16) -> AwsSettings {
         region: Some("eu-central-1".to_owned()),
         credentials: Some(("test".to_owned(), SECRET.to_owned())),
         session_token: None,
+        attempts: None,
     }
 }
 

@@ -22,6 +22,8 @@ mod error;
 mod idle;
 mod layout;
 mod recover;
+#[cfg(test)]
+mod repair_tests;
 mod segment;
 mod spool;
 mod spooled;

@@ -56,6 +56,8 @@ pub struct AwsSettings {
     pub credentials: Option<(String, String)>,
     /// What makes temporary credentials valid.
     pub session_token: Option<String>,
+    /// Attempts at a request, in place of what the service is given otherwise.
+    pub attempts: Option<u32>,
 }
 
 /// What a client is made of.

@@ -3,3 +3,5 @@
 pub mod aws;
 pub mod kinesis;
 pub mod store;
+#[cfg(test)]
+mod tests;

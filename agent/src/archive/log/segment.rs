@@ -3,8 +3,9 @@
 //! One zstd frame with a checksum over parts behind one another ([`crate::flow::changelog`]): `zstd -d` unpacks it.
 //!
 //! # Invariants
-//! - An object that is there is never overwritten. One that another agent wrote before us is read: it serves if it
-//!   holds what its name says. If it does not, it is copied aside before its name is used.
+//! - An object that is there is read: it serves if it holds what its name says. Only if it does not, it is copied aside and
+//!   replaced, in one step and as the one that was read: whatever is killed and however many do it at once, a segment's name never
+//!   loses what it has to something worse, and is never without an object.
 //! - A segment that ends early, begins elsewhere, has a gap or comes from another source or stream is an error that names it.
 
 use std::fs::File;
@@ -14,7 +15,7 @@ use bytes::Bytes;
 
 use super::unzstd::Unzstd;
 use super::{ArchiveError, Layout, Segment, Span, SpoolError};
-use crate::cloud::store::{ObjectReader, Put, Store};
+use crate::cloud::store::{ObjectReader, Put, Store, Version};
 use crate::flow::changelog::{Frames, Part, Unpacker, history_of};
 use crate::names::history::History;
 use crate::names::stream::StreamName;
@@ -47,28 +48,34 @@ pub(super) async fn upload(
     layout: &Layout,
     segment: &Segment,
 ) -> Result<Uploaded, ArchiveError> {
-    match create(store, layout, segment).await? {
-        Some(uploaded) => return Ok(uploaded),
-        None => make_way(store, layout, segment.span).await?,
+    let there = Uploaded {
+        raw_bytes: segment.bytes(),
+        stored_bytes: 0,
+    };
+    if let Some(uploaded) = write(store, layout, segment, None).await? {
+        return Ok(uploaded);
     }
-    match create(store, layout, segment).await? {
+    // Another agent's, most of the time.
+    let Some(damaged) = copy_aside(store, layout, segment.span).await? else {
+        return Ok(there);
+    };
+    match write(store, layout, segment, Some(damaged)).await? {
         Some(uploaded) => Ok(uploaded),
-        // Another agent's, most of the time.
-        None => verify(store, layout, segment.span)
-            .await
-            .map(|()| Uploaded {
-                raw_bytes: segment.bytes(),
-                stored_bytes: 0,
-            }),
+        // Somebody else has done the same meanwhile.
+        None => verify(store, layout, segment.span).await.map(|()| there),
     }
 }
 
-/// What has the segment's name already and is damaged, or somebody else's, is put aside, where nothing is deleted with it. A name is
-/// not worth the log behind it: whatever was there is no segment.
+/// What has the segment's name already and is damaged, or somebody else's, is kept aside; its version is returned, which is to be
+/// replaced. A name is not worth the log behind it: whatever is there is no segment. None if it is one.
 ///
 /// # Errors
 /// [`ArchiveError::InTheWay`] where it cannot be read: it may be the segment.
-async fn make_way(store: &Store, layout: &Layout, span: Span) -> Result<(), ArchiveError> {
+pub(super) async fn copy_aside(
+    store: &Store,
+    layout: &Layout,
+    span: Span,
+) -> Result<Option<Version>, ArchiveError> {
     let name = layout.segment(span);
     let in_the_way = |error: ArchiveError| match error {
         ArchiveError::Store(error) if !error.is_of_one_object() => error.into(),
@@ -77,37 +84,44 @@ async fn make_way(store: &Store, layout: &Layout, span: Span) -> Result<(), Arch
             source: Box::new(source),
         },
     };
-    let reason = match verify(store, layout, span).await {
-        Ok(()) => return Ok(()),
+    let object = store.read(&name).await;
+    let object = object.map_err(|error| in_the_way(error.into()))?;
+    let damaged = object.version();
+    let reason = match SegmentReader::new(Some(object), Bytes::new(), layout, span)?
+        .check()
+        .await
+    {
+        Ok(()) => return Ok(None),
         Err(error @ ArchiveError::Store(_)) => return Err(in_the_way(error)),
         Err(error) => error,
     };
     let aside = layout.aside(span, rand::random());
     let copying = async {
         let mut object = store.read(&name).await?;
+        if object.version() != damaged {
+            return Ok(());
+        }
         let mut copy = store.create(&aside).await?;
         while let Some(piece) = object.next().await? {
             copy.write(piece).await?;
         }
-        match copy.finish().await? {
-            (Put::Created, _) => store.delete(&name).await,
-            // It stays where it is, and is found there again.
-            (Put::Exists, _) => Ok(()),
-        }
+        // Its name is a random number: what has it is a copy of the same.
+        copy.finish().await.map(|_| ())
     };
     copying.await.map_err(|error| in_the_way(error.into()))?;
     tracing::error!(
         object = name, aside, reason = %crate::error::chain(&reason),
-        "an object in the archive has a segment's name and is none: it was put aside, and the segment is written"
+        "an object in the archive has a segment's name and is none: a copy was put aside, and the segment replaces it"
     );
-    Ok(())
+    Ok(Some(damaged))
 }
 
-/// Writes a segment; none where something has its name already.
-async fn create(
+/// Writes a segment, where nothing has its name or `instead` of what was read; none where something else is there.
+pub(super) async fn write(
     store: &Store,
     layout: &Layout,
     segment: &Segment,
+    instead: Option<Version>,
 ) -> Result<Option<Uploaded>, ArchiveError> {
     let name = layout.segment(segment.span);
     let unreadable = |source| SpoolError::Io {
@@ -116,7 +130,10 @@ async fn create(
         source,
     };
     let mut file = File::open(segment.path()).map_err(unreadable)?;
-    let mut writer = store.create(&name).await?;
+    let mut writer = match instead {
+        None => store.create(&name).await?,
+        Some(damaged) => store.replace(&name, damaged).await?,
+    };
     let mut encoder = encoder().map_err(unreadable)?;
     let mut stored_bytes = 0;
     let mut checking = Checking::from(segment.span.start);
@@ -214,12 +231,10 @@ fn encoder() -> std::io::Result<zstd::stream::write::Encoder<'static, Vec<u8>>> 
 /// # Errors
 /// [`ArchiveError`]
 pub async fn verify(store: &Store, layout: &Layout, span: Span) -> Result<(), ArchiveError> {
-    let mut reader = SegmentReader::open(store, layout, span).await?;
-    while reader.next_messages().await?.is_some() {}
-    match reader.decoder.is_whole() {
-        true => Ok(()),
-        false => Err(reader.damaged("it does not end where its compressed data ends".to_owned())),
-    }
+    SegmentReader::open(store, layout, span)
+        .await?
+        .check()
+        .await
 }
 
 /// A segment that is being read.
@@ -279,6 +294,15 @@ impl SegmentReader {
             end: span.start,
             inside_a_batch: false,
         })
+    }
+
+    /// Reads all of it.
+    async fn check(mut self) -> Result<(), ArchiveError> {
+        while self.next_messages().await?.is_some() {}
+        match self.decoder.is_whole() {
+            true => Ok(()),
+            false => Err(self.damaged("it does not end where its compressed data ends".to_owned())),
+        }
     }
 
     /// The next messages, in order, checked; `None` at the end of the segment, which is where its name says.

@@ -12,7 +12,8 @@ use crate::flow::batch::Batch;
 use crate::flow::changelog::{Author, Frames, Unpacker};
 use crate::flow::counts::ChangeCounts;
 use crate::flow::ledger::BatchNumber;
-use crate::flow::testing::{lsn, relation, table};
+pub(super) use crate::flow::testing::lsn;
+use crate::flow::testing::{relation, table};
 use crate::flow::transaction::{Assembler, Change, Ended, Relations, Transaction};
 use crate::names::history::History;
 use crate::names::stream::StreamName;
@@ -24,12 +25,12 @@ const LIMITS: SpoolLimits = SpoolLimits {
     segment_bytes: 1 << 10,
 };
 
-const HISTORY: History = History {
+pub(super) const HISTORY: History = History {
     system_identifier: 7_301,
     began: 123_456,
 };
 
-fn author() -> Author {
+pub(super) fn author() -> Author {
     Author {
         stream: "s".to_owned(),
         history: HISTORY,
@@ -39,7 +40,7 @@ fn author() -> Author {
 }
 
 /// One transaction from `previous` to `end` that inserts so many bytes.
-fn batch(previous: u64, end: u64, bytes: usize) -> Batch {
+pub(super) fn batch(previous: u64, end: u64, bytes: usize) -> Batch {
     let relation = relation(table(1, "t", &["a"]));
     let change = Change {
         message: encode::insert(1, &[Value::Text(&vec![b'x'; bytes])]),

@@ -29,7 +29,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_util::task::TaskTracker;
 
 use super::name::{self, TEMPORARY};
-use super::{Doing, Listed, ObjectSummary, Put, StoreError};
+use super::{Doing, Listed, ObjectSummary, Put, StoreError, Version};
 use crate::private;
 
 /// No writer leaves its file untouched for so long.
@@ -90,7 +90,11 @@ impl Directory {
         .await
     }
 
-    pub(super) async fn create(&self, name: &str) -> Result<DirectoryWriter, StoreError> {
+    pub(super) async fn create(
+        &self,
+        name: &str,
+        instead: Option<Version>,
+    ) -> Result<DirectoryWriter, StoreError> {
         let directory = self.clone();
         // Given up while the file is being made, its guard is dropped with the answer.
         let (file, temporary) = self
@@ -100,6 +104,7 @@ impl Directory {
         Ok(DirectoryWriter {
             directory: self.clone(),
             name: name.to_owned(),
+            instead,
             file: tokio::fs::File::from_std(file),
             temporary,
             written: ObjectSummary::default(),
@@ -110,14 +115,18 @@ impl Directory {
         let (directory, path) = (self.clone(), self.root.join(name));
         let opened = self.blocking(move || match File::open(path) {
             // A directory can be opened too, and is no object.
-            Ok(file) => Ok(file.metadata()?.is_file().then_some(file)),
+            Ok(file) => {
+                let status = file.metadata()?;
+                Ok(status.is_file().then(|| (file, version(&status))))
+            }
             Err(error) if is_absent(&error) => directory.must_be_there().map(|()| None),
             Err(error) => Err(error),
         });
         match opened.await {
-            Ok(Some(file)) => Ok(DirectoryReader {
+            Ok(Some((file, version))) => Ok(DirectoryReader {
                 directory: self.clone(),
                 name: name.to_owned(),
+                version,
                 file: tokio::fs::File::from_std(file),
             }),
             Ok(None) => Err(StoreError::NotFound {
@@ -209,13 +218,34 @@ impl Directory {
             }
         };
         // For an object that exists too: the other writer may not have come so far.
+        self.make_names_durable(&path)?;
+        Ok(put)
+    }
+
+    /// Gives it the name of an object that is still what it was when it was read; none in between finds nothing there.
+    fn publish_instead(
+        &self,
+        temporary: &Temporary,
+        name: &str,
+        read: &Version,
+    ) -> io::Result<Put> {
+        let path = self.root.join(name);
+        if version(&fs::metadata(&path)?) != *read {
+            return Ok(Put::Exists);
+        }
+        fs::rename(&temporary.path, &path)?;
+        self.make_names_durable(&path)?;
+        Ok(Put::Created)
+    }
+
+    fn make_names_durable(&self, path: &Path) -> io::Result<()> {
         for above in path.ancestors().skip(1) {
             sync(above)?;
             if *above == *self.root {
                 break;
             }
         }
-        Ok(put)
+        Ok(())
     }
 
     fn walk(&self, prefix: &str, after: Option<&str>) -> io::Result<Vec<Listed>> {
@@ -349,7 +379,15 @@ impl Temporary {
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.path) {
+        let removed = fs::remove_file(&self.path);
+        // It may be an object by now, and have no other name.
+        if let Err(error) = removed.or_else(|error| {
+            if is_absent(&error) {
+                Ok(())
+            } else {
+                Err(error)
+            }
+        }) {
             tracing::warn!(path = %self.path.display(), %error, "temporary file not removed");
         }
     }
@@ -360,6 +398,8 @@ impl Drop for Temporary {
 pub(super) struct DirectoryWriter {
     directory: Directory,
     name: String,
+    /// What it is to replace.
+    instead: Option<Version>,
     file: tokio::fs::File,
     temporary: Temporary,
     written: ObjectSummary,
@@ -384,6 +424,7 @@ impl DirectoryWriter {
         let Self {
             directory,
             name,
+            instead,
             mut file,
             temporary,
             written,
@@ -394,7 +435,10 @@ impl DirectoryWriter {
         file.sync_all().await.map_err(failed)?;
         let (to, object) = (directory.clone(), name.clone());
         let put = directory
-            .blocking(move || to.publish(&temporary, &object))
+            .blocking(move || match instead {
+                None => to.publish(&temporary, &object),
+                Some(read) => to.publish_instead(&temporary, &object, &read),
+            })
             .await
             .map_err(failed)?;
         Ok((put, written))
@@ -406,10 +450,15 @@ impl DirectoryWriter {
 pub(super) struct DirectoryReader {
     directory: Directory,
     name: String,
+    version: Version,
     file: tokio::fs::File,
 }
 
 impl DirectoryReader {
+    pub(super) fn version(&self) -> Version {
+        self.version.clone()
+    }
+
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, StoreError> {
         let mut piece = BytesMut::with_capacity(CHUNK);
         match self.file.read_buf(&mut piece).await {
@@ -418,6 +467,16 @@ impl DirectoryReader {
             Err(source) => Err(self.directory.failed(Doing::Read, &self.name, source)),
         }
     }
+}
+
+/// A file that is written anew is another file, and one that is written to has another time.
+fn version(status: &fs::Metadata) -> Version {
+    let (seconds, nanos) = (status.mtime(), status.mtime_nsec());
+    Version(format!(
+        "{}-{}-{seconds}.{nanos}",
+        status.ino(),
+        status.len()
+    ))
 }
 
 /// What making directories says while others make and delete them. It may be meant, too: then it says so every time.

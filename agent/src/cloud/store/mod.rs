@@ -1,7 +1,7 @@
 //! The object store of the archive: a bucket on S3, or a directory.
 //!
 //! Used by the archive sink and by `restore`; knows nothing of either. An object is written once, whole,
-//! and never changed. The two stores are told apart here and nowhere else: `s3` and `directory`
+//! and never changed; only one that is found damaged may be replaced. The two stores are told apart here and nowhere else: `s3` and `directory`
 //! keep the same contract, and one test (`tests/e2e/store.rs`) holds both to it.
 //!
 //! # Invariants
@@ -10,6 +10,8 @@
 //! - **First come, first kept.** Of any number of writers of one name exactly one gets [`Put::Created`]; the
 //!   others get [`Put::Exists`] and have changed nothing. An answer that is lost on the way does not
 //!   turn one into the other: the object itself says who wrote it.
+//! - **Replaced in one step.** What is damaged is replaced by [`Store::replace`], and only as it was read: at no moment is the name
+//!   without an object.
 //! - **Settled.** What a dropped write had under way comes to its end in the background; after [`Store::settle`] a listing
 //!   shows what is left of it.
 //! - **Bounded.** A writer or reader holds a few parts in memory, whatever the size of its object.
@@ -172,7 +174,7 @@ impl Store {
     pub async fn put_new(&self, name: &str, body: Bytes) -> Result<Put, StoreError> {
         name::check(name)?;
         match &self.0 {
-            Kind::S3(s3) => s3.put_new(name, body).await,
+            Kind::S3(s3) => s3.put(name, body, None).await,
             Kind::Directory(directory) => directory.put_new(name, body).await,
         }
     }
@@ -191,8 +193,26 @@ impl Store {
     pub async fn create(&self, name: &str) -> Result<ObjectWriter, StoreError> {
         name::check(name)?;
         let kind = match &self.0 {
-            Kind::S3(s3) => WriterKind::S3(S3Writer::new(s3.clone(), name)),
-            Kind::Directory(directory) => WriterKind::Directory(directory.create(name).await?),
+            Kind::S3(s3) => WriterKind::S3(S3Writer::new(s3.clone(), name, None)),
+            Kind::Directory(directory) => {
+                WriterKind::Directory(directory.create(name, None).await?)
+            }
+        };
+        Ok(ObjectWriter { kind, torn: false })
+    }
+
+    /// Begins an object in the place of what was read as `read`: whoever reads the name finds the one or the other, whole. What
+    /// is of another version by then is left as it is ([`Put::Exists`]).
+    ///
+    /// Two who replace the same object at once may both succeed, one behind the other, where the store looks and writes in two
+    /// steps (a directory, services that do not know If-Match): what is written here must be as good as what another writes.
+    pub async fn replace(&self, name: &str, read: Version) -> Result<ObjectWriter, StoreError> {
+        name::check(name)?;
+        let kind = match &self.0 {
+            Kind::S3(s3) => WriterKind::S3(S3Writer::new(s3.clone(), name, Some(read))),
+            Kind::Directory(directory) => {
+                WriterKind::Directory(directory.create(name, Some(read)).await?)
+            }
         };
         Ok(ObjectWriter { kind, torn: false })
     }
@@ -325,6 +345,10 @@ impl ObjectWriter {
     }
 }
 
+/// One version of an object, as it was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version(String);
+
 /// An object that is being read.
 #[derive(Debug)]
 pub struct ObjectReader(ReaderKind);
@@ -336,6 +360,14 @@ enum ReaderKind {
 }
 
 impl ObjectReader {
+    /// Which one it is of all that the name has had.
+    pub fn version(&self) -> Version {
+        match &self.0 {
+            ReaderKind::S3(reader) => reader.version(),
+            ReaderKind::Directory(reader) => reader.version(),
+        }
+    }
+
     /// The next piece, never empty; `None` behind the last, when all of it came and S3's checksum,
     /// where there is one, was right.
     pub async fn next(&mut self) -> Result<Option<Bytes>, StoreError> {

@@ -1,13 +1,14 @@
 //! Objects as keys of an S3 bucket, through the AWS SDK.
 //!
-//! Every write carries `If-None-Match: *`, so S3 itself decides who comes first. It also carries a number
+//! Every write carries `If-None-Match: *`, so S3 itself decides who comes first; what replaces a damaged object carries
+//! `If-Match` with the ETag that was read. It also carries a number
 //! of its own in the object's metadata ([`WRITER`]): a request whose answer was lost is sent again by the
 //! SDK and finds the object in its way, and only the number tells our own object from another's.
 //!
 //! # Invariants
 //! - Every upload carries the CRC-32C of its bytes; S3 refuses others. What is read is compared with the one
 //!   S3 keeps.
-//! - A status of 200 alone says nothing: what is written, read and listed has to look like S3's.
+//! - A status of 200 alone says nothing: what is written, read, listed and deleted has to look like S3's.
 //! - Every request has a deadline that grows with what it sends, and at most [`ATTEMPTS`] attempts. One that
 //!   stands still is given up.
 //!
@@ -36,7 +37,7 @@ use base64::prelude::BASE64_STANDARD;
 use metrics::Counter;
 use tokio_util::task::TaskTracker;
 
-use self::attempts::{Clock, Conflicts, Throttled};
+use self::attempts::{Clock, Conflicts, OnlyS3, Throttled};
 pub(super) use self::read::S3Reader;
 pub(super) use self::write::S3Writer;
 use super::{Doing, Encryption, Listed, Refusal, StoreError, StoreUrl, name};
@@ -82,7 +83,8 @@ impl S3 {
         encryption: &Encryption,
         settings: &AwsSettings,
     ) -> Result<Self, StoreError> {
-        let environment = aws::environment(settings, "S3", ATTEMPTS).await;
+        let attempts = settings.attempts.unwrap_or(ATTEMPTS);
+        let environment = aws::environment(settings, "S3", attempts).await;
         let Some(region) = environment.region else {
             return Err(StoreError::S3 {
                 doing: Doing::Open,
@@ -204,7 +206,8 @@ impl S3 {
 
     pub(super) async fn delete(&self, name: &str) -> Result<(), StoreError> {
         let request = self.client.delete_object().bucket(self.bucket());
-        match request.key(self.key(name)).send().await {
+        let request = request.key(self.key(name)).customize().interceptor(OnlyS3);
+        match Box::pin(request.send()).await {
             Ok(_) => Ok(()),
             Err(error) => Err(self.refused(Doing::Delete, name, &error)),
         }
@@ -289,6 +292,7 @@ mod tests {
             region: Some("eu-central-1".to_owned()),
             credentials: Some(("an-access-key".to_owned(), "the-secret".to_owned())),
             session_token: Some("the-secret-token".to_owned()),
+            attempts: None,
         };
         let store = S3::open("bucket", "", &Encryption::Default, &settings).await;
         let error = store.unwrap().delete("a").await.unwrap_err();

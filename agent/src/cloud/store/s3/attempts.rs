@@ -6,7 +6,9 @@
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime};
 
-use aws_sdk_s3::config::interceptors::{FinalizerInterceptorContextRef, InterceptorContext};
+use aws_sdk_s3::config::interceptors::{
+    BeforeDeserializationInterceptorContextRef, FinalizerInterceptorContextRef, InterceptorContext,
+};
 use aws_sdk_s3::config::retry::{ClassifyRetry, RetryAction};
 use aws_sdk_s3::config::{ConfigBag, Intercept, RuntimeComponents};
 use aws_sdk_s3::error::BoxError;
@@ -88,6 +90,32 @@ impl Intercept for Clock {
             *self.0.lock().unwrap_or_else(PoisonError::into_inner) = said;
         }
         Ok(())
+    }
+}
+
+/// Takes a success for one only where S3 gave it, for what has no answer that says more: S3 says 204, and names the request.
+#[derive(Debug)]
+pub(super) struct OnlyS3;
+
+impl Intercept for OnlyS3 {
+    fn name(&self) -> &'static str {
+        "only S3"
+    }
+
+    fn read_before_deserialization(
+        &self,
+        context: &BeforeDeserializationInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let answer = context.response();
+        let names_it = answer.headers().get("x-amz-request-id").is_some();
+        match answer.status().as_u16() {
+            status @ 200..=299 if status != 204 && !names_it => {
+                Err(format!("a success of status {status} that S3 does not give").into())
+            }
+            _ => Ok(()),
+        }
     }
 }
 

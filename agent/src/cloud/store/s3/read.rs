@@ -16,7 +16,7 @@ use aws_sdk_s3::types::ChecksumMode;
 use bytes::Bytes;
 
 use super::{S3, length, read_crc};
-use crate::cloud::store::{Doing, StoreError};
+use crate::cloud::store::{Doing, StoreError, Version};
 use crate::error::chain;
 
 /// A transfer may break so often without a single byte in between.
@@ -76,15 +76,17 @@ impl S3 {
     }
 }
 
+/// Nothing of that kind is ever written here.
+pub(super) fn is_a_page(content_type: Option<&str>) -> bool {
+    content_type.is_some_and(|kind| kind.starts_with("text/html"))
+}
+
 /// Why an answer is none of S3 to a request from there on.
 fn flaw(answer: &GetObjectOutput, from: u64) -> Option<&'static str> {
     let range = answer.content_range().unwrap_or_default();
     if answer.e_tag().is_none() || answer.content_length().is_none() {
         Some("an answer without ETag or length")
-    } else if answer
-        .content_type()
-        .is_some_and(|kind| kind.starts_with("text/html"))
-    {
+    } else if is_a_page(answer.content_type()) {
         Some("a page of HTML")
     } else if from > 0 && !range.starts_with(&format!("bytes {from}-")) {
         Some("another part of the object than was asked for")
@@ -94,6 +96,11 @@ fn flaw(answer: &GetObjectOutput, from: u64) -> Option<&'static str> {
 }
 
 impl S3Reader {
+    pub(in crate::cloud::store) fn version(&self) -> Version {
+        // An answer without one is none of S3.
+        Version(self.etag.clone().unwrap_or_default())
+    }
+
     pub(in crate::cloud::store) async fn next(&mut self) -> Result<Option<Bytes>, StoreError> {
         loop {
             let broke = match self.body.next().await {

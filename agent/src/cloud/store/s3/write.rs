@@ -10,6 +10,7 @@
 
 use std::mem;
 
+use aws_sdk_s3::operation::RequestId as _;
 use aws_sdk_s3::operation::head_object::HeadObjectOutput;
 use aws_sdk_s3::types::{
     ChecksumAlgorithm, ChecksumType, CompletedMultipartUpload, CompletedPart, ServerSideEncryption,
@@ -18,9 +19,11 @@ use bytes::{Bytes, BytesMut};
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
+use super::attempts::OnlyS3;
+use super::read::is_a_page;
 use super::refused::{is_gone, is_missing, is_taken};
 use super::{COMPLETE_WITHIN, S3, WRITER, length, patience, time_to_send, written_crc};
-use crate::cloud::store::{Doing, Encryption, ObjectSummary, Put, StoreError, ended};
+use crate::cloud::store::{Doing, Encryption, ObjectSummary, Put, StoreError, Version, ended};
 
 /// The smallest part; S3 takes none below 5 MiB but the last.
 const PART_BYTES: usize = 8 << 20;
@@ -40,11 +43,14 @@ fn part_bytes(before: usize) -> usize {
 }
 
 impl S3 {
-    pub(in crate::cloud::store) async fn put_new(
+    /// Writes an object that is not there yet, or `instead` of what was read.
+    pub(in crate::cloud::store) async fn put(
         &self,
         name: &str,
         body: Bytes,
+        instead: Option<Version>,
     ) -> Result<Put, StoreError> {
+        let (none, same) = condition(instead);
         let writer = draw();
         let sent = ObjectSummary {
             bytes: body.len() as u64,
@@ -56,7 +62,8 @@ impl S3 {
             .put_object()
             .bucket(self.bucket())
             .key(self.key(name))
-            .if_none_match("*")
+            .set_if_none_match(none)
+            .set_if_match(same)
             .metadata(WRITER, &writer)
             .checksum_algorithm(ChecksumAlgorithm::Crc32C)
             .checksum_crc32_c(written_crc(sent.crc32c))
@@ -73,6 +80,8 @@ impl S3 {
                 self.stored(name, &writer, receipt, sent).await
             }
             Err(error) if is_taken(&error) => self.whose(name, &writer).await,
+            // What was to be replaced.
+            Err(error) if is_missing(&error) => Err(self.gone(name)),
             Err(error) => Err(self.refused(Doing::Write, name, &error)),
         }
     }
@@ -82,7 +91,7 @@ impl S3 {
         name: &str,
         body: Bytes,
     ) -> Result<Put, StoreError> {
-        let mut upload = Upload::begin(self, name).await?;
+        let mut upload = Upload::begin(self, name, None).await?;
         upload.send(body).await?;
         let (put, _) = upload.complete().await?;
         if put == Put::Exists {
@@ -131,9 +140,12 @@ impl S3 {
     async fn head(&self, name: &str) -> Result<Option<HeadObjectOutput>, StoreError> {
         let request = self.client.head_object().bucket(self.bucket());
         match Box::pin(request.key(self.key(name)).send()).await {
-            Ok(head) if head.e_tag().is_none() => {
-                Err(self.foreign(Doing::Read, name, "an object without ETag"))
-            }
+            Ok(head) if head.e_tag().is_none() || is_a_page(head.content_type()) => Err(self
+                .foreign(
+                    Doing::Read,
+                    name,
+                    "an object without ETag, or a page of HTML",
+                )),
             Ok(head) => Ok(Some(head)),
             Err(error) if is_missing(&error) => Ok(None),
             Err(error) => Err(self.refused(Doing::Read, name, &error)),
@@ -156,6 +168,14 @@ impl S3 {
     }
 }
 
+/// `If-None-Match` and `If-Match` of a write.
+fn condition(instead: Option<Version>) -> (Option<String>, Option<String>) {
+    match instead {
+        None => (Some("*".to_owned()), None),
+        Some(Version(etag)) => (None, Some(etag)),
+    }
+}
+
 /// Whether the writer of this number wrote it.
 fn is_by(head: &HeadObjectOutput, writer: &str) -> bool {
     let metadata = head.metadata();
@@ -174,16 +194,18 @@ fn draw() -> String {
 pub(in crate::cloud::store) struct S3Writer {
     store: S3,
     name: String,
+    instead: Option<Version>,
     gathered: BytesMut,
     /// Begun with the first full part.
     upload: Option<Upload>,
 }
 
 impl S3Writer {
-    pub(in crate::cloud::store) fn new(store: S3, name: &str) -> Self {
+    pub(in crate::cloud::store) fn new(store: S3, name: &str, instead: Option<Version>) -> Self {
         Self {
             store,
             name: name.to_owned(),
+            instead,
             gathered: BytesMut::new(),
             upload: None,
         }
@@ -205,7 +227,10 @@ impl S3Writer {
             if self.gathered.len() == full {
                 let upload = match &mut self.upload {
                     Some(upload) => upload,
-                    none => none.insert(Upload::begin(&self.store, &self.name).await?),
+                    none => {
+                        let instead = self.instead.clone();
+                        none.insert(Upload::begin(&self.store, &self.name, instead).await?)
+                    }
                 };
                 upload.send(self.gathered.split().freeze()).await?;
             }
@@ -220,7 +245,8 @@ impl S3Writer {
                 bytes: body.len() as u64,
                 crc32c: crc32c::crc32c(&body),
             };
-            return Ok((self.store.put_new(&self.name, body).await?, summary));
+            let put = self.store.put(&self.name, body, self.instead).await?;
+            return Ok((put, summary));
         };
         if !body.is_empty() {
             upload.send(body).await?;
@@ -234,6 +260,7 @@ impl S3Writer {
 struct Upload {
     store: S3,
     name: String,
+    instead: Option<Version>,
     id: String,
     writer: String,
     /// How many have been sent.
@@ -246,7 +273,7 @@ struct Upload {
 }
 
 impl Upload {
-    async fn begin(store: &S3, name: &str) -> Result<Self, StoreError> {
+    async fn begin(store: &S3, name: &str, instead: Option<Version>) -> Result<Self, StoreError> {
         let writer = draw();
         let request = store
             .client
@@ -267,6 +294,7 @@ impl Upload {
         Ok(Self {
             store: store.clone(),
             name: name.to_owned(),
+            instead,
             id,
             writer,
             parts: 0,
@@ -316,9 +344,11 @@ impl Upload {
                 .await
                 .map_err(|error| store.refused(Doing::Write, &name, &error))?;
             // The whole is looked at in the end; a part that was never stored is noticed now, before it is completed.
-            let other = stored
-                .checksum_crc32_c()
-                .is_some_and(|said| said != written_crc(crc));
+            // One that does not tell the checksum has to name the request at least: a page has an ETag like any page.
+            let other = match stored.checksum_crc32_c() {
+                Some(said) => said != written_crc(crc),
+                None => stored.request_id().is_none(),
+            };
             if stored.e_tag.is_none() || other {
                 return Err(store.foreign(
                     Doing::Write,
@@ -350,6 +380,7 @@ impl Upload {
         }
         let mut parts = mem::take(&mut self.stored);
         parts.sort_unstable_by_key(CompletedPart::part_number);
+        let (none, same) = condition(self.instead.clone());
         let request = self
             .store
             .client
@@ -357,7 +388,8 @@ impl Upload {
             .bucket(self.store.bucket())
             .key(self.store.key(&self.name))
             .upload_id(&self.id)
-            .if_none_match("*")
+            .set_if_none_match(none)
+            .set_if_match(same)
             .checksum_type(ChecksumType::FullObject)
             .checksum_crc32_c(written_crc(self.whole.crc32c))
             .set_mpu_object_size(i64::try_from(self.whole.bytes).ok())
@@ -380,6 +412,8 @@ impl Upload {
             Err(error) if is_taken(&error) || is_gone(&error) => {
                 self.store.whose(&self.name, &self.writer).await?
             }
+            // What was to be replaced.
+            Err(error) if is_missing(&error) => return Err(self.store.gone(&self.name)),
             Err(error) => return Err(self.store.refused(Doing::Write, &self.name, &error)),
         };
         self.over = put == Put::Created;
@@ -397,7 +431,9 @@ impl Upload {
             .abort_multipart_upload()
             .bucket(self.store.bucket())
             .key(self.store.key(&self.name))
-            .upload_id(&self.id);
+            .upload_id(&self.id)
+            .customize()
+            .interceptor(OnlyS3);
         async move {
             // A part that arrives after the end of its upload is kept, and paid for.
             sending.shutdown().await;
