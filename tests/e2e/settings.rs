@@ -1,14 +1,17 @@
 //! Goal: no setting of a server, a database or a role changes what is replicated, or ends or blocks a session of ours.
 //! Method: every setting that could, as hostile as it can be, at every level and on both sides at once; tables of the types
-//! whose text or names depend on one, through the copy, the stream, lanes and a promotion; compares by full content.
+//! whose text or names depend on one, through the copy, the stream, lanes and a promotion, and once more through records, the
+//! archive, a restore and a promotion that drains; compares by full content.
 
 use dr_agent_tests::agent::{Agent, AgentConfig};
+use dr_agent_tests::archive::{archive, first_base, position, restore_at, wait_archived_to};
 use dr_agent_tests::client::Client;
-use dr_agent_tests::compare::{expect_equal_when_caught_up, expect_same_content};
+use dr_agent_tests::compare::expect_same_content;
+use dr_agent_tests::kinesalite::Kinesalite;
+use dr_agent_tests::route::{Route, STREAM};
 use dr_agent_tests::server::PgServer;
-use dr_agent_tests::site::Site;
-
-const DATABASE: &str = "hostile";
+use dr_agent_tests::site::{Database, Site};
+use dr_agent_tests::streams;
 
 /// Name, a hostile value, and what the test's own sessions have instead where it would be in their way.
 const HOSTILE: &[(&str, &str, Option<&str>)] = &[
@@ -96,6 +99,7 @@ fn rows(from: i32) -> String {
 /// Makes a server as hostile as its version can be, at every level.
 async fn make_hostile(server: &PgServer, database: &str) {
     let client = server.client("postgres").await;
+    client.run("SET ROLE NONE").await;
     let later = if server.major() >= 17 { SINCE_17 } else { &[] };
     let mut own = String::new();
     for (name, value, of_test) in HOSTILE.iter().chain(later) {
@@ -151,14 +155,13 @@ async fn change(source: &Client, from: i32) {
         .await;
 }
 
-#[tokio::test]
-async fn no_setting_of_a_server_a_database_or_a_role_changes_what_is_replicated() {
-    let site = Site::own().await;
-    site.source.create_database(DATABASE).await;
+/// Two servers as hostile as can be, and a database whose rows were there before.
+async fn hostile(site: &Site) -> Database {
+    let database = site.database("hostile").await;
     for server in [&site.source, &site.replica] {
         make_agent(server).await;
     }
-    let source = site.source.client(DATABASE).await;
+    let source = database.source().await;
     // A server may be built without it.
     let has_xml = source.try_run("SELECT '<a/>'::xml").await.is_ok();
     let document = if has_xml { "xml" } else { "text" };
@@ -168,51 +171,128 @@ async fn no_setting_of_a_server_a_database_or_a_role_changes_what_is_replicated(
     source.run(SCHEMA).await;
     change(&source, 1).await;
     drop(source);
-    make_hostile(&site.source, DATABASE).await;
+    make_hostile(&site.source, &database.name).await;
     // The replica's own, before the first copy; its database has the source's from then on.
-    site.replica.create_database(DATABASE).await;
-    make_hostile(&site.replica, DATABASE).await;
+    site.replica.create_database(&database.name).await;
+    make_hostile(&site.replica, &database.name).await;
+    database
+}
 
-    let url = |server: &PgServer| server.url("postgres").replace("postgres@", "agent@");
-    let config = AgentConfig::new(&url(&site.source), &url(&site.replica))
-        .databases(&[DATABASE])
-        .set_text("source.keyless", "full")
-        .set("replica.lanes", "3")
-        .set("limits.spread_changes", "100");
-    let stream = config.stream(DATABASE);
-    let agent = Agent::new(config);
-    let running = agent.start();
-    running.wait_for_streaming(DATABASE).await;
-    let source = site.source.client(DATABASE).await;
-    let replica = site.replica.client(DATABASE).await;
-    expect_equal_when_caught_up(&source, &replica, &stream).await;
-    change(&source, 50).await;
-    expect_equal_when_caught_up(&source, &replica, &stream).await;
-    let spread = running
-        .metrics()
-        .await
-        .value("dr_agent_spread_batches_total", &[("database", DATABASE)]);
-    assert!(spread.is_some_and(|batches| batches >= 1.0), "{spread:?}");
-    running
-        .wait_for_log(&["the source is read-only for its users", "set by"])
-        .await;
-    for sign in ["will retry", " ERROR "] {
-        assert!(!running.log().contains(sign), "{}", running.log());
-    }
-    running.stop().await;
-
-    // What the promotion refuses for good reason: its users could not write.
-    let admin = site.replica.client("postgres").await;
+/// Takes away what a promotion refuses for good reason: its users could not write.
+async fn allow_promotion(server: &PgServer, database: &str) {
+    let admin = server.client("postgres").await;
     admin.run("SET ROLE NONE").await;
     admin
         .run("ALTER SYSTEM RESET default_transaction_read_only")
         .await;
-    admin.run("ALTER ROLE agent RESET default_transaction_read_only; ALTER ROLE agent IN DATABASE hostile RESET default_transaction_read_only; SELECT pg_reload_conf()").await;
+    admin
+        .run(&format!(
+            "ALTER ROLE agent RESET default_transaction_read_only;
+             ALTER ROLE agent IN DATABASE {database} RESET default_transaction_read_only; SELECT pg_reload_conf()"
+        ))
+        .await;
+}
+
+/// As the role that the settings are hostile to.
+fn as_agent(url: &str) -> String {
+    url.replace("postgres@", "agent@")
+}
+
+fn config(site: &Site, database: &Database) -> AgentConfig {
+    database
+        .config()
+        .set_text("source.url", &as_agent(&site.source.url("postgres")))
+        .set_text("replica.url", &as_agent(&site.replica.url("postgres")))
+        .set_text("source.keyless", "full")
+        .set("replica.lanes", "3")
+        .set("limits.spread_changes", "100")
+}
+
+#[tokio::test]
+async fn no_setting_of_a_server_a_database_or_a_role_changes_what_is_replicated() {
+    let site = Site::own().await;
+    let database = hostile(&site).await;
+    let name = &database.name;
+    let agent = Agent::new(config(&site, &database));
+    let running = agent.start();
+    running.wait_for_streaming(name).await;
+    let source = database.source().await;
+    database.expect_equal().await;
+    change(&source, 50).await;
+    database.expect_equal().await;
+    let spread = running
+        .metrics()
+        .await
+        .value("dr_agent_spread_batches_total", &[("database", name)]);
+    assert!(spread.is_some_and(|batches| batches >= 1.0), "{spread:?}");
+    running
+        .wait_for_log(&["the source is read-only for its users", "set by"])
+        .await;
+    running.expect_untroubled();
+    running.stop().await;
+
+    allow_promotion(&site.replica, name).await;
     agent
         .command(&["promote", "--failover"])
         .await
         .expect_code(0);
-    expect_same_content(&source, &site.replica.client(DATABASE).await).await;
+    expect_same_content(&source, &database.replica().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_setting_changes_what_goes_through_records_or_comes_out_of_an_archive() {
+    let site = Site::own().await;
+    let target = "hostile_restored";
+    site.replica.create_database(target).await;
+    let database = hostile(&site).await;
+    let name = &database.name;
+    let kinesalite = Kinesalite::start().await;
+    streams::create(kinesalite.port(), STREAM, 2).await;
+    let archive = archive();
+    let spool = archive.with_file_name("spool").display().to_string();
+    let route = Route::with_configuration(database.clone(), kinesalite.port(), || {
+        config(&site, &database)
+            .set_text("objectives.rpo", "1s")
+            .set_text("archive.url", &format!("file://{}", archive.display()))
+            .set_text("archive.spool_directory", &spool)
+    });
+    let (running, applying) = route.start().await;
+    first_base(&running, &database).await;
+    let source = database.source().await;
+    change(&source, 50).await;
+    database.expect_equal().await;
+    let end = position(&source).await.parse().expect("it is an LSN");
+    // Heartbeats come behind it.
+    wait_archived_to(end, &archive).await;
+    running.expect_untroubled();
+    applying.expect_untroubled();
+    running.stop().await;
+    applying.stop().await;
+
+    make_hostile(&site.replica, target).await;
+    let admin = site.replica.client("postgres").await;
+    admin.run("SET ROLE NONE").await;
+    admin
+        .run(&format!(
+            "ALTER DATABASE {target} SET default_transaction_read_only = on"
+        ))
+        .await;
+    restore_at(&route.sender, &as_agent(&site.replica.url(target)), &[])
+        .await
+        .expect_code(0);
+    expect_same_content(&source, &site.replica.client(target).await).await;
+
+    // Sent, and not applied.
+    let running = route.run(&[]);
+    running.wait_for_streaming(name).await;
+    change(&source, 90).await;
+    route.wait_sent().await;
+    running.stop().await;
+    allow_promotion(&site.replica, name).await;
+    let promote = ["promote", "--failover"];
+    let outcome = route.applier.command_with(&promote, &route.with(&[])).await;
+    outcome.expect_code(0);
+    expect_same_content(&source, &database.replica().await).await;
 }
 
 /// A log of DDL, filled as many do it; the rows of the source's DDL are replicated like any others.

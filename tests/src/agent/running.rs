@@ -155,6 +155,15 @@ impl Running {
         }
     }
 
+    /// The same; nor may anything have had to be tried again.
+    #[track_caller]
+    pub fn expect_untroubled(&self) {
+        self.expect_quiet_log();
+        let log = self.log();
+        let again = log.lines().find(|line| line.contains("will retry"));
+        assert!(again.is_none(), "the agent's log has: {again:?}");
+    }
+
     /// A page of the HTTP listener.
     pub async fn get(&self, path: &str) -> Result<http::Answer, String> {
         http::get(self.http_port, path).await
