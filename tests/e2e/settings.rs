@@ -45,6 +45,13 @@ const HOSTILE: &[(&str, &str, Option<&str>)] = &[
     ("exit_on_error", "on", Some("off")),
     ("plan_cache_mode", "force_custom_plan", None),
     ("tcp_user_timeout", "100ms", None),
+    ("synchronous_commit", "off", None),
+    ("client_min_messages", "error", None),
+    ("plpgsql.variable_conflict", "use_column", None),
+    ("plpgsql.extra_errors", "all", None),
+    ("lo_compat_privileges", "on", None),
+    ("work_mem", "64kB", None),
+    ("temp_buffers", "800kB", None),
 ];
 
 /// What later versions have.
@@ -99,7 +106,7 @@ fn rows(from: i32) -> String {
 /// Makes a server as hostile as its version can be, at every level.
 async fn make_hostile(server: &PgServer, database: &str) {
     let client = server.client("postgres").await;
-    client.run("SET ROLE NONE").await;
+    client.run("SET ROLE NONE; LOAD 'plpgsql'").await;
     let later = if server.major() >= 17 { SINCE_17 } else { &[] };
     let mut own = String::new();
     for (name, value, of_test) in HOSTILE.iter().chain(later) {
