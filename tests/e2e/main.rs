@@ -49,6 +49,7 @@ mod late_large;
 mod late_needs;
 mod listed;
 mod lost_slot;
+mod made_of;
 mod misfit;
 mod moments;
 mod narrowed;

@@ -69,19 +69,19 @@ pub(crate) const ALTERED: &[(&str, &str, &str, &str)] = &[
         "mood[]",
         "state[]",
         "'{ok}'",
-        "is public._state on the source and public.mood[] on the replica",
+        "is public.state[] on the source and public.mood[] on the replica",
     ),
     (
         "int",
         "positive",
         "7",
-        "is a domain over int4 on the source and integer on the replica",
+        "is public.positive over integer on the source and integer on the replica",
     ),
     (
         "positive",
         "int",
         "7",
-        "is integer on the source and public.positive on the replica",
+        "is integer on the source and public.positive over integer on the replica",
     ),
     (
         "json",
@@ -504,7 +504,7 @@ async fn what_the_stream_does_not_tell_of_a_column_is_compared_and_stops() {
             .run(&format!("INSERT INTO priced VALUES ({id} + 30, {value})"))
             .await;
         let there = format!(
-            "of domain public.{domain} over numeric(8,{}) on the source",
+            "is public.{domain} over numeric(8,{}) on the source",
             value.len() - 2
         );
         expect_stopped(

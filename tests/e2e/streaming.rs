@@ -205,12 +205,16 @@ async fn tables_are_altered_and_truncated_inside_a_large_transaction() {
     scene.database.wait_caught_up().await;
     // As the manual has it: the replica first.
     let replica = scene.database.writable_replica().await;
-    replica.run("ALTER TABLE large ADD COLUMN note text").await;
+    const ALTER: &str = "CREATE DOMAIN exact AS numeric(8,3); ALTER TABLE large ADD COLUMN note text, ADD COLUMN part exact";
+    replica.run(ALTER).await;
     let large = scene.database.source().await;
     large.run("BEGIN").await;
     large.run(&insert("large", 0)).await;
-    large.run("ALTER TABLE large ADD COLUMN note text").await;
-    large.run("UPDATE large SET note = 'n' || id").await;
+    // What the domain is made of cannot be seen before it is committed.
+    large.run(ALTER).await;
+    large
+        .run("UPDATE large SET note = 'n' || id, part = id / 7.0")
+        .await;
     scene.wait_for_blocks(3).await;
     // Meanwhile another session works with other tables, and needs its own descriptions.
     scene.source.run("UPDATE small SET v = 'changed'").await;

@@ -21,7 +21,7 @@ use bytes::Bytes;
 
 pub use self::assembler::{Assembler, Ended};
 pub use self::open::{Complete, Pending};
-pub use self::types::{FIRST_NAMED_OID, Named, TypeName, TypeNames};
+pub use self::types::{FIRST_NAMED_OID, Named, SentType, TypeName, TypeNames};
 use crate::error::{Class, Classify};
 use crate::flow::counts::ChangeCounts;
 use crate::flow::spill::SpillFile;

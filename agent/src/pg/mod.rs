@@ -11,6 +11,7 @@ mod conninfo;
 mod dial;
 mod error;
 pub mod leftover;
+pub mod made_of;
 mod password;
 pub mod pgoutput;
 pub mod quote;

@@ -161,7 +161,7 @@ impl SessionError {
     pub(super) fn is_expected(&self) -> bool {
         matches!(
             self,
-            Self::Reconfigured | Self::NewTable | Self::Sink(SinkError::DomainNotKnown { .. })
+            Self::Reconfigured | Self::NewTable | Self::Source(SourceError::NewType)
         ) || self.uncopied().is_some()
     }
 }

@@ -40,7 +40,8 @@ use crate::sink::kinesis::KinesisSink;
 use crate::sink::replica::{Beside, ReplicaSink, SinkSettings, Synced};
 use crate::sink::{self, Outcome};
 use crate::source::{
-    self, IntakeLimits, Received, SlotUse, SourcePosition, SourceSettings, StreamSettings, Until,
+    self, IntakeLimits, MadeOf, Received, SlotUse, SourcePosition, SourceSettings, StreamSettings,
+    Until,
 };
 use crate::watch::coverage::Unprotected;
 use crate::watch::monitor;
@@ -245,10 +246,6 @@ impl Pipeline {
                 beside: beside.clone(),
                 left_out: HashSet::new(),
                 sends_generated: prepared.sends_generated(),
-                domains: prepared
-                    .computed
-                    .as_ref()
-                    .map(|computed| computed.domains().clone()),
             },
         )
         .await?;
@@ -324,6 +321,10 @@ impl Pipeline {
             binary: self.binary && prepared.binary,
             limits: IntakeLimits::of(&self.config.limits),
             catch_up_bytes: self.config.limits.catch_up_bytes,
+            types: match &prepared.computed {
+                Some(computed) => Arc::clone(computed.types()),
+                None => MadeOf::default(),
+            },
         };
         tasks.spawn(async move {
             source::run(settings, space, received, flush, position)

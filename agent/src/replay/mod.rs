@@ -110,7 +110,6 @@ impl Sessions {
             beside: None,
             left_out: target.left_out,
             sends_generated: true,
-            domains: None,
         };
         let (sink, batches) = ReplicaSink::connect(target.conninfo, settings, synced).await?;
         Ok(Self { sink, batches })

@@ -1,9 +1,9 @@
-//! What a table's columns are that the stream does not tell: what a generated column is computed from, and which domain a
-//! column is of.
+//! What a table's columns are that the stream does not tell by itself: what a generated column is computed from, and what a column's
+//! type is made of.
 //!
 //! The replica computes generated columns itself, so another expression there means other values, and nothing in the stream shows
-//! it. Of a domain the stream tells the type it is made of, and nothing of its own. So the catalogs of both sides are compared:
-//! at every start, and whenever what the source's catalog says is another than last time.
+//! it. So the catalogs of both sides are compared: at every start, and whenever what the source's catalog says is another than last
+//! time. What types are made of goes from here into the stream ([`crate::pg::made_of`]).
 //!
 //! # What it does not do
 //! It compares the present of both. A source that was altered and a replica that has not come to that yet differ, and the
@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
+use std::sync::Arc;
 
 use futures_util::future;
 use tokio_postgres::Client;
@@ -19,31 +20,32 @@ use tokio_postgres::Client;
 use crate::catalog::server_version;
 use crate::names::TableName;
 use crate::pg::PgError;
+use crate::pg::made_of::made_of;
 
 /// A column of a table.
 type Place = (TableName, String);
 
-/// The columns of one side that are generated, or of a domain.
+/// The columns of one side that are generated, or of a type that is not PostgreSQL's own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Computed {
     major: i32,
     columns: BTreeMap<Place, String>,
-    domains: HashMap<u32, String>,
+    types: Arc<HashMap<u32, String>>,
 }
 
 impl Computed {
-    /// What each domain is, by its OID.
-    pub fn domains(&self) -> &HashMap<u32, String> {
-        &self.domains
+    /// What the types of columns are made of that are not PostgreSQL's own, by OID.
+    pub fn types(&self) -> &Arc<HashMap<u32, String>> {
+        &self.types
     }
 }
 
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Which {
-    /// Generated columns. Whoever knows the source's domains finds another one at its place in the stream.
+    /// Generated columns. Another type is found at its place in the stream, where that was read by this version.
     Generated,
-    /// Columns of a domain as well.
+    /// Columns of types that are not PostgreSQL's own as well.
     All,
 }
 
@@ -80,48 +82,47 @@ impl fmt::Display for Difference {
 /// # Errors
 /// When the server does not answer.
 pub async fn read(client: &Client) -> Result<Computed, PgError> {
-    const SQL: &str = "
-        SELECT n.nspname::text, c.relname::text, a.attname::text,
-               CASE WHEN a.attgenerated <> ''
-                    THEN 'GENERATED ALWAYS AS (' || coalesce(pg_catalog.pg_get_expr(d.adbin, d.adrelid), '') || ')'
-                    ELSE 'of domain ' || s.nspname || '.' || y.typname || ' over '
-                         || pg_catalog.format_type(y.typbasetype, y.typtypmod) END
+    const COLUMNS: &str = "
+        SELECT n.nspname::text, c.relname::text, a.attname::text, a.atttypid,
+               'GENERATED ALWAYS AS (' || pg_catalog.pg_get_expr(d.adbin, d.adrelid) || ')'
           FROM pg_catalog.pg_attribute a
           JOIN pg_catalog.pg_class c ON c.oid = a.attrelid AND c.relkind = 'r'
           JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-          JOIN pg_catalog.pg_type y ON y.oid = a.atttypid
-          JOIN pg_catalog.pg_namespace s ON s.oid = y.typnamespace
-          LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-         WHERE a.attnum > 0 AND NOT a.attisdropped AND (a.attgenerated <> '' OR y.typtype = 'd')
+          LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum AND a.attgenerated <> ''
+         WHERE a.attnum > 0 AND NOT a.attisdropped AND (a.attgenerated <> '' OR a.atttypid >= 10000)
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'";
-    const DOMAINS: &str = "
-        SELECT y.oid, 'of domain ' || s.nspname || '.' || y.typname || ' over '
-               || pg_catalog.format_type(y.typbasetype, y.typtypmod)
-          FROM pg_catalog.pg_type y JOIN pg_catalog.pg_namespace s ON s.oid = y.typnamespace
-         WHERE y.typtype = 'd' AND y.oid >= 10000";
+    let types_sql = format!(
+        "SELECT used.oid, {} FROM (
+             SELECT DISTINCT a.atttypid FROM pg_catalog.pg_attribute a
+               JOIN pg_catalog.pg_class c ON c.oid = a.attrelid AND c.relkind = 'r'
+              WHERE a.atttypid >= 10000 AND a.attnum > 0 AND NOT a.attisdropped) AS used (oid)",
+        made_of("used.oid")
+    );
     // Together: the replica may be far away.
-    let (version, begun, rows, domains, ended) = future::join5(
+    let (version, begun, rows, types, ended) = future::join5(
         server_version(client),
         client.batch_execute("BEGIN; SET LOCAL search_path = ''"),
-        client.query_typed(SQL, &[]),
-        client.query_typed(DOMAINS, &[]),
+        client.query_typed(COLUMNS, &[]),
+        client.query_typed(&types_sql, &[]),
         client.batch_execute("COMMIT"),
     )
     .await;
     let major = version? / 10_000;
     begun?;
     ended?;
+    let types: HashMap<u32, String> = types?
+        .iter()
+        .filter_map(|row| Some((row.get(0), row.get::<_, Option<String>>(1)?)))
+        .collect();
     let column = |row: &tokio_postgres::Row| {
-        let table = TableName::of(row);
-        ((table, row.get(2)), row.get(3))
+        let what = row.get::<_, Option<String>>(4);
+        let what = what.or_else(|| types.get(&row.get(3)).cloned())?;
+        Some(((TableName::of(row), row.get(2)), what))
     };
     Ok(Computed {
         major,
-        columns: rows?.iter().map(column).collect(),
-        domains: domains?
-            .iter()
-            .map(|row| (row.get(0), row.get(1)))
-            .collect(),
+        columns: rows?.iter().filter_map(column).collect(),
+        types: Arc::new(types),
     })
 }
 
@@ -215,10 +216,7 @@ mod tests {
             text("GENERATED ALWAYS AS (a)"),
             text("GENERATED ALWAYS AS (b)"),
         );
-        let (c, d) = (
-            text("of domain s.c over integer"),
-            text("of domain s.d over integer"),
-        );
+        let (c, d) = (text("s.c over integer"), text("s.d over integer"));
         for (there, here, within, across) in [
             (&a, &a, true, true),
             (&a, &b, false, true),

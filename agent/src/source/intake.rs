@@ -11,6 +11,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Semaphore, mpsc, watch};
 
+use super::types::{self, Types};
 use super::{Received, SourceError, SourcePosition, SourceSettings, subtransactions};
 use crate::config::Limits;
 use crate::flow::spill::{SpillSpace, Spills};
@@ -85,6 +86,7 @@ pub(super) struct Intake {
     transaction_bytes: u64,
     /// None where messages come as if nothing had been streamed: then there is nothing to ask.
     ordinary: Option<Ordinary>,
+    types: Types,
     budget: Arc<Semaphore>,
     budget_bytes: u64,
     queue: mpsc::Sender<Received>,
@@ -100,7 +102,7 @@ impl Intake {
         queue: mpsc::Sender<Received>,
         position: watch::Sender<SourcePosition>,
     ) -> Self {
-        let session = Session::new(settings.stream.application_name("subtransactions"))
+        let session = Session::new(settings.stream.application_name("questions"))
             .set("statement_timeout", STATEMENT_TIMEOUT);
         let ordinary = Ordinary {
             conninfo: settings.conninfo.clone(),
@@ -108,6 +110,7 @@ impl Intake {
         };
         let mut intake = Self::of_log(settings.limits, settings.start, space, queue, position);
         intake.ordinary = Some(ordinary);
+        intake.types = Types::new(Arc::clone(&settings.types));
         intake
     }
 
@@ -128,6 +131,7 @@ impl Intake {
             spills: Spills::new(space),
             transaction_bytes: limits.transaction_bytes,
             ordinary: None,
+            types: Types::default(),
             budget: Arc::new(Semaphore::new(budget)),
             budget_bytes: budget as u64,
             queue,
@@ -150,6 +154,7 @@ impl Intake {
     /// [`Intake::end_lsn`] and brings them again.
     pub(super) fn restart(&mut self) {
         self.assembler.restart();
+        self.types.restart();
         self.spills.clear();
     }
 
@@ -170,6 +175,7 @@ impl Intake {
         meanwhile: &mut impl Meanwhile,
     ) -> Result<Taken, SourceError> {
         self.here.bytes += data.len() as u64;
+        self.tell_types(&data, meanwhile).await?;
         match self.assembler.push(data)? {
             None => {
                 self.relieve()?;
@@ -178,8 +184,54 @@ impl Intake {
             Some(Ended::Committed(complete)) => self.hand_over(*complete, meanwhile).await,
             Some(Ended::Aborted { xid }) => {
                 self.spills.discard(xid);
+                self.types.take_unseen(xid);
                 Ok(Taken::Part)
             }
+        }
+    }
+
+    /// Before a relation is described: what its types are made of.
+    async fn tell_types(
+        &mut self,
+        data: &Bytes,
+        meanwhile: &mut impl Meanwhile,
+    ) -> Result<(), SourceError> {
+        let Some(ordinary) = &self.ordinary else {
+            return Ok(());
+        };
+        let wanted = self.assembler.unknown_types(data)?;
+        let is_unknown = |oid: &u32| self.types.get(*oid).is_none();
+        let asked: Vec<u32> = wanted.iter().copied().filter(is_unknown).collect();
+        if !asked.is_empty() {
+            let asking = Box::pin(types::ask(&ordinary.conninfo, &ordinary.session, &asked));
+            let found = meanwhile.during(asking).await??;
+            self.types.know(found);
+        }
+        for oid in wanted {
+            let made_of = self.types.get(oid).cloned();
+            if made_of.is_none() {
+                self.types.not_seen(self.assembler.block(), oid);
+            }
+            self.assembler
+                .tell_made_of(oid, made_of.unwrap_or_default());
+        }
+        Ok(())
+    }
+
+    /// A transaction that has ended may have created types that could not be seen before.
+    async fn expect_types_seen(
+        &mut self,
+        xid: u32,
+        meanwhile: &mut impl Meanwhile,
+    ) -> Result<(), SourceError> {
+        let unseen = self.types.take_unseen(xid);
+        let Some(ordinary) = self.ordinary.as_ref().filter(|_| !unseen.is_empty()) else {
+            return Ok(());
+        };
+        let asking = Box::pin(types::ask(&ordinary.conninfo, &ordinary.session, &unseen));
+        match meanwhile.during(asking).await??.is_empty() {
+            true => Ok(()),
+            false => Err(SourceError::NewType),
         }
     }
 
@@ -235,6 +287,7 @@ impl Intake {
         meanwhile: &mut impl Meanwhile,
     ) -> Result<Taken, SourceError> {
         self.settle(&mut complete, meanwhile).await?;
+        self.expect_types_seen(complete.xid(), meanwhile).await?;
         let (mut transaction, aborted) = complete.into_transaction();
         let xid = transaction.xid;
         if self.spills.holds(xid) {

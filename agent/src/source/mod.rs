@@ -33,6 +33,7 @@ mod overflow;
 mod pace;
 mod positions;
 mod subtransactions;
+mod types;
 mod walsender;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
@@ -42,6 +43,7 @@ use self::intake::Intake;
 pub use self::intake::IntakeLimits;
 pub use self::kinesis::{StreamSettings, Tip, Until, receive};
 pub use self::log::LogIntake;
+pub use self::types::MadeOf;
 use crate::archive::log::ArchiveError;
 use crate::cloud::kinesis::KinesisError;
 use crate::error::remedy;
@@ -86,6 +88,8 @@ pub struct SourceSettings {
     pub limits: IntakeLimits,
     /// `limits.catch_up_bytes`
     pub catch_up_bytes: u64,
+    /// What types are made of, as far as the source was asked.
+    pub types: MadeOf,
 }
 
 /// Why the stream ended.
@@ -100,6 +104,9 @@ pub enum SourceError {
     /// A large transaction could not be put on disk.
     #[error("keep a large transaction")]
     Spill(#[from] SpillError),
+    /// A large transaction has created the type that its rows are of, and could not be judged while it ran.
+    #[error("a transaction is read once more, with the types it has created")]
+    NewType,
     /// The source does not know whether a subtransaction was rolled back.
     #[error("the source does not know what became of subtransaction {subxid}")]
     UnknownFate {
@@ -205,9 +212,11 @@ impl Classify for SourceError {
             | Self::BegunAnew { .. }
             | Self::Gap { .. } => Class::Definite,
             // What the next start finds says whether somebody is wanted.
-            Self::Overtaken { .. } | Self::Behind { .. } | Self::Ended | Self::Silent { .. } => {
-                Class::Transient
-            }
+            Self::Overtaken { .. }
+            | Self::Behind { .. }
+            | Self::Ended
+            | Self::NewType
+            | Self::Silent { .. } => Class::Transient,
         }
     }
 
@@ -251,7 +260,7 @@ impl Classify for SourceError {
             Self::Silent { .. } => Some(
                 "look at the warnings above: the network, the endpoint and the credentials".to_owned(),
             ),
-            Self::Ended => None,
+            Self::Ended | Self::NewType => None,
         }
     }
 }

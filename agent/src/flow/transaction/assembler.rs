@@ -150,6 +150,31 @@ impl Assembler {
         Ok(None)
     }
 
+    /// The types of the relation that this message describes of which it is not known what they are made of; none of any other
+    /// message.
+    ///
+    /// # Errors
+    /// [`AssembleError`]
+    pub fn unknown_types(&self, data: &Bytes) -> Result<Vec<u32>, AssembleError> {
+        if data.first() != Some(&b'R') {
+            return Ok(Vec::new());
+        }
+        Ok(match pgoutput::decode(data, self.block.is_some())? {
+            Message::Relation(relation) => self.types.unknown_of(&relation),
+            _ => Vec::new(),
+        })
+    }
+
+    /// Takes in what a type is made of, for the descriptions that come; empty where the source has no such type.
+    pub fn tell_made_of(&mut self, oid: u32, made_of: String) {
+        self.types.tell_made_of(oid, made_of);
+    }
+
+    /// The transaction that a block is of, between Stream Start and Stream Stop: it may not have ended.
+    pub fn block(&self) -> Option<u32> {
+        self.block
+    }
+
     /// The end of the last transaction that came out.
     pub fn end_lsn(&self) -> PgLsn {
         self.end_lsn

@@ -1,11 +1,13 @@
-//! ● What the source calls the types that are not PostgreSQL's own.
+//! ● What the source calls the types that are not PostgreSQL's own, and what they are made of.
 //!
 //! Pure. Above a certain number an OID means another type on every server, or none. pgoutput therefore names such a type
 //! in a Type message before the Relation message whose columns are of it; of a domain it tells the name of the type it is
-//! made of.
+//! made of. What it is made of altogether, with lengths and precisions, whoever reads the source asks it ([`crate::pg::made_of`])
+//! and puts a message of our own before that: a Type message of OID 0, which pgoutput never sends, with the type's OID in the place
+//! of the schema. So it goes wherever the description goes: spill files, the change log, records. Older versions pass it over.
 //!
 //! # What it does not do
-//! A log that was written before these messages were kept has no names. Then nothing is known of such a type.
+//! A log that was written before these messages were kept has no names, or only names. Then nothing more is known of such a type.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -37,19 +39,25 @@ impl TypeName {
         Self { schema, name }
     }
 
-    /// The Type message, as outside a streamed block.
     fn message(&self, oid: u32) -> Bytes {
-        let mut out = BytesMut::with_capacity(7 + self.schema.len() + self.name.len());
-        out.put_u8(b'Y');
-        out.put_u32(oid);
-        if self.schema != "pg_catalog" {
-            out.put_slice(self.schema.as_bytes());
-        }
-        out.put_u8(0);
-        out.put_slice(self.name.as_bytes());
-        out.put_u8(0);
-        out.freeze()
+        let schema = match self.schema.as_str() {
+            "pg_catalog" => "",
+            schema => schema,
+        };
+        type_message(oid, schema, &self.name)
     }
+}
+
+/// A Type message, as outside a streamed block.
+fn type_message(oid: u32, schema: &str, name: &str) -> Bytes {
+    let mut out = BytesMut::with_capacity(7 + schema.len() + name.len());
+    out.put_u8(b'Y');
+    out.put_u32(oid);
+    out.put_slice(schema.as_bytes());
+    out.put_u8(0);
+    out.put_slice(name.as_bytes());
+    out.put_u8(0);
+    out.freeze()
 }
 
 impl fmt::Display for TypeName {
@@ -58,32 +66,76 @@ impl fmt::Display for TypeName {
     }
 }
 
-/// The names of the types of one relation's columns, by OID.
-pub type Named = BTreeMap<u32, TypeName>;
-
-/// The messages that tell of these names.
-pub(super) fn messages(named: &Named) -> impl Iterator<Item = Bytes> {
-    named.iter().map(|(oid, name)| name.message(*oid))
+/// What was told of a type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SentType {
+    /// What pgoutput calls it.
+    pub name: TypeName,
+    /// What it is made of, in the words of [`crate::pg::made_of`]; empty where the source was asked and had no such type any
+    /// more, `None` where nobody asked.
+    pub made_of: Option<String>,
 }
 
-/// The names told so far.
+/// The types of one relation's columns, by OID.
+pub type Named = BTreeMap<u32, SentType>;
+
+/// In the place of an OID: what a type is made of.
+const MADE_OF: u32 = 0;
+
+/// The messages that tell of these types.
+pub(super) fn messages(named: &Named) -> impl Iterator<Item = Bytes> {
+    named.iter().flat_map(|(oid, sent)| {
+        let made_of = sent.made_of.as_ref();
+        let made_of = made_of.map(|text| type_message(MADE_OF, &oid.to_string(), text));
+        made_of.into_iter().chain([sent.name.message(*oid)])
+    })
+}
+
+/// What was told of types so far.
 #[derive(Debug, Default)]
-pub struct TypeNames(HashMap<u32, TypeName>);
+pub struct TypeNames {
+    names: HashMap<u32, TypeName>,
+    made_of: HashMap<u32, String>,
+}
 
 impl TypeNames {
     /// Takes a Type message in.
     pub fn tell(&mut self, oid: u32, schema: String, name: String) {
-        self.0.insert(oid, TypeName::sent(schema, name));
+        if oid == MADE_OF {
+            // One that names no OID is of no version that we know, and says nothing.
+            if let Ok(oid) = schema.parse() {
+                self.tell_made_of(oid, name);
+            }
+            return;
+        }
+        self.names.insert(oid, TypeName::sent(schema, name));
     }
 
-    /// The names of the types of a relation's columns, as far as they were told.
-    pub fn of(&self, relation: &Relation) -> Named {
-        let columns = relation.columns.iter().map(|column| column.type_oid);
-        columns
-            .filter(|oid| *oid >= FIRST_NAMED_OID)
-            .filter_map(|oid| Some((oid, self.0.get(&oid)?.clone())))
-            .collect()
+    /// Takes in what a type is made of.
+    pub fn tell_made_of(&mut self, oid: u32, made_of: String) {
+        self.made_of.insert(oid, made_of);
     }
+
+    /// The types of a relation's columns, as far as they were told.
+    pub fn of(&self, relation: &Relation) -> Named {
+        let sent = |oid: u32| {
+            let name = self.names.get(&oid)?.clone();
+            let made_of = self.made_of.get(&oid).cloned();
+            Some((oid, SentType { name, made_of }))
+        };
+        named_oids(relation).filter_map(sent).collect()
+    }
+
+    /// Those of which it is not known what they are made of.
+    pub fn unknown_of(&self, relation: &Relation) -> Vec<u32> {
+        let is_unknown = |oid: &u32| self.made_of.get(oid).is_none_or(String::is_empty);
+        named_oids(relation).filter(is_unknown).collect()
+    }
+}
+
+fn named_oids(relation: &Relation) -> impl Iterator<Item = u32> {
+    let columns = relation.columns.iter().map(|column| column.type_oid);
+    columns.filter(|oid| *oid >= FIRST_NAMED_OID)
 }
 
 #[cfg(test)]
@@ -98,13 +150,16 @@ mod tests {
         names.tell(20_001, "public".to_owned(), "mood".to_owned());
         names.tell(20_002, String::new(), "numeric".to_owned());
         names.tell(20_003, "public".to_owned(), "unused".to_owned());
+        names.tell_made_of(20_002, "public.price over numeric(8,1)".to_owned());
+        names.tell(0, "odd".to_owned(), "x".to_owned());
         let mut relation = table(1, "t", &["a", "b", "c", "d"]);
         relation.columns[1].type_oid = 20_002;
         relation.columns[2].type_oid = 20_001;
         relation.columns[3].type_oid = 20_009;
         let named = names.of(&relation);
         assert_eq!(named.keys().copied().collect::<Vec<_>>(), [20_001, 20_002]);
-        assert_eq!(named[&20_002].to_string(), "pg_catalog.numeric");
+        assert_eq!(named[&20_002].name.to_string(), "pg_catalog.numeric");
+        assert_eq!(names.unknown_of(&relation), [20_001, 20_009]);
         let mut again = TypeNames::default();
         for message in messages(&named) {
             match decode(&message, false) {

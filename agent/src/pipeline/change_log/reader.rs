@@ -26,7 +26,7 @@ use crate::names::stream::StreamName;
 use crate::pg::PgError;
 use crate::setup::Logged;
 use crate::source::{
-    self, IntakeLimits, Received, SlotUse, SourceError, SourcePosition, SourceSettings,
+    self, IntakeLimits, MadeOf, Received, SlotUse, SourceError, SourcePosition, SourceSettings,
 };
 use crate::watch::Servers;
 use crate::watch::monitor;
@@ -123,6 +123,7 @@ impl LogReader<'_> {
             binary: self.found.binary,
             limits: IntakeLimits::of(limits),
             catch_up_bytes: limits.catch_up_bytes,
+            types: MadeOf::default(),
         };
         let space = SpillSpace::open(self.spill_directory(), limits.spill_bytes)?;
         tasks.spawn(async move {

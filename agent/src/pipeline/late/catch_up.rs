@@ -29,7 +29,9 @@ use crate::pipeline::error::SessionError;
 use crate::schema::listing::Copied;
 use crate::sink::replica::{ReplicaSink, SinkSettings, Synced};
 use crate::sink::{self, Outcome};
-use crate::source::{self, IntakeLimits, Received, SlotUse, SourcePosition, SourceSettings};
+use crate::source::{
+    self, IntakeLimits, MadeOf, Received, SlotUse, SourcePosition, SourceSettings,
+};
 
 /// Less than that is caught up with in a moment.
 const CLOSE_BYTES: u64 = 4 << 20;
@@ -91,6 +93,7 @@ impl Late {
             binary: false,
             limits: IntakeLimits::of(limits),
             catch_up_bytes: limits.catch_up_bytes,
+            types: MadeOf::default(),
         };
         let directory = spill::directory_of(&limits.spill_directory, &self.stream.late());
         let space = SpillSpace::open(directory, limits.spill_bytes)?;
@@ -188,8 +191,6 @@ impl Late {
                 beside: None,
                 left_out: HashSet::new(),
                 sends_generated: self.sends_generated,
-                // Compared a moment ago.
-                domains: None,
             },
         )
         .await?;

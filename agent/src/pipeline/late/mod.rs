@@ -380,20 +380,17 @@ impl Late {
         Ok(())
     }
 
-    /// What the stream does not tell of these tables' columns is the same on both sides; and what it cannot tell of their domains
-    /// is kept for it.
+    /// What the stream does not tell of these tables' columns is the same on both sides.
     async fn compare(&self, names: &[TableName]) -> Result<(), SessionError> {
         let names = names.iter().cloned().collect();
         let (config, database) = (&self.config, &self.database);
         let looked = setup::altered(config, database, None, &names, Which::All).await?;
-        let Some((computed, differences)) = looked else {
-            return Ok(());
-        };
-        if !differences.is_empty() {
-            return Err(SetupError::Computed(differences).into());
+        match looked {
+            Some((_, differences)) if !differences.is_empty() => {
+                Err(SetupError::Computed(differences).into())
+            }
+            _ => Ok(()),
         }
-        self.beside.know(computed.domains().clone());
-        Ok(())
     }
 }
 

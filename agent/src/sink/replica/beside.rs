@@ -1,8 +1,7 @@
 //! Tables that are copied beside the stream, and from where on the stream brings their changes.
 //!
 //! Whoever copies them says so here; the relations of the sink ask. Until then, changes of a table that is on no list are left out:
-//! they come with its copy. What the source says of its domains by then is kept as well: those of a late table may be newer than the
-//! session.
+//! they come with its copy.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,8 +28,6 @@ struct Known {
     tables: HashMap<TableName, Copied>,
     /// Those that have not joined, and of which the stream has brought changes.
     left_out: BTreeSet<TableName>,
-    /// What each domain of the source is, by its OID, as [`crate::shape::computed`] says it.
-    domains: HashMap<u32, String>,
 }
 
 impl Beside {
@@ -73,19 +70,9 @@ impl Beside {
         self.0.news.notified().await;
     }
 
-    /// What the source says its domains are, now that tables are going to join.
-    pub fn know(&self, domains: HashMap<u32, String>) {
-        self.lock().domains.extend(domains);
-    }
-
     /// What has been copied of a table.
     pub(super) fn get(&self, table: &TableName) -> Option<Copied> {
         self.lock().tables.get(table).cloned()
-    }
-
-    /// What a domain is that came after the session.
-    pub(super) fn domain(&self, oid: u32) -> Option<String> {
-        self.lock().domains.get(&oid).cloned()
     }
 
     /// Those that have joined.

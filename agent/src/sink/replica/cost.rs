@@ -51,7 +51,6 @@ impl SinkError {
             | Self::TableNotCopied { .. }
             | Self::TruncatedInPart { .. }
             | Self::PartitionMissing { .. }
-            | Self::DomainNotKnown { .. }
             | Self::At(..)
             | Self::Unplannable(_)
             | Self::Interrupted

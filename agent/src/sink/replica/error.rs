@@ -72,12 +72,6 @@ pub enum SinkError {
         /// What it is a partition of.
         top: TableName,
     },
-    /// A column is of a domain that came after the source was asked what its domains are.
-    #[error("table {table} has a column of a domain that is new on the source")]
-    DomainNotKnown {
-        /// Which table.
-        table: TableName,
-    },
     /// A value came in the binary form of a type that the column does not have here.
     #[error("column {column} of {table} came in a binary form that does not travel")]
     BinaryForm {
@@ -166,7 +160,6 @@ impl SinkError {
             Self::TableMissing { table }
             | Self::ColumnMissing { table, .. }
             | Self::BinaryForm { table, .. }
-            | Self::DomainNotKnown { table }
             | Self::TableNotCopied { table }
             | Self::TruncatedInPart { table, .. } => Some(table),
             Self::Refused { named, .. } => named.as_deref(),
@@ -231,7 +224,6 @@ impl SinkError {
             | Self::TableNotCopied { .. }
             | Self::TruncatedInPart { .. }
             | Self::PartitionMissing { .. }
-            | Self::DomainNotKnown { .. }
             | Self::BinaryForm { .. }
             | Self::At(..)
             | Self::Unplannable(_)
@@ -307,8 +299,7 @@ impl Classify for SinkError {
             // Starting again cures it: the copy is made, the source is asked.
             Self::TableNotCopied { .. }
             | Self::TruncatedInPart { .. }
-            | Self::PartitionMissing { .. }
-            | Self::DomainNotKnown { .. } => Class::Transient,
+            | Self::PartitionMissing { .. } => Class::Transient,
             // Never seen outside: one lane takes over, or the session ends with another error first.
             Self::Unplannable(_) | Self::Interrupted => Class::Transient,
             Self::Pg(error) => error.class(),
@@ -404,7 +395,6 @@ impl Classify for SinkError {
             Self::TableNotCopied { .. }
             | Self::TruncatedInPart { .. }
             | Self::PartitionMissing { .. }
-            | Self::DomainNotKnown { .. }
             | Self::Unplannable(_)
             | Self::Interrupted => return None,
         };

@@ -41,16 +41,6 @@ pub struct Synced {
     pub left_out: HashSet<TableName>,
     /// Whether a column that comes may be a generated one of the source's.
     pub sends_generated: bool,
-    /// What each domain of the source is, by its OID, as [`crate::shape::computed`] says it; `None` where the source cannot be asked.
-    pub domains: Option<HashMap<u32, String>>,
-}
-
-impl Synced {
-    /// What a domain of the source is, where that is known.
-    pub(super) fn domain(&self, oid: u32) -> Option<String> {
-        let known = self.domains.as_ref()?.get(&oid).cloned();
-        known.or_else(|| self.beside.as_ref()?.domain(oid))
-    }
 }
 
 /// What is known of one description of a relation.
@@ -165,11 +155,6 @@ impl Relations {
             for relation in change.relations() {
                 let is_last = last[&(u64::from(*at), relation.relation.id)] == address(relation);
                 let unfit = &self.targets.of(relation).unfit;
-                if is_last && self.targets.of(relation).newer && *at >= self.synced.as_of {
-                    return Err(SinkError::DomainNotKnown {
-                        table: self.targets.of(relation).table.clone(),
-                    });
-                }
                 if let Some(unfit) = unfit.as_ref().filter(|_| is_last) {
                     return Err(SinkError::Unfit(Box::new(unfit.clone())));
                 }
@@ -320,7 +305,6 @@ mod tests {
             beside: None,
             left_out: HashSet::from([name("left_out")]),
             sends_generated: false,
-            domains: None,
         })
     }
 

@@ -360,7 +360,6 @@ pub(super) mod tests {
             spread: Spread::Table,
             only_here: Vec::new(),
             unfit: None,
-            newer: false,
         }
     }
 

@@ -18,6 +18,7 @@ use crate::flow::net::{Key, KeyColumn, KeyOrder};
 use crate::flow::transaction::{FIRST_NAMED_OID, SourceRelation, TypeName};
 use crate::names::TableName;
 use crate::pg::binary;
+use crate::pg::made_of::made_of;
 use crate::pg::pgoutput::{Column, ReplicaIdentity};
 use crate::pg::quote::quote_ident;
 
@@ -79,8 +80,6 @@ pub(super) struct Target {
     pub(super) only_here: Vec<String>,
     /// Why nothing may be applied here.
     pub(super) unfit: Option<Unfit>,
-    /// A column of it is of a domain that came after the source was asked for its domains.
-    pub(super) newer: bool,
 }
 
 impl Target {
@@ -176,7 +175,7 @@ impl Targets {
     /// Whether something is known that does not fit.
     pub(super) fn any_unfit(&self) -> bool {
         let mut targets = self.known.values();
-        targets.any(|(_, target)| target.unfit.is_some() || target.newer)
+        targets.any(|(_, target)| target.unfit.is_some())
     }
 
     /// Whether the relation is known.
@@ -217,6 +216,8 @@ static COLUMNS: LazyLock<String> = LazyLock::new(|| {
     COLUMNS_OF
         .replace("{travels}", &binary::travels("y"))
         .replace("{array}", &binary::array_travels("y"))
+        .replace("{first_named}", &FIRST_NAMED_OID.to_string())
+        .replace("{made_of}", &made_of("a.atttypid"))
 });
 
 const COLUMNS_OF: &str = "
@@ -267,16 +268,13 @@ const COLUMNS_OF: &str = "
            coalesce(a.attnum = ANY (r.indkey[0:r.indnkeyatts - 1]), false),
            a.atttypid, a.atttypmod, s.nspname::text, y.typname::text, x.typname::text,
            pg_catalog.format_type(a.atttypid, a.atttypmod),
-           CASE WHEN w.typtype = 'd' THEN 'of domain ' || v.nspname || '.' || w.typname || ' over '
-                || pg_catalog.format_type(w.typbasetype, w.typtypmod) END
+           CASE WHEN a.atttypid >= {first_named} THEN {made_of} END
       FROM chain
       JOIN pg_type y ON y.oid = chain.type AND y.typtype <> 'd'
       JOIN pg_namespace s ON s.oid = y.typnamespace
       LEFT JOIN pg_type x ON x.oid = y.typelem AND y.typcategory = 'A'
       JOIN t ON true
       JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = chain.attnum
-      JOIN pg_type w ON w.oid = a.atttypid
-      JOIN pg_namespace v ON v.oid = w.typnamespace
       LEFT JOIN pg_collation l ON l.oid = a.attcollation
       LEFT JOIN pg_index i ON i.indrelid = t.oid AND i.indisprimary AND i.indimmediate AND i.indisvalid
       LEFT JOIN pg_index r ON r.indrelid = t.oid AND r.indisreplident AND r.indisvalid
@@ -379,7 +377,7 @@ async fn load(
     let mut columns = Vec::new();
     let mut key = Key::default();
     let mut key_columns = Vec::new();
-    let (mut unfit, mut newer) = (None, false);
+    let mut unfit = None;
     for (position, sent) in relation.relation.columns.iter().enumerate() {
         let Some(mut column) = on_replica.remove(&sent.name) else {
             return Err(SinkError::ColumnMissing {
@@ -390,18 +388,6 @@ async fn load(
         if unfit.is_none() && unfit::differs(sent, &relation.types, &column.found) {
             let why = type_misfit(client, relation, sent, &column.found).await?;
             unfit = Some(misfit(&table, &sent.name, why));
-        }
-        if synced.domains.is_some() && column.found.is_domain {
-            let there = synced.domain(sent.type_oid);
-            newer |= there.is_none();
-            let is_other = there.filter(|there| Some(there) != column.found.domain.as_ref());
-            if let Some(there) = is_other.filter(|_| unfit.is_none()) {
-                let why = Misfit::Type {
-                    source: there,
-                    replica: column.found.domain.clone().unwrap_or_default(),
-                };
-                unfit = Some(misfit(&table, &sent.name, why));
-            }
         }
         if unfit.is_none() && column.column.is_generated && !synced.sends_generated {
             unfit = Some(misfit(&table, &sent.name, Misfit::GeneratedHere));
@@ -451,7 +437,6 @@ async fn load(
         columns,
         key,
         unfit,
-        newer,
     })
 }
 
@@ -485,7 +470,7 @@ async fn type_misfit(
     };
     Ok(Misfit::Type {
         source,
-        replica: found.sql.clone(),
+        replica: found.shown(),
     })
 }
 
@@ -547,7 +532,7 @@ fn replica_column(row: &tokio_postgres::Row) -> ReplicaColumn {
             base_oid,
             element: row.get(18),
             sql: row.get(19),
-            domain: row.get(20),
+            made_of: row.get(20),
         },
         in_primary_key: row.get(9),
         in_identity_index: row.get(13),

@@ -1,17 +1,18 @@
 //! ● Whether rows of the source's table can be rows of the replica's: the types of the columns, and what rows are found by.
 //!
 //! Pure. A Relation message tells the type of every column that travels, with its modifier (the 8 and the 1 of
-//! `numeric(8,1)`). The replica would cast whatever comes, and round or cut it without a word; so what differs is refused.
+//! `numeric(8,1)`), and whoever reads the source adds what a type that is not PostgreSQL's own is made of ([`crate::pg::made_of`]). The
+//! replica would cast whatever comes, and round or cut it without a word; so what differs is refused.
 //!
 //! # What it does not do
-//! It judges only what the stream tells. Of a domain that is the type it is made of, so that one domain in the place of
-//! another that is made of the same is seen only where the source was asked for its domains ([`super::Synced`]); nor is what a generated column is computed from ([`crate::shape::computed`]
-//! compares both).
+//! It judges only what the stream tells: not what a generated column is computed from ([`crate::shape::computed`] compares that), and of
+//! a log that an older version wrote not what a type is made of.
 
 use std::fmt;
 
 use crate::flow::transaction::{FIRST_NAMED_OID, Named, TypeName};
 use crate::names::TableName;
+use crate::pg::made_of::may_cut;
 use crate::pg::pgoutput::Column;
 
 /// Why rows of the source's table cannot be applied to the replica's. A person has to decide.
@@ -82,8 +83,15 @@ pub(super) struct ReplicaType {
     pub(super) element: Option<String>,
     /// In SQL, with length or precision.
     pub(super) sql: String,
-    /// Of a domain what it is, as [`crate::shape::computed`] says it.
-    pub(super) domain: Option<String>,
+    /// Of a type that is not PostgreSQL's own: what it is made of.
+    pub(super) made_of: Option<String>,
+}
+
+impl ReplicaType {
+    /// How to say it.
+    pub(super) fn shown(&self) -> String {
+        self.made_of.clone().unwrap_or_else(|| self.sql.clone())
+    }
 }
 
 /// Whether a column is of another type than the source says.
@@ -97,11 +105,17 @@ pub(super) fn differs(sent: &Column, named: &Named, found: &ReplicaType) -> bool
     if found.oid < FIRST_NAMED_OID {
         return true;
     }
-    let Some(name) = named.get(&sent.type_oid) else {
+    let Some(told) = named.get(&sent.type_oid) else {
         // A log that was written before names were kept.
         return false;
     };
-    !is_same(name, found)
+    match told.made_of.as_deref() {
+        // Before that was kept.
+        None => !is_same(&told.name, found),
+        // The type has been dropped since, and nobody can say what it was made of.
+        Some("") => !is_same(&told.name, found) || found.made_of.as_deref().is_some_and(may_cut),
+        made_of => made_of != found.made_of.as_deref(),
+    }
 }
 
 /// Names of arrays are made up, and differ where the first choice was taken: `_t`, `__t`, `_t_1`.
@@ -130,16 +144,21 @@ pub(super) fn shown(sent: &Column, named: &Named, found: &ReplicaType) -> Option
     };
     Some(match named.get(&sent.type_oid) {
         None => format!("a type of its own (OID {}){modifier}", sent.type_oid),
-        Some(name) if name.schema == "pg_catalog" && !found.is_domain => {
-            format!("a domain over {}{modifier}", name.name)
-        }
-        Some(name) => format!("{name}{modifier}"),
+        Some(told) => match told.made_of.as_deref() {
+            Some("") => format!("a type that was dropped since, of {}{modifier}", told.name),
+            Some(made_of) => format!("{made_of}{modifier}"),
+            None if told.name.schema == "pg_catalog" && !found.is_domain => {
+                format!("a domain over {}{modifier}", told.name.name)
+            }
+            None => format!("{}{modifier}", told.name),
+        },
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::transaction::SentType;
 
     fn sent(type_oid: u32, type_modifier: i32) -> Column {
         Column {
@@ -151,7 +170,20 @@ mod tests {
     }
 
     fn named(oid: u32, schema: &str, name: &str) -> Named {
-        Named::from([(oid, TypeName::sent(schema.to_owned(), name.to_owned()))])
+        let name = TypeName::sent(schema.to_owned(), name.to_owned());
+        Named::from([(
+            oid,
+            SentType {
+                name,
+                made_of: None,
+            },
+        )])
+    }
+
+    fn made(oid: u32, made_of: &str) -> Named {
+        let mut named = named(oid, "", "numeric");
+        named.get_mut(&oid).unwrap().made_of = Some(made_of.to_owned());
+        named
     }
 
     fn found(
@@ -168,7 +200,7 @@ mod tests {
             base_oid: base.0,
             element: element.map(str::to_owned),
             sql: "x".to_owned(),
-            domain: None,
+            made_of: None,
         }
     }
 
@@ -290,5 +322,32 @@ mod tests {
         for (what, expected, sent, named, found) in table {
             assert_eq!(differs(sent, named, found), *expected, "{what}");
         }
+    }
+
+    #[test]
+    fn a_type_is_the_same_if_it_is_made_of_the_same() {
+        let mut price = found(30_003, -1, (1700, "", "numeric"), None);
+        price.made_of = Some("public.price over numeric(8,1)".to_owned());
+        let mut any = found(30_003, -1, (1700, "", "numeric"), None);
+        any.made_of = Some("public.any over numeric".to_owned());
+        let int4 = found(23, -1, (23, "", "int4"), None);
+        for (expected, there, found) in [
+            (false, "public.price over numeric(8,1)", &price),
+            (true, "public.price over numeric(8,3)", &price),
+            (true, "app.price over numeric(8,1)", &price),
+            (true, "public.price over integer", &int4),
+            // Dropped since: what could be cut is not taken.
+            (true, "", &price),
+            (false, "", &any),
+        ] {
+            let named = made(20_003, there);
+            assert_eq!(
+                differs(&sent(20_003, -1), &named, found),
+                expected,
+                "{there}"
+            );
+        }
+        let shown = shown(&sent(20_003, -1), &made(20_003, ""), &price).unwrap();
+        assert!(shown.contains("dropped"), "{shown}");
     }
 }
