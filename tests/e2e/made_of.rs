@@ -12,7 +12,16 @@ use dr_agent_tests::streams;
 
 /// What creates a type, the column's type, what makes it anew, the column's type from then on, a value of that, and what it is said
 /// to be on the source and on the replica. `@` is the number of the case.
-const CASES: &[(&str, &str, &str, &str, &str, [&str; 2])] = &[
+type Case = (
+    &'static str,
+    &'static str,
+    &'static str,
+    &'static str,
+    &'static str,
+    [&'static str; 2],
+);
+
+const CASES: &[Case] = &[
     (
         "CREATE DOMAIN d@ AS numeric(8,1)",
         "d@",
