@@ -31,7 +31,7 @@ const MAY_NAME: &[(&str, &str)] = &[
         "catalog cloud config copy error names pg schema setup time watch",
     ),
     ("cli", "cmd config"),
-    ("cloud", "backoff error private"),
+    ("cloud", "backoff error private time"),
     (
         "cmd",
         "archive backoff check cloud config copy error names observe pg pipeline promote replay setup time watch",
@@ -254,6 +254,21 @@ fn nobody_else_names_the_agents_own_tables() {
                 path.display()
             );
         }
+    }
+}
+
+/// One that has no bound of its own says why what goes in is bounded.
+#[test]
+fn no_queue_is_without_a_bound() {
+    // Numbers of complete segments, whose bytes the spool counts.
+    const BOUNDED_ELSEWHERE: &str = "archive/log/change_log.rs";
+    for path in files("") {
+        let may = path.ends_with(BOUNDED_ELSEWHERE);
+        assert!(
+            may || !program(&path).contains("unbounded"),
+            "{} has a queue without a bound",
+            path.display()
+        );
     }
 }
 

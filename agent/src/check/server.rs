@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use tokio_postgres::Client;
 
 use crate::pg::{PgError, PgLsn};
+use crate::time::wall_clock;
 
 /// A server, and the role we connected as.
 #[derive(Clone, Debug, Default)]
@@ -341,7 +342,7 @@ pub(super) async fn skew(client: &Client) -> Result<Skew, PgError> {
 }
 
 fn since_1970() -> Duration {
-    SystemTime::now()
+    wall_clock()
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default()
 }

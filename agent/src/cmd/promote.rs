@@ -6,7 +6,6 @@
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use jiff::Timestamp;
 use serde_json::json;
 
 use crate::config::Config;
@@ -14,6 +13,7 @@ use crate::error::{Classify as _, chain};
 use crate::promote::report::{Outcome, Report};
 use crate::promote::{Drain, Options, execute};
 use crate::replay::drain::RouteDrain;
+use crate::time::timestamp;
 
 /// Flags of `promote`.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -44,7 +44,7 @@ pub struct Args {
 /// Promotes and prints the report.
 pub async fn run(config: Config, args: Args) -> ExitCode {
     // RTO counts from here.
-    let started_at = Timestamp::now();
+    let started_at = timestamp();
     let options = Options {
         plan: args.plan,
         accept_incomplete: args.accept_incomplete,

@@ -31,6 +31,7 @@ use crate::config::{Config, Databases, Route};
 use crate::error::chain;
 use crate::promote::loss::{self, Answer};
 use crate::promote::observe::{self, Database, Observed};
+use crate::time::timestamp;
 use agent::AgentDatabase;
 use judge::{Facts, judge};
 use view::{DatabaseStatus, Status, Verdict, Witness};
@@ -58,7 +59,7 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
     let status = Box::pin(gather(&config)).await;
     let text = match args.json {
         true => status.json(),
-        false => status.text(jiff::Timestamp::now()),
+        false => status.text(timestamp()),
     };
     // A closed pipe is no reason to fail.
     let _ = std::io::stdout().lock().write_all(text.as_bytes());

@@ -88,7 +88,6 @@ impl Silence {
     }
 }
 
-#[allow(clippy::disallowed_methods, reason = "the edge: silence is a time")]
 fn now() -> Instant {
     Instant::now()
 }

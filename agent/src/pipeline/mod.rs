@@ -39,7 +39,7 @@ mod trouble;
 mod wake;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -447,18 +447,6 @@ impl CopyObserver for Observer<'_> {
     }
 }
 
-#[allow(
-    clippy::disallowed_methods,
-    reason = "the edge: everything below takes the time as an argument"
-)]
-fn now() -> SystemTime {
-    SystemTime::now()
-}
-
-#[allow(
-    clippy::disallowed_methods,
-    reason = "the edge: everything below takes the time as an argument"
-)]
 fn now_instant() -> Instant {
     Instant::now()
 }

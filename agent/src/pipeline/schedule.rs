@@ -29,6 +29,7 @@ use crate::observe::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
 use crate::schema::listing::{Listed, ListedAs};
 use crate::setup::{self, Published};
+use crate::time::timestamp;
 
 /// How often it is looked whether a base backup is due. Each look asks the source for its tables.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
@@ -320,7 +321,7 @@ async fn take_if_due(
     let reason = match newest {
         None => "it is the first",
         Some(newest) => {
-            let (now, base_every) = (Timestamp::now(), keeper.archive.base_every);
+            let (now, base_every) = (timestamp(), keeper.archive.base_every);
             match newest.due(&published.listed, now, base_every) {
                 Some(reason) => reason,
                 None => return Ok(false),
@@ -393,7 +394,6 @@ impl CopyObserver for Progress<'_> {
     fn phase(&self, _: CopyPhase) {}
 }
 
-#[allow(clippy::disallowed_methods, reason = "only for pauses")]
 fn now() -> Instant {
     Instant::now()
 }

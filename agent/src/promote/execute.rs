@@ -27,6 +27,7 @@ use crate::config::Config;
 use crate::error::{Classify as _, chain};
 use crate::failpoint;
 use crate::pg::{self, Session};
+use crate::time::timestamp;
 
 /// Promotes, or says what it would do. `started_at` is when the command was started: RTO counts
 /// from there. `route` is what may still hold something for the replica.
@@ -206,7 +207,7 @@ async fn walk_edge(
         }
         Action::SetSequences => steps::set_sequences(begun.config, client, record).await?,
         Action::Open => {
-            let now = || Timestamp::now().to_string();
+            let now = || timestamp().to_string();
             let (session, note) = steps::open(begun.config, client, record, now).await?;
             probe = Some(session);
             note

@@ -356,10 +356,6 @@ async fn readable(stream: &str) -> Result<(), Failed> {
     read.unwrap_or_else(|_| Err(silent().into()))
 }
 
-#[allow(
-    clippy::disallowed_methods,
-    reason = "the edge: the tip is what is in the stream from now on"
-)]
 fn clock() -> Instant {
     Instant::now()
 }

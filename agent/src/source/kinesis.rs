@@ -47,7 +47,7 @@ use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::observe::metrics::StreamMetrics;
 use crate::pg::PgLsn;
-use crate::time::pg_micros;
+use crate::time::{pg_micros, wall_clock};
 
 /// Events of the reader that wait; each holds one page of a shard at most.
 const EVENTS: usize = 4;
@@ -618,18 +618,6 @@ fn ended(joined: Result<Result<(), KinesisError>, tokio::task::JoinError>) -> So
     }
 }
 
-#[allow(
-    clippy::disallowed_methods,
-    reason = "the edge: since when something is missing"
-)]
 fn clock() -> Instant {
     Instant::now()
-}
-
-#[allow(
-    clippy::disallowed_methods,
-    reason = "the edge: where to begin reading the stream"
-)]
-fn wall_clock() -> SystemTime {
-    SystemTime::now()
 }

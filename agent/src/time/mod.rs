@@ -63,10 +63,6 @@ struct AgentTime {
 }
 
 /// Now, in microseconds since 2000-01-01 UTC.
-#[allow(
-    clippy::disallowed_methods,
-    reason = "the edge: everything else takes the time as an argument"
-)]
 pub fn now() -> Micros {
     static TIME: OnceLock<AgentTime> = OnceLock::new();
     let wall = wall();
@@ -84,13 +80,21 @@ pub fn now() -> Micros {
     base.saturating_add(elapsed).saturating_add(step)
 }
 
-/// The wall clock, which may go both ways.
-#[allow(
-    clippy::disallowed_methods,
-    reason = "the edge: everything else takes the time as an argument"
-)]
+/// The wall clock, which may go both ways: for what people and other programs are told, never for an age.
+#[expect(clippy::disallowed_methods, reason = "this is where it is read")]
+pub fn wall_clock() -> SystemTime {
+    SystemTime::now()
+}
+
+/// The same, as people write it.
+#[expect(clippy::disallowed_methods, reason = "this is where it is read")]
+pub fn timestamp() -> jiff::Timestamp {
+    jiff::Timestamp::now()
+}
+
+/// The same, in PostgreSQL's epoch.
 pub fn wall() -> Micros {
-    pg_micros(SystemTime::now())
+    pg_micros(wall_clock())
 }
 
 /// By what the time has to be moved on.

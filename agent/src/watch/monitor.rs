@@ -167,7 +167,6 @@ async fn catalog_changes(client: &Client) -> Result<i64, PgError> {
     Ok(client.query_one(SQL, &[]).await?.get(0))
 }
 
-#[allow(clippy::disallowed_methods, reason = "the edge")]
 fn now() -> Instant {
     Instant::now()
 }

@@ -15,6 +15,7 @@ use crate::cloud::store::{Listed, Store};
 use crate::error::chain;
 use crate::names::stream::StreamName;
 use crate::pg::PgLsn;
+use crate::time::timestamp;
 
 /// The archive of one history.
 #[derive(Clone, Debug)]
@@ -151,7 +152,7 @@ impl Bases {
         }
         // What cannot be read leads nowhere, whatever its name says.
         let spans: Vec<Span> = sound.iter().map(|(span, _)| *span).collect();
-        flaws.extend(missing(&found, &spans, Timestamp::now(), settled));
+        flaws.extend(missing(&found, &spans, timestamp(), settled));
         let last = sound.iter().max_by_key(|(span, _)| span.end);
         Ok(Verified {
             bases: found.bases.len(),
@@ -170,7 +171,7 @@ impl Bases {
 /// # Errors
 /// [`BackupError::Clocks`] where they contradict each other: nothing is deleted by a clock that may be wrong.
 async fn agreed(store: &Store) -> Result<Timestamp, BackupError> {
-    let (here, there) = (Timestamp::now(), store.clock().await);
+    let (here, there) = (timestamp(), store.clock().await);
     let there = there.and_then(|there| there.try_into().ok());
     retention::agreed(here, there).map_err(|there| BackupError::Clocks { here, there })
 }

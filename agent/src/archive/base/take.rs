@@ -51,7 +51,7 @@ use crate::names::stream::StreamName;
 use crate::pg::replication::{CreatedSlot, ReplicationConnection, SystemIdentity};
 use crate::pg::{ConnInfo, PgError};
 use crate::schema::listing::{Listed, ListedAs};
-use crate::time::system_time;
+use crate::time::{system_time, timestamp};
 
 /// The dump of the schema, in the format of `pg_restore`. The first object of a base.
 const SCHEMA: &str = "schema.dump";
@@ -124,7 +124,7 @@ impl<'a> Taking<'a> {
         observer: &'a dyn CopyObserver,
         remains: &'a Remains,
     ) -> Result<Manifest, BackupError> {
-        let started_at = Timestamp::now();
+        let started_at = timestamp();
         let (exporter, identity, slot) = export_snapshot(job).await?;
         let History {
             system_identifier,
@@ -137,7 +137,7 @@ impl<'a> Taking<'a> {
             ));
             return Err(source("identify the system")(error));
         }
-        let began = timestamp(system_time(began)).map_err(source("read when its history began"))?;
+        let began = of_server(system_time(began)).map_err(source("read when its history began"))?;
         let snapshot = slot.snapshot_name.as_deref().ok_or_else(|| {
             let error = PgError::Protocol("the slot exported no snapshot".to_owned());
             source("create a temporary slot")(error)
@@ -219,7 +219,7 @@ impl<'a> Taking<'a> {
             lsn: slot.consistent_point,
             as_of,
             started_at,
-            finished_at: Timestamp::now(),
+            finished_at: timestamp(),
             pg_dump: dump.tools().version.major,
             extensions: inventory::extensions(&client).await?,
             roles: inventory::roles(&client).await?,
@@ -404,10 +404,10 @@ async fn unpublished(client: &Client, published: &[TableName]) -> Result<Vec<Str
 async fn source_time(client: &Client) -> Result<Timestamp, BackupError> {
     let asked = client.query_one("SELECT clock_timestamp()", &[]).await;
     let row = asked.map_err(|error| source("ask for the time")(error.into()))?;
-    timestamp(row.get(0)).map_err(source("ask for the time"))
+    of_server(row.get(0)).map_err(source("ask for the time"))
 }
 
-fn timestamp(time: SystemTime) -> Result<Timestamp, PgError> {
+fn of_server(time: SystemTime) -> Result<Timestamp, PgError> {
     Timestamp::try_from(time)
         .map_err(|_| PgError::Protocol("a time outside of all calendars".to_owned()))
 }

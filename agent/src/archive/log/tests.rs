@@ -1,7 +1,6 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use proptest::prelude::*;
 
@@ -18,7 +17,7 @@ use crate::flow::transaction::{Assembler, Change, Ended, Relations, Transaction}
 use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::pgoutput::{Value, encode};
-use crate::time::pg_micros;
+use crate::time::{pg_micros, wall_clock};
 
 const LIMITS: SpoolLimits = SpoolLimits {
     bytes: 1 << 20,
@@ -346,13 +345,9 @@ fn what_a_disk_has_spoilt_is_told_from_what_a_crash_has_cut_off() {
 
 /// A source that was set back to a snapshot of its storage gives LSNs out a second time, later.
 #[test]
-#[allow(
-    clippy::disallowed_methods,
-    reason = "the spool's files bear the time of their writing"
-)]
 fn what_comes_again_must_have_committed_when_it_did_also_after_the_store_has_taken_it() {
     const SECOND: i64 = 1_000_000;
-    let now = pg_micros(SystemTime::now());
+    let now = pg_micros(wall_clock());
     let committed_at = |seconds: i64, previous, end| {
         let mut batch = batch(previous, end, 1);
         batch.transactions[0].commit_time = now + seconds * SECOND;

@@ -9,8 +9,6 @@
 //! # What it does not do
 //! It makes no segments: [`super::log`] does.
 
-use std::time::SystemTime;
-
 use tokio::sync::{mpsc, watch};
 
 use super::chain::Chain;
@@ -24,6 +22,7 @@ use crate::error::{Class, Classify as _, chain};
 use crate::failpoint;
 use crate::observe::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
+use crate::time::wall_clock;
 
 /// What the upload is given.
 #[derive(Debug)]
@@ -110,7 +109,7 @@ impl Uploading {
             failpoint::hit("archive:uploaded");
             let (span, end) = (segment.span, segment.span.end);
             let (raw, stored) = (uploaded.raw_bytes, uploaded.stored_bytes);
-            self.metrics.segment(raw, stored, end, now());
+            self.metrics.segment(raw, stored, end, wall_clock());
             if let Err(error) = segment.taken(&self.settings.url.to_string()) {
                 // It is uploaded again after the next start, which does no harm.
                 tracing::warn!(stream = self.settings.author.stream, error = %chain(&error), "a segment stays in the spool");
@@ -206,12 +205,4 @@ impl Uploading {
         }
         tokio::time::sleep(pause).await;
     }
-}
-
-#[allow(
-    clippy::disallowed_methods,
-    reason = "only for a metric: when the archive last took something"
-)]
-fn now() -> SystemTime {
-    SystemTime::now()
 }

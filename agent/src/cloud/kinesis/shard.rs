@@ -25,6 +25,7 @@ use super::read::{Event, Records, Report, StartAt};
 use super::retries::Retries;
 use super::{Kinesis, KinesisError, Operation, Refusal};
 use crate::cloud::aws::within;
+use crate::time::wall_clock;
 
 /// For a page that brings nothing. Kinesis answers within milliseconds, and a connection that a firewall has forgotten shows
 /// only by its silence.
@@ -281,12 +282,4 @@ fn arrival(record: &Record) -> Option<SystemTime> {
 
 fn data(record: Record) -> Bytes {
     Bytes::from(record.data.into_inner())
-}
-
-#[allow(
-    clippy::disallowed_methods,
-    reason = "compared with the arrival of a record, and only where that makes the reader more careful"
-)]
-fn wall_clock() -> SystemTime {
-    SystemTime::now()
 }

@@ -23,7 +23,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::{Semaphore, mpsc};
@@ -32,6 +32,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::list::now;
 use super::read::{Event, ReadStats, Records, StartAt};
 use super::{Kinesis, KinesisError};
+use crate::time::wall_clock;
 
 /// Pages on their way from the own reading.
 const OWN_EVENTS: usize = 2;
@@ -380,14 +381,6 @@ impl Place {
             _room: room,
         })
     }
-}
-
-#[allow(
-    clippy::disallowed_methods,
-    reason = "where to begin reading the stream, with room for clocks that differ"
-)]
-fn wall_clock() -> SystemTime {
-    SystemTime::now()
 }
 
 #[cfg(test)]

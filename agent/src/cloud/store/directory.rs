@@ -31,6 +31,7 @@ use tokio_util::task::TaskTracker;
 use super::name::{self, TEMPORARY};
 use super::{Doing, Listed, ObjectSummary, Put, StoreError, Version};
 use crate::private;
+use crate::time::wall_clock;
 
 /// No writer leaves its file untouched for so long.
 const LEFT_AFTER: Duration = Duration::from_secs(24 * 3600);
@@ -69,7 +70,7 @@ impl Directory {
         let opened = directory.clone();
         let making = directory.blocking(move || {
             make_durably(&opened.root)
-                .and_then(|()| opened.remove_left(SystemTime::now()))
+                .and_then(|()| opened.remove_left(wall_clock()))
                 .map_err(|source| opened.failed(Doing::Open, "", source))
         });
         making.await?;

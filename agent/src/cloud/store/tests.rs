@@ -1,12 +1,13 @@
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::*;
 use crate::error::{Class, Classify as _};
+use crate::time::wall_clock;
 
 async fn open(path: &Path) -> Store {
     let url = StoreUrl::Directory(path.to_owned());
@@ -90,7 +91,7 @@ async fn an_unfinished_object_is_nowhere_and_its_file_goes_when_it_is_old() {
     // It might be another agent's that is at work.
     open(home.path()).await;
     assert_eq!(temporary(home.path()), left);
-    let two_days_ago = SystemTime::now() - Duration::from_secs(48 * 3600);
+    let two_days_ago = wall_clock() - Duration::from_secs(48 * 3600);
     let file = File::options().write(true).open(&left[0]).unwrap();
     file.set_modified(two_days_ago).unwrap();
     let store = open(home.path()).await;
@@ -197,7 +198,7 @@ async fn who_only_looks_makes_nothing_and_tidies_nothing_up() {
     assert_eq!(put(&open(&root).await, "a").await, Put::Created);
     let left = root.join(format!("{}left", name::TEMPORARY));
     let file = File::create(&left).unwrap();
-    file.set_modified(SystemTime::now() - Duration::from_secs(48 * 3600))
+    file.set_modified(wall_clock() - Duration::from_secs(48 * 3600))
         .unwrap();
     let store = Store::as_it_is(&url, &Encryption::Default).await.unwrap();
     assert_eq!(names(&store, "", None).await, ["a"]);

@@ -55,10 +55,6 @@ impl<'a> RestoreDisplay<'a> {
     }
 }
 
-#[allow(
-    clippy::disallowed_methods,
-    reason = "only for how often a line is shown"
-)]
 fn now() -> Instant {
     Instant::now()
 }

@@ -244,6 +244,10 @@ impl Status {
 
 /// Microseconds since 2000-01-01 UTC by our clock. The server shows it in
 /// `pg_stat_replication.reply_time` and decides nothing by it, so a wrong clock does no harm.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "what the server is told, as the protocol wants it"
+)]
 fn now() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH + POSTGRES_EPOCH)

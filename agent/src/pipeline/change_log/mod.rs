@@ -41,6 +41,7 @@ use crate::flow::batch::Batch;
 use crate::names::history::History;
 use crate::observe::metrics::ArchiveMetrics;
 use crate::pg::PgLsn;
+use crate::time::wall_clock;
 use hold::Hold;
 use keeping::Keeping;
 
@@ -80,7 +81,7 @@ impl ChangeLog {
         let (look, end) = (Arc::new(Notify::new()), CancellationToken::new());
         let sessions = Arc::new(());
         let metrics = ArchiveMetrics::new(database);
-        metrics.starts(super::now());
+        metrics.starts(wall_clock());
         let keeping = Keeping {
             config: Arc::clone(config),
             archive: archive.clone(),
