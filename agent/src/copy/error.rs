@@ -9,9 +9,10 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::said;
 use crate::error::{Class, Classify};
 use crate::names::TableName;
-use crate::pg::{PgError, tells_of_a_drop};
+use crate::pg::PgError;
 
 /// Why a copy ended before all its tables were ready.
 #[derive(Debug, thiserror::Error)]
@@ -185,41 +186,11 @@ fn is_of_the_file(error: &std::io::Error) -> bool {
         )
 }
 
-/// Whether a tool failed for a reason that goes away by itself: its message is all there is.
-fn passes_by_itself(stderr: &str) -> bool {
-    const PASSING: [&str; 14] = [
-        "connection to server",
-        "server closed the connection",
-        "terminating connection",
-        "the database system is",
-        "canceling statement due to lock timeout",
-        // What `--lock-wait-timeout` of pg_dump comes to.
-        "canceling statement due to statement timeout",
-        "could not obtain lock",
-        "too many clients",
-        "Too many open files",
-        "read-only transaction",
-        "remaining connection slots",
-        "No space left on device",
-        "lost connection",
-        "deadlock detected",
-    ];
-    // These also begin with "connection to server", and do not pass. A password and pg_hba.conf may be being changed.
-    const STAYING: [&str; 2] = ["no password supplied", "does not exist"];
-    // A table, a function or a type that was dropped while pg_dump looked at it; the next snapshot does not show it.
-    let dropped = tells_of_a_drop(stderr)
-        || stderr.contains("no matching tables were found")
-        || stderr.contains("relation \"") && stderr.contains("does not exist");
-    dropped
-        || PASSING.iter().any(|text| stderr.contains(text))
-            && !STAYING.iter().any(|text| stderr.contains(text))
-}
-
 impl Classify for CopyError {
     fn class(&self) -> Class {
         match self {
             Self::Source { source, .. } | Self::Replica { source, .. } => source.class(),
-            Self::ToolFailed { stderr, .. } if passes_by_itself(stderr) => Class::Transient,
+            Self::ToolFailed { stderr, .. } if said::passes_by_itself(stderr) => Class::Transient,
             // No process, no memory, no file descriptor is left.
             Self::ToolStart { source, .. } if !is_of_the_file(source) => Class::Transient,
             Self::SnapshotLost
@@ -245,7 +216,7 @@ impl Classify for CopyError {
             Self::ToolStart { .. } => {
                 Some("copy.pg_bin must name a directory with pg_dump and pg_restore".to_owned())
             }
-            Self::ToolFailed { stderr, .. } => tool_hint(stderr),
+            Self::ToolFailed { stderr, .. } => said::hint(stderr),
             Self::Source { source, .. } | Self::Replica { source, .. } => {
                 server_hint(source).or_else(|| source.hint())
             }
@@ -280,33 +251,6 @@ impl Classify for CopyError {
     }
 }
 
-fn tool_hint(stderr: &str) -> Option<String> {
-    let hint = if stderr.contains("role \"") && stderr.contains("does not exist") {
-        "create the source's roles on the replica: pg_dumpall --roles-only | psql"
-    } else if stderr.contains("permission denied") || stderr.contains("must be owner") {
-        "the role lacks a right; `dr-agent check` lists every one it needs"
-    } else if stderr.contains("No space left on device") {
-        // The server speaks of its own files as ERROR.
-        match stderr.contains("ERROR:") {
-            true => "the server's disk is full; free space, the copy goes on by itself",
-            false => {
-                "the directory for temporary files (TMPDIR) of this machine is full; free space, the copy goes on by itself"
-            }
-        }
-    } else if stderr.contains("already exists") {
-        "an index, a constraint or another object of the replica has that name, perhaps of a table that was renamed there: give \
-         it another name, or rename the table back"
-    } else if stderr.contains("violates foreign key") {
-        "the source itself holds rows that break this constraint; repair them there"
-    } else if stderr.contains("could not create unique") {
-        "the source itself holds rows that are equal by this index (SELECT … GROUP BY … HAVING count(*) > 1), or they are equal \
-         only here, where text is ordered by another locale or version of it: compare both, and repair what is wrong"
-    } else {
-        return None;
-    };
-    Some(hint.to_owned())
-}
-
 fn server_hint(error: &PgError) -> Option<String> {
     let hint = match error.sqlstate()? {
         "22021" | "22P05" => {
@@ -323,7 +267,7 @@ fn server_hint(error: &PgError) -> Option<String> {
         "23503" | "23505" => {
             "the source itself holds rows that break this constraint; repair them there"
         }
-        "53200" if error.to_string().contains("shared memory") => {
+        "53200" if error.is_of_locks() => {
             "raise max_locks_per_transaction on that server, and restart it: every table is locked once"
         }
         "53200" => "that server has no memory left; it is tried again",

@@ -38,6 +38,7 @@ pub(crate) mod plan;
 mod progress;
 mod refused;
 pub(crate) mod roles;
+mod said;
 mod schema;
 mod script;
 pub(crate) mod session;

@@ -15,6 +15,7 @@ use std::process::Stdio;
 use tokio::process::Command;
 
 use super::error::CopyError;
+use super::said;
 use crate::pg::{ConnInfo, Session};
 
 /// A version of PostgreSQL's programs or server.
@@ -185,21 +186,20 @@ impl Tools {
             })?;
         let stderr = String::from_utf8_lossy(&output.stderr);
         if !output.status.success() {
-            if is_lost_snapshot(&stderr) {
+            if said::is_lost_snapshot(&stderr) {
                 return Err(CopyError::SnapshotLost);
             }
             return Err(CopyError::ToolFailed {
                 program,
                 doing,
-                stderr: if stderr.trim().is_empty() {
-                    output.status.to_string()
-                } else {
-                    essence(&stderr)
+                stderr: match said::essence(&stderr) {
+                    said if said.is_empty() => output.status.to_string(),
+                    said => said,
                 },
             });
         }
         if !stderr.trim().is_empty() {
-            tracing::debug!(program, said = essence(&stderr), "tool succeeded");
+            tracing::debug!(program, said = said::essence(&stderr), "tool succeeded");
         }
         String::from_utf8(output.stdout).map_err(|_| CopyError::ToolFailed {
             program,
@@ -291,35 +291,6 @@ async fn version_of(program: &Path) -> Result<Option<Version>, CopyError> {
     )))
 }
 
-fn is_lost_snapshot(stderr: &str) -> bool {
-    stderr.contains("invalid snapshot identifier")
-        || stderr.contains("could not import the requested snapshot")
-        || (stderr.contains("snapshot \"") && stderr.contains("does not exist"))
-}
-
-/// The lines that say what went wrong. DETAIL and CONTEXT quote rows, the failed command is long.
-fn essence(stderr: &str) -> String {
-    const CHARACTERS_MAX: usize = 1000;
-    let lines: Vec<&str> = stderr
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty() && !line.contains("DETAIL:") && !line.contains("CONTEXT:"))
-        .collect();
-    let mut telling: Vec<&str> = lines
-        .iter()
-        .copied()
-        .filter(|line| {
-            ["error:", "ERROR:", "FATAL:", "HINT:"]
-                .iter()
-                .any(|t| line.contains(t))
-        })
-        .collect();
-    if telling.is_empty() {
-        telling = lines[lines.len().saturating_sub(5)..].to_vec();
-    }
-    telling.join("; ").chars().take(CHARACTERS_MAX).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -387,20 +358,5 @@ mod tests {
             directories(Some(configured), Some(OsStr::new("/usr/bin"))),
             [configured]
         );
-    }
-
-    #[test]
-    fn what_a_tool_says_is_kept_without_rows() {
-        let said = "pg_restore: error: could not execute query: ERROR:  could not create unique index \"u\"\n\
-                    DETAIL:  Key (email)=(secret@example.org) is duplicated.\n\
-                    Command was: CREATE UNIQUE INDEX u ON t (email);\n";
-        let kept = essence(said);
-        assert!(
-            kept.contains("unique index \"u\"") && !kept.contains("secret"),
-            "{kept}"
-        );
-        assert!(is_lost_snapshot(
-            "ERROR:  invalid snapshot identifier: \"x\""
-        ));
     }
 }

@@ -7,13 +7,13 @@ use std::error::Error as _;
 use std::io;
 use std::time::Duration;
 
-use super::redact;
+use super::{cause, redact};
 use crate::error::{Class, Classify, sqlstate_class};
 
 /// An error message of the server.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServerError {
-    /// `ERROR`, `FATAL` or `PANIC`.
+    /// `ERROR`, `FATAL` or `PANIC`, in no other language.
     pub severity: String,
     /// Five characters; PostgreSQL documentation, appendix "PostgreSQL Error Codes".
     pub sqlstate: String,
@@ -29,6 +29,8 @@ pub struct ServerError {
     pub constraint: Option<String>,
     /// `schema.type` where the server names one.
     pub datatype: Option<String>,
+    /// Where in PostgreSQL's own source it was raised: file and function. The message may be in any language, these are in none.
+    pub raised: (String, String),
 }
 
 impl ServerError {
@@ -36,8 +38,10 @@ impl ServerError {
     /// for type integer: …").
     pub(super) fn hide_values(&mut self) {
         if self.sqlstate.starts_with("22") {
-            self.message = match redact::without_value(&self.message) {
-                Some(rest) => format!("the server refused a value: {rest}"),
+            let what = redact::without_value(&self.message);
+            let what = what.or_else(|| redact::condition(&self.sqlstate).map(str::to_owned));
+            self.message = match what {
+                Some(what) => format!("the server refused a value: {what}"),
                 None => "the server refused a value".to_owned(),
             };
         }
@@ -110,6 +114,11 @@ impl PgError {
             _ => None,
         }
     }
+
+    /// Whether a server's lock table is full.
+    pub(crate) fn is_of_locks(&self) -> bool {
+        matches!(self, Self::Server(error) if cause::is_of_locks(error))
+    }
 }
 
 impl Classify for PgError {
@@ -149,7 +158,10 @@ impl Classify for PgError {
             "28P01" => {
                 "the password is wrong; it comes from password_file, PGPASSWORD or ~/.pgpass, and is read again for every attempt"
             }
-            "28000" => refused_at_the_door(&error.message),
+            "28000" | "53300" | "53400" | "53200" | "55000" => match cause::of(error) {
+                Some(hint) => hint,
+                None => return error.hint.clone(),
+            },
             "25006" => {
                 "the server is a standby, or transactions there are read-only by default; it is tried again"
             }
@@ -158,17 +170,6 @@ impl Classify for PgError {
                 "create it, or mend its name: for the server as a whole it is in the URL, for each database on both sides the same"
             }
             "53100" => "the server's disk is full; free space, the agent goes on by itself",
-            "53300" | "53400" => none_left(&error.message),
-            "53200" if error.message.contains("shared memory") => {
-                "raise max_locks_per_transaction on that server, and restart it; it is tried again"
-            }
-            "55000"
-                if error
-                    .message
-                    .contains("not currently accepting connections") =>
-            {
-                "that database lets nobody in (ALTER DATABASE … ALLOW_CONNECTIONS true); it is tried again"
-            }
             "57P03" => "the server starts, stops or recovers; it is tried again",
             _ => return error.hint.clone(),
         };
@@ -176,74 +177,15 @@ impl Classify for PgError {
     }
 }
 
-/// What to do about invalid_authorization_specification, which has many causes; the message tells them apart, where it is English.
-fn refused_at_the_door(message: &str) -> &'static str {
-    let causes = [
-        (
-            "pg_hba.conf",
-            "pg_hba.conf of that server has no line that lets this role into this database from here; a logical replication \
-             connection goes by the line of its database. After a change: SELECT pg_reload_conf()",
-        ),
-        (
-            "client certificate",
-            "pg_hba.conf demands a client certificate: sslcert and sslkey in the URL",
-        ),
-        (
-            "certificate authentication",
-            "the client certificate (sslcert) is not that of this role: see pg_ident.conf and clientname in pg_hba.conf",
-        ),
-        (
-            "not permitted to log in",
-            "the role needs the attribute LOGIN: ALTER ROLE … LOGIN",
-        ),
-        (
-            "set role",
-            "a stored setting `role` (ALTER ROLE or ALTER DATABASE … SET role) names a role that ours may not become: RESET it",
-        ),
-        (
-            "does not exist",
-            "there is no such role on that server: correct the URL, or create it (`dr-agent init` does)",
-        ),
-    ];
-    let found = causes.iter().find(|(words, _)| message.contains(words));
-    found.map_or(
-        "pg_hba.conf or the role's attributes do not let us in; the message above says which",
-        |(_, hint)| hint,
-    )
-}
-
-/// What there is not enough of, which the message tells, where it is English.
-fn none_left(message: &str) -> &'static str {
-    let causes = [
-        (
-            "for role",
-            "raise the role's own limit on that server: ALTER ROLE … CONNECTION LIMIT; it is tried again",
-        ),
-        (
-            "for database",
-            "raise the database's own limit on that server: ALTER DATABASE … CONNECTION LIMIT; it is tried again",
-        ),
-        (
-            "max_wal_senders",
-            "raise max_wal_senders on that server, and restart it; it is tried again",
-        ),
-        (
-            "replication slots",
-            "raise max_replication_slots on that server, and restart it; it is tried again",
-        ),
-    ];
-    let found = causes.iter().find(|(words, _)| message.contains(words));
-    found.map_or(
-        "all sessions of that server are taken: end some, or raise max_connections there and restart it; it is tried again",
-        |(_, hint)| hint,
-    )
-}
-
 impl From<tokio_postgres::Error> for PgError {
     fn from(error: tokio_postgres::Error) -> Self {
         if let Some(db) = error.as_db_error() {
             let mut server = ServerError {
-                severity: db.severity().to_owned(),
+                // The other one is translated.
+                severity: match db.parsed_severity() {
+                    Some(severity) => severity.to_string(),
+                    None => db.severity().to_owned(),
+                },
                 sqlstate: db.code().code().to_owned(),
                 message: db.message().to_owned(),
                 hint: db.hint().map(str::to_owned),
@@ -257,6 +199,10 @@ impl From<tokio_postgres::Error> for PgError {
                     .schema()
                     .zip(db.datatype())
                     .map(|(schema, datatype)| format!("{schema}.{datatype}")),
+                raised: (
+                    db.file().unwrap_or_default().to_owned(),
+                    db.routine().unwrap_or_default().to_owned(),
+                ),
             };
             server.hide_values();
             return Self::Server(Box::new(server));
@@ -271,75 +217,5 @@ impl From<tokio_postgres::Error> for PgError {
             Some(cause) => Self::Io(io::Error::new(cause.kind(), cause.to_string())),
             None => Self::Protocol(error.to_string()),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn refused(sqlstate: &str, message: &str) -> String {
-        let error = ServerError {
-            sqlstate: sqlstate.to_owned(),
-            message: message.to_owned(),
-            ..ServerError::default()
-        };
-        PgError::Server(Box::new(error)).hint().unwrap_or_default()
-    }
-
-    #[test]
-    fn who_is_not_let_in_is_told_by_whom() {
-        let cases = [
-            (
-                "no pg_hba.conf entry for host \"10.0.0.7\", user \"dr\", database \"app\", no encryption",
-                "pg_reload_conf",
-            ),
-            (
-                "pg_hba.conf rejects connection for host \"10.0.0.7\"",
-                "pg_reload_conf",
-            ),
-            ("role \"dr\" does not exist", "no such role"),
-            ("role \"dr\" is not permitted to log in", "LOGIN"),
-            ("connection requires a valid client certificate", "sslcert"),
-            (
-                "certificate authentication failed for user \"dr\"",
-                "pg_ident.conf",
-            ),
-            ("permission denied to set role \"app\"", "RESET"),
-            ("Rolle »dr« existiert nicht", "the message above"),
-        ];
-        for (message, words) in cases {
-            let hint = refused("28000", message);
-            assert!(hint.contains(words), "{message}: {hint}");
-        }
-        assert!(refused("28P01", "password authentication failed").contains("password"));
-    }
-
-    #[test]
-    fn what_there_is_not_enough_of_is_named() {
-        let cases = [
-            ("sorry, too many clients already", "max_connections"),
-            (
-                "remaining connection slots are reserved for non-replication superuser connections",
-                "max_connections",
-            ),
-            ("too many connections for role \"dr\"", "ALTER ROLE"),
-            (
-                "too many connections for database \"app\"",
-                "ALTER DATABASE",
-            ),
-            (
-                "number of requested standby connections exceeds max_wal_senders (currently 2)",
-                "max_wal_senders",
-            ),
-            ("all replication slots are in use", "max_replication_slots"),
-        ];
-        for (message, words) in cases {
-            let hint = refused("53300", message);
-            assert!(hint.contains(words), "{message}: {hint}");
-        }
-        let locks = refused("53200", "out of shared memory");
-        assert!(locks.contains("max_locks_per_transaction"), "{locks}");
-        assert!(!refused("53200", "out of memory").contains("locks"));
     }
 }

@@ -6,6 +6,7 @@
 
 mod again;
 pub mod binary;
+mod cause;
 mod connect;
 mod conninfo;
 mod dial;

@@ -43,6 +43,32 @@ const KNOWN: &[&str] = &[
 /// What stands behind the value where that comes first.
 const BEHIND: &[&str] = &[" is out of range for type ", " is out of range"];
 
+/// What the conditions of class 22 that users meet are called, whatever language the message is in; PostgreSQL documentation,
+/// appendix "PostgreSQL Error Codes".
+const CONDITIONS: &[(&str, &str)] = &[
+    ("22000", "data exception"),
+    ("22001", "it is too long for its type"),
+    ("22003", "it is out of range for its type"),
+    ("22004", "a null value is not allowed"),
+    ("22007", "it is no date or time"),
+    ("22008", "it is out of range for a date or time"),
+    ("22012", "division by zero"),
+    ("22021", "its bytes are not valid in the encoding"),
+    ("22023", "a parameter has no valid value"),
+    ("22026", "its length is not that of its type"),
+    ("2200M", "it is no XML document"),
+    ("2200N", "it is no XML content"),
+    ("22P02", "it is not written as its type wants it"),
+    ("22P03", "its binary form is not that of its type"),
+    ("22P05", "a character is not in the encoding"),
+];
+
+/// What a condition is called.
+pub(super) fn condition(sqlstate: &str) -> Option<&'static str> {
+    let found = CONDITIONS.iter().find(|(state, _)| *state == sqlstate);
+    found.map(|(_, name)| *name)
+}
+
 /// The message without a value, if it is one that is known.
 pub(super) fn without_value(message: &str) -> Option<String> {
     if message.starts_with("value \"") {

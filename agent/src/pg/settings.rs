@@ -10,7 +10,8 @@
 //! - The two sides differ in nothing that is here, unless a session says so for itself.
 //!
 //! # What it does not do
-//! It sets nothing that only makes us slower (but `jit`, which makes looks at catalogs slower by far), and no `lc_messages`, which takes a superuser.
+//! It sets nothing that only makes us slower (but `jit`, which makes looks at catalogs slower by far), and `lc_messages`, which takes
+//! a right, only where it costs no round trip of its own: nothing depends on the language of a message.
 
 /// What decides how values and names are written and read.
 pub const VALUES: [(&str, &str); 19] = [
@@ -73,7 +74,10 @@ pub fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
 /// start-up packet for it.
 pub fn later(version: i32) -> Option<&'static str> {
     // Who may not set event_triggers fires those that are ENABLE ALWAYS, as before version 17.
+    // Messages in English where we may ask for them: what is in them is told apart better, and can be looked up.
     const SINCE_17: &str = "SET transaction_timeout = 0; \
+        SELECT pg_catalog.set_config('lc_messages', 'C', false) \
+         WHERE pg_catalog.has_parameter_privilege('lc_messages', 'SET'); \
         SELECT pg_catalog.set_config('event_triggers', 'off', false) \
          WHERE pg_catalog.has_parameter_privilege('event_triggers', 'SET')";
     (version >= 170_000).then_some(SINCE_17)

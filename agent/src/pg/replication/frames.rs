@@ -310,6 +310,8 @@ fn server_error(body: &ErrorResponseBody) -> Result<ServerError, PgError> {
             b't' => table = Some(value),
             b'c' => error.column = Some(value),
             b'n' => error.constraint = Some(value),
+            b'F' => error.raised.0 = value,
+            b'R' => error.raised.1 = value,
             _ => {}
         }
     }
@@ -353,11 +355,12 @@ mod tests {
 
     #[test]
     fn an_error_message_keeps_its_sqlstate_and_loses_values() {
-        let body = b"SFEHLER\0VERROR\0C22P02\0Minvalid: secret\0Dsecret\0ttab\0ssch\0\0";
+        let body = b"SFEHLER\0VERROR\0C22P02\0Minvalid: secret\0Dsecret\0ttab\0ssch\0Fnumutils.c\0Rpg_strtoint32\0\0";
         let Some(Frame::Error(error)) = frames(&message(b'E', body)).buffered().unwrap() else {
             panic!("not an error");
         };
         assert_eq!(error.severity, "ERROR");
+        assert_eq!(error.raised.1, "pg_strtoint32");
         assert_eq!(error.sqlstate, "22P02");
         assert_eq!(error.table.as_deref(), Some("sch.tab"));
         assert!(!format!("{error:?}").contains("secret"));
