@@ -26,6 +26,7 @@ mod check;
 mod check_roles;
 mod check_start;
 mod churn;
+mod collations;
 mod connection;
 mod copy;
 mod coverage;

@@ -41,7 +41,10 @@ fn is_english(said: &str) -> bool {
     said.lines()
         .filter_map(mark)
         .all(|mark| MARKS.contains(&mark))
-        && outside_of_quotes.into_iter().all(str::is_ascii)
+        // Without its characters, a server writes « and » like this.
+        && outside_of_quotes
+            .into_iter()
+            .all(|text| text.is_ascii() && !text.contains("<<") && !text.contains(">>"))
 }
 
 /// Whether a tool failed for a reason that goes away by itself: its message is all there is. One in a language that
@@ -164,6 +167,10 @@ mod tests {
         ),
         (
             "pg_dump: error: query failed: ERROR:  permiso denegado a la tabla «t»",
+            true,
+        ),
+        (
+            "pg_dump: error: query failed: ERROR:  permiso denegado a la tabla <<t>>",
             true,
         ),
         ("pg_dump: error: query failed: FEL:  avbryter sats", true),

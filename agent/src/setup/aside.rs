@@ -209,6 +209,37 @@ async fn drop_table(
     }
 }
 
+/// What keeps a table of the replica from being dropped, beside foreign keys: views, functions and other tables, at most five.
+///
+/// # Errors
+/// [`SetupError`]
+pub async fn held_by(
+    replica: &ConnInfo,
+    stream: &StreamName,
+    table: &TableName,
+) -> Result<Vec<String>, SetupError> {
+    const HOLDERS: &str = "
+        WITH t (oid, type, types) AS (
+            SELECT c.oid, c.reltype, y.typarray FROM pg_class c JOIN pg_type y ON y.oid = c.reltype WHERE c.oid = to_regclass($1))
+        SELECT DISTINCT CASE WHEN v.oid IS NULL THEN pg_describe_object(d.classid, d.objid, 0)
+                             ELSE CASE v.relkind WHEN 'm' THEN 'materialized view ' ELSE 'view ' END
+                                  || quote_ident(n.nspname) || '.' || quote_ident(v.relname) END
+          FROM t
+          JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = t.oid
+                              OR d.refclassid = 'pg_type'::regclass AND d.refobjid IN (t.type, t.types)
+          LEFT JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+          LEFT JOIN pg_class v ON v.oid = r.ev_class
+          LEFT JOIN pg_namespace n ON n.oid = v.relnamespace
+         WHERE d.deptype = 'n' AND d.classid IN ('pg_rewrite'::regclass, 'pg_proc'::regclass, 'pg_class'::regclass)
+           AND d.objid <> t.oid AND v.oid IS DISTINCT FROM t.oid
+         ORDER BY 1 LIMIT 5";
+    let client = replica::open(replica, stream).await?;
+    let rows = client.query(HOLDERS, &[&table.sql()]).await;
+    let looking = "look up what depends on a table";
+    let rows = rows.map_err(|error| SetupError::sql(Side::Replica, looking)(error.into()))?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
 /// Whether the server will not have a table dropped: others depend on it, it is somebody else's, it is no table.
 fn stays(error: &PgError) -> bool {
     let refusals = [

@@ -64,7 +64,7 @@ use futures_util::future;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
-pub use aside::{make_room, note_aside, noted_aside, remove_half_made, set_aside};
+pub use aside::{held_by, make_room, note_aside, noted_aside, remove_half_made, set_aside};
 pub use base::Watch;
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};

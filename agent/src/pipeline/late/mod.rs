@@ -244,7 +244,10 @@ impl Late {
         if tables.len() > 1 && error.class() == Class::Definite {
             return Ok(Some(Class::Definite));
         }
-        let reason = chain(&error);
+        let mut reason = chain(&error);
+        if let ([table], true) = (tables, is_of_the_table_there(&error)) {
+            reason.push_str(&self.what_holds(&table.name).await);
+        }
         for table in tables {
             let now = now_instant();
             let pause = self.aside.troubles().failed(&table.name, &reason, now);
@@ -254,6 +257,21 @@ impl Late {
             );
         }
         Ok(Some(error.class()))
+    }
+
+    /// Why a table that is in the way could not be created anew, to go behind the reason; nothing where nobody can say.
+    async fn what_holds(&self, table: &TableName) -> String {
+        match setup::held_by(&self.replica(), &self.stream, table).await {
+            Ok(holders) if !holders.is_empty() => format!(
+                "; the replica's table cannot be created anew, because of {}",
+                holders.join(", ")
+            ),
+            Ok(_) => String::new(),
+            Err(error) => {
+                tracing::debug!(error = %chain(&error), "nobody knows what depends on a table");
+                String::new()
+            }
+        }
     }
 
     /// One attempt, after which nothing of it is left but the tables, or not even these.
