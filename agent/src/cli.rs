@@ -19,7 +19,7 @@ pub struct Cli {
 
     /// What every command takes.
     #[command(flatten)]
-    pub shared: Shared,
+    pub shared: SharedArgs,
 }
 
 const EXIT_CODES: &str = "Exit codes:
@@ -31,7 +31,7 @@ const EXIT_CODES: &str = "Exit codes:
 
 /// What every command takes.
 #[derive(Debug, Args)]
-pub struct Shared {
+pub struct SharedArgs {
     /// Configuration file
     #[arg(
         long,
@@ -51,7 +51,7 @@ pub struct Shared {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Report everything on both sides that is not as replication needs it
-    Check(cmd::check::Args),
+    Check(cmd::check::CheckArgs),
     /// Do the one-time set-up that needs more rights than running: schema, publication, replica database
     Init(cmd::init::InitArgs),
     /// Replicate until stopped, after doing whatever is missing; under route kinesis, into the stream
@@ -59,11 +59,11 @@ pub enum Command {
     /// Under route kinesis, beside the replica: apply what the stream has, until stopped
     Apply,
     /// Show at a glance whether the RPO is met
-    Status(cmd::status::Args),
+    Status(cmd::status::StatusArgs),
     /// Make the replica the primary, and say what was lost and how long it took
-    Promote(cmd::promote::Args),
+    Promote(cmd::promote::PromoteArgs),
     /// Take a base backup into the archive; list, verify or prune what it has
-    Backup(cmd::backup::Args),
+    Backup(cmd::backup::BackupArgs),
     /// Build a database as of any moment out of the archive
-    Restore(cmd::restore::Args),
+    Restore(cmd::restore::RestoreArgs),
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use dr_agent::cli::{Cli, Command, Shared};
+use dr_agent::cli::{Cli, Command, SharedArgs};
 use dr_agent::cloud::aws;
 use dr_agent::cmd;
 use dr_agent::config::Config;
@@ -78,7 +78,7 @@ async fn run(command: Command, config: Config, file: PathBuf) -> anyhow::Result<
 }
 
 /// Logs go to standard error; `RUST_LOG` chooses, `info` otherwise.
-fn start_logging(shared: &Shared) {
+fn start_logging(shared: &SharedArgs) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use dr_agent::archive::base::retention::Segment;
+use dr_agent::archive::base::retention::RetentionSegment;
 use dr_agent::archive::base::{self, BackupError, LoadJob, Manifest, Ownership, Patience, TakeJob};
 use dr_agent::catalog;
 use dr_agent::cloud::store::{Encryption, Store, StoreUrl};
@@ -528,7 +528,7 @@ async fn a_killed_backup_is_not_listed_and_is_tidied_up_a_day_later() {
     assert!(first.lsn < second.lsn);
     let listed = archive.list().await;
     assert_eq!(listed.len(), 2);
-    let segment = |name: &str, start: u64, end: u64| Segment {
+    let segment = |name: &str, start: u64, end: u64| RetentionSegment {
         name: name.to_owned(),
         start: start.into(),
         end: end.into(),

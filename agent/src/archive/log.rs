@@ -35,11 +35,13 @@ mod way;
 
 pub use ahead::Ahead;
 pub use chain::Chain;
-pub use change_log::{Closed, Log, LogHandle, LogSettings, Origin, Reach, Taken, upload_leftover};
+pub use change_log::{
+    Closed, Log, LogHandle, LogReach, LogSettings, Origin, Taken, upload_leftover,
+};
 pub use error::ArchiveError;
 pub use idle::idle_age;
 pub use layout::{Layout, Span};
 pub use segment::{SegmentReader, verify};
-pub use spool::{Segment, Spool, SpoolError, SpoolLimits};
+pub use spool::{Spool, SpoolError, SpoolLimits, SpoolSegment};
 pub use spooled::Spooled;
 pub use way::Way;

@@ -17,7 +17,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use bytesize::ByteSize;
 
-use super::finding::{Finding, Place, Severity, Side, counted};
+use super::finding::{Finding, FindingPlace, FindingSide, Severity, counted};
 use super::host;
 use crate::cloud::store::{Encryption, Put, Store, StoreError, StoreUrl};
 use crate::config::{Archive, Config};
@@ -46,7 +46,7 @@ pub(super) async fn look(
     databases: usize,
     writes: bool,
 ) -> Vec<Finding> {
-    let at = Place::server(Side::Agent);
+    let at = FindingPlace::server(FindingSide::Agent);
     let mut findings = store(&at, archive, writes).await;
     if !writes {
         return findings;
@@ -57,7 +57,7 @@ pub(super) async fn look(
     findings
 }
 
-async fn store(at: &Place, archive: &Archive, writes: bool) -> Vec<Finding> {
+async fn store(at: &FindingPlace, archive: &Archive, writes: bool) -> Vec<Finding> {
     if let StoreUrl::Directory(path) = &archive.url
         && !path.exists()
     {
@@ -72,8 +72,8 @@ async fn store(at: &Place, archive: &Archive, writes: bool) -> Vec<Finding> {
         ];
     }
     let asked = tokio::time::timeout(STORE_WITHIN, Box::pin(probe(archive, writes))).await;
-    let errors = asked.unwrap_or_else(|_| vec![Flaw::Silent]);
-    let found = |flaw: &Flaw| flaw.finding(at).on(&archive.url);
+    let errors = asked.unwrap_or_else(|_| vec![ArchiveFlaw::Silent]);
+    let found = |flaw: &ArchiveFlaw| flaw.finding(at).on(&archive.url);
     match errors.as_slice() {
         [] if !writes => {
             let done =
@@ -94,7 +94,7 @@ async fn store(at: &Place, archive: &Archive, writes: bool) -> Vec<Finding> {
 }
 
 /// Whoever may not ask the bucket for its rules is told nothing.
-async fn uploads(at: &Place, archive: &Archive) -> Option<Finding> {
+async fn uploads(at: &FindingPlace, archive: &Archive) -> Option<Finding> {
     let asking = async {
         let store = Store::as_it_is(&archive.url, &archive.encryption).await;
         store.ok()?.ends_abandoned_uploads().await
@@ -111,7 +111,7 @@ async fn uploads(at: &Place, archive: &Archive) -> Option<Finding> {
 }
 
 /// `run` and `backup` make it; but where a file system is not mounted that is the wrong one.
-fn not_there(at: &Place, path: &Path) -> Finding {
+fn not_there(at: &FindingPlace, path: &Path) -> Finding {
     let hint = "create it and give it to the user dr-agent runs as, or mend archive.url";
     let mut finding = host::writable(at, "archive_store", path, hint);
     if finding.severity == Severity::Ok {
@@ -122,7 +122,7 @@ fn not_there(at: &Place, path: &Path) -> Finding {
 }
 
 /// What is wrong with the store.
-enum Flaw {
+enum ArchiveFlaw {
     Store(StoreError),
     /// Another client's object could be in the way of the probe, which has a name of its own.
     Exists,
@@ -134,12 +134,12 @@ enum Flaw {
     Silent,
 }
 
-impl Flaw {
+impl ArchiveFlaw {
     fn is_overwriting(&self) -> bool {
         matches!(self, Self::Overwrites(_))
     }
 
-    fn finding(&self, at: &Place) -> Finding {
+    fn finding(&self, at: &FindingPlace) -> Finding {
         let (message, hint) = match self {
             Self::Store(error) => (chain(error), error.hint()),
             Self::Exists => (
@@ -172,10 +172,10 @@ impl Flaw {
 }
 
 /// Writes, reads, lists and deletes; or only reads and lists.
-async fn probe(archive: &Archive, writes: bool) -> Vec<Flaw> {
+async fn probe(archive: &Archive, writes: bool) -> Vec<ArchiveFlaw> {
     let store = match Store::as_it_is(&archive.url, &archive.encryption).await {
         Ok(store) => store,
-        Err(error) => return vec![Flaw::Store(error)],
+        Err(error) => return vec![ArchiveFlaw::Store(error)],
     };
     let name = format!("{PROBES}{:016x}", rand::random::<u64>());
     let mut flaws = Vec::new();
@@ -186,10 +186,10 @@ async fn probe(archive: &Archive, writes: bool) -> Vec<Flaw> {
                 written = true;
                 flaws.extend(overwrites(&store, &name).await);
             }
-            Ok(Put::Exists) => return vec![Flaw::Exists],
+            Ok(Put::Exists) => return vec![ArchiveFlaw::Exists],
             Err(error) => {
                 let rest_may_work = is_a_right(&error);
-                flaws.push(Flaw::Store(error));
+                flaws.push(ArchiveFlaw::Store(error));
                 if !rest_may_work {
                     return flaws;
                 }
@@ -200,16 +200,20 @@ async fn probe(archive: &Archive, writes: bool) -> Vec<Flaw> {
     match store.get(&name).await {
         // It may have been overwritten by now, which has been said.
         Ok(body) if written && body != PROBE_BYTES && body != SECOND_BYTES => {
-            flaws.push(Flaw::Forgets("is another"));
+            flaws.push(ArchiveFlaw::Forgets("is another"));
         }
-        Ok(body) if body == SECOND_BYTES && !flaws.iter().any(Flaw::is_overwriting) => {
-            flaws.push(Flaw::Overwrites("although the store said that it was not"));
+        Ok(body) if body == SECOND_BYTES && !flaws.iter().any(ArchiveFlaw::is_overwriting) => {
+            flaws.push(ArchiveFlaw::Overwrites(
+                "although the store said that it was not",
+            ));
         }
-        Err(StoreError::NotFound { .. }) if written => flaws.push(Flaw::Forgets("is not there")),
+        Err(StoreError::NotFound { .. }) if written => {
+            flaws.push(ArchiveFlaw::Forgets("is not there"))
+        }
         Ok(_) | Err(StoreError::NotFound { .. }) => {}
         Err(error) => {
             let rest_may_work = is_a_right(&error);
-            flaws.push(Flaw::Store(error));
+            flaws.push(ArchiveFlaw::Store(error));
             if !rest_may_work && !writes {
                 return flaws;
             }
@@ -217,23 +221,23 @@ async fn probe(archive: &Archive, writes: bool) -> Vec<Flaw> {
     }
     match store.list(PROBES, None).await {
         Ok(listed) if written && !listed.iter().any(|object| object.name == name) => {
-            flaws.push(Flaw::Forgets("is not listed"));
+            flaws.push(ArchiveFlaw::Forgets("is not listed"));
         }
         Ok(_) => {}
-        Err(error) => flaws.push(Flaw::Store(error)),
+        Err(error) => flaws.push(ArchiveFlaw::Store(error)),
     }
     if writes && let Err(error) = store.delete(&name).await {
-        flaws.push(Flaw::Store(error));
+        flaws.push(ArchiveFlaw::Store(error));
     }
     flaws
 }
 
 /// What is wrong with writing over an object: as a whole, and in parts as large ones are written.
-async fn overwrites(store: &Store, name: &str) -> Vec<Flaw> {
+async fn overwrites(store: &Store, name: &str) -> Vec<ArchiveFlaw> {
     let judge = |put: Result<Put, StoreError>, how: &'static str| match put {
         Ok(Put::Exists) => None,
-        Ok(Put::Created) => Some(Flaw::Overwrites(how)),
-        Err(error) => Some(Flaw::Store(error)),
+        Ok(Put::Created) => Some(ArchiveFlaw::Overwrites(how)),
+        Err(error) => Some(ArchiveFlaw::Store(error)),
     };
     let whole = store.put_new(name, SECOND_BYTES).await;
     let parts = store.put_new_in_parts(name, SECOND_BYTES).await;
@@ -252,7 +256,7 @@ fn is_a_right(error: &StoreError) -> bool {
 }
 
 /// The directory, and whether its file system holds what may wait in it.
-fn spool(at: &Place, archive: &Archive, databases: usize) -> Vec<Finding> {
+fn spool(at: &FindingPlace, archive: &Archive, databases: usize) -> Vec<Finding> {
     let directory = &archive.spool_directory;
     let hint = "create it and give it to the user dr-agent runs as, or set archive.spool_directory; \
                 the change log waits there for the store";
@@ -266,7 +270,7 @@ fn spool(at: &Place, archive: &Archive, databases: usize) -> Vec<Finding> {
 }
 
 /// What other users of the file system need, and what waits in the spool already, is left out of account.
-fn room(at: &Place, archive: &Archive, databases: usize, free: u64) -> Option<Finding> {
+fn room(at: &FindingPlace, archive: &Archive, databases: usize, free: u64) -> Option<Finding> {
     let needed = archive.spool_bytes.saturating_mul(databases as u64);
     (free < needed).then(|| {
         let consequence = match archive.required {
@@ -296,7 +300,7 @@ fn free_bytes(path: &Path) -> Option<u64> {
 }
 
 /// How large segments become, and how many.
-fn segments(at: &Place, config: &Config, archive: &Archive) -> Vec<Finding> {
+fn segments(at: &FindingPlace, config: &Config, archive: &Archive) -> Vec<Finding> {
     let mut findings = Vec::new();
     // One is being uploaded while the next is written.
     if archive.spool_bytes / 2 < archive.segment_bytes {
@@ -350,8 +354,8 @@ mod tests {
         Config::parse("f", &text, []).unwrap()
     }
 
-    fn at() -> Place {
-        Place::server(Side::Agent)
+    fn at() -> FindingPlace {
+        FindingPlace::server(FindingSide::Agent)
     }
 
     #[test]

@@ -7,12 +7,17 @@
 //! - It does not compare what the apply never meets: views, functions, foreign keys (silent under
 //!   `session_replication_role = replica`), ordinary indexes, the order of columns.
 
-use super::finding::{Finding, Place, some_of};
-use super::shape::{Column, Shape, Unique};
+use super::finding::{Finding, FindingPlace, some_of};
+use super::shape::{ColumnShape, TableShape, Unique};
 use crate::names::TableName;
 
 /// Everything that differs between the two. Empty when rows of the source fit.
-pub(super) fn table(at: &Place, name: &TableName, source: &Shape, replica: &Shape) -> Vec<Finding> {
+pub(super) fn table(
+    at: &FindingPlace,
+    name: &TableName,
+    source: &TableShape,
+    replica: &TableShape,
+) -> Vec<Finding> {
     if let Some(finding) = kind(at, replica) {
         return vec![finding.on(name)];
     }
@@ -22,7 +27,7 @@ pub(super) fn table(at: &Place, name: &TableName, source: &Shape, replica: &Shap
     findings.into_iter().map(|f| f.on(name)).collect()
 }
 
-fn kind(at: &Place, replica: &Shape) -> Option<Finding> {
+fn kind(at: &FindingPlace, replica: &TableShape) -> Option<Finding> {
     let what = match replica.kind.as_str() {
         "r" | "p" => return None,
         "f" => "a foreign table",
@@ -37,10 +42,11 @@ fn kind(at: &Place, replica: &Shape) -> Option<Finding> {
 const SAME_COLUMNS: &str = "make the same change on the replica that was made on the source: \
      DDL is not replicated in this version";
 
-fn columns(at: &Place, source: &[Column], replica: &[Column]) -> Vec<Finding> {
+fn columns(at: &FindingPlace, source: &[ColumnShape], replica: &[ColumnShape]) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let find =
-        |columns: &[Column], name: &str| columns.iter().find(|column| column.name == name).cloned();
+    let find = |columns: &[ColumnShape], name: &str| {
+        columns.iter().find(|column| column.name == name).cloned()
+    };
     for column in source {
         let name = &column.name;
         let Some(other) = find(replica, name) else {
@@ -105,7 +111,7 @@ fn columns(at: &Place, source: &[Column], replica: &[Column]) -> Vec<Finding> {
         .collect()
 }
 
-fn uniques(at: &Place, source: &[Unique], replica: &[Unique]) -> Vec<Finding> {
+fn uniques(at: &FindingPlace, source: &[Unique], replica: &[Unique]) -> Vec<Finding> {
     let mut findings = Vec::new();
     if let Some(key) = source.iter().find(|unique| unique.primary)
         && !replica.iter().any(|other| other.valid && alike(key, other))
@@ -165,7 +171,7 @@ fn alike(one: &Unique, other: &Unique) -> bool {
         && one.nulls_equal == other.nulls_equal
 }
 
-fn checks(at: &Place, source: &[String], replica: &[String]) -> Option<Finding> {
+fn checks(at: &FindingPlace, source: &[String], replica: &[String]) -> Option<Finding> {
     let definition = |text: &str| text.split_once(": ").map(|(_, def)| def.to_owned());
     let extra: Vec<&str> = replica
         .iter()
@@ -191,14 +197,14 @@ fn checks(at: &Place, source: &[String], replica: &[String]) -> Option<Finding> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::finding::{Severity, Side};
+    use super::super::finding::{FindingSide, Severity};
     use super::*;
 
-    fn column(name: &str, type_name: &str) -> Column {
-        Column {
+    fn column(name: &str, type_name: &str) -> ColumnShape {
+        ColumnShape {
             name: name.to_owned(),
             type_name: type_name.to_owned(),
-            ..Column::default()
+            ..ColumnShape::default()
         }
     }
 
@@ -212,25 +218,30 @@ mod tests {
         }
     }
 
-    fn shape() -> Shape {
-        Shape {
+    fn shape() -> TableShape {
+        TableShape {
             kind: "r".to_owned(),
             columns: vec![column("id", "integer"), column("note", "text")],
             uniques: vec![unique("t_pkey", &["id"], true)],
-            ..Shape::default()
+            ..TableShape::default()
         }
     }
 
-    fn found(source: &Shape, replica: &Shape) -> Vec<(Severity, &'static str)> {
+    fn found(source: &TableShape, replica: &TableShape) -> Vec<(Severity, &'static str)> {
         let name = TableName {
             schema: "s".to_owned(),
             name: "t".to_owned(),
         };
-        table(&Place::database(Side::Both, "app"), &name, source, replica)
-            .iter()
-            .inspect(|f| assert!(f.hint.is_some() && f.object.as_deref() == Some("s.t")))
-            .map(|f| (f.severity, f.code))
-            .collect()
+        table(
+            &FindingPlace::database(FindingSide::Both, "app"),
+            &name,
+            source,
+            replica,
+        )
+        .iter()
+        .inspect(|f| assert!(f.hint.is_some() && f.object.as_deref() == Some("s.t")))
+        .map(|f| (f.severity, f.code))
+        .collect()
     }
 
     #[test]
@@ -243,7 +254,7 @@ mod tests {
 
     #[test]
     fn every_way_a_column_can_differ_is_told_apart() {
-        type Change = fn(&mut Shape, &mut Shape);
+        type Change = fn(&mut TableShape, &mut TableShape);
         let table: [(Change, Severity, &str); 9] = [
             (
                 |_, r| drop(r.columns.pop()),
@@ -280,7 +291,7 @@ mod tests {
             ),
             (
                 |_, r| {
-                    r.columns.push(Column {
+                    r.columns.push(ColumnShape {
                         not_null: true,
                         ..column("extra", "integer")
                     });
@@ -290,7 +301,7 @@ mod tests {
             ),
             (
                 |_, r| {
-                    r.columns.push(Column {
+                    r.columns.push(ColumnShape {
                         not_null: true,
                         has_default: true,
                         ..column("extra", "integer")
@@ -364,9 +375,9 @@ mod tests {
 
     #[test]
     fn a_view_in_the_place_of_a_table_is_one_error() {
-        let replica = Shape {
+        let replica = TableShape {
             kind: "v".to_owned(),
-            ..Shape::default()
+            ..TableShape::default()
         };
         assert_eq!(found(&shape(), &replica), [(Severity::Error, "table_kind")]);
     }

@@ -1,6 +1,6 @@
 //! One finding of `dr-agent check`, and the report they add up to.
 //!
-//! Every part of the check returns findings; [`Report`] puts them in order and counts them; `text`
+//! Every part of the check returns findings; [`CheckReport`] puts them in order and counts them; `text`
 //! lays them out for people and serde for programs.
 //!
 //! # Invariants
@@ -59,7 +59,7 @@ impl Severity {
 /// Where something was found, in the order of the report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Side {
+pub enum FindingSide {
     /// The machine the agent runs on.
     Agent,
     /// The PostgreSQL we tail.
@@ -70,7 +70,7 @@ pub enum Side {
     Both,
 }
 
-impl Side {
+impl FindingSide {
     /// The word in the report.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -88,7 +88,7 @@ pub struct Finding {
     /// How bad it is.
     pub severity: Severity,
     /// On which side.
-    pub side: Side,
+    pub side: FindingSide,
     /// In which database; `None` is the whole server.
     pub database: Option<String>,
     /// Which object, where one is meant.
@@ -119,14 +119,14 @@ impl Finding {
 
 /// A side, and perhaps a database on it: where the findings of one function belong.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    side: Side,
+pub struct FindingPlace {
+    side: FindingSide,
     database: Option<String>,
 }
 
-impl Place {
+impl FindingPlace {
     /// A whole server, or the agent's machine.
-    pub fn server(side: Side) -> Self {
+    pub fn server(side: FindingSide) -> Self {
         Self {
             side,
             database: None,
@@ -134,7 +134,7 @@ impl Place {
     }
 
     /// One database.
-    pub fn database(side: Side, database: &str) -> Self {
+    pub fn database(side: FindingSide, database: &str) -> Self {
         Self {
             side,
             database: Some(database.to_owned()),
@@ -182,7 +182,7 @@ impl Place {
 
 /// All findings, in the order in which they are shown.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Report {
+pub struct CheckReport {
     /// By side, then server before databases, then database, then the worst first.
     pub findings: Vec<Finding>,
     /// How many are errors.
@@ -191,7 +191,7 @@ pub struct Report {
     pub warnings: usize,
 }
 
-impl Report {
+impl CheckReport {
     /// Orders and counts; within one code the order of arrival stays.
     pub fn new(mut findings: Vec<Finding>) -> Self {
         findings.sort_by(|a, b| {
@@ -244,10 +244,10 @@ mod tests {
 
     #[test]
     fn the_worst_comes_first_and_only_within_its_place() {
-        let source = Place::server(Side::Source);
-        let app = Place::database(Side::Source, "app");
-        let report = Report::new(vec![
-            Place::server(Side::Replica).error("connect", "x"),
+        let source = FindingPlace::server(FindingSide::Source);
+        let app = FindingPlace::database(FindingSide::Source, "app");
+        let report = CheckReport::new(vec![
+            FindingPlace::server(FindingSide::Replica).error("connect", "x"),
             app.error("keyless_table", "x"),
             source.ok("wal_level", "x"),
             source.warning("wal_sender_timeout", "x"),
@@ -267,11 +267,11 @@ mod tests {
 
     #[test]
     fn the_json_object_is_the_documented_one() {
-        let finding = Place::database(Side::Source, "app")
+        let finding = FindingPlace::database(FindingSide::Source, "app")
             .error("keyless_table", "has no key")
             .on("public.log")
             .hint("add one");
-        let json = serde_json::to_value(Report::new(vec![finding])).unwrap();
+        let json = serde_json::to_value(CheckReport::new(vec![finding])).unwrap();
         let expected = serde_json::json!({
             "findings": [{
                 "severity": "error", "side": "source", "database": "app", "object": "public.log",
@@ -281,8 +281,9 @@ mod tests {
             "warnings": 0
         });
         assert_eq!(json, expected);
-        let bare =
-            serde_json::to_value(Place::server(Side::Agent).ok("spill_directory", "writable"));
+        let bare = serde_json::to_value(
+            FindingPlace::server(FindingSide::Agent).ok("spill_directory", "writable"),
+        );
         assert_eq!(bare.unwrap()["hint"], serde_json::Value::Null);
     }
 

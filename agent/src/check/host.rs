@@ -10,8 +10,8 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::finding::{Finding, Place, Side};
-use super::server::Server;
+use super::finding::{Finding, FindingPlace, FindingSide};
+use super::server::ServerFacts;
 use super::{service_user, startable};
 use crate::config::Config;
 use crate::copy;
@@ -21,9 +21,9 @@ use crate::error::{Classify as _, chain};
 pub(super) async fn look(
     config: &Config,
     source_version_num: Option<i32>,
-    replica: Option<&Server>,
+    replica: Option<&ServerFacts>,
 ) -> Vec<Finding> {
-    let at = Place::server(Side::Agent);
+    let at = FindingPlace::server(FindingSide::Agent);
     let mut findings = Vec::new();
     findings.push(tools(&at, config, source_version_num).await);
     findings.extend(service_user::look(&at, config));
@@ -39,7 +39,7 @@ pub(super) async fn look(
 }
 
 /// `pg_dump` and `pg_restore`, looked for exactly as the copy looks for them.
-async fn tools(at: &Place, config: &Config, source_version_num: Option<i32>) -> Finding {
+async fn tools(at: &FindingPlace, config: &Config, source_version_num: Option<i32>) -> Finding {
     // While the source is away any version is accepted; the oldest one known is asked for.
     let needed = source_version_num.unwrap_or(140_000);
     match copy::find_tools(&config.copy, needed).await {
@@ -54,7 +54,7 @@ async fn tools(at: &Place, config: &Config, source_version_num: Option<i32>) -> 
     }
 }
 
-fn spill(at: &Place, directory: &Path) -> Finding {
+fn spill(at: &FindingPlace, directory: &Path) -> Finding {
     writable(
         at,
         "spill_directory",
@@ -65,7 +65,12 @@ fn spill(at: &Place, directory: &Path) -> Finding {
 }
 
 /// Whether files can be made in a directory, or in the one below which it will be created.
-pub(super) fn writable(at: &Place, code: &'static str, directory: &Path, hint: &str) -> Finding {
+pub(super) fn writable(
+    at: &FindingPlace,
+    code: &'static str,
+    directory: &Path,
+    hint: &str,
+) -> Finding {
     let existing = existing(directory);
     let finding = match tempfile::tempfile_in(existing) {
         Ok(_) if existing == directory => at.ok(code, "is writable"),
@@ -99,7 +104,7 @@ fn plain(error: &io::Error) -> String {
     error.kind().to_string()
 }
 
-async fn http(at: &Place, config: &Config) -> Finding {
+async fn http(at: &FindingPlace, config: &Config) -> Finding {
     let address = config.http_listen;
     let finding = match TcpListener::bind(address).await {
         Ok(_) => at.ok("http_listen", "is free; no agent serves it now"),
@@ -156,8 +161,8 @@ mod tests {
     use super::super::finding::Severity;
     use super::*;
 
-    fn at() -> Place {
-        Place::server(Side::Agent)
+    fn at() -> FindingPlace {
+        FindingPlace::server(FindingSide::Agent)
     }
 
     fn config(listen: &str) -> Config {

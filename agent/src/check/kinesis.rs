@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use futures_util::{StreamExt as _, stream};
 
-use super::finding::{Finding, Place, Severity, Side, counted, some_of};
+use super::finding::{Finding, FindingPlace, FindingSide, Severity, counted, some_of};
 use super::reachability::Reach;
 use crate::cloud::kinesis::{Kinesis, KinesisError, Refusal, StreamSummary};
 use crate::config::Config;
@@ -54,8 +54,8 @@ pub(super) async fn look(config: &Config, reach: Reach, databases: &[String]) ->
     found.concat()
 }
 
-fn at() -> Place {
-    Place::server(Side::Agent)
+fn at() -> FindingPlace {
+    FindingPlace::server(FindingSide::Agent)
 }
 
 async fn one(config: &Config, reach: Reach, stream: &str, databases: &[&String]) -> Vec<Finding> {
@@ -234,7 +234,7 @@ fn of(code: &'static str, severity: Severity, error: &KinesisError, who: &str) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cloud::kinesis::Operation;
+    use crate::cloud::kinesis::KinesisOperation;
 
     fn config(more: &str) -> Config {
         let text = format!(
@@ -255,7 +255,7 @@ mod tests {
         }
     }
 
-    fn refused(operation: Operation, refusal: Refusal) -> KinesisError {
+    fn refused(operation: KinesisOperation, refusal: Refusal) -> KinesisError {
         KinesisError::Refused {
             operation,
             stream: "s".to_owned(),
@@ -309,8 +309,8 @@ mod tests {
 
     #[test]
     fn a_right_is_an_error_where_only_its_command_can_run() {
-        let put = refused(Operation::PutRecords, Refusal::Denied);
-        let get = refused(Operation::GetRecords, Refusal::Denied);
+        let put = refused(KinesisOperation::PutRecords, Refusal::Denied);
+        let get = refused(KinesisOperation::GetRecords, Refusal::Denied);
         let found = |source, replica, written: Option<&KinesisError>, read: &[KinesisError]| {
             let found = rights(Reach { source, replica }, written, read);
             found.iter().map(|f| f.severity).collect::<Vec<_>>()
@@ -325,7 +325,7 @@ mod tests {
         assert_eq!(found(false, true, None, &get), [Ok, Error]);
         assert_eq!(found(true, false, None, &get), [Ok, Note]);
         assert_eq!(found(true, true, Some(&put), &get), [Error, Error]);
-        let away = refused(Operation::PutRecords, Refusal::Unavailable);
+        let away = refused(KinesisOperation::PutRecords, Refusal::Unavailable);
         assert_eq!(found(false, true, Some(&away), &[]), [Error, Ok]);
     }
 }

@@ -46,14 +46,14 @@ use crate::pg::PgError;
 use crate::setup;
 use reachability::Reach;
 
-pub use finding::{Finding, Place, Report, Severity, Side};
+pub use finding::{CheckReport, Finding, FindingPlace, FindingSide, Severity};
 pub use text::{Style, render};
 
 /// How long it may take to look whether a start would be refused.
 const REHEARSAL_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// Checks everything. Never fails: what goes wrong is among the findings.
-pub async fn check(config: &Config) -> Report {
+pub async fn check(config: &Config) -> CheckReport {
     let mut findings = Vec::new();
     let source = Box::pin(source::server(config, &mut findings)).await;
     let replica = Box::pin(replica::server(config, &mut findings)).await;
@@ -74,7 +74,7 @@ pub async fn check(config: &Config) -> Report {
     }
     let names = databases(config, source.as_ref(), replica.as_ref());
     if let Some(replica) = &replica {
-        let at = Place::server(Side::Replica);
+        let at = FindingPlace::server(FindingSide::Replica);
         let lanes = config.replica.lanes;
         findings.extend(startable::connections(
             &at,
@@ -130,12 +130,12 @@ pub async fn check(config: &Config) -> Report {
             }
         }
     }
-    Report::new(findings)
+    CheckReport::new(findings)
 }
 
 /// What a start would be refused for, decided by what decides it there.
 async fn start(config: &Config, name: &str) -> Option<Finding> {
-    let at = Place::database(Side::Both, name);
+    let at = FindingPlace::database(FindingSide::Both, name);
     let rehearsal = tokio::time::timeout(REHEARSAL_MAX, setup::rehearse(config, name)).await;
     let error = match rehearsal {
         Ok(Ok(())) => return Some(at.ok("start", "would not be refused")),
@@ -159,8 +159,8 @@ async fn start(config: &Config, name: &str) -> Option<Finding> {
 /// from the replica.
 fn databases(
     config: &Config,
-    source: Option<&source::Source>,
-    replica: Option<&replica::Replica>,
+    source: Option<&source::SourceFacts>,
+    replica: Option<&replica::ReplicaFacts>,
 ) -> Vec<String> {
     match (&config.source.databases, source, replica) {
         (_, Some(source), _) => source.selected.clone(),
@@ -177,7 +177,7 @@ fn databases(
 
 /// Runs one question; its failure becomes a finding and the check goes on without the answer.
 async fn note_failure<T>(
-    at: &Place,
+    at: &FindingPlace,
     doing: &str,
     findings: &mut Vec<Finding>,
     question: impl Future<Output = Result<T, PgError>>,

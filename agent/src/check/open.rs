@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
-use super::finding::{Finding, Place};
+use super::finding::{Finding, FindingPlace};
 use super::settings::unreachable;
 use crate::pg::{self, ConnInfo, PgError, Session};
 
@@ -17,7 +17,7 @@ const CONNECT_TIME_MAX: Duration = Duration::from_secs(15);
 
 /// Opens a session, or says why that is not possible.
 pub(super) async fn session(
-    at: &Place,
+    at: &FindingPlace,
     conninfo: &ConnInfo,
     name: &str,
 ) -> Result<Client, Finding> {

@@ -5,25 +5,29 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::compare;
-use super::finding::{Finding, Place, Severity, Side, counted, some_of};
-use super::replica::{Replica, ReplicaDatabase};
-use super::server::Locale;
+use super::finding::{Finding, FindingPlace, FindingSide, Severity, counted, some_of};
+use super::replica::{ReplicaDatabase, ReplicaFacts};
+use super::server::LocaleFacts;
 use super::settings;
 use super::shape::Shapes;
 use super::slot::{self, Kept};
-use super::source::{Source, SourceDatabase};
+use super::source::{SourceDatabase, SourceFacts};
 use super::startable;
 use crate::config::{Config, Route};
 use crate::error::remedy;
 use crate::names::TableName;
 
 /// Compares the servers.
-pub(super) fn servers(config: &Config, source: &Source, replica: &Replica) -> Vec<Finding> {
-    let at = Place::server(Side::Both);
+pub(super) fn servers(
+    config: &Config,
+    source: &SourceFacts,
+    replica: &ReplicaFacts,
+) -> Vec<Finding> {
+    let at = FindingPlace::server(FindingSide::Both);
     let mut findings: Vec<Finding> = settings::same_server(&at, &source.server, &replica.server)
         .into_iter()
         .collect();
-    let there = Place::server(Side::Replica);
+    let there = FindingPlace::server(FindingSide::Replica);
     findings.extend(settings::replica_settings(
         &there,
         &replica.server,
@@ -34,7 +38,7 @@ pub(super) fn servers(config: &Config, source: &Source, replica: &Replica) -> Ve
     findings
 }
 
-fn roles(at: &Place, source: &[String], replica: &[String]) -> Option<Finding> {
+fn roles(at: &FindingPlace, source: &[String], replica: &[String]) -> Option<Finding> {
     let missing: Vec<&String> = source
         .iter()
         .filter(|role| !replica.contains(role))
@@ -61,10 +65,10 @@ fn roles(at: &Place, source: &[String], replica: &[String]) -> Option<Finding> {
 pub(super) fn database(
     config: &Config,
     name: &str,
-    (source, here): (&Source, &SourceDatabase),
-    (replica, there): (&Replica, Option<&ReplicaDatabase>),
+    (source, here): (&SourceFacts, &SourceDatabase),
+    (replica, there): (&ReplicaFacts, Option<&ReplicaDatabase>),
 ) -> Vec<Finding> {
-    let at = Place::database(Side::Both, name);
+    let at = FindingPlace::database(FindingSide::Both, name);
     let stream = config.stream(name);
     let nothing = Kept::default();
     let kept = there.map_or(&nothing, |there| &there.kept);
@@ -110,7 +114,7 @@ pub(super) fn database(
         findings.extend(in_it);
     }
     if kept.progress.is_none() {
-        let there = Place::database(Side::Replica, name);
+        let there = FindingPlace::database(FindingSide::Replica, name);
         findings.extend(startable::newer_features(
             &there,
             &here.features,
@@ -118,7 +122,7 @@ pub(super) fn database(
         ));
         findings.extend(startable::locks(&there, &replica.server, here.relations.1));
     }
-    let locale = |databases: &[super::server::Database]| {
+    let locale = |databases: &[super::server::DatabaseFacts]| {
         databases
             .iter()
             .find(|one| one.name == name)
@@ -136,7 +140,7 @@ pub(super) fn database(
 
 /// A publication that is not there: right before the first start, a gap once it has `begun`.
 pub(super) fn publication(
-    at: &Place,
+    at: &FindingPlace,
     name: &str,
     here: &SourceDatabase,
     begun: bool,
@@ -163,7 +167,7 @@ pub(super) fn publication(
 }
 
 fn extensions(
-    at: &Place,
+    at: &FindingPlace,
     source: &[(String, String)],
     available: &BTreeMap<String, String>,
     installed: &[(String, String)],
@@ -195,7 +199,7 @@ fn extensions(
     findings
 }
 
-fn locales(at: &Place, source: &Locale, replica: &Locale) -> Vec<Finding> {
+fn locales(at: &FindingPlace, source: &LocaleFacts, replica: &LocaleFacts) -> Vec<Finding> {
     let mut findings = Vec::new();
     if source.encoding != replica.encoding {
         findings.push(
@@ -209,8 +213,8 @@ fn locales(at: &Place, source: &Locale, replica: &Locale) -> Vec<Finding> {
             .hint("create the replica's database with the source's encoding"),
         );
     }
-    let order = |locale: &Locale| {
-        let Locale {
+    let order = |locale: &LocaleFacts| {
+        let LocaleFacts {
             collate,
             ctype,
             provider,
@@ -250,7 +254,11 @@ fn locales(at: &Place, source: &Locale, replica: &Locale) -> Vec<Finding> {
 
 /// Triggers of the source that will fire on the replica once its schema is copied; those already
 /// there are reported with the replica.
-fn firing(at: &Place, here: &SourceDatabase, there: Option<&ReplicaDatabase>) -> Vec<Finding> {
+fn firing(
+    at: &FindingPlace,
+    here: &SourceDatabase,
+    there: Option<&ReplicaDatabase>,
+) -> Vec<Finding> {
     here.shapes
         .iter()
         .filter(|(name, shape)| !shape.of_extension && name.schema != "dr_agent")
@@ -272,7 +280,7 @@ fn firing(at: &Place, here: &SourceDatabase, there: Option<&ReplicaDatabase>) ->
 
 /// Every table that is or will be published, against the table of its name on the replica.
 fn tables(
-    at: &Place,
+    at: &FindingPlace,
     here: &SourceDatabase,
     there: &ReplicaDatabase,
     applier: &str,
@@ -310,7 +318,7 @@ fn tables(
 }
 
 /// The first copy goes into an empty database.
-fn strangers(at: &Place, shapes: &Shapes, applier: &str) -> Option<Finding> {
+fn strangers(at: &FindingPlace, shapes: &Shapes, applier: &str) -> Option<Finding> {
     let strangers: Vec<&TableName> = shapes
         .iter()
         .filter(|(name, shape)| name.schema != "dr_agent" && !shape.of_extension)
@@ -335,7 +343,7 @@ fn strangers(at: &Place, shapes: &Shapes, applier: &str) -> Option<Finding> {
 }
 
 /// A table that the replica lacks: before its copy that is as it should be.
-fn missing(at: &Place, name: &TableName, kept: &Kept) -> Option<Finding> {
+fn missing(at: &FindingPlace, name: &TableName, kept: &Kept) -> Option<Finding> {
     if kept.progress.is_none() || kept.copying.contains(name) {
         return None;
     }
@@ -355,7 +363,7 @@ fn missing(at: &Place, name: &TableName, kept: &Kept) -> Option<Finding> {
     Some(finding.on(name))
 }
 
-fn copy_state(at: &Place, kept: &Kept, applier: &str) -> Option<Finding> {
+fn copy_state(at: &FindingPlace, kept: &Kept, applier: &str) -> Option<Finding> {
     let waiting: BTreeSet<&TableName> = kept.copying.iter().collect();
     if waiting.is_empty() {
         return None;
@@ -375,15 +383,15 @@ fn copy_state(at: &Place, kept: &Kept, applier: &str) -> Option<Finding> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::shape::{Column, Shape, Unique};
+    use super::super::shape::{ColumnShape, TableShape, Unique};
     use super::*;
     use crate::catalog::publication::Wanted;
     use crate::catalog::{Identity, Table};
     use crate::pg::PgLsn;
     use crate::schema::progress::Progress;
 
-    fn at() -> Place {
-        Place::database(Side::Both, "app")
+    fn at() -> FindingPlace {
+        FindingPlace::database(FindingSide::Both, "app")
     }
 
     fn name(table: &str) -> TableName {
@@ -393,13 +401,13 @@ mod tests {
         }
     }
 
-    fn shape() -> Shape {
-        Shape {
+    fn shape() -> TableShape {
+        TableShape {
             kind: "r".to_owned(),
-            columns: vec![Column {
+            columns: vec![ColumnShape {
                 name: "id".to_owned(),
                 type_name: "integer".to_owned(),
-                ..Column::default()
+                ..ColumnShape::default()
             }],
             uniques: vec![Unique {
                 primary: true,
@@ -407,7 +415,7 @@ mod tests {
                 keys: vec!["id".to_owned()],
                 ..Unique::default()
             }],
-            ..Shape::default()
+            ..TableShape::default()
         }
     }
 
@@ -530,20 +538,20 @@ mod tests {
 
     #[test]
     fn locales_are_compared_by_what_decides_the_order() {
-        let libc = |collate: &str, version: &str| Locale {
+        let libc = |collate: &str, version: &str| LocaleFacts {
             encoding: "UTF8".to_owned(),
             collate: collate.to_owned(),
             ctype: collate.to_owned(),
             provider: "c".to_owned(),
             version: version.to_owned(),
-            ..Locale::default()
+            ..LocaleFacts::default()
         };
-        let icu = Locale {
+        let icu = LocaleFacts {
             provider: "i".to_owned(),
             provider_locale: "de-DE".to_owned(),
             ..libc("C", "153")
         };
-        let codes = |one: &Locale, other: &Locale| -> Vec<&'static str> {
+        let codes = |one: &LocaleFacts, other: &LocaleFacts| -> Vec<&'static str> {
             locales(&at(), one, other).iter().map(|f| f.code).collect()
         };
         let german = libc("de_DE.UTF-8", "2.36");
@@ -557,14 +565,14 @@ mod tests {
         assert_eq!(
             codes(
                 &icu,
-                &Locale {
+                &LocaleFacts {
                     collate: "x".to_owned(),
                     ..icu.clone()
                 }
             ),
             [""; 0]
         );
-        let latin = Locale {
+        let latin = LocaleFacts {
             encoding: "LATIN1".to_owned(),
             ..german.clone()
         };
@@ -576,7 +584,7 @@ mod tests {
         let names = |names: &[&str]| -> Vec<String> {
             names.iter().map(|name| (*name).to_owned()).collect()
         };
-        let at = Place::server(Side::Replica);
+        let at = FindingPlace::server(FindingSide::Replica);
         let finding = roles(&at, &names(&["app", "bi"]), &names(&["app", "postgres"])).unwrap();
         assert_eq!(finding.severity, Severity::Warning);
         assert!(finding.message.contains("bi") && !finding.message.contains("app"));

@@ -7,14 +7,14 @@ use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
 
-use super::finding::{Finding, Place, counted, some_of};
+use super::finding::{Finding, FindingPlace, counted, some_of};
 use crate::names::TableName;
 use crate::pg::PgError;
 use crate::watch::coverage;
 
 /// A publication.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Publication {
+pub(super) struct PublicationFacts {
     /// FOR ALL TABLES.
     pub(super) all_tables: bool,
     /// `publish_via_partition_root`.
@@ -32,7 +32,7 @@ pub(super) struct Publication {
 }
 
 /// Reads a publication; `None` where there is none of that name.
-pub(super) async fn read(client: &Client, name: &str) -> Result<Option<Publication>, PgError> {
+pub(super) async fn read(client: &Client, name: &str) -> Result<Option<PublicationFacts>, PgError> {
     // Row filters and column lists came with PostgreSQL 15 and are read through to_jsonb; the schema
     // list is a catalog of its own there, so it is a second statement.
     const SQL: &str = "
@@ -62,7 +62,7 @@ pub(super) async fn read(client: &Client, name: &str) -> Result<Option<Publicati
     } else {
         Vec::new()
     };
-    Ok(Some(Publication {
+    Ok(Some(PublicationFacts {
         all_tables: row.get(0),
         via_root: row.get(1),
         left_out: row.get(2),
@@ -76,9 +76,9 @@ pub(super) async fn read(client: &Client, name: &str) -> Result<Option<Publicati
 /// What is wrong with the publication `name`. Whether its absence is wrong depends on the replica:
 /// see `pair`.
 pub(super) fn judge(
-    at: &Place,
+    at: &FindingPlace,
     name: &str,
-    publication: &Publication,
+    publication: &PublicationFacts,
     wanted: &BTreeSet<TableName>,
 ) -> Vec<Finding> {
     let mut findings = shape(at, publication);
@@ -116,7 +116,7 @@ pub(super) fn judge(
     findings.into_iter().map(|f| f.on(name)).collect()
 }
 
-fn shape(at: &Place, publication: &Publication) -> Vec<Finding> {
+fn shape(at: &FindingPlace, publication: &PublicationFacts) -> Vec<Finding> {
     let mut wrong = Vec::new();
     if publication.all_tables {
         wrong.push("it is FOR ALL TABLES, keyless ones included".to_owned());
@@ -163,7 +163,7 @@ fn shape(at: &Place, publication: &Publication) -> Vec<Finding> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::finding::{Severity, Side};
+    use super::super::finding::{FindingSide, Severity};
     use super::*;
 
     fn names(names: &[&str]) -> BTreeSet<TableName> {
@@ -176,19 +176,19 @@ mod tests {
             .collect()
     }
 
-    fn found(publication: &Publication, wanted: &[&str]) -> Vec<(Severity, &'static str)> {
-        let at = Place::database(Side::Source, "app");
+    fn found(publication: &PublicationFacts, wanted: &[&str]) -> Vec<(Severity, &'static str)> {
+        let at = FindingPlace::database(FindingSide::Source, "app");
         judge(&at, "dr_agent_app", publication, &names(wanted))
             .iter()
             .map(|f| (f.severity, f.code))
             .collect()
     }
 
-    fn publication(tables: &[&str]) -> Publication {
-        Publication {
+    fn publication(tables: &[&str]) -> PublicationFacts {
+        PublicationFacts {
             owned: true,
             tables: names(tables),
-            ..Publication::default()
+            ..PublicationFacts::default()
         }
     }
 
@@ -208,10 +208,10 @@ mod tests {
     #[test]
     fn a_publication_that_sends_less_than_everything_is_an_error() {
         for change in [
-            |p: &mut Publication| p.left_out = vec!["delete".to_owned()],
-            |p: &mut Publication| p.filtered = vec!["s.a".to_owned()],
-            |p: &mut Publication| p.via_root = true,
-            |p: &mut Publication| p.schemas = vec!["s".to_owned()],
+            |p: &mut PublicationFacts| p.left_out = vec!["delete".to_owned()],
+            |p: &mut PublicationFacts| p.filtered = vec!["s.a".to_owned()],
+            |p: &mut PublicationFacts| p.via_root = true,
+            |p: &mut PublicationFacts| p.schemas = vec!["s".to_owned()],
         ] {
             let mut publication = publication(&["a"]);
             change(&mut publication);
@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn for_all_tables_is_an_error_and_lacks_nothing() {
-        let all = Publication {
+        let all = PublicationFacts {
             all_tables: true,
             ..publication(&[])
         };

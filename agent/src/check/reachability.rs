@@ -6,7 +6,7 @@
 //! # Invariants
 //! - Only a side that cannot be reached is excused: one that answers and refuses is an error as under route `direct`.
 
-use super::finding::{Finding, Place, Severity, Side};
+use super::finding::{Finding, FindingPlace, FindingSide, Severity};
 use crate::config::{Config, Route};
 
 /// The sides that can be reached from here.
@@ -25,8 +25,8 @@ impl Reach {
                 .any(|finding| is_out_of_reach(finding, side))
         };
         Self {
-            source: reached(Side::Source),
-            replica: reached(Side::Replica),
+            source: reached(FindingSide::Source),
+            replica: reached(FindingSide::Replica),
         }
     }
 
@@ -36,7 +36,7 @@ impl Reach {
     }
 }
 
-fn is_out_of_reach(finding: &Finding, side: Side) -> bool {
+fn is_out_of_reach(finding: &Finding, side: FindingSide) -> bool {
     (finding.side, &finding.database, finding.code) == (side, &None, "connect")
         && finding.severity != Severity::Ok
 }
@@ -55,7 +55,7 @@ pub(super) fn excuse(config: &Config, reach: Reach, findings: &mut Vec<Finding>)
             replica: false,
         } => return,
         Reach { source: false, .. } => (
-            Side::Source,
+            FindingSide::Source,
             if archive {
                 "right beside the replica: dr-agent apply goes on without, and its first copy comes out of the archive; a \
                  table that is added later is copied from the source, which must be reachable for that. dr-agent run \
@@ -66,7 +66,7 @@ pub(super) fn excuse(config: &Config, reach: Reach, findings: &mut Vec<Finding>)
             },
         ),
         Reach { replica: false, .. } => (
-            Side::Replica,
+            FindingSide::Replica,
             "right beside the source: dr-agent run goes on without. dr-agent apply and promote need it, on the other side",
         ),
     };
@@ -77,7 +77,7 @@ pub(super) fn excuse(config: &Config, reach: Reach, findings: &mut Vec<Finding>)
         }
     }
     findings.push(
-        Place::server(Side::Both)
+        FindingPlace::server(FindingSide::Both)
             .note(
                 "not_compared",
                 format!(
@@ -87,9 +87,9 @@ pub(super) fn excuse(config: &Config, reach: Reach, findings: &mut Vec<Finding>)
             )
             .hint("dr-agent check on the other side looks at the rest; versions, extensions, locales, roles and tables are compared only where both can be reached"),
     );
-    if away == Side::Replica && !archive {
+    if away == FindingSide::Replica && !archive {
         findings.push(
-            Place::server(Side::Replica)
+            FindingPlace::server(FindingSide::Replica)
                 .note(
                     "first_copy",
                     "no [archive] is configured: dr-agent apply must reach the source for the first copy",
@@ -114,7 +114,7 @@ pub(super) fn excuse_tools(config: &Config, reach: Reach, findings: &mut [Findin
 
 /// Where the first copy of a database that has none yet will come from. Beside the replica, the source out of reach.
 pub(super) fn first_copy(config: &Config, database: &str) -> Finding {
-    let at = Place::database(Side::Replica, database);
+    let at = FindingPlace::database(FindingSide::Replica, database);
     if config.archive.is_some() {
         return at.note(
             "first_copy",
@@ -151,7 +151,8 @@ mod tests {
     #[test]
     fn tools_are_needed_where_something_is_copied() {
         let severity = |route: &str, source, replica| {
-            let mut found = [Place::server(Side::Agent).error("pg_tools", "not found")];
+            let mut found =
+                [FindingPlace::server(FindingSide::Agent).error("pg_tools", "not found")];
             excuse_tools(&config(route), Reach { source, replica }, &mut found);
             found[0].severity
         };
@@ -165,9 +166,9 @@ mod tests {
 
     #[test]
     fn one_side_out_of_reach_is_a_remark_both_are_errors_and_so_is_a_refusal() {
-        let away = |side| Place::server(side).error("connect", "refused");
-        let here = |side| Place::server(side).ok("connect", "answers");
-        let split = vec![here(Side::Source), away(Side::Replica)];
+        let away = |side| FindingPlace::server(side).error("connect", "refused");
+        let here = |side| FindingPlace::server(side).ok("connect", "answers");
+        let split = vec![here(FindingSide::Source), away(FindingSide::Replica)];
         let error = (Severity::Error, "connect");
         assert_eq!(
             excused(&config(KINESIS), split.clone()),
@@ -178,17 +179,17 @@ mod tests {
                 (Severity::Note, "first_copy"),
             ]
         );
-        let beside = vec![away(Side::Source), here(Side::Replica)];
+        let beside = vec![away(FindingSide::Source), here(FindingSide::Replica)];
         assert_eq!(
             excused(&config(KINESIS), beside)[0],
             (Severity::Note, "connect")
         );
         assert_eq!(excused(&config(""), split)[1], error);
-        let neither = vec![away(Side::Source), away(Side::Replica)];
+        let neither = vec![away(FindingSide::Source), away(FindingSide::Replica)];
         assert_eq!(excused(&config(KINESIS), neither), [error, error]);
-        let refused = Place::server(Side::Replica).error("password", "wrong");
+        let refused = FindingPlace::server(FindingSide::Replica).error("password", "wrong");
         assert_eq!(
-            excused(&config(KINESIS), vec![here(Side::Source), refused]),
+            excused(&config(KINESIS), vec![here(FindingSide::Source), refused]),
             [(Severity::Ok, "connect"), (Severity::Error, "password")]
         );
     }

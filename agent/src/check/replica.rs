@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use tokio_postgres::Client;
 
-use super::finding::{Finding, Place, Side, counted, some_of};
-use super::server::{self, Database, Server};
+use super::finding::{Finding, FindingPlace, FindingSide, counted, some_of};
+use super::server::{self, DatabaseFacts, ServerFacts};
 use super::settings;
 use super::shape::{self, Shapes};
 use super::slot::Kept;
@@ -20,11 +20,11 @@ use crate::time;
 
 /// What was learned of the replica server.
 #[derive(Debug)]
-pub(super) struct Replica {
+pub(super) struct ReplicaFacts {
     /// The server.
-    pub(super) server: Server,
+    pub(super) server: ServerFacts,
     /// Every database of it.
-    pub(super) databases: Vec<Database>,
+    pub(super) databases: Vec<DatabaseFacts>,
     /// Every role of it.
     pub(super) roles: Vec<String>,
     /// Extensions that can be installed there, with their default version.
@@ -43,8 +43,8 @@ pub(super) struct ReplicaDatabase {
 }
 
 /// Looks at the server. `None` when it cannot be reached; the findings say why.
-pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Option<Replica> {
-    let at = Place::server(Side::Replica);
+pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Option<ReplicaFacts> {
+    let at = FindingPlace::server(FindingSide::Replica);
     let name = format!("{APPLICATION_PREFIX}check");
     let client = match open::session(&at, &config.replica.conninfo, &name).await {
         Ok(client) => client,
@@ -80,7 +80,7 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
     if let Some(skew) = note_failure(&at, "read the clock", findings, server::skew(&client)).await {
         findings.push(settings::clock(&at, skew));
     }
-    Some(Replica {
+    Some(ReplicaFacts {
         server,
         databases,
         roles,
@@ -90,7 +90,11 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
 
 /// Whether apply sessions may silence triggers and foreign keys: tried, because what a managed
 /// service allows cannot be read from a catalog.
-async fn replication_role_setting(at: &Place, client: &Client, server: &Server) -> Finding {
+async fn replication_role_setting(
+    at: &FindingPlace,
+    client: &Client,
+    server: &ServerFacts,
+) -> Finding {
     let tried = client
         .batch_execute("BEGIN; SET LOCAL session_replication_role = replica; ROLLBACK")
         .await;
@@ -144,11 +148,11 @@ pub(super) async fn installed(client: &Client) -> Result<Vec<(String, String)>, 
 /// Looks at one database. `None` when it is not there yet or cannot be reached.
 pub(super) async fn database(
     config: &Config,
-    replica: &Replica,
+    replica: &ReplicaFacts,
     name: &str,
     findings: &mut Vec<Finding>,
 ) -> Option<ReplicaDatabase> {
-    let at = Place::database(Side::Replica, name);
+    let at = FindingPlace::database(FindingSide::Replica, name);
     let role = &replica.server.role;
     let Some(entry) = replica.databases.iter().find(|one| one.name == name) else {
         findings.push(if role.superuser || role.createdb {
@@ -197,7 +201,13 @@ pub(super) async fn database(
 }
 
 /// Whether other sessions are kept from writing, and whether we may see to that.
-fn guard(at: &Place, entry: &Database, kept: &Kept, role: &str, applier: &str) -> Option<Finding> {
+fn guard(
+    at: &FindingPlace,
+    entry: &DatabaseFacts,
+    kept: &Kept,
+    role: &str,
+    applier: &str,
+) -> Option<Finding> {
     let guarded = matches!(
         entry.read_only.as_deref(),
         Some("on" | "true" | "yes" | "1")
@@ -230,9 +240,9 @@ fn guard(at: &Place, entry: &Database, kept: &Kept, role: &str, applier: &str) -
     })
 }
 
-fn rights(at: &Place, shapes: &Shapes, role: &str) -> Vec<Finding> {
+fn rights(at: &FindingPlace, shapes: &Shapes, role: &str) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let of_tables = |pick: fn(&shape::Shape) -> bool| -> Vec<&TableName> {
+    let of_tables = |pick: fn(&shape::TableShape) -> bool| -> Vec<&TableName> {
         shapes
             .iter()
             .filter(|(_, shape)| matches!(shape.kind.as_str(), "r" | "p") && !shape.of_extension)
@@ -275,7 +285,7 @@ fn rights(at: &Place, shapes: &Shapes, role: &str) -> Vec<Finding> {
 }
 
 /// Triggers and rules that would run a second time what the source has done already.
-fn firing(at: &Place, shapes: &Shapes) -> Vec<Finding> {
+fn firing(at: &FindingPlace, shapes: &Shapes) -> Vec<Finding> {
     shapes
         .iter()
         .filter(|(name, shape)| name.schema != "dr_agent" && !shape.firing.is_empty())

@@ -13,7 +13,7 @@ use crate::time::wall_clock;
 
 /// A server, and the role we connected as.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Server {
+pub(super) struct ServerFacts {
     /// `server_version_num`.
     pub(super) version_num: i32,
     /// As the server writes it: "15.8 (Debian 15.8-0+deb12u1)".
@@ -27,12 +27,12 @@ pub(super) struct Server {
     /// Raised by every physical promotion; `None` on a standby.
     pub(super) timeline: Option<i32>,
     /// Our role.
-    pub(super) role: Role,
+    pub(super) role: RoleFacts,
     /// The settings of [`SETTINGS`] that this version has, in the setting's own unit.
     pub(super) settings: BTreeMap<String, String>,
 }
 
-impl Server {
+impl ServerFacts {
     /// 15 for 15.8.
     pub(super) fn major(&self) -> i32 {
         self.version_num / 10_000
@@ -51,7 +51,7 @@ impl Server {
 
 /// The role of this session.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Role {
+pub(super) struct RoleFacts {
     /// Its name.
     pub(super) name: String,
     /// SUPERUSER.
@@ -93,7 +93,7 @@ pub(super) async fn wal_end(client: &Client) -> Result<Option<PgLsn>, PgError> {
 }
 
 /// Reads the server.
-pub(super) async fn server(client: &Client) -> Result<Server, PgError> {
+pub(super) async fn server(client: &Client) -> Result<ServerFacts, PgError> {
     const SQL: &str = "
         SELECT current_setting('server_version_num')::int, current_setting('server_version'),
                pg_is_in_recovery(),
@@ -123,14 +123,14 @@ pub(super) async fn server(client: &Client) -> Result<Server, PgError> {
         .await
         .ok()
         .map(|row| row.get(0));
-    Ok(Server {
+    Ok(ServerFacts {
         version_num: row.get(0),
         version: row.get(1),
         in_recovery: row.get(2),
         started_at: row.get(3),
         system_identifier,
         timeline: row.get(8),
-        role: Role {
+        role: RoleFacts {
             name: row.get(4),
             superuser: row.get(5),
             replication: row.get(6),
@@ -146,7 +146,7 @@ pub(super) async fn server(client: &Client) -> Result<Server, PgError> {
 
 /// A replication slot.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Slot {
+pub(super) struct SlotFacts {
     /// Its name.
     pub(super) name: String,
     /// "pgoutput"; empty for physical slots.
@@ -172,7 +172,7 @@ pub(super) struct Slot {
 }
 
 /// Every slot of the server, ours and others'.
-pub(super) async fn slots(client: &Client) -> Result<Vec<Slot>, PgError> {
+pub(super) async fn slots(client: &Client) -> Result<Vec<SlotFacts>, PgError> {
     const SQL: &str = "
         SELECT slot_name::text, coalesce(plugin::text, ''), coalesce(database::text, ''), active,
                coalesce(wal_status, ''), to_jsonb(s)->>'invalidation_reason', two_phase,
@@ -186,7 +186,7 @@ pub(super) async fn slots(client: &Client) -> Result<Vec<Slot>, PgError> {
     let rows = client.query(SQL, &[]).await?;
     Ok(rows
         .iter()
-        .map(|row| Slot {
+        .map(|row| SlotFacts {
             name: row.get(0),
             plugin: row.get(1),
             database: row.get(2),
@@ -212,7 +212,7 @@ pub(super) async fn walsenders(client: &Client) -> Result<i64, PgError> {
 
 /// A database of a server.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Database {
+pub(super) struct DatabaseFacts {
     /// Its name.
     pub(super) name: String,
     /// `datallowconn`.
@@ -226,14 +226,14 @@ pub(super) struct Database {
     /// Our role may act as its owner, which `ALTER DATABASE … SET` asks for.
     pub(super) owned: bool,
     /// Encoding, LC_COLLATE, LC_CTYPE, locale provider, provider's locale.
-    pub(super) locale: Locale,
+    pub(super) locale: LocaleFacts,
     /// `default_transaction_read_only` as set by `ALTER DATABASE … SET`.
     pub(super) read_only: Option<String>,
 }
 
 /// How a database orders and stores text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Locale {
+pub(super) struct LocaleFacts {
     /// "UTF8".
     pub(super) encoding: String,
     /// LC_COLLATE.
@@ -249,7 +249,7 @@ pub(super) struct Locale {
 }
 
 /// Every database of the server.
-pub(super) async fn databases(client: &Client) -> Result<Vec<Database>, PgError> {
+pub(super) async fn databases(client: &Client) -> Result<Vec<DatabaseFacts>, PgError> {
     const SQL: &str = "
         SELECT datname::text, datallowconn, has_database_privilege(d.oid, 'CONNECT'),
                has_database_privilege(d.oid, 'CREATE'), pg_has_role(datdba, 'USAGE'),
@@ -266,13 +266,13 @@ pub(super) async fn databases(client: &Client) -> Result<Vec<Database>, PgError>
     let rows = client.query(SQL, &[]).await?;
     Ok(rows
         .iter()
-        .map(|row| Database {
+        .map(|row| DatabaseFacts {
             name: row.get(0),
             allows_connections: row.get(1),
             may_connect: row.get(2),
             may_create: row.get(3),
             owned: row.get(4),
-            locale: Locale {
+            locale: LocaleFacts {
                 encoding: row.get(5),
                 collate: row.get(6),
                 ctype: row.get(7),

@@ -5,7 +5,7 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use super::finding::{Finding, Place};
+use super::finding::{Finding, FindingPlace};
 use crate::config::Config;
 
 /// The user of `ops/systemd/dr-agent.service`.
@@ -24,7 +24,7 @@ struct User {
 }
 
 /// Looks at everything that the configuration names, where root runs the check and the service's user exists.
-pub(super) fn look(at: &Place, config: &Config) -> Vec<Finding> {
+pub(super) fn look(at: &FindingPlace, config: &Config) -> Vec<Finding> {
     let is_root = std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0);
     let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let user = user(&text("/etc/passwd"), &text("/etc/group"));

@@ -1,12 +1,12 @@
 //! ● What is judged about a server as a whole: version, settings, limits, clock.
 //!
-//! Pure: [`Server`] and numbers in, findings out.
+//! Pure: [`ServerFacts`] and numbers in, findings out.
 
 use crate::error::{Classify, chain};
 use crate::pg::PgError;
 
-use super::finding::{Finding, Place, counted};
-use super::server::{Server, Skew, Slot};
+use super::finding::{Finding, FindingPlace, counted};
+use super::server::{ServerFacts, Skew, SlotFacts};
 
 /// Oldest and newest major version this program is tested with.
 const MAJOR_MIN: i32 = 14;
@@ -20,7 +20,7 @@ const SKEW_SECONDS_MAX: f64 = 1.0;
 const SLOT_WAL_MEGABYTES_MIN: i64 = 10 * 1024;
 
 /// Why a server or database could not be reached, under a code that tells the cases apart.
-pub(super) fn unreachable(at: &Place, error: &PgError) -> Finding {
+pub(super) fn unreachable(at: &FindingPlace, error: &PgError) -> Finding {
     let code = match (error, error.sqlstate()) {
         (PgError::Tls { .. }, _) => "tls",
         (PgError::Password { .. }, _) | (_, Some("28P01")) => "password",
@@ -42,7 +42,7 @@ pub(super) fn unreachable(at: &Place, error: &PgError) -> Finding {
 }
 
 /// Part of the check failed; what it would have found is unknown.
-pub(super) fn failed(at: &Place, doing: &str, error: &PgError) -> Finding {
+pub(super) fn failed(at: &FindingPlace, doing: &str, error: &PgError) -> Finding {
     let finding = at.error(
         "check_failed",
         format!("could not {doing}: {}", chain(error)),
@@ -54,7 +54,7 @@ pub(super) fn failed(at: &Place, doing: &str, error: &PgError) -> Finding {
 }
 
 /// The version, and whether the server takes writes.
-pub(super) fn version(at: &Place, server: &Server) -> Vec<Finding> {
+pub(super) fn version(at: &FindingPlace, server: &ServerFacts) -> Vec<Finding> {
     let major = server.major();
     let text = format!("PostgreSQL {}", server.version);
     let mut findings = vec![if major < MAJOR_MIN {
@@ -85,9 +85,9 @@ pub(super) fn version(at: &Place, server: &Server) -> Vec<Finding> {
 /// Settings of the source that replication stands on. `wanted` is the names of our slots, one per
 /// database; `walsenders` counts everybody's. `apart`: another process than the one that tails the slots copies.
 pub(super) fn source_limits(
-    at: &Place,
-    server: &Server,
-    slots: &[Slot],
+    at: &FindingPlace,
+    server: &ServerFacts,
+    slots: &[SlotFacts],
     walsenders: i64,
     wanted: &[String],
     apart: bool,
@@ -131,7 +131,7 @@ pub(super) fn source_limits(
 
 /// `needed` for good, and `copies` for a while.
 fn capacity(
-    at: &Place,
+    at: &FindingPlace,
     code: &'static str,
     limit: i64,
     free: i64,
@@ -172,7 +172,7 @@ fn capacity(
 }
 
 /// Settings of the source under which a slot is lost, holds WAL for ever, or holds up commits.
-pub(super) fn source_risks(at: &Place, server: &Server) -> Vec<Finding> {
+pub(super) fn source_risks(at: &FindingPlace, server: &ServerFacts) -> Vec<Finding> {
     let mut findings = Vec::new();
     match server.number("max_slot_wal_keep_size") {
         Some(-1) => findings.push(
@@ -229,7 +229,7 @@ pub(super) fn source_risks(at: &Place, server: &Server) -> Vec<Finding> {
 }
 
 /// Whether the clock can be trusted for the lag.
-pub(super) fn clock(at: &Place, skew: Skew) -> Finding {
+pub(super) fn clock(at: &FindingPlace, skew: Skew) -> Finding {
     let Skew {
         seconds,
         uncertainty,
@@ -252,9 +252,9 @@ pub(super) fn clock(at: &Place, skew: Skew) -> Finding {
 
 /// Settings of the replica, which is to apply on `lanes` lanes in each database.
 pub(super) fn replica_settings(
-    at: &Place,
-    server: &Server,
-    source: &Server,
+    at: &FindingPlace,
+    server: &ServerFacts,
+    source: &ServerFacts,
     lanes: u16,
 ) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -290,7 +290,11 @@ pub(super) fn replica_settings(
 }
 
 /// Whether both URLs lead to the same server, or to two copies of one.
-pub(super) fn same_server(at: &Place, source: &Server, replica: &Server) -> Option<Finding> {
+pub(super) fn same_server(
+    at: &FindingPlace,
+    source: &ServerFacts,
+    replica: &ServerFacts,
+) -> Option<Finding> {
     let (Some(one), Some(other)) = (&source.system_identifier, &replica.system_identifier) else {
         return Some(at.note(
             "system_identifier",
@@ -321,7 +325,7 @@ pub(super) fn same_server(at: &Place, source: &Server, replica: &Server) -> Opti
 }
 
 /// Whether our role may stream from the source.
-pub(super) fn replication_role(at: &Place, server: &Server) -> Finding {
+pub(super) fn replication_role(at: &FindingPlace, server: &ServerFacts) -> Finding {
     let role = &server.role;
     if role.superuser || role.replication {
         let why = if role.superuser {
@@ -343,7 +347,7 @@ pub(super) fn replication_role(at: &Place, server: &Server) -> Finding {
 }
 
 /// Says "3 databases: a, b, c".
-pub(super) fn selected(at: &Place, names: &[String]) -> Finding {
+pub(super) fn selected(at: &FindingPlace, names: &[String]) -> Finding {
     if names.is_empty() {
         at.error("databases", "there is no database to replicate")
             .hint("source.databases = [\"*\"] takes every database that allows connections and is no template")
@@ -365,23 +369,23 @@ fn count(number: usize) -> i64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::finding::{Severity, Side};
+    use super::super::finding::{FindingSide, Severity};
     use super::*;
     use crate::pg::ServerError;
 
-    fn at() -> Place {
-        Place::server(Side::Source)
+    fn at() -> FindingPlace {
+        FindingPlace::server(FindingSide::Source)
     }
 
-    fn server(settings: &[(&str, &str)]) -> Server {
-        Server {
+    fn server(settings: &[(&str, &str)]) -> ServerFacts {
+        ServerFacts {
             version_num: 150_008,
             version: "15.8".to_owned(),
             settings: settings
                 .iter()
                 .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
                 .collect(),
-            ..Server::default()
+            ..ServerFacts::default()
         }
     }
 
@@ -397,7 +401,7 @@ mod tests {
             (180_001, Severity::Ok),
             (190_000, Severity::Error),
         ] {
-            let server = Server {
+            let server = ServerFacts {
                 version_num: num,
                 ..server(&[])
             };
@@ -433,10 +437,10 @@ mod tests {
             ("max_wal_senders", "1"),
         ];
         let wanted = ["dr_a".to_owned(), "dr_b".to_owned()];
-        let slot = |name: &str, active| Slot {
+        let slot = |name: &str, active| SlotFacts {
             name: name.to_owned(),
             active,
-            ..Slot::default()
+            ..SlotFacts::default()
         };
         let both = [slot("dr_a", true), slot("dr_b", false)];
         let findings = source_limits(&at(), &server(&settings), &both, 1, &wanted, false);
@@ -466,9 +470,9 @@ mod tests {
                 ("max_wal_senders", "20"),
             ];
             let wanted = ["dr_a".to_owned(), "dr_b".to_owned()];
-            let slot = Slot {
+            let slot = SlotFacts {
                 name: "dr_a".to_owned(),
-                ..Slot::default()
+                ..SlotFacts::default()
             };
             let found = source_limits(&at(), &server(&settings), &[slot], 0, &wanted, apart);
             found[1].severity
@@ -515,13 +519,14 @@ mod tests {
 
     #[test]
     fn a_replica_that_is_the_source_is_an_error() {
-        let with = |id: &str, started_at| Server {
+        let with = |id: &str, started_at| ServerFacts {
             system_identifier: Some(id.to_owned()),
             started_at,
             ..server(&[])
         };
-        let severity =
-            |one: &Server, other: &Server| same_server(&at(), one, other).unwrap().severity;
+        let severity = |one: &ServerFacts, other: &ServerFacts| {
+            same_server(&at(), one, other).unwrap().severity
+        };
         assert_eq!(severity(&with("1", 5.0), &with("1", 5.0)), Severity::Error);
         assert_eq!(
             severity(&with("1", 5.0), &with("1", 6.0)),
@@ -533,7 +538,7 @@ mod tests {
 
     #[test]
     fn an_older_replica_is_a_warning() {
-        let replica = Server {
+        let replica = ServerFacts {
             version_num: 140_010,
             ..server(&[("max_prepared_transactions", "0")])
         };

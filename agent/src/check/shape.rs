@@ -13,13 +13,13 @@ use crate::pg::{Again, PgError};
 
 /// One table: what a row of it must look like and what may refuse it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(super) struct TableShape {
     /// `pg_class.relkind`: `r` table, `p` partitioned, `f` foreign, `v` view, `m` materialized view.
     pub(super) kind: String,
     /// Belongs to an extension.
     pub(super) of_extension: bool,
     /// In the order of the table.
-    pub(super) columns: Vec<Column>,
+    pub(super) columns: Vec<ColumnShape>,
     /// Unique indexes and exclusion constraints.
     pub(super) uniques: Vec<Unique>,
     /// CHECK constraints, as `name: definition`.
@@ -40,7 +40,7 @@ pub(super) struct Shape {
 
 /// One column.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Column {
+pub(super) struct ColumnShape {
     /// Its name.
     pub(super) name: String,
     /// `format_type()`, qualified outside `pg_catalog`.
@@ -71,7 +71,7 @@ pub(super) struct Unique {
 }
 
 /// Tables, foreign tables and views by name, without the system's own.
-pub(super) type Shapes = BTreeMap<TableName, Shape>;
+pub(super) type Shapes = BTreeMap<TableName, TableShape>;
 
 /// What all statements have in common: the user's tables and what could stand in their place. What is dropped while it is looked at has every right and no definition: the functions answer NULL.
 const FROM: &str = "pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace";
@@ -116,7 +116,7 @@ async fn relations(client: &Client) -> Result<Shapes, PgError> {
     Ok(rows
         .iter()
         .map(|row| {
-            let shape = Shape {
+            let shape = TableShape {
                 kind: row.get(2),
                 row_security: row.get(3),
                 may_read: row.get(4),
@@ -124,7 +124,7 @@ async fn relations(client: &Client) -> Result<Shapes, PgError> {
                 owned: row.get(6),
                 of_extension: row.get(7),
                 may_truncate: row.get(8),
-                ..Shape::default()
+                ..TableShape::default()
             };
             (name(row), shape)
         })
@@ -144,7 +144,7 @@ async fn columns(client: &Client, shapes: &mut Shapes) -> Result<(), PgError> {
     );
     for row in client.query(&sql, &[]).await? {
         if let Some(shape) = shapes.get_mut(&name(&row)) {
-            shape.columns.push(Column {
+            shape.columns.push(ColumnShape {
                 name: row.get(2),
                 type_name: row.get(3),
                 not_null: row.get(4),

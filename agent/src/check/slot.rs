@@ -11,8 +11,8 @@ use std::collections::BTreeSet;
 
 use bytesize::ByteSize;
 
-use super::finding::{Finding, Place};
-use super::server::{Server, Slot};
+use super::finding::{Finding, FindingPlace};
+use super::server::{ServerFacts, SlotFacts};
 use crate::error::remedy::{self, SLOT_TOO};
 use crate::names::TableName;
 use crate::pg::PgLsn;
@@ -46,10 +46,10 @@ const MISSING: &str =
 
 /// Judges the slot `name` of database `database`.
 pub(super) fn judge(
-    at: &Place,
+    at: &FindingPlace,
     name: &str,
     database: &str,
-    slot: Option<&Slot>,
+    slot: Option<&SlotFacts>,
     kept: &Kept,
 ) -> Vec<Finding> {
     let Some(slot) = slot else {
@@ -83,7 +83,7 @@ pub(super) fn judge(
 
 /// What `dr_agent.sending` on the source says of a stream under route `kinesis`.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Noted {
+pub(super) struct NotedSlot {
     /// The source it was sent from: system identifier and timeline.
     pub(super) origin: (String, i32),
     /// Since where.
@@ -93,12 +93,12 @@ pub(super) struct Noted {
 /// Judges the slot `name` of database `database` under route `kinesis`, where what was put into the stream is
 /// acknowledged and the replica has no part in it.
 pub(super) fn sending(
-    at: &Place,
+    at: &FindingPlace,
     name: &str,
     database: &str,
-    slot: Option<&Slot>,
-    noted: Option<&Noted>,
-    source: &Server,
+    slot: Option<&SlotFacts>,
+    noted: Option<&NotedSlot>,
+    source: &ServerFacts,
 ) -> Vec<Finding> {
     let mut findings: Vec<Finding> = noted
         .and_then(|noted| elsewhere(at, name, noted, source))
@@ -156,9 +156,9 @@ pub(super) fn sending(
 
 /// Under route `kinesis`: what the replica counts on and the source, which was judged by [`sending`], knows nothing of.
 pub(super) fn apart(
-    at: &Place,
+    at: &FindingPlace,
     name: &str,
-    slot: Option<&Slot>,
+    slot: Option<&SlotFacts>,
     noted: bool,
     kept: &Kept,
 ) -> Option<Finding> {
@@ -191,7 +191,12 @@ fn send_again(name: &str) -> String {
     format!("changes since then cannot be had any more. {over}")
 }
 
-fn elsewhere(at: &Place, name: &str, noted: &Noted, source: &Server) -> Option<Finding> {
+fn elsewhere(
+    at: &FindingPlace,
+    name: &str,
+    noted: &NotedSlot,
+    source: &ServerFacts,
+) -> Option<Finding> {
     let (identifier, timeline) = &noted.origin;
     let here = source.system_identifier.as_ref()?;
     if here != identifier {
@@ -211,10 +216,10 @@ fn elsewhere(at: &Place, name: &str, noted: &Noted, source: &Server) -> Option<F
 
 /// A slot that is not ours, or that has lost what it held.
 fn unusable(
-    at: &Place,
+    at: &FindingPlace,
     name: &str,
     database: &str,
-    slot: &Slot,
+    slot: &SlotFacts,
     begin_again: &str,
 ) -> Option<Finding> {
     if slot.plugin != "pgoutput" || slot.database != database {
@@ -244,7 +249,7 @@ fn unusable(
     None
 }
 
-fn two_phase(at: &Place, name: &str, slot: &Slot) -> Option<Finding> {
+fn two_phase(at: &FindingPlace, name: &str, slot: &SlotFacts) -> Option<Finding> {
     slot.two_phase.then(|| {
         at.error(
             "slot_two_phase",
@@ -255,7 +260,7 @@ fn two_phase(at: &Place, name: &str, slot: &Slot) -> Option<Finding> {
     })
 }
 
-fn position(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Option<Finding> {
+fn position(at: &FindingPlace, name: &str, slot: &SlotFacts, kept: &Kept) -> Option<Finding> {
     let Some(progress) = &kept.progress else {
         return Some(without_progress(at, name, slot, kept));
     };
@@ -294,7 +299,7 @@ fn position(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Option<Finding>
 }
 
 /// A slot that somebody works on is nobody's leftover.
-fn being_created(at: &Place, name: &str) -> Finding {
+fn being_created(at: &FindingPlace, name: &str) -> Finding {
     at.note("slot_being_created", "is being created, or copied from, now")
         .on(name)
         .hint(
@@ -303,7 +308,7 @@ fn being_created(at: &Place, name: &str) -> Finding {
         )
 }
 
-fn without_progress(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Finding {
+fn without_progress(at: &FindingPlace, name: &str, slot: &SlotFacts, kept: &Kept) -> Finding {
     if slot.active {
         return being_created(at, name);
     }
@@ -328,7 +333,7 @@ fn without_progress(at: &Place, name: &str, slot: &Slot, kept: &Kept) -> Finding
     ))
 }
 
-fn retained(at: &Place, name: &str, slot: &Slot) -> Finding {
+fn retained(at: &FindingPlace, name: &str, slot: &SlotFacts) -> Finding {
     let size = |bytes: i64| ByteSize::b(bytes.max(0).unsigned_abs()).display().iec();
     let retained = slot.retained_bytes.unwrap_or(0);
     let text = format!("holds {} of WAL", size(retained));
@@ -356,9 +361,9 @@ fn retained(at: &Place, name: &str, slot: &Slot) -> Finding {
 
 /// Whether the source is still the one the stream was started from.
 pub(super) fn origin(
-    at: &Place,
+    at: &FindingPlace,
     kept: &Kept,
-    source: &Server,
+    source: &ServerFacts,
     wal_end: Option<PgLsn>,
     synced: bool,
     applier: &str,
@@ -420,7 +425,7 @@ pub(super) fn origin(
 }
 
 /// A promotion that was begun or finished.
-pub(super) fn promotion(at: &Place, kept: &Kept, applier: &str) -> Option<Finding> {
+pub(super) fn promotion(at: &FindingPlace, kept: &Kept, applier: &str) -> Option<Finding> {
     let (mode, state, started_at) = kept.promotion.as_ref()?;
     let finding = at.error(
         "promoted",
@@ -434,22 +439,22 @@ pub(super) fn promotion(at: &Place, kept: &Kept, applier: &str) -> Option<Findin
 
 #[cfg(test)]
 mod tests {
-    use super::super::finding::{Severity, Side};
+    use super::super::finding::{FindingSide, Severity};
     use super::*;
 
-    fn at() -> Place {
-        Place::database(Side::Both, "app")
+    fn at() -> FindingPlace {
+        FindingPlace::database(FindingSide::Both, "app")
     }
 
-    fn slot() -> Slot {
-        Slot {
+    fn slot() -> SlotFacts {
+        SlotFacts {
             name: "dr_agent_app".to_owned(),
             plugin: "pgoutput".to_owned(),
             database: "app".to_owned(),
             wal_status: "reserved".to_owned(),
             confirmed_flush: Some(PgLsn::from(100)),
             retained_bytes: Some(50),
-            ..Slot::default()
+            ..SlotFacts::default()
         }
     }
 
@@ -461,7 +466,7 @@ mod tests {
         }
     }
 
-    fn found(slot: Option<&Slot>, kept: &Kept) -> Vec<(Severity, &'static str)> {
+    fn found(slot: Option<&SlotFacts>, kept: &Kept) -> Vec<(Severity, &'static str)> {
         judge(&at(), "dr_agent_app", "app", slot, kept)
             .iter()
             .map(|f| (f.severity, f.code))
@@ -496,22 +501,22 @@ mod tests {
 
     #[test]
     fn under_route_kinesis_the_source_alone_says_whether_its_slot_is_right() {
-        let source = Server {
+        let source = ServerFacts {
             system_identifier: Some("7".to_owned()),
             timeline: Some(1),
-            ..Server::default()
+            ..ServerFacts::default()
         };
-        let noted = |identifier: &str, timeline| Noted {
+        let noted = |identifier: &str, timeline| NotedSlot {
             origin: (identifier.to_owned(), timeline),
             since: PgLsn::from(50),
         };
-        let found = |slot: Option<&Slot>, noted: Option<&Noted>| {
+        let found = |slot: Option<&SlotFacts>, noted: Option<&NotedSlot>| {
             let found = sending(&at(), "dr_agent_app", "app", slot, noted, &source);
             (found[0].severity, found[0].code)
         };
         let (here, lost) = (
             noted("7", 1),
-            Slot {
+            SlotFacts {
                 wal_status: "lost".to_owned(),
                 ..slot()
             },
@@ -531,7 +536,7 @@ mod tests {
             found(Some(&slot()), Some(&noted("7", 2))),
             (Severity::Error, "timeline_changed")
         );
-        let code = |slot: Option<&Slot>, noted, kept: &Kept| {
+        let code = |slot: Option<&SlotFacts>, noted, kept: &Kept| {
             apart(&at(), "dr_agent_app", slot, noted, kept).map(|finding| finding.code)
         };
         let there = slot();
@@ -543,7 +548,7 @@ mod tests {
 
     #[test]
     fn a_lost_slot_is_lost_whatever_else_it_says() {
-        let lost = Slot {
+        let lost = SlotFacts {
             wal_status: "lost".to_owned(),
             active: true,
             ..slot()
@@ -552,7 +557,7 @@ mod tests {
             found(Some(&lost), &kept(200)),
             [(Severity::Error, "slot_lost")]
         );
-        let idle = Slot {
+        let idle = SlotFacts {
             invalidation: Some("idle_timeout".to_owned()),
             ..slot()
         };
@@ -565,11 +570,11 @@ mod tests {
     #[test]
     fn a_slot_of_somebody_else_is_not_taken_for_ours() {
         for foreign in [
-            Slot {
+            SlotFacts {
                 plugin: "test_decoding".to_owned(),
                 ..slot()
             },
-            Slot {
+            SlotFacts {
                 database: "other".to_owned(),
                 ..slot()
             },
@@ -589,7 +594,7 @@ mod tests {
             (Some(10), "extended", Severity::Warning),
             (Some(-5), "unreserved", Severity::Error),
         ] {
-            let slot = Slot {
+            let slot = SlotFacts {
                 safe_bytes: safe,
                 wal_status: status.to_owned(),
                 ..slot()
@@ -602,10 +607,10 @@ mod tests {
     #[test]
     fn another_source_or_timeline_is_refused() {
         let code = |id: Option<&str>, timeline, lsn: u64| {
-            let source = Server {
+            let source = ServerFacts {
                 system_identifier: id.map(str::to_owned),
                 timeline: Some(timeline),
-                ..Server::default()
+                ..ServerFacts::default()
             };
             origin(
                 &at(),

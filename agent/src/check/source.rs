@@ -7,12 +7,12 @@ use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
 
-use super::finding::{Finding, Place, Severity, Side, counted, some_of};
-use super::publication::{self, Publication};
-use super::server::{self, Database, Server, Slot};
+use super::finding::{Finding, FindingPlace, FindingSide, Severity, counted, some_of};
+use super::publication::{self, PublicationFacts};
+use super::server::{self, DatabaseFacts, ServerFacts, SlotFacts};
 use super::settings;
 use super::shape::{self, Shapes};
-use super::slot::{self, Noted};
+use super::slot::{self, NotedSlot};
 use super::startable::{self, Feature};
 use super::{note_failure, open, pair};
 use crate::catalog::publication::{Wanted, in_band_tables};
@@ -31,13 +31,13 @@ use crate::watch::{self, waits};
 
 /// What was learned of the source server.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(super) struct SourceFacts {
     /// The server.
-    pub(super) server: Server,
+    pub(super) server: ServerFacts,
     /// Every slot on it.
-    pub(super) slots: Vec<Slot>,
+    pub(super) slots: Vec<SlotFacts>,
     /// Every database of it.
-    pub(super) databases: Vec<Database>,
+    pub(super) databases: Vec<DatabaseFacts>,
     /// The databases the configuration selects, whether they are there or not.
     pub(super) selected: Vec<String>,
     /// Roles that applications use.
@@ -60,7 +60,7 @@ pub(super) struct SourceDatabase {
     /// Where the server's WAL ended when this was read.
     pub(super) wal_end: Option<PgLsn>,
     /// Under route `kinesis`: since when it has been sent.
-    pub(super) noted: Option<Noted>,
+    pub(super) noted: Option<NotedSlot>,
     /// What it has that came with a newer version than the oldest.
     pub(super) features: Vec<Feature>,
     /// Relations that `pg_dump` locks, and those that its schema creates.
@@ -68,8 +68,8 @@ pub(super) struct SourceDatabase {
 }
 
 /// Looks at the server. `None` when it cannot be reached; the findings say why.
-pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Option<Source> {
-    let at = Place::server(Side::Source);
+pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Option<SourceFacts> {
+    let at = FindingPlace::server(FindingSide::Source);
     let name = format!("{APPLICATION_PREFIX}check");
     let client = match open::session(&at, &config.source.conninfo, &name).await {
         Ok(client) => client,
@@ -164,7 +164,7 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
     if let Some(skew) = note_failure(&at, "read the clock", findings, server::skew(&client)).await {
         findings.push(settings::clock(&at, skew));
     }
-    Some(Source {
+    Some(SourceFacts {
         server,
         slots,
         databases,
@@ -176,11 +176,11 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
 /// Looks at one database. `None` when it cannot be reached.
 pub(super) async fn database(
     config: &Config,
-    source: &Source,
+    source: &SourceFacts,
     name: &str,
     findings: &mut Vec<Finding>,
 ) -> Option<SourceDatabase> {
-    let at = Place::database(Side::Source, name);
+    let at = FindingPlace::database(FindingSide::Source, name);
     let entry = source.databases.iter().find(|one| one.name == name);
     let Some(entry) = entry else {
         findings.push(
@@ -240,7 +240,7 @@ pub(super) async fn database(
 
 async fn read(
     client: &Client,
-    at: &Place,
+    at: &FindingPlace,
     config: &Config,
     findings: &mut Vec<Finding>,
 ) -> Option<SourceDatabase> {
@@ -282,8 +282,8 @@ async fn read(
 
 /// Under route `kinesis` the source alone says whether sending can go on.
 fn sending(
-    at: &Place,
-    source: &Source,
+    at: &FindingPlace,
+    source: &SourceFacts,
     name: &str,
     stream: &StreamName,
     found: &SourceDatabase,
@@ -298,11 +298,11 @@ fn sending(
 }
 
 /// What this source has noted about a stream that is sent from it.
-async fn noted(client: &Client, stream: &StreamName) -> Result<Option<Noted>, PgError> {
+async fn noted(client: &Client, stream: &StreamName) -> Result<Option<NotedSlot>, PgError> {
     // Without since, the slot was not created to the end and nothing was sent.
     let note = sending::read(client, stream).await?;
     let begun = note.and_then(|note| Some((note, note.since?)));
-    Ok(begun.map(|(note, since)| Noted {
+    Ok(begun.map(|(note, since)| NotedSlot {
         origin: (
             note.cluster.system_identifier.to_string(),
             note.cluster.timeline,
@@ -311,7 +311,7 @@ async fn noted(client: &Client, stream: &StreamName) -> Result<Option<Noted>, Pg
     }))
 }
 
-fn connect_right(at: &Place, source: &Source, entry: &Database) -> Finding {
+fn connect_right(at: &FindingPlace, source: &SourceFacts, entry: &DatabaseFacts) -> Finding {
     if !entry.allows_connections {
         return at
             .error("database", "does not allow connections (datallowconn)")
@@ -340,7 +340,7 @@ async fn published_anywhere(client: &Client) -> Result<BTreeSet<TableName>, PgEr
 
 /// Tables without a key, each on a line of its own: somebody has to decide about each.
 fn keyless(
-    at: &Place,
+    at: &FindingPlace,
     found: &SourceDatabase,
     published: &BTreeSet<TableName>,
     config: &Config,
@@ -401,11 +401,11 @@ fn keyless(
 
 /// Rights that the set-up, the copy and the stream need.
 fn rights(
-    at: &Place,
-    source: &Source,
-    entry: &Database,
+    at: &FindingPlace,
+    source: &SourceFacts,
+    entry: &DatabaseFacts,
     found: &SourceDatabase,
-    publication: Option<&Publication>,
+    publication: Option<&PublicationFacts>,
 ) -> Vec<Finding> {
     let role = quote_ident(&source.server.role.name);
     let mut findings = Vec::new();
@@ -434,7 +434,7 @@ fn rights(
                 .hint(format!("run `dr-agent init --source-url` as a superuser; or ALTER TABLE {} OWNER TO {role}, and so on for each", heartbeat::TABLE)),
         );
     }
-    let of_tables = |pick: fn(&shape::Shape) -> bool| -> Vec<&TableName> {
+    let of_tables = |pick: fn(&shape::TableShape) -> bool| -> Vec<&TableName> {
         found
             .wanted
             .published
@@ -483,10 +483,10 @@ fn rights(
 /// Only its owner may publish a table or change its replica identity. The first start refuses without
 /// that; later starts leave such tables out and go on.
 fn ownership(
-    at: &Place,
+    at: &FindingPlace,
     role: &str,
     found: &SourceDatabase,
-    publication: Option<&Publication>,
+    publication: Option<&PublicationFacts>,
 ) -> Option<Finding> {
     let listed = publication.map(|publication| &publication.tables);
     let foreign: Vec<&TableName> = found
@@ -519,7 +519,7 @@ fn ownership(
 }
 
 /// Everything is published, by `init`; what the same owners create later will not be.
-fn later_tables(at: &Place, role: &str, found: &SourceDatabase) -> Option<Finding> {
+fn later_tables(at: &FindingPlace, role: &str, found: &SourceDatabase) -> Option<Finding> {
     let foreign: Vec<&TableName> = found
         .wanted
         .published
@@ -561,7 +561,7 @@ async fn oldest_transaction(client: &Client) -> Result<f64, PgError> {
 }
 
 /// Creating a slot waits for every transaction that was running before.
-fn old_transaction(at: &Place, seconds: f64) -> Option<Finding> {
+fn old_transaction(at: &FindingPlace, seconds: f64) -> Option<Finding> {
     (seconds > 300.0).then(|| {
         at.warning(
             "old_transaction",
@@ -575,7 +575,7 @@ fn old_transaction(at: &Place, seconds: f64) -> Option<Finding> {
 }
 
 /// What a failover would lose although replication runs.
-async fn unprotected(at: &Place, client: &Client, config: &Config) -> Vec<Finding> {
+async fn unprotected(at: &FindingPlace, client: &Client, config: &Config) -> Vec<Finding> {
     let found = match coverage::unprotected(client, config).await {
         Ok(found) => found,
         Err(error) => return vec![settings::failed(at, "count unprotected objects", &error)],
@@ -646,12 +646,12 @@ async fn unprotected(at: &Place, client: &Client, config: &Config) -> Vec<Findin
 /// Whether pg_hba.conf, the role and the walsender limit let us stream: tried, since pg_hba.conf may
 /// treat replication differently from an ordinary session.
 async fn replication_connection(
-    at: &Place,
+    at: &FindingPlace,
     conninfo: &ConnInfo,
     stream: &StreamName,
-    slots: &[Slot],
+    slots: &[SlotFacts],
 ) -> Finding {
-    let held = |slot: &Slot| slot.active && slot.name == stream.as_str();
+    let held = |slot: &SlotFacts| slot.active && slot.name == stream.as_str();
     if slots.iter().any(held) {
         return at.ok("replication_connection", "an agent is streaming");
     }

@@ -3,8 +3,8 @@
 //!
 //! Pure: what was learned of both servers comes in, findings go out.
 
-use super::finding::{Finding, Place};
-use super::server::Server;
+use super::finding::{Finding, FindingPlace};
+use super::server::ServerFacts;
 
 /// Sessions of a database on the replica beside its lanes: the one that holds the right to the stream, and one for what comes and goes.
 const BESIDE_LANES: i64 = 2;
@@ -23,8 +23,8 @@ const IN_ONE_DATABASE: [(&str, &str, &str); 1] = [("pg_cron", "cron.database_nam
 
 /// Whether the replica has room for the sessions of so many databases.
 pub(super) fn connections(
-    at: &Place,
-    replica: &Server,
+    at: &FindingPlace,
+    replica: &ServerFacts,
     databases: usize,
     lanes: u16,
 ) -> Option<Finding> {
@@ -58,7 +58,7 @@ pub(super) fn connections(
 }
 
 /// How many locks a server can hold at a time.
-fn lock_table(server: &Server) -> Option<i64> {
+fn lock_table(server: &ServerFacts) -> Option<i64> {
     let per = server.number("max_locks_per_transaction")?;
     let number = |name| server.number(name).unwrap_or(0);
     let sessions = number("max_connections")
@@ -71,7 +71,7 @@ fn lock_table(server: &Server) -> Option<i64> {
 
 /// Whether the lock table has room for one transaction that locks so many relations: `pg_dump` on the source, the creation of the
 /// schema on the replica.
-pub(super) fn locks(at: &Place, server: &Server, relations: i64) -> Option<Finding> {
+pub(super) fn locks(at: &FindingPlace, server: &ServerFacts, relations: i64) -> Option<Finding> {
     let room = lock_table(server)?;
     if relations <= room / 2 {
         return None;
@@ -89,7 +89,7 @@ pub(super) fn locks(at: &Place, server: &Server, relations: i64) -> Option<Findi
     )))
 }
 
-fn lock_setting(server: &Server, relations: i64) -> i64 {
+fn lock_setting(server: &ServerFacts, relations: i64) -> i64 {
     let per = server.number("max_locks_per_transaction").unwrap_or(64);
     let room = lock_table(server).unwrap_or(1).max(1);
     // Room for as many again.
@@ -98,12 +98,12 @@ fn lock_setting(server: &Server, relations: i64) -> i64 {
 
 /// Whether an extension of the source needs a library that the replica does not preload.
 pub(super) fn preloaded(
-    at: &Place,
+    at: &FindingPlace,
     name: &str,
-    source: &Server,
-    replica: &Server,
+    source: &ServerFacts,
+    replica: &ServerFacts,
 ) -> Option<Finding> {
-    let has = |server: &Server| {
+    let has = |server: &ServerFacts| {
         let list = server.settings.get("shared_preload_libraries")?;
         Some(libraries(list).any(|library| library == name))
     };
@@ -130,10 +130,10 @@ pub(super) fn preloaded(
 
 /// Whether an extension can be created in this database of the replica, where a server has it in one database only.
 pub(super) fn in_one_database(
-    at: &Place,
+    at: &FindingPlace,
     name: &str,
     database: &str,
-    replica: &Server,
+    replica: &ServerFacts,
 ) -> Option<Finding> {
     let (_, setting, default) = IN_ONE_DATABASE
         .iter()
@@ -163,7 +163,7 @@ fn libraries(list: &str) -> impl Iterator<Item = &str> {
 }
 
 /// Whether the source lets `pgoutput` decode. The setting came in November 2026; servers without it let everything.
-pub(super) fn output_plugin(at: &Place, source: &Server) -> Option<Finding> {
+pub(super) fn output_plugin(at: &FindingPlace, source: &ServerFacts) -> Option<Finding> {
     const SETTING: &str = "output_plugin_libraries";
     let list = source.settings.get(SETTING)?;
     let allows = libraries(list).any(|library| matches!(library, "pgoutput" | "*"));
@@ -191,7 +191,11 @@ pub(super) struct Feature {
 }
 
 /// What the source has and an older replica cannot create.
-pub(super) fn newer_features(at: &Place, features: &[Feature], replica: &Server) -> Vec<Finding> {
+pub(super) fn newer_features(
+    at: &FindingPlace,
+    features: &[Feature],
+    replica: &ServerFacts,
+) -> Vec<Finding> {
     let newer = features
         .iter()
         .filter(|feature| feature.since > replica.major());
@@ -213,7 +217,7 @@ pub(super) fn newer_features(at: &Place, features: &[Feature], replica: &Server)
 }
 
 /// A source without an encoding: bytes that are no text of any.
-pub(super) fn encoding(at: &Place, encoding: &str) -> Option<Finding> {
+pub(super) fn encoding(at: &FindingPlace, encoding: &str) -> Option<Finding> {
     (encoding == "SQL_ASCII").then(|| {
         at.error(
             "encoding",
@@ -224,7 +228,11 @@ pub(super) fn encoding(at: &Place, encoding: &str) -> Option<Finding> {
 }
 
 /// Programs whose dumps an older minor release of the replica may not understand.
-pub(super) fn tools(at: &Place, tools: (i32, i32), replica: &Server) -> Option<Finding> {
+pub(super) fn tools(
+    at: &FindingPlace,
+    tools: (i32, i32),
+    replica: &ServerFacts,
+) -> Option<Finding> {
     let minor = replica.version_num % 10_000;
     if tools.0 != replica.major() || tools.1 <= minor {
         return None;
@@ -241,17 +249,17 @@ pub(super) fn tools(at: &Place, tools: (i32, i32), replica: &Server) -> Option<F
 
 #[cfg(test)]
 mod tests {
-    use super::super::finding::{Severity, Side};
+    use super::super::finding::{FindingSide, Severity};
     use super::*;
 
-    fn at() -> Place {
-        Place::server(Side::Replica)
+    fn at() -> FindingPlace {
+        FindingPlace::server(FindingSide::Replica)
     }
 
-    fn server(version_num: i32, settings: &[(&str, &str)]) -> Server {
-        let mut server = Server {
+    fn server(version_num: i32, settings: &[(&str, &str)]) -> ServerFacts {
+        let mut server = ServerFacts {
             version_num,
-            ..Server::default()
+            ..ServerFacts::default()
         };
         server.role.connection_limit = -1;
         server.settings = settings

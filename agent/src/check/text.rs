@@ -1,6 +1,6 @@
 //! ● The report of `dr-agent check` as text for a terminal at three in the morning.
 //!
-//! Pure: a [`Report`] and a style in, text out. Grouped by place, worst first, columns aligned, long
+//! Pure: a [`CheckReport`] and a style in, text out. Grouped by place, worst first, columns aligned, long
 //! lines wrapped under their column, the counts on the last line.
 //!
 //! # Invariants
@@ -10,7 +10,7 @@
 
 use std::fmt::Write as _;
 
-use super::finding::{Finding, Report, Severity, counted};
+use super::finding::{CheckReport, Finding, Severity, counted};
 
 /// How wide, and whether with colours.
 #[derive(Clone, Copy, Debug)]
@@ -33,7 +33,7 @@ impl Style {
 const CODE_AT: usize = 11;
 
 /// Lays the report out.
-pub fn render(report: &Report, style: Style) -> String {
+pub fn render(report: &CheckReport, style: Style) -> String {
     let mut text = String::new();
     let code_width = report
         .findings
@@ -114,7 +114,7 @@ fn shares_hint(one: &Finding, next: &Finding) -> bool {
     (one.side, &one.database, &one.hint) == (next.side, &next.database, &next.hint)
 }
 
-fn summary(report: &Report, style: Style) -> String {
+fn summary(report: &CheckReport, style: Style) -> String {
     let counts = format!(
         "{}, {}, {}, {} ok",
         counted(report.errors, "error"),
@@ -161,13 +161,13 @@ fn paint(text: &str, colour: &str, style: Style) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::finding::{Place, Side};
+    use super::super::finding::{FindingPlace, FindingSide};
     use super::*;
 
-    fn example() -> Report {
-        let source = Place::server(Side::Source);
-        let app = Place::database(Side::Source, "app");
-        Report::new(vec![
+    fn example() -> CheckReport {
+        let source = FindingPlace::server(FindingSide::Source);
+        let app = FindingPlace::database(FindingSide::Source, "app");
+        CheckReport::new(vec![
             source
                 .error("wal_level", "is \"replica\"")
                 .hint("ALTER SYSTEM SET wal_level = logical; then restart the server"),

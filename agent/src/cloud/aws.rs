@@ -61,7 +61,7 @@ pub struct AwsSettings {
 }
 
 /// What a client is made of.
-pub(crate) struct Environment {
+pub(crate) struct AwsEnvironment {
     pub(crate) config: SdkConfig,
     /// `None` where nothing says one and none may be assumed.
     pub(crate) region: Option<Region>,
@@ -75,9 +75,9 @@ pub(crate) async fn environment(
     settings: &AwsSettings,
     service: &'static str,
     attempts: u32,
-) -> Environment {
+) -> AwsEnvironment {
     let mut environment = aws_config::defaults(BehaviorVersion::v2026_01_12())
-        .http_client(http::Way::of_environment().client())
+        .http_client(http::ProxySettings::of_environment().client())
         .retry_config(RetryConfig::standard().with_max_attempts(attempts))
         .timeout_config(within(ANSWER_WITHIN))
         .stalled_stream_protection(
@@ -100,7 +100,7 @@ pub(crate) async fn environment(
     let elsewhere = has_endpoint(&config, service);
     // It is part of the signature; most who are not AWS expect this one or do not look.
     let assumed = elsewhere.then(|| Region::from_static("us-east-1"));
-    Environment {
+    AwsEnvironment {
         region: config.region().cloned().or(assumed),
         config,
         elsewhere,

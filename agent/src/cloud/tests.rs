@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::aws::{AwsSettings, Refusal};
-use super::kinesis::{Kinesis, KinesisError, Operation, Record};
+use super::kinesis::{Kinesis, KinesisError, KinesisOperation, Record};
 use super::store::{Encryption, Store, StoreError};
 use crate::error::{Class, Classify};
 
@@ -228,7 +228,7 @@ fn of_store<T>(done: Result<T, StoreError>) -> Sorted {
 }
 
 /// Of several errors that of one operation.
-fn of_stream(operation: Operation, errors: Vec<KinesisError>) -> Option<Sorted> {
+fn of_stream(operation: KinesisOperation, errors: Vec<KinesisError>) -> Option<Sorted> {
     let mut errors = errors.into_iter();
     let found = errors.find(
         |error| matches!(error, KinesisError::Refused { operation: of, .. } if *of == operation),
@@ -294,20 +294,22 @@ async fn every_call_of_s3_heals_from_every_refusal() {
     }
 }
 
-async fn refused_by_kinesis(operation: Operation, answer: Answer) -> Option<Sorted> {
+async fn refused_by_kinesis(operation: KinesisOperation, answer: Answer) -> Option<Sorted> {
     let is_it: fn(&str) -> bool = match operation {
-        Operation::DescribeStreamSummary => |asked| asked.ends_with("DescribeStreamSummary"),
-        Operation::ListShards => |asked| asked.ends_with("ListShards"),
-        Operation::GetShardIterator => |asked| asked.ends_with("GetShardIterator"),
-        Operation::GetRecords => |asked| asked.ends_with("GetRecords"),
-        Operation::PutRecords => |asked| asked.ends_with("PutRecords"),
-        Operation::Open => panic!("it is no call"),
+        KinesisOperation::DescribeStreamSummary => |asked| asked.ends_with("DescribeStreamSummary"),
+        KinesisOperation::ListShards => |asked| asked.ends_with("ListShards"),
+        KinesisOperation::GetShardIterator => |asked| asked.ends_with("GetShardIterator"),
+        KinesisOperation::GetRecords => |asked| asked.ends_with("GetRecords"),
+        KinesisOperation::PutRecords => |asked| asked.ends_with("PutRecords"),
+        KinesisOperation::Open => panic!("it is no call"),
     };
     let endpoint = Endpoint::start(is_it, answer).await;
     let stream = endpoint.stream().await;
     let errors = match operation {
-        Operation::DescribeStreamSummary => stream.describe().await.err().into_iter().collect(),
-        Operation::PutRecords if answer.refusal.passes() => {
+        KinesisOperation::DescribeStreamSummary => {
+            stream.describe().await.err().into_iter().collect()
+        }
+        KinesisOperation::PutRecords if answer.refusal.passes() => {
             // It is tried again there and then, without end: nothing is lost, and nobody is told that it was put.
             let waited = Arc::new(stream);
             let record = Record {
@@ -319,7 +321,7 @@ async fn refused_by_kinesis(operation: Operation, answer: Answer) -> Option<Sort
             assert!(ended.is_err(), "{answer:?}: {ended:?}");
             waited.try_putting().await.err().into_iter().collect()
         }
-        Operation::PutRecords => stream.try_putting().await.err().into_iter().collect(),
+        KinesisOperation::PutRecords => stream.try_putting().await.err().into_iter().collect(),
         _ => stream.try_reading().await,
     };
     of_stream(operation, errors)
@@ -327,7 +329,7 @@ async fn refused_by_kinesis(operation: Operation, answer: Answer) -> Option<Sort
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_call_of_kinesis_heals_from_every_refusal() {
-    use Operation::*;
+    use KinesisOperation::*;
     for answer in ANSWERS {
         for operation in [
             DescribeStreamSummary,

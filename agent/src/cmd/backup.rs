@@ -32,7 +32,7 @@ use view::{NamedStream, Said};
     A backup that is interrupted (SIGINT, SIGTERM) deletes what it has written so far; a second signal ends it at once.\n\
     Exit codes: 0 done; 1 failed or interrupted, or damage was found; 2 usage or configuration."
 )]
-pub struct Args {
+pub struct BackupArgs {
     /// Only this database
     #[arg(long, value_name = "NAME")]
     database: Option<String>,
@@ -77,7 +77,7 @@ impl Failure {
 }
 
 /// Does it for every database and prints what came of it.
-pub async fn run(config: Config, args: Args) -> ExitCode {
+pub async fn run(config: Config, args: BackupArgs) -> ExitCode {
     let said = match Box::pin(each(&config, &args)).await {
         Ok(said) => said,
         Err(error) => {
@@ -108,7 +108,7 @@ fn tell(error: &Failure) {
     }
 }
 
-async fn each(config: &Config, args: &Args) -> Result<Vec<Said>, Failure> {
+async fn each(config: &Config, args: &BackupArgs) -> Result<Vec<Said>, Failure> {
     let archive = config.archive.as_ref().ok_or(Failure::NoArchive)?;
     if !(args.list || args.verify || args.prune) {
         return take(config, archive, args).await;
@@ -128,7 +128,7 @@ async fn each(config: &Config, args: &Args) -> Result<Vec<Said>, Failure> {
 }
 
 /// Takes a base backup of every database.
-async fn take(config: &Config, archive: &Archive, args: &Args) -> Result<Vec<Said>, Failure> {
+async fn take(config: &Config, archive: &Archive, args: &BackupArgs) -> Result<Vec<Said>, Failure> {
     let databases = match &args.database {
         Some(database) => vec![database.clone()],
         None => setup::source_databases(config).await?,
@@ -187,7 +187,11 @@ async fn take_one(
 
 /// The streams that are meant, by the configuration or, where that says "all", by what the archive has: the source may be
 /// lost.
-async fn streams(config: &Config, args: &Args, store: &Store) -> Result<Vec<NamedStream>, Failure> {
+async fn streams(
+    config: &Config,
+    args: &BackupArgs,
+    store: &Store,
+) -> Result<Vec<NamedStream>, Failure> {
     let of = |database: &String| NamedStream {
         stream: config.stream(database),
         database: Some(database.clone()),
@@ -213,7 +217,7 @@ async fn streams(config: &Config, args: &Args, store: &Store) -> Result<Vec<Name
 async fn look(
     config: &Config,
     archive: &Archive,
-    args: &Args,
+    args: &BackupArgs,
     store: &Store,
     named: &NamedStream,
 ) -> Result<Vec<Said>, BackupError> {

@@ -1,13 +1,13 @@
 //! `dr-agent check [--json]`: asks [`crate::check`], prints the report on standard output.
 //!
-//! Exit code 0 without errors, 1 with errors. The JSON object is described with [`Report`].
+//! Exit code 0 without errors, 1 with errors. The JSON object is described with [`CheckReport`].
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 
-use crate::check::{Report, Style, check, render};
+use crate::check::{CheckReport, Style, check, render};
 use crate::config::Config;
 
 /// Flags of `check`.
@@ -17,14 +17,14 @@ use crate::config::Config;
     note that says which command needs it, and an error only where neither can be reached.\n\
     Exit codes: 0 no errors (warnings are fine); 1 at least one error."
 )]
-pub struct Args {
+pub struct CheckArgs {
     /// Print the findings as JSON
     #[arg(long)]
     pub json: bool,
 }
 
 /// Checks both sides and prints what was found.
-pub async fn run(config: &Config, args: Args) -> anyhow::Result<ExitCode> {
+pub async fn run(config: &Config, args: CheckArgs) -> anyhow::Result<ExitCode> {
     let report = Box::pin(check(config)).await;
     print(&report, args.json).context("write the report")?;
     Ok(if report.errors == 0 {
@@ -34,7 +34,7 @@ pub async fn run(config: &Config, args: Args) -> anyhow::Result<ExitCode> {
     })
 }
 
-fn print(report: &Report, json: bool) -> io::Result<()> {
+fn print(report: &CheckReport, json: bool) -> io::Result<()> {
     let mut out = io::stdout().lock();
     if json {
         serde_json::to_writer_pretty(&mut out, report)?;

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
-use crate::promote::report::{Outcome, Report};
+use crate::promote::report::{PromotionOutcome, PromotionReport};
 use crate::promote::{Drain, Options, execute};
 use crate::replay::drain::RouteDrain;
 use crate::time::timestamp;
@@ -23,7 +23,7 @@ use crate::time::timestamp;
     A planned switchover that loses nothing is not in this version.\n\
     Exit codes: 0 the replica is open; 1 not finished, or not every database is open; 4 refused, nothing was touched."
 )]
-pub struct Args {
+pub struct PromoteArgs {
     /// The source is lost: accept what was not replicated yet as lost.
     #[arg(long, required = true)]
     pub failover: bool,
@@ -42,7 +42,7 @@ pub struct Args {
 }
 
 /// Promotes and prints the report.
-pub async fn run(config: Config, args: Args) -> ExitCode {
+pub async fn run(config: Config, args: PromoteArgs) -> ExitCode {
     // RTO counts from here.
     let started_at = timestamp();
     let options = Options {
@@ -73,7 +73,7 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
                 print(&pretty(&json!({
                     "version": env!("CARGO_PKG_VERSION"),
                     "mode": "failover",
-                    "outcome": Outcome::Failed,
+                    "outcome": PromotionOutcome::Failed,
                     "error": chain(&error),
                     "hint": hint,
                 })));
@@ -83,13 +83,13 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
     }
 }
 
-fn exit_code(report: &Report) -> u8 {
+fn exit_code(report: &PromotionReport) -> u8 {
     match report.outcome {
-        Outcome::Promoted => 0,
-        Outcome::Failed => 1,
-        Outcome::Refused => 4,
-        Outcome::Planned if report.refusals.is_empty() => 0,
-        Outcome::Planned => 4,
+        PromotionOutcome::Promoted => 0,
+        PromotionOutcome::Failed => 1,
+        PromotionOutcome::Refused => 4,
+        PromotionOutcome::Planned if report.refusals.is_empty() => 0,
+        PromotionOutcome::Planned => 4,
     }
 }
 

@@ -17,7 +17,7 @@ use crate::error::{Classify as _, chain};
 use crate::names::TableName;
 use crate::names::history::History;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::replay::restore::{self, Moment, RestoreError, RestoreOptions};
+use crate::replay::restore::{self, RestoreError, RestoreMoment, RestoreOptions};
 use crate::time::pg_micros;
 use display::RestoreDisplay;
 
@@ -30,7 +30,7 @@ use display::RestoreDisplay;
     is the first that is left out.\n\
     Exit codes: 0 restored (or planned); 1 failed; 2 usage or configuration."
 )]
-pub struct Args {
+pub struct RestoreArgs {
     /// The database to build: postgres://user@host/database
     #[arg(long, value_name = "URL")]
     target: String,
@@ -78,7 +78,7 @@ fn lsn(text: &str) -> Result<PgLsn, String> {
 const USAGE: u8 = 2;
 
 /// Restores and prints the report.
-pub async fn run(config: Config, args: Args) -> ExitCode {
+pub async fn run(config: Config, args: RestoreArgs) -> ExitCode {
     match Box::pin(restore(&config, &args)).await {
         Ok(report) => {
             print(&report);
@@ -106,7 +106,7 @@ fn print(text: &str) {
 }
 
 /// Plans or restores; returns what is to be printed.
-async fn restore(config: &Config, args: &Args) -> Result<String, RestoreError> {
+async fn restore(config: &Config, args: &RestoreArgs) -> Result<String, RestoreError> {
     let archive = config.archive.as_ref().ok_or(RestoreError::NoArchive)?;
     let options = options(config, args)?;
     // It only reads there: a directory that is not there is an error, and no empty archive.
@@ -131,7 +131,7 @@ async fn restore(config: &Config, args: &Args) -> Result<String, RestoreError> {
     })
 }
 
-fn options(config: &Config, args: &Args) -> Result<RestoreOptions, RestoreError> {
+fn options(config: &Config, args: &RestoreArgs) -> Result<RestoreOptions, RestoreError> {
     let target = ConnInfo::parse(&args.target, None).map_err(RestoreError::TargetUrl)?;
     let database = match (&args.database, &config.source.databases) {
         (Some(name), _) => name.clone(),
@@ -140,9 +140,9 @@ fn options(config: &Config, args: &Args) -> Result<RestoreOptions, RestoreError>
         (None, Databases::All) => return Err(RestoreError::WhichDatabase(Vec::new())),
     };
     let moment = match (args.to_time, args.to_lsn) {
-        (Some(time), _) => Moment::Time(pg_micros(time.into())),
-        (None, Some(lsn)) => Moment::Lsn(lsn),
-        (None, None) => Moment::End,
+        (Some(time), _) => RestoreMoment::Time(pg_micros(time.into())),
+        (None, Some(lsn)) => RestoreMoment::Lsn(lsn),
+        (None, None) => RestoreMoment::End,
     };
     let table =
         |text: &String| TableName::parse(text).ok_or_else(|| RestoreError::TableName(text.clone()));

@@ -28,7 +28,7 @@ use crate::error::{Classify as _, chain};
 use crate::observe::http::{self, Shown};
 use crate::observe::lag::Lag;
 use crate::observe::metrics;
-use crate::observe::status::{self, Registry, State, StatusCell};
+use crate::observe::status::{Registry, State, StatusCell};
 use crate::pipeline::schedule;
 use crate::pipeline::{End, Leg, Pipeline, Wake, Waker};
 use crate::setup;
@@ -158,15 +158,6 @@ pub(super) async fn stop_on_signal(stop: CancellationToken, saying: &'static str
     std::process::abort();
 }
 
-/// As `/status` says it.
-fn shown(leg: Leg) -> status::Leg {
-    match leg {
-        Leg::Whole => status::Leg::Direct,
-        Leg::Send => status::Leg::Send,
-        Leg::Apply => status::Leg::Apply,
-    }
-}
-
 struct Supervisor {
     in_use: Receiver<Arc<Config>>,
     leg: Leg,
@@ -266,7 +257,7 @@ impl Supervisor {
             if !self.started.insert(database.clone()) {
                 continue;
             }
-            let (config, leg) = (self.config(), shown(self.leg));
+            let (config, leg) = (self.config(), self.leg);
             let stream = config.stream(&database);
             let lag = Lag::new(config.source.heartbeat_every, config.objectives.rpo);
             let servers = self.registry.servers();

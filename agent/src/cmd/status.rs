@@ -29,12 +29,12 @@ use tokio::time::timeout;
 
 use crate::config::{Config, Databases, Route};
 use crate::error::chain;
-use crate::promote::loss::{self, Answer};
-use crate::promote::observe::{self, Database, Observed};
+use crate::promote::loss::{self, SourceAnswer};
+use crate::promote::observe::{self, Database, ObservedReplica};
 use crate::time::timestamp;
 use agent::AgentDatabase;
-use judge::{Facts, judge};
-use view::{DatabaseStatus, Status, Verdict, Witness};
+use judge::{WitnessFacts, judge};
+use view::{DatabaseOverview, Overview, RpoVerdict, Witness};
 
 /// For all databases together, under route `kinesis`.
 const REPLICA_WITHIN: Duration = Duration::from_secs(15);
@@ -48,14 +48,14 @@ const REPLICA_WITHIN: Duration = Duration::from_secs(15);
     Exit codes: 0 every database is within the RPO; 1 one is not, or it is not known. Archive and stream have no part \
     in that."
 )]
-pub struct Args {
+pub struct StatusArgs {
     /// Print the status as JSON.
     #[arg(long)]
     pub json: bool,
 }
 
 /// Asks everybody and prints.
-pub async fn run(config: Config, args: Args) -> ExitCode {
+pub async fn run(config: Config, args: StatusArgs) -> ExitCode {
     let status = Box::pin(gather(&config)).await;
     let text = match args.json {
         true => status.json(),
@@ -66,7 +66,7 @@ pub async fn run(config: Config, args: Args) -> ExitCode {
     ExitCode::from(u8::from(!status.within_rpo))
 }
 
-async fn gather(config: &Config) -> Status {
+async fn gather(config: &Config) -> Overview {
     let (replica, agent) = tokio::join!(observe_replica(config), agent::ask(config.http_listen));
     let witness = |address: String, error: Option<String>| Witness {
         address,
@@ -114,7 +114,7 @@ async fn gather(config: &Config) -> Status {
             _ => None,
         };
         let stream = config.stream(name).to_string();
-        let mut status = judge(&Facts {
+        let mut status = judge(&WitnessFacts {
             rpo_seconds: config.objectives.rpo.as_secs_f64(),
             here,
             missing: observed.missing.contains(name),
@@ -136,9 +136,10 @@ async fn gather(config: &Config) -> Status {
         }
     }
     Box::pin(kinesis::add(config, &mut databases)).await;
-    let sends = !databases.is_empty() && databases.iter().all(DatabaseStatus::is_sent);
-    let within = !databases.is_empty() && databases.iter().all(|status| status.rpo == Verdict::Met);
-    Status {
+    let sends = !databases.is_empty() && databases.iter().all(DatabaseOverview::is_sent);
+    let within =
+        !databases.is_empty() && databases.iter().all(|status| status.rpo == RpoVerdict::Met);
+    Overview {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         rpo_objective_seconds: config.objectives.rpo.as_secs_f64(),
         within_rpo: within && (replica_witness.answers || sends),
@@ -149,7 +150,7 @@ async fn gather(config: &Config) -> Status {
 }
 
 /// Looks at the replica; an error is a sentence for the operator.
-async fn observe_replica(config: &Config) -> Result<Observed, String> {
+async fn observe_replica(config: &Config) -> Result<ObservedReplica, String> {
     let looking = Box::pin(observe::observe(config, "status"));
     let looked = match config.route {
         Route::Direct => looking.await,
@@ -162,7 +163,7 @@ async fn observe_replica(config: &Config) -> Result<Observed, String> {
     looked.map_err(|error| chain(&error))
 }
 
-async fn ask_source(config: &Config, database: &Database) -> Answer {
+async fn ask_source(config: &Config, database: &Database) -> SourceAnswer {
     let conninfo = config.source.conninfo.with_dbname(&database.name);
     let mut answer = loss::ask(&loss::Question {
         conninfo: &conninfo,

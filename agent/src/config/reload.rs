@@ -24,7 +24,7 @@ pub struct Reload {
 }
 
 /// One key, or several that are one thing.
-struct Key {
+struct ReloadKey {
     name: &'static str,
     is_same: fn(&Config, &Config) -> bool,
     /// None where it needs a restart.
@@ -34,7 +34,7 @@ struct Key {
 /// A key that is taken over.
 macro_rules! taken {
     ($name:literal, $($field:ident).+) => {
-        Key {
+        ReloadKey {
             name: $name,
             is_same: |old, new| old.$($field).+ == new.$($field).+,
             take: Some(|to, from| to.$($field).+.clone_from(&from.$($field).+)),
@@ -45,7 +45,7 @@ macro_rules! taken {
 /// A key that needs a restart.
 macro_rules! restart {
     ($name:literal, $($field:ident).+) => {
-        Key {
+        ReloadKey {
             name: $name,
             is_same: |old, new| old.$($field).+ == new.$($field).+,
             take: None,
@@ -53,8 +53,8 @@ macro_rules! restart {
     };
 }
 
-const KEYS: &[Key] = &[
-    Key {
+const KEYS: &[ReloadKey] = &[
+    ReloadKey {
         name: "source.url or source.password_file",
         is_same: |old, new| old.source.conninfo.is_same_place(&new.source.conninfo),
         take: None,
@@ -65,12 +65,12 @@ const KEYS: &[Key] = &[
     taken!("source.exclude", source.exclude),
     taken!("source.heartbeat", source.heartbeat_every),
     taken!("source.sequences", source.sequences_every),
-    Key {
+    ReloadKey {
         name: "replica.url or replica.password_file",
         is_same: |old, new| old.replica.conninfo.is_same_place(&new.replica.conninfo),
         take: None,
     },
-    Key {
+    ReloadKey {
         name: "replica.bandwidth",
         is_same: |old, new| {
             let of = |config: &Config| config.replica.conninfo.bytes_per_second();

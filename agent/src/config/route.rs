@@ -14,14 +14,14 @@ const NAME_MAX: usize = 128;
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct RawRoute {
-    kind: Option<Kind>,
+    kind: Option<RouteKind>,
     stream: Option<String>,
 }
 
 /// `route.kind`
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Kind {
+enum RouteKind {
     #[default]
     Direct,
     Kinesis,
@@ -60,14 +60,14 @@ impl Route {
 impl RawRoute {
     pub(super) fn resolve(self, source: &Source) -> Result<Route, ConfigError> {
         let stream = match (self.kind.unwrap_or_default(), self.stream) {
-            (Kind::Direct, None) => return Ok(Route::Direct),
-            (Kind::Direct, Some(_)) => {
+            (RouteKind::Direct, None) => return Ok(Route::Direct),
+            (RouteKind::Direct, Some(_)) => {
                 return Err(value("route.stream", "belongs to route.kind = \"kinesis\""));
             }
-            (Kind::Kinesis, None) => {
+            (RouteKind::Kinesis, None) => {
                 return Err(value("route.stream", "is missing; name the Kinesis stream"));
             }
-            (Kind::Kinesis, Some(stream)) => stream,
+            (RouteKind::Kinesis, Some(stream)) => stream,
         };
         let fits = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
         let bare = stream.replace(DATABASE, "");

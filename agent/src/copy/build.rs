@@ -21,8 +21,8 @@ use futures_util::{StreamExt as _, future};
 use tokio_postgres::Client;
 
 use super::error::CopyError;
-use super::lanes::{Hold, Holds, Lanes, Work};
-use super::script::{self, Object};
+use super::lanes::{Holds, LaneHold, LaneWork, Lanes};
+use super::script::{self, ScriptObject};
 use super::session::ReplicaSide;
 use crate::error::chain;
 use crate::names::TableName;
@@ -30,7 +30,7 @@ use crate::pg::PgError;
 use crate::pg::quote::identifier;
 
 /// A table that is there.
-struct Table {
+struct BuiltTable {
     oid: u32,
     /// The topmost partitioned table above it, or itself.
     root: u32,
@@ -55,7 +55,7 @@ pub(super) async fn run(
     let work = objects.into_iter().map(|object| {
         let (holds, bytes) = holds(&object, &tables);
         let what = object;
-        Work { holds, bytes, what }
+        LaneWork { holds, bytes, what }
     });
     send_all(&clients, Lanes::new(lanes, work.collect())).await
 }
@@ -104,7 +104,7 @@ async fn open(replica: &ReplicaSide<'_>, preamble: &str) -> Result<Client, CopyE
     Ok(client)
 }
 
-async fn tables(replica: &Client) -> Result<HashMap<TableName, Table>, CopyError> {
+async fn tables(replica: &Client) -> Result<HashMap<TableName, BuiltTable>, CopyError> {
     const TABLES: &str = "
         SELECT n.nspname::text, c.relname::text, c.oid,
                coalesce(pg_catalog.pg_partition_root(c.oid)::oid, c.oid), pg_catalog.pg_relation_size(c.oid)
@@ -119,30 +119,33 @@ async fn tables(replica: &Client) -> Result<HashMap<TableName, Table>, CopyError
         let bytes = row.get::<_, Option<i64>>(4).unwrap_or(0);
         let bytes = u64::try_from(bytes).unwrap_or(0);
         let (oid, root) = (row.get(2), row.get(3));
-        (name, Table { oid, root, bytes })
+        (name, BuiltTable { oid, root, bytes })
     };
     Ok(rows.iter().map(table).collect())
 }
 
 /// What an object needs while it is built. What is not understood needs everything.
-fn holds(object: &Object, tables: &HashMap<TableName, Table>) -> (Holds, u64) {
+fn holds(object: &ScriptObject, tables: &HashMap<TableName, BuiltTable>) -> (Holds, u64) {
     let known = match object.kind.as_str() {
         "INDEX" => index_of(&object.sql).and_then(|name| {
             let table = tables.get(&name)?;
             let hold = match object.statements {
-                1 => Hold::Shared,
-                _ => Hold::Exclusive,
+                1 => LaneHold::Shared,
+                _ => LaneHold::Exclusive,
             };
             Some((BTreeMap::from([(table.oid, hold)]), table.bytes))
         }),
         "CONSTRAINT" => altered(&object.sql).and_then(|name| {
             let table = tables.get(&name)?;
-            Some((BTreeMap::from([(table.oid, Hold::Exclusive)]), table.bytes))
+            Some((
+                BTreeMap::from([(table.oid, LaneHold::Exclusive)]),
+                table.bytes,
+            ))
         }),
         "FK CONSTRAINT" => altered(&object.sql).and_then(|name| {
             let both = [tables.get(&name)?, tables.get(&referred_to(&object.sql)?)?];
             let oids = both.iter().flat_map(|table| [table.oid, table.root]);
-            let held = oids.map(|oid| (oid, Hold::Exclusive)).collect();
+            let held = oids.map(|oid| (oid, LaneHold::Exclusive)).collect();
             Some((held, both[0].bytes))
         }),
         _ => None,
@@ -183,7 +186,7 @@ fn named(text: &str) -> Option<TableName> {
 }
 
 /// Sends everything, each as soon as it may be sent.
-async fn send_all(clients: &[Client], mut lanes: Lanes<Object>) -> Result<(), CopyError> {
+async fn send_all(clients: &[Client], mut lanes: Lanes<ScriptObject>) -> Result<(), CopyError> {
     let mut under_way = FuturesUnordered::new();
     let mut first_error = None;
     loop {

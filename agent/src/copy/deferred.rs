@@ -30,12 +30,12 @@ use crate::schema::deferred;
 
 /// One statement on the replica, and what a person calls it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Statement {
+pub(crate) struct DeferredStatement {
     what: String,
     sql: String,
 }
 
-impl Statement {
+impl DeferredStatement {
     /// Adds a foreign key.
     pub(crate) fn foreign_key(key: &ForeignKey) -> Self {
         Self {
@@ -113,10 +113,10 @@ async fn add_key(replica: &Client, sql: &str) -> Result<Added, tokio_postgres::E
 /// Adds foreign keys one by one, because rows of the source violate some of them, and says which.
 pub(crate) async fn add_keys(
     replica: &Client,
-    keys: &[Statement],
+    keys: &[DeferredStatement],
     observer: &dyn CopyObserver,
 ) -> Result<(), CopyError> {
-    for Statement { what, sql } in keys {
+    for DeferredStatement { what, sql } in keys {
         let added = add_key(replica, sql).await;
         let added = added.map_err(CopyError::replica(format!("add {what}")))?;
         if let Some(how) = added.problem() {
@@ -140,9 +140,9 @@ impl Added {
 pub(super) async fn run_or_defer(
     replica: &Client,
     job: &CopyJob<'_>,
-    statements: &[Statement],
+    statements: &[DeferredStatement],
 ) -> Result<(), CopyError> {
-    for Statement { what, sql } in statements {
+    for DeferredStatement { what, sql } in statements {
         let Err(error) = replica.batch_execute(sql).await else {
             continue;
         };
@@ -320,7 +320,7 @@ mod tests {
             schema: "S".into(),
             name: name.into(),
         };
-        let statement = Statement::attachment(&Attachment {
+        let statement = DeferredStatement::attachment(&Attachment {
             parent: table("p"),
             child: table("p\"1"),
             bound: "DEFAULT".into(),

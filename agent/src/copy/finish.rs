@@ -22,7 +22,7 @@ const ANALYZED_AT_ONCE: usize = 64;
 
 /// Where one sequence stands.
 #[derive(Clone, Debug)]
-pub(crate) struct Position {
+pub(crate) struct SequenceState {
     /// `"schema"."name"`
     pub(crate) name: String,
     /// `last_value`
@@ -38,7 +38,7 @@ pub(crate) struct Position {
 pub(crate) async fn sequences(
     source: &Client,
     only: Option<&[TableName]>,
-) -> Result<Vec<Vec<Position>>, CopyError> {
+) -> Result<Vec<Vec<SequenceState>>, CopyError> {
     const SEQUENCES: &str = "
         SELECT n.nspname::text, s.relname::text
           FROM pg_class s JOIN pg_namespace n ON n.oid = s.relnamespace
@@ -85,7 +85,7 @@ pub(crate) async fn sequences(
             .query(&each.join(" UNION ALL "), &[])
             .await
             .map_err(CopyError::source("read the sequences"))?;
-        let positions_of = |row: &tokio_postgres::Row| Position {
+        let positions_of = |row: &tokio_postgres::Row| SequenceState {
             name: row.get(0),
             value: row.get(1),
             called: row.get(2),
@@ -98,7 +98,7 @@ pub(crate) async fn sequences(
 /// Sets those of these sequences that the replica has.
 pub(super) async fn set_sequences(
     replica: &Client,
-    positions: &[Position],
+    positions: &[SequenceState],
 ) -> Result<(), CopyError> {
     let names: Vec<&str> = positions.iter().map(|at| at.name.as_str()).collect();
     let values: Vec<i64> = positions.iter().map(|at| at.value).collect();

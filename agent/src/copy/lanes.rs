@@ -21,7 +21,7 @@ const LOOK: usize = 64;
 
 /// How a piece of work holds a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Hold {
+pub(super) enum LaneHold {
     /// Beside others that share it: CREATE INDEX.
     Shared,
     /// Alone.
@@ -32,7 +32,7 @@ pub(super) enum Hold {
 #[derive(Clone, Debug)]
 pub(super) enum Holds {
     /// These tables.
-    Tables(BTreeMap<u32, Hold>),
+    Tables(BTreeMap<u32, LaneHold>),
     /// Whatever there is: nothing runs beside it.
     Everything,
 }
@@ -42,7 +42,7 @@ impl Holds {
         match (self, other) {
             (Self::Tables(ours), Self::Tables(theirs)) => ours.iter().any(|(table, hold)| {
                 let both = theirs.get(table).map(|other| (hold, other));
-                both.is_some_and(|both| both != (&Hold::Shared, &Hold::Shared))
+                both.is_some_and(|both| both != (&LaneHold::Shared, &LaneHold::Shared))
             }),
             _ => true,
         }
@@ -51,7 +51,7 @@ impl Holds {
 
 /// One piece of work.
 #[derive(Clone, Debug)]
-pub(super) struct Work<T> {
+pub(super) struct LaneWork<T> {
     pub(super) holds: Holds,
     /// The size of its table.
     pub(super) bytes: u64,
@@ -59,12 +59,12 @@ pub(super) struct Work<T> {
 }
 
 #[derive(Debug, Default)]
-struct Lane {
+struct CopyLane {
     /// In the order in which they were sent, which is the one in which they end.
     under_way: VecDeque<(Holds, u64)>,
 }
 
-impl Lane {
+impl CopyLane {
     fn has_room(&self, bytes: u64) -> bool {
         let ahead: u64 = self.under_way.iter().map(|(_, bytes)| bytes).sum();
         self.under_way.is_empty()
@@ -81,14 +81,14 @@ impl Lane {
 /// The sessions and what is left to do.
 #[derive(Debug)]
 pub(super) struct Lanes<T> {
-    lanes: Vec<Lane>,
-    left: VecDeque<Work<T>>,
+    lanes: Vec<CopyLane>,
+    left: VecDeque<LaneWork<T>>,
 }
 
 impl<T> Lanes<T> {
-    pub(super) fn new(lanes: usize, work: Vec<Work<T>>) -> Self {
+    pub(super) fn new(lanes: usize, work: Vec<LaneWork<T>>) -> Self {
         Self {
-            lanes: (0..lanes).map(|_| Lane::default()).collect(),
+            lanes: (0..lanes).map(|_| CopyLane::default()).collect(),
             left: work.into(),
         }
     }
@@ -102,12 +102,12 @@ impl<T> Lanes<T> {
             let lane = if waits { None } else { self.lane_for(work) };
             lane.map(|lane| (at, lane))
         })?;
-        let Work { holds, bytes, what } = self.left.remove(at)?;
+        let LaneWork { holds, bytes, what } = self.left.remove(at)?;
         self.lanes[lane].under_way.push_back((holds, bytes));
         Some((lane, what))
     }
 
-    fn lane_for(&self, work: &Work<T>) -> Option<usize> {
+    fn lane_for(&self, work: &LaneWork<T>) -> Option<usize> {
         let mut conflicting =
             (0..self.lanes.len()).filter(|&lane| self.lanes[lane].conflicts(&work.holds));
         match (conflicting.next(), conflicting.next()) {
@@ -134,16 +134,21 @@ impl<T> Lanes<T> {
 mod tests {
     use super::*;
 
-    fn on(tables: &[u32], hold: Hold, bytes: u64, what: &'static str) -> Work<&'static str> {
-        Work {
+    fn on(
+        tables: &[u32],
+        hold: LaneHold,
+        bytes: u64,
+        what: &'static str,
+    ) -> LaneWork<&'static str> {
+        LaneWork {
             holds: Holds::Tables(tables.iter().map(|&table| (table, hold)).collect()),
             bytes,
             what,
         }
     }
 
-    fn everything(what: &'static str) -> Work<&'static str> {
-        Work {
+    fn everything(what: &'static str) -> LaneWork<&'static str> {
+        LaneWork {
             holds: Holds::Everything,
             bytes: 0,
             what,
@@ -157,12 +162,12 @@ mod tests {
     #[test]
     fn what_is_small_goes_ahead_and_what_needs_the_same_table_follows_it() {
         let work = vec![
-            on(&[1], Hold::Exclusive, 1, "key of 1"),
-            on(&[2], Hold::Exclusive, 1, "key of 2"),
-            on(&[3], Hold::Exclusive, 1, "key of 3"),
-            on(&[1], Hold::Shared, 1, "index of 1"),
-            on(&[1, 2], Hold::Exclusive, 1, "1 refers to 2"),
-            on(&[4], Hold::Exclusive, 1, "key of 4"),
+            on(&[1], LaneHold::Exclusive, 1, "key of 1"),
+            on(&[2], LaneHold::Exclusive, 1, "key of 2"),
+            on(&[3], LaneHold::Exclusive, 1, "key of 3"),
+            on(&[1], LaneHold::Shared, 1, "index of 1"),
+            on(&[1, 2], LaneHold::Exclusive, 1, "1 refers to 2"),
+            on(&[4], LaneHold::Exclusive, 1, "key of 4"),
         ];
         let mut lanes = Lanes::new(2, work);
         let all = begun(&mut lanes);
@@ -185,10 +190,10 @@ mod tests {
     fn large_ones_run_side_by_side_and_one_behind_another_waits() {
         let large = 1 << 30;
         let work = vec![
-            on(&[1], Hold::Shared, large, "a"),
-            on(&[1], Hold::Shared, large, "b"),
-            on(&[1], Hold::Shared, large, "c"),
-            on(&[2], Hold::Shared, 1, "d"),
+            on(&[1], LaneHold::Shared, large, "a"),
+            on(&[1], LaneHold::Shared, large, "b"),
+            on(&[1], LaneHold::Shared, large, "c"),
+            on(&[2], LaneHold::Shared, 1, "d"),
         ];
         let mut lanes = Lanes::new(2, work);
         // Behind a large one nothing waits, however small it is: another session may be free before.
@@ -202,11 +207,11 @@ mod tests {
     #[test]
     fn nothing_runs_beside_what_holds_everything_and_several_such_follow_one_another() {
         let work = vec![
-            on(&[1], Hold::Shared, 1, "a"),
-            on(&[2], Hold::Shared, 1, "b"),
+            on(&[1], LaneHold::Shared, 1, "a"),
+            on(&[2], LaneHold::Shared, 1, "b"),
             everything("attach"),
             everything("attach more"),
-            on(&[3], Hold::Shared, 1, "c"),
+            on(&[3], LaneHold::Shared, 1, "c"),
         ];
         let mut lanes = Lanes::new(2, work);
         assert_eq!(begun(&mut lanes), [(0, "a"), (1, "b")]);

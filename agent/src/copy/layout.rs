@@ -22,7 +22,7 @@ use crate::pg::quote::quote_ident;
 
 /// One table as the copy sees it.
 #[derive(Clone, Debug)]
-pub(crate) struct Layout {
+pub(crate) struct TableLayout {
     /// Its name.
     pub(crate) name: TableName,
     /// Heap pages.
@@ -39,7 +39,7 @@ pub(crate) struct Layout {
     pub(crate) binary: bool,
 }
 
-impl Layout {
+impl TableLayout {
     /// The table that takes the rows.
     pub(crate) fn taker(&self) -> &TableName {
         self.top.as_ref().unwrap_or(&self.name)
@@ -83,7 +83,10 @@ pub(crate) async fn lock(source: &Client, tables: &[TableName]) -> Result<(), Co
 }
 
 /// Reads the layouts of `tables`, in their order.
-pub(crate) async fn read(source: &Client, tables: &[TableName]) -> Result<Vec<Layout>, CopyError> {
+pub(crate) async fn read(
+    source: &Client,
+    tables: &[TableName],
+) -> Result<Vec<TableLayout>, CopyError> {
     const SQL: &str = "
         SELECT c.oid, coalesce(am.amname = 'heap', false),
                c.relfilenode = pg_relation_filenode(c.oid),
@@ -114,7 +117,7 @@ pub(crate) async fn read(source: &Client, tables: &[TableName]) -> Result<Vec<La
         };
         oids.push(oid);
         let (pages, bytes): (i64, i64) = (row.get(3), row.get(4));
-        layouts.push(Layout {
+        layouts.push(TableLayout {
             name: table.clone(),
             pages: u32::try_from(pages).unwrap_or(u32::MAX),
             bytes: u64::try_from(bytes).unwrap_or(0),
@@ -131,7 +134,7 @@ pub(crate) async fn read(source: &Client, tables: &[TableName]) -> Result<Vec<La
 async fn read_columns(
     source: &Client,
     oids: &[u32],
-    layouts: &mut [Layout],
+    layouts: &mut [TableLayout],
 ) -> Result<(), CopyError> {
     const SQL: &str = "
         SELECT attrelid, attname::text, format_type(atttypid, atttypmod), atttypid
@@ -214,7 +217,7 @@ async fn read_types(
 }
 
 /// Checks that the replica's tables can take the rows: every sent column is there, with its type.
-pub(super) async fn verify(replica: &Client, layouts: &[Layout]) -> Result<(), CopyError> {
+pub(super) async fn verify(replica: &Client, layouts: &[TableLayout]) -> Result<(), CopyError> {
     const SQL: &str = "
         SELECT wanted.place, a.attname::text, format_type(a.atttypid, a.atttypmod)
           FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS wanted (nspname, relname, place)
@@ -250,7 +253,7 @@ pub(super) async fn verify(replica: &Client, layouts: &[Layout]) -> Result<(), C
     Ok(())
 }
 
-fn difference(layout: &Layout, found: Option<&HashMap<String, String>>) -> Option<String> {
+fn difference(layout: &TableLayout, found: Option<&HashMap<String, String>>) -> Option<String> {
     let Some(found) = found else {
         return Some("does not exist".to_owned());
     };
@@ -272,7 +275,7 @@ mod tests {
 
     #[test]
     fn a_column_of_another_type_is_named() {
-        let layout = Layout {
+        let layout = TableLayout {
             name: TableName {
                 schema: "public".into(),
                 name: "t".into(),

@@ -12,9 +12,9 @@ use crate::schema::table_sync::{Copy, IsOurs, TABLE};
 
 /// The ledger of one stream, for one copy.
 #[derive(Clone, Copy)]
-pub(super) struct Ledger<'a>(pub(super) Copy<'a>);
+pub(super) struct CopyLedger<'a>(pub(super) Copy<'a>);
 
-impl<'a> Ledger<'a> {
+impl<'a> CopyLedger<'a> {
     pub(super) fn new(job: &CopyJob<'a>) -> Self {
         Self(Copy {
             stream: job.stream,

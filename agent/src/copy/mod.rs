@@ -62,9 +62,9 @@ use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::schema::listing::Listed;
-use layout::Layout;
-use ledger::Ledger;
-use plan::Part;
+use layout::TableLayout;
+use ledger::CopyLedger;
+use plan::TablePart;
 use session::{ReplicaSide, SourceSide};
 
 /// One copy: what, from where, to where.
@@ -158,7 +158,7 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
         replica: replica_side,
         settings: job.settings,
     };
-    let ledger = Ledger::new(job);
+    let ledger = CopyLedger::new(job);
 
     observer.phase(CopyPhase::PreData);
     let held = ledger.begin(&replica, &names, job).await?;
@@ -211,8 +211,8 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
 
 async fn copy_rows(
     sessions: &Sessions<'_>,
-    ledger: Ledger<'_>,
-    layouts: &[Layout],
+    ledger: CopyLedger<'_>,
+    layouts: &[TableLayout],
     observer: &dyn CopyObserver,
     tables_total: usize,
 ) -> Result<(), CopyError> {
@@ -221,7 +221,7 @@ async fn copy_rows(
 }
 
 /// The parts of all tables, in the order in which they are best copied.
-pub(crate) fn parts(layouts: &[Layout], split_bytes: u64) -> Vec<Part> {
+pub(crate) fn parts(layouts: &[TableLayout], split_bytes: u64) -> Vec<TablePart> {
     let sizes: Vec<(u32, u64, bool)> = layouts
         .iter()
         // What is written through another table cannot be emptied by itself: it is there as a whole or not at all.

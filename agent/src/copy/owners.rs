@@ -21,22 +21,22 @@ pub(super) fn as_role(
     extensions: &BTreeMap<String, String>,
 ) -> String {
     let mut kept = String::with_capacity(script.len());
-    let mut owners = Owners::default();
+    let mut owners = OwnerStatements::default();
     for piece in statements(script) {
         let statement = without_comments(piece);
         match verdict(statement, lacking, extensions) {
-            Verdict::Keep => kept.push_str(piece),
-            Verdict::Drop => {}
-            Verdict::Instead(other) => kept.push_str(&other),
-            Verdict::Owner(role) if lacking.restricted => owners.add(statement, role),
-            Verdict::Owner(_) => kept.push_str(piece),
+            OwnerVerdict::Keep => kept.push_str(piece),
+            OwnerVerdict::Drop => {}
+            OwnerVerdict::Instead(other) => kept.push_str(&other),
+            OwnerVerdict::Owner(role) if lacking.restricted => owners.add(statement, role),
+            OwnerVerdict::Owner(_) => kept.push_str(piece),
         }
     }
     owners.append_to(&mut kept);
     kept
 }
 
-enum Verdict {
+enum OwnerVerdict {
     Keep,
     Drop,
     Instead(String),
@@ -47,21 +47,21 @@ fn verdict(
     statement: &str,
     lacking: &LackingRoles,
     extensions: &BTreeMap<String, String>,
-) -> Verdict {
+) -> OwnerVerdict {
     let is_lacking =
         |role: &String| lacking.absent.contains(role) || lacking.foreign.contains(role);
     if statement.starts_with("ALTER ")
         && let Some(role) = behind(statement, " OWNER TO ").and_then(|mut roles| roles.pop())
     {
         return match is_lacking(&role) {
-            true => Verdict::Drop,
-            false => Verdict::Owner(role),
+            true => OwnerVerdict::Drop,
+            false => OwnerVerdict::Owner(role),
         };
     }
     if let Some(rest) = statement.strip_prefix("ALTER DEFAULT PRIVILEGES FOR ROLE ") {
         let maker = identifier(rest).map(|(name, _)| name);
         if maker.is_some_and(|maker| is_lacking(&maker)) {
-            return Verdict::Drop;
+            return OwnerVerdict::Drop;
         }
     }
     let is_grant = ["GRANT ", "REVOKE ", "ALTER DEFAULT PRIVILEGES "];
@@ -69,8 +69,8 @@ fn verdict(
         let named = [" TO ", " FROM "].map(|word| behind(statement, word).unwrap_or_default());
         let absent = |role: &String| lacking.absent.contains(role);
         return match named.iter().flatten().any(absent) {
-            true => Verdict::Drop,
-            false => Verdict::Keep,
+            true => OwnerVerdict::Drop,
+            false => OwnerVerdict::Keep,
         };
     }
     if lacking.restricted {
@@ -78,10 +78,10 @@ fn verdict(
         if statement.contains("SET SESSION AUTHORIZATION")
             || statement.starts_with("COMMENT ON EXTENSION ")
         {
-            return Verdict::Drop;
+            return OwnerVerdict::Drop;
         }
         if let Some(rest) = statement.strip_prefix("CREATE SCHEMA ") {
-            return Verdict::Instead(format!("\nCREATE SCHEMA IF NOT EXISTS {rest}\n"));
+            return OwnerVerdict::Instead(format!("\nCREATE SCHEMA IF NOT EXISTS {rest}\n"));
         }
     }
     match statement
@@ -89,10 +89,10 @@ fn verdict(
         .and_then(identifier)
     {
         Some((name, _)) => match extensions.get(&name).filter(|owner| !is_lacking(owner)) {
-            Some(owner) => Verdict::Instead(extension(statement, owner)),
-            None => Verdict::Keep,
+            Some(owner) => OwnerVerdict::Instead(extension(statement, owner)),
+            None => OwnerVerdict::Keep,
         },
-        None => Verdict::Keep,
+        None => OwnerVerdict::Keep,
     }
 }
 
@@ -131,12 +131,12 @@ fn behind(statement: &str, word: &str) -> Option<Vec<String>> {
 
 /// Who gets what.
 #[derive(Default)]
-struct Owners {
+struct OwnerStatements {
     statements: String,
     roles: Vec<String>,
 }
 
-impl Owners {
+impl OwnerStatements {
     fn add(&mut self, statement: &str, role: String) {
         self.statements.push_str(statement);
         self.statements.push('\n');

@@ -69,7 +69,7 @@ pub(super) fn split(pages: u32, bytes: u64, split_bytes: u64) -> Vec<Pages> {
 
 /// One piece of work: a table, or a range of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Part {
+pub(crate) struct TablePart {
     /// Index of the table in the caller's list.
     pub(crate) table: usize,
     /// Which pages.
@@ -80,8 +80,8 @@ pub(crate) struct Part {
 
 /// All parts of all tables, biggest first: the last piece of work is then a small one, and the
 /// connections finish together. `tables` holds heap pages, bytes, and whether it may be split.
-pub(crate) fn order(tables: &[(u32, u64, bool)], split_bytes: u64) -> Vec<Part> {
-    let mut parts: Vec<Part> = tables
+pub(crate) fn order(tables: &[(u32, u64, bool)], split_bytes: u64) -> Vec<TablePart> {
+    let mut parts: Vec<TablePart> = tables
         .iter()
         .enumerate()
         .flat_map(|(table, &(pages, bytes, may_split))| {
@@ -91,7 +91,7 @@ pub(crate) fn order(tables: &[(u32, u64, bool)], split_bytes: u64) -> Vec<Part> 
                 vec![Pages::ALL]
             };
             let share = bytes / ranges.len() as u64;
-            ranges.into_iter().map(move |pages| Part {
+            ranges.into_iter().map(move |pages| TablePart {
                 table,
                 pages,
                 bytes: share,

@@ -3,7 +3,7 @@
 use tokio_postgres::Client;
 
 use super::error::CopyError;
-use super::ledger::Ledger;
+use super::ledger::CopyLedger;
 use super::progress::CopyObserver;
 use crate::names::TableName;
 use crate::schema::deferred;
@@ -13,7 +13,7 @@ use crate::schema::refused::{self, Taken};
 /// of a constraint; none may be left where another connection has set it aside meanwhile.
 pub(super) async fn set_aside(
     replica: &mut Client,
-    ledger: Ledger<'_>,
+    ledger: CopyLedger<'_>,
     table: &TableName,
     error: &CopyError,
     observer: &dyn CopyObserver,

@@ -23,11 +23,11 @@ use std::collections::HashSet;
 use tokio::sync::OnceCell;
 use tokio_postgres::Client;
 
-use super::deferred::{self, Statement};
+use super::deferred::{self, DeferredStatement};
 use super::dump::{Dump, PRE_DATA};
 use super::error::CopyError;
 use super::inventory;
-use super::ledger::Ledger;
+use super::ledger::CopyLedger;
 use super::progress::CopyObserver;
 use super::toc::LeftOut;
 use super::tools::Tools;
@@ -163,7 +163,10 @@ impl<'a> Schema<'a> {
         }
         let mut attachments = inventory::unattached(source, replica, missing).await?;
         attachments.retain(|attachment| tops.contains_key(&attachment.child));
-        let statements: Vec<Statement> = attachments.iter().map(Statement::attachment).collect();
+        let statements: Vec<DeferredStatement> = attachments
+            .iter()
+            .map(DeferredStatement::attachment)
+            .collect();
         deferred::run_or_defer(replica, self.job, &statements).await
     }
 
@@ -203,7 +206,7 @@ impl<'a> Schema<'a> {
                 .await
                 .map_err(CopyError::replica("create the source's schema"))?;
         }
-        let ledger = Ledger::new(self.job);
+        let ledger = CopyLedger::new(self.job);
         let noted = ledger.0.created(&transaction, created).await;
         noted.map_err(CopyError::replica("create the source's schema"))?;
         transaction.commit().await.map_err(doing())
@@ -250,7 +253,10 @@ impl<'a> Schema<'a> {
         }
         let ours: HashSet<&TableName> = self.tables.iter().collect();
         // Partitions first: a foreign key may refer to rows in one.
-        let mut later: Vec<Statement> = attachments.iter().map(Statement::attachment).collect();
+        let mut later: Vec<DeferredStatement> = attachments
+            .iter()
+            .map(DeferredStatement::attachment)
+            .collect();
         for key in inventory::foreign_keys(source).await? {
             let concerns_us = self.job.whole_schema || ours.contains(&key.table);
             if !concerns_us || present.contains(&key.entry) {
@@ -261,7 +267,7 @@ impl<'a> Schema<'a> {
                 left_out.entry(&key.entry);
             } else if !one_snapshot {
                 left_out.entry(&key.entry);
-                later.extend(Statement::foreign_keys([&key]));
+                later.extend(DeferredStatement::foreign_keys([&key]));
             }
         }
         match self.build(dump, &left_out).await {
@@ -297,7 +303,7 @@ impl<'a> Schema<'a> {
             let concerns_us = self.job.whole_schema || self.tables.contains(&key.table);
             if concerns_us && !left_out.has(&key.entry) {
                 left_out.entry(&key.entry);
-                keys.extend(Statement::foreign_keys([&key]));
+                keys.extend(DeferredStatement::foreign_keys([&key]));
             }
         }
         self.build(dump, &left_out).await?;

@@ -13,7 +13,7 @@ const NAME: &str = "-- Name: ";
 
 /// What a script makes.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Object {
+pub(super) struct ScriptObject {
     /// `INDEX`, `FK CONSTRAINT`, …; empty for a setting of the session.
     pub(super) kind: String,
     /// Kind and name, for people.
@@ -25,9 +25,9 @@ pub(super) struct Object {
 }
 
 /// The settings with which a script begins, and its objects in their order.
-pub(super) fn objects(script: &str) -> (String, Vec<Object>) {
+pub(super) fn objects(script: &str) -> (String, Vec<ScriptObject>) {
     let mut preamble = String::new();
-    let mut objects: Vec<Object> = Vec::new();
+    let mut objects: Vec<ScriptObject> = Vec::new();
     for piece in statements(script) {
         let statement = without_comments(piece);
         if statement.is_empty() {
@@ -52,7 +52,7 @@ pub(super) fn objects(script: &str) -> (String, Vec<Object>) {
                 continue;
             }
         };
-        objects.push(Object {
+        objects.push(ScriptObject {
             kind,
             what,
             sql: format!("{statement}\n"),

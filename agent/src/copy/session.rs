@@ -9,7 +9,7 @@
 use tokio_postgres::Client;
 
 use super::error::CopyError;
-use super::tools::Environment;
+use super::tools::ToolEnvironment;
 use crate::catalog::server_version;
 use crate::pg::quote::quote_literal;
 use crate::pg::{ConnInfo, Session, connect, leftover};
@@ -64,9 +64,9 @@ impl<'a> SourceSide<'a> {
     }
 
     /// What `pg_dump` needs to reach the source.
-    pub(crate) fn environment(&self) -> Environment {
+    pub(crate) fn environment(&self) -> ToolEnvironment {
         let session = Session::new(&self.application_name);
-        Environment::new(self.conninfo, &session, self.version_num)
+        ToolEnvironment::new(self.conninfo, &session, self.version_num)
     }
 
     /// A session in a read-only transaction that sees the exported snapshot.
@@ -144,8 +144,8 @@ impl<'a> ReplicaSide<'a> {
     }
 
     /// What `pg_restore` needs to write.
-    pub(crate) fn environment(&self) -> Environment {
-        Environment::new(self.conninfo, &self.session(), self.version_num)
+    pub(crate) fn environment(&self) -> ToolEnvironment {
+        ToolEnvironment::new(self.conninfo, &self.session(), self.version_num)
     }
 
     /// A session that may write.

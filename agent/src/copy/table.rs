@@ -19,11 +19,11 @@ use futures_util::{SinkExt as _, StreamExt as _, future};
 use tokio_postgres::Client;
 
 use super::error::CopyError;
-use super::layout::Layout;
-use super::ledger::Ledger;
-use super::plan::Part;
+use super::layout::TableLayout;
+use super::ledger::CopyLedger;
+use super::plan::TablePart;
 use super::progress::CopyObserver;
-use super::work::{Taken, Work};
+use super::work::{CopyWork, TakenWork};
 use super::{Sessions, refused};
 use crate::catalog::routing;
 use crate::failpoint;
@@ -34,10 +34,10 @@ use crate::names::TableName;
 pub(crate) const CHUNK_BYTES: usize = 64 * 1024;
 
 /// What is shared by the connection pairs of one copy.
-struct Shared<'a> {
-    layouts: &'a [Layout],
-    ledger: Ledger<'a>,
-    work: Work<'a>,
+struct CopySides<'a> {
+    layouts: &'a [TableLayout],
+    ledger: CopyLedger<'a>,
+    work: CopyWork<'a>,
     /// Tables on the replica that cannot be truncated by themselves.
     referred_to: HashSet<TableName>,
 }
@@ -46,24 +46,24 @@ struct Shared<'a> {
 /// `tables_total` includes tables that hold their rows already.
 pub(super) async fn copy_all(
     sessions: &Sessions<'_>,
-    ledger: Ledger<'_>,
-    layouts: &[Layout],
-    parts: &[Part],
+    ledger: CopyLedger<'_>,
+    layouts: &[TableLayout],
+    parts: &[TablePart],
     observer: &dyn CopyObserver,
     tables_total: usize,
 ) -> Result<(), CopyError> {
     let pairs = usize::from(sessions.jobs()).min(parts.len());
     let names = layouts.iter().map(|layout| &layout.name).collect();
-    let work = Work::new(names, parts, tables_total, observer);
+    let work = CopyWork::new(names, parts, tables_total, observer);
     let several = work.split_tables();
     let mut referred_to = HashSet::new();
     if !parts.is_empty() {
         let replica = sessions.replica.open().await?;
-        let several: Vec<&Layout> = several.into_iter().map(|table| &layouts[table]).collect();
+        let several: Vec<&TableLayout> = several.into_iter().map(|table| &layouts[table]).collect();
         empty_first(&replica, ledger, &several).await?;
         referred_to = all_referred_to(&replica).await?;
     }
-    let shared = Shared {
+    let shared = CopySides {
         referred_to,
         layouts,
         ledger,
@@ -79,8 +79,8 @@ pub(super) async fn copy_all(
 /// Empties tables that are filled by several transactions, and makes that visible in the ledger.
 async fn empty_first(
     replica: &Client,
-    ledger: Ledger<'_>,
-    layouts: &[&Layout],
+    ledger: CopyLedger<'_>,
+    layouts: &[&TableLayout],
 ) -> Result<(), CopyError> {
     for layout in layouts {
         begin(replica).await?;
@@ -92,10 +92,10 @@ async fn empty_first(
 }
 
 /// One connection pair: takes parts until there are none.
-async fn work_through(sessions: &Sessions<'_>, shared: &Shared<'_>) -> Result<(), CopyError> {
+async fn work_through(sessions: &Sessions<'_>, shared: &CopySides<'_>) -> Result<(), CopyError> {
     let source = sessions.source.at_snapshot().await?;
     let mut replica = sessions.replica.open().await?;
-    while let Some(Taken { part, is_whole, .. }) = shared.work.take() {
+    while let Some(TakenWork { part, is_whole, .. }) = shared.work.take() {
         let layout = &shared.layouts[part.table];
         let mut in_vain = false;
         let (rows, bytes) = loop {
@@ -132,9 +132,9 @@ async fn work_through(sessions: &Sessions<'_>, shared: &Shared<'_>) -> Result<()
 async fn copy_whole(
     source: &Client,
     replica: &Client,
-    shared: &Shared<'_>,
-    layout: &Layout,
-    part: &Part,
+    shared: &CopySides<'_>,
+    layout: &TableLayout,
+    part: &TablePart,
 ) -> Result<(u64, u64), CopyError> {
     let (ledger, table) = (shared.ledger, &layout.name);
     let may_freeze = layout.top.is_none() && !shared.referred_to.contains(table);
@@ -172,9 +172,9 @@ async fn copy_whole(
 async fn copy_part(
     source: &Client,
     replica: &Client,
-    shared: &Shared<'_>,
-    layout: &Layout,
-    part: &Part,
+    shared: &CopySides<'_>,
+    layout: &TableLayout,
+    part: &TablePart,
 ) -> Result<(u64, u64), CopyError> {
     let hold = shared.ledger.hold(replica, &layout.name);
     let (begun, held) = future::join(begin(replica), hold).await;
@@ -190,7 +190,7 @@ async fn copy_part(
 /// copy was killed: what is missing goes in beside them, since a partition is copied by one transaction.
 pub(super) async fn empty_tops(
     replica: &Client,
-    layouts: &[Layout],
+    layouts: &[TableLayout],
     held: &HashSet<TableName>,
 ) -> Result<(), CopyError> {
     let asking = || CopyError::replica("look for partitions that hold their rows");
@@ -270,7 +270,7 @@ async fn all_referred_to(replica: &Client) -> Result<HashSet<TableName>, CopyErr
 }
 
 /// COPY of a part out of the source.
-pub(crate) fn copy_out(layout: &Layout, part: &Part) -> String {
+pub(crate) fn copy_out(layout: &TableLayout, part: &TablePart) -> String {
     format!(
         "COPY (SELECT {} FROM ONLY {}{}) TO STDOUT (FORMAT {})",
         layout.column_list(),
@@ -304,8 +304,8 @@ async fn pass_through(
     source: &Client,
     replica: &Client,
     observer: &dyn CopyObserver,
-    layout: &Layout,
-    part: &Part,
+    layout: &TableLayout,
+    part: &TablePart,
     freeze: bool,
 ) -> Result<(u64, u64), CopyError> {
     let out = copy_out(layout, part);
@@ -445,7 +445,7 @@ mod tests {
 
     #[test]
     fn statements_name_the_columns_and_a_table_without_any_gets_no_list() {
-        let mut layout = Layout {
+        let mut layout = TableLayout {
             name: TableName {
                 schema: "s".into(),
                 name: "t".into(),
@@ -460,7 +460,7 @@ mod tests {
             ],
             binary: true,
         };
-        let part = Part {
+        let part = TablePart {
             table: 0,
             pages: Pages {
                 from: Some(3),

@@ -107,7 +107,7 @@ impl Tools {
         let path = std::env::var_os("PATH");
         let mut candidates = Vec::new();
         for directory in directories(pg_bin, path.as_deref()) {
-            candidates.push(Candidate {
+            candidates.push(ToolCandidate {
                 dump: version_of(&directory.join("pg_dump")).await?,
                 restore: version_of(&directory.join("pg_restore")).await?,
                 directory,
@@ -119,7 +119,7 @@ impl Tools {
     /// Runs `pg_dump` against `server`.
     pub(super) async fn dump(
         &self,
-        server: &Environment,
+        server: &ToolEnvironment,
         doing: &'static str,
         arguments: &[String],
     ) -> Result<(), CopyError> {
@@ -131,7 +131,7 @@ impl Tools {
     /// standard output.
     pub(super) async fn restore(
         &self,
-        server: Option<&Environment>,
+        server: Option<&ToolEnvironment>,
         doing: &'static str,
         arguments: &[String],
     ) -> Result<String, CopyError> {
@@ -141,7 +141,7 @@ impl Tools {
     /// Runs `pg_dumpall` for the roles alone, without their passwords; returns the SQL.
     pub(crate) async fn roles(
         &self,
-        server: &Environment,
+        server: &ToolEnvironment,
         database: &str,
     ) -> Result<String, CopyError> {
         let mut arguments = ["--roles-only", "--no-role-passwords", "--no-password"]
@@ -159,7 +159,7 @@ impl Tools {
     async fn run(
         &self,
         program: &'static str,
-        server: Option<&Environment>,
+        server: Option<&ToolEnvironment>,
         doing: &'static str,
         arguments: &[String],
     ) -> Result<String, CopyError> {
@@ -172,7 +172,7 @@ impl Tools {
         }
         // Messages are looked at: in English, please.
         command.env("LC_ALL", "C");
-        if let Some(Environment(variables)) = server {
+        if let Some(ToolEnvironment(variables)) = server {
             command.envs(variables.iter().map(|(name, value)| (name, value)));
         }
         let output = command
@@ -210,14 +210,14 @@ impl Tools {
 }
 
 /// What one directory holds.
-struct Candidate {
+struct ToolCandidate {
     directory: PathBuf,
     dump: Option<Version>,
     restore: Option<Version>,
 }
 
 /// The first pair that is new enough; otherwise the error that says what there is.
-fn choose(candidates: Vec<Candidate>, source: &Version) -> Result<Tools, CopyError> {
+fn choose(candidates: Vec<ToolCandidate>, source: &Version) -> Result<Tools, CopyError> {
     let mut too_old: Option<Tools> = None;
     let mut program = "pg_dump";
     for candidate in candidates {
@@ -259,9 +259,9 @@ fn choose(candidates: Vec<Candidate>, source: &Version) -> Result<Tools, CopyErr
 
 /// The environment a tool needs to reach one server.
 #[derive(Clone)]
-pub(crate) struct Environment(Vec<(String, String)>);
+pub(crate) struct ToolEnvironment(Vec<(String, String)>);
 
-impl Environment {
+impl ToolEnvironment {
     /// For sessions like this one with a server of this `server_version_num`.
     pub(super) fn new(conninfo: &ConnInfo, session: &Session, version_num: i32) -> Self {
         let own = session.libpq_environment(conninfo, version_num);
@@ -314,9 +314,9 @@ mod tests {
         assert_eq!(Version::of_server(160_004).text, "16.4");
     }
 
-    fn candidate(directory: &str, dump: &str, restore: Option<&str>) -> Candidate {
+    fn candidate(directory: &str, dump: &str, restore: Option<&str>) -> ToolCandidate {
         let version = |text: &str| Version::of_program(&format!("x (PostgreSQL) {text}"));
-        Candidate {
+        ToolCandidate {
             directory: PathBuf::from(directory),
             dump: version(dump),
             restore: restore.and_then(version),

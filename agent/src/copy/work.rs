@@ -10,20 +10,20 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 
-use super::plan::{Estimate, Part};
+use super::plan::{Estimate, TablePart};
 use super::progress::CopyObserver;
 use crate::names::TableName;
 
 /// The work of one copy.
-pub(crate) struct Work<'a> {
+pub(crate) struct CopyWork<'a> {
     tables: Vec<&'a TableName>,
     observer: &'a dyn CopyObserver,
     tables_total: usize,
-    state: Mutex<State>,
+    state: Mutex<WorkState>,
 }
 
-struct State {
-    queue: VecDeque<Taken>,
+struct WorkState {
+    queue: VecDeque<TakenWork>,
     sums: Vec<Sums>,
     tables_done: usize,
     estimate: Estimate,
@@ -31,11 +31,11 @@ struct State {
 
 /// A part that a connection works on.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Taken {
+pub(crate) struct TakenWork {
     /// Its place in the order given, from 0.
     pub(crate) number: usize,
     /// The part.
-    pub(crate) part: Part,
+    pub(crate) part: TablePart,
     /// The table has no other.
     pub(crate) is_whole: bool,
 }
@@ -51,12 +51,12 @@ pub(crate) struct Sums {
     pub(crate) bytes: u64,
 }
 
-impl<'a> Work<'a> {
+impl<'a> CopyWork<'a> {
     /// All of it; `parts` name tables by their place in `tables`. `tables_total` includes tables that
     /// hold their rows already.
     pub(crate) fn new(
         tables: Vec<&'a TableName>,
-        parts: &[Part],
+        parts: &[TablePart],
         tables_total: usize,
         observer: &'a dyn CopyObserver,
     ) -> Self {
@@ -68,12 +68,12 @@ impl<'a> Work<'a> {
         let tables_done = tables_total - tables.len();
         observer.planned(planned);
         observer.tables(tables_total, tables_done);
-        let queue = parts.iter().enumerate().map(|(number, part)| Taken {
+        let queue = parts.iter().enumerate().map(|(number, part)| TakenWork {
             number,
             part: *part,
             is_whole: sums[part.table].parts == 1,
         });
-        let state = State {
+        let state = WorkState {
             queue: queue.collect(),
             sums,
             tables_done,
@@ -98,17 +98,17 @@ impl<'a> Work<'a> {
         (0..sums.len()).filter(|&at| sums[at].parts > 1).collect()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, WorkState> {
         self.state.lock().expect("no holder of this lock panics")
     }
 
     /// The next part.
-    pub(crate) fn take(&self) -> Option<Taken> {
+    pub(crate) fn take(&self) -> Option<TakenWork> {
         self.state().queue.pop_front()
     }
 
     /// Counts a finished part; returns the table's sums when it was the last one.
-    pub(crate) fn finish(&self, part: &Part, rows: u64, bytes: u64) -> Option<Sums> {
+    pub(crate) fn finish(&self, part: &TablePart, rows: u64, bytes: u64) -> Option<Sums> {
         let mut state = self.state();
         let planned = state.estimate.finished(part.bytes, bytes);
         let sums = &mut state.sums[part.table];

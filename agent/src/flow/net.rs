@@ -315,7 +315,7 @@ pub fn fold<'a>(
     changes: impl IntoIterator<Item = &'a Change>,
     key_of: &impl Fn(&Arc<SourceRelation>) -> Key,
 ) -> Result<Vec<Step>, FoldError> {
-    let mut folding = Folding {
+    let mut folding = NetFolding {
         key_of,
         steps: Vec::new(),
         tables: Vec::new(),
@@ -360,15 +360,15 @@ pub fn count(steps: &[Step]) -> u64 {
         .sum()
 }
 
-struct Folding<'k, K> {
+struct NetFolding<'k, K> {
     key_of: &'k K,
     steps: Vec<Step>,
-    tables: Vec<Folded>,
+    tables: Vec<FoldedTable>,
     /// Relation id -> position in `tables` of its newest description and form.
     index: HashMap<u32, usize>,
 }
 
-struct Folded {
+struct FoldedTable {
     relation: Arc<SourceRelation>,
     key: Key,
     /// Of the values so far.
@@ -381,7 +381,7 @@ struct Folded {
     rows: Rows,
 }
 
-impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
+impl<K: Fn(&Arc<SourceRelation>) -> Key> NetFolding<'_, K> {
     fn take(&mut self, change: &Change) -> Result<(), FoldError> {
         let message = pgoutput::decode(&change.message, false)?;
         match &change.relations {
@@ -405,13 +405,13 @@ impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
         }
     }
 
-    fn table(&mut self, relation: &Arc<SourceRelation>, form: Option<Form>) -> &mut Folded {
+    fn table(&mut self, relation: &Arc<SourceRelation>, form: Option<Form>) -> &mut FoldedTable {
         let id = relation.relation.id;
         let known = self.index.get(&id).copied();
         let position = match known {
             Some(position) if self.tables[position].goes_on_with(relation, form) => position,
             _ => {
-                self.tables.push(Folded {
+                self.tables.push(FoldedTable {
                     relation: Arc::clone(relation),
                     key: (self.key_of)(relation),
                     form: None,
@@ -430,7 +430,7 @@ impl<K: Fn(&Arc<SourceRelation>) -> Key> Folding<'_, K> {
 
     fn barrier(&mut self) {
         self.index.clear();
-        let tables: Vec<TableChanges> = self.tables.drain(..).map(Folded::finish).collect();
+        let tables: Vec<TableChanges> = self.tables.drain(..).map(FoldedTable::finish).collect();
         if !tables.is_empty() {
             self.steps.push(Step::Tables(tables));
         }
@@ -448,7 +448,7 @@ fn form_of(message: &Message) -> Option<Form> {
     }
 }
 
-impl Folded {
+impl FoldedTable {
     /// Whether a change of this relation, with values of this form, can be folded with those before.
     fn goes_on_with(&self, relation: &Arc<SourceRelation>, form: Option<Form>) -> bool {
         let is_same_form = form.is_none() || self.form.is_none() || form == self.form;

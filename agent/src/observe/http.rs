@@ -49,7 +49,7 @@ impl Shown {
 }
 
 #[derive(Serialize)]
-struct Status {
+struct StatusPage {
     version: &'static str,
     objectives: StatusObjectives,
     clock_offset_seconds: StatusClocks,
@@ -103,7 +103,7 @@ async fn scraped(Shared(shown): Shared<Shown>) -> impl IntoResponse {
 
 async fn status(Shared(shown): Shared<Shown>) -> impl IntoResponse {
     let objectives = shown.objectives();
-    Json(Status {
+    Json(StatusPage {
         version: crate::VERSION,
         objectives: StatusObjectives {
             rpo_seconds: objectives.rpo.as_secs_f64(),
@@ -230,7 +230,7 @@ fn render(objectives: &Objectives, databases: &[DatabaseStatus]) -> String {
 /// All pipelines of a process go the same part of the way.
 fn what_it_does(databases: &[DatabaseStatus]) -> &'static str {
     match databases.first().map(|database| database.leg) {
-        None | Some(Leg::Direct) => "",
+        None | Some(Leg::Whole) => "",
         Some(Leg::Send) => {
             "<p>Sends into the Kinesis stream: lag and position are those of the stream, not of the replica.</p>"
         }

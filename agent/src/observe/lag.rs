@@ -32,7 +32,7 @@ pub struct Lag {
 
 /// The verdict at one instant.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Verdict {
+pub struct LagVerdict {
     /// Seconds of work that would be lost now; `None` before the first transaction was applied.
     pub lag_seconds: Option<f64>,
     /// Whether that is more than the RPO allows. Unknown counts as breached: nothing is protected yet.
@@ -95,7 +95,7 @@ impl Lag {
     }
 
     /// Judges at `now`.
-    pub fn verdict(&self, now: Micros) -> Verdict {
+    pub fn verdict(&self, now: Micros) -> LagVerdict {
         // Before the next heartbeat is due nothing is overdue; no clock can make an age negative.
         let overdue = |committed: Micros| (now - committed - self.heartbeat_every).max(0);
         let queued = self.queued_oldest.map_or(0, |oldest| (now - oldest).max(0));
@@ -108,7 +108,7 @@ impl Lag {
             .applied
             .or(resumed)
             .map(|(committed, delay)| delay.max(queued).max(overdue(committed)));
-        Verdict {
+        LagVerdict {
             lag_seconds: lag.map(seconds),
             breached: lag.is_none_or(|lag| lag > self.rpo),
             received_seconds: self.received.map(|at| seconds(overdue(at))),

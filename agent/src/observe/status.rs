@@ -77,13 +77,14 @@ impl State {
     }
 }
 
-/// The part of the way from source to replica that a pipeline carries changes.
+/// The part of the way from source to replica that a pipeline carries changes; `/status` names it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Leg {
     /// All of it: `run` under route `direct`.
     #[default]
-    Direct,
+    #[serde(rename = "direct")]
+    Whole,
     /// Into the Kinesis stream: `run` under route `kinesis`. Lag and position are those of the stream, not of the replica.
     Send,
     /// From the Kinesis stream to the replica: `apply`.

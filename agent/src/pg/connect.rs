@@ -104,7 +104,7 @@ fn escape_option(value: &str) -> String {
 /// [`PgError::Connect`] when no host can be reached, [`PgError::Tls`], [`PgError::Password`], or
 /// what the server refused ([`PgError::Server`]).
 pub async fn connect(conninfo: &ConnInfo, session: &Session) -> Result<Client, PgError> {
-    dial(conninfo, &Ordinary { conninfo, session }).await
+    dial(conninfo, &OrdinarySession { conninfo, session }).await
 }
 
 /// The same, [silent](Session::silent) where the role may be. For sessions that have work to do also where it may not.
@@ -119,12 +119,12 @@ pub async fn connect_silently(conninfo: &ConnInfo, session: Session) -> Result<C
     }
 }
 
-struct Ordinary<'a> {
+struct OrdinarySession<'a> {
     conninfo: &'a ConnInfo,
     session: &'a Session,
 }
 
-impl Start for Ordinary<'_> {
+impl Start for OrdinarySession<'_> {
     type Session = Client;
 
     const REPLICATION: bool = false;
@@ -185,7 +185,7 @@ impl Start for Ordinary<'_> {
     }
 }
 
-impl Ordinary<'_> {
+impl OrdinarySession<'_> {
     /// Gives the driver's start-up errors that concern password and TLS their names.
     fn startup_error(&self, host: &Host, error: tokio_postgres::Error) -> PgError {
         if error.as_db_error().is_some() {

@@ -78,7 +78,7 @@ where
             }
         };
         for address in addresses {
-            let attempt = Attempt {
+            let attempt = DialAttempt {
                 conninfo,
                 host,
                 address,
@@ -135,7 +135,7 @@ fn leads_to_next_host(error: &PgError) -> bool {
 }
 
 /// One address of one host.
-struct Attempt<'a> {
+struct DialAttempt<'a> {
     conninfo: &'a ConnInfo,
     host: &'a Host,
     address: Address,
@@ -161,7 +161,7 @@ fn encryptions(mode: SslMode, unix: bool) -> &'static [Encryption] {
     }
 }
 
-impl Attempt<'_> {
+impl DialAttempt<'_> {
     async fn run<S: Start + Sync>(
         &self,
         kind: &S,

@@ -115,7 +115,7 @@ fn from_passfile(
             return None;
         }
     };
-    let wanted = Wanted {
+    let wanted = WantedPassword {
         // A socket in the default place is `localhost` in a password file.
         host: match host.name.as_str() {
             "/var/run/postgresql" | "/run/postgresql" | "/tmp" => "localhost",
@@ -130,7 +130,7 @@ fn from_passfile(
 }
 
 /// What a line of the password file must match.
-struct Wanted<'a> {
+struct WantedPassword<'a> {
     host: &'a str,
     port: &'a str,
     dbname: &'a str,
@@ -139,7 +139,7 @@ struct Wanted<'a> {
     replication: bool,
 }
 
-impl Wanted<'_> {
+impl WantedPassword<'_> {
     fn search(&self, text: &str) -> Option<String> {
         text.lines().find_map(|line| {
             if line.starts_with('#') {
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     fn search(text: &str, replication: bool) -> Option<String> {
-        Wanted {
+        WantedPassword {
             host: "db",
             port: "5432",
             dbname: "app",

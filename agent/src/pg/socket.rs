@@ -17,9 +17,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 /// A TCP connection, watched by the runtime or resting.
-pub(super) struct Socket(State);
+pub(super) struct Socket(SocketState);
 
-enum State {
+enum SocketState {
     Watched(TcpStream),
     Resting(net::TcpStream),
     /// It could not be put back, or not taken out.
@@ -28,26 +28,28 @@ enum State {
 
 impl Socket {
     pub(super) fn new(tcp: TcpStream) -> Self {
-        Self(State::Watched(tcp))
+        Self(SocketState::Watched(tcp))
     }
 
     /// Until the next read or write nobody is woken for what arrives. Whoever waits for the connection now
     /// must not go on waiting.
     pub(super) fn rest(&mut self) {
-        self.0 = match std::mem::replace(&mut self.0, State::Lost) {
-            State::Watched(tcp) => tcp.into_std().map_or(State::Lost, State::Resting),
+        self.0 = match std::mem::replace(&mut self.0, SocketState::Lost) {
+            SocketState::Watched(tcp) => tcp
+                .into_std()
+                .map_or(SocketState::Lost, SocketState::Resting),
             other => other,
         };
     }
 
     fn watched(&mut self) -> io::Result<Pin<&mut TcpStream>> {
-        self.0 = match std::mem::replace(&mut self.0, State::Lost) {
-            State::Resting(tcp) => State::Watched(TcpStream::from_std(tcp)?),
+        self.0 = match std::mem::replace(&mut self.0, SocketState::Lost) {
+            SocketState::Resting(tcp) => SocketState::Watched(TcpStream::from_std(tcp)?),
             other => other,
         };
         match &mut self.0 {
-            State::Watched(tcp) => Ok(Pin::new(tcp)),
-            State::Resting(_) | State::Lost => Err(io::ErrorKind::NotConnected.into()),
+            SocketState::Watched(tcp) => Ok(Pin::new(tcp)),
+            SocketState::Resting(_) | SocketState::Lost => Err(io::ErrorKind::NotConnected.into()),
         }
     }
 }

@@ -51,6 +51,7 @@ use crate::error::{Class, Classify, chain};
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::observe::metrics::DatabaseMetrics;
+pub use crate::observe::status::Leg;
 use crate::observe::status::{State, StatusCell};
 use crate::pg::PgLsn;
 use crate::setup::{self, Prepared, SetupError};
@@ -77,17 +78,6 @@ const SETTLE_WITHIN: Duration = Duration::from_secs(10);
 
 /// A session that lasted this long was no failed attempt; the next error starts at the shortest pause.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
-
-/// The part of the way from source to replica that a process carries changes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Leg {
-    /// From the source to the replica: `run` under route `direct`.
-    Whole,
-    /// From the source into the Kinesis stream: `run` under route `kinesis`.
-    Send,
-    /// From the Kinesis stream to the replica: `apply`.
-    Apply,
-}
 
 /// How a pipeline ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

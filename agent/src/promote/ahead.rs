@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use tokio_postgres::types::Oid;
 use tokio_postgres::{Client, Row};
 
-use super::sequences::{self, Facts, Known, Since};
+use super::sequences::{self, SequenceFacts, SequencePosition, Since};
 use crate::error::chain;
 use crate::names::TableName;
 use crate::pg::PgError;
@@ -42,7 +42,7 @@ const COLUMNS_WITHIN: Duration = Duration::from_secs(60);
 
 /// What setting a piece of the sequences did.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Piece {
+pub(super) struct SequencePiece {
     /// A repeat goes on behind this one.
     pub(super) last: Oid,
     /// Sequences set.
@@ -60,7 +60,7 @@ pub(super) struct Setting<'c> {
 }
 
 /// A column that a sequence feeds.
-struct Column {
+struct SequenceColumn {
     table: TableName,
     name: String,
     indexed: bool,
@@ -69,8 +69,8 @@ struct Column {
 struct Sequence {
     oid: Oid,
     name: TableName,
-    facts: Facts,
-    columns: Vec<Column>,
+    facts: SequenceFacts,
+    columns: Vec<SequenceColumn>,
 }
 
 impl<'c> Setting<'c> {
@@ -108,14 +108,14 @@ impl<'c> Setting<'c> {
     ///
     /// # Errors
     /// Where the session has ended, or the replica is in trouble: what was told is done.
-    pub(super) async fn next(&mut self) -> Result<Option<Piece>, PgError> {
+    pub(super) async fn next(&mut self) -> Result<Option<SequencePiece>, PgError> {
         let oids: Vec<Oid> = self.left.by_ref().take(PIECE).collect();
         let Some(&last) = oids.last() else {
             return Ok(None);
         };
-        let mut piece = Piece {
+        let mut piece = SequencePiece {
             last,
-            ..Piece::default()
+            ..SequencePiece::default()
         };
         let mut sequences = self.facts(&oids).await?;
         self.look_at_columns(&mut sequences, &mut piece).await?;
@@ -177,7 +177,7 @@ impl<'c> Setting<'c> {
     async fn columns(
         &self,
         oids: &[Oid],
-    ) -> Result<BTreeMap<Oid, (Option<i64>, Vec<Column>)>, PgError> {
+    ) -> Result<BTreeMap<Oid, (Option<i64>, Vec<SequenceColumn>)>, PgError> {
         const COLUMNS: &str = "
             WITH used AS (
                 SELECT d.objid AS seq, d.refobjid AS rel, d.refobjsubid AS att
@@ -206,14 +206,14 @@ impl<'c> Setting<'c> {
                    SELECT 1 FROM used root
                     WHERE root.seq = used.seq AND root.rel = pg_partition_root(t.oid)))
              ORDER BY 1, 2, 3, 4";
-        let mut found: BTreeMap<Oid, (Option<i64>, Vec<Column>)> = BTreeMap::new();
+        let mut found: BTreeMap<Oid, (Option<i64>, Vec<SequenceColumn>)> = BTreeMap::new();
         for row in self.client.query(COLUMNS, &[&oids]).await? {
             let (fits, columns) = found.entry(row.get(0)).or_default();
             *fits = [*fits, largest(row.get(5), row.get(6))]
                 .into_iter()
                 .flatten()
                 .min();
-            columns.push(Column {
+            columns.push(SequenceColumn {
                 table: TableName {
                     schema: row.get(1),
                     name: row.get(2),
@@ -229,7 +229,7 @@ impl<'c> Setting<'c> {
     async fn look_at_columns(
         &self,
         sequences: &mut [Sequence],
-        piece: &mut Piece,
+        piece: &mut SequencePiece,
     ) -> Result<(), PgError> {
         let mut quick = Vec::new();
         let mut slow = Vec::new();
@@ -307,7 +307,11 @@ impl<'c> Setting<'c> {
     }
 
     /// All with one statement; where that gives trouble, one by one.
-    async fn set(&self, targets: &[(&Sequence, Known)], piece: &mut Piece) -> Result<(), PgError> {
+    async fn set(
+        &self,
+        targets: &[(&Sequence, SequencePosition)],
+        piece: &mut SequencePiece,
+    ) -> Result<(), PgError> {
         match self.setval(targets).await {
             Ok(()) => {
                 piece.set += targets.len() as u64;
@@ -331,7 +335,7 @@ impl<'c> Setting<'c> {
         Ok(())
     }
 
-    async fn setval(&self, targets: &[(&Sequence, Known)]) -> Result<(), PgError> {
+    async fn setval(&self, targets: &[(&Sequence, SequencePosition)]) -> Result<(), PgError> {
         let oids: Vec<Oid> = targets.iter().map(|(sequence, _)| sequence.oid).collect();
         let values: Vec<i64> = targets.iter().map(|(_, at)| at.value).collect();
         let called: Vec<bool> = targets.iter().map(|(_, at)| at.called).collect();
@@ -367,7 +371,7 @@ fn take(sequences: &mut [Sequence], some: &[(usize, usize)], values: &[Option<i6
     }
 }
 
-fn further(facts: &Facts, value: Option<i64>) -> Option<i64> {
+fn further(facts: &SequenceFacts, value: Option<i64>) -> Option<i64> {
     match (facts.column, value) {
         (Some(a), Some(b)) if facts.increment > 0 => Some(a.max(b)),
         (Some(a), Some(b)) => Some(a.min(b)),
@@ -382,7 +386,7 @@ fn sequence(row: &Row, (known, rate): (Option<State>, i64), since: Since) -> Seq
             schema: row.get(1),
             name: row.get(2),
         },
-        facts: Facts {
+        facts: SequenceFacts {
             increment: row.get(3),
             min: row.get(4),
             max: row.get(5),
@@ -390,7 +394,7 @@ fn sequence(row: &Row, (known, rate): (Option<State>, i64), since: Since) -> Seq
             cache: row.get(7),
             cycle: row.get(8),
             fits: None,
-            known: known.map(|(value, called)| Known { value, called }),
+            known: known.map(|(value, called)| SequencePosition { value, called }),
             here: row.get(9),
             column: None,
             calls_per_second: rate_of(rate),

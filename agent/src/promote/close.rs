@@ -14,12 +14,12 @@ use std::io::Write as _;
 
 use super::execute::connect;
 use super::lock::PromotionLock;
-use super::observe::Observed;
+use super::observe::ObservedReplica;
 use super::outcome::report;
-use super::plan::{Plan, Refusal};
-use super::report::{DatabaseReport, HookReport, Outcome, Report};
-use super::state::State;
-use super::steps::Record;
+use super::plan::{PromotionPlan, PromotionRefusal};
+use super::report::{DatabaseReport, HookReport, PromotionOutcome, PromotionReport};
+use super::state::PromotionState;
+use super::steps::DatabaseRecord;
 use super::{PromoteError, hooks};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
@@ -33,7 +33,7 @@ pub(super) struct NotTried {
 
 impl NotTried {
     /// Those that were refused, that are missing, and that cannot be entered.
-    pub(super) fn of(config: &Config, observed: &Observed, plan: &Plan) -> Self {
+    pub(super) fn of(config: &Config, observed: &ObservedReplica, plan: &PromotionPlan) -> Self {
         let mut databases = Vec::new();
         for refusal in &plan.refusals {
             let database = refusal.database();
@@ -49,7 +49,11 @@ impl NotTried {
         databases.dedup_by(|b, a| a.database == b.database);
         databases.extend(unreachable(config, observed));
         Self {
-            refusals: plan.refusals.iter().map(Refusal::to_string).collect(),
+            refusals: plan
+                .refusals
+                .iter()
+                .map(PromotionRefusal::to_string)
+                .collect(),
             databases,
         }
     }
@@ -64,7 +68,7 @@ fn of_name(config: &Config, database: &str) -> DatabaseReport {
 }
 
 /// What is said of databases that could not be looked at.
-pub(super) fn unreachable(config: &Config, observed: &Observed) -> Vec<DatabaseReport> {
+pub(super) fn unreachable(config: &Config, observed: &ObservedReplica) -> Vec<DatabaseReport> {
     let said = observed.unreachable.iter().map(|one| DatabaseReport {
         state: "unreachable".to_owned(),
         error: Some(one.reason.clone()),
@@ -78,14 +82,14 @@ pub(super) fn unreachable(config: &Config, observed: &Observed) -> Vec<DatabaseR
 pub(super) async fn close(
     config: &Config,
     lock: &PromotionLock,
-    mut records: Vec<Record>,
+    mut records: Vec<DatabaseRecord>,
     not_tried: NotTried,
-) -> Result<Report, PromoteError> {
+) -> Result<PromotionReport, PromoteError> {
     let all = not_tried.databases.is_empty() && records.iter().all(|record| record.state.is_open());
     let outcome = if all {
-        Outcome::Promoted
+        PromotionOutcome::Promoted
     } else {
-        Outcome::Failed
+        PromotionOutcome::Failed
     };
     let mut report = report(config, outcome, &records, not_tried.databases);
     report.refusals = not_tried.refusals;
@@ -115,7 +119,7 @@ pub(super) async fn close(
     for database in &mut report.databases {
         if database.is_open() {
             // Stored with the last two states, and read once they are.
-            database.state = State::Done.to_string();
+            database.state = PromotionState::Done.to_string();
         }
     }
     store(config, &mut records, &mut report).await;
@@ -123,8 +127,8 @@ pub(super) async fn close(
 }
 
 /// What the hooks did, if they ran when everything was open that is.
-fn already_run(records: &[Record]) -> Option<Vec<HookReport>> {
-    let covers = |report: &&Report| {
+fn already_run(records: &[DatabaseRecord]) -> Option<Vec<HookReport>> {
+    let covers = |report: &&PromotionReport| {
         records
             .iter()
             .filter(|record| record.state.is_open())
@@ -144,8 +148,8 @@ fn already_run(records: &[Record]) -> Option<Vec<HookReport>> {
         .next()
 }
 
-async fn store(config: &Config, records: &mut [Record], report: &mut Report) {
-    for to in [State::HooksRun, State::Done] {
+async fn store(config: &Config, records: &mut [DatabaseRecord], report: &mut PromotionReport) {
+    for to in [PromotionState::HooksRun, PromotionState::Done] {
         for record in records.iter_mut().filter(|record| record.state.is_open()) {
             if record.state >= to && record.detail.report.as_ref() == Some(&*report) {
                 continue;
@@ -161,7 +165,7 @@ async fn store(config: &Config, records: &mut [Record], report: &mut Report) {
                     chain(&error)
                 );
                 tracing::error!(hint = error.hint(), "{said}");
-                report.outcome = Outcome::Failed;
+                report.outcome = PromotionOutcome::Failed;
                 if !report.warnings.contains(&said) {
                     report.warnings.push(said);
                 }
@@ -171,7 +175,7 @@ async fn store(config: &Config, records: &mut [Record], report: &mut Report) {
     }
 }
 
-fn report_file(report: &Report) -> std::io::Result<tempfile::NamedTempFile> {
+fn report_file(report: &PromotionReport) -> std::io::Result<tempfile::NamedTempFile> {
     let mut file = tempfile::Builder::new()
         .prefix("dr-agent-promotion-")
         .suffix(".json")

@@ -24,9 +24,9 @@ use futures_util::{StreamExt as _, stream};
 use tokio_postgres::Client;
 
 use super::execute::Begun;
-use super::observe::{self, DATABASES_AT_ONCE, Observed};
-use super::plan::{self, Plan, Refusal};
-use super::steps::{self, Record};
+use super::observe::{self, DATABASES_AT_ONCE, ObservedReplica};
+use super::plan::{self, PromotionPlan, PromotionRefusal};
+use super::steps::{self, DatabaseRecord};
 use super::{ACCEPT_INCOMPLETE, Doing as _, PromoteError, SKIP_DRAIN, fence};
 use crate::error::Class;
 use crate::names::TableName;
@@ -66,12 +66,12 @@ pub struct Drained {
     /// Transactions of the archive that were applied; none where there is no archive, or it was not reached.
     pub archived: Option<u64>,
     /// Where it ended.
-    pub end: End,
+    pub end: DrainEnd,
 }
 
 /// Where it ended.
 #[derive(Clone, Debug)]
-pub enum End {
+pub enum DrainEnd {
     /// At the tip.
     Tip {
         /// What could not be applied, in words.
@@ -104,13 +104,17 @@ pub struct DrainError {
 #[derive(Debug, Default)]
 pub(super) struct Looked {
     /// Databases that could not be drained.
-    pub(super) refusals: Vec<Refusal>,
+    pub(super) refusals: Vec<PromotionRefusal>,
     /// By database, what is there, in words.
     pub(super) found: BTreeMap<String, String>,
 }
 
 /// Looks whether the databases could be drained whose term is not raised yet: the others go on, or say where they are stuck.
-pub(super) async fn look(route: &dyn Drain, observed: &Observed, plan: &Plan) -> Looked {
+pub(super) async fn look(
+    route: &dyn Drain,
+    observed: &ObservedReplica,
+    plan: &PromotionPlan,
+) -> Looked {
     let ahead = observed.databases.iter().filter(|database| {
         !database.state().is_fenced() && plan.refusal_of(&database.name).is_none()
     });
@@ -128,14 +132,16 @@ pub(super) async fn look(route: &dyn Drain, observed: &Observed, plan: &Plan) ->
             Ok(said) => {
                 found.found.insert(database, said);
             }
-            Err(DrainError { message, hint, .. }) => found.refusals.push(Refusal::NotDrainable {
-                database,
-                reason: [Some(message), hint]
-                    .into_iter()
-                    .flatten()
-                    .collect::<Vec<_>>()
-                    .join("; "),
-            }),
+            Err(DrainError { message, hint, .. }) => {
+                found.refusals.push(PromotionRefusal::NotDrainable {
+                    database,
+                    reason: [Some(message), hint]
+                        .into_iter()
+                        .flatten()
+                        .collect::<Vec<_>>()
+                        .join("; "),
+                })
+            }
         }
     }
     found
@@ -145,7 +151,7 @@ pub(super) async fn look(route: &dyn Drain, observed: &Observed, plan: &Plan) ->
 pub(super) async fn drain(
     begun: &Begun<'_>,
     client: &Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
 ) -> Result<String, PromoteError> {
     let Some(route) = begun.route else {
         return Ok(
@@ -184,7 +190,7 @@ pub(super) async fn drain(
 }
 
 /// Ends what is left of an earlier drain, and takes over where the replica is then.
-async fn settle_anew(client: &Client, record: &mut Record) -> Result<(), PromoteError> {
+async fn settle_anew(client: &Client, record: &mut DatabaseRecord) -> Result<(), PromoteError> {
     fence::end_sessions(client, &record.stream).await?;
     steps::read_progress(client, record).await?;
     steps::settle_prepared(client, record).await?;
@@ -196,7 +202,7 @@ async fn settle_anew(client: &Client, record: &mut Record) -> Result<(), Promote
 async fn up_to_the_tip(
     route: &dyn Drain,
     client: &Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
 ) -> Result<(Option<u64>, Option<u64>), PromoteError> {
     leave_out_what_is_not_ready(route, client, record).await?;
     let (mut streamed, mut archived) = (None, None);
@@ -217,13 +223,13 @@ async fn up_to_the_tip(
         add(&mut streamed, drained.streamed);
         add(&mut archived, drained.archived);
         match drained.end {
-            End::Tip { warnings } => {
+            DrainEnd::Tip { warnings } => {
                 for warning in warnings {
                     record.warn(warning);
                 }
                 return Ok((streamed, archived));
             }
-            End::Uncopied(table) => {
+            DrainEnd::Uncopied(table) => {
                 record.warn(format!(
                     "table {table} was never copied: its changes in {} were left out",
                     route.what()
@@ -231,7 +237,7 @@ async fn up_to_the_tip(
                 record.detail.left_out.push(table);
                 record.store(client, record.state).await?;
             }
-            End::Troubled { table, reason } => {
+            DrainEnd::Troubled { table, reason } => {
                 let from = &record.detail.database.end_lsn;
                 record.warn(format!(
                     "table {table} is not complete: its changes in {} behind {from} were left out, because one could not be \
@@ -249,7 +255,7 @@ async fn up_to_the_tip(
 /// It counts as not protected from here on. Killed before it is stored that the table is left out, the next one meets it again.
 async fn note_aside(
     client: &Client,
-    record: &Record,
+    record: &DatabaseRecord,
     table: &TableName,
     reason: &str,
 ) -> Result<(), PromoteError> {
@@ -274,7 +280,7 @@ async fn note_aside(
 async fn leave_out_what_is_not_ready(
     route: &dyn Drain,
     client: &Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
 ) -> Result<(), PromoteError> {
     let left_out = &record.detail.left_out;
     let mut more = observe::not_ready(client, &record.stream).await?;
@@ -293,7 +299,10 @@ async fn leave_out_what_is_not_ready(
 }
 
 /// Tables that were copied at different moments are of one moment only behind the last of them.
-async fn require_one_moment(client: &Client, record: &mut Record) -> Result<(), PromoteError> {
+async fn require_one_moment(
+    client: &Client,
+    record: &mut DatabaseRecord,
+) -> Result<(), PromoteError> {
     let table_sync = observe::table_sync(client, &record.stream).await?;
     match plan::before_snapshot(&record.name, record.end_lsn()?, &table_sync) {
         None => Ok(()),

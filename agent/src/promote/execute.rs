@@ -16,12 +16,12 @@ use tokio_postgres::Client;
 use super::close::{NotTried, close};
 use super::draining::{self, Looked};
 use super::lock::{self, PromotionLock};
-use super::observe::{self, DATABASES_AT_ONCE, Database, Observed};
+use super::observe::{self, DATABASES_AT_ONCE, Database, ObservedReplica};
 use super::outcome::planned;
-use super::plan::{Refusal, plan};
-use super::report::{DatabaseReport, Report};
-use super::state::{self, Action, Edge, State};
-use super::steps::{Detail, Record};
+use super::plan::{PromotionRefusal, plan};
+use super::report::{DatabaseReport, PromotionReport};
+use super::state::{self, Edge, EdgeAction, PromotionState};
+use super::steps::{DatabaseRecord, Detail};
 use super::{ACCEPT_INCOMPLETE, Doing, Drain, Options, PromoteError, fence, loss, steps};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
@@ -36,7 +36,7 @@ pub async fn promote(
     options: Options,
     started_at: Timestamp,
     route: Option<&dyn Drain>,
-) -> Result<Report, PromoteError> {
+) -> Result<PromotionReport, PromoteError> {
     let lock = match options.plan {
         true => None,
         false => Some(PromotionLock::take(config).await?),
@@ -67,7 +67,11 @@ pub async fn promote(
         return finished(&observed);
     }
 
-    let accepted = plan.overridden.iter().map(Refusal::to_string).collect();
+    let accepted = plan
+        .overridden
+        .iter()
+        .map(PromotionRefusal::to_string)
+        .collect();
     let begun = Begun {
         config,
         started_at: started_at.to_string(),
@@ -78,7 +82,7 @@ pub async fn promote(
     let walks = going
         .into_iter()
         .map(|database| Box::pin(walk(&begun, database)));
-    let mut records: Vec<Record> = stream::iter(walks)
+    let mut records: Vec<DatabaseRecord> = stream::iter(walks)
         .buffer_unordered(DATABASES_AT_ONCE)
         .collect()
         .await;
@@ -102,7 +106,7 @@ pub(super) struct Begun<'a> {
 }
 
 /// The report of a promotion that has ended before.
-fn finished(observed: &Observed) -> Result<Report, PromoteError> {
+fn finished(observed: &ObservedReplica) -> Result<PromotionReport, PromoteError> {
     let stored = observed
         .databases
         .iter()
@@ -119,8 +123,8 @@ fn finished(observed: &Observed) -> Result<Report, PromoteError> {
 }
 
 /// Takes one database as far as `opened`. A failure is kept in the record, for the others go on.
-async fn walk(begun: &Begun<'_>, database: &Database) -> Record {
-    let mut record = Record {
+async fn walk(begun: &Begun<'_>, database: &Database) -> DatabaseRecord {
+    let mut record = DatabaseRecord {
         name: database.name.clone(),
         stream: database.stream.clone(),
         state: database.state(),
@@ -148,7 +152,7 @@ fn detail(begun: &Begun<'_>, database: &Database) -> Detail {
             database: DatabaseReport {
                 database: database.name.clone(),
                 stream: database.stream.to_string(),
-                state: State::Standby.to_string(),
+                state: PromotionState::Standby.to_string(),
                 term: database.progress.term,
                 end_lsn: database.progress.end_lsn.to_string(),
                 batch: database.progress.batch,
@@ -161,7 +165,7 @@ fn detail(begun: &Begun<'_>, database: &Database) -> Detail {
     }
 }
 
-async fn walk_edges(begun: &Begun<'_>, record: &mut Record) -> Result<(), PromoteError> {
+async fn walk_edges(begun: &Begun<'_>, record: &mut DatabaseRecord) -> Result<(), PromoteError> {
     let mut client = connect(begun.config, record).await?;
     lock(&client, record).await?;
     // Only now is nobody else at it: another promotion may have gone further since we looked.
@@ -181,38 +185,38 @@ async fn walk_edges(begun: &Begun<'_>, record: &mut Record) -> Result<(), Promot
 async fn walk_edge(
     begun: &Begun<'_>,
     client: &mut Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
     edge: &Edge,
 ) -> Result<(), PromoteError> {
     let start = Instant::now();
     let mut probe = None;
     let note = match edge.action {
-        Action::RaiseTerm => {
+        EdgeAction::RaiseTerm => {
             let watcher = connect(begun.config, record).await?;
             fence::raise_term(client, &watcher, record).await?
         }
-        Action::EndSessions => fence::end_sessions(client, &record.stream).await?,
-        Action::SettlePrepared => {
+        EdgeAction::EndSessions => fence::end_sessions(client, &record.stream).await?,
+        EdgeAction::SettlePrepared => {
             let settled = steps::settle_prepared(client, record).await?;
             format!(
                 "{} committed, {} rolled back",
                 settled.committed, settled.rolled_back
             )
         }
-        Action::Drain => draining::drain(begun, client, record).await?,
-        Action::StateLoss => {
+        EdgeAction::Drain => draining::drain(begun, client, record).await?,
+        EdgeAction::StateLoss => {
             // What is there counts, and what is told of it.
             steps::add_deferred(client, record).await?;
             state_loss(begun.config, client, record).await?
         }
-        Action::SetSequences => steps::set_sequences(begun.config, client, record).await?,
-        Action::Open => {
+        EdgeAction::SetSequences => steps::set_sequences(begun.config, client, record).await?,
+        EdgeAction::Open => {
             let now = || timestamp().to_string();
             let (session, note) = steps::open(begun.config, client, record, now).await?;
             probe = Some(session);
             note
         }
-        Action::RunHooks | Action::StoreReport => {
+        EdgeAction::RunHooks | EdgeAction::StoreReport => {
             unreachable!("these edges are walked once for all databases, by close()")
         }
     };
@@ -222,7 +226,10 @@ async fn walk_edge(
         .await
 }
 
-pub(super) async fn connect(config: &Config, record: &Record) -> Result<Client, PromoteError> {
+pub(super) async fn connect(
+    config: &Config,
+    record: &DatabaseRecord,
+) -> Result<Client, PromoteError> {
     let session = Session::new(record.stream.application_name("promote"))
         .silent()
         .set("statement_timeout", "30s")
@@ -235,7 +242,7 @@ pub(super) async fn connect(config: &Config, record: &Record) -> Result<Client, 
 }
 
 /// Held until the session ends.
-async fn lock(client: &Client, record: &Record) -> Result<(), PromoteError> {
+async fn lock(client: &Client, record: &DatabaseRecord) -> Result<(), PromoteError> {
     let sql = "SELECT pg_try_advisory_lock(hashtext('dr_agent.promote'), hashtext($1))";
     lock::take(client, sql, record.stream.as_str()).await
 }
@@ -243,7 +250,7 @@ async fn lock(client: &Client, record: &Record) -> Result<(), PromoteError> {
 async fn state_loss(
     config: &Config,
     client: &Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
 ) -> Result<String, PromoteError> {
     let system_identifier = steps::system_identifier(client, record).await?;
     let end_lsn = record.end_lsn()?;

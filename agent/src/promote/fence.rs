@@ -22,7 +22,7 @@ use tokio_postgres::Client;
 use super::loss::CommitAge;
 use super::observe::{self, agent_application_names};
 use super::settle;
-use super::steps::Record;
+use super::steps::DatabaseRecord;
 use super::{Doing, PromoteError};
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
@@ -43,7 +43,7 @@ const END_WITHIN: Duration = Duration::from_secs(15);
 pub(super) async fn raise_term(
     client: &mut Client,
     watcher: &Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
 ) -> Result<String, PromoteError> {
     let pid: i32 = client
         .query_one("SELECT pg_backend_pid()", &[])
@@ -103,7 +103,7 @@ fn who(pid: i32) -> String {
 }
 
 /// One attempt; `Ok(false)` where the progress row is gone. The record is filled from the row.
-async fn try_raise(client: &mut Client, record: &mut Record) -> Result<bool, PgError> {
+async fn try_raise(client: &mut Client, record: &mut DatabaseRecord) -> Result<bool, PgError> {
     let replica_ahead = record.detail.database.replica_clock_ahead_seconds;
     let tx = client.transaction().await?;
     tx.batch_execute(&format!("SET LOCAL lock_timeout = '{LOCK_WAIT}'"))
@@ -141,7 +141,7 @@ async fn blocking(watcher: &Client, pid: i32) -> Result<Vec<i32>, PromoteError> 
 /// Ends whatever holds the progress row: agents by name, and anything else by its process id.
 async fn make_way(
     watcher: &Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
     blockers: &BTreeSet<i32>,
 ) -> Result<(), PromoteError> {
     if blockers.contains(&0) && settle::refuse_undecided(watcher, &record.stream).await? {

@@ -22,7 +22,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout};
 
-use super::report::{HookReport, Report};
+use super::report::{HookReport, PromotionReport};
 use crate::config::{Config, Hook, OnFailure};
 
 /// The last of a hook's output that the report keeps.
@@ -42,7 +42,7 @@ const OUTPUT_WITHIN: Duration = Duration::from_secs(1);
 /// - `DR_AGENT_REPORT`: path of the report as JSON
 pub fn environment(
     config: &Config,
-    report: &Report,
+    report: &PromotionReport,
     path: &std::path::Path,
 ) -> Vec<(String, String)> {
     let term = report

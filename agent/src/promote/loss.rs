@@ -42,7 +42,7 @@ const STANDBY: &str = "the server at source.url is a standby now";
 
 /// What the source said.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Answer {
+pub struct SourceAnswer {
     /// It answered at all: it is alive, and nobody has fenced it.
     pub alive: bool,
     /// WAL beyond `end_lsn`.
@@ -123,8 +123,8 @@ impl CommitAge {
 }
 
 /// Asks the source.
-pub async fn ask(question: &Question<'_>) -> Answer {
-    let mut answer = Answer::default();
+pub async fn ask(question: &Question<'_>) -> SourceAnswer {
+    let mut answer = SourceAnswer::default();
     let asked = Box::pin(ask_all(question, &mut answer));
     let reason = match timeout(ANSWER_WITHIN, asked).await {
         Ok(Ok(())) => None,
@@ -178,7 +178,7 @@ async fn connect(conninfo: &ConnInfo, stream: &StreamName) -> Result<Client, Str
     }
 }
 
-async fn ask_all(question: &Question<'_>, answer: &mut Answer) -> Result<(), String> {
+async fn ask_all(question: &Question<'_>, answer: &mut SourceAnswer) -> Result<(), String> {
     let client = connect(question.conninfo, question.stream).await?;
     answer.alive = true;
     let (identifier, lsn) = identity(&client).await.map_err(|error| chain(&error))?;

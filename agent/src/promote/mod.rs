@@ -33,7 +33,7 @@ pub mod state;
 mod steps;
 
 pub use ahead::set_sequences_ahead;
-pub use draining::{Asked, Drain, DrainError, Drained, End};
+pub use draining::{Asked, Drain, DrainEnd, DrainError, Drained};
 pub use steps::Detail;
 
 use crate::error::{Class, Classify};
@@ -118,7 +118,7 @@ pub enum PromoteError {
     },
     /// Tables are of different moments, and the drain did not change that.
     #[error("{0}")]
-    NotOneMoment(plan::Refusal),
+    NotOneMoment(plan::PromotionRefusal),
     /// Something keeps the progress row locked and cannot be ended.
     #[error("the progress row of stream {stream} stays locked by {by}")]
     FenceBlocked {

@@ -15,7 +15,7 @@ use futures_util::{StreamExt as _, stream};
 use tokio_postgres::Client;
 
 use super::loss::CommitAge;
-use super::state::State;
+use super::state::PromotionState;
 use super::{Detail, Doing, PromoteError};
 use crate::config::{Config, Databases};
 use crate::error::{Class, Classify as _, chain};
@@ -37,7 +37,7 @@ const RETRY_AFTER: Duration = Duration::from_millis(300);
 
 /// How far a database is.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Progress {
+pub struct AppliedProgress {
     /// Fencing token.
     pub term: i64,
     /// Number of the last applied batch.
@@ -54,7 +54,7 @@ pub struct Progress {
     pub replica_ahead_seconds: Option<f64>,
 }
 
-impl Progress {
+impl AppliedProgress {
     /// How old the last applied commit is, at most; none where a clock was set and nothing can be said.
     pub fn age_seconds(&self) -> Option<f64> {
         let age = CommitAge {
@@ -70,7 +70,7 @@ impl Progress {
 #[derive(Clone, Debug)]
 pub struct Stored {
     /// The state reached.
-    pub state: State,
+    pub state: PromotionState,
     /// The term this promotion raised to.
     pub term: i64,
     /// What it remembers.
@@ -85,7 +85,7 @@ pub struct Database {
     /// Its stream.
     pub stream: StreamName,
     /// How far it is.
-    pub progress: Progress,
+    pub progress: AppliedProgress,
     /// Its initial copy.
     pub table_sync: TableSync,
     /// A promotion begun or finished.
@@ -102,10 +102,10 @@ pub struct Database {
 
 impl Database {
     /// The state a promotion would go on from.
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> PromotionState {
         self.promotion
             .as_ref()
-            .map_or(State::Standby, |stored| stored.state)
+            .map_or(PromotionState::Standby, |stored| stored.state)
     }
 }
 
@@ -122,7 +122,7 @@ pub struct Unreachable {
 
 /// Everything observed.
 #[derive(Clone, Debug, Default)]
-pub struct Observed {
+pub struct ObservedReplica {
     /// Replicated databases, in name order.
     pub databases: Vec<Database>,
     /// Databases named in `source.databases` that the replica does not have, or not as a replica.
@@ -135,8 +135,8 @@ pub struct Observed {
 ///
 /// # Errors
 /// Where nothing could be looked at.
-pub async fn observe(config: &Config, role: &str) -> Result<Observed, PromoteError> {
-    let mut observed = Observed::default();
+pub async fn observe(config: &Config, role: &str) -> Result<ObservedReplica, PromoteError> {
+    let mut observed = ObservedReplica::default();
     let mut first_error = None;
     let looks = candidates(config, role)
         .await?
@@ -368,14 +368,14 @@ pub fn agent_application_names(stream: &StreamName) -> Vec<String> {
 pub async fn progress(
     client: &Client,
     stream: &StreamName,
-) -> Result<Option<Progress>, PromoteError> {
+) -> Result<Option<AppliedProgress>, PromoteError> {
     let Some(row) = schema::progress::read(client, stream)
         .await
         .doing("read how far the replica is")?
     else {
         return Ok(None);
     };
-    Ok(Some(Progress {
+    Ok(Some(AppliedProgress {
         replica_ahead_seconds: replica_ahead(client, stream).await?,
         term: row.term,
         batch: row.batch,
@@ -460,8 +460,8 @@ pub async fn promotion(
         reason,
     };
     let name = &row.state;
-    let state =
-        State::parse(name).ok_or_else(|| unreadable(format!("unknown state \"{name}\"")))?;
+    let state = PromotionState::parse(name)
+        .ok_or_else(|| unreadable(format!("unknown state \"{name}\"")))?;
     let detail: Detail = serde_json::from_str(&row.detail)
         .map_err(|error| unreadable(format!("detail: {error}")))?;
     Ok(Some(Stored {

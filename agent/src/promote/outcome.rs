@@ -11,21 +11,21 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 
-use super::observe::{Database, Observed};
-use super::plan::{Plan, Refusal};
-use super::report::{DatabaseReport, Outcome, Report, StepReport};
-use super::state::Action;
-use super::steps::Record;
+use super::observe::{Database, ObservedReplica};
+use super::plan::{PromotionPlan, PromotionRefusal};
+use super::report::{DatabaseReport, PromotionOutcome, PromotionReport, StepReport};
+use super::state::EdgeAction;
+use super::steps::DatabaseRecord;
 use super::{ACCEPT_INCOMPLETE, Options, loss};
 use crate::config::Config;
 
 /// The report as far as the databases have come; `not_tried` are those that this run did not touch.
 pub(super) fn report(
     config: &Config,
-    outcome: Outcome,
-    records: &[Record],
+    outcome: PromotionOutcome,
+    records: &[DatabaseRecord],
     not_tried: Vec<DatabaseReport>,
-) -> Report {
+) -> PromotionReport {
     let mut report = empty_report(config, outcome);
     report.databases = records
         .iter()
@@ -57,7 +57,7 @@ pub(super) fn report(
     report
 }
 
-fn standing_warnings(report: &Report) -> Vec<String> {
+fn standing_warnings(report: &PromotionReport) -> Vec<String> {
     let mut warnings = Vec::new();
     if report
         .databases
@@ -91,8 +91,8 @@ fn standing_warnings(report: &Report) -> Vec<String> {
     warnings
 }
 
-fn empty_report(config: &Config, outcome: Outcome) -> Report {
-    Report {
+fn empty_report(config: &Config, outcome: PromotionOutcome) -> PromotionReport {
+    PromotionReport {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         mode: "failover".to_owned(),
         outcome,
@@ -117,21 +117,29 @@ fn empty_report(config: &Config, outcome: Outcome) -> Report {
 /// What would be done, with the values of this moment. Also the answer where it is refused.
 pub(super) async fn planned(
     config: &Config,
-    observed: &Observed,
-    plan: &Plan,
+    observed: &ObservedReplica,
+    plan: &PromotionPlan,
     found: &BTreeMap<String, String>,
     options: Options,
     now: Timestamp,
-) -> Report {
+) -> PromotionReport {
     let outcome = if options.plan {
-        Outcome::Planned
+        PromotionOutcome::Planned
     } else {
-        Outcome::Refused
+        PromotionOutcome::Refused
     };
     let mut report = empty_report(config, outcome);
     report.started_at = now.to_string();
-    report.refusals = plan.refusals.iter().map(Refusal::to_string).collect();
-    let accepted: Vec<String> = plan.overridden.iter().map(Refusal::to_string).collect();
+    report.refusals = plan
+        .refusals
+        .iter()
+        .map(PromotionRefusal::to_string)
+        .collect();
+    let accepted: Vec<String> = plan
+        .overridden
+        .iter()
+        .map(PromotionRefusal::to_string)
+        .collect();
     if !accepted.is_empty() {
         report.accept(&accepted, &[ACCEPT_INCOMPLETE.to_owned()]);
     }
@@ -194,18 +202,18 @@ pub(super) async fn planned(
 }
 
 fn now_there(
-    action: Action,
+    action: EdgeAction,
     database: &Database,
     config: &Config,
     found: &BTreeMap<String, String>,
 ) -> String {
     match action {
-        Action::RaiseTerm => format!(" (to {})", database.progress.term + 1),
-        Action::EndSessions => format!(" ({} now)", database.agent_sessions),
-        Action::SettlePrepared => format!(" ({} now)", database.prepared),
-        Action::SetSequences => format!(" ({} sequences)", database.sequences),
-        Action::RunHooks => format!(" ({} hooks)", config.hooks.len()),
-        Action::Drain => match (
+        EdgeAction::RaiseTerm => format!(" (to {})", database.progress.term + 1),
+        EdgeAction::EndSessions => format!(" ({} now)", database.agent_sessions),
+        EdgeAction::SettlePrepared => format!(" ({} now)", database.prepared),
+        EdgeAction::SetSequences => format!(" ({} sequences)", database.sequences),
+        EdgeAction::RunHooks => format!(" ({} hooks)", config.hooks.len()),
+        EdgeAction::Drain => match (
             found.get(&database.name),
             config.route.kinesis_stream(&database.name),
         ) {
@@ -216,6 +224,6 @@ fn now_there(
                 None => " (route direct, and no archive: nothing)".to_owned(),
             },
         },
-        Action::StateLoss | Action::Open | Action::StoreReport => String::new(),
+        EdgeAction::StateLoss | EdgeAction::Open | EdgeAction::StoreReport => String::new(),
     }
 }

@@ -10,8 +10,8 @@
 
 use std::fmt;
 
-use super::observe::{Database, Observed, TableSync};
-use super::state::{self, Edge, State};
+use super::observe::{Database, ObservedReplica, TableSync};
+use super::state::{self, Edge, PromotionState};
 use super::{Options, SKIP_DRAIN};
 use crate::pg::PgLsn;
 use crate::schema::progress::TABLE as PROGRESS;
@@ -19,7 +19,7 @@ use crate::schema::promotion::TABLE as PROMOTION;
 
 /// A promise that the promotion would break.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum PromotionRefusal {
     /// A configured database is not replicated at all.
     Missing {
         /// Its name.
@@ -66,7 +66,7 @@ pub enum Refusal {
     },
 }
 
-impl Refusal {
+impl PromotionRefusal {
     /// The database it concerns.
     pub fn database(&self) -> &str {
         match self {
@@ -90,7 +90,7 @@ impl Refusal {
     }
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for PromotionRefusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Missing { database } => write!(
@@ -146,27 +146,27 @@ pub struct DatabasePlan {
     /// Its name.
     pub database: String,
     /// Where it stands.
-    pub state: State,
+    pub state: PromotionState,
     /// The edges to go.
     pub steps: &'static [Edge],
 }
 
 /// The plan.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct PromotionPlan {
     /// Per database, in name order.
     pub databases: Vec<DatabasePlan>,
     /// Promises that would be broken and are not overridden; the databases they concern are not touched.
-    pub refusals: Vec<Refusal>,
+    pub refusals: Vec<PromotionRefusal>,
     /// Promises that are broken because the operator said so.
-    pub overridden: Vec<Refusal>,
+    pub overridden: Vec<PromotionRefusal>,
     /// Promises that the drain may keep: judged once it is done.
-    pub after_drain: Vec<Refusal>,
+    pub after_drain: Vec<PromotionRefusal>,
 }
 
-impl Plan {
+impl PromotionPlan {
     /// Why a database is refused, if it is.
-    pub fn refusal_of(&self, database: &str) -> Option<&Refusal> {
+    pub fn refusal_of(&self, database: &str) -> Option<&PromotionRefusal> {
         self.refusals
             .iter()
             .find(|refusal| refusal.database() == database)
@@ -181,23 +181,23 @@ impl Plan {
 }
 
 /// Makes the plan. `drains`: what is still on its way will be applied first.
-pub fn plan(observed: &Observed, options: Options, drains: bool) -> Plan {
+pub fn plan(observed: &ObservedReplica, options: Options, drains: bool) -> PromotionPlan {
     // Asked once is enough: whoever repeats a promotion goes on with it.
     let accept_incomplete = options.accept_incomplete
         || observed.databases.iter().any(|database| {
             let stored = database.promotion.as_ref();
             stored.is_some_and(|stored| stored.detail.accept_incomplete)
         });
-    let mut found: Vec<Refusal> = observed.databases.iter().flat_map(refusals).collect();
+    let mut found: Vec<PromotionRefusal> = observed.databases.iter().flat_map(refusals).collect();
     let missing = observed.missing.iter().cloned();
-    found.extend(missing.map(|database| Refusal::Missing { database }));
-    let (after_drain, now): (Vec<Refusal>, Vec<Refusal>) = found
+    found.extend(missing.map(|database| PromotionRefusal::Missing { database }));
+    let (after_drain, now): (Vec<PromotionRefusal>, Vec<PromotionRefusal>) = found
         .into_iter()
         .partition(|refusal| drains && refusal.ends_with_a_drain());
     let (overridden, refusals) = now
         .into_iter()
         .partition(|refusal| accept_incomplete && refusal.can_be_overridden());
-    Plan {
+    PromotionPlan {
         databases: observed
             .databases
             .iter()
@@ -213,13 +213,13 @@ pub fn plan(observed: &Observed, options: Options, drains: bool) -> Plan {
     }
 }
 
-fn refusals(database: &Database) -> Vec<Refusal> {
+fn refusals(database: &Database) -> Vec<PromotionRefusal> {
     let name = || database.name.clone();
     if let Some(stored) = &database.promotion {
         if stored.term == database.progress.term {
             return Vec::new();
         }
-        return vec![Refusal::OtherTerm {
+        return vec![PromotionRefusal::OtherTerm {
             database: name(),
             promotion: stored.term,
             progress: database.progress.term,
@@ -228,11 +228,11 @@ fn refusals(database: &Database) -> Vec<Refusal> {
     let sync = &database.table_sync;
     // The in-band tables are copied like any other, so a copy that has begun has rows here.
     if sync.total == 0 {
-        return vec![Refusal::NotCopied { database: name() }];
+        return vec![PromotionRefusal::NotCopied { database: name() }];
     }
     let mut found = Vec::new();
     if sync.not_ready > 0 {
-        found.push(Refusal::TablesNotReady {
+        found.push(PromotionRefusal::TablesNotReady {
             database: name(),
             count: sync.not_ready,
             examples: sync.examples.clone(),
@@ -251,11 +251,11 @@ pub(super) fn before_snapshot(
     database: &str,
     end_lsn: PgLsn,
     table_sync: &TableSync,
-) -> Option<Refusal> {
+) -> Option<PromotionRefusal> {
     let snapshot_lsn = table_sync
         .newest_snapshot
         .filter(|snapshot| end_lsn < *snapshot)?;
-    Some(Refusal::BeforeSnapshot {
+    Some(PromotionRefusal::BeforeSnapshot {
         database: database.to_owned(),
         end_lsn,
         snapshot_lsn,
@@ -267,13 +267,13 @@ mod tests {
     use super::*;
     use crate::names::stream::StreamName;
     use crate::promote::Detail;
-    use crate::promote::observe::{Progress, Stored};
+    use crate::promote::observe::{AppliedProgress, Stored};
 
     fn ready(name: &str) -> Database {
         Database {
             name: name.to_owned(),
             stream: StreamName::new("dr_agent", name),
-            progress: Progress {
+            progress: AppliedProgress {
                 term: 1,
                 batch: 7,
                 end_lsn: PgLsn::from(1000),
@@ -295,7 +295,7 @@ mod tests {
         }
     }
 
-    fn promoted(name: &str, state: State, term: i64) -> Database {
+    fn promoted(name: &str, state: PromotionState, term: i64) -> Database {
         let mut database = ready(name);
         database.progress.term = 2;
         database.promotion = Some(Stored {
@@ -306,14 +306,14 @@ mod tests {
         database
     }
 
-    fn observed(databases: Vec<Database>) -> Observed {
-        Observed {
+    fn observed(databases: Vec<Database>) -> ObservedReplica {
+        ObservedReplica {
             databases,
-            ..Observed::default()
+            ..ObservedReplica::default()
         }
     }
 
-    fn plan(observed: &Observed, options: Options) -> Plan {
+    fn plan(observed: &ObservedReplica, options: Options) -> PromotionPlan {
         super::plan(observed, options, false)
     }
 
@@ -349,7 +349,7 @@ mod tests {
         let plan = plan(&observed(vec![behind]), Options::default());
         assert!(matches!(
             plan.refusals[..],
-            [Refusal::BeforeSnapshot { .. }]
+            [PromotionRefusal::BeforeSnapshot { .. }]
         ));
     }
 
@@ -361,12 +361,12 @@ mod tests {
         let plan = super::plan(&observed(vec![behind]), Options::default(), true);
         assert!(matches!(
             plan.after_drain[..],
-            [Refusal::BeforeSnapshot { .. }]
+            [PromotionRefusal::BeforeSnapshot { .. }]
         ));
         // A copy that never ended does not end by it.
         assert!(matches!(
             plan.refusals[..],
-            [Refusal::TablesNotReady { .. }]
+            [PromotionRefusal::TablesNotReady { .. }]
         ));
     }
 
@@ -375,16 +375,19 @@ mod tests {
         let mut empty = ready("app");
         empty.table_sync = TableSync::default();
         let plan = plan(
-            &Observed {
+            &ObservedReplica {
                 databases: vec![empty],
                 missing: vec!["gone".to_owned()],
-                ..Observed::default()
+                ..ObservedReplica::default()
             },
             Options::default(),
         );
         assert!(matches!(
             plan.refusals[..],
-            [Refusal::NotCopied { .. }, Refusal::Missing { .. }]
+            [
+                PromotionRefusal::NotCopied { .. },
+                PromotionRefusal::Missing { .. }
+            ]
         ));
     }
 
@@ -399,7 +402,7 @@ mod tests {
 
     #[test]
     fn a_promotion_that_has_raised_the_term_is_not_refused_any_more() {
-        let mut fenced = promoted("app", State::Fenced, 2);
+        let mut fenced = promoted("app", PromotionState::Fenced, 2);
         fenced.table_sync = TableSync::default();
         let plan = plan(&observed(vec![fenced]), Options::default());
         assert!(plan.refusals.is_empty());
@@ -408,10 +411,10 @@ mod tests {
 
     #[test]
     fn what_was_accepted_when_it_began_need_not_be_said_again() {
-        let mut begun = promoted("app", State::Opened, 2);
+        let mut begun = promoted("app", PromotionState::Opened, 2);
         begun.promotion.as_mut().unwrap().detail.accept_incomplete = true;
         let missing = vec!["gone".to_owned()];
-        let observed = Observed {
+        let observed = ObservedReplica {
             missing,
             ..observed(vec![begun])
         };
@@ -421,7 +424,7 @@ mod tests {
     #[test]
     fn a_finished_promotion_leaves_nothing_to_do() {
         let plan = plan(
-            &observed(vec![promoted("app", State::Done, 2)]),
+            &observed(vec![promoted("app", PromotionState::Done, 2)]),
             Options::default(),
         );
         assert!(plan.is_done() && plan.refusals.is_empty());
@@ -429,7 +432,13 @@ mod tests {
 
     #[test]
     fn a_promotion_of_another_life_of_the_replica_is_refused_whatever_is_accepted() {
-        let plan = plan(&observed(vec![promoted("app", State::Done, 9)]), ACCEPT);
-        assert!(matches!(plan.refusals[..], [Refusal::OtherTerm { .. }]));
+        let plan = plan(
+            &observed(vec![promoted("app", PromotionState::Done, 9)]),
+            ACCEPT,
+        );
+        assert!(matches!(
+            plan.refusals[..],
+            [PromotionRefusal::OtherTerm { .. }]
+        ));
     }
 }

@@ -12,14 +12,14 @@ use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 
-use super::loss::Answer;
-use super::state::State;
+use super::loss::SourceAnswer;
+use super::state::PromotionState;
 use crate::watch::coverage::Coverage;
 
 /// How the command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
+pub enum PromotionOutcome {
     /// Every database is open; exit code 0.
     Promoted,
     /// Something is left to do, for some databases or all; repeat the command; exit code 1.
@@ -32,13 +32,13 @@ pub enum Outcome {
 
 /// The whole of one promotion.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Report {
+pub struct PromotionReport {
     /// Of the program that wrote it.
     pub version: String,
     /// `failover`.
     pub mode: String,
     /// How it ended.
-    pub outcome: Outcome,
+    pub outcome: PromotionOutcome,
     /// `host:port/database` of the replica.
     pub replica: String,
     /// When the command was first started.
@@ -152,7 +152,7 @@ pub struct HookReport {
     pub output: String,
 }
 
-impl Report {
+impl PromotionReport {
     /// Notes what was accepted, and the overrides by which it was; each once.
     pub fn accept(&mut self, accepted: &[String], overrides: &[String]) {
         for (all, more) in [
@@ -195,17 +195,17 @@ impl Report {
         let mut out = String::new();
         let open = self.databases.iter().filter(|one| one.is_open()).count();
         let title = match self.outcome {
-            Outcome::Promoted => "PROMOTED: the replica is now the primary".to_owned(),
-            Outcome::Failed if open > 0 => format!(
+            PromotionOutcome::Promoted => "PROMOTED: the replica is now the primary".to_owned(),
+            PromotionOutcome::Failed if open > 0 => format!(
                 "NOT FINISHED: {open} of {} databases are open; run the same command again for the rest",
                 self.databases.len()
             ),
-            Outcome::Failed => "NOT FINISHED: run the same command again".to_owned(),
-            Outcome::Refused => "REFUSED: nothing was touched".to_owned(),
-            Outcome::Planned => "PLAN: nothing was touched".to_owned(),
+            PromotionOutcome::Failed => "NOT FINISHED: run the same command again".to_owned(),
+            PromotionOutcome::Refused => "REFUSED: nothing was touched".to_owned(),
+            PromotionOutcome::Planned => "PLAN: nothing was touched".to_owned(),
         };
         let _ = writeln!(out, "{title} ({})", self.replica);
-        if self.outcome == Outcome::Promoted || self.outcome == Outcome::Failed {
+        if self.outcome == PromotionOutcome::Promoted || self.outcome == PromotionOutcome::Failed {
             let _ = writeln!(
                 out,
                 "  RTO   {}",
@@ -238,7 +238,7 @@ impl Report {
             );
         }
         for database in &self.databases {
-            database.write_text(&mut out, self.outcome == Outcome::Planned);
+            database.write_text(&mut out, self.outcome == PromotionOutcome::Planned);
         }
         for hook in &self.hooks {
             let _ = writeln!(
@@ -277,7 +277,8 @@ fn verdict(seconds: Option<f64>, objective: f64, met: Option<bool>, unknown: &st
 impl DatabaseReport {
     /// Whether its users can write.
     pub fn is_open(&self) -> bool {
-        self.writable_at.is_some() && State::parse(&self.state).is_some_and(State::is_open)
+        self.writable_at.is_some()
+            && PromotionState::parse(&self.state).is_some_and(PromotionState::is_open)
     }
 
     /// Seconds lost at most: 0 where the source said that nothing is missing.
@@ -292,7 +293,7 @@ impl DatabaseReport {
     }
 
     /// Takes over what the source said.
-    pub fn take_answer(&mut self, answer: Answer) {
+    pub fn take_answer(&mut self, answer: SourceAnswer) {
         self.source_answered = answer.alive;
         self.lost_bytes = answer.bytes;
         self.lost_transactions = answer.transactions;
@@ -409,11 +410,11 @@ mod tests {
     use super::*;
     use crate::watch::coverage::NotProtected;
 
-    fn report(databases: Vec<DatabaseReport>) -> Report {
-        Report {
+    fn report(databases: Vec<DatabaseReport>) -> PromotionReport {
+        PromotionReport {
             version: "0".into(),
             mode: "failover".into(),
-            outcome: Outcome::Promoted,
+            outcome: PromotionOutcome::Promoted,
             replica: "r:5432/postgres".into(),
             started_at: "2026-01-01T00:00:00Z".into(),
             writable_at: None,
@@ -525,7 +526,8 @@ mod tests {
     fn a_stored_report_reads_back_the_same_and_prints_the_same() {
         let mut written = report(vec![lost(Some(1.5), Some(3))]);
         written.judge(Some(0.25));
-        let read: Report = serde_json::from_str(&serde_json::to_string(&written).unwrap()).unwrap();
+        let read: PromotionReport =
+            serde_json::from_str(&serde_json::to_string(&written).unwrap()).unwrap();
         assert_eq!(read, written);
         assert_eq!(read.text(), written.text());
         assert!(read.text().contains("3 transactions"));

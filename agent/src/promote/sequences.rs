@@ -37,7 +37,7 @@ const RATE_FACTOR: f64 = 2.0;
 
 /// What is known about one sequence.
 #[derive(Clone, Copy, Debug)]
-pub struct Facts {
+pub struct SequenceFacts {
     /// `INCREMENT`; negative for a descending one, never 0.
     pub increment: i64,
     /// `MINVALUE`.
@@ -53,7 +53,7 @@ pub struct Facts {
     /// The furthest value, in its direction, that fits into every column it feeds.
     pub fits: Option<i64>,
     /// Where it stood on the source at the last look, out of `sequence_state`.
-    pub known: Option<Known>,
+    pub known: Option<SequencePosition>,
     /// Last value on the replica itself, `None` where it never gave one.
     pub here: Option<i64>,
     /// The value furthest in the sequence's direction in the columns it feeds.
@@ -66,7 +66,7 @@ pub struct Facts {
 
 /// A position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Known {
+pub struct SequencePosition {
     /// `last_value`.
     pub value: i64,
     /// `is_called`: without it, `value` is the first that will be given.
@@ -84,15 +84,15 @@ pub enum Since {
 
 /// What to do with one sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Target {
+pub struct SequenceTarget {
     /// Where it shall stand; `None` leaves it alone.
-    pub position: Option<Known>,
+    pub position: Option<SequencePosition>,
     /// Why the operator should look at it, if he should.
     pub warning: Option<String>,
 }
 
 /// How many calls a sequence is set ahead, if there is room.
-pub fn margin(facts: &Facts) -> i128 {
+pub fn margin(facts: &SequenceFacts) -> i128 {
     let unseen = match facts.since {
         Since::Asked => 0,
         Since::Seconds(seconds) => {
@@ -117,14 +117,14 @@ fn calls(number: f64) -> i128 {
     i128::from(number.clamp(0.0, 4e18).ceil() as i64)
 }
 
-fn step(facts: &Facts) -> i128 {
+fn step(facts: &SequenceFacts) -> i128 {
     i128::from(facts.increment)
 }
 
 /// Where the sequence must stand.
-pub fn target(facts: &Facts) -> Target {
+pub fn target(facts: &SequenceFacts) -> SequenceTarget {
     let Some(anchor) = anchor(facts) else {
-        return Target {
+        return SequenceTarget {
             position: None,
             warning: Some(
                 "its position on the source is unknown; it stays where it is on the replica"
@@ -139,7 +139,7 @@ pub fn target(facts: &Facts) -> Target {
 }
 
 /// The last value it is known to have given; one step before its first where it gave none.
-fn anchor(facts: &Facts) -> Option<i128> {
+fn anchor(facts: &SequenceFacts) -> Option<i128> {
     if let Some(known) = facts.known {
         let value = i128::from(known.value);
         return Some(if known.called {
@@ -154,7 +154,7 @@ fn anchor(facts: &Facts) -> Option<i128> {
 }
 
 /// Beyond half of a ring, further ahead means closer behind.
-fn on_a_ring(facts: &Facts, anchor: i128) -> Target {
+fn on_a_ring(facts: &SequenceFacts, anchor: i128) -> SequenceTarget {
     let margin = margin(facts);
     let length = (i128::from(facts.max) - i128::from(facts.min)) / step(facts).abs() + 1;
     let ahead = margin.min(length / 2);
@@ -163,8 +163,8 @@ fn on_a_ring(facts: &Facts, anchor: i128) -> Target {
             "it cycles after {length} values, so they come again; set ahead by {ahead} of them instead of {margin}"
         )
     });
-    Target {
-        position: Some(Known {
+    SequenceTarget {
+        position: Some(SequencePosition {
             value: clamped(wrapped(anchor + ahead * step(facts), facts)),
             called: true,
         }),
@@ -172,7 +172,7 @@ fn on_a_ring(facts: &Facts, anchor: i128) -> Target {
     }
 }
 
-fn on_a_line(facts: &Facts, anchor: i128) -> Target {
+fn on_a_line(facts: &SequenceFacts, anchor: i128) -> SequenceTarget {
     let (increment, margin) = (step(facts), margin(facts));
     let room = steps_left(anchor, facts);
     let mut base = 0;
@@ -208,12 +208,12 @@ fn on_a_line(facts: &Facts, anchor: i128) -> Target {
     let position = match (steps.max(0), facts.known) {
         // Nothing is left to be ahead by: it stands where it stood.
         (0, Some(known)) => known,
-        (steps, _) => Known {
+        (steps, _) => SequencePosition {
             value: clamped((anchor + steps * increment).clamp(facts.min.into(), facts.max.into())),
             called: true,
         },
     };
-    Target {
+    SequenceTarget {
         position: Some(position),
         warning,
     }
@@ -232,7 +232,7 @@ fn steps_up_to(from: i128, to: i128, increment: i128) -> i128 {
 }
 
 /// Steps the sequence can still make inside its bounds, and those of its columns where it is inside them.
-fn steps_left(from: i128, facts: &Facts) -> i128 {
+fn steps_left(from: i128, facts: &SequenceFacts) -> i128 {
     let outer = outer(facts);
     let inner = facts.fits.map(i128::from).filter(|fits| {
         // A column that is full already, or wider, bounds nothing.
@@ -242,7 +242,7 @@ fn steps_left(from: i128, facts: &Facts) -> i128 {
     steps_within(from, facts.increment, inner).min(steps_within(from, facts.increment, outer))
 }
 
-fn outer(facts: &Facts) -> i128 {
+fn outer(facts: &SequenceFacts) -> i128 {
     let bound = if facts.increment > 0 {
         facts.max
     } else {
@@ -256,7 +256,7 @@ fn steps_within(from: i128, increment: i64, bound: i128) -> i128 {
 }
 
 /// A cycling sequence begins again at its other bound.
-fn wrapped(value: i128, facts: &Facts) -> i128 {
+fn wrapped(value: i128, facts: &SequenceFacts) -> i128 {
     let (min, max) = (i128::from(facts.min), i128::from(facts.max));
     if (min..=max).contains(&value) {
         return value;
@@ -282,7 +282,7 @@ mod tests {
 
     use super::*;
 
-    const SERIAL: Facts = Facts {
+    const SERIAL: SequenceFacts = SequenceFacts {
         increment: 1,
         min: 1,
         max: i64::MAX,
@@ -298,26 +298,26 @@ mod tests {
     };
     const MARGIN: i64 = 10_100;
 
-    fn at(value: i64) -> Option<Known> {
+    fn at(value: i64) -> Option<SequencePosition> {
         let called = true;
-        Some(Known { value, called })
+        Some(SequencePosition { value, called })
     }
 
-    fn value(facts: Facts) -> i64 {
+    fn value(facts: SequenceFacts) -> i64 {
         target(&facts).position.unwrap().value
     }
 
     #[test]
     fn the_margin_goes_on_top_of_whichever_is_further_the_known_value_or_the_column() {
         assert_eq!(
-            value(Facts {
+            value(SequenceFacts {
                 known: at(500),
                 ..SERIAL
             }),
             500 + MARGIN
         );
         assert_eq!(
-            value(Facts {
+            value(SequenceFacts {
                 known: at(500),
                 column: Some(40_000),
                 ..SERIAL
@@ -325,7 +325,7 @@ mod tests {
             40_000 + MARGIN
         );
         assert_eq!(
-            value(Facts {
+            value(SequenceFacts {
                 known: at(500),
                 column: Some(3),
                 ..SERIAL
@@ -333,7 +333,7 @@ mod tests {
             500 + MARGIN
         );
         assert_eq!(
-            value(Facts {
+            value(SequenceFacts {
                 column: Some(7),
                 ..SERIAL
             }),
@@ -343,7 +343,7 @@ mod tests {
 
     #[test]
     fn descending_sequences_move_down() {
-        let down = Facts {
+        let down = SequenceFacts {
             increment: -1,
             min: i64::MIN,
             max: -1,
@@ -351,14 +351,14 @@ mod tests {
             ..SERIAL
         };
         assert_eq!(
-            value(Facts {
+            value(SequenceFacts {
                 known: at(-500),
                 ..down
             }),
             -500 - MARGIN
         );
         assert_eq!(
-            value(Facts {
+            value(SequenceFacts {
                 known: at(-500),
                 column: Some(-900),
                 ..down
@@ -366,7 +366,7 @@ mod tests {
             -900 - MARGIN
         );
         assert_eq!(
-            value(Facts {
+            value(SequenceFacts {
                 known: at(-500),
                 column: Some(-3),
                 ..down
@@ -377,7 +377,7 @@ mod tests {
 
     #[test]
     fn odd_numbers_stay_odd_even_when_a_column_holds_an_even_one() {
-        let odd = Facts {
+        let odd = SequenceFacts {
             increment: 2,
             known: at(11),
             column: Some(100),
@@ -389,7 +389,7 @@ mod tests {
 
     #[test]
     fn a_nearly_exhausted_sequence_keeps_half_of_what_is_left() {
-        let small = Facts {
+        let small = SequenceFacts {
             max: 32_767,
             known: at(32_000),
             ..SERIAL
@@ -397,7 +397,7 @@ mod tests {
         let result = target(&small);
         assert_eq!(result.position, at(32_000 + 383));
         assert!(result.warning.unwrap().contains("767 values are left"));
-        let empty = target(&Facts {
+        let empty = target(&SequenceFacts {
             max: 100,
             known: at(100),
             ..SERIAL
@@ -408,7 +408,7 @@ mod tests {
 
     #[test]
     fn a_row_with_an_impossible_value_does_not_exhaust_the_sequence() {
-        let result = target(&Facts {
+        let result = target(&SequenceFacts {
             max: 1_000_000,
             known: at(500),
             column: Some(i64::MAX),
@@ -420,7 +420,7 @@ mod tests {
 
     #[test]
     fn a_row_at_the_very_end_does_not_exhaust_it_either_but_the_next_few_rows_count() {
-        let int4 = Facts {
+        let int4 = SequenceFacts {
             max: 2_147_483_647,
             known: at(9),
             column: Some(2_147_483_647),
@@ -429,7 +429,7 @@ mod tests {
         let result = target(&int4);
         assert_eq!(result.position, at(9 + MARGIN));
         assert!(result.warning.is_some());
-        let near_the_end = Facts {
+        let near_the_end = SequenceFacts {
             max: 32_767,
             known: at(32_000),
             column: Some(32_700),
@@ -440,13 +440,13 @@ mod tests {
 
     #[test]
     fn a_large_cache_widens_the_margin() {
-        let cached = Facts {
+        let cached = SequenceFacts {
             cache: 1000,
             known: at(0),
             ..SERIAL
         };
         assert_eq!(value(cached), 110_000);
-        let by_ten = Facts {
+        let by_ten = SequenceFacts {
             increment: 10,
             known: at(0),
             ..SERIAL
@@ -456,21 +456,21 @@ mod tests {
 
     #[test]
     fn cycling_sequences_wrap_inside_their_bounds() {
-        let ring = Facts {
+        let ring = SequenceFacts {
             max: 1_000,
             cycle: true,
             known: at(990),
             ..SERIAL
         };
         assert_eq!(value(ring), 490, "half the ring ahead");
-        let down = Facts {
+        let down = SequenceFacts {
             increment: -1,
             start: 1_000,
             ..ring
         };
         assert!((1..=1_000).contains(&value(down)));
         assert_eq!(
-            value(Facts {
+            value(SequenceFacts {
                 max: 100_000,
                 ..ring
             }),
@@ -488,7 +488,7 @@ mod tests {
                 } else {
                     (-10_000_000, -1)
                 };
-                let facts = Facts {
+                let facts = SequenceFacts {
                     increment,
                     min,
                     max,
@@ -498,13 +498,13 @@ mod tests {
                     column: Some(if increment > 0 { 77 } else { -77 }),
                     ..SERIAL
                 };
-                let Some(Known { value: once, .. }) = target(&facts).position else {
+                let Some(SequencePosition { value: once, .. }) = target(&facts).position else {
                     assert!(cycle && facts.known.is_none(), "{facts:?}");
                     continue;
                 };
                 assert!((min..=max).contains(&once));
                 let here = Some(once);
-                assert_eq!(value(Facts { here, ..facts }), once, "{facts:?}");
+                assert_eq!(value(SequenceFacts { here, ..facts }), once, "{facts:?}");
             }
         }
     }
@@ -518,14 +518,14 @@ mod tests {
 
     #[test]
     fn without_a_known_position_the_column_alone_decides_and_a_repeat_adds_nothing() {
-        let blind = Facts {
+        let blind = SequenceFacts {
             column: Some(77),
             ..SERIAL
         };
         let once = value(blind);
         assert_eq!(once, 77 + MARGIN);
         assert_eq!(
-            value(Facts {
+            value(SequenceFacts {
                 here: Some(once),
                 ..blind
             }),
@@ -550,7 +550,7 @@ mod tests {
                 (i128::from(min) + ((span as f64 * share) as i128).min(span)) as i64
             };
             let (known, column) = (point(known_at), point(column_at));
-            let facts = Facts {
+            let facts = SequenceFacts {
                 increment, min, max, start: min, cache,
                 known: at(known), column: Some(column), ..SERIAL
             };
@@ -572,24 +572,24 @@ mod tests {
             if !followed {
                 proptest::prop_assert!(left(set) > 0 || left(known) == 0 || left(column) <= 0);
             }
-            proptest::prop_assert_eq!(value(Facts { here: Some(set), ..facts }), set);
+            proptest::prop_assert_eq!(value(SequenceFacts { here: Some(set), ..facts }), set);
         }
     }
 
     #[test]
     fn the_ends_of_the_64_bit_range_do_not_overflow() {
-        let up = Facts {
+        let up = SequenceFacts {
             known: at(i64::MAX),
             ..SERIAL
         };
         assert_eq!(value(up), i64::MAX);
-        let step = Facts {
+        let step = SequenceFacts {
             increment: i64::MAX,
             known: at(1),
             ..SERIAL
         };
         assert!(value(step) >= 1);
-        let down = Facts {
+        let down = SequenceFacts {
             increment: i64::MIN + 1,
             min: i64::MIN,
             max: -1,
@@ -601,14 +601,14 @@ mod tests {
     }
 
     /// What it is ahead by of a source that has not answered.
-    fn ahead(facts: Facts) -> i64 {
+    fn ahead(facts: SequenceFacts) -> i64 {
         let anchor = anchor(&facts).unwrap();
         clamped(i128::from(value(facts)) - anchor)
     }
 
     #[test]
     fn the_margin_grows_with_the_rate_and_the_age_of_the_last_look() {
-        let int4 = Facts {
+        let int4 = SequenceFacts {
             max: 2_147_483_647,
             known: at(600),
             since: Since::Seconds(5.0),
@@ -617,24 +617,24 @@ mod tests {
         // A burst that no look tells of, on a sequence that was quiet so far.
         assert_eq!(ahead(int4), 1_005_100);
         // 5,000 a second, and the last look an hour ago.
-        let busy = Facts {
+        let busy = SequenceFacts {
             calls_per_second: 5_000.0,
             since: Since::Seconds(3600.0),
             ..int4
         };
         assert_eq!(ahead(busy), 2 * 5_000 * 3601 + 100);
-        let huge = Facts {
+        let huge = SequenceFacts {
             calls_per_second: f64::INFINITY,
             ..busy
         };
         assert!(target(&huge).warning.is_some());
         // Six digits.
-        let small = Facts {
+        let small = SequenceFacts {
             max: 999_999,
             ..int4
         };
         assert_eq!(ahead(small), MARGIN);
-        let asked = Facts {
+        let asked = SequenceFacts {
             since: Since::Asked,
             ..busy
         };
@@ -643,9 +643,9 @@ mod tests {
 
     #[test]
     fn one_that_was_never_called_is_ahead_of_its_first_value() {
-        let unused = Facts {
+        let unused = SequenceFacts {
             start: 42,
-            known: Some(Known {
+            known: Some(SequencePosition {
                 value: 42,
                 called: false,
             }),
@@ -654,20 +654,20 @@ mod tests {
         assert_eq!(value(unused), 41 + MARGIN);
         // Restarted on the source, after the replica was copied further on: never backwards.
         let here = Some(100_000);
-        assert_eq!(value(Facts { here, ..unused }), 100_000);
+        assert_eq!(value(SequenceFacts { here, ..unused }), 100_000);
         // A single value: it is not used up by being careful.
-        let one = Facts {
+        let one = SequenceFacts {
             min: 42,
             max: 42,
             ..unused
         };
         assert_eq!(target(&one).position, one.known);
-        let down = Facts {
+        let down = SequenceFacts {
             increment: -1,
             min: -10,
             max: -1,
             start: -1,
-            known: Some(Known {
+            known: Some(SequencePosition {
                 value: -1,
                 called: false,
             }),
@@ -680,7 +680,7 @@ mod tests {
 
     #[test]
     fn a_column_that_is_narrower_bounds_it() {
-        let wide = Facts {
+        let wide = SequenceFacts {
             known: at(2_147_480_000),
             fits: Some(2_147_483_647),
             ..SERIAL
@@ -689,7 +689,7 @@ mod tests {
         assert_eq!(result.position, at(2_147_480_000 + 3647 / 2));
         assert!(result.warning.unwrap().contains("3647 values are left"));
         // Beyond what the column holds already: the column is somebody else's trouble.
-        let beyond = Facts {
+        let beyond = SequenceFacts {
             known: at(3_000_000_000),
             ..wide
         };
@@ -698,14 +698,14 @@ mod tests {
 
     #[test]
     fn a_ring_that_is_too_small_for_the_margin_is_named() {
-        let ring = Facts {
+        let ring = SequenceFacts {
             max: 1_000,
             cycle: true,
             known: at(990),
             ..SERIAL
         };
         assert!(target(&ring).warning.unwrap().contains("cycles"));
-        let large = Facts {
+        let large = SequenceFacts {
             max: 1_000_000,
             ..ring
         };

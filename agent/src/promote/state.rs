@@ -24,7 +24,7 @@ use std::fmt;
 
 /// How far a promotion of one database has come. Stored by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum State {
+pub enum PromotionState {
     /// The replica follows the source; no row in `dr_agent.promotion`.
     Standby,
     /// The term is raised: no older agent can commit any more.
@@ -47,7 +47,7 @@ pub enum State {
     Done,
 }
 
-impl State {
+impl PromotionState {
     /// All states, in order.
     pub const ALL: [Self; 10] = [
         Self::Standby,
@@ -94,7 +94,7 @@ impl State {
     }
 }
 
-impl fmt::Display for State {
+impl fmt::Display for PromotionState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
@@ -102,7 +102,7 @@ impl fmt::Display for State {
 
 /// What is done on an edge. Each is idempotent: done twice it ends as if done once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub enum EdgeAction {
     /// Raises the term in `dr_agent.progress` and stores `fenced`, in one transaction.
     RaiseTerm,
     /// Ends sessions of older agents and waits until they are gone.
@@ -127,11 +127,11 @@ pub enum Action {
 #[derive(Clone, Copy, Debug)]
 pub struct Edge {
     /// The state the action needs.
-    pub from: State,
+    pub from: PromotionState,
     /// The state stored once it is done.
-    pub to: State,
+    pub to: PromotionState,
     /// What is done.
-    pub action: Action,
+    pub action: EdgeAction,
     /// Why, for the log, the plan and the operator.
     pub reason: &'static str,
 }
@@ -139,74 +139,74 @@ pub struct Edge {
 /// The table.
 pub const EDGES: [Edge; 9] = [
     Edge {
-        from: State::Standby,
-        to: State::Fenced,
-        action: Action::RaiseTerm,
+        from: PromotionState::Standby,
+        to: PromotionState::Fenced,
+        action: EdgeAction::RaiseTerm,
         reason: "raise the term, so that no older agent can commit anything on the replica",
     },
     Edge {
-        from: State::Fenced,
-        to: State::Quiet,
-        action: Action::EndSessions,
+        from: PromotionState::Fenced,
+        to: PromotionState::Quiet,
+        action: EdgeAction::EndSessions,
         reason: "end the sessions of older agents, so that nothing of theirs holds a lock or is half done",
     },
     Edge {
-        from: State::Quiet,
-        to: State::Settled,
-        action: Action::SettlePrepared,
+        from: PromotionState::Quiet,
+        to: PromotionState::Settled,
+        action: EdgeAction::SettlePrepared,
         reason: "commit prepared lanes of batches that count as applied and roll back the others",
     },
     Edge {
-        from: State::Settled,
-        to: State::Drained,
-        action: Action::Drain,
+        from: PromotionState::Settled,
+        to: PromotionState::Drained,
+        action: EdgeAction::Drain,
         reason: "apply what is still on its way, so that it is not lost",
     },
     Edge {
-        from: State::Drained,
-        to: State::LossStated,
-        action: Action::StateLoss,
+        from: PromotionState::Drained,
+        to: PromotionState::LossStated,
+        action: EdgeAction::StateLoss,
         reason: "state what the replica does not have, while the source may still be asked",
     },
     Edge {
-        from: State::LossStated,
-        to: State::Finished,
-        action: Action::SetSequences,
+        from: PromotionState::LossStated,
+        to: PromotionState::Finished,
+        action: EdgeAction::SetSequences,
         reason: "set sequences ahead of every value the source may have given out",
     },
     Edge {
-        from: State::Finished,
-        to: State::Opened,
-        action: Action::Open,
+        from: PromotionState::Finished,
+        to: PromotionState::Opened,
+        action: EdgeAction::Open,
         reason: "lift the read-only guard and prove it by a write: from here the replica is the primary",
     },
     Edge {
-        from: State::Opened,
-        to: State::HooksRun,
-        action: Action::RunHooks,
+        from: PromotionState::Opened,
+        to: PromotionState::HooksRun,
+        action: EdgeAction::RunHooks,
         reason: "run the hooks that lead the users here",
     },
     Edge {
-        from: State::HooksRun,
-        to: State::Done,
-        action: Action::StoreReport,
+        from: PromotionState::HooksRun,
+        to: PromotionState::Done,
+        action: EdgeAction::StoreReport,
         reason: "store the report, so that a repeated promotion prints the same one",
     },
 ];
 
 /// The edge that leaves `state`; `None` at the end.
-pub fn edge_from(state: State) -> Option<&'static Edge> {
+pub fn edge_from(state: PromotionState) -> Option<&'static Edge> {
     EDGES.iter().find(|edge| edge.from == state)
 }
 
 /// The next edge that a database walks by itself: none once it is open, since hooks and report
 /// belong to all databases together.
-pub fn own_edge_from(state: State) -> Option<&'static Edge> {
+pub fn own_edge_from(state: PromotionState) -> Option<&'static Edge> {
     edge_from(state).filter(|_| !state.is_open())
 }
 
 /// The edges still to go from `state`, in order.
-pub fn remaining(state: State) -> &'static [Edge] {
+pub fn remaining(state: PromotionState) -> &'static [Edge] {
     let done = EDGES.iter().take_while(|edge| edge.from < state).count();
     &EDGES[done..]
 }
@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn every_state_is_reached_from_standby_by_exactly_one_edge_each() {
-        let mut state = State::Standby;
+        let mut state = PromotionState::Standby;
         let mut seen = vec![state];
         while let Some(edge) = edge_from(state) {
             assert_eq!(EDGES.iter().filter(|other| other.from == state).count(), 1);
@@ -230,13 +230,13 @@ mod tests {
             state = edge.to;
             seen.push(state);
         }
-        assert_eq!(seen, State::ALL);
-        assert_eq!(state, State::Done);
+        assert_eq!(seen, PromotionState::ALL);
+        assert_eq!(state, PromotionState::Done);
     }
 
     #[test]
     fn what_remains_after_a_kill_is_the_rest_of_the_table() {
-        for state in State::ALL {
+        for state in PromotionState::ALL {
             let rest = remaining(state);
             assert_eq!(
                 rest.first().map(|edge| edge.from),
@@ -247,50 +247,56 @@ mod tests {
                 assert_eq!(edge.from, reached);
                 reached = edge.to;
             }
-            assert_eq!(reached, State::Done);
+            assert_eq!(reached, PromotionState::Done);
         }
     }
 
     #[test]
     fn the_term_is_raised_on_the_first_edge_only() {
-        let raising: Vec<State> = EDGES
+        let raising: Vec<PromotionState> = EDGES
             .iter()
-            .filter(|edge| edge.action == Action::RaiseTerm)
+            .filter(|edge| edge.action == EdgeAction::RaiseTerm)
             .map(|edge| edge.from)
             .collect();
-        assert_eq!(raising, [State::Standby]);
-        for state in State::ALL.into_iter().filter(|state| state.is_fenced()) {
+        assert_eq!(raising, [PromotionState::Standby]);
+        for state in PromotionState::ALL
+            .into_iter()
+            .filter(|state| state.is_fenced())
+        {
             assert!(
                 remaining(state)
                     .iter()
-                    .all(|edge| edge.action != Action::RaiseTerm)
+                    .all(|edge| edge.action != EdgeAction::RaiseTerm)
             );
         }
     }
 
     #[test]
     fn a_database_stops_walking_by_itself_once_it_is_open_wherever_it_was_killed() {
-        for state in State::ALL {
+        for state in PromotionState::ALL {
             let own = own_edge_from(state).map(|edge| edge.action);
             assert_eq!(own.is_none(), state.is_open(), "{state}");
-            assert!(!matches!(own, Some(Action::RunHooks | Action::StoreReport)));
+            assert!(!matches!(
+                own,
+                Some(EdgeAction::RunHooks | EdgeAction::StoreReport)
+            ));
         }
     }
 
     #[test]
     fn stored_names_read_back_and_unknown_ones_are_noticed() {
-        for state in State::ALL {
-            assert_eq!(State::parse(state.as_str()), Some(state));
+        for state in PromotionState::ALL {
+            assert_eq!(PromotionState::parse(state.as_str()), Some(state));
         }
-        assert_eq!(State::parse("drained_by_a_newer_version"), None);
+        assert_eq!(PromotionState::parse("drained_by_a_newer_version"), None);
     }
 
     #[test]
     fn the_loss_is_stated_and_sequences_are_set_before_anybody_else_can_write() {
         for action in [
-            Action::StateLoss,
-            Action::SetSequences,
-            Action::SettlePrepared,
+            EdgeAction::StateLoss,
+            EdgeAction::SetSequences,
+            EdgeAction::SettlePrepared,
         ] {
             let edge = EDGES.iter().find(|edge| edge.action == action).unwrap();
             assert!(!edge.to.is_open(), "{action:?}");

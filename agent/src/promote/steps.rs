@@ -15,9 +15,9 @@ use tokio_postgres::{Client, Transaction};
 use super::ahead::{self, Setting};
 use super::loss::CommitAge;
 use super::observe;
-use super::report::{DatabaseReport, Report, StepReport};
+use super::report::{DatabaseReport, PromotionReport, StepReport};
 use super::sequences::Since;
-use super::state::State;
+use super::state::PromotionState;
 use super::{Doing, PromoteError, loss};
 use crate::config::Config;
 use crate::copy::{self, Ran};
@@ -65,22 +65,22 @@ pub struct Detail {
     /// This database's part of the report.
     pub database: DatabaseReport,
     /// The whole report, once the hooks have run.
-    pub report: Option<Report>,
+    pub report: Option<PromotionReport>,
 }
 
 /// The promotion of one database, as it is stored.
 #[derive(Clone, Debug)]
-pub(super) struct Record {
+pub(super) struct DatabaseRecord {
     pub(super) name: String,
     pub(super) stream: StreamName,
-    pub(super) state: State,
+    pub(super) state: PromotionState,
     pub(super) detail: Detail,
 }
 
 /// Takes over how far the replica is; the loss counts up to when the term was raised.
 pub(super) async fn read_progress(
     client: &Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
 ) -> Result<(), PromoteError> {
     let fenced_at = record.detail.database.fenced_at.as_deref();
     let row = progress::read_as_of(client, &record.stream, fenced_at)
@@ -109,7 +109,7 @@ pub(super) async fn read_progress(
 /// Commits or rolls back what is left prepared, by the batch of the record.
 pub(super) async fn settle_prepared(
     client: &Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
 ) -> Result<Settled, PromoteError> {
     let settled = prepared::settle(client, &record.stream, record.detail.database.batch)
         .await
@@ -120,7 +120,7 @@ pub(super) async fn settle_prepared(
     Ok(settled)
 }
 
-impl Record {
+impl DatabaseRecord {
     /// Takes over how old the last applied transaction was when the term was raised.
     pub(super) fn loses(&mut self, age: &CommitAge) {
         let report = &mut self.detail.database;
@@ -162,7 +162,7 @@ impl Record {
     }
 
     /// Notes a step that is done; the caller stores it.
-    pub(super) fn note(&mut self, state: State, seconds: f64, note: String) {
+    pub(super) fn note(&mut self, state: PromotionState, seconds: f64, note: String) {
         tracing::info!(database = self.name, %state, seconds, note, "promotion");
         self.detail.database.state = state.to_string();
         self.detail.database.steps.push(StepReport {
@@ -175,13 +175,13 @@ impl Record {
     /// The first store, in the transaction that raises the term.
     pub(super) async fn insert_fenced(&self, tx: &Transaction<'_>) -> Result<(), PgError> {
         let mut detail = self.detail.clone();
-        detail.database.state = State::Fenced.to_string();
+        detail.database.state = PromotionState::Fenced.to_string();
         detail.database.steps.push(StepReport {
-            state: State::Fenced.to_string(),
+            state: PromotionState::Fenced.to_string(),
             seconds: None,
             note: format!("term {}", detail.database.term),
         });
-        let (term, state) = (detail.database.term, State::Fenced.as_str());
+        let (term, state) = (detail.database.term, PromotionState::Fenced.as_str());
         let begun = (self.detail.started_at.as_str(), json(&detail));
         promotion::begin(tx, &self.stream, term, state, (begun.0, &begun.1)).await?;
         Ok(())
@@ -191,7 +191,7 @@ impl Record {
     pub(super) async fn store(
         &mut self,
         client: &Client,
-        state: State,
+        state: PromotionState,
     ) -> Result<(), PromoteError> {
         let doing = "store the state of the promotion";
         let term = self.detail.database.term;
@@ -227,7 +227,7 @@ fn json(detail: &Detail) -> String {
 /// a warning: a database without one of its constraints is worth more than none.
 pub(super) async fn add_deferred(
     client: &mut Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
 ) -> Result<(), PromoteError> {
     match copy::run_deferred(client, &record.stream, copy::Moment::Opening).await {
         Ok(Ran { waiting, refused }) => {
@@ -259,7 +259,7 @@ pub(super) async fn add_deferred(
 pub(super) async fn set_sequences(
     config: &Config,
     client: &Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
 ) -> Result<String, PromoteError> {
     let doing = "set sequences ahead";
     let asked = ask_for_sequences(config, client, record).await?;
@@ -310,7 +310,7 @@ pub(super) async fn set_sequences(
 }
 
 /// Warns of sequences: the first of them in the report, all of them in the log.
-fn name_sequences(record: &mut Record, warnings: Vec<String>) {
+fn name_sequences(record: &mut DatabaseRecord, warnings: Vec<String>) {
     for warning in warnings {
         if record.detail.sequences_named < NAMED_MAX {
             record.detail.sequences_named += 1;
@@ -326,7 +326,7 @@ fn name_sequences(record: &mut Record, warnings: Vec<String>) {
 async fn ask_for_sequences(
     config: &Config,
     client: &Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
 ) -> Result<Option<String>, PromoteError> {
     if record.detail.sequences_asked || !record.detail.database.source_answered {
         return Ok(None);
@@ -354,7 +354,7 @@ async fn ask_for_sequences(
 /// The source that was followed, where that was noted.
 pub(super) async fn system_identifier(
     client: &Client,
-    record: &Record,
+    record: &DatabaseRecord,
 ) -> Result<Option<String>, PromoteError> {
     let row = stream::read(client, &record.stream)
         .await
@@ -366,7 +366,7 @@ pub(super) async fn system_identifier(
 pub(super) async fn open(
     config: &Config,
     client: &Client,
-    record: &mut Record,
+    record: &mut DatabaseRecord,
     now: impl FnOnce() -> String,
 ) -> Result<(Client, String), PromoteError> {
     let database = quote_ident(&record.name);
@@ -406,7 +406,10 @@ pub(super) async fn open(
 }
 
 /// A role may have the setting of its own, which no database setting lifts.
-async fn warn_of_read_only_roles(client: &Client, record: &mut Record) -> Result<(), PromoteError> {
+async fn warn_of_read_only_roles(
+    client: &Client,
+    record: &mut DatabaseRecord,
+) -> Result<(), PromoteError> {
     let rows = client
         .query(
             "SELECT coalesce(r.rolname, 'every role') FROM pg_db_role_setting s
@@ -428,7 +431,10 @@ async fn warn_of_read_only_roles(client: &Client, record: &mut Record) -> Result
 }
 
 /// Sessions keep the default they started with. They are not ended: a reader may be in the middle of something.
-async fn warn_of_old_sessions(client: &Client, record: &mut Record) -> Result<(), PromoteError> {
+async fn warn_of_old_sessions(
+    client: &Client,
+    record: &mut DatabaseRecord,
+) -> Result<(), PromoteError> {
     let count: i64 = client
         .query_one(
             "SELECT count(*) FROM pg_stat_activity

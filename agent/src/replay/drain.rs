@@ -39,8 +39,8 @@ use crate::flow::spill::SpillSpace;
 use crate::names::TableName;
 use crate::observe::metrics::StreamMetrics;
 use crate::pg;
-use crate::promote::{Asked, Drain, DrainError, Drained, End};
-use crate::replay::{self, Reached, ReplayError, Sessions, Target};
+use crate::promote::{Asked, Drain, DrainEnd, DrainError, Drained};
+use crate::replay::{self, Reached, ReplayError, ReplaySessions, ReplayTarget};
 use crate::setup::{self, Prepared};
 use crate::sink::replica::{SinkError, session};
 use crate::source::{
@@ -130,22 +130,23 @@ impl RouteDrain<'_> {
         let mut drained = Drained {
             streamed: None,
             archived: None,
-            end: End::Tip {
+            end: DrainEnd::Tip {
                 warnings: Vec::new(),
             },
         };
         match Box::pin(self.both(&asked, &mut drained)).await {
-            Ok(warnings) => drained.end = End::Tip { warnings },
+            Ok(warnings) => drained.end = DrainEnd::Tip { warnings },
             // Its first rows are on the source alone.
             Err(Failed::Replay(ReplayError::Sink(error)))
                 if error.uncopied().is_none() && self.set_aside(&error).is_some() =>
             {
                 let table = self.set_aside(&error);
                 let reason = chain(&error);
-                drained.end = table.map_or(drained.end, |table| End::Troubled { table, reason });
+                drained.end =
+                    table.map_or(drained.end, |table| DrainEnd::Troubled { table, reason });
             }
             Err(error) => match error.uncopied() {
-                Some(table) => drained.end = End::Uncopied(table.clone()),
+                Some(table) => drained.end = DrainEnd::Uncopied(table.clone()),
                 None => return Err(error),
             },
         }
@@ -214,9 +215,9 @@ impl RouteDrain<'_> {
         &self,
         asked: &Asked<'_>,
         prepared: &Prepared,
-    ) -> Result<(Sessions, Reached), Failed> {
+    ) -> Result<(ReplaySessions, Reached), Failed> {
         let config = self.config;
-        let target = Target {
+        let target = ReplayTarget {
             conninfo: &config.replica.conninfo.with_dbname(asked.database),
             stream: &prepared.stream,
             term: prepared.term,
@@ -233,7 +234,7 @@ impl RouteDrain<'_> {
             transactions: 0,
         };
         failpoint::hit("drain:settled");
-        let lanes = Sessions::connect(config, target).await?;
+        let lanes = ReplaySessions::connect(config, target).await?;
         let lock = asked.lock.check_connection().await;
         lock.map_err(|error| Failed::LockLost(error.into()))?;
         Ok((lanes, from))

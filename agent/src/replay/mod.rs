@@ -68,7 +68,7 @@ pub struct Reached {
 }
 
 /// Where the transactions go.
-pub struct Target<'a> {
+pub struct ReplayTarget<'a> {
     /// The database.
     pub conninfo: &'a ConnInfo,
     /// Whose progress row is kept in it.
@@ -88,17 +88,17 @@ pub struct Target<'a> {
 }
 
 /// The sessions by which transactions go into the target.
-pub struct Sessions {
+pub struct ReplaySessions {
     sink: ReplicaSink,
     batches: mpsc::Sender<Arc<Batch>>,
 }
 
-impl Sessions {
+impl ReplaySessions {
     /// Opens them.
     ///
     /// # Errors
     /// [`ReplayError`]
-    pub async fn connect(config: &Config, target: Target<'_>) -> Result<Self, ReplayError> {
+    pub async fn connect(config: &Config, target: ReplayTarget<'_>) -> Result<Self, ReplayError> {
         let settings = SinkSettings {
             session: target.session,
             ..SinkSettings::of(config, target.stream.clone(), target.term)
@@ -122,17 +122,17 @@ impl Sessions {
 /// [`ReplayError`]
 pub async fn apply(
     config: &Config,
-    sessions: Sessions,
+    sessions: ReplaySessions,
     from: Reached,
     mut transactions: mpsc::Receiver<Received>,
     mut progress: impl FnMut(&Reached),
 ) -> Result<Reached, ReplayError> {
     let limits = &config.limits;
-    let Sessions { sink, batches } = sessions;
+    let ReplaySessions { sink, batches } = sessions;
     let (outcomes, mut outcomes_seen) = mpsc::channel::<Outcome<ReplayError>>(IN_FLIGHT_MAX);
     let sinking = tokio::spawn(sink::hand_on(sink, outcomes));
     let (bytes, changes) = (limits.batch_bytes, limits.batch_changes);
-    let mut state = State {
+    let mut state = Applying {
         shipment: Shipment::resume(from.batch, from.end_lsn, bytes, changes),
         // A full batch goes at once, any other when nothing is in flight.
         spacing: Spacing::new(Duration::ZERO, IN_FLIGHT_MAX),
@@ -178,14 +178,14 @@ pub async fn apply(
     Ok(state.reached)
 }
 
-struct State<P> {
+struct Applying<P> {
     shipment: Shipment<P>,
     spacing: Spacing,
     ended: bool,
     reached: Reached,
 }
 
-impl<P> State<P> {
+impl<P> Applying<P> {
     fn next_batch(&mut self) -> Option<Batch> {
         match self.shipment.judge(&self.spacing, Duration::ZERO)? {
             Ship::Now => self.shipment.ship(),

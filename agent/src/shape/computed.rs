@@ -23,13 +23,13 @@ use crate::pg::PgError;
 use crate::pg::made_of::made_of;
 
 /// A column of a table.
-type Place = (TableName, String);
+type ColumnPlace = (TableName, String);
 
 /// The columns of one side that are generated, or of a type that is not PostgreSQL's own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Computed {
     major: i32,
-    columns: BTreeMap<Place, String>,
+    columns: BTreeMap<ColumnPlace, String>,
     types: Arc<HashMap<u32, String>>,
 }
 
@@ -153,7 +153,7 @@ pub async fn differences_from(
     which: Which,
 ) -> Result<Vec<Difference>, PgError> {
     let mut found: Vec<Difference> = Vec::new();
-    let places: BTreeSet<&Place> = source.columns.keys().chain(here.columns.keys()).collect();
+    let places: BTreeSet<&ColumnPlace> = source.columns.keys().chain(here.columns.keys()).collect();
     for place in places {
         let (there, here_is) = (source.columns.get(place), here.columns.get(place));
         let is_generated = [there, here_is]
@@ -193,7 +193,7 @@ fn is_same(there: Option<&String>, here: Option<&String>, one_major: bool) -> bo
     }
 }
 
-async fn exists(client: &Client, (table, column): &Place) -> Result<bool, PgError> {
+async fn exists(client: &Client, (table, column): &ColumnPlace) -> Result<bool, PgError> {
     const SQL: &str = "
         SELECT EXISTS (SELECT 1 FROM pg_catalog.pg_attribute a
                          JOIN pg_catalog.pg_class c ON c.oid = a.attrelid

@@ -84,14 +84,14 @@ pub struct Wal {
     /// Where WAL is written.
     pub written: PgLsn,
     /// By name.
-    pub slots: BTreeMap<String, Slot>,
+    pub slots: BTreeMap<String, WatchedSlot>,
     /// Seconds until the disk is full at the present rate, were nothing acknowledged any more.
     pub disk_full_seconds: Option<f64>,
 }
 
 /// What the source keeps for one slot.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Slot {
+pub struct WatchedSlot {
     /// WAL, in bytes; none once it is lost.
     pub retained: Option<u64>,
     /// What it was moved to.
@@ -99,7 +99,7 @@ pub struct Slot {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Clock {
+struct WatchedClock {
     at: Micros,
     offset: Offset,
 }
@@ -109,7 +109,7 @@ struct Clock {
 pub struct Facts {
     /// The source's WAL.
     pub wal: Option<Wal>,
-    clocks: [Option<Clock>; 2],
+    clocks: [Option<WatchedClock>; 2],
     waits: [Vec<Wait>; 2],
 }
 
@@ -181,7 +181,7 @@ pub async fn watch(
     let mut disk = WalRate::default();
     while !stop.is_cancelled() {
         let place = &places[attempt as usize % places.len()];
-        let mut server = Server {
+        let mut server = WatchedServer {
             side,
             servers: &servers,
             rate: &mut disk,
@@ -228,14 +228,14 @@ fn places(side: Side, config: &Config) -> Vec<ConnInfo> {
 }
 
 /// One server, while it answers.
-struct Server<'a> {
+struct WatchedServer<'a> {
     side: Side,
     servers: &'a Servers,
     rate: &'a mut WalRate,
     answered: bool,
 }
 
-impl Server<'_> {
+impl WatchedServer<'_> {
     async fn watch(&mut self, conninfo: &ConnInfo) -> Result<(), PgError> {
         let session = Session::new("dr_agent:watch")
             .set("statement_timeout", STATEMENT_TIMEOUT)
@@ -309,7 +309,7 @@ impl Server<'_> {
             );
         }
         self.servers
-            .update(|facts| facts.clocks[self.side as usize] = Some(Clock { at, offset }));
+            .update(|facts| facts.clocks[self.side as usize] = Some(WatchedClock { at, offset }));
         Ok(())
     }
 }
@@ -328,7 +328,7 @@ async fn wal(client: &Client, disk: &WalDisk, rate: &mut WalRate) -> Result<Wal,
     let per_second = rate.observe(written, at);
     let slots = slots.iter().map(|row| {
         let restart: Option<PgLsn> = row.get(1);
-        let slot = Slot {
+        let slot = WatchedSlot {
             retained: restart.map(|from| u64::from(written).saturating_sub(u64::from(from))),
             confirmed: row.get(2),
         };
@@ -366,7 +366,7 @@ mod tests {
             error: 100,
         };
         let at = time::now() - CLOCK_SHOWN - 1;
-        servers.update(|facts| facts.clocks[0] = Some(Clock { at, offset }));
+        servers.update(|facts| facts.clocks[0] = Some(WatchedClock { at, offset }));
         assert_eq!(servers.clock_offset_seconds(Side::Source), None);
         assert_eq!(servers.source_ahead(), Some(-600_000_000));
     }

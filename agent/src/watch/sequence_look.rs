@@ -50,7 +50,7 @@ const FORGET: f64 = 0.999;
 
 /// Where one sequence stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Position {
+pub(crate) struct SequenceSeen {
     name: TableName,
     increment: i64,
     value: i64,
@@ -62,7 +62,7 @@ pub(crate) struct Position {
 pub(crate) struct Look {
     /// Microseconds since 1970, before the first was read.
     at: i64,
-    positions: Vec<Position>,
+    positions: Vec<SequenceSeen>,
     /// All there are, also those that could not be read.
     existing: BTreeSet<TableName>,
     /// None had to be left out that may have moved.
@@ -90,7 +90,7 @@ pub(crate) async fn read(client: &Client) -> Result<Look, PgError> {
     // Reading a position opens the sequence, which waits for whoever has it locked.
     let lock_timeout = format!("SET lock_timeout = '{LOCK_WITHIN}'");
     client.batch_execute(&lock_timeout).await?;
-    let mut reading = Reading {
+    let mut reading = SequenceReading {
         client,
         trouble_until: Instant::now() + TROUBLE_WITHIN,
         complete: true,
@@ -113,17 +113,17 @@ pub(crate) async fn read(client: &Client) -> Result<Look, PgError> {
     })
 }
 
-struct Reading<'c> {
+struct SequenceReading<'c> {
     client: &'c Client,
     /// Until then those that give trouble are told from the others.
     trouble_until: Instant,
     complete: bool,
-    positions: Vec<Position>,
+    positions: Vec<SequenceSeen>,
     /// They have a first value, which only they themselves tell.
-    uncalled: Vec<Position>,
+    uncalled: Vec<SequenceSeen>,
 }
 
-impl Reading<'_> {
+impl SequenceReading<'_> {
     /// Reads those that gave a value.
     fn called<'a>(&'a mut self, oids: &'a [Oid]) -> BoxFuture<'a, Result<(), PgError>> {
         const CALLED: &str = "
@@ -147,7 +147,7 @@ impl Reading<'_> {
             };
             for row in &rows {
                 let value: Option<i64> = row.get(4);
-                let position = Position {
+                let position = SequenceSeen {
                     name: TableName::of(row),
                     increment: row.get(2),
                     value: value.unwrap_or_else(|| row.get(3)),
@@ -164,7 +164,7 @@ impl Reading<'_> {
     }
 
     /// Reads what the others would give first.
-    fn first<'a>(&'a mut self, uncalled: &'a [Position]) -> BoxFuture<'a, Result<(), PgError>> {
+    fn first<'a>(&'a mut self, uncalled: &'a [SequenceSeen]) -> BoxFuture<'a, Result<(), PgError>> {
         let each: Vec<String> = uncalled
             .iter()
             .enumerate()
@@ -185,7 +185,7 @@ impl Reading<'_> {
             };
             let positions = rows.iter().filter_map(|row| {
                 let at = usize::try_from(row.get::<_, i32>(0)).ok()?;
-                Some(Position {
+                Some(SequenceSeen {
                     value: row.get(1),
                     called: row.get(2),
                     ..uncalled.get(at)?.clone()
@@ -346,7 +346,7 @@ impl Notes {
 }
 
 /// Calls per second since the look before; none where it went backwards, or where the clock did.
-fn rate(position: &Position, (was, called): State, micros: i64) -> Option<f64> {
+fn rate(position: &SequenceSeen, (was, called): State, micros: i64) -> Option<f64> {
     if micros <= 0 || position.increment == 0 {
         return None;
     }
@@ -373,10 +373,10 @@ fn ours(name: &str) -> TableName {
 mod tests {
     use super::*;
 
-    fn position(name: &str, increment: i64, value: i64, called: bool) -> Position {
+    fn position(name: &str, increment: i64, value: i64, called: bool) -> SequenceSeen {
         let schema = "public".to_owned();
         let name = name.to_owned();
-        Position {
+        SequenceSeen {
             name: TableName { schema, name },
             increment,
             value,
@@ -384,7 +384,7 @@ mod tests {
         }
     }
 
-    fn look(seconds: i64, positions: &[Position]) -> Look {
+    fn look(seconds: i64, positions: &[SequenceSeen]) -> Look {
         Look {
             at: seconds * 1_000_000,
             positions: positions.to_vec(),
@@ -492,7 +492,7 @@ mod tests {
 
     #[test]
     fn rates_of_every_direction_and_of_the_first_call() {
-        let per = |position: &Position, was, micros| rate(position, was, micros);
+        let per = |position: &SequenceSeen, was, micros| rate(position, was, micros);
         assert_eq!(
             per(&position("a", -2, -20, true), (0, true), 1_000_000),
             Some(10.0)

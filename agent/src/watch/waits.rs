@@ -49,7 +49,7 @@ impl Wait {
 }
 
 /// Takes over what was found, and says what is new.
-pub(super) fn say(known: &mut Vec<Wait>, found: Vec<Found>, side: Side, now: Micros) {
+pub(super) fn say(known: &mut Vec<Wait>, found: Vec<FoundWait>, side: Side, now: Micros) {
     for found in found {
         let key = found.key();
         let before = known.iter().position(|wait| wait.key == key);
@@ -72,7 +72,7 @@ pub(super) fn say(known: &mut Vec<Wait>, found: Vec<Found>, side: Side, now: Mic
 
 /// What was found.
 #[derive(Debug, Default)]
-pub(crate) struct Found {
+pub(crate) struct FoundWait {
     application: String,
     /// What kind of lock, and of what.
     lock: String,
@@ -81,7 +81,7 @@ pub(crate) struct Found {
     holders: Vec<String>,
 }
 
-impl Found {
+impl FoundWait {
     fn key(&self) -> String {
         format!("{} {} {:?}", self.application, self.lock, self.holders)
     }
@@ -105,7 +105,7 @@ impl Found {
 }
 
 /// Looks who waits; cheap where nobody does.
-pub(crate) async fn look(client: &Client) -> Result<Vec<Found>, PgError> {
+pub(crate) async fn look(client: &Client) -> Result<Vec<FoundWait>, PgError> {
     const WHO: &str = "
         SELECT pid FROM pg_catalog.pg_stat_activity
          WHERE wait_event_type = 'Lock' AND starts_with(application_name, $1)";
@@ -150,7 +150,7 @@ const WAITS: &str = "
       LEFT JOIN pg_database d ON d.oid = coalesce(nullif(w.database, 0), a.datid)
      WHERE NOT w.granted AND w.pid = ANY ($1) AND w.waitstart < clock_timestamp() - interval '1 second'";
 
-fn found(row: &Row) -> Found {
+fn found(row: &Row) -> FoundWait {
     let (kind, mode): (&str, &str) = (row.get(1), row.get(2));
     let (what, database): (&str, &str) = (row.get(3), row.get(4));
     let lock = match kind {
@@ -158,7 +158,7 @@ fn found(row: &Row) -> Found {
         "relation" => format!("for {mode} on relation {what} of database {database}"),
         other => format!("for {mode} on {other} {what} of database {database}"),
     };
-    Found {
+    FoundWait {
         application: row.get(0),
         lock,
         seconds: row.get(5),
@@ -170,8 +170,8 @@ fn found(row: &Row) -> Found {
 mod tests {
     use super::*;
 
-    fn found(application: &str, seconds: f64) -> Found {
-        Found {
+    fn found(application: &str, seconds: f64) -> FoundWait {
+        FoundWait {
             application: application.to_owned(),
             lock: "for transaction 745 to end".to_owned(),
             seconds,

@@ -7,8 +7,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use super::prune::{Pruned, ended, prune};
-use super::repository::{self, Found};
-use super::retention::{self, Segment};
+use super::repository::{self, FoundBases};
+use super::retention::{self, RetentionSegment};
 use super::{BackupError, verify};
 use crate::archive::log::{self, ArchiveError, Chain, Layout, Span};
 use crate::cloud::store::{Listed, Store};
@@ -28,7 +28,7 @@ pub struct Bases {
 
 /// What reading everything back has come to.
 #[derive(Clone, Debug, Default)]
-pub struct Verified {
+pub struct VerifiedArchive {
     /// Base backups read.
     pub bases: usize,
     /// Segments of the log read.
@@ -57,7 +57,7 @@ impl Bases {
     ///
     /// # Errors
     /// [`BackupError::Store`]
-    pub async fn find(&self) -> Result<Found, BackupError> {
+    pub async fn find(&self) -> Result<FoundBases, BackupError> {
         repository::find(&self.store, &self.layout.bases()).await
     }
 
@@ -78,11 +78,11 @@ impl Bases {
     /// # Errors
     /// [`BackupError`]
     pub async fn prune(&self, retention: Duration, dry_run: bool) -> Result<Pruned, BackupError> {
-        let log: Vec<Segment> = self
+        let log: Vec<RetentionSegment> = self
             .log(PgLsn::from(0))
             .await?
             .into_iter()
-            .map(|(span, object)| Segment {
+            .map(|(span, object)| RetentionSegment {
                 name: object.name,
                 start: span.start,
                 end: span.end,
@@ -116,7 +116,11 @@ impl Bases {
     ///
     /// # Errors
     /// Where the store is away: that says nothing about what is in it.
-    pub async fn verify(&self, settled: Duration, is_last: bool) -> Result<Verified, BackupError> {
+    pub async fn verify(
+        &self,
+        settled: Duration,
+        is_last: bool,
+    ) -> Result<VerifiedArchive, BackupError> {
         let found = self.find().await?;
         let mut flaws: Vec<String> = found
             .unusable
@@ -154,7 +158,7 @@ impl Bases {
         let spans: Vec<Span> = sound.iter().map(|(span, _)| *span).collect();
         flaws.extend(missing(&found, &spans, timestamp(), settled));
         let last = sound.iter().max_by_key(|(span, _)| span.end);
-        Ok(Verified {
+        Ok(VerifiedArchive {
             bases: found.bases.len(),
             segments,
             end: last.map(|(span, object)| {
@@ -177,7 +181,7 @@ async fn agreed(store: &Store) -> Result<Timestamp, BackupError> {
 }
 
 /// From the oldest base on the log must lead to its end, and past every base that is not quite young.
-fn missing(found: &Found, spans: &[Span], now: Timestamp, settled: Duration) -> Vec<String> {
+fn missing(found: &FoundBases, spans: &[Span], now: Timestamp, settled: Duration) -> Vec<String> {
     let Some(oldest) = found.bases.first() else {
         return Vec::new();
     };
@@ -240,9 +244,9 @@ mod tests {
     #[test]
     fn every_gap_is_named_and_so_is_a_log_that_stopped() {
         let said = |bases: Vec<Summary>, spans: &[Span]| {
-            let found = Found {
+            let found = FoundBases {
                 bases,
-                ..Found::default()
+                ..FoundBases::default()
             };
             missing(&found, spans, now(), Duration::from_secs(600))
         };

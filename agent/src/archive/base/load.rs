@@ -30,13 +30,13 @@ use super::{object, rows};
 use crate::catalog::routing;
 use crate::cloud::store::Store;
 use crate::config::CopySettings;
-use crate::copy::deferred::{self, Statement};
+use crate::copy::deferred::{self, DeferredStatement};
 use crate::copy::dump::{Dump, PRE_DATA};
 use crate::copy::inventory::ForeignKey;
-use crate::copy::plan::{Pages, Part};
+use crate::copy::plan::{Pages, TablePart};
 use crate::copy::session::ReplicaSide;
 use crate::copy::toc::LeftOut;
-use crate::copy::work::{self, Work};
+use crate::copy::work::{self, CopyWork};
 use crate::copy::{self, CopyObserver, CopyPhase, finish, inventory, silence_triggers};
 use crate::failpoint;
 use crate::names::TableName;
@@ -216,7 +216,7 @@ async fn build(
     };
     let keys = job.manifest.foreign_keys.iter();
     let lacking = keys.filter(|key| !left_out.has(&key.entry) && !is_there(key));
-    let statements = Statement::foreign_keys(lacking);
+    let statements = DeferredStatement::foreign_keys(lacking);
     deferred::add_keys(client, &statements, observer).await?;
     Ok(dump.comment("schema", left_out, side).await?)
 }
@@ -335,7 +335,7 @@ async fn fill(
 ) -> Result<Vec<Taken>, BackupError> {
     let mut tables: Vec<&TableName> = Vec::new();
     // The objects are in the order in which they were best taken: the biggest first.
-    let parts: Vec<Part> = chosen
+    let parts: Vec<TablePart> = chosen
         .iter()
         .map(|(_, data)| {
             let place = tables.iter().position(|table| **table == data.table);
@@ -343,7 +343,7 @@ async fn fill(
                 tables.push(&data.table);
                 tables.len() - 1
             });
-            Part {
+            TablePart {
                 table,
                 pages: Pages::ALL,
                 bytes: data.raw_bytes,
@@ -353,7 +353,7 @@ async fn fill(
     let tops = routing::tops(&side.open().await?, tables.iter().copied()).await;
     let tops = tops.map_err(BackupError::target("read the partitioned tables"))?;
     let total = tables.len();
-    let work = Work::new(tables, &parts, total, observer);
+    let work = CopyWork::new(tables, &parts, total, observer);
     let sessions = usize::from(job.settings.jobs.max(1)).min(parts.len());
     let each = (0..sessions).map(|_| Box::pin(load_parts(job, side, (chosen, &tops), &work)));
     let taken = future::try_join_all(each).await?;
@@ -365,18 +365,18 @@ async fn load_parts(
     job: &LoadJob<'_>,
     side: &ReplicaSide<'_>,
     (chosen, tops): (&[Chosen<'_>], &BTreeMap<TableName, TableName>),
-    work: &Work<'_>,
+    work: &CopyWork<'_>,
 ) -> Result<Vec<Taken>, BackupError> {
     let mut client = side.open().await?;
     let mut taken = Vec::new();
-    while let Some(work::Taken {
+    while let Some(work::TakenWork {
         number,
         part,
         is_whole,
     }) = work.take()
     {
         let (object, data) = chosen[number];
-        let source = rows::Source {
+        let source = rows::RowSource {
             store: job.store,
             base: job.base,
             object,

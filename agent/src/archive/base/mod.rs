@@ -35,14 +35,14 @@ mod take;
 mod wipe;
 mod writing;
 
-pub use bases::{Bases, Verified};
+pub use bases::{Bases, VerifiedArchive};
 pub use error::{BackupError, Flaw};
 pub use examine::{Examined, examine};
 pub use load::{LoadJob, Ownership, found_in, load, refresh_views};
 pub use manifest::{DataFile, Manifest, Object};
 pub use object::Sum;
 pub use prune::{Pruned, prune};
-pub use repository::{Found, Newest, Summary, Unusable, find, histories, manifest, verify};
+pub use repository::{FoundBases, Newest, Summary, Unusable, find, histories, manifest, verify};
 pub use take::{TakeJob, take};
 pub use wipe::wipe;
 pub use writing::Patience;

@@ -13,8 +13,8 @@ use serde::Serialize;
 use super::bases::Bases;
 use super::error::BackupError;
 use super::manifest;
-use super::repository::{self, Found, Summary};
-use super::retention::{self, Base, Holdings, Life, Segment};
+use super::repository::{self, FoundBases, Summary};
+use super::retention::{self, Holdings, Life, RetentionBase, RetentionSegment};
 use crate::cloud::store::{Listed, Store};
 use crate::failpoint;
 use crate::pg::PgLsn;
@@ -54,16 +54,16 @@ impl Pruned {
 pub async fn prune(
     store: &Store,
     bases: &str,
-    log: &[Segment],
+    log: &[RetentionSegment],
     now: Timestamp,
     retention: Duration,
     dry_run: bool,
 ) -> Result<Pruned, BackupError> {
     let found = repository::find(store, bases).await?;
-    let whole: Vec<Base> = found
+    let whole: Vec<RetentionBase> = found
         .bases
         .iter()
-        .map(|base| Base {
+        .map(|base| RetentionBase {
             lsn: base.lsn,
             as_of: base.counts_from(),
         })
@@ -167,7 +167,7 @@ fn newest(objects: &[Listed]) -> Option<Timestamp> {
 async fn delete(
     store: &Store,
     bases: &str,
-    found: &Found,
+    found: &FoundBases,
     lsn: PgLsn,
     dry_run: bool,
 ) -> Result<(usize, u64), BackupError> {

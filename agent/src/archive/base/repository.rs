@@ -105,7 +105,7 @@ pub struct Unusable {
 
 /// Everything below a prefix of bases.
 #[derive(Debug, Default)]
-pub struct Found {
+pub struct FoundBases {
     /// The bases, oldest first.
     pub bases: Vec<Summary>,
     /// Those that were there and cannot be used, oldest first.
@@ -114,7 +114,7 @@ pub struct Found {
     pub(super) objects: BTreeMap<u64, Vec<Listed>>,
 }
 
-impl Found {
+impl FoundBases {
     /// Says aloud what cannot be used.
     pub fn warn(&self) {
         for Unusable { base, reason, .. } in &self.unusable {
@@ -127,7 +127,7 @@ impl Found {
 ///
 /// # Errors
 /// [`BackupError::Store`]
-pub async fn find(store: &Store, bases: &str) -> Result<Found, BackupError> {
+pub async fn find(store: &Store, bases: &str) -> Result<FoundBases, BackupError> {
     let mut objects: BTreeMap<u64, Vec<Listed>> = BTreeMap::new();
     for listed in store.list(bases, None).await? {
         // What has another name is not ours.
@@ -135,7 +135,7 @@ pub async fn find(store: &Store, bases: &str) -> Result<Found, BackupError> {
             objects.entry(lsn).or_default().push(listed);
         }
     }
-    let mut found = Found::default();
+    let mut found = FoundBases::default();
     for (&lsn, listed) in &objects {
         let lsn = PgLsn::from(lsn);
         let base = base(bases, lsn);

@@ -33,7 +33,7 @@ pub const LEFTOVER_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// A base that is whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Base {
+pub struct RetentionBase {
     /// Its LSN.
     pub lsn: PgLsn,
     /// When the rows were like this.
@@ -42,7 +42,7 @@ pub struct Base {
 
 /// A piece of the change log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Segment {
+pub struct RetentionSegment {
     /// The object's name.
     pub name: String,
     /// Where it begins.
@@ -57,13 +57,13 @@ pub struct Segment {
 #[derive(Clone, Copy, Debug)]
 pub struct Holdings<'a> {
     /// Bases, in any order.
-    pub bases: &'a [Base],
+    pub bases: &'a [RetentionBase],
     /// LSNs of bases that nobody can restore from: they go with their neighbours.
     pub unusable: &'a [PgLsn],
     /// LSNs of what backups that were killed, or are being taken, have left.
     pub leftovers: &'a [PgLsn],
     /// The change log, in any order.
-    pub log: &'a [Segment],
+    pub log: &'a [RetentionSegment],
 }
 
 /// Two clocks may differ so much: nothing is kept for so short a time that it would matter.
@@ -109,7 +109,7 @@ pub fn expired(holdings: Holdings<'_>, now: Timestamp, retention: Duration) -> E
     gone.sort();
     // What lies before a base that is older than the retention is older, too. Before younger bases there may be log that no
     // base needs and a reader of a Kinesis stream does: it stays as long as any other.
-    let mut log: Vec<&Segment> = holdings
+    let mut log: Vec<&RetentionSegment> = holdings
         .log
         .iter()
         .filter(|segment| kept.is_some_and(|kept| segment.end <= kept))
@@ -165,15 +165,15 @@ mod tests {
         Timestamp::from_second(1_767_225_600 + seconds as i64).unwrap()
     }
 
-    fn base(lsn: u64, seconds: u64) -> Base {
-        Base {
+    fn base(lsn: u64, seconds: u64) -> RetentionBase {
+        RetentionBase {
             lsn: PgLsn::from(lsn),
             as_of: at(seconds),
         }
     }
 
-    fn segment(start: u64, end: u64) -> Segment {
-        Segment {
+    fn segment(start: u64, end: u64) -> RetentionSegment {
+        RetentionSegment {
             name: format!("{start}-{end}"),
             start: PgLsn::from(start),
             end: PgLsn::from(end),
@@ -322,7 +322,7 @@ mod tests {
                         first.get_or_insert(now);
                     }
                 }
-                while let Some(start) = Some(log.last().map_or(0, |s: &Segment| u64::from(s.end)))
+                while let Some(start) = Some(log.last().map_or(0, |s: &RetentionSegment| u64::from(s.end)))
                     .filter(|start| start + segment_minutes * 60 <= now)
                 {
                     log.push(segment(start, start + segment_minutes * 60));

@@ -17,10 +17,10 @@ use super::manifest::{DataFile, Object};
 use super::object::{self, Feed, Sum};
 use crate::cloud::store::{Put, Store};
 use crate::copy::CopyError;
-use crate::copy::layout::Layout;
-use crate::copy::plan::Part;
+use crate::copy::layout::TableLayout;
+use crate::copy::plan::TablePart;
 use crate::copy::table::{self, CHUNK_BYTES, RowCounter};
-use crate::copy::work::Work;
+use crate::copy::work::CopyWork;
 use crate::names::TableName;
 use crate::pg::quote::quote_ident;
 
@@ -36,9 +36,9 @@ pub(super) async fn write(
     source: &Client,
     store: &Store,
     object: String,
-    layout: &Layout,
-    part: &Part,
-    work: &Work<'_>,
+    layout: &TableLayout,
+    part: &TablePart,
+    work: &CopyWork<'_>,
 ) -> Result<(Put, Sum, Counted), BackupError> {
     let (feed, packing) = object::pack(store, object);
     let reading = read_part(source, layout, part, feed, work);
@@ -48,10 +48,10 @@ pub(super) async fn write(
 
 async fn read_part(
     source: &Client,
-    layout: &Layout,
-    part: &Part,
+    layout: &TableLayout,
+    part: &TablePart,
     feed: Feed,
-    work: &Work<'_>,
+    work: &CopyWork<'_>,
 ) -> Result<(u64, u64), BackupError> {
     let reading = || CopyError::source(format!("read table {}", layout.name));
     let stream = source.copy_out(&table::copy_out(layout, part)).await;
@@ -79,7 +79,7 @@ async fn read_part(
 }
 
 /// An object with rows, and where it comes from.
-pub(super) struct Source<'a> {
+pub(super) struct RowSource<'a> {
     pub(super) store: &'a Store,
     pub(super) base: &'a str,
     pub(super) object: &'a Object,
@@ -88,14 +88,14 @@ pub(super) struct Source<'a> {
     pub(super) top: Option<&'a TableName>,
 }
 
-impl Source<'_> {
+impl RowSource<'_> {
     /// Loads the object in one transaction. A table that has no other part is emptied first, in that transaction: then
     /// its rows are written frozen and, with `wal_level = minimal`, without WAL.
     pub(super) async fn load(
         &self,
         target: &Client,
         is_whole: bool,
-        work: &Work<'_>,
+        work: &CopyWork<'_>,
     ) -> Result<(), BackupError> {
         table::begin(target).await?;
         let freeze =
@@ -108,7 +108,7 @@ impl Source<'_> {
         &self,
         target: &Client,
         freeze: bool,
-        work: &Work<'_>,
+        work: &CopyWork<'_>,
     ) -> Result<(), BackupError> {
         let Self { object, data, .. } = self;
         let writing = || BackupError::target(format!("write table {}", data.table));

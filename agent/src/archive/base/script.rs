@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 
 use super::manifest::DataFile;
-use crate::copy::finish::Position;
+use crate::copy::finish::SequenceState;
 use crate::names::TableName;
 use crate::pg::quote::{quote_ident, quote_literal};
 use crate::pg::settings::VALUES;
@@ -51,7 +51,7 @@ fn fill(name: &str, data: &DataFile, taker: Option<&TableName>) -> String {
 }
 
 /// Sets the sequences. Their names may have any characters, and `psql` goes by the terminal's.
-pub(super) fn set_sequences<'a>(positions: impl Iterator<Item = &'a Position>) -> String {
+pub(super) fn set_sequences<'a>(positions: impl Iterator<Item = &'a SequenceState>) -> String {
     let mut script = String::from("SET client_encoding = 'UTF8';\n");
     for at in positions {
         script.push_str(&format!(
@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn sequences_are_set_as_they_stand() {
-        let position = Position {
+        let position = SequenceState {
             name: "\"S\".\"it's\"".into(),
             value: -7,
             called: false,

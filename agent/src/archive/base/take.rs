@@ -36,12 +36,12 @@ use crate::cloud::store::Store;
 use crate::config::CopySettings;
 use crate::copy::dump::{Dump, POST_DATA, PRE_DATA};
 use crate::copy::export;
-use crate::copy::layout::{self, Layout};
+use crate::copy::layout::{self, TableLayout};
 use crate::copy::locale;
 use crate::copy::session::SourceSide;
 use crate::copy::toc::LeftOut;
 use crate::copy::tools::Tools;
-use crate::copy::work::{Taken, Work};
+use crate::copy::work::{CopyWork, TakenWork};
 use crate::copy::{self, CopyObserver, CopyPhase, finish, inventory};
 use crate::error::Because;
 use crate::failpoint;
@@ -189,7 +189,7 @@ impl<'a> Taking<'a> {
         taking.sequences(&client).await?;
 
         observer.phase(CopyPhase::Data);
-        let work = Work::new(names.iter().collect(), &parts, names.len(), observer);
+        let work = CopyWork::new(names.iter().collect(), &parts, names.len(), observer);
         taking.rows(&sessions, &layouts, &work).await?;
 
         observer.phase(CopyPhase::PostData);
@@ -299,8 +299,8 @@ impl<'a> Taking<'a> {
     async fn rows(
         &mut self,
         sessions: &[Client],
-        layouts: &[Layout],
-        work: &Work<'_>,
+        layouts: &[TableLayout],
+        work: &CopyWork<'_>,
     ) -> Result<(), BackupError> {
         let roots: Vec<&TableName> = self.job.tables.iter().map(|table| &table.root).collect();
         let (store, base) = (self.job.store, &self.base);
@@ -330,12 +330,12 @@ async fn write_parts(
     session: &Client,
     store: &Store,
     base: &Writing<'_>,
-    layouts: &[Layout],
+    layouts: &[TableLayout],
     roots: &[&TableName],
-    work: &Work<'_>,
+    work: &CopyWork<'_>,
 ) -> Result<Vec<Object>, BackupError> {
     let mut objects = Vec::new();
-    while let Some(Taken { number, part, .. }) = work.take() {
+    while let Some(TakenWork { number, part, .. }) = work.take() {
         let layout = &layouts[part.table];
         let name = format!("data/{:05}.copy.zst", number + 1);
         let write = |object| -> BoxFuture<'_, _> {

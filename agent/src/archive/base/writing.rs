@@ -313,13 +313,13 @@ mod tests {
 
     use super::*;
     use crate::archive::base::manifest::tests::example;
-    use crate::cloud::store::{Doing, Encryption, Refusal, StoreUrl};
+    use crate::cloud::store::{Encryption, Refusal, StoreOperation, StoreUrl};
 
     const BASE: &str = "s/1/base/000000000000000A/";
 
     fn refused(refusal: Refusal) -> BackupError {
         let error = StoreError::S3 {
-            doing: Doing::Write,
+            doing: StoreOperation::Write,
             object: "s3://b/a".to_owned(),
             refusal,
             said: "no".to_owned(),
@@ -329,7 +329,7 @@ mod tests {
 
     fn on_disk(kind: io::ErrorKind) -> BackupError {
         let error = StoreError::Io {
-            doing: Doing::Write,
+            doing: StoreOperation::Write,
             object: "file:///b/a".to_owned(),
             source: kind.into(),
         };

@@ -31,7 +31,7 @@ const WITHIN: Duration = Duration::from_secs(60);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
 /// One that is being read, or was.
-struct Begun {
+struct BegunRead {
     span: Span,
     bytes: u64,
     reading: AbortOnDropHandle<Result<Bytes, StoreError>>,
@@ -43,7 +43,7 @@ pub struct Ahead {
     layout: Layout,
     /// What the store lists.
     sizes: BTreeMap<Span, u64>,
-    begun: VecDeque<Begun>,
+    begun: VecDeque<BegunRead>,
 }
 
 impl Ahead {
@@ -94,7 +94,7 @@ impl Ahead {
             // What was in between is not on the way any more.
             let known = before.iter().position(|begun| begun.span == span);
             let begun = known.and_then(|at| before.remove(at));
-            let begun = begun.unwrap_or_else(|| Begun {
+            let begun = begun.unwrap_or_else(|| BegunRead {
                 span,
                 bytes: size,
                 reading: AbortOnDropHandle::new(tokio::spawn(read(

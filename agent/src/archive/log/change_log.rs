@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::idle::{Due, is_idle};
-use super::spool::{Appended, Opened};
+use super::spool::{Appended, OpenedSpool};
 use super::uploading::{Item, Uploading, send_waiting};
 use super::{Layout, Span, Spool, SpoolError, SpoolLimits};
 use crate::cloud::store::{Encryption, StoreUrl};
@@ -85,7 +85,7 @@ pub enum Taken {
 
 /// How far the log has come.
 #[derive(Clone, Copy, Debug)]
-pub struct Reach {
+pub struct LogReach {
     /// The end of its last transaction.
     pub position: PgLsn,
     /// When that moved last.
@@ -98,7 +98,7 @@ pub struct Reach {
     pub stuck: bool,
 }
 
-impl Reach {
+impl LogReach {
     /// Whether the pipeline has been at the front for a while since `began`, so that nobody else need read for the log.
     pub fn pipeline_leads(&self, began: Instant, now: Instant, lead: Duration) -> bool {
         self.front
@@ -117,7 +117,7 @@ impl Reach {
 pub struct LogHandle {
     history: History,
     requests: mpsc::Sender<Request>,
-    reach: watch::Receiver<Reach>,
+    reach: watch::Receiver<LogReach>,
     uploaded: watch::Receiver<PgLsn>,
 }
 
@@ -133,12 +133,12 @@ impl LogHandle {
     }
 
     /// How far the log has come.
-    pub fn reach(&self) -> Reach {
+    pub fn reach(&self) -> LogReach {
         *self.reach.borrow()
     }
 
     /// The same, and further as it goes.
-    pub fn watch(&self) -> watch::Receiver<Reach> {
+    pub fn watch(&self) -> watch::Receiver<LogReach> {
         self.reach.clone()
     }
 
@@ -228,7 +228,7 @@ impl Log {
         metrics: ArchiveMetrics,
         broken: watch::Sender<Option<PgLsn>>,
     ) -> Result<Self, SpoolError> {
-        let Opened {
+        let OpenedSpool {
             spool,
             waiting,
             taken,
@@ -241,7 +241,7 @@ impl Log {
         send_waiting(&complete, waiting, spool.position());
         let (requests, requested) = mpsc::channel(OFFERS);
         let (end, told_to_end) = oneshot::channel();
-        let (reach, reach_seen) = watch::channel(Reach {
+        let (reach, reach_seen) = watch::channel(LogReach {
             position: spool.position(),
             moved_at: Instant::now(),
             front: None,
@@ -331,7 +331,7 @@ pub async fn upload_leftover(
     settings: LogSettings,
     metrics: ArchiveMetrics,
 ) -> Result<(), SpoolError> {
-    let Opened {
+    let OpenedSpool {
         spool,
         waiting,
         taken,
@@ -355,7 +355,7 @@ pub async fn upload_leftover(
 }
 
 /// All that waits is read and checked, which takes its time where the store was away for long.
-fn open(settings: &LogSettings, start: PgLsn) -> Result<Opened, SpoolError> {
+fn open(settings: &LogSettings, start: PgLsn) -> Result<OpenedSpool, SpoolError> {
     tokio::task::block_in_place(|| Spool::open(&settings.directory, settings.limits, start))
 }
 
@@ -366,7 +366,7 @@ struct Writer {
     complete: mpsc::UnboundedSender<Item>,
     metrics: ArchiveMetrics,
     broken: watch::Sender<Option<PgLsn>>,
-    reach: watch::Sender<Reach>,
+    reach: watch::Sender<LogReach>,
     uploaded: watch::Receiver<PgLsn>,
     /// When the segment that is being written is old enough.
     due: Due,

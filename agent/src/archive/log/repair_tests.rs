@@ -17,7 +17,7 @@ fn layout() -> Layout {
 }
 
 /// A complete segment in a spool of its own.
-fn segment(spool: &Path) -> Segment {
+fn segment(spool: &Path) -> SpoolSegment {
     let limits = SpoolLimits {
         bytes: 1 << 20,
         segment_bytes: 1 << 10,

@@ -14,7 +14,7 @@ use std::io::{Read as _, Write as _};
 use bytes::Bytes;
 
 use super::unzstd::Unzstd;
-use super::{ArchiveError, Layout, Segment, Span, SpoolError};
+use super::{ArchiveError, Layout, Span, SpoolError, SpoolSegment};
 use crate::cloud::store::{ObjectReader, Put, Store, Version};
 use crate::flow::changelog::{Frames, Part, Unpacker, history_of};
 use crate::names::history::History;
@@ -46,7 +46,7 @@ pub(super) struct Uploaded {
 pub(super) async fn upload(
     store: &Store,
     layout: &Layout,
-    segment: &Segment,
+    segment: &SpoolSegment,
 ) -> Result<Uploaded, ArchiveError> {
     let there = Uploaded {
         raw_bytes: segment.bytes(),
@@ -120,7 +120,7 @@ pub(super) async fn copy_aside(
 pub(super) async fn write(
     store: &Store,
     layout: &Layout,
-    segment: &Segment,
+    segment: &SpoolSegment,
     instead: Option<Version>,
 ) -> Result<Option<Uploaded>, ArchiveError> {
     let name = layout.segment(segment.span);

@@ -147,7 +147,7 @@ impl Classify for SpoolError {
 
 /// A complete segment in the spool.
 #[derive(Debug)]
-pub struct Segment {
+pub struct SpoolSegment {
     /// What it holds.
     pub span: Span,
     path: PathBuf,
@@ -155,7 +155,7 @@ pub struct Segment {
     used: Arc<AtomicU64>,
 }
 
-impl Segment {
+impl SpoolSegment {
     /// Its file.
     pub fn path(&self) -> &Path {
         &self.path
@@ -225,7 +225,7 @@ pub struct Spool {
     directory: PathBuf,
     limits: SpoolLimits,
     used: Arc<AtomicU64>,
-    open: Option<Open>,
+    open: Option<OpenSegment>,
     /// How far the log has come.
     position: PgLsn,
     /// By when everything had committed that is in the log, as far as the spool remembers.
@@ -238,11 +238,11 @@ pub struct Spool {
 
 /// What an opened spool has.
 #[derive(Debug)]
-pub struct Opened {
+pub struct OpenedSpool {
     /// The spool.
     pub spool: Spool,
     /// What waits in it, in order.
-    pub waiting: Vec<Segment>,
+    pub waiting: Vec<SpoolSegment>,
     /// The last segment that the store has taken from here.
     pub taken: Option<LastTaken>,
 }
@@ -260,7 +260,7 @@ pub struct LastTaken {
 
 /// The segment that is being written.
 #[derive(Debug)]
-struct Open {
+struct OpenSegment {
     file: File,
     path: PathBuf,
     span: Span,
@@ -283,7 +283,11 @@ impl Spool {
     ///
     /// # Errors
     /// [`SpoolError`]
-    pub fn open(directory: &Path, limits: SpoolLimits, start: PgLsn) -> Result<Opened, SpoolError> {
+    pub fn open(
+        directory: &Path,
+        limits: SpoolLimits,
+        start: PgLsn,
+    ) -> Result<OpenedSpool, SpoolError> {
         make_durably(directory)?;
         let lock = lock(directory)?;
         let used = Arc::new(AtomicU64::new(0));
@@ -305,7 +309,7 @@ impl Spool {
                 newest = newest.max(Some(pg_micros(written)));
                 let bytes = status.len();
                 used.fetch_add(bytes, Ordering::Relaxed);
-                waiting.push(Segment {
+                waiting.push(SpoolSegment {
                     span,
                     path,
                     bytes,
@@ -342,7 +346,7 @@ impl Spool {
             _lock: lock,
         };
         spool.pass()?;
-        Ok(Opened {
+        Ok(OpenedSpool {
             spool,
             waiting,
             taken,
@@ -499,13 +503,13 @@ impl Spool {
     ///
     /// # Errors
     /// [`SpoolError`]
-    pub fn close(&mut self) -> Result<Option<Segment>, SpoolError> {
+    pub fn close(&mut self) -> Result<Option<SpoolSegment>, SpoolError> {
         self.pass()?;
         let Some(open) = self.open.take() else {
             return Ok(None);
         };
         let path = complete(&self.directory, &open.path, open.span)?;
-        Ok(Some(Segment {
+        Ok(Some(SpoolSegment {
             span: open.span,
             path,
             bytes: open.bytes,
@@ -548,11 +552,11 @@ fn lock(directory: &Path) -> Result<File, SpoolError> {
     }
 }
 
-fn begin(directory: &Path, start: PgLsn) -> Result<Open, SpoolError> {
+fn begin(directory: &Path, start: PgLsn) -> Result<OpenSegment, SpoolError> {
     let path = directory.join(format!("{}.{OPEN}", digits(start)));
     let file = File::create(&path).map_err(at("create", &path))?;
     sync_directory(directory)?;
-    Ok(Open {
+    Ok(OpenSegment {
         file,
         path,
         span: Span { start, end: start },
@@ -575,7 +579,7 @@ impl<E: Into<SpoolError>> From<E> for WriteError {
 /// Writes the parts of a batch, without what ends at or before `held`; waits for the disk, and returns how many bytes that
 /// took: at most `room`.
 fn write(
-    open: &mut Open,
+    open: &mut OpenSegment,
     author: &Author,
     batch: &Batch,
     held: PgLsn,

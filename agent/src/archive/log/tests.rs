@@ -62,7 +62,7 @@ pub(super) fn batch(previous: u64, end: u64, bytes: usize) -> Batch {
 }
 
 /// Where the transactions of a segment end.
-fn ends(segment: &Segment) -> Vec<u64> {
+fn ends(segment: &SpoolSegment) -> Vec<u64> {
     let mut frames = Frames::default();
     frames.push(&fs::read(segment.path()).unwrap());
     let mut messages = Vec::new();
@@ -174,7 +174,7 @@ proptest! {
 }
 
 /// An empty spool, or what is left of one.
-fn open(directory: &Path) -> (Spool, Vec<Segment>) {
+fn open(directory: &Path) -> (Spool, Vec<SpoolSegment>) {
     let opened = Spool::open(directory, LIMITS, lsn(10)).unwrap();
     (opened.spool, opened.waiting)
 }
@@ -283,7 +283,7 @@ const WRITTEN: &str = "000000000000000A.open";
 
 fn found(directory: &Path) -> Vec<(Span, Vec<u64>)> {
     let (spool, waiting) = open(directory);
-    let bytes = waiting.iter().map(Segment::bytes).sum::<u64>();
+    let bytes = waiting.iter().map(SpoolSegment::bytes).sum::<u64>();
     assert_eq!(spool.used(), bytes);
     waiting.iter().map(|s| (s.span, ends(s))).collect()
 }

@@ -15,7 +15,7 @@ use super::chain::Chain;
 use super::change_log::LogSettings;
 use super::segment::{Uploaded, upload};
 use super::spool::LastTaken;
-use super::{ArchiveError, Segment, Span, SpoolError};
+use super::{ArchiveError, Span, SpoolError, SpoolSegment};
 use crate::backoff::{self, Decision};
 use crate::cloud::store::Store;
 use crate::error::{Class, Classify as _, chain};
@@ -27,7 +27,7 @@ use crate::time::wall_clock;
 /// What the upload is given.
 #[derive(Debug)]
 pub(super) enum Item {
-    Segment(Segment),
+    Segment(SpoolSegment),
     /// What lies before this is elsewhere, or nowhere: nobody waits for it.
     GoOnAt(PgLsn),
 }
@@ -36,7 +36,7 @@ pub(super) enum Item {
 /// come.
 pub(super) fn send_waiting(
     to: &mpsc::UnboundedSender<Item>,
-    waiting: Vec<Segment>,
+    waiting: Vec<SpoolSegment>,
     position: PgLsn,
 ) {
     for segment in waiting {
@@ -60,7 +60,7 @@ pub(super) struct Uploading {
     /// The last segment that an earlier run has brought there, or elsewhere.
     pub(super) taken: Option<LastTaken>,
     /// Segments whose names something else has that cannot be read: they wait in the spool, and hold nobody up.
-    pub(super) parked: Vec<Segment>,
+    pub(super) parked: Vec<SpoolSegment>,
 }
 
 impl Uploading {
@@ -132,7 +132,7 @@ impl Uploading {
     async fn upload(
         &mut self,
         store: &mut Option<Store>,
-        segment: &Segment,
+        segment: &SpoolSegment,
     ) -> Result<Uploaded, ArchiveError> {
         let store = match store {
             Some(store) => store,
@@ -147,7 +147,7 @@ impl Uploading {
     }
 
     /// The others go on; it is tried again now and then.
-    fn park(&mut self, segment: Segment, error: &ArchiveError) {
+    fn park(&mut self, segment: SpoolSegment, error: &ArchiveError) {
         self.metrics.retries.increment(1);
         tracing::error!(
             stream = self.settings.author.stream, segment = segment.span.name(), error = %chain(error), hint = error.hint(),
@@ -183,7 +183,7 @@ impl Uploading {
     }
 
     /// Says so, and waits.
-    async fn failed(&self, error: &ArchiveError, segment: &Segment, attempt: u32) {
+    async fn failed(&self, error: &ArchiveError, segment: &SpoolSegment, attempt: u32) {
         self.metrics.retries.increment(1);
         let retry_max = self.settings.retry_max;
         let decision = backoff::decide(error.class(), attempt, retry_max, rand::random());

@@ -19,7 +19,7 @@ use rustls::pki_types::pem::PemObject as _;
 
 /// What the environment says about the way to AWS.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Way {
+pub(super) struct ProxySettings {
     /// `AWS_CA_BUNDLE`
     bundle: Option<PathBuf>,
     /// `HTTPS_PROXY`
@@ -28,7 +28,7 @@ pub(super) struct Way {
     direct: Option<String>,
 }
 
-impl Way {
+impl ProxySettings {
     pub(super) fn of_environment() -> Self {
         let said = |names: [&str; 2]| {
             let mut values = names.into_iter().filter_map(|name| env::var(name).ok());
@@ -151,7 +151,7 @@ mod tests {
         (port, pem)
     }
 
-    async fn asked(way: &Way, port: u16) -> Refusal {
+    async fn asked(way: &ProxySettings, port: u16) -> Refusal {
         let config = aws_sdk_s3::Config::builder()
             .behavior_version(BehaviorVersion::v2026_01_12())
             .http_client(way.client())
@@ -170,9 +170,9 @@ mod tests {
         let (port, pem) = endpoint().await;
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("bundle.pem");
-        let way = |bundle: Option<&Path>| Way {
+        let way = |bundle: Option<&Path>| ProxySettings {
             bundle: bundle.map(Path::to_owned),
-            ..Way::default()
+            ..ProxySettings::default()
         };
         let unknown = asked(&way(None), port).await;
         assert_eq!(unknown, Refusal::Certificate);
@@ -212,7 +212,7 @@ mod tests {
                 .await;
             String::from_utf8_lossy(&asked[..length]).into_owned()
         });
-        let mut way = Way {
+        let mut way = ProxySettings {
             bundle: Some(bundle),
             proxy: Some(format!("http://127.0.0.1:{proxy_port}")),
             direct: None,

@@ -15,7 +15,7 @@ use crate::error::{Class, Classify};
 
 /// An operation of Kinesis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
+pub enum KinesisOperation {
     /// None yet: a client is made.
     Open,
     /// Asks for the stream's state.
@@ -31,7 +31,7 @@ pub enum Operation {
 }
 
 /// As AWS writes it, also in IAM behind `kinesis:`.
-impl fmt::Display for Operation {
+impl fmt::Display for KinesisOperation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Open => "open",
@@ -51,7 +51,7 @@ pub enum KinesisError {
     #[error("{operation} of Kinesis stream {stream}: {refusal}: {said}")]
     Refused {
         /// What was asked.
-        operation: Operation,
+        operation: KinesisOperation,
         /// The stream's name.
         stream: String,
         /// Why.
@@ -102,7 +102,7 @@ impl Classify for KinesisError {
     }
 }
 
-fn hint(refusal: Refusal, operation: Operation) -> String {
+fn hint(refusal: Refusal, operation: KinesisOperation) -> String {
     match refusal {
         Refusal::Denied => {
             format!("allow the agent's role kinesis:{operation} on the stream; it is tried again")
@@ -113,7 +113,7 @@ fn hint(refusal: Refusal, operation: Operation) -> String {
         ),
         Refusal::Kms => {
             let right = match operation {
-                Operation::PutRecords => "kms:GenerateDataKey",
+                KinesisOperation::PutRecords => "kms:GenerateDataKey",
                 _ => "kms:Decrypt",
             };
             format!(

@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc};
 
-use super::read::Report;
+use super::read::ReadReport;
 use super::retries::Retries;
-use super::{Kinesis, KinesisError, Operation};
+use super::{Kinesis, KinesisError, KinesisOperation};
 
 /// The watermark of a reader is not newer than its list. (ListShards may be called a thousand times as often.)
 const EVERY: Duration = Duration::from_secs(1);
@@ -26,7 +26,7 @@ impl Kinesis {
     /// Lists shards until nobody listens, or something needs a person.
     pub(super) async fn keep_listing(
         self,
-        reports: mpsc::Sender<Report>,
+        reports: mpsc::Sender<ReadReport>,
         ended: Arc<Notify>,
     ) -> Result<(), KinesisError> {
         let mut streak = Retries::default();
@@ -35,7 +35,11 @@ impl Kinesis {
             match self.list_shards().await {
                 Ok(shards) => {
                     streak.end();
-                    if reports.send(Report::Listed { sent, shards }).await.is_err() {
+                    if reports
+                        .send(ReadReport::Listed { sent, shards })
+                        .await
+                        .is_err()
+                    {
                         return Ok(());
                     }
                     tokio::select! {
@@ -60,10 +64,10 @@ impl Kinesis {
             };
             let page = Box::pin(request.send())
                 .await
-                .map_err(|error| self.refused(Operation::ListShards, &error))?;
+                .map_err(|error| self.refused(KinesisOperation::ListShards, &error))?;
             // A stream has shards; an answer without any is another's.
             let ids = page.shards.filter(|ids| !ids.is_empty());
-            let ids = ids.ok_or_else(|| self.incomplete(Operation::ListShards))?;
+            let ids = ids.ok_or_else(|| self.incomplete(KinesisOperation::ListShards))?;
             shards.extend(ids.into_iter().map(|shard| shard.shard_id));
             token = page.next_token;
             if token.is_none() {

@@ -44,8 +44,8 @@ use aws_sdk_kinesis::types::{EncryptionType, StreamStatus};
 use tokio::sync::Semaphore;
 
 pub use self::calls::{RECORD_BYTES_MAX, Record};
-pub use self::error::{KinesisError, Operation, Refusal};
-use self::pace::Pace;
+pub use self::error::{KinesisError, KinesisOperation, Refusal};
+use self::pace::CallPace;
 pub use self::put::PutStats;
 pub use self::read::{Event, ReadStats, Records, StartAt};
 pub use self::shared::{OnRead, Wanted};
@@ -67,7 +67,7 @@ pub struct Kinesis {
     client: Client,
     stream: Arc<str>,
     putting: Arc<Semaphore>,
-    pace: Arc<Pace>,
+    pace: Arc<CallPace>,
 }
 
 /// The client's own representation is long, and holds what is none of a log's business.
@@ -108,7 +108,7 @@ impl Kinesis {
         let environment = Box::pin(aws::environment(settings, "Kinesis", ATTEMPTS)).await;
         let Some(region) = environment.region else {
             return Err(KinesisError::Refused {
-                operation: Operation::Open,
+                operation: KinesisOperation::Open,
                 stream: stream.to_owned(),
                 refusal: Refusal::Region,
                 said: "the environment names no region".to_owned(),
@@ -122,7 +122,7 @@ impl Kinesis {
             stream: stream.into(),
             putting: Arc::new(Semaphore::new(PUTTING_MAX)),
             // All calls may share one line.
-            pace: Arc::new(Pace::new(
+            pace: Arc::new(CallPace::new(
                 aws::SLOWEST_BYTES_PER_SECOND / PUTTING_MAX as u64,
             )),
         })
@@ -141,9 +141,9 @@ impl Kinesis {
         let request = self.client.describe_stream_summary();
         let answer = Box::pin(request.stream_name(self.stream()).send())
             .await
-            .map_err(|error| self.refused(Operation::DescribeStreamSummary, &error))?;
+            .map_err(|error| self.refused(KinesisOperation::DescribeStreamSummary, &error))?;
         let Some(said) = answer.stream_description_summary else {
-            return Err(self.incomplete(Operation::DescribeStreamSummary));
+            return Err(self.incomplete(KinesisOperation::DescribeStreamSummary));
         };
         let hours = u64::try_from(said.retention_period_hours).unwrap_or_default();
         Ok(StreamSummary {

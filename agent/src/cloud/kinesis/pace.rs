@@ -28,12 +28,12 @@ const MEASURED_FROM: u64 = 128 << 10;
 
 /// What calls have come to, in bytes per second for each.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(super) struct CallPace {
     pace: AtomicU64,
     slowest: u64,
 }
 
-impl Pace {
+impl CallPace {
     /// Nothing is known yet. `slowest`: what each call has of the slowest line, in bytes per second.
     pub(super) fn new(slowest: u64) -> Self {
         Self {
@@ -80,13 +80,13 @@ mod tests {
     const MIB: u64 = 1 << 20;
     const SLOWEST: u64 = 8 << 10;
 
-    fn deadline(pace: &Pace, bytes: u64) -> u64 {
+    fn deadline(pace: &CallPace, bytes: u64) -> u64 {
         pace.deadline(pace.now(), bytes).as_secs()
     }
 
     #[test]
     fn the_largest_call_on_a_forgotten_connection_leaves_time_for_another_within_half_a_minute() {
-        let pace = Pace::new(SLOWEST);
+        let pace = CallPace::new(SLOWEST);
         // Not even measured yet.
         assert_eq!(deadline(&pace, 5 * MIB), 25);
         for _ in 0..20 {
@@ -106,7 +106,7 @@ mod tests {
 
     #[test]
     fn a_line_that_has_become_slow_is_given_its_time_in_the_end() {
-        let pace = Pace::new(SLOWEST);
+        let pace = CallPace::new(SLOWEST);
         (0..20).for_each(|_| pace.answered(MIB, Duration::from_millis(10)));
         let mut deadlines = Vec::new();
         for _ in 0..20 {
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn small_calls_say_nothing_of_the_line() {
-        let pace = Pace::new(SLOWEST);
+        let pace = CallPace::new(SLOWEST);
         let before = pace.now();
         pace.answered(1000, Duration::from_secs(3));
         assert_eq!(pace.now(), before);

@@ -14,7 +14,7 @@ use aws_sdk_kinesis::error::ProvideErrorMetadata as _;
 use aws_sdk_kinesis::primitives::Blob;
 use aws_sdk_kinesis::types::{PutRecordsRequestEntry, ShardIteratorType};
 
-use super::{Kinesis, KinesisError, Operation, Refusal};
+use super::{Kinesis, KinesisError, KinesisOperation, Refusal};
 
 /// 2^128: hash keys end one before it. As many digits as the last, so that it has the form of one.
 const NO_HASH_KEY: &str = "340282366920938463463374607431768211456";
@@ -45,7 +45,7 @@ impl Kinesis {
         let iterator = match Box::pin(request.send()).await {
             Ok(answer) => answer.shard_iterator,
             Err(error) => {
-                let error = self.refused(Operation::GetShardIterator, &error);
+                let error = self.refused(KinesisOperation::GetShardIterator, &error);
                 // A shard that is not there was looked for: that is allowed.
                 let guessed = shard.is_none() && error.refusal() == Some(Refusal::NoStream);
                 if !guessed {
@@ -57,7 +57,9 @@ impl Kinesis {
         if let Some(iterator) = iterator {
             let request = self.client.get_records().shard_iterator(iterator).limit(1);
             if let Err(error) = Box::pin(request.send()).await {
-                refused.extend(is_in_the_way(self.refused(Operation::GetRecords, &error)));
+                refused.extend(is_in_the_way(
+                    self.refused(KinesisOperation::GetRecords, &error),
+                ));
             }
         }
         refused
@@ -79,7 +81,7 @@ impl Kinesis {
             Ok(answer) => answer,
             Err(error) if error.code() == Some(BAD_RECORD) => return Ok(()),
             Err(error) => {
-                let error = self.refused(Operation::PutRecords, &error);
+                let error = self.refused(KinesisOperation::PutRecords, &error);
                 return is_in_the_way(error).map_or(Ok(()), Err);
             }
         };

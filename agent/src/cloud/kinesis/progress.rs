@@ -1,13 +1,13 @@
 //! ● How far a reader of many shards has come, and which shard may go on. Pure: time is an argument.
 //!
-//! `shard` asks where a page of records leads, `read` keeps a [`Progress`] and tells what follows from it. A *position*
+//! `shard` asks where a page of records leads, `read` keeps a [`ShardsProgress`] and tells what follows from it. A *position*
 //! of a shard is a time on this machine's clock: what the shard had accepted before it has been delivered.
 //!
 //! A position is rounded down, and the time by which a page had arrived ([`Page::arrived_by`]) up. So the two can be compared
 //! over shards: both are differences on one server's clock, taken from ours, and it does not matter that the clocks differ.
 //!
 //! # Invariants
-//! - [`Progress::read_up_to`] never goes back, is not ahead of any shard's position, and is not ahead of the time at
+//! - [`ShardsProgress::read_up_to`] never goes back, is not ahead of any shard's position, and is not ahead of the time at
 //!   which the shards were listed last: a shard that is not known yet began after that, and so did its records.
 //! - The slowest shard always may go on, and so does one without a position: pausing cannot end in a deadlock.
 //!
@@ -143,7 +143,7 @@ struct Shard {
 
 /// All shards that are being read.
 #[derive(Debug)]
-pub(super) struct Progress {
+pub(super) struct ShardsProgress {
     began: Instant,
     shards: BTreeMap<String, Shard>,
     /// When the list was asked for that all shards are known from.
@@ -151,7 +151,7 @@ pub(super) struct Progress {
     told: Option<Instant>,
 }
 
-impl Progress {
+impl ShardsProgress {
     /// Nothing is known yet.
     pub(super) fn new(began: Instant) -> Self {
         Self {
@@ -294,8 +294,9 @@ mod tests {
     #[test]
     fn how_far_behind_a_reader_is_grows_while_a_shard_is_silent() {
         let start = Instant::now();
-        let mut progress = Progress::new(start);
-        let behind = |progress: &Progress, seconds| progress.behind(at(start, seconds)).as_secs();
+        let mut progress = ShardsProgress::new(start);
+        let behind =
+            |progress: &ShardsProgress, seconds| progress.behind(at(start, seconds)).as_secs();
         // No list yet.
         assert_eq!(behind(&progress, 3), 3);
         progress.add("a", at(start, 10));
@@ -323,7 +324,7 @@ mod tests {
     #[test]
     fn nothing_is_read_up_to_before_every_shard_has_said_so() {
         let start = Instant::now();
-        let mut progress = Progress::new(start);
+        let mut progress = ShardsProgress::new(start);
         assert_eq!(progress.read_up_to(), None);
         progress.add("a", start);
         progress.add("b", start);
@@ -343,7 +344,7 @@ mod tests {
     #[test]
     fn the_children_of_a_shard_take_its_place() {
         let start = Instant::now();
-        let mut progress = Progress::new(start);
+        let mut progress = ShardsProgress::new(start);
         progress.add("parent", start);
         progress.listed(start);
         progress.page("parent", &page(at(start, 9), 0, 0));
@@ -361,7 +362,7 @@ mod tests {
     #[test]
     fn a_shard_waits_for_one_that_is_far_behind_it() {
         let start = Instant::now();
-        let mut progress = Progress::new(start);
+        let mut progress = ShardsProgress::new(start);
         progress.add("ahead", start);
         assert!(progress.slowest().lets(None));
         progress.page("ahead", &page(at(start, 100), 0, 0));
@@ -399,7 +400,7 @@ mod tests {
             steps in prop::collection::vec(step(), 0..60)
         ) {
             let start = Instant::now() + Duration::from_secs(1000);
-            let (mut progress, mut told, mut made) = (Progress::new(start), None, 0);
+            let (mut progress, mut told, mut made) = (ShardsProgress::new(start), None, 0);
             // Shards that run, and where they are; a page without a position leaves them there.
             let mut running: BTreeMap<String, Option<Instant>> = BTreeMap::new();
             let mut listed = None;

@@ -25,7 +25,7 @@ use tokio::time::Instant;
 
 use super::calls::{Record, pack};
 use super::retries::Retries;
-use super::{Kinesis, KinesisError, Operation, Refusal};
+use super::{Kinesis, KinesisError, KinesisOperation, Refusal};
 use crate::cloud::aws::within;
 
 /// Calls under way at the same time for one `put`.
@@ -152,7 +152,7 @@ impl Kinesis {
                 if matches!(error, SdkError::TimeoutError(_)) {
                     self.pace.silent(pace);
                 }
-                let error = self.refused(Operation::PutRecords, &error);
+                let error = self.refused(KinesisOperation::PutRecords, &error);
                 Err(Rest::all(records, error))
             }
         }
@@ -171,7 +171,7 @@ impl Kinesis {
                     answer.error_code().unwrap_or("InternalFailure"),
                     answer.error_message().unwrap_or("no message"),
                 ),
-                None => self.incomplete(Operation::PutRecords),
+                None => self.incomplete(KinesisOperation::PutRecords),
             };
             throttled += u64::from(error.refusal() == Some(Refusal::Throttled));
             // Of several reasons the one that somebody has to mend.

@@ -30,7 +30,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 
 use super::list::now;
-use super::progress::{Page, Progress, Slowest};
+use super::progress::{Page, ShardsProgress, Slowest};
 use super::shard::ShardReader;
 use super::{Kinesis, KinesisError};
 
@@ -92,7 +92,7 @@ pub struct ReadStats {
 }
 
 /// What tasks say to the reader.
-pub(super) enum Report {
+pub(super) enum ReadReport {
     /// A complete list, asked for at this time.
     Listed { sent: Instant, shards: Vec<String> },
     /// The records of this page are in the channel of events.
@@ -103,15 +103,15 @@ pub(super) enum Report {
     Throttled,
 }
 
-struct Reading {
+struct ShardReading {
     kinesis: Kinesis,
     from: StartAt,
     events: mpsc::Sender<Event>,
-    reports: mpsc::Sender<Report>,
+    reports: mpsc::Sender<ReadReport>,
     slowest: watch::Sender<Slowest>,
     /// A list is asked for when it is told.
     list: Arc<Notify>,
-    progress: Progress,
+    progress: ShardsProgress,
     /// The shards of the last list, also those that have ended; `None` before the first.
     known: Option<HashSet<String>>,
     /// How far it has come, where that has not been said yet.
@@ -124,7 +124,7 @@ struct Reading {
 
 /// A place in the channel of events. It is waited for once, and not asked for anew whenever something else happens: others
 /// would always be before it.
-type Place = Pin<Box<dyn Future<Output = Result<OwnedPermit<Event>, SendError<()>>> + Send>>;
+type ReadPlace = Pin<Box<dyn Future<Output = Result<OwnedPermit<Event>, SendError<()>>> + Send>>;
 
 impl Kinesis {
     /// Reads all shards into `events`, until its receiver is dropped.
@@ -146,14 +146,14 @@ impl Kinesis {
             .clone()
             .keep_listing(reports.clone(), Arc::clone(&list));
         tasks.spawn(listing);
-        let mut reading = Reading {
+        let mut reading = ShardReading {
             kinesis: self.clone(),
             from,
             events: events.clone(),
             reports,
             slowest: watch::Sender::new(Slowest::default()),
             list,
-            progress: Progress::new(now()),
+            progress: ShardsProgress::new(now()),
             known: None,
             news: None,
             told: None,
@@ -161,7 +161,7 @@ impl Kinesis {
             tasks,
         };
         let mut late = tokio::time::interval(LATE_EVERY);
-        let mut place: Option<Place> = None;
+        let mut place: Option<ReadPlace> = None;
         loop {
             if reading.has_news() && place.is_none() {
                 place = Some(Box::pin(events.clone().reserve_owned()));
@@ -184,7 +184,7 @@ impl Kinesis {
     }
 }
 
-impl Reading {
+impl ShardReading {
     fn stats(&self) -> ReadStats {
         ReadStats {
             behind: self.progress.behind(now()),
@@ -193,19 +193,19 @@ impl Reading {
     }
 
     /// Keeps count; returns what happened.
-    fn take(&mut self, report: Report) -> ReadStats {
+    fn take(&mut self, report: ReadReport) -> ReadStats {
         let mut stats = ReadStats::default();
         match report {
-            Report::Listed { sent, shards } => {
+            ReadReport::Listed { sent, shards } => {
                 self.begin(shards);
                 self.progress.listed(sent);
             }
-            Report::Page { shard, page } => {
+            ReadReport::Page { shard, page } => {
                 self.progress.page(&shard, &page);
                 stats.records = page.records as u64;
                 stats.bytes = page.bytes;
             }
-            Report::Ended { shard } => {
+            ReadReport::Ended { shard } => {
                 self.progress.ended(&shard);
                 self.list.notify_one();
                 tracing::debug!(
@@ -214,7 +214,7 @@ impl Reading {
                     "shard read to its end"
                 );
             }
-            Report::Throttled => stats.throttled = 1,
+            ReadReport::Throttled => stats.throttled = 1,
         }
         let slowest = self.progress.slowest();
         self.slowest.send_if_modified(|before| {
@@ -268,7 +268,7 @@ impl Reading {
     }
 }
 
-async fn given(place: &mut Option<Place>) -> Result<OwnedPermit<Event>, SendError<()>> {
+async fn given(place: &mut Option<ReadPlace>) -> Result<OwnedPermit<Event>, SendError<()>> {
     match place {
         Some(place) => place.await,
         None => std::future::pending().await,

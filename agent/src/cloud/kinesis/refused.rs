@@ -5,12 +5,16 @@
 
 use aws_sdk_kinesis::error::{ProvideErrorMetadata, SdkError};
 
-use super::{Kinesis, KinesisError, Operation, Refusal};
+use super::{Kinesis, KinesisError, KinesisOperation, Refusal};
 use crate::cloud::aws::{one_line, refusal, said};
 
 impl Kinesis {
     /// The error of a request.
-    pub(super) fn refused<E>(&self, operation: Operation, error: &SdkError<E>) -> KinesisError
+    pub(super) fn refused<E>(
+        &self,
+        operation: KinesisOperation,
+        error: &SdkError<E>,
+    ) -> KinesisError
     where
         E: ProvideErrorMetadata + std::error::Error + 'static,
     {
@@ -20,16 +24,20 @@ impl Kinesis {
     /// The error of one record in a call that succeeded.
     pub(super) fn refused_record(&self, code: &str, message: &str) -> KinesisError {
         let said = one_line(&format!("{code}: {message}"));
-        self.error(Operation::PutRecords, Refusal::of(code, message, 0), said)
+        self.error(
+            KinesisOperation::PutRecords,
+            Refusal::of(code, message, 0),
+            said,
+        )
     }
 
     /// An answer lacks what it must have: whoever gave it is not well.
-    pub(super) fn incomplete(&self, operation: Operation) -> KinesisError {
+    pub(super) fn incomplete(&self, operation: KinesisOperation) -> KinesisError {
         let said = "the answer is incomplete".to_owned();
         self.error(operation, Refusal::Unavailable, said)
     }
 
-    fn error(&self, operation: Operation, refusal: Refusal, said: String) -> KinesisError {
+    fn error(&self, operation: KinesisOperation, refusal: Refusal, said: String) -> KinesisError {
         KinesisError::Refused {
             operation,
             stream: self.stream().to_owned(),
@@ -78,7 +86,7 @@ mod tests {
             ("ValidationException", "", 400, "words of AWS"),
         ] {
             let error = KinesisError::Refused {
-                operation: Operation::PutRecords,
+                operation: KinesisOperation::PutRecords,
                 stream: "changes".to_owned(),
                 refusal: Refusal::of(code, message, status),
                 said: code.to_owned(),

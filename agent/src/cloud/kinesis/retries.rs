@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{KinesisError, Operation, RETRY_MAX, Refusal};
+use super::{KinesisError, KinesisOperation, RETRY_MAX, Refusal};
 use crate::backoff::{self, Decision};
 use crate::error::{Classify as _, chain};
 
@@ -102,7 +102,7 @@ fn decide(error: &KinesisError, attempt: u32, jitter: f64) -> Decision {
         } => {
             // What a reader may read it is given a second later.
             let attempt = attempt
-                + if *operation == Operation::GetRecords {
+                + if *operation == KinesisOperation::GetRecords {
                     2
                 } else {
                     0
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
     use crate::error::Class;
 
-    fn refused(operation: Operation, refusal: Refusal) -> KinesisError {
+    fn refused(operation: KinesisOperation, refusal: Refusal) -> KinesisError {
         KinesisError::Refused {
             operation,
             stream: "changes".to_owned(),
@@ -129,9 +129,9 @@ mod tests {
 
     #[test]
     fn throttling_waits_about_a_second_and_never_long() {
-        let read = refused(Operation::GetRecords, Refusal::Throttled);
-        let put = refused(Operation::PutRecords, Refusal::Throttled);
-        let away = refused(Operation::PutRecords, Refusal::Unavailable);
+        let read = refused(KinesisOperation::GetRecords, Refusal::Throttled);
+        let put = refused(KinesisOperation::PutRecords, Refusal::Throttled);
+        let away = refused(KinesisOperation::PutRecords, Refusal::Unavailable);
         let ms = |error, attempt| match decide(error, attempt, 0.0) {
             Decision::Retry(pause) => pause.as_millis(),
             Decision::Stop => 0,
@@ -144,7 +144,7 @@ mod tests {
     #[test]
     fn a_streak_is_not_logged_at_every_attempt() {
         let logged = |refusal| {
-            let error = refused(Operation::PutRecords, refusal);
+            let error = refused(KinesisOperation::PutRecords, refusal);
             (1..=21)
                 .filter(|attempt| is_worth_a_warning(&error, *attempt))
                 .collect::<Vec<u32>>()
@@ -180,7 +180,7 @@ mod tests {
     #[tokio::test]
     async fn what_somebody_has_to_mend_is_returned_at_once() {
         for refusal in [Refusal::Denied, Refusal::Kms, Refusal::NoStream] {
-            let error = refused(Operation::PutRecords, refusal);
+            let error = refused(KinesisOperation::PutRecords, refusal);
             let error = Retries::default().failed(error, None).await.unwrap_err();
             assert_eq!(error.refusal(), Some(refusal));
             assert_eq!(error.class(), Class::Transient);

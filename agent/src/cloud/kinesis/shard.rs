@@ -21,9 +21,9 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::progress::{PAGE_RECORDS, Page, Slowest, room_for_page};
-use super::read::{Event, Records, Report, StartAt};
+use super::read::{Event, ReadReport, Records, StartAt};
 use super::retries::Retries;
-use super::{Kinesis, KinesisError, Operation, Refusal};
+use super::{Kinesis, KinesisError, KinesisOperation, Refusal};
 use crate::cloud::aws::within;
 use crate::time::wall_clock;
 
@@ -43,7 +43,7 @@ pub(super) struct ShardReader {
     pub(super) shard: String,
     pub(super) start: StartAt,
     pub(super) events: mpsc::Sender<Event>,
-    pub(super) reports: mpsc::Sender<Report>,
+    pub(super) reports: mpsc::Sender<ReadReport>,
     pub(super) slowest: watch::Receiver<Slowest>,
     /// Bytes that pages may have in memory, those of all shards together.
     pub(super) room: Arc<Semaphore>,
@@ -51,7 +51,7 @@ pub(super) struct ShardReader {
 
 /// Where it is.
 #[derive(Default)]
-struct Place {
+struct ShardPlace {
     /// The sequence number of the last record that was delivered.
     last: Option<String>,
     /// `None` before the first, and when it has expired.
@@ -64,7 +64,7 @@ struct Place {
 
 /// What the reader sees of time around a request.
 #[derive(Clone, Copy)]
-struct Asked {
+struct RequestTimes {
     sent: tokio::time::Instant,
     sent_at: SystemTime,
     received: tokio::time::Instant,
@@ -73,7 +73,7 @@ struct Asked {
 impl ShardReader {
     /// Reads until the shard ends, nobody listens, or something needs a person.
     pub(super) async fn run(mut self) -> Result<(), KinesisError> {
-        let mut place = Place::default();
+        let mut place = ShardPlace::default();
         let mut streak = Retries::default();
         loop {
             let position = place.position;
@@ -89,7 +89,7 @@ impl ShardReader {
             match self.page(&mut place, bytes).await {
                 Ok(answer) => {
                     streak.end();
-                    let asked = Asked {
+                    let asked = RequestTimes {
                         sent,
                         sent_at,
                         received: tokio::time::Instant::now(),
@@ -118,7 +118,11 @@ impl ShardReader {
     }
 
     /// The next page, which may bring so much.
-    async fn page(&self, place: &mut Place, bytes: u64) -> Result<GetRecordsOutput, KinesisError> {
+    async fn page(
+        &self,
+        place: &mut ShardPlace,
+        bytes: u64,
+    ) -> Result<GetRecordsOutput, KinesisError> {
         let iterator = match &place.iterator {
             Some(iterator) => iterator.clone(),
             None => {
@@ -138,11 +142,11 @@ impl ShardReader {
             .config_override(deadline);
         let answer = Box::pin(request.send())
             .await
-            .map_err(|error| self.kinesis.refused(Operation::GetRecords, &error))?;
+            .map_err(|error| self.kinesis.refused(KinesisOperation::GetRecords, &error))?;
         // Without an iterator a shard is at its end: nobody but Kinesis may say so.
         match answer.millis_behind_latest {
             Some(_) => Ok(answer),
-            None => Err(self.kinesis.incomplete(Operation::GetRecords)),
+            None => Err(self.kinesis.incomplete(KinesisOperation::GetRecords)),
         }
     }
 
@@ -165,7 +169,7 @@ impl ShardReader {
                 .shard_iterator_type(ShardIteratorType::AtTimestamp)
                 .timestamp(DateTime::from(from)),
         };
-        let operation = Operation::GetShardIterator;
+        let operation = KinesisOperation::GetShardIterator;
         let answer = Box::pin(request.send())
             .await
             .map_err(|error| self.kinesis.refused(operation, &error))?;
@@ -180,8 +184,8 @@ impl ShardReader {
         &self,
         answer: GetRecordsOutput,
         mut room: OwnedSemaphorePermit,
-        asked: Asked,
-        place: &mut Place,
+        asked: RequestTimes,
+        place: &mut ShardPlace,
     ) -> Result<Option<Duration>, NobodyListens> {
         let bytes = answer
             .records
@@ -216,16 +220,16 @@ impl ShardReader {
         place.position = place.position.max(page.position());
         place.iterator = answer.next_shard_iterator;
         let shard = self.shard.clone();
-        self.report(Report::Page { shard, page }).await?;
+        self.report(ReadReport::Page { shard, page }).await?;
         if place.iterator.is_some() {
             return Ok(Some(page.next_after()));
         }
         let shard = self.shard.clone();
-        self.report(Report::Ended { shard }).await?;
+        self.report(ReadReport::Ended { shard }).await?;
         Ok(None)
     }
 
-    async fn report(&self, report: Report) -> Result<(), NobodyListens> {
+    async fn report(&self, report: ReadReport) -> Result<(), NobodyListens> {
         self.reports.send(report).await.map_err(|_| NobodyListens)
     }
 
@@ -233,7 +237,7 @@ impl ShardReader {
     async fn failed(
         &self,
         error: KinesisError,
-        place: &mut Place,
+        place: &mut ShardPlace,
         streak: &mut Retries,
     ) -> Result<bool, KinesisError> {
         match error.refusal() {
@@ -251,7 +255,7 @@ impl ShardReader {
                             "a shard was removed before its end was read: its records were kept too short a time"
                         );
                         let shard = self.shard.clone();
-                        let _ = self.report(Report::Ended { shard }).await;
+                        let _ = self.report(ReadReport::Ended { shard }).await;
                         return Ok(true);
                     }
                     Ok(_) => return Err(error),
@@ -261,7 +265,7 @@ impl ShardReader {
             refusal => {
                 if refusal == Some(Refusal::Throttled) {
                     // It is counted; if nobody counts, nobody reads.
-                    let _ = self.report(Report::Throttled).await;
+                    let _ = self.report(ReadReport::Throttled).await;
                 }
                 streak.failed(error, Some(&self.shard)).await?;
             }

@@ -59,14 +59,14 @@ pub type Wanted = Arc<dyn Fn(&Bytes) -> bool + Send + Sync>;
 pub type OnRead = Arc<dyn Fn(ReadStats) + Send + Sync>;
 
 /// Every stream that is followed in this process.
-static STREAMS: LazyLock<Mutex<HashMap<String, Arc<Mutex<Shared>>>>> =
+static STREAMS: LazyLock<Mutex<HashMap<String, Arc<Mutex<SharedRead>>>>> =
     LazyLock::new(Mutex::default);
 
 /// What the followers of a stream have in common.
 #[derive(Default)]
-struct Shared {
+struct SharedRead {
     followers: usize,
-    places: Vec<Place>,
+    places: Vec<SharedPlace>,
     /// Somebody reads for them.
     is_read: bool,
     /// Since when it has a place in every shard.
@@ -74,7 +74,7 @@ struct Shared {
 }
 
 /// A follower, as the shared reading sees it.
-struct Place {
+struct SharedPlace {
     events: mpsc::Sender<Event>,
     room: Arc<Semaphore>,
     wanted: Wanted,
@@ -85,7 +85,7 @@ struct Place {
 struct Seat {
     events: mpsc::Receiver<Event>,
     since: Instant,
-    shared: Arc<Mutex<Shared>>,
+    shared: Arc<Mutex<SharedRead>>,
 }
 
 impl Seat {
@@ -99,7 +99,7 @@ impl Seat {
 /// Counts a follower for as long as it is one.
 struct Follower {
     stream: String,
-    shared: Arc<Mutex<Shared>>,
+    shared: Arc<Mutex<SharedRead>>,
 }
 
 impl Follower {
@@ -273,7 +273,7 @@ impl Following<'_> {
     fn join(&self) -> Seat {
         let (events, seat) = mpsc::channel(FOLLOWER_EVENTS);
         let mut shared = lock(&self.follower.shared);
-        shared.places.push(Place {
+        shared.places.push(SharedPlace {
             events,
             room: Arc::new(Semaphore::new(FOLLOWER_BYTES)),
             wanted: Arc::clone(&self.wanted),
@@ -301,7 +301,7 @@ async fn of_others(seat: &mut Option<Seat>) -> Option<Event> {
 
 /// Reads the stream for everybody who has a place; ends with the last of them, or with the first error, which their own readings
 /// will meet and tell.
-async fn read_for_all(kinesis: Kinesis, shared: Arc<Mutex<Shared>>) {
+async fn read_for_all(kinesis: Kinesis, shared: Arc<Mutex<SharedRead>>) {
     let (events, mut read) = mpsc::channel(OWN_EVENTS);
     let stats = Arc::clone(&shared);
     let reader = kinesis.clone();
@@ -328,7 +328,7 @@ async fn read_for_all(kinesis: Kinesis, shared: Arc<Mutex<Shared>>) {
 }
 
 /// A follower that reads by itself as well hears of both; the last word is soon that of the one it relies on.
-fn tell(shared: &Mutex<Shared>, said: ReadStats) {
+fn tell(shared: &Mutex<SharedRead>, said: ReadStats) {
     let heard: Vec<OnRead> = lock(shared)
         .places
         .iter()
@@ -337,7 +337,7 @@ fn tell(shared: &Mutex<Shared>, said: ReadStats) {
     heard.iter().for_each(|on| on(said));
 }
 
-impl Shared {
+impl SharedRead {
     /// Gives an event to all; who has no room for it loses its place. Returns how many are left.
     fn give(&mut self, event: &Event) -> usize {
         if matches!(event, Event::ReadUpTo(_)) {
@@ -348,7 +348,7 @@ impl Shared {
     }
 }
 
-impl Place {
+impl SharedPlace {
     /// False where there is no room, or nobody any more.
     fn take(&self, event: &Event) -> bool {
         let event = match event {
@@ -387,9 +387,13 @@ impl Place {
 mod tests {
     use super::*;
 
-    fn place(wanted: &'static [u8], events: usize, bytes: usize) -> (Place, mpsc::Receiver<Event>) {
+    fn place(
+        wanted: &'static [u8],
+        events: usize,
+        bytes: usize,
+    ) -> (SharedPlace, mpsc::Receiver<Event>) {
         let (sender, receiver) = mpsc::channel(events);
-        let place = Place {
+        let place = SharedPlace {
             events: sender,
             room: Arc::new(Semaphore::new(bytes)),
             wanted: Arc::new(move |record| record.starts_with(wanted)),
@@ -422,7 +426,7 @@ mod tests {
 
     #[tokio::test]
     async fn each_gets_its_own_and_the_slow_one_loses_its_place_alone() {
-        let mut shared = Shared::default();
+        let mut shared = SharedRead::default();
         let (quick, mut quick_events) = place(b"a", 8, 100);
         let (slow, mut slow_events) = place(b"b", 2, 100);
         let (narrow, mut narrow_events) = place(b"c", 8, 4);

@@ -29,7 +29,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_util::task::TaskTracker;
 
 use super::name::{self, TEMPORARY};
-use super::{Doing, Listed, ObjectSummary, Put, StoreError, Version};
+use super::{Listed, ObjectSummary, Put, StoreError, StoreOperation, Version};
 use crate::private;
 use crate::time::wall_clock;
 
@@ -71,7 +71,7 @@ impl Directory {
         let making = directory.blocking(move || {
             make_durably(&opened.root)
                 .and_then(|()| opened.remove_left(wall_clock()))
-                .map_err(|source| opened.failed(Doing::Open, "", source))
+                .map_err(|source| opened.failed(StoreOperation::Open, "", source))
         });
         making.await?;
         Ok(directory)
@@ -86,7 +86,7 @@ impl Directory {
                 file.sync_all()?;
                 directory.publish(&temporary, &name)
             };
-            put().map_err(|source| directory.failed(Doing::Write, &name, source))
+            put().map_err(|source| directory.failed(StoreOperation::Write, &name, source))
         })
         .await
     }
@@ -101,7 +101,7 @@ impl Directory {
         let (file, temporary) = self
             .blocking(move || directory.temporary())
             .await
-            .map_err(|source| self.failed(Doing::Write, name, source))?;
+            .map_err(|source| self.failed(StoreOperation::Write, name, source))?;
         Ok(DirectoryWriter {
             directory: self.clone(),
             name: name.to_owned(),
@@ -133,7 +133,7 @@ impl Directory {
             Ok(None) => Err(StoreError::NotFound {
                 object: self.url(name),
             }),
-            Err(source) => Err(self.failed(Doing::Read, name, source)),
+            Err(source) => Err(self.failed(StoreOperation::Read, name, source)),
         }
     }
 
@@ -147,7 +147,7 @@ impl Directory {
         self.blocking(move || {
             directory
                 .walk(&prefix, after.as_deref())
-                .map_err(|source| directory.failed(Doing::List, &prefix, source))
+                .map_err(|source| directory.failed(StoreOperation::List, &prefix, source))
         })
         .await
     }
@@ -157,7 +157,7 @@ impl Directory {
         self.blocking(move || {
             directory
                 .remove(&name)
-                .map_err(|source| directory.failed(Doing::Delete, &name, source))
+                .map_err(|source| directory.failed(StoreOperation::Delete, &name, source))
         })
         .await
     }
@@ -346,7 +346,7 @@ impl Directory {
         format!("file://{}", self.root.join(name).display())
     }
 
-    fn failed(&self, doing: Doing, name: &str, source: io::Error) -> StoreError {
+    fn failed(&self, doing: StoreOperation, name: &str, source: io::Error) -> StoreError {
         StoreError::Io {
             doing,
             object: self.url(name),
@@ -412,10 +412,10 @@ impl DirectoryWriter {
     }
 
     pub(super) async fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
-        self.file
-            .write_all(bytes)
-            .await
-            .map_err(|source| self.directory.failed(Doing::Write, &self.name, source))?;
+        self.file.write_all(bytes).await.map_err(|source| {
+            self.directory
+                .failed(StoreOperation::Write, &self.name, source)
+        })?;
         self.written.bytes += bytes.len() as u64;
         self.written.crc32c = crc32c::crc32c_append(self.written.crc32c, bytes);
         Ok(())
@@ -430,7 +430,7 @@ impl DirectoryWriter {
             temporary,
             written,
         } = self;
-        let failed = |source| directory.failed(Doing::Write, &name, source);
+        let failed = |source| directory.failed(StoreOperation::Write, &name, source);
         // The last write goes on in the background; only this says how it ended.
         file.flush().await.map_err(failed)?;
         file.sync_all().await.map_err(failed)?;
@@ -465,7 +465,9 @@ impl DirectoryReader {
         match self.file.read_buf(&mut piece).await {
             Ok(0) => Ok(None),
             Ok(_) => Ok(Some(piece.freeze())),
-            Err(source) => Err(self.directory.failed(Doing::Read, &self.name, source)),
+            Err(source) => Err(self
+                .directory
+                .failed(StoreOperation::Read, &self.name, source)),
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::error::{Class, Classify};
 
 /// What was being done to an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Doing {
+pub enum StoreOperation {
     /// Opening the store.
     Open,
     /// Writing an object.
@@ -23,7 +23,7 @@ pub enum Doing {
     Delete,
 }
 
-impl fmt::Display for Doing {
+impl fmt::Display for StoreOperation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Open => "open",
@@ -56,7 +56,7 @@ pub enum StoreError {
     #[error("{doing} {object}: {refusal}: {said}")]
     S3 {
         /// Verb.
-        doing: Doing,
+        doing: StoreOperation,
         /// Which object or prefix, as a URL.
         object: String,
         /// Why.
@@ -68,7 +68,7 @@ pub enum StoreError {
     #[error("{doing} {object}")]
     Io {
         /// Verb.
-        doing: Doing,
+        doing: StoreOperation,
         /// Which object or prefix, as a URL.
         object: String,
         /// Why.
@@ -184,7 +184,7 @@ impl Classify for StoreError {
     }
 }
 
-fn hint(refusal: Refusal, doing: Doing) -> String {
+fn hint(refusal: Refusal, doing: StoreOperation) -> String {
     match refusal {
         Refusal::Denied => format!(
             "allow the agent's role {} on the bucket and prefix; it is tried again",
@@ -202,12 +202,14 @@ fn hint(refusal: Refusal, doing: Doing) -> String {
     }
 }
 
-fn permission(doing: Doing) -> &'static str {
+fn permission(doing: StoreOperation) -> &'static str {
     match doing {
-        Doing::Open | Doing::Write => "s3:PutObject and s3:AbortMultipartUpload",
+        StoreOperation::Open | StoreOperation::Write => "s3:PutObject and s3:AbortMultipartUpload",
         // Without s3:ListBucket S3 says "denied" where it would say "not there".
-        Doing::Read => "s3:GetObject, and s3:ListBucket to learn that an object does not exist,",
-        Doing::List => "s3:ListBucket (on the bucket itself)",
-        Doing::Delete => "s3:DeleteObject",
+        StoreOperation::Read => {
+            "s3:GetObject, and s3:ListBucket to learn that an object does not exist,"
+        }
+        StoreOperation::List => "s3:ListBucket (on the bucket itself)",
+        StoreOperation::Delete => "s3:DeleteObject",
     }
 }

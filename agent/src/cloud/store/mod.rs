@@ -39,7 +39,7 @@ use tokio::task::JoinError;
 use tokio_util::task::TaskTracker;
 
 use self::directory::{Directory, DirectoryReader, DirectoryWriter};
-pub use self::error::{Doing, Refusal, StoreError};
+pub use self::error::{Refusal, StoreError, StoreOperation};
 use self::s3::{S3, S3Reader, S3Writer};
 pub use self::url::{StoreUrl, StoreUrlError};
 pub use crate::cloud::aws::AwsSettings as S3Settings;

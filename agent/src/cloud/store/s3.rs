@@ -40,7 +40,7 @@ use tokio_util::task::TaskTracker;
 use self::attempts::{Clock, Conflicts, OnlyS3, Throttled};
 pub(super) use self::read::S3Reader;
 pub(super) use self::write::S3Writer;
-use super::{Doing, Encryption, Listed, Refusal, StoreError, StoreUrl, name};
+use super::{Encryption, Listed, Refusal, StoreError, StoreOperation, StoreUrl, name};
 use crate::cloud::aws::{self, AwsSettings, time_to_send, within};
 
 /// Metadata of an object: the number its writer drew.
@@ -56,10 +56,10 @@ const COMPLETE_WITHIN: Duration = Duration::from_secs(600);
 #[derive(Clone)]
 pub(super) struct S3 {
     client: Client,
-    place: Arc<Place>,
+    place: Arc<ObjectPlace>,
 }
 
-struct Place {
+struct ObjectPlace {
     bucket: String,
     /// Empty, or ends with a slash.
     prefix: String,
@@ -87,7 +87,7 @@ impl S3 {
         let environment = aws::environment(settings, "S3", attempts).await;
         let Some(region) = environment.region else {
             return Err(StoreError::S3 {
-                doing: Doing::Open,
+                doing: StoreOperation::Open,
                 object: StoreUrl::S3 {
                     bucket: bucket.to_owned(),
                     prefix: prefix.to_owned(),
@@ -107,7 +107,7 @@ impl S3 {
         client.set_force_path_style(environment.elsewhere.then_some(true));
         Ok(Self {
             client: Client::from_conf(client.build()),
-            place: Arc::new(Place {
+            place: Arc::new(ObjectPlace {
                 bucket: bucket.to_owned(),
                 prefix: if prefix.is_empty() {
                     String::new()
@@ -152,7 +152,7 @@ impl S3 {
             .send();
         let mut found = Vec::new();
         while let Some(page) = pages.next().await {
-            let page = page.map_err(|error| self.refused(Doing::List, prefix, &error))?;
+            let page = page.map_err(|error| self.refused(StoreOperation::List, prefix, &error))?;
             self.must_be_a_list(prefix, &page)?;
             for object in page.contents() {
                 let name = object
@@ -184,7 +184,7 @@ impl S3 {
         let below = self.key(prefix);
         let mut found = Vec::new();
         while let Some(page) = pages.next().await {
-            let page = page.map_err(|error| self.refused(Doing::List, prefix, &error))?;
+            let page = page.map_err(|error| self.refused(StoreOperation::List, prefix, &error))?;
             self.must_be_a_list(prefix, &page)?;
             found.extend(page.common_prefixes().iter().filter_map(|common| {
                 let folder = common.prefix()?.strip_prefix(&below)?.strip_suffix('/')?;
@@ -199,7 +199,11 @@ impl S3 {
         let breaks_off =
             page.is_truncated() == Some(true) && page.next_continuation_token().is_none();
         if page.name().is_none() || breaks_off {
-            return Err(self.foreign(Doing::List, prefix, "an answer that is no whole list"));
+            return Err(self.foreign(
+                StoreOperation::List,
+                prefix,
+                "an answer that is no whole list",
+            ));
         }
         Ok(())
     }
@@ -209,7 +213,7 @@ impl S3 {
         let request = request.key(self.key(name)).customize().interceptor(OnlyS3);
         match Box::pin(request.send()).await {
             Ok(_) => Ok(()),
-            Err(error) => Err(self.refused(Doing::Delete, name, &error)),
+            Err(error) => Err(self.refused(StoreOperation::Delete, name, &error)),
         }
     }
 

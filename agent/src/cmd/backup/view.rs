@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 
-use crate::archive::base::{self, Pruned, Summary, Verified};
+use crate::archive::base::{self, Pruned, Summary, VerifiedArchive};
 use crate::archive::log::{Chain, Span};
 use crate::error::{Classify, chain};
 use crate::names::history::History;
@@ -159,7 +159,7 @@ pub(super) fn pruned(named: &NamedStream, pruned: &Pruned, dry_run: bool) -> Sai
 }
 
 /// What a history has, and how far the change log leads from each base backup.
-pub(super) fn listed(of: &NamedHistory<'_>, found: &base::Found, spans: &[Span]) -> Said {
+pub(super) fn listed(of: &NamedHistory<'_>, found: &base::FoundBases, spans: &[Span]) -> Said {
     let name = &of.name;
     let mut lines = Vec::new();
     let mut objects = Vec::new();
@@ -199,7 +199,7 @@ pub(super) fn listed(of: &NamedHistory<'_>, found: &base::Found, spans: &[Span])
 }
 
 /// What reading a history back has come to.
-pub(super) fn verified(of: &NamedHistory<'_>, verified: &Verified) -> Said {
+pub(super) fn verified(of: &NamedHistory<'_>, verified: &VerifiedArchive) -> Said {
     let name = &of.name;
     let verdict = match verified.flaws.as_slice() {
         [] if verified.bases == 0 => {
@@ -232,7 +232,7 @@ pub(super) fn verified(of: &NamedHistory<'_>, verified: &Verified) -> Said {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::archive::base::{BackupError, Found, Unusable};
+    use crate::archive::base::{BackupError, FoundBases, Unusable};
     use crate::flow::testing::lsn;
 
     fn at(text: &str) -> jiff::Timestamp {
@@ -312,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_list_says_how_far_the_log_leads_from_each_base_backup() {
-        let mut found = Found::default();
+        let mut found = FoundBases::default();
         found.bases = vec![base(256), base(1024)];
         let span = |start, end| Span {
             start: lsn(start),
@@ -335,7 +335,7 @@ mod tests {
             }),
             true,
         );
-        let mut broken = Found::default();
+        let mut broken = FoundBases::default();
         broken.unusable = vec![Unusable {
             base: "b/".to_owned(),
             lsn: lsn(16),
@@ -390,7 +390,7 @@ mod tests {
                 "end_lsn": written_at.map(|_| "0/800"), "written_at": written_at, "flaws": flaws,
             })
         };
-        let mut read = Verified {
+        let mut read = VerifiedArchive {
             bases: 1,
             segments: 4,
             end: Some((lsn(2048), Some(at("2026-01-01T02:00:00.5Z")))),
@@ -411,9 +411,9 @@ mod tests {
             json(1, written_at, &["one", "two"]),
             false,
         );
-        let ended = Verified {
+        let ended = VerifiedArchive {
             segments: 4,
-            ..Verified::default()
+            ..VerifiedArchive::default()
         };
         expect(
             &verified(&of, &ended),

@@ -167,7 +167,7 @@ pub(super) fn failure_json(error: &RestoreError) -> Value {
 mod tests {
     use super::*;
     use crate::pg::PgLsn;
-    use crate::replay::restore::{Moment, example_options, example_plan};
+    use crate::replay::restore::{RestoreMoment, example_options, example_plan};
 
     fn preview(start: TargetStart) -> Preview {
         Preview {
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_plan_says_what_becomes_of_the_target() {
-        let options = example_options(Moment::End);
+        let options = example_options(RestoreMoment::End);
         let base = "base backup of 2000-01-01T00:00:00.00003Z at 0/12C: 213 B";
         let log = "change log from there: at most 300 B in 2 segments, up to 0/1F4";
         let cases = [
@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn the_json_of_a_plan_keeps_its_shape() {
-        let options = example_options(Moment::Lsn(PgLsn::from(450)));
+        let options = example_options(RestoreMoment::Lsn(PgLsn::from(450)));
         assert_eq!(
             preview_json(&preview(TargetStart::Resumed(PgLsn::from(400))), &options),
             json!({

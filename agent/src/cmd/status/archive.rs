@@ -16,8 +16,8 @@ use futures_util::{StreamExt as _, stream};
 use jiff::Timestamp;
 use tokio::time::{Instant, timeout_at};
 
-use super::view::{ArchiveStatus, Gap};
-use crate::archive::base::{BackupError, Bases, Found};
+use super::view::{ArchiveStatus, LogGap};
+use crate::archive::base::{BackupError, Bases, FoundBases};
 use crate::archive::log::{Chain, Span, Spool};
 use crate::cloud::store::Store;
 use crate::config::{Archive, Config};
@@ -76,7 +76,7 @@ async fn look(
             ..ArchiveStatus::default()
         });
     };
-    let Found {
+    let FoundBases {
         bases, unusable, ..
     } = history.find().await?;
     let segments = history.log(PgLsn::from(0)).await?;
@@ -92,12 +92,12 @@ async fn look(
         base_as_of: newest.map(|base| base.as_of.to_string()),
         log_end_lsn: Some(end.to_string()),
         log_written_at: written_at.map(|at| at.to_string()),
-        gaps: Some(gaps.into_iter().map(Gap::new).collect()),
+        gaps: Some(gaps.into_iter().map(LogGap::new).collect()),
         ..ArchiveStatus::default()
     })
 }
 
-impl Gap {
+impl LogGap {
     fn new(span: Span) -> Self {
         Self {
             from_lsn: span.start.to_string(),

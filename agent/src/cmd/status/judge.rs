@@ -6,22 +6,22 @@
 //! - Silence is not health: what is not known to be within the RPO is not said to be.
 
 use super::agent::AgentDatabase;
-use super::view::{DatabaseStatus, Verdict};
-use crate::promote::loss::Answer;
+use super::view::{DatabaseOverview, RpoVerdict};
+use crate::promote::loss::SourceAnswer;
 use crate::promote::observe::Database;
 
 /// What the witnesses say of one database.
-pub(super) struct Facts<'a> {
+pub(super) struct WitnessFacts<'a> {
     pub(super) rpo_seconds: f64,
     pub(super) here: Option<&'a Database>,
     pub(super) missing: bool,
     pub(super) report: Option<&'a AgentDatabase>,
-    pub(super) answer: Option<&'a Answer>,
+    pub(super) answer: Option<&'a SourceAnswer>,
 }
 
 /// Judges; name, stream, archive and Kinesis stream are added by whoever asked.
-pub(super) fn judge(facts: &Facts<'_>) -> DatabaseStatus {
-    let Facts { here, report, .. } = *facts;
+pub(super) fn judge(facts: &WitnessFacts<'_>) -> DatabaseOverview {
+    let WitnessFacts { here, report, .. } = *facts;
     let promotion = here.and_then(|here| here.promotion.as_ref());
     let age = |here: &Database| here.progress.age_seconds();
     let lag_seconds = match (report, here) {
@@ -43,7 +43,7 @@ pub(super) fn judge(facts: &Facts<'_>) -> DatabaseStatus {
     let (state, rpo, reason) = if promotion.is_some() {
         (
             "promoted",
-            Verdict::Promoted,
+            RpoVerdict::Promoted,
             Some("nothing replicates it any more".to_owned()),
         )
     } else {
@@ -54,27 +54,27 @@ pub(super) fn judge(facts: &Facts<'_>) -> DatabaseStatus {
         };
         let (rpo, reason) = if facts.missing {
             (
-                Verdict::Breached,
+                RpoVerdict::Breached,
                 Some("the replica does not have it".to_owned()),
             )
         } else if not_ready.is_some_and(|count| count > 0) || behind_snapshot {
             (
-                Verdict::Breached,
+                RpoVerdict::Breached,
                 Some("the initial copy is not complete: it cannot be promoted".to_owned()),
             )
         } else if report.is_some_and(AgentDatabase::stands) {
             (
-                Verdict::Breached,
+                RpoVerdict::Breached,
                 Some("nothing replicates it until a person sees to it".to_owned()),
             )
         } else if report.is_some_and(|report| report.rpo_breached == Some(true)) {
-            (Verdict::Breached, None)
+            (RpoVerdict::Breached, None)
         } else {
             match lag_seconds {
-                Some(lag) if lag <= facts.rpo_seconds => (Verdict::Met, None),
-                Some(_) => (Verdict::Breached, None),
+                Some(lag) if lag <= facts.rpo_seconds => (RpoVerdict::Met, None),
+                Some(_) => (RpoVerdict::Breached, None),
                 None => (
-                    Verdict::Unknown,
+                    RpoVerdict::Unknown,
                     Some("nobody knows the lag yet".to_owned()),
                 ),
             }
@@ -82,7 +82,7 @@ pub(super) fn judge(facts: &Facts<'_>) -> DatabaseStatus {
         (state, rpo, reason)
     };
     let progress = here.map(|here| &here.progress);
-    DatabaseStatus {
+    DatabaseOverview {
         database: String::new(),
         stream: String::new(),
         leg: report.and_then(|report| report.leg.clone()),
@@ -126,15 +126,15 @@ mod tests {
     use crate::names::stream::StreamName;
     use crate::pg::PgLsn;
     use crate::promote::Detail;
-    use crate::promote::observe::{Progress, Stored, TableSync};
-    use crate::promote::state::State;
+    use crate::promote::observe::{AppliedProgress, Stored, TableSync};
+    use crate::promote::state::PromotionState;
     use crate::watch::coverage::Coverage;
 
     fn applied(age: Option<f64>) -> Database {
         Database {
             name: "app".to_owned(),
             stream: StreamName::new("dr_agent", "app"),
-            progress: Progress {
+            progress: AppliedProgress {
                 term: 1,
                 batch: 7,
                 end_lsn: PgLsn::from(1000),
@@ -159,13 +159,13 @@ mod tests {
     fn what_needs_a_person_is_breached_whatever_its_lag() {
         let here = applied(Some(0.0));
         for (state, verdict) in [
-            ("initializing", Verdict::Met),
-            ("copying", Verdict::Met),
-            ("streaming", Verdict::Met),
-            ("retrying", Verdict::Met),
-            ("stopped", Verdict::Breached),
-            ("fenced", Verdict::Breached),
-            ("promoted", Verdict::Breached),
+            ("initializing", RpoVerdict::Met),
+            ("copying", RpoVerdict::Met),
+            ("streaming", RpoVerdict::Met),
+            ("retrying", RpoVerdict::Met),
+            ("stopped", RpoVerdict::Breached),
+            ("fenced", RpoVerdict::Breached),
+            ("promoted", RpoVerdict::Breached),
         ] {
             let mut report = streaming(Some(0.0));
             report.state = state.to_owned();
@@ -177,9 +177,9 @@ mod tests {
     fn a_replica_whose_clock_is_behind_does_not_make_the_last_commit_younger() {
         let mut here = applied(Some(-500.0));
         here.progress.applied_age_seconds = 100.0;
-        assert_eq!(judged(Some(&here), None).1, Verdict::Breached);
+        assert_eq!(judged(Some(&here), None).1, RpoVerdict::Breached);
         here.progress.applied_age_seconds = -1.0;
-        assert_eq!(judged(Some(&here), None).1, Verdict::Unknown);
+        assert_eq!(judged(Some(&here), None).1, RpoVerdict::Unknown);
     }
 
     fn streaming(lag: Option<f64>) -> AgentDatabase {
@@ -191,8 +191,8 @@ mod tests {
         }
     }
 
-    fn judged(here: Option<&Database>, report: Option<&AgentDatabase>) -> (String, Verdict) {
-        let status = judge(&Facts {
+    fn judged(here: Option<&Database>, report: Option<&AgentDatabase>) -> (String, RpoVerdict) {
+        let status = judge(&WitnessFacts {
             rpo_seconds: 30.0,
             here,
             missing: false,
@@ -207,15 +207,15 @@ mod tests {
         let old = applied(Some(300.0));
         assert_eq!(
             judged(Some(&old), Some(&streaming(Some(0.1)))),
-            ("streaming".into(), Verdict::Met)
+            ("streaming".into(), RpoVerdict::Met)
         );
         assert_eq!(
             judged(Some(&old), None),
-            ("no_agent".into(), Verdict::Breached)
+            ("no_agent".into(), RpoVerdict::Breached)
         );
         assert_eq!(
             judged(Some(&applied(Some(1.0))), None),
-            ("no_agent".into(), Verdict::Met)
+            ("no_agent".into(), RpoVerdict::Met)
         );
     }
 
@@ -223,18 +223,18 @@ mod tests {
     fn what_is_in_the_stream_is_not_on_the_replica_where_that_can_be_seen() {
         let mut sending = streaming(Some(0.1));
         sending.leg = Some(SEND.to_owned());
-        assert_eq!(judged(None, Some(&sending)).1, Verdict::Met);
+        assert_eq!(judged(None, Some(&sending)).1, RpoVerdict::Met);
         assert_eq!(
             judged(Some(&applied(Some(1.0))), Some(&sending)).1,
-            Verdict::Met
+            RpoVerdict::Met
         );
         assert_eq!(
             judged(Some(&applied(Some(300.0))), Some(&sending)).1,
-            Verdict::Breached
+            RpoVerdict::Breached
         );
         assert_eq!(
             judged(Some(&applied(None)), Some(&sending)).1,
-            Verdict::Unknown
+            RpoVerdict::Unknown
         );
     }
 
@@ -243,11 +243,11 @@ mod tests {
         let here = applied(Some(1.0));
         assert_eq!(
             judged(Some(&here), Some(&streaming(Some(30.1)))).1,
-            Verdict::Breached
+            RpoVerdict::Breached
         );
         let mut alarmed = streaming(Some(0.0));
         alarmed.rpo_breached = Some(true);
-        assert_eq!(judged(Some(&here), Some(&alarmed)).1, Verdict::Breached);
+        assert_eq!(judged(Some(&here), Some(&alarmed)).1, RpoVerdict::Breached);
     }
 
     #[test]
@@ -256,30 +256,30 @@ mod tests {
         copying.table_sync.not_ready = 1;
         assert_eq!(
             judged(Some(&copying), Some(&streaming(Some(0.0)))).1,
-            Verdict::Breached
+            RpoVerdict::Breached
         );
         let mut behind = applied(Some(0.0));
         behind.table_sync.newest_snapshot = Some(PgLsn::from(1001));
-        assert_eq!(judged(Some(&behind), None).1, Verdict::Breached);
+        assert_eq!(judged(Some(&behind), None).1, RpoVerdict::Breached);
     }
 
     #[test]
     fn an_unknown_lag_is_not_taken_for_none() {
-        assert_eq!(judged(Some(&applied(None)), None).1, Verdict::Unknown);
-        assert_eq!(judged(None, Some(&streaming(None))).1, Verdict::Unknown);
+        assert_eq!(judged(Some(&applied(None)), None).1, RpoVerdict::Unknown);
+        assert_eq!(judged(None, Some(&streaming(None))).1, RpoVerdict::Unknown);
     }
 
     #[test]
     fn a_promoted_database_says_so_whatever_an_old_agent_claims() {
         let mut promoted = applied(Some(0.0));
         promoted.promotion = Some(Stored {
-            state: State::Done,
+            state: PromotionState::Done,
             term: 2,
             detail: Detail::default(),
         });
         assert_eq!(
             judged(Some(&promoted), Some(&streaming(Some(0.0)))),
-            ("promoted".into(), Verdict::Promoted)
+            ("promoted".into(), RpoVerdict::Promoted)
         );
     }
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use futures_util::{StreamExt as _, stream};
 use tokio::time::timeout;
 
-use super::view::{DatabaseStatus, KinesisStatus};
+use super::view::{DatabaseOverview, KinesisStatus};
 use crate::cloud::kinesis::{Kinesis, KinesisError, StreamSummary};
 use crate::config::Config;
 use crate::error::{Classify as _, chain};
@@ -26,8 +26,8 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 const AT_A_TIME: usize = 4;
 
 /// Asks for the streams of these databases; under route `direct` there are none.
-pub(super) async fn add(config: &Config, databases: &mut [DatabaseStatus]) {
-    let name = |status: &DatabaseStatus| config.route.kinesis_stream(&status.database);
+pub(super) async fn add(config: &Config, databases: &mut [DatabaseOverview]) {
+    let name = |status: &DatabaseOverview| config.route.kinesis_stream(&status.database);
     let names: BTreeSet<String> = databases.iter().filter_map(name).collect();
     let asked: BTreeMap<String, KinesisStatus> = stream::iter(names)
         .map(|stream| async move {

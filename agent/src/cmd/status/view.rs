@@ -16,7 +16,7 @@ const NAMES_SHOWN: usize = 5;
 
 /// What `status --json` prints: stable; fields are added, never renamed or removed. `null` is "unknown".
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct Status {
+pub(super) struct Overview {
     /// Of the program that printed it.
     pub version: String,
     /// `objectives.rpo`.
@@ -29,7 +29,7 @@ pub(super) struct Status {
     /// The running agent.
     pub agent: Witness,
     /// In name order.
-    pub databases: Vec<DatabaseStatus>,
+    pub databases: Vec<DatabaseOverview>,
 }
 
 /// Whether one of the parties answered.
@@ -46,7 +46,7 @@ pub(super) struct Witness {
 /// Whether a database is within the RPO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Verdict {
+pub(super) enum RpoVerdict {
     /// It is.
     Met,
     /// It is not, or the replica could not be promoted.
@@ -59,7 +59,7 @@ pub(super) enum Verdict {
 
 /// One database.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct DatabaseStatus {
+pub(super) struct DatabaseOverview {
     /// Its name.
     pub database: String,
     /// Its stream.
@@ -77,7 +77,7 @@ pub(super) struct DatabaseStatus {
     /// Foreign keys and partitions that the replica refuses, and why.
     pub missing_constraints: BTreeMap<String, String>,
     /// Whether it is within the RPO.
-    pub rpo: Verdict,
+    pub rpo: RpoVerdict,
     /// Why it is not, where that is not plain from the lag.
     pub reason: Option<String>,
     /// As the agent measures it; without an agent the age of the last applied commit, an upper bound.
@@ -126,7 +126,7 @@ pub(super) struct ArchiveStatus {
     /// When the store took that end, on its own clock.
     pub log_written_at: Option<String>,
     /// What is missing from the log behind the oldest base backup.
-    pub gaps: Option<Vec<Gap>>,
+    pub gaps: Option<Vec<LogGap>>,
     /// Bytes of the log that wait on this machine for the store; unknown where there is no spool.
     pub spool_bytes: Option<u64>,
     /// Why something is unknown.
@@ -137,7 +137,7 @@ pub(super) struct ArchiveStatus {
 
 /// A stretch of the log that the store does not have.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct Gap {
+pub(super) struct LogGap {
     /// Where the log breaks off.
     pub from_lsn: String,
     /// Where it goes on. Only a base backup from there on leads further.
@@ -161,7 +161,7 @@ pub(super) struct KinesisStatus {
     pub hint: Option<String>,
 }
 
-impl Status {
+impl Overview {
     /// The status for programs.
     pub(super) fn json(&self) -> String {
         let mut text = serde_json::to_string_pretty(self)
@@ -173,7 +173,7 @@ impl Status {
     /// The status for people; `now` is this machine's clock.
     pub(super) fn text(&self, now: Timestamp) -> String {
         let mut out = String::new();
-        let sent = !self.replica.answers && self.databases.iter().any(DatabaseStatus::is_sent);
+        let sent = !self.replica.answers && self.databases.iter().any(DatabaseOverview::is_sent);
         let word = match (self.within_rpo, sent) {
             (true, false) => "met",
             (true, true) => {
@@ -202,7 +202,7 @@ impl Status {
     }
 }
 
-impl DatabaseStatus {
+impl DatabaseOverview {
     /// The agent that answers for it puts it into a Kinesis stream.
     pub(super) fn is_sent(&self) -> bool {
         self.leg.as_deref() == Some(SEND)
@@ -210,10 +210,10 @@ impl DatabaseStatus {
 
     fn write_text(&self, out: &mut String, now: Timestamp) {
         let verdict = match self.rpo {
-            Verdict::Met => "RPO met",
-            Verdict::Breached => "RPO BREACHED",
-            Verdict::Unknown => "RPO UNKNOWN",
-            Verdict::Promoted => "PROMOTED",
+            RpoVerdict::Met => "RPO met",
+            RpoVerdict::Breached => "RPO BREACHED",
+            RpoVerdict::Unknown => "RPO UNKNOWN",
+            RpoVerdict::Promoted => "PROMOTED",
         };
         let lag = self
             .lag_seconds
@@ -363,8 +363,8 @@ mod tests {
         "2026-01-01T00:01:00Z".parse().unwrap()
     }
 
-    fn database(rpo: Verdict, state: &str) -> DatabaseStatus {
-        DatabaseStatus {
+    fn database(rpo: RpoVerdict, state: &str) -> DatabaseOverview {
+        DatabaseOverview {
             database: "app".to_owned(),
             stream: "dr_agent_app".to_owned(),
             leg: None,
@@ -392,8 +392,8 @@ mod tests {
         }
     }
 
-    fn streaming() -> DatabaseStatus {
-        DatabaseStatus {
+    fn streaming() -> DatabaseOverview {
+        DatabaseOverview {
             leg: Some("direct".to_owned()),
             since: Some("2026-01-01T00:00:00Z".to_owned()),
             lag_seconds: Some(0.125),
@@ -404,17 +404,21 @@ mod tests {
             end_lsn: Some("0/3E8".to_owned()),
             commit_time: Some("2026-01-01T00:00:59Z".to_owned()),
             tables_not_ready: Some(0),
-            ..database(Verdict::Met, "streaming")
+            ..database(RpoVerdict::Met, "streaming")
         }
     }
 
-    fn status(within_rpo: bool, replica: Option<&str>, databases: Vec<DatabaseStatus>) -> Status {
+    fn status(
+        within_rpo: bool,
+        replica: Option<&str>,
+        databases: Vec<DatabaseOverview>,
+    ) -> Overview {
         let witness = |address: &str, error: Option<&str>| Witness {
             address: address.to_owned(),
             answers: error.is_none(),
             error: error.map(ToOwned::to_owned),
         };
-        Status {
+        Overview {
             version: "9.9".to_owned(),
             rpo_objective_seconds: 30.0,
             within_rpo,
@@ -437,7 +441,7 @@ mod tests {
 
     #[test]
     fn what_is_wrong_with_a_database_is_shown_below_it() {
-        let wrong = DatabaseStatus {
+        let wrong = DatabaseOverview {
             set_aside: BTreeMap::from([("public.t".to_owned(), "a view".to_owned())]),
             missing_constraints: BTreeMap::from([("k on t".to_owned(), "a row".to_owned())]),
             reason: Some("nothing replicates it".to_owned()),
@@ -448,7 +452,7 @@ mod tests {
             term: Some(2),
             batch: Some(0),
             end_lsn: Some("0/0".to_owned()),
-            ..database(Verdict::Breached, "stopped")
+            ..database(RpoVerdict::Breached, "stopped")
         };
         assert_eq!(
             status(false, Some("refused"), vec![wrong]).text(now()),
@@ -464,7 +468,7 @@ mod tests {
 
     #[test]
     fn beside_the_source_the_verdict_is_about_the_stream() {
-        let mut sent = database(Verdict::Met, "streaming");
+        let mut sent = database(RpoVerdict::Met, "streaming");
         sent.leg = Some(SEND.to_owned());
         sent.lag_seconds = Some(1.0);
         sent.kinesis = Some(KinesisStatus {
@@ -524,7 +528,7 @@ mod tests {
             })
         );
         assert!(known.json().ends_with("}\n"));
-        let mut more = database(Verdict::Unknown, "no_agent");
+        let mut more = database(RpoVerdict::Unknown, "no_agent");
         more.archive = Some(ArchiveStatus::default());
         more.kinesis = Some(KinesisStatus::default());
         let json = serde_json::to_value(&more).unwrap();
@@ -570,7 +574,7 @@ mod tests {
             base_as_of: Some("2026-01-01T00:00:00Z".to_owned()),
             log_end_lsn: Some("0/20".to_owned()),
             log_written_at: Some("2026-01-01T00:00:45Z".to_owned()),
-            gaps: Some(vec![Gap {
+            gaps: Some(vec![LogGap {
                 from_lsn: "0/12".to_owned(),
                 to_lsn: "0/14".to_owned(),
             }]),

@@ -63,7 +63,7 @@ pub struct Gap {
 type Id = (u64, i64);
 
 #[derive(Debug)]
-struct Open<K> {
+struct OpenBatch<K> {
     previous: PgLsn,
     end_lsn: PgLsn,
     parts: BTreeMap<u32, K>,
@@ -72,7 +72,7 @@ struct Open<K> {
     arrived_by: Instant,
 }
 
-impl<K> Open<K> {
+impl<K> OpenBatch<K> {
     fn is_complete(&self) -> bool {
         // Each part is there once, and none lies behind the last.
         self.total
@@ -88,14 +88,14 @@ pub struct Gather<K> {
     term: i64,
     in_flight_max: usize,
     position: PgLsn,
-    open: HashMap<Id, Open<K>>,
+    open: HashMap<Id, OpenBatch<K>>,
     /// All of them by where they end: behind the position.
     ends: BTreeSet<(PgLsn, Id)>,
     /// Those that are complete and begin at or before the position, by where they end.
     ready: BTreeSet<(PgLsn, Id)>,
     /// Those that are complete and begin behind the position, by where they begin.
     beyond: BTreeSet<(PgLsn, Id)>,
-    /// The same by writer and number, each with [`Open::arrived_by`].
+    /// The same by writer and number, each with [`OpenBatch::arrived_by`].
     written: BTreeMap<u64, BTreeMap<i64, Instant>>,
 }
 
@@ -167,7 +167,7 @@ impl<K> Gather<K> {
             return Err("it is the last part and not the last");
         }
         let id = (part.writer, part.batch);
-        let open = self.open.entry(id).or_insert_with(|| Open {
+        let open = self.open.entry(id).or_insert_with(|| OpenBatch {
             previous,
             end_lsn,
             parts: BTreeMap::new(),
@@ -406,12 +406,12 @@ mod tests {
     /// What it must come to, by looking at everything every time.
     struct Slow {
         position: PgLsn,
-        open: BTreeMap<Id, Open<u32>>,
+        open: BTreeMap<Id, OpenBatch<u32>>,
     }
 
     impl Slow {
         fn next_batch(&mut self) -> Option<Gathered<u32>> {
-            let follows = |open: &Open<u32>| {
+            let follows = |open: &OpenBatch<u32>| {
                 open.is_complete() && open.previous <= self.position && open.end_lsn > self.position
             };
             let all = self.open.iter();
@@ -538,7 +538,7 @@ mod tests {
                 let arrived_by = at(seed % 97 * n as u64 % 1000);
                 if gather.worth(&part) == Worth::Needed {
                     gather.keep(&part, arrived_by, part.part).unwrap();
-                    let open = slow.open.entry((part.writer, part.batch)).or_insert_with(|| Open {
+                    let open = slow.open.entry((part.writer, part.batch)).or_insert_with(|| OpenBatch {
                         previous: part.previous_end_lsn.into(),
                         end_lsn: part.end_lsn.into(),
                         parts: BTreeMap::new(),

@@ -7,11 +7,11 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::flow::net::fold;
-use crate::flow::net::model::{ModelRow, Source, carry_out, keyed, operation, statements};
+use crate::flow::net::model::{ModelRow, ModelSource, carry_out, keyed, operation, statements};
 
 /// What the lanes are to do, part by part; `None` where the batch takes one lane.
 fn planned(
-    source: &Source,
+    source: &ModelSource,
     lanes: usize,
     part: usize,
     spread: Spread,
@@ -74,7 +74,7 @@ proptest! {
     ) {
         let before: BTreeMap<i64, ModelRow> =
             before.into_iter().map(|(key, (value, large))| (key, (key, value, large))).collect();
-        let mut source = Source::new(&before);
+        let mut source = ModelSource::new(&before);
         for operation in &operations {
             source.perform(operation);
         }
@@ -88,8 +88,8 @@ proptest! {
     }
 }
 
-fn inserted(keys: std::ops::Range<i64>) -> Source {
-    let mut source = Source::new(&BTreeMap::new());
+fn inserted(keys: std::ops::Range<i64>) -> ModelSource {
+    let mut source = ModelSource::new(&BTreeMap::new());
     for key in keys {
         source.perform(&crate::flow::net::model::Operation::Insert((key, 0, 0)));
     }

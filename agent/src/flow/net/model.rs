@@ -51,14 +51,14 @@ pub(crate) enum Operation {
 }
 
 /// The source: rows by key. Carries out what is possible and says it as pgoutput would.
-pub(crate) struct Source {
+pub(crate) struct ModelSource {
     relation: Arc<SourceRelation>,
     form: Form,
     pub(crate) rows: BTreeMap<i64, ModelRow>,
     pub(crate) changes: Vec<Change>,
 }
 
-impl Source {
+impl ModelSource {
     pub(crate) fn new(rows: &BTreeMap<i64, ModelRow>) -> Self {
         Self {
             relation: described(),
@@ -193,7 +193,7 @@ pub(crate) fn number(value: Value<'_>) -> Option<i64> {
 
 /// One statement of the replica sink, as far as the model goes.
 #[derive(Debug)]
-pub(crate) enum Statement<'s> {
+pub(crate) enum ModelStatement<'s> {
     Deletes(Vec<i64>),
     Updates(Vec<&'s Row>),
     Inserts(Vec<&'s Row>),
@@ -202,16 +202,16 @@ pub(crate) enum Statement<'s> {
 }
 
 /// The statements of these steps, in the order in which the replica sink sends them.
-pub(crate) fn statements(steps: &[Step]) -> Vec<Statement<'_>> {
+pub(crate) fn statements(steps: &[Step]) -> Vec<ModelStatement<'_>> {
     let mut statements = Vec::new();
     for step in steps {
         match step {
-            Step::Truncate { .. } => statements.push(Statement::Truncate),
+            Step::Truncate { .. } => statements.push(ModelStatement::Truncate),
             Step::Tables(tables) => {
                 for stage in tables.iter().flat_map(|table| &table.stages) {
                     match stage {
                         Stage::Keyed(net) => keyed_statements(net, &mut statements),
-                        Stage::Move(change) => statements.push(Statement::Move(change)),
+                        Stage::Move(change) => statements.push(ModelStatement::Move(change)),
                         Stage::Multiset(_) => panic!("the model's table has a key"),
                     }
                 }
@@ -221,7 +221,7 @@ pub(crate) fn statements(steps: &[Step]) -> Vec<Statement<'_>> {
     statements
 }
 
-fn keyed_statements<'s>(net: &'s [(RowKey, NetChange)], statements: &mut Vec<Statement<'s>>) {
+fn keyed_statements<'s>(net: &'s [(RowKey, NetChange)], statements: &mut Vec<ModelStatement<'s>>) {
     let (mut deletes, mut updates, mut inserts) = (Vec::new(), Vec::new(), Vec::new());
     for (_, change) in net {
         match change {
@@ -242,9 +242,9 @@ fn keyed_statements<'s>(net: &'s [(RowKey, NetChange)], statements: &mut Vec<Sta
         );
     }
     statements.extend([
-        Statement::Deletes(deletes),
-        Statement::Updates(updates),
-        Statement::Inserts(inserts),
+        ModelStatement::Deletes(deletes),
+        ModelStatement::Updates(updates),
+        ModelStatement::Inserts(inserts),
     ]);
 }
 
@@ -270,11 +270,11 @@ fn key_of<'v>(mut values: impl Iterator<Item = Value<'v>>) -> i64 {
 }
 
 /// The replica: carries out a statement with the checks the real one makes.
-pub(crate) fn carry_out(rows: &mut BTreeMap<i64, ModelRow>, statement: &Statement<'_>) {
+pub(crate) fn carry_out(rows: &mut BTreeMap<i64, ModelRow>, statement: &ModelStatement<'_>) {
     match statement {
-        Statement::Truncate => rows.clear(),
-        Statement::Move(change) => execute_one(rows, change),
-        Statement::Deletes(keys) => {
+        ModelStatement::Truncate => rows.clear(),
+        ModelStatement::Move(change) => execute_one(rows, change),
+        ModelStatement::Deletes(keys) => {
             for key in keys {
                 assert!(
                     rows.remove(key).is_some(),
@@ -282,7 +282,7 @@ pub(crate) fn carry_out(rows: &mut BTreeMap<i64, ModelRow>, statement: &Statemen
                 );
             }
         }
-        Statement::Updates(updates) => {
+        ModelStatement::Updates(updates) => {
             for row in updates {
                 let stored = rows
                     .get_mut(&key_of(row.values()))
@@ -290,7 +290,7 @@ pub(crate) fn carry_out(rows: &mut BTreeMap<i64, ModelRow>, statement: &Statemen
                 assign(stored, row);
             }
         }
-        Statement::Inserts(inserts) => {
+        ModelStatement::Inserts(inserts) => {
             for row in inserts {
                 let all: Vec<i64> = row.values().map(|value| number(value).unwrap()).collect();
                 let before = rows.insert(all[0], (all[0], all[1], all[2]));

@@ -43,7 +43,7 @@ type Image = Vec<OwnedValue>;
 
 /// Where a row that is there after the changes so far was before them.
 #[derive(Debug)]
-enum Origin {
+enum RowOrigin {
     /// Nowhere.
     Inserted,
     /// It was this one, by all its values.
@@ -54,7 +54,7 @@ enum Origin {
 #[derive(Debug, Default)]
 pub(super) struct Rows {
     /// Rows that came or changed, in the order in which they did; `None` once they changed again or went.
-    made: Vec<Option<(Origin, Row)>>,
+    made: Vec<Option<(RowOrigin, Row)>>,
     /// Those of them that are equal, by all their values.
     by_image: HashMap<Image, Vec<usize>>,
     /// In the order in which they went.
@@ -67,7 +67,7 @@ impl Rows {
     }
 
     pub(super) fn insert(&mut self, image: Image, row: Row) {
-        self.make(image, Origin::Inserted, row);
+        self.make(image, RowOrigin::Inserted, row);
     }
 
     pub(super) fn update(&mut self, old: (Image, Tuple), image: Image, row: Row) {
@@ -76,12 +76,12 @@ impl Rows {
     }
 
     pub(super) fn delete(&mut self, old: (Image, Tuple)) {
-        if let Origin::Was(image, tuple) = self.take(old) {
+        if let RowOrigin::Was(image, tuple) = self.take(old) {
             self.gone.push((image, tuple));
         }
     }
 
-    fn make(&mut self, image: Image, origin: Origin, row: Row) {
+    fn make(&mut self, image: Image, origin: RowOrigin, row: Row) {
         self.by_image
             .entry(image)
             .or_default()
@@ -90,11 +90,11 @@ impl Rows {
     }
 
     /// Takes away one row that is equal to this one, of the batch's own first.
-    fn take(&mut self, (image, tuple): (Image, Tuple)) -> Origin {
+    fn take(&mut self, (image, tuple): (Image, Tuple)) -> RowOrigin {
         let own = self.by_image.get_mut(&image).and_then(Vec::pop);
         match own.and_then(|place| self.made[place].take()) {
             Some((origin, _)) => origin,
-            None => Origin::Was(image, tuple),
+            None => RowOrigin::Was(image, tuple),
         }
     }
 
@@ -111,7 +111,7 @@ impl Rows {
         }
         let mut updates: HashMap<Image, usize> = HashMap::new();
         for (origin, row) in self.made.into_iter().flatten() {
-            let Origin::Was(image, tuple) = origin else {
+            let RowOrigin::Was(image, tuple) = origin else {
                 outcome.inserts.push(row);
                 continue;
             };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::model::{
-    ModelRow, Source, carry_out, keyed, number, operation, statements, texts, values,
+    ModelRow, ModelSource, carry_out, keyed, number, operation, statements, texts, values,
 };
 use super::*;
 use crate::pg::pgoutput::encode;
@@ -33,7 +33,7 @@ proptest! {
     ) {
         let before: BTreeMap<i64, ModelRow> =
             before.into_iter().map(|(key, (value, large))| (key, (key, value, large))).collect();
-        let mut source = Source::new(&before);
+        let mut source = ModelSource::new(&before);
         for operation in &operations {
             source.perform(operation);
         }
@@ -78,7 +78,7 @@ proptest! {
 }
 
 /// What is left of the changes of a table without a key.
-fn multiset(source: &Source) -> Multiset {
+fn multiset(source: &ModelSource) -> Multiset {
     let steps = fold(&source.changes, &keyless).unwrap();
     match steps.as_slice() {
         [] => Multiset::default(),
@@ -105,7 +105,7 @@ proptest! {
         operations in proptest::collection::vec((0u8..3, 0i64..5, 0i64..5), 0..40),
     ) {
         let mut truth = before.clone();
-        let mut source = Source::new(&BTreeMap::new());
+        let mut source = ModelSource::new(&BTreeMap::new());
         for (what, a, b) in operations {
             let (old, new) = (texts((a, 0, 0)), texts((b, 0, 0)));
             let (old, new) = (values(&old, true), values(&new, true));
@@ -154,7 +154,7 @@ proptest! {
 fn of_a_table_without_a_key_rows_of_the_batch_fold_and_equal_ones_go_together() {
     let [a, b, c] = [1, 2, 3].map(|n| texts((n, 0, 0)));
     let [a, b, c] = [&a, &b, &c].map(|row| values(row, true));
-    let mut source = Source::new(&BTreeMap::new());
+    let mut source = ModelSource::new(&BTreeMap::new());
     source.say(encode::insert(1, &a));
     source.say(encode::delete(1, (b'O', &a)));
     source.say(encode::delete(1, (b'O', &a)));
@@ -180,7 +180,7 @@ fn of_a_table_without_a_key_rows_of_the_batch_fold_and_equal_ones_go_together() 
 
 #[test]
 fn under_full_identity_a_value_left_out_is_in_the_old_row() {
-    let mut source = Source::new(&BTreeMap::new());
+    let mut source = ModelSource::new(&BTreeMap::new());
     let (old, new) = (texts((1, 2, 3)), texts((1, 9, 0)));
     source.say(encode::update(
         1,
@@ -227,7 +227,7 @@ fn what_cannot_be_is_an_error_and_not_a_guess() {
         &short,
         &unidentified,
     ] {
-        let mut source = Source::new(&BTreeMap::new());
+        let mut source = ModelSource::new(&BTreeMap::new());
         for message in messages {
             source.say(message.clone());
         }
@@ -246,7 +246,7 @@ fn one_row_in_two_forms_is_changed_in_order_and_each_statement_has_one_form() {
     let (text, binary) = (Value::Text(b"0a0b"), Value::Binary(b"\x0a\x0b"));
     let large = Value::Binary(b"large");
     let unsent = Value::UnchangedToast;
-    let mut source = Source::new(&BTreeMap::new());
+    let mut source = ModelSource::new(&BTreeMap::new());
     source.say(encode::insert(1, &[binary, Value::Binary(b"1"), large]));
     source.say(encode::update(1, None, &[text, Value::Text(b"2"), unsent]));
     source.say(encode::update(1, None, &[text, Value::Text(b"3"), unsent]));
@@ -280,7 +280,7 @@ fn one_row_in_two_forms_is_changed_in_order_and_each_statement_has_one_form() {
 #[test]
 fn without_a_key_rows_of_two_forms_are_in_order_too() {
     let row = |value| [Value::Null, value, Value::Null];
-    let mut source = Source::new(&BTreeMap::new());
+    let mut source = ModelSource::new(&BTreeMap::new());
     for value in [Value::Binary(b"1"), Value::Null, Value::Text(b"2")] {
         source.say(encode::insert(1, &row(value)));
     }

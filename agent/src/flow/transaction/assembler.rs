@@ -30,7 +30,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 
 use super::descriptions::Descriptions;
-use super::open::{self, CommitPoint, Complete, Open, Pending};
+use super::open::{self, CommitPoint, Complete, OpenTransaction, Pending};
 use super::{AssembleError, Change, Relations, SourceRelation, TypeNames};
 use crate::pg::PgLsn;
 use crate::pg::pgoutput::{self, Message, Relation, StreamAbort};
@@ -55,7 +55,7 @@ pub struct Assembler {
     types: TypeNames,
     arrivals: u64,
     /// Between Begin and Commit: the transaction, and where it commits.
-    whole: Option<(Open, PgLsn)>,
+    whole: Option<(OpenTransaction, PgLsn)>,
     /// Those that came in blocks and have not ended.
     streamed: HashMap<u32, Streamed>,
     /// Between Stream Start and Stream Stop.
@@ -65,7 +65,7 @@ pub struct Assembler {
 
 #[derive(Debug)]
 struct Streamed {
-    open: Open,
+    open: OpenTransaction,
     described: Descriptions,
 }
 
@@ -95,7 +95,7 @@ impl Assembler {
         match pgoutput::decode(&data, streamed)? {
             Message::Begin(begin) => {
                 self.expect_between("Begin")?;
-                self.whole = Some((Open::new(begin.xid), begin.final_lsn));
+                self.whole = Some((OpenTransaction::new(begin.xid), begin.final_lsn));
             }
             Message::Commit(commit) => {
                 let point = CommitPoint {
@@ -188,7 +188,7 @@ impl Assembler {
 
     /// Bytes in memory of all transactions that are being received.
     pub fn pending_bytes(&self) -> u64 {
-        self.open().map(Open::bytes).sum()
+        self.open().map(OpenTransaction::bytes).sum()
     }
 
     /// The transaction that holds most of them.
@@ -208,10 +208,10 @@ impl Assembler {
         whole
             .chain(streamed)
             .find(|open| open.xid == xid)
-            .map_or_else(Pending::default, Open::take_pending)
+            .map_or_else(Pending::default, OpenTransaction::take_pending)
     }
 
-    fn open(&self) -> impl Iterator<Item = &Open> {
+    fn open(&self) -> impl Iterator<Item = &OpenTransaction> {
         let whole = self.whole.iter().map(|(open, _)| open);
         whole.chain(self.streamed.values().map(|streamed| &streamed.open))
     }
@@ -242,7 +242,7 @@ impl Assembler {
             (false, true) => {}
             (true, false) => {
                 let streamed = Streamed {
-                    open: Open::new(xid),
+                    open: OpenTransaction::new(xid),
                     described: Descriptions::default(),
                 };
                 self.streamed.insert(xid, streamed);
@@ -293,7 +293,11 @@ impl Assembler {
         self.complete(open, point)
     }
 
-    fn complete(&mut self, open: Open, point: CommitPoint) -> Result<Ended, AssembleError> {
+    fn complete(
+        &mut self,
+        open: OpenTransaction,
+        point: CommitPoint,
+    ) -> Result<Ended, AssembleError> {
         if point.commit_lsn < self.end_lsn {
             return Err(self.out_of_order(open.xid, point.commit_lsn));
         }

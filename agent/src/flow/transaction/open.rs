@@ -4,7 +4,7 @@
 //! that the maker was not rolled back.
 //!
 //! # Invariants
-//! - [`Open::bytes`] covers all memory the changes hold, those of rolled back subtransactions included:
+//! - [`OpenTransaction::bytes`] covers all memory the changes hold, those of rolled back subtransactions included:
 //!   they share blocks with the others and are let go together with them.
 //! - Counts are those of the changes that survive, wherever they are.
 //!
@@ -36,7 +36,7 @@ pub(super) fn is_alone(message: &Bytes) -> bool {
 
 /// A transaction without its end.
 #[derive(Debug)]
-pub(super) struct Open {
+pub(super) struct OpenTransaction {
     pub(super) xid: u32,
     pending: Pending,
     /// Of the changes the transaction made outside subtransactions.
@@ -90,7 +90,7 @@ impl FromIterator<(u32, Change)> for Pending {
     }
 }
 
-impl Open {
+impl OpenTransaction {
     pub(super) fn new(xid: u32) -> Self {
         Self {
             xid,
@@ -162,12 +162,12 @@ pub(super) struct CommitPoint {
 /// A transaction with its commit; what was taken out of it is elsewhere.
 #[derive(Debug)]
 pub struct Complete {
-    open: Open,
+    open: OpenTransaction,
     commit: CommitPoint,
 }
 
 impl Complete {
-    pub(super) fn new(open: Open, commit: CommitPoint) -> Self {
+    pub(super) fn new(open: OpenTransaction, commit: CommitPoint) -> Self {
         Self { open, commit }
     }
 

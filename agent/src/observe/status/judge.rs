@@ -76,7 +76,7 @@ mod tests {
     use super::*;
     use crate::observe::lag::Lag;
     use crate::observe::status::Leg;
-    use crate::watch::Slot;
+    use crate::watch::WatchedSlot;
     use crate::watch::coverage::Coverage;
 
     const SECOND: Micros = 1_000_000;
@@ -91,7 +91,7 @@ mod tests {
             status: DatabaseStatus {
                 stream: "dr_agent_app".to_owned(),
                 state,
-                leg: Leg::Direct,
+                leg: Leg::Whole,
                 ..DatabaseStatus::default()
             },
             since: 0,
@@ -104,7 +104,7 @@ mod tests {
     }
 
     fn facts(at: Micros) -> Facts {
-        let slot = Slot {
+        let slot = WatchedSlot {
             retained: Some(400),
             confirmed: Some(PgLsn::from(450)),
         };

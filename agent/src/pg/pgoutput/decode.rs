@@ -1,7 +1,7 @@
 //! ● Bytes to [`Message`].
 //!
 //! One function per message that has more than a few fields, in the order of the documentation;
-//! [`Reader`] takes the fields one by one and is the only place that looks at lengths.
+//! [`ByteReader`] takes the fields one by one and is the only place that looks at lengths.
 //!
 //! # Invariants
 //! - Every read is checked against what is left, and every message must end exactly where its last
@@ -31,7 +31,7 @@ pub fn kind(data: &[u8]) -> Option<MessageKind> {
 pub fn decode(data: &Bytes, streamed: bool) -> Result<Message, DecodeError> {
     let &first = data.first().ok_or(DecodeError::Empty)?;
     let kind = MessageKind::from_byte(first).ok_or(DecodeError::UnknownMessage(first))?;
-    let mut reader = Reader {
+    let mut reader = ByteReader {
         message: char::from(first),
         data,
         left: &data[1..],
@@ -87,7 +87,7 @@ pub fn put_without_xid(streamed: &[u8], out: &mut BytesMut) {
 
 fn read(
     kind: MessageKind,
-    reader: &mut Reader<'_>,
+    reader: &mut ByteReader<'_>,
     streamed: bool,
 ) -> Result<Message, DecodeError> {
     Ok(match kind {
@@ -207,7 +207,7 @@ fn read(
     })
 }
 
-fn read_relation(reader: &mut Reader<'_>) -> Result<Relation, DecodeError> {
+fn read_relation(reader: &mut ByteReader<'_>) -> Result<Relation, DecodeError> {
     /// Flags, an empty name, type and modifier.
     const COLUMN_BYTES_MIN: usize = 1 + 1 + 4 + 4;
 
@@ -242,7 +242,7 @@ fn read_relation(reader: &mut Reader<'_>) -> Result<Relation, DecodeError> {
     })
 }
 
-fn read_update(reader: &mut Reader<'_>, streamed: bool) -> Result<Message, DecodeError> {
+fn read_update(reader: &mut ByteReader<'_>, streamed: bool) -> Result<Message, DecodeError> {
     let xid = reader.xid(streamed)?;
     let relation = reader.u32()?;
     let mut kind = reader.u8()?;
@@ -265,7 +265,7 @@ fn read_update(reader: &mut Reader<'_>, streamed: bool) -> Result<Message, Decod
     })
 }
 
-fn read_truncate(reader: &mut Reader<'_>, streamed: bool) -> Result<Message, DecodeError> {
+fn read_truncate(reader: &mut ByteReader<'_>, streamed: bool) -> Result<Message, DecodeError> {
     const OID_BYTES: usize = 4;
 
     let xid = reader.xid(streamed)?;
@@ -284,7 +284,7 @@ fn read_truncate(reader: &mut Reader<'_>, streamed: bool) -> Result<Message, Dec
     })
 }
 
-fn read_prepare(reader: &mut Reader<'_>) -> Result<Prepare, DecodeError> {
+fn read_prepare(reader: &mut ByteReader<'_>) -> Result<Prepare, DecodeError> {
     Ok(Prepare {
         prepare_lsn: reader.lsn()?,
         end_lsn: reader.lsn()?,
@@ -295,13 +295,13 @@ fn read_prepare(reader: &mut Reader<'_>) -> Result<Prepare, DecodeError> {
 }
 
 /// What is left of a message.
-pub(super) struct Reader<'a> {
+pub(super) struct ByteReader<'a> {
     message: char,
     data: &'a Bytes,
     left: &'a [u8],
 }
 
-impl<'a> Reader<'a> {
+impl<'a> ByteReader<'a> {
     pub(super) fn left(&self) -> &'a [u8] {
         self.left
     }

@@ -13,7 +13,7 @@ use std::iter::FusedIterator;
 
 use bytes::Bytes;
 
-use super::decode::Reader;
+use super::decode::ByteReader;
 use super::error::DecodeError;
 
 /// One column's value as it travels.
@@ -69,7 +69,7 @@ impl Tuple {
     const COUNT_BYTES: usize = 2;
 
     /// Checks one tuple and takes it out of the message.
-    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut ByteReader<'_>) -> Result<Self, DecodeError> {
         let columns = reader.count16()?;
         let start = reader.left();
         let mut has_unchanged_toast = false;

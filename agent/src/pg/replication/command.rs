@@ -69,10 +69,10 @@ pub(super) fn start_replication(slot: &str, start: PgLsn, options: &[(&str, &str
     sql
 }
 
-type Row = [Option<String>];
+type ReplyRow = [Option<String>];
 
 /// `slot_name`.
-pub(super) fn copied_slot(row: &Row) -> Result<String, PgError> {
+pub(super) fn copied_slot(row: &ReplyRow) -> Result<String, PgError> {
     match row {
         [Some(name)] => Ok(name.clone()),
         _ => Err(unexpected("pg_copy_logical_replication_slot", "row")),
@@ -80,7 +80,7 @@ pub(super) fn copied_slot(row: &Row) -> Result<String, PgError> {
 }
 
 /// `systemid, timeline, xlogpos, dbname`.
-pub(super) fn system_identity(row: &Row) -> Result<SystemIdentity, PgError> {
+pub(super) fn system_identity(row: &ReplyRow) -> Result<SystemIdentity, PgError> {
     match row {
         [Some(system_identifier), Some(timeline), Some(xlogpos), ..] => Ok(SystemIdentity {
             system_identifier: system_identifier
@@ -96,7 +96,7 @@ pub(super) fn system_identity(row: &Row) -> Result<SystemIdentity, PgError> {
 }
 
 /// `slot_name, consistent_point, snapshot_name, output_plugin`.
-pub(super) fn created_slot(row: &Row) -> Result<CreatedSlot, PgError> {
+pub(super) fn created_slot(row: &ReplyRow) -> Result<CreatedSlot, PgError> {
     match row {
         [Some(name), Some(consistent_point), snapshot_name, ..] => Ok(CreatedSlot {
             name: name.clone(),

@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use tokio::io::{AsyncWrite, AsyncWriteExt as _};
 
-use super::frames::{Frame, Frames};
+use super::frames::{Frame, WalFrames};
 use super::half::Half;
 use crate::pg::{PgError, PgLsn};
 
@@ -78,12 +78,12 @@ impl ReplicationMessage {
 /// The reading half.
 pub struct ReplicationReader {
     stream: Half,
-    frames: Frames,
+    frames: WalFrames,
     local: bool,
 }
 
 impl ReplicationReader {
-    pub(super) fn new(stream: Half, frames: Frames, local: bool) -> Self {
+    pub(super) fn new(stream: Half, frames: WalFrames, local: bool) -> Self {
         Self {
             stream,
             frames,
@@ -182,7 +182,7 @@ impl StatusSender {
         applied: PgLsn,
         reply_requested: bool,
     ) -> Result<(), PgError> {
-        let status = Status {
+        let status = StandbyStatus {
             written,
             flushed,
             applied,
@@ -220,7 +220,7 @@ impl<W: AsyncWrite + Unpin> Outbox<W> {
 }
 
 /// PostgreSQL documentation, "Standby status update".
-struct Status {
+struct StandbyStatus {
     written: PgLsn,
     flushed: PgLsn,
     applied: PgLsn,
@@ -228,7 +228,7 @@ struct Status {
     reply_requested: bool,
 }
 
-impl Status {
+impl StandbyStatus {
     fn write(&self, out: &mut BytesMut) {
         // Tag, then the length of itself and the body: 'r', three positions, clock, flag.
         out.put_u8(b'd');
@@ -296,7 +296,7 @@ mod tests {
     #[test]
     fn a_status_update_has_the_documented_layout() {
         let mut out = BytesMut::new();
-        let status = Status {
+        let status = StandbyStatus {
             written: PgLsn::from(3),
             flushed: PgLsn::from(2),
             applied: PgLsn::from(1),

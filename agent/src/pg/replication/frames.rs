@@ -8,7 +8,7 @@
 //! - No bytes from the network can make this panic, or reserve more than [`MESSAGE_BYTES_MAX`].
 //! - A slice keeps its block alive. A block is filled to its end before the next is begun, so blocks
 //!   hold little that nobody asked for; a block for one oversized message serves that message only.
-//! - [`Frames::next`] is cancel-safe: what was read stays in the buffer.
+//! - [`WalFrames::next`] is cancel-safe: what was read stays in the buffer.
 
 use std::future::{Future as _, poll_fn};
 use std::io;
@@ -73,7 +73,7 @@ impl Frame {
 }
 
 /// The buffer and what is still in it.
-pub(super) struct Frames {
+pub(super) struct WalFrames {
     buffer: BytesMut,
     /// The block was made for one message larger than a block and must not be used again.
     oversized: bool,
@@ -81,7 +81,7 @@ pub(super) struct Frames {
     drained: bool,
 }
 
-impl Frames {
+impl WalFrames {
     pub(super) fn new() -> Self {
         Self {
             buffer: BytesMut::new(),
@@ -335,8 +335,8 @@ mod tests {
         bytes
     }
 
-    fn frames(bytes: &[u8]) -> Frames {
-        Frames {
+    fn frames(bytes: &[u8]) -> WalFrames {
+        WalFrames {
             buffer: BytesMut::from(bytes),
             oversized: false,
             drained: true,
@@ -392,7 +392,7 @@ mod tests {
                 .await
                 .unwrap();
         });
-        let mut frames = Frames::new();
+        let mut frames = WalFrames::new();
         for size in sizes {
             match frames.next(&mut client).await.unwrap() {
                 Some(Frame::CopyData(data)) => assert_eq!(data.len(), size),
@@ -408,7 +408,7 @@ mod tests {
     async fn a_connection_that_ends_within_a_message_is_an_error() {
         let bytes = message(b'd', b"hello");
         let mut stream = &bytes[..7];
-        let outcome = Frames::new().next(&mut stream).await;
+        let outcome = WalFrames::new().next(&mut stream).await;
         assert!(matches!(outcome, Err(PgError::Closed)));
     }
 

@@ -23,7 +23,7 @@ mod startup;
 
 use tokio::io::AsyncWriteExt as _;
 
-use self::frames::{Frame, Frames};
+use self::frames::{Frame, WalFrames};
 use super::conninfo::{ConnInfo, Host};
 use super::dial::{Start, dial};
 use super::stream::PgStream;
@@ -34,7 +34,7 @@ pub use self::copy_both::{ReplicationMessage, ReplicationReader, StatusSender};
 /// An idle walsender session: one command at a time.
 pub struct ReplicationConnection {
     stream: PgStream,
-    frames: Frames,
+    frames: WalFrames,
     server_version: i32,
     /// The settings that were sent behind the start-up packet are not answered yet; nobody waited for that.
     unanswered: bool,
@@ -80,7 +80,7 @@ impl ReplicationConnection {
     /// # Errors
     /// As [`super::connect`].
     pub async fn connect(conninfo: &ConnInfo, session: &Session) -> Result<Self, PgError> {
-        dial(conninfo, &Walsender { conninfo, session }).await
+        dial(conninfo, &WalsenderSession { conninfo, session }).await
     }
 
     /// The server's version as `server_version_num` has it, `150018` for 15.18.
@@ -240,12 +240,12 @@ impl ReplicationConnection {
     }
 }
 
-struct Walsender<'a> {
+struct WalsenderSession<'a> {
     conninfo: &'a ConnInfo,
     session: &'a Session,
 }
 
-impl Start for Walsender<'_> {
+impl Start for WalsenderSession<'_> {
     type Session = ReplicationConnection;
 
     const REPLICATION: bool = true;

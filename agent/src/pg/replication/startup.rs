@@ -15,7 +15,7 @@ use postgres_protocol::message::frontend;
 use tokio::io::AsyncWriteExt as _;
 
 use super::ReplicationConnection;
-use super::frames::{Frame, Frames};
+use super::frames::{Frame, WalFrames};
 use crate::pg::connect::{no_channel_binding, options_dropped, password_missing};
 use crate::pg::conninfo::{ChannelBinding, ConnInfo, Host};
 use crate::pg::stream::PgStream;
@@ -32,7 +32,7 @@ pub(super) struct Startup<'a> {
 /// A stream on which messages are exchanged one by one.
 struct Dialogue {
     stream: PgStream,
-    frames: Frames,
+    frames: WalFrames,
 }
 
 impl Dialogue {
@@ -66,7 +66,7 @@ impl Startup<'_> {
     pub(super) async fn run(&self, stream: PgStream) -> Result<ReplicationConnection, PgError> {
         let mut dialogue = Dialogue {
             stream,
-            frames: Frames::new(),
+            frames: WalFrames::new(),
         };
         let options = self.session.options(self.conninfo);
         let parameters = vec![

@@ -1,6 +1,6 @@
 //! Why a restore did not come to its end.
 
-use super::moment::Moment;
+use super::moment::RestoreMoment;
 use crate::archive::base::BackupError;
 use crate::archive::log::ArchiveError;
 use crate::cloud::store::StoreError;
@@ -46,7 +46,7 @@ pub enum RestoreError {
     #[error("several histories of the database lead to {moment}:{}", listed(.histories))]
     WhichHistory {
         /// What was asked for.
-        moment: Moment,
+        moment: RestoreMoment,
         /// Those that do, in the order in which they began.
         histories: Vec<History>,
     },
@@ -54,7 +54,7 @@ pub enum RestoreError {
     #[error("no base backup leads to {moment}{}", since(.oldest))]
     NoBase {
         /// What was asked for.
-        moment: Moment,
+        moment: RestoreMoment,
         /// When the oldest base backup was taken.
         oldest: Option<Micros>,
     },
@@ -64,7 +64,7 @@ pub enum RestoreError {
         /// Where it ends.
         end: PgLsn,
         /// What was asked for.
-        moment: Moment,
+        moment: RestoreMoment,
     },
     /// An interrupted restore went further than the moment that is asked for now.
     #[error("the target already is at {at}, behind {moment}")]
@@ -72,7 +72,7 @@ pub enum RestoreError {
         /// How far it is.
         at: PgLsn,
         /// What was asked for.
-        moment: Moment,
+        moment: RestoreMoment,
     },
     /// An interrupted restore was of other tables.
     #[error("the restore that was interrupted in the target was of other tables")]
@@ -316,7 +316,7 @@ mod tests {
     #[test]
     fn every_refusal_says_what_to_do() {
         let lsn = PgLsn::from(1);
-        let moment = Moment::End;
+        let moment = RestoreMoment::End;
         let history = History {
             system_identifier: 7,
             began: 0,

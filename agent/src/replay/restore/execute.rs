@@ -14,8 +14,8 @@ use tokio_postgres::Client;
 
 use super::closing_notes::{ClosingNotes, Gathering};
 use super::log::{LogTold, Replay};
-use super::observe::Archived;
-use super::plan::{Beginning, RestorePlan};
+use super::observe::ArchivedBase;
+use super::plan::{FirstStage, RestorePlan};
 use super::target::{self, TargetPosition};
 use super::{Restore, RestoreError, RestoreObserver, RestoreReport, load};
 use crate::archive::base;
@@ -26,7 +26,7 @@ use crate::flow::ledger::BatchNumber;
 use crate::flow::spill::{self, SpillSpace};
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::replay::{self, Reached, Sessions, Target};
+use crate::replay::{self, Reached, ReplaySessions, ReplayTarget};
 use crate::source::{self, IntakeLimits, LogIntake};
 
 /// Builds the database as planned; `client` holds the target's lock.
@@ -35,18 +35,18 @@ use crate::source::{self, IntakeLimits, LogIntake};
 /// [`RestoreError`]
 pub(super) async fn execute(
     restore: &Restore<'_>,
-    archive: &Archived,
+    archive: &ArchivedBase,
     plan: &RestorePlan,
     mut client: Client,
     copy: &dyn CopyObserver,
     observer: &dyn RestoreObserver,
 ) -> Result<RestoreReport, RestoreError> {
     let mut position = match &plan.begin {
-        Beginning::Resume(position) => {
+        FirstStage::Resume(position) => {
             observer.planned(plan);
             position.clone()
         }
-        Beginning::Load(what) => {
+        FirstStage::Load(what) => {
             let examined = load::examine(restore, archive, plan, &client).await?;
             observer.planned(plan);
             load::load(restore, archive, plan, what, examined, &mut client, copy).await?
@@ -130,7 +130,7 @@ fn as_of(position: &TargetPosition) -> PgLsn {
 /// Replays the log up to the moment.
 async fn replay(
     restore: &Restore<'_>,
-    archive: &Archived,
+    archive: &ArchivedBase,
     plan: &RestorePlan,
     position: &TargetPosition,
     observer: &dyn RestoreObserver,
@@ -155,7 +155,7 @@ async fn replay(
         moment: options.moment,
         tables: (!position.whole).then_some(&position.tables),
     };
-    let target = Target {
+    let target = ReplayTarget {
         conninfo: &options.target,
         stream: &restore.stream,
         term: target::TERM,
@@ -165,7 +165,7 @@ async fn replay(
         left_out: HashSet::new(),
         session: &[],
     };
-    let sessions = Sessions::connect(config, target).await?;
+    let sessions = ReplaySessions::connect(config, target).await?;
     let applying = replay::apply(config, sessions, from, transactions, |reached| {
         observer.replayed(reached.end_lsn, plan.log_end, reached.commit_time);
     });

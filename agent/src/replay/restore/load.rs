@@ -10,7 +10,7 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::closing_notes::Gathering;
-use super::observe::Archived;
+use super::observe::ArchivedBase;
 use super::plan::{Load, RestorePlan};
 use super::target::{self, Loaded, RestoreOwner, TargetPosition};
 use super::{Restore, RestoreError, encoding};
@@ -33,7 +33,11 @@ impl ExaminedLoad {
     }
 }
 
-fn job<'a>(restore: &'a Restore<'_>, archive: &'a Archived, plan: &'a RestorePlan) -> LoadJob<'a> {
+fn job<'a>(
+    restore: &'a Restore<'_>,
+    archive: &'a ArchivedBase,
+    plan: &'a RestorePlan,
+) -> LoadJob<'a> {
     let options = restore.options;
     LoadJob {
         store: restore.store,
@@ -58,7 +62,7 @@ fn job<'a>(restore: &'a Restore<'_>, archive: &'a Archived, plan: &'a RestorePla
 /// [`RestoreError`], where it cannot succeed.
 pub(super) async fn examine(
     restore: &Restore<'_>,
-    archive: &Archived,
+    archive: &ArchivedBase,
     plan: &RestorePlan,
     client: &Client,
 ) -> Result<ExaminedLoad, RestoreError> {
@@ -77,7 +81,7 @@ pub(super) async fn examine(
 /// [`RestoreError`]; the next run removes what is there and begins anew.
 pub(super) async fn load(
     restore: &Restore<'_>,
-    archive: &Archived,
+    archive: &ArchivedBase,
     plan: &RestorePlan,
     load: &Load,
     examined: ExaminedLoad,

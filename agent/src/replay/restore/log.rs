@@ -19,7 +19,7 @@ use std::ops::ControlFlow;
 use bytes::Bytes;
 
 use super::RestoreError;
-use super::moment::Moment;
+use super::moment::RestoreMoment;
 use super::pick_base::falls_short;
 use super::target::Tables;
 use crate::archive::log::{Ahead, Layout, SegmentReader, Span, Way};
@@ -77,7 +77,7 @@ pub(super) struct Replay<'a> {
     /// Every segment there is, and its size.
     pub(super) segments: &'a BTreeMap<Span, u64>,
     /// How far.
-    pub(super) moment: Moment,
+    pub(super) moment: RestoreMoment,
     /// The tables whose changes count; all of the users' if there is no list.
     pub(super) tables: Option<&'a Tables>,
 }
@@ -168,7 +168,7 @@ struct Now {
 }
 
 struct LogReading<'a> {
-    moment: Moment,
+    moment: RestoreMoment,
     tables: Option<&'a Tables>,
     /// None behind the moment.
     intake: Option<LogIntake>,
@@ -315,7 +315,7 @@ mod tests {
     }
 
     /// Which transactions are handed over, and what is told, of a target that is at `from`.
-    async fn read(moment: Moment, from: u64, messages: Vec<Bytes>) -> (Vec<u32>, LogTold) {
+    async fn read(moment: RestoreMoment, from: u64, messages: Vec<Bytes>) -> (Vec<u32>, LogTold) {
         let directory = tempfile::tempdir().unwrap();
         let space = SpillSpace::open(directory.path().join("spill"), 1 << 20).unwrap();
         let limits = IntakeLimits {
@@ -358,7 +358,7 @@ mod tests {
             transaction(5, 50, 1),
             transaction(6, 60, 1),
         ];
-        let (taken, told) = read(Moment::Time(25), 0, messages.concat()).await;
+        let (taken, told) = read(RestoreMoment::Time(25), 0, messages.concat()).await;
         assert_eq!(taken, [1, 2]);
         assert_eq!(xid(told.last_change), Some(1));
         assert_eq!(xid(told.beyond), Some(3));
@@ -373,7 +373,7 @@ mod tests {
             transaction(3, 95, 1),
         ];
         // Transaction 1 was applied by a run that asked for a later moment.
-        let (taken, told) = read(Moment::Time(25), 150, messages.concat()).await;
+        let (taken, told) = read(RestoreMoment::Time(25), 150, messages.concat()).await;
         assert_eq!(taken, [2]);
         assert_eq!(xid(told.last_change), Some(2));
         assert_eq!(xid(told.beyond), Some(3));
@@ -383,7 +383,7 @@ mod tests {
             transaction(2, 20, 1),
             transaction(1, 10, 1),
         ];
-        let (taken, told) = read(Moment::End, 0, twice.concat()).await;
+        let (taken, told) = read(RestoreMoment::End, 0, twice.concat()).await;
         assert_eq!(taken, [1, 2]);
         assert_eq!(xid(told.last_change), Some(2));
         assert_eq!(told.beyond, None);

@@ -35,7 +35,7 @@ use std::collections::BTreeSet;
 
 pub use error::RestoreError;
 pub use log::Committed;
-pub use moment::Moment;
+pub use moment::RestoreMoment;
 pub use plan::{RestorePlan, TargetStart};
 
 use crate::cloud::store::Store;
@@ -46,7 +46,7 @@ use crate::names::history::History;
 use crate::names::stream::StreamName;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::time::Micros;
-use plan::Beginning;
+use plan::FirstStage;
 
 /// What is to be restored.
 #[derive(Clone, Debug)]
@@ -58,7 +58,7 @@ pub struct RestoreOptions {
     /// Of this history; by default of the one that was alive at the moment.
     pub history: Option<History>,
     /// Its state at this moment.
-    pub moment: Moment,
+    pub moment: RestoreMoment,
     /// Only these tables, a partitioned one with all of its partitions; all if empty.
     pub tables: Vec<TableName>,
     /// Everything belongs to the role that restores.
@@ -158,8 +158,8 @@ pub async fn preview(
     let found = target::look(&client, &restore.stream).await?;
     let plan = plan::decide(&archive, &found, options, &restore.stream)?;
     let warnings = match plan.begin {
-        Beginning::Resume(_) => Vec::new(),
-        Beginning::Load(_) => load::examine(&restore, &archive, &plan, &client)
+        FirstStage::Resume(_) => Vec::new(),
+        FirstStage::Load(_) => load::examine(&restore, &archive, &plan, &client)
             .await?
             .warnings(),
     };
@@ -183,7 +183,7 @@ pub async fn restore(
     target::lock(&client).await?;
     let found = target::look(&client, &restore.stream).await?;
     let mut plan = plan::decide(&archive, &found, options, &restore.stream)?;
-    if matches!(plan.begin, Beginning::Resume(_)) {
+    if matches!(plan.begin, FirstStage::Resume(_)) {
         target::settle(&client, &restore.stream).await?;
         // What was prepared may have been committed by that.
         let found = target::look(&client, &restore.stream).await?;

@@ -11,7 +11,7 @@ use crate::time::{Micros, system_time};
 
 /// Where to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
+pub enum RestoreMoment {
     /// After everything the archive has.
     End,
     /// Before the first transaction that committed later than this on the source's clock, as
@@ -21,7 +21,7 @@ pub enum Moment {
     Lsn(PgLsn),
 }
 
-impl Moment {
+impl RestoreMoment {
     /// Whether the transaction that begins so lies before the moment.
     pub fn includes(self, begin: &Begin) -> bool {
         match self {
@@ -41,7 +41,7 @@ impl Moment {
     }
 }
 
-impl fmt::Display for Moment {
+impl fmt::Display for RestoreMoment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::End => f.write_str("the end of the archive"),

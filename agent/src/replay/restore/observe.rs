@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use super::pick_base::DatedBase;
 use super::pick_history::ArchivedLife;
 use super::{Restore, RestoreError, plan};
-use crate::archive::base::{self, Bases, Found, Manifest, Summary};
+use crate::archive::base::{self, Bases, FoundBases, Manifest, Summary};
 use crate::archive::log::{Layout, Span};
 use crate::cloud::store::Store;
 use crate::names::stream::StreamName;
@@ -56,7 +56,7 @@ impl ArchivedHistory {
 
 /// The archive, as far as one restore is concerned.
 #[derive(Debug)]
-pub(super) struct Archived {
+pub(super) struct ArchivedBase {
     /// The history that is meant.
     pub(super) history: ArchivedHistory,
     /// The newest of its base backups that leads to the moment.
@@ -69,13 +69,13 @@ pub(super) struct Archived {
 ///
 /// # Errors
 /// Where it cannot be read, or has nothing that leads to the moment.
-pub(super) async fn archive(restore: &Restore<'_>) -> Result<Archived, RestoreError> {
+pub(super) async fn archive(restore: &Restore<'_>) -> Result<ArchivedBase, RestoreError> {
     let mut histories = histories(restore.store, &restore.source()).await?;
     let choice = plan::choose(&histories, restore.options)?;
     let history = histories.swap_remove(choice.history);
     let base = history.bases[choice.base].clone();
     let manifest = base::manifest(restore.store, &base.base).await?;
-    Ok(Archived {
+    Ok(ArchivedBase {
         history,
         base,
         manifest,
@@ -89,7 +89,7 @@ async fn histories(
 ) -> Result<Vec<ArchivedHistory>, RestoreError> {
     let mut histories = Vec::new();
     for of in Bases::all(store, stream).await? {
-        let Found {
+        let FoundBases {
             bases, unusable, ..
         } = of.find().await?;
         for base in unusable {

@@ -3,7 +3,7 @@
 //! Pure. A restore that was interrupted goes on with the log from where it stands.
 
 use super::RestoreError;
-use super::moment::Moment;
+use super::moment::RestoreMoment;
 use crate::archive::log::{ArchiveError, Chain, Span};
 use crate::pg::PgLsn;
 use crate::time::Micros;
@@ -21,7 +21,7 @@ pub(super) struct DatedBase {
 ///
 /// # Errors
 /// [`RestoreError::NoBase`]
-pub(super) fn choose(bases: &[DatedBase], moment: Moment) -> Result<usize, RestoreError> {
+pub(super) fn choose(bases: &[DatedBase], moment: RestoreMoment) -> Result<usize, RestoreError> {
     let usable =
         (0..bases.len()).filter(|at| moment.is_at_or_after(bases[*at].lsn, bases[*at].time));
     usable
@@ -36,23 +36,29 @@ pub(super) fn choose(bases: &[DatedBase], moment: Moment) -> Result<usize, Resto
 ///
 /// # Errors
 /// As [`falls_short`], where that can be told without reading them: a base backup may take hours to load.
-pub(super) fn log(from: PgLsn, spans: &[Span], moment: Moment) -> Result<Chain, RestoreError> {
+pub(super) fn log(
+    from: PgLsn,
+    spans: &[Span],
+    moment: RestoreMoment,
+) -> Result<Chain, RestoreError> {
     let chain = Chain::from(from, spans);
     match moment {
         // Which position that was, only the log knows.
-        Moment::Time(_) => Ok(chain),
-        Moment::Lsn(_) | Moment::End => falls_short(&chain, moment).map_or(Ok(chain), Err),
+        RestoreMoment::Time(_) => Ok(chain),
+        RestoreMoment::Lsn(_) | RestoreMoment::End => {
+            falls_short(&chain, moment).map_or(Ok(chain), Err)
+        }
     }
 }
 
 /// Why a chain in which nothing lies behind the moment does not lead there; none if it does.
-pub(super) fn falls_short(chain: &Chain, moment: Moment) -> Option<RestoreError> {
+pub(super) fn falls_short(chain: &Chain, moment: RestoreMoment) -> Option<RestoreError> {
     let from = chain.end;
     match (moment, chain.resumes) {
-        (Moment::Lsn(lsn), _) if lsn <= from => None,
+        (RestoreMoment::Lsn(lsn), _) if lsn <= from => None,
         // Behind a gap there may be anything.
         (_, next @ Some(_)) => Some(ArchiveError::Missing { from, next }.into()),
-        (Moment::End, None) => None,
+        (RestoreMoment::End, None) => None,
         (_, None) => Some(RestoreError::LogEnds { end: from, moment }),
     }
 }
@@ -67,11 +73,11 @@ pub(super) struct Needed {
 }
 
 /// Cuts a chain where a moment lies at the latest: a base backup that is of a later time lies behind it.
-pub(super) fn needed(chain: &Chain, bases: &[DatedBase], moment: Moment) -> Needed {
+pub(super) fn needed(chain: &Chain, bases: &[DatedBase], moment: RestoreMoment) -> Needed {
     let latest = match moment {
-        Moment::End => None,
-        Moment::Lsn(lsn) => Some(lsn),
-        Moment::Time(time) => {
+        RestoreMoment::End => None,
+        RestoreMoment::Lsn(lsn) => Some(lsn),
+        RestoreMoment::Time(time) => {
             let later = bases.iter().filter(|base| base.time > time);
             later.map(|base| base.lsn).min()
         }
@@ -110,12 +116,12 @@ mod tests {
             let chosen = choose(&bases, moment).ok();
             chosen.map(|at| u64::from(bases[at].lsn))
         };
-        assert_eq!(chosen(Moment::End), Some(300));
-        assert_eq!(chosen(Moment::Time(2_999)), Some(200));
-        assert_eq!(chosen(Moment::Time(3_000)), Some(300));
-        assert_eq!(chosen(Moment::Lsn(lsn(199))), Some(100));
-        assert_eq!(chosen(Moment::Lsn(lsn(99))), None);
-        let error = choose(&bases, Moment::Time(999)).unwrap_err();
+        assert_eq!(chosen(RestoreMoment::End), Some(300));
+        assert_eq!(chosen(RestoreMoment::Time(2_999)), Some(200));
+        assert_eq!(chosen(RestoreMoment::Time(3_000)), Some(300));
+        assert_eq!(chosen(RestoreMoment::Lsn(lsn(199))), Some(100));
+        assert_eq!(chosen(RestoreMoment::Lsn(lsn(99))), None);
+        let error = choose(&bases, RestoreMoment::Time(999)).unwrap_err();
         assert!(
             matches!(
                 error,
@@ -137,31 +143,37 @@ mod tests {
             let needed = needed(&chain, &bases, moment);
             (needed.spans.len(), u64::from(needed.end))
         };
-        assert_eq!(cut(Moment::End), (3, 400));
-        assert_eq!(cut(Moment::Lsn(lsn(200))), (1, 200));
-        assert_eq!(cut(Moment::Lsn(lsn(201))), (2, 201));
-        assert_eq!(cut(Moment::Time(1_500)), (2, 250));
-        assert_eq!(cut(Moment::Time(2_500)), (3, 400));
+        assert_eq!(cut(RestoreMoment::End), (3, 400));
+        assert_eq!(cut(RestoreMoment::Lsn(lsn(200))), (1, 200));
+        assert_eq!(cut(RestoreMoment::Lsn(lsn(201))), (2, 201));
+        assert_eq!(cut(RestoreMoment::Time(1_500)), (2, 250));
+        assert_eq!(cut(RestoreMoment::Time(2_500)), (3, 400));
     }
 
     #[test]
     fn a_log_that_ends_before_the_position_is_refused_before_anything_is_read() {
         let spans = [span(100, 200), span(200, 300)];
         assert_eq!(
-            log(lsn(100), &spans, Moment::Lsn(lsn(300))).unwrap().spans,
+            log(lsn(100), &spans, RestoreMoment::Lsn(lsn(300)))
+                .unwrap()
+                .spans,
             spans
         );
-        assert!(log(lsn(100), &spans, Moment::Lsn(lsn(301))).is_err());
-        assert!(log(lsn(100), &spans, Moment::Time(i64::MAX)).is_ok());
-        assert!(log(lsn(100), &spans, Moment::End).is_ok());
+        assert!(log(lsn(100), &spans, RestoreMoment::Lsn(lsn(301))).is_err());
+        assert!(log(lsn(100), &spans, RestoreMoment::Time(i64::MAX)).is_ok());
+        assert!(log(lsn(100), &spans, RestoreMoment::End).is_ok());
     }
 
     #[test]
     fn so_is_one_with_a_gap_before_the_moment() {
         let spans = [span(100, 200), span(250, 300)];
         let reached = |moment| log(lsn(100), &spans, moment);
-        assert!(reached(Moment::Lsn(lsn(200))).is_ok());
-        for moment in [Moment::Lsn(lsn(201)), Moment::Lsn(lsn(300)), Moment::End] {
+        assert!(reached(RestoreMoment::Lsn(lsn(200))).is_ok());
+        for moment in [
+            RestoreMoment::Lsn(lsn(201)),
+            RestoreMoment::Lsn(lsn(300)),
+            RestoreMoment::End,
+        ] {
             let error = reached(moment).unwrap_err();
             assert!(
                 matches!(error, RestoreError::Archive(ArchiveError::Missing { .. })),
@@ -169,6 +181,6 @@ mod tests {
             );
         }
         // It may lie before the gap.
-        assert!(reached(Moment::Time(i64::MAX)).is_ok());
+        assert!(reached(RestoreMoment::Time(i64::MAX)).is_ok());
     }
 }

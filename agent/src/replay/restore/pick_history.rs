@@ -7,7 +7,7 @@
 //! - Where more than one may be meant, nothing is guessed: a person says which.
 
 use super::RestoreError;
-use super::moment::Moment;
+use super::moment::RestoreMoment;
 use crate::names::history::History;
 use crate::pg::PgLsn;
 use crate::time::Micros;
@@ -26,19 +26,19 @@ pub(super) struct ArchivedLife {
 
 impl ArchivedLife {
     /// Whether it leads to the moment, as far as can be told without reading it.
-    fn leads_to(&self, moment: Moment) -> bool {
+    fn leads_to(&self, moment: RestoreMoment) -> bool {
         let has_base = |is: &dyn Fn(PgLsn, Micros) -> bool| {
             self.bases.iter().any(|(lsn, time)| is(*lsn, *time))
         };
         match moment {
-            Moment::End => !self.bases.is_empty(),
-            Moment::Time(moment) => {
+            RestoreMoment::End => !self.bases.is_empty(),
+            RestoreMoment::Time(moment) => {
                 has_base(&|_, time| time <= moment)
                     && self
                         .written_at
                         .is_none_or(|written_at| written_at >= moment)
             }
-            Moment::Lsn(moment) => has_base(&|lsn, _| lsn <= moment) && self.end >= moment,
+            RestoreMoment::Lsn(moment) => has_base(&|lsn, _| lsn <= moment) && self.end >= moment,
         }
     }
 }
@@ -50,7 +50,7 @@ impl ArchivedLife {
 /// [`RestoreError::NoHistory`], [`RestoreError::WhichHistory`]
 pub(super) fn choose(
     lives: &[ArchivedLife],
-    moment: Moment,
+    moment: RestoreMoment,
     asked: Option<History>,
 ) -> Result<usize, RestoreError> {
     match asked {
@@ -65,7 +65,7 @@ pub(super) fn choose(
     }
 }
 
-fn by_moment(lives: &[ArchivedLife], moment: Moment) -> Result<usize, RestoreError> {
+fn by_moment(lives: &[ArchivedLife], moment: RestoreMoment) -> Result<usize, RestoreError> {
     let leading: Vec<usize> = (0..lives.len())
         .filter(|i| lives[*i].leads_to(moment))
         .collect();
@@ -79,12 +79,12 @@ fn by_moment(lives: &[ArchivedLife], moment: Moment) -> Result<usize, RestoreErr
         (_, 0) => Ok(lives.len() - 1),
         (_, 1) => Ok(leading[0]),
         // One of them goes on to be written while the other has ended: that is the one.
-        (Moment::End, _) => {
+        (RestoreMoment::End, _) => {
             let newest = leading.iter().max_by_key(|i| lives[**i].written_at);
             last.filter(|last| newest == Some(last))
                 .ok_or_else(ambiguous)
         }
-        (Moment::Time(_) | Moment::Lsn(_), _) => Err(ambiguous()),
+        (RestoreMoment::Time(_) | RestoreMoment::Lsn(_), _) => Err(ambiguous()),
     }
 }
 
@@ -113,28 +113,28 @@ mod tests {
             life(10, &[(50, 12)], 200, 19),
         ];
         let chosen = |moment| choose(&lives, moment, None).ok();
-        assert_eq!(chosen(Moment::Time(7)), Some(0));
-        assert_eq!(chosen(Moment::Time(27)), Some(0));
-        assert_eq!(chosen(Moment::Lsn(lsn(70))), Some(1));
-        assert_eq!(chosen(Moment::Lsn(lsn(300))), Some(0));
+        assert_eq!(chosen(RestoreMoment::Time(7)), Some(0));
+        assert_eq!(chosen(RestoreMoment::Time(27)), Some(0));
+        assert_eq!(chosen(RestoreMoment::Lsn(lsn(70))), Some(1));
+        assert_eq!(chosen(RestoreMoment::Lsn(lsn(300))), Some(0));
         // While both lived.
-        assert_eq!(chosen(Moment::Time(15)), None);
-        assert_eq!(chosen(Moment::Lsn(lsn(150))), None);
+        assert_eq!(chosen(RestoreMoment::Time(15)), None);
+        assert_eq!(chosen(RestoreMoment::Lsn(lsn(150))), None);
         // The older one lives longer: which of them is the past of today?
-        assert_eq!(chosen(Moment::End), None);
+        assert_eq!(chosen(RestoreMoment::End), None);
         // Nobody leads there.
-        assert_eq!(chosen(Moment::Time(99)), Some(1));
+        assert_eq!(chosen(RestoreMoment::Time(99)), Some(1));
     }
 
     #[test]
     fn the_one_that_is_named_is_meant_whatever_it_leads_to() {
         let lives = [life(0, &[(100, 5)], 400, 29), life(10, &[], 200, 19)];
         for (at, life) in lives.iter().enumerate() {
-            let chosen = choose(&lives, Moment::Lsn(lsn(350)), Some(life.history));
+            let chosen = choose(&lives, RestoreMoment::Lsn(lsn(350)), Some(life.history));
             assert_eq!(chosen.ok(), Some(at));
         }
         let other = life(11, &[], 0, 0).history;
-        let error = choose(&lives, Moment::End, Some(other)).unwrap_err();
+        let error = choose(&lives, RestoreMoment::End, Some(other)).unwrap_err();
         assert!(
             matches!(error, RestoreError::NoHistory { asked, ref known } if asked == other && known.len() == 2),
             "{error}"
@@ -147,9 +147,9 @@ mod tests {
             life(0, &[(100, 5)], 400, 19),
             life(20, &[(50, 22)], 200, 30),
         ];
-        assert_eq!(choose(&lives, Moment::End, None).ok(), Some(1));
+        assert_eq!(choose(&lives, RestoreMoment::End, None).ok(), Some(1));
         let both = [lives[0].clone(), lives[0].clone()];
-        let error = choose(&both, Moment::Time(6), None).unwrap_err();
+        let error = choose(&both, RestoreMoment::Time(6), None).unwrap_err();
         assert!(error.to_string().contains("7-2000"), "{error}");
     }
 }

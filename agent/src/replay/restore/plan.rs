@@ -9,7 +9,7 @@
 //! - A restore that was interrupted goes on to where it was going, or further, with the tables it began with.
 
 use super::closing_notes::ClosingNotes;
-use super::observe::{Archived, ArchivedHistory};
+use super::observe::{ArchivedBase, ArchivedHistory};
 use super::pick_base::{self, DatedBase, Needed};
 use super::pick_history::{self, ArchivedLife};
 use super::target::{Tables, TargetFound, TargetPosition};
@@ -49,23 +49,23 @@ pub struct RestorePlan {
     /// Where they lead.
     pub log_end: PgLsn,
     /// What comes before the log.
-    pub(super) begin: Beginning,
+    pub(super) begin: FirstStage,
 }
 
 impl RestorePlan {
     /// What becomes of the target.
     pub fn start(&self) -> TargetStart {
         match &self.begin {
-            Beginning::Load(load) if load.wipes => TargetStart::Anew,
-            Beginning::Load(_) => TargetStart::Empty,
-            Beginning::Resume(position) => TargetStart::Resumed(position.end_lsn),
+            FirstStage::Load(load) if load.wipes => TargetStart::Anew,
+            FirstStage::Load(_) => TargetStart::Empty,
+            FirstStage::Resume(position) => TargetStart::Resumed(position.end_lsn),
         }
     }
 }
 
 /// What comes before the log.
 #[derive(Clone, Debug)]
-pub(super) enum Beginning {
+pub(super) enum FirstStage {
     /// The base backup is loaded.
     Load(Load),
     /// It was loaded by an earlier run, which came as far as this.
@@ -116,7 +116,7 @@ pub(super) fn choose(
 /// [`RestoreError::NoTable`]; what is wrong with the target; [`RestoreError::LogEnds`] and a gap in the log, where that can be
 /// told without reading it.
 pub(super) fn decide(
-    archive: &Archived,
+    archive: &ArchivedBase,
     found: &TargetFound,
     options: &RestoreOptions,
     stream: &StreamName,
@@ -124,7 +124,7 @@ pub(super) fn decide(
     let tables = wanted(&archive.manifest, options)?;
     let interrupted = ours(found, stream, archive.history.layout.history())?;
     let load = |wipes| {
-        Beginning::Load(Load {
+        FirstStage::Load(Load {
             wipes,
             names: names(&archive.manifest, tables.as_deref()),
             kept: kept(&archive.manifest, tables.as_deref(), options),
@@ -135,15 +135,15 @@ pub(super) fn decide(
         Some(None) => load(true),
         Some(Some(position)) => {
             expect_the_same(position, &archive.base, options)?;
-            Beginning::Resume(position.clone())
+            FirstStage::Resume(position.clone())
         }
     };
     let (base, base_bytes, from) = match &begin {
-        Beginning::Load(_) => {
+        FirstStage::Load(_) => {
             let bytes = bytes(&archive.manifest, tables.as_deref());
             (&archive.base, bytes, archive.base.lsn)
         }
-        Beginning::Resume(position) => (began_with(archive, position), 0, position.end_lsn),
+        FirstStage::Resume(position) => (began_with(archive, position), 0, position.end_lsn),
     };
     let log = log(&archive.history, from, options)?;
     let sizes = log.spans.iter().map(|span| archive.history.segments[span]);
@@ -221,7 +221,7 @@ fn expect_the_same(
 }
 
 /// The base backup that an interrupted restore has loaded, where the archive still has it.
-fn began_with<'a>(archive: &'a Archived, position: &TargetPosition) -> &'a base::Summary {
+fn began_with<'a>(archive: &'a ArchivedBase, position: &TargetPosition) -> &'a base::Summary {
     let mut bases = archive.history.bases.iter();
     let loaded = bases.find(|base| base.lsn == position.base);
     loaded.unwrap_or(&archive.base)
@@ -295,7 +295,7 @@ pub(crate) mod tests {
     use crate::error::chain;
     use crate::flow::testing::lsn;
     use crate::pg::ConnInfo;
-    use crate::replay::restore::{Moment, RestoreError};
+    use crate::replay::restore::{RestoreError, RestoreMoment};
     use crate::time::system_time;
 
     fn name(name: &str) -> TableName {
@@ -305,7 +305,7 @@ pub(crate) mod tests {
         }
     }
 
-    pub(crate) fn options(moment: Moment) -> RestoreOptions {
+    pub(crate) fn options(moment: RestoreMoment) -> RestoreOptions {
         RestoreOptions {
             target: ConnInfo::parse("postgres://postgres@there/app", None).unwrap(),
             database: "app".to_owned(),
@@ -375,10 +375,10 @@ pub(crate) mod tests {
     }
 
     /// Base backups at 100 and 300, as of the times 10 and 30; a log from 90 to 500 with the newer of them chosen.
-    fn archived() -> Archived {
+    fn archived() -> ArchivedBase {
         let log = [(90, 200), (200, 350), (350, 500)];
         let history = history(0, &[(100, 10), (300, 30)], &log, 60);
-        Archived {
+        ArchivedBase {
             base: history.bases[1].clone(),
             history,
             manifest: manifest(),
@@ -417,7 +417,7 @@ pub(crate) mod tests {
             TargetStart::Anew => begun(None),
             TargetStart::Resumed(at) => begun(Some(position(300, at.into(), Vec::new()))),
         };
-        decide(&archived(), &found, &options(Moment::End), &own()).unwrap()
+        decide(&archived(), &found, &options(RestoreMoment::End), &own()).unwrap()
     }
 
     /// In short; or why not.
@@ -442,32 +442,32 @@ pub(crate) mod tests {
         let successor = || history(70, &[(50, 80)], &[(50, 90)], 95);
         let both = || vec![one(), successor()];
         let cases = [
-            (vec![one()], Moment::End, Ok((0, 1))),
-            (vec![one()], Moment::Time(29), Ok((0, 0))),
-            (vec![one()], Moment::Time(30), Ok((0, 1))),
-            (vec![one()], Moment::Lsn(lsn(299)), Ok((0, 0))),
+            (vec![one()], RestoreMoment::End, Ok((0, 1))),
+            (vec![one()], RestoreMoment::Time(29), Ok((0, 0))),
+            (vec![one()], RestoreMoment::Time(30), Ok((0, 1))),
+            (vec![one()], RestoreMoment::Lsn(lsn(299)), Ok((0, 0))),
             (
                 vec![one()],
-                Moment::Lsn(lsn(99)),
+                RestoreMoment::Lsn(lsn(99)),
                 Err("no base backup leads to"),
             ),
             (
                 vec![one()],
-                Moment::Time(9),
+                RestoreMoment::Time(9),
                 Err("the oldest is of 2000-01-01T00:00:00.000010Z"),
             ),
-            (both(), Moment::End, Ok((1, 0))),
-            (both(), Moment::Time(20), Ok((0, 0))),
-            (both(), Moment::Lsn(lsn(400)), Ok((0, 1))),
-            (both(), Moment::Lsn(lsn(60)), Ok((1, 0))),
+            (both(), RestoreMoment::End, Ok((1, 0))),
+            (both(), RestoreMoment::Time(20), Ok((0, 0))),
+            (both(), RestoreMoment::Lsn(lsn(400)), Ok((0, 1))),
+            (both(), RestoreMoment::Lsn(lsn(60)), Ok((1, 0))),
             (
                 vec![one(), one()],
-                Moment::Time(20),
+                RestoreMoment::Time(20),
                 Err("several histories"),
             ),
             (
                 vec![],
-                Moment::End,
+                RestoreMoment::End,
                 Err("no base backup of database \"app\""),
             ),
         ];
@@ -482,7 +482,7 @@ pub(crate) mod tests {
                 (choice, expected) => panic!("{moment}: {choice:?}, and not {expected:?}"),
             }
         }
-        let mut named = options(Moment::Lsn(lsn(400)));
+        let mut named = options(RestoreMoment::Lsn(lsn(400)));
         named.history = Some(successor().layout.history());
         let choice = choose(&both(), &named).unwrap();
         assert_eq!((choice.history, choice.base), (1, 0));
@@ -490,7 +490,7 @@ pub(crate) mod tests {
 
     #[test]
     fn the_target_decides_where_a_restore_begins_and_whether() {
-        let (end, early) = (Moment::End, Moment::Lsn(lsn(320)));
+        let (end, early) = (RestoreMoment::End, RestoreMoment::Lsn(lsn(320)));
         let at = |at| begun(Some(position(300, at, vec![])));
         let other = TargetFound::Begun {
             by: vec![(
@@ -524,7 +524,7 @@ pub(crate) mod tests {
             (at(400), early, "the target already is at 0/190, behind 0/140".to_owned()),
             (
                 at(310),
-                Moment::Time(39),
+                RestoreMoment::Time(39),
                 "the target already is at 0/136, behind 2000-01-01T00:00:00.000039Z".to_owned(),
             ),
             (
@@ -556,25 +556,37 @@ pub(crate) mod tests {
     fn of_the_log_is_read_what_leads_to_the_moment() {
         let gap = [(90, 200), (200, 350), (400, 500)];
         let cases = [
-            (None, Moment::End, "log 2 (300 bytes) to 500"),
-            (None, Moment::Lsn(lsn(340)), "log 1 (150 bytes) to 340"),
-            (None, Moment::Time(1_000), "log 2 (300 bytes) to 500"),
+            (None, RestoreMoment::End, "log 2 (300 bytes) to 500"),
             (
                 None,
-                Moment::Lsn(lsn(501)),
+                RestoreMoment::Lsn(lsn(340)),
+                "log 1 (150 bytes) to 340",
+            ),
+            (None, RestoreMoment::Time(1_000), "log 2 (300 bytes) to 500"),
+            (
+                None,
+                RestoreMoment::Lsn(lsn(501)),
                 "the change log ends at 0/1F4, before 0/1F5",
             ),
-            (Some(gap), Moment::Lsn(lsn(340)), "log 1 (150 bytes) to 340"),
-            // It may lie before the gap: only the log knows.
-            (Some(gap), Moment::Time(1_000), "log 1 (150 bytes) to 350"),
             (
                 Some(gap),
-                Moment::End,
+                RestoreMoment::Lsn(lsn(340)),
+                "log 1 (150 bytes) to 340",
+            ),
+            // It may lie before the gap: only the log knows.
+            (
+                Some(gap),
+                RestoreMoment::Time(1_000),
+                "log 1 (150 bytes) to 350",
+            ),
+            (
+                Some(gap),
+                RestoreMoment::End,
                 "the change log from 0/15E on is missing; it goes on at 0/190",
             ),
             (
                 Some(gap),
-                Moment::Lsn(lsn(450)),
+                RestoreMoment::Lsn(lsn(450)),
                 "the change log from 0/15E on is missing; it goes on at 0/190",
             ),
         ];
@@ -590,7 +602,7 @@ pub(crate) mod tests {
         // The time of a later base backup bounds what an earlier moment reads.
         let mut archived = archived();
         archived.base = archived.history.bases[0].clone();
-        let moment = options(Moment::Time(20));
+        let moment = options(RestoreMoment::Time(20));
         let plan = decide(&archived, &TargetFound::Empty, &moment, &own());
         assert_eq!(
             said(plan),
@@ -601,14 +613,14 @@ pub(crate) mod tests {
     #[test]
     fn a_part_of_the_tables_is_loaded_and_its_views_stay_empty() {
         let names = |plan: &RestorePlan| match &plan.begin {
-            Beginning::Load(load) => {
+            FirstStage::Load(load) => {
                 let names = load.names.keys().map(|name| name.name.clone());
                 (names.collect::<Vec<_>>().join(" "), load.kept.clone())
             }
-            Beginning::Resume(_) => panic!("the target is empty"),
+            FirstStage::Resume(_) => panic!("the target is empty"),
         };
         let decided = |tables: &[&str]| {
-            let mut options = options(Moment::End);
+            let mut options = options(RestoreMoment::End);
             options.tables = tables.iter().map(|table| name(table)).collect();
             decide(&archived(), &TargetFound::Empty, &options, &own())
         };

@@ -16,7 +16,7 @@ use aws_sdk_s3::types::ChecksumMode;
 use bytes::Bytes;
 
 use super::{S3, length, read_crc};
-use crate::cloud::store::{Doing, StoreError, Version};
+use crate::cloud::store::{StoreError, StoreOperation, Version};
 use crate::error::chain;
 
 /// A transfer may break so often without a single byte in between.
@@ -68,10 +68,10 @@ impl S3 {
             .set_if_match(etag);
         let answer = Box::pin(request.send())
             .await
-            .map_err(|error| self.refused(Doing::Read, name, &error))?;
+            .map_err(|error| self.refused(StoreOperation::Read, name, &error))?;
         match flaw(&answer, from) {
             None => Ok(answer),
-            Some(flaw) => Err(self.foreign(Doing::Read, name, flaw)),
+            Some(flaw) => Err(self.foreign(StoreOperation::Read, name, flaw)),
         }
     }
 }
@@ -124,7 +124,7 @@ impl S3Reader {
             }
             self.breaks += 1;
             if self.breaks > BREAKS_MAX {
-                return Err(self.store.broken(Doing::Read, &self.name, broke));
+                return Err(self.store.broken(StoreOperation::Read, &self.name, broke));
             }
             tracing::debug!(
                 object = self.store.url(&self.name),

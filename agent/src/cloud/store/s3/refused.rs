@@ -6,15 +6,20 @@ use super::S3;
 use super::attempts::Throttled;
 pub(super) use crate::cloud::aws::said;
 use crate::cloud::aws::{refusal, status};
-use crate::cloud::store::{Doing, Refusal, StoreError};
+use crate::cloud::store::{Refusal, StoreError, StoreOperation};
 
 impl S3 {
     /// The error of a request.
-    pub(super) fn refused<E>(&self, doing: Doing, name: &str, error: &SdkError<E>) -> StoreError
+    pub(super) fn refused<E>(
+        &self,
+        doing: StoreOperation,
+        name: &str,
+        error: &SdkError<E>,
+    ) -> StoreError
     where
         E: ProvideErrorMetadata + std::error::Error + 'static,
     {
-        if doing == Doing::Read && is_missing(error) {
+        if doing == StoreOperation::Read && is_missing(error) {
             return StoreError::NotFound {
                 object: self.url(name),
             };
@@ -33,7 +38,7 @@ impl S3 {
     }
 
     /// The same for a transfer that was given up after its request had succeeded.
-    pub(super) fn broken(&self, doing: Doing, name: &str, said: String) -> StoreError {
+    pub(super) fn broken(&self, doing: StoreOperation, name: &str, said: String) -> StoreError {
         StoreError::S3 {
             doing,
             object: self.url(name),
@@ -43,7 +48,7 @@ impl S3 {
     }
 
     /// The answer is none that S3 gives: something on the way has answered in its place.
-    pub(super) fn foreign(&self, doing: Doing, name: &str, said: &str) -> StoreError {
+    pub(super) fn foreign(&self, doing: StoreOperation, name: &str, said: &str) -> StoreError {
         StoreError::S3 {
             doing,
             object: self.url(name),
@@ -55,7 +60,7 @@ impl S3 {
     /// What was in the way of a write is not there when one looks.
     pub(super) fn gone(&self, name: &str) -> StoreError {
         StoreError::S3 {
-            doing: Doing::Write,
+            doing: StoreOperation::Write,
             object: self.url(name),
             refusal: Refusal::Conflict,
             said: "it was deleted, or its upload aborted, while it was written".to_owned(),
@@ -84,7 +89,7 @@ mod tests {
     use super::*;
     use crate::error::Classify as _;
 
-    fn refused(doing: Doing, code: &str, message: &str, status: u16) -> String {
+    fn refused(doing: StoreOperation, code: &str, message: &str, status: u16) -> String {
         let error = StoreError::S3 {
             doing,
             object: "s3://bucket/a".to_owned(),
@@ -116,18 +121,18 @@ mod tests {
             ("ConditionalRequestConflict", "", 409, "tried again"),
             ("InvalidRequest", "", 400, "words of AWS"),
         ] {
-            let given = refused(Doing::Write, code, message, status);
+            let given = refused(StoreOperation::Write, code, message, status);
             assert!(given.contains(hint), "{code} {status}: {given}");
         }
     }
 
     #[test]
     fn what_was_not_denied_is_not_said_to_lack_a_right() {
-        let frozen = refused(Doing::Read, "InvalidObjectState", "", 403);
+        let frozen = refused(StoreOperation::Read, "InvalidObjectState", "", 403);
         assert!(frozen.contains("restore-object"), "{frozen}");
-        let unknown = refused(Doing::Read, "OfNextYear", "", 403);
+        let unknown = refused(StoreOperation::Read, "OfNextYear", "", 403);
         assert!(unknown.contains("words of AWS"), "{unknown}");
-        let mute = refused(Doing::Read, "", "", 403);
+        let mute = refused(StoreOperation::Read, "", "", 403);
         assert!(mute.contains("proxy"), "{mute}");
         for hint in [frozen, unknown] {
             assert!(!hint.contains("s3:GetObject"), "{hint}");

@@ -23,7 +23,9 @@ use super::attempts::OnlyS3;
 use super::read::is_a_page;
 use super::refused::{is_gone, is_missing, is_taken};
 use super::{COMPLETE_WITHIN, S3, WRITER, length, patience, time_to_send, written_crc};
-use crate::cloud::store::{Doing, Encryption, ObjectSummary, Put, StoreError, Version, ended};
+use crate::cloud::store::{
+    Encryption, ObjectSummary, Put, StoreError, StoreOperation, Version, ended,
+};
 
 /// The smallest part; S3 takes none below 5 MiB but the last.
 const PART_BYTES: usize = 8 << 20;
@@ -82,7 +84,7 @@ impl S3 {
             Err(error) if is_taken(&error) => self.whose(name, &writer).await,
             // What was to be replaced.
             Err(error) if is_missing(&error) => Err(self.gone(name)),
-            Err(error) => Err(self.refused(Doing::Write, name, &error)),
+            Err(error) => Err(self.refused(StoreOperation::Write, name, &error)),
         }
     }
 
@@ -118,7 +120,7 @@ impl S3 {
         {
             true => Ok(Put::Created),
             false => Err(self.foreign(
-                Doing::Write,
+                StoreOperation::Write,
                 name,
                 "a success without ETag and checksum, and the object is not there as it was sent",
             )),
@@ -142,13 +144,13 @@ impl S3 {
         match Box::pin(request.key(self.key(name)).send()).await {
             Ok(head) if head.e_tag().is_none() || is_a_page(head.content_type()) => Err(self
                 .foreign(
-                    Doing::Read,
+                    StoreOperation::Read,
                     name,
                     "an object without ETag, or a page of HTML",
                 )),
             Ok(head) => Ok(Some(head)),
             Err(error) if is_missing(&error) => Ok(None),
-            Err(error) => Err(self.refused(Doing::Read, name, &error)),
+            Err(error) => Err(self.refused(StoreOperation::Read, name, &error)),
         }
     }
 
@@ -287,9 +289,9 @@ impl Upload {
             .set_ssekms_key_id(store.kms_key());
         let begun = Box::pin(request.send())
             .await
-            .map_err(|error| store.refused(Doing::Write, name, &error))?;
+            .map_err(|error| store.refused(StoreOperation::Write, name, &error))?;
         let Some(id) = begun.upload_id else {
-            return Err(store.foreign(Doing::Write, name, "the answer names no upload"));
+            return Err(store.foreign(StoreOperation::Write, name, "the answer names no upload"));
         };
         Ok(Self {
             store: store.clone(),
@@ -342,7 +344,7 @@ impl Upload {
             let stored = request
                 .send()
                 .await
-                .map_err(|error| store.refused(Doing::Write, &name, &error))?;
+                .map_err(|error| store.refused(StoreOperation::Write, &name, &error))?;
             // The whole is looked at in the end; a part that was never stored is noticed now, before it is completed.
             // One that does not tell the checksum has to name the request at least: a page has an ETag like any page.
             let other = match stored.checksum_crc32_c() {
@@ -351,7 +353,7 @@ impl Upload {
             };
             if stored.e_tag.is_none() || other {
                 return Err(store.foreign(
-                    Doing::Write,
+                    StoreOperation::Write,
                     &name,
                     "a part without ETag, or with another checksum",
                 ));
@@ -414,7 +416,11 @@ impl Upload {
             }
             // What was to be replaced.
             Err(error) if is_missing(&error) => return Err(self.store.gone(&self.name)),
-            Err(error) => return Err(self.store.refused(Doing::Write, &self.name, &error)),
+            Err(error) => {
+                return Err(self
+                    .store
+                    .refused(StoreOperation::Write, &self.name, &error));
+            }
         };
         self.over = put == Put::Created;
         Ok((put, self.whole))
@@ -438,7 +444,9 @@ impl Upload {
             // A part that arrives after the end of its upload is kept, and paid for.
             sending.shutdown().await;
             match Box::pin(request.send()).await {
-                Err(error) if !is_gone(&error) => Err(store.refused(Doing::Write, &name, &error)),
+                Err(error) if !is_gone(&error) => {
+                    Err(store.refused(StoreOperation::Write, &name, &error))
+                }
                 _ => Ok(()),
             }
         }
