@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::cmd;
 use crate::config;
 
-/// Keeps a PostgreSQL ready elsewhere, and makes it the primary on the bad day.
+/// Keeps a PostgreSQL standby ready at another site, and makes it the primary when the source is lost.
 #[derive(Debug, Parser)]
 #[command(name = "dr-agent", version, max_term_width = 100, after_help = EXIT_CODES)]
 pub struct Cli {
@@ -50,20 +50,20 @@ pub struct SharedArgs {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Report everything on both sides that is not as replication needs it
+    /// Check both sides for everything that replication needs
     Check(cmd::check::CheckArgs),
-    /// Do the one-time set-up that needs more rights than running: schema, publication, replica database
+    /// Perform the one-time setup that needs more privileges than run: schema, publication, replica database
     Init(cmd::init::InitArgs),
-    /// Replicate until stopped, after doing whatever is missing; under route kinesis, into the stream
+    /// Set up what is missing, and replicate until stopped; under route kinesis, into the stream
     Run,
-    /// Under route kinesis, beside the replica: apply what the stream has, until stopped
+    /// Under route kinesis, beside the replica: apply the stream until stopped
     Apply,
-    /// Show at a glance whether the RPO is met
+    /// Show whether the RPO is met
     Status(cmd::status::StatusArgs),
-    /// Make the replica the primary, and say what was lost and how long it took
+    /// Make the replica the primary, and report what was lost and how long it took
     Promote(cmd::promote::PromoteArgs),
-    /// Take a base backup into the archive; list, verify or prune what it has
+    /// Take a base backup into the archive, or list, verify or prune the archive
     Backup(cmd::backup::BackupArgs),
-    /// Build a database as of any moment out of the archive
+    /// Build a database as of any moment from the archive
     Restore(cmd::restore::RestoreArgs),
 }

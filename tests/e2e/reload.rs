@@ -22,9 +22,7 @@ async fn a_changed_file_is_taken_over_and_a_broken_one_is_not() {
     running.wait_for_state(name, "stopped").await;
     agent.configure("source.keyless", "\"full\"");
     running.hang_up();
-    running
-        .wait_for_log(&["taken over", "source.keyless"])
-        .await;
+    running.wait_for_log(&["reloaded", "source.keyless"]).await;
     running.wait_for_streaming(name).await;
     source.run("INSERT INTO keyless VALUES ('a'), ('a')").await;
     database.expect_equal().await;
@@ -40,7 +38,7 @@ async fn a_changed_file_is_taken_over_and_a_broken_one_is_not() {
     assert!(needs.contains("limits.spill_directory"), "{needs}");
     running
         .wait_for_log(&[
-            "taken over",
+            "reloaded",
             "replica.lanes, objectives.rpo, limits.batch_changes",
         ])
         .await;

@@ -76,8 +76,7 @@ async fn store(at: &FindingPlace, archive: &Archive, writes: bool) -> Vec<Findin
     let found = |flaw: &ArchiveFlaw| flaw.finding(at).on(&archive.url);
     match errors.as_slice() {
         [] if !writes => {
-            let done =
-                "can be read and listed; nobody writes to it from here, and that was not tried";
+            let done = "can be read and listed; writing was not tried, because nothing is written from here";
             vec![at.ok("archive_store", done).on(&archive.url)]
         }
         [] => {

@@ -27,7 +27,7 @@ use view::{NamedStream, Said};
 /// Flags of `backup`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(
-    after_help = "Without a flag it takes a base backup now; `dr-agent run` does so by itself every archive.base_every.\n\
+    after_help = "Without a flag it takes a base backup now; `dr-agent run` does so every archive.base_every.\n\
     --list, --verify and --prune need the archive alone: they work when the source is lost.\n\
     A backup that is interrupted (SIGINT, SIGTERM) deletes what it has written so far; a second signal ends it at once.\n\
     Exit codes: 0 done; 1 failed or interrupted, or damage was found; 2 usage or configuration."
@@ -39,13 +39,13 @@ pub struct BackupArgs {
     /// List base backups, and how far the change log leads from each
     #[arg(long, group = "what")]
     list: bool,
-    /// Read base backups and change log back, and check every sum
+    /// Read base backups and change log, and verify every checksum
     #[arg(long, group = "what")]
     verify: bool,
-    /// Delete what archive.retention lets go
+    /// Delete what archive.retention does not keep
     #[arg(long, group = "what")]
     prune: bool,
-    /// With --prune: only say what would be deleted
+    /// With --prune: only print what would be deleted
     #[arg(long, requires = "prune")]
     dry_run: bool,
     /// Print JSON
@@ -136,7 +136,7 @@ async fn take(config: &Config, archive: &Archive, args: &BackupArgs) -> Result<V
     let stop = CancellationToken::new();
     tokio::spawn(stop_on_signal(
         stop.clone(),
-        "stopping: what is there of the base backup is deleted",
+        "stopping: the unfinished base backup is deleted",
     ));
     let mut said = Vec::new();
     for database in databases {

@@ -11,15 +11,15 @@ use crate::error::{Because, Class, Classify, chain};
 use crate::pg::{ConnInfo, ConnInfoError};
 use crate::setup::{self, Privileged, SetupError};
 
-/// Does the privileged one-time set-up: schema dr_agent, publication, replica database and roles.
+/// Performs the privileged one-time setup: schema dr_agent, publication, replica database and roles.
 ///
-/// Repeatable: what is there is left alone. It creates no slot and copies nothing; `run` does.
+/// It can be repeated: what exists is kept. It creates no slot and copies nothing; `run` does.
 #[derive(Debug, clap::Args)]
 pub struct InitArgs {
-    /// Print the SQL for both sides and touch nothing.
+    /// Print the SQL for both sides, and change nothing.
     #[arg(long)]
     pub plan: bool,
-    /// A role of the source with the rights to set up; the configured role gets what it needs.
+    /// A role of the source with the privileges for the setup; the configured role is granted what it needs.
     #[arg(long, value_name = "URL")]
     pub source_url: Option<String>,
     /// The same for the replica.

@@ -18,16 +18,16 @@ use crate::time::timestamp;
 /// Flags of `promote`.
 #[derive(Clone, Copy, Debug, clap::Args)]
 #[command(
-    after_help = "Killed or failed, run the same command again: it goes on where it stopped. \
-    Run again after the end, it prints the same report.\n\
+    after_help = "If it fails or is interrupted, run the same command again: it continues where it stopped. \
+    Once it has finished, it prints the same report again.\n\
     A planned switchover that loses nothing is not in this version.\n\
-    Exit codes: 0 the replica is open; 1 not finished, or not every database is open; 4 refused, nothing was touched."
+    Exit codes: 0 the replica is open; 1 not finished, or not every database is open; 4 refused, nothing was changed."
 )]
 pub struct PromoteArgs {
-    /// The source is lost: accept what was not replicated yet as lost.
+    /// The source is lost: accept the loss of what was not replicated.
     #[arg(long, required = true)]
     pub failover: bool,
-    /// Print the observed values and the steps; touch nothing.
+    /// Print the observed values and the steps, and change nothing.
     #[arg(long)]
     pub plan: bool,
     /// Promote although the initial copy is not complete; recorded in the report.

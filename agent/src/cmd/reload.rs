@@ -49,8 +49,8 @@ impl Reloading {
         };
         while hangup.recv().await.is_some() {
             tracing::info!(
-                "SIGHUP: reading {} again, and looking again at every database that does not stream; passwords and \
-                 certificates are read anew by every session",
+                "SIGHUP: reading {} again, and trying every database again that does not stream; every session \
+                 reads passwords and certificates again",
                 self.file.display()
             );
             self.read_again();
@@ -64,7 +64,7 @@ impl Reloading {
             Err(error) => {
                 tracing::error!(
                     error = %chain(&error),
-                    "the configuration file cannot be used: everything goes on as it was; mend it and send SIGHUP again"
+                    "the configuration file cannot be used: nothing has changed; correct it and send SIGHUP again"
                 );
                 return;
             }
@@ -73,14 +73,14 @@ impl Reloading {
         let found = reload::reload(&old, &new);
         if !found.restart.is_empty() {
             tracing::warn!(
-                "needs a restart: {}; until then the values stay that were there before",
+                "needs a restart: {}; until then the previous values are used",
                 found.restart.join(", ")
             );
         }
         if found.taken.is_empty() {
             return;
         }
-        tracing::info!("taken over: {}", found.taken.join(", "));
+        tracing::info!("reloaded: {}", found.taken.join(", "));
         metrics::objectives(&found.config.objectives);
         self.in_use.send_replace(Arc::new(found.config));
     }

@@ -24,10 +24,11 @@ use display::RestoreDisplay;
 /// Flags of `restore`.
 #[derive(Clone, Debug, clap::Args)]
 #[command(
-    after_help = "The target is an empty database: CREATE DATABASE … TEMPLATE template0, with the source's encoding. Killed, run \
-    the same command again: behind the base backup it goes on, within it, it removes what it left and begins anew.\n\
-    Times are RFC 3339, such as 2026-11-22T03:00:00Z, on the source's clock: the first transaction that committed later \
-    is the first that is left out.\n\
+    after_help = "The target is an empty database: CREATE DATABASE … TEMPLATE template0, with the source's encoding. If it \
+    is interrupted, run the same command again: it continues where it was, or, if that was within the base backup, removes \
+    what it had restored and starts over.\n\
+    Times are RFC 3339, such as 2026-11-22T03:00:00Z, on the source's clock: the restore stops before the first \
+    transaction that committed later.\n\
     Exit codes: 0 restored (or planned); 1 failed; 2 usage or configuration."
 )]
 pub struct RestoreArgs {
@@ -46,16 +47,16 @@ pub struct RestoreArgs {
     /// Restore this history, where the archive has several of the database: a system identifier and when its slot was created
     #[arg(long, value_name = "HISTORY", value_parser = history)]
     history: Option<History>,
-    /// Restore only the rows of these tables; names as in SQL, a partitioned one stands for its partitions
+    /// Restore only the rows of these tables; names as in SQL, a partitioned table includes its partitions
     #[arg(long = "table", value_name = "SCHEMA.TABLE")]
     tables: Vec<String>,
-    /// Leave owners out: everything belongs to the role of the target's URL
+    /// Do not restore owners: everything belongs to the role in the target's URL
     #[arg(long)]
     no_owner: bool,
-    /// Leave privileges out; with --no-owner also the policies of roles that are lacking
+    /// Do not restore privileges; with --no-owner, nor the policies of roles that do not exist
     #[arg(long)]
     no_privileges: bool,
-    /// Print what would be done, and refuse what would be refused; touch nothing
+    /// Print what would be done, or why it would be refused, and change nothing
     #[arg(long)]
     plan: bool,
     /// Print the plan or the report as JSON

@@ -200,7 +200,7 @@ impl Supervisor {
                     match setup::source_databases(&self.config()).await {
                         Ok(databases) => self.start(databases),
                         // The pipelines notice an unreachable source themselves.
-                        Err(error) => tracing::debug!(error = %chain(&error), "no look for new databases"),
+                        Err(error) => tracing::debug!(error = %chain(&error), "could not list new databases"),
                     }
                 }
             }
@@ -272,12 +272,12 @@ impl Supervisor {
         let Some((database, cell)) = self.cells.remove(&error.id()) else {
             return;
         };
-        tracing::error!(database, %error, "a pipeline ended by a bug and is begun anew; please report it");
+        tracing::error!(database, %error, "a pipeline ended because of a bug and is restarted; please report it");
         cell.end(State::Stopped, time::now());
         cell.update(|status| {
             status.error =
                 Some("it ended by a bug of dr-agent's own, which is in the log".to_owned());
-            status.hint = Some("please report it; it is begun anew within a minute".to_owned());
+            status.hint = Some("please report it; it is restarted within a minute".to_owned());
         });
         if self.stop.is_cancelled() {
             self.died = true;

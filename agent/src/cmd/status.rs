@@ -42,11 +42,11 @@ const REPLICA_WITHIN: Duration = Duration::from_secs(15);
 /// Flags of `status`.
 #[derive(Clone, Copy, Debug, clap::Args)]
 #[command(
-    after_help = "With [archive] it also says how far the archive leads, its gaps, and what waits in the spool.\n\
-    Under route kinesis it also shows the stream. Where an agent sends and the replica cannot be reached, the verdict is \
-    about the way into the stream: ask beside the replica about the rest.\n\
-    Exit codes: 0 every database is within the RPO; 1 one is not, or it is not known. Archive and stream have no part \
-    in that."
+    after_help = "With [archive] it also shows how far the archive reaches, its gaps, and what waits in the spool.\n\
+    Under route kinesis it also shows the stream. Where an agent sends and the replica cannot be reached, the verdict \
+    covers only the way into the stream: run status beside the replica for the rest.\n\
+    Exit codes: 0 every database is within the RPO; 1 one is not, or it is not known. Archive and stream do not \
+    affect it."
 )]
 pub struct StatusArgs {
     /// Print the status as JSON.

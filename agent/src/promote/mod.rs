@@ -189,10 +189,10 @@ impl Classify for PromoteError {
             Self::InRecovery => "point replica.url at its primary",
             Self::Busy { .. } => "wait for it, or end its session (application_name dr_agent:promote:…) and repeat",
             Self::LockLost => {
-                "another promotion may have gone on in its place: see `dr-agent promote --failover --plan`"
+                "another promotion may have taken over: see `dr-agent promote --failover --plan`"
             }
-            Self::Barred(_) => "once that is done, run the same command again: it opens what is left",
-            Self::RowGone { .. } => "somebody changed schema dr_agent by hand; nothing more was done",
+            Self::Barred(_) => "once that is done, run the same command again: it opens the rest",
+            Self::RowGone { .. } => "schema dr_agent was changed by hand; nothing more was done",
             Self::Stored { .. } => {
                 "use the version of dr-agent that wrote it; the row may go only if this replica was set up \
                  anew after that promotion"

@@ -290,7 +290,7 @@ pub(super) async fn set_sequences(
         .doing(doing)?;
     if let more @ 1.. = record.detail.sequences_unnamed {
         record.warn(format!(
-            "{more} more sequences need a look: the log of this command names them"
+            "{more} more sequences need attention: the log of this command names them"
         ));
     }
     let set = record.detail.database.sequences_set;

@@ -235,7 +235,7 @@ impl Classify for BackupError {
             Self::Store(error) => return error.hint(),
             Self::Because(error) | Self::Tables(error) => return error.hint(),
             Self::NotReplicated { .. } => {
-                "start `dr-agent run` first: it settles which tables are protected"
+                "start `dr-agent run` first: it decides which tables are protected"
             }
             Self::Local { .. } => {
                 "the temporary directory (TMPDIR) must be writable and have room for the schema"
@@ -265,7 +265,7 @@ impl Classify for BackupError {
                 "nothing of this part was kept; a rule or a trigger of the new database may drop rows"
             }
             Self::Clocks { .. } => {
-                "set the clock that is wrong (NTP); archive.retention lets go of what is old, and by a wrong clock everything may be"
+                "set the clock that is wrong (NTP); archive.retention deletes what is old, and by a wrong clock everything may be old"
             }
             Self::Cancelled => return None,
         };

@@ -285,7 +285,7 @@ pub async fn manifest(store: &Store, base: &str) -> Result<Manifest, BackupError
         Manifest::from_json(&json).and_then(|manifest| match manifest.belongs_to(base) {
             true => Ok(manifest),
             false => Err(format!(
-                "it is of stream {} and history {}: somebody copied it there",
+                "it is of stream {} and history {}: it was copied there",
                 manifest.stream,
                 manifest.history()
             )),

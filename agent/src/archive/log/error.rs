@@ -134,7 +134,7 @@ impl Classify for ArchiveError {
                     .to_owned(),
             ),
             Self::Foreign { .. } => Some(
-                "somebody copied it there, or two sources share a prefix of archive.url: move it away; every agent \
+                "it was copied there, or two sources share a prefix of archive.url: move it away; every agent \
                  needs a prefix or a source.slot of its own"
                     .to_owned(),
             ),

@@ -108,7 +108,7 @@ fn hint(refusal: Refusal, operation: KinesisOperation) -> String {
             format!("allow the agent's role kinesis:{operation} on the stream; it is tried again")
         }
         Refusal::Forbidden => format!(
-            "who answered does not say why: the agent's role needs kinesis:{operation} on the stream, or a proxy or firewall on \
+            "the answer does not say why: the agent's role needs kinesis:{operation} on the stream, or a proxy or firewall on \
              the way refused it; it is tried again"
         ),
         Refusal::Kms => {

@@ -191,7 +191,7 @@ fn hint(refusal: Refusal, doing: StoreOperation) -> String {
             permission(doing)
         ),
         Refusal::Forbidden => format!(
-            "who answered does not say why: the agent's role needs {} on the bucket and prefix, or a proxy or firewall on the \
+            "the answer does not say why: the agent's role needs {} on the bucket and prefix, or a proxy or firewall on the \
              way refused it; it is tried again",
             permission(doing)
         ),

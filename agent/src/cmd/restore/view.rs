@@ -34,10 +34,12 @@ pub(super) fn plan_text(plan: &RestorePlan, options: &RestoreOptions) -> String 
     let first = match plan.start() {
         TargetStart::Empty => base,
         TargetStart::Anew => {
-            format!("what an interrupted restore left is removed from the target\n  {base}")
+            format!("what an interrupted restore left in the target is removed\n  {base}")
         }
         TargetStart::Resumed(lsn) => {
-            format!("the target is at {lsn}, where a restore was interrupted: it goes on there")
+            format!(
+                "the target is at {lsn}, where a restore was interrupted: it continues from there"
+            )
         }
     };
     format!(
@@ -123,9 +125,11 @@ pub(super) fn report_text(report: &RestoreReport) -> String {
     ));
     match report.warnings.len() {
         0 => {}
-        1 => lines.push("one thing is not there or needs a look: the warning above".to_owned()),
+        1 => {
+            lines.push("one thing is missing or needs attention: see the warning above".to_owned())
+        }
         n => lines.push(format!(
-            "{n} things are not there or need a look: the warnings above"
+            "{n} things are missing or need attention: see the warnings above"
         )),
     }
     lines.join("\n  ")
@@ -186,12 +190,12 @@ mod tests {
             (
                 TargetStart::Anew,
                 format!(
-                    "what an interrupted restore left is removed from the target\n  {base}\n  {log}"
+                    "what an interrupted restore left in the target is removed\n  {base}\n  {log}"
                 ),
             ),
             (
                 TargetStart::Resumed(PgLsn::from(400)),
-                "the target is at 0/190, where a restore was interrupted: it goes on there\n  \
+                "the target is at 0/190, where a restore was interrupted: it continues from there\n  \
                  change log from there: at most 150 B in 1 segments, up to 0/1F4"
                     .to_owned(),
             ),
@@ -271,7 +275,7 @@ mod tests {
              the first one that was left out: 3, committed at 2000-01-01T00:00:00.000003Z (0/30)\n  \
              the first one that was left out and changed a table: 4, committed at 2000-01-01T00:00:00.000004Z (0/40)\n  \
              5 transactions replayed, 6 sequences set ahead\n  \
-             one thing is not there or needs a look: the warning above"
+             one thing is missing or needs attention: see the warning above"
         );
         assert_eq!(
             report_json(&report()),

@@ -65,7 +65,7 @@ pub(super) fn judge(facts: &WitnessFacts<'_>) -> DatabaseOverview {
         } else if report.is_some_and(AgentDatabase::stands) {
             (
                 RpoVerdict::Breached,
-                Some("nothing replicates it until a person sees to it".to_owned()),
+                Some("it is not replicated until its error is resolved".to_owned()),
             )
         } else if report.is_some_and(|report| report.rpo_breached == Some(true)) {
             (RpoVerdict::Breached, None)
@@ -75,7 +75,7 @@ pub(super) fn judge(facts: &WitnessFacts<'_>) -> DatabaseOverview {
                 Some(_) => (RpoVerdict::Breached, None),
                 None => (
                     RpoVerdict::Unknown,
-                    Some("nobody knows the lag yet".to_owned()),
+                    Some("the lag is not known yet".to_owned()),
                 ),
             }
         };

@@ -27,7 +27,7 @@ pub(super) enum Failed {
     Source(#[from] SourceError),
     #[error(transparent)]
     Replay(#[from] ReplayError),
-    #[error("the replica's records of the stream make no sense: {0}")]
+    #[error("the replica's records of the stream are inconsistent: {0}")]
     Records(&'static str),
     #[error("read the archive's change log")]
     Archive(#[from] ArchiveError),
@@ -92,7 +92,8 @@ impl Classify for Failed {
             Self::Source(error) => of_source(error),
             Self::Replay(ReplayError::Sink(error)) => of_sink(error),
             Self::LockLost(_) => Some(
-                "another promotion may have gone on in its place: see `dr-agent promote --failover --plan`".to_owned(),
+                "another promotion may have taken over: see `dr-agent promote --failover --plan`"
+                    .to_owned(),
             ),
             // Its hints are for who sets up a replica.
             Self::Setup(_) | Self::Replay(ReplayError::TaskLost) | Self::Records(_) => None,
@@ -104,7 +105,7 @@ fn of_spill(error: &SpillError) -> Option<String> {
     let hint = match error {
         SpillError::Io { .. } => {
             "limits.spill_directory, or else the directory that TMPDIR names (without it /var/tmp), must be writable for \
-             whoever promotes and have room for the largest transaction"
+             the user who promotes and have room for the largest transaction"
         }
         SpillError::Full { .. } => {
             "raise limits.spill_bytes (and have that much disk), then run the same command again"

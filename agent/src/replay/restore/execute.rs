@@ -60,7 +60,7 @@ pub(super) async fn execute(
     let unlisted = target::unlisted(&client, &restore.source(), &position).await?;
     let (sequences, mut warnings) = finish(restore, &mut client, &position.kept, copy).await?;
     warnings.extend(unlisted.into_iter().map(|table| {
-        format!("{table}: it was dropped on the source, or left out of the stream, before that moment; its rows are of before")
+        format!("{table}: it was dropped on the source, or left out of the stream, before that moment; its rows are older")
     }));
     Ok(RestoreReport {
         base: position.base,
