@@ -207,7 +207,7 @@ async fn probe(archive: &Archive, writes: bool) -> Vec<ArchiveFlaw> {
             ));
         }
         Err(StoreError::NotFound { .. }) if written => {
-            flaws.push(ArchiveFlaw::Forgets("is not there"))
+            flaws.push(ArchiveFlaw::Forgets("is not there"));
         }
         Ok(_) | Err(StoreError::NotFound { .. }) => {}
         Err(error) => {

@@ -143,7 +143,7 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
         waits::look(&client),
     );
     for found in waits.await.unwrap_or_default() {
-        findings.push(at.warning("waiting", found.text(watch::Side::Source)));
+        findings.push(at.warning("waiting", found.text(watch::WatchedSide::Source)));
     }
     findings.push(settings::replication_role(&at, &server));
     findings.push(

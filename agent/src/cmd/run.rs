@@ -25,7 +25,7 @@ use super::reload::Reloading;
 use crate::backoff::{self, Decision};
 use crate::config::{Config, Databases, Route};
 use crate::error::{Classify as _, chain};
-use crate::observe::http::{self, Shown};
+use crate::observe::http::{self, ServedState};
 use crate::observe::lag::Lag;
 use crate::observe::metrics;
 use crate::observe::status::{Registry, State, StatusCell};
@@ -33,7 +33,7 @@ use crate::pipeline::schedule;
 use crate::pipeline::{End, Leg, Pipeline, Wake, Waker};
 use crate::setup;
 use crate::time;
-use crate::watch::{self, Side};
+use crate::watch::{self, WatchedSide};
 
 /// How often the source is asked for new databases under `databases = ["*"]`.
 const DISCOVER_EVERY: Duration = Duration::from_secs(30);
@@ -88,17 +88,17 @@ async fn serve(config: Config, file: PathBuf, leg: Leg) -> anyhow::Result<ExitCo
     let stop = CancellationToken::new();
     let served = CancellationToken::new();
     let registry = Registry::default();
-    let shown = Shown {
+    let shown = ServedState {
         prometheus,
         registry: registry.clone(),
         config: config_in_use.clone(),
     };
     let http = tokio::spawn(http::serve(listener, shown, served.clone()));
-    for side in Side::ALL {
+    for side in WatchedSide::ALL {
         // Under route `kinesis` the sites need not see one another.
         let expected = match (leg, side) {
-            (Leg::Send, Side::Replica) => continue,
-            (Leg::Apply, Side::Source) => true,
+            (Leg::Send, WatchedSide::Replica) => continue,
+            (Leg::Apply, WatchedSide::Source) => true,
             _ => false,
         };
         let (config, servers) = (Arc::clone(&config), registry.servers().clone());

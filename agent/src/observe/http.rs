@@ -22,14 +22,14 @@ use crate::config::{Config, Objectives};
 use crate::observe::metrics;
 use crate::observe::status::{DatabaseStatus, Leg, Registry, State};
 use crate::time;
-use crate::watch::Side;
+use crate::watch::WatchedSide;
 
 /// Names of a kind that the page shows; `/status` has more.
 const NAMES_SHOWN: usize = 5;
 
 /// What the handlers read.
 #[derive(Clone)]
-pub struct Shown {
+pub struct ServedState {
     /// The metrics.
     pub prometheus: PrometheusHandle,
     /// The pipelines.
@@ -38,7 +38,7 @@ pub struct Shown {
     pub config: watch::Receiver<Arc<Config>>,
 }
 
-impl Shown {
+impl ServedState {
     fn objectives(&self) -> Objectives {
         self.config.borrow().objectives
     }
@@ -77,7 +77,7 @@ pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
 /// Serves until cancelled.
 pub async fn serve(
     listener: TcpListener,
-    shown: Shown,
+    shown: ServedState,
     cancel: CancellationToken,
 ) -> std::io::Result<()> {
     let router = Router::new()
@@ -92,7 +92,7 @@ pub async fn serve(
         .await
 }
 
-async fn scraped(Shared(shown): Shared<Shown>) -> impl IntoResponse {
+async fn scraped(Shared(shown): Shared<ServedState>) -> impl IntoResponse {
     metrics::show(&shown.databases(), shown.registry.servers());
     shown.prometheus.run_upkeep();
     (
@@ -101,7 +101,7 @@ async fn scraped(Shared(shown): Shared<Shown>) -> impl IntoResponse {
     )
 }
 
-async fn status(Shared(shown): Shared<Shown>) -> impl IntoResponse {
+async fn status(Shared(shown): Shared<ServedState>) -> impl IntoResponse {
     let objectives = shown.objectives();
     Json(StatusPage {
         version: crate::VERSION,
@@ -110,15 +110,21 @@ async fn status(Shared(shown): Shared<Shown>) -> impl IntoResponse {
             rto_seconds: objectives.rto.as_secs_f64(),
         },
         clock_offset_seconds: StatusClocks {
-            source: shown.registry.servers().clock_offset_seconds(Side::Source),
-            replica: shown.registry.servers().clock_offset_seconds(Side::Replica),
+            source: shown
+                .registry
+                .servers()
+                .clock_offset_seconds(WatchedSide::Source),
+            replica: shown
+                .registry
+                .servers()
+                .clock_offset_seconds(WatchedSide::Replica),
         },
         databases: shown.databases(),
     })
 }
 
 /// The process is there and answers; starting it again would mend nothing. Whether anything is protected is [`readyz`]'s.
-async fn healthz(Shared(shown): Shared<Shown>) -> String {
+async fn healthz(Shared(shown): Shared<ServedState>) -> String {
     let databases = shown.databases();
     let streaming = databases
         .iter()
@@ -131,7 +137,7 @@ async fn healthz(Shared(shown): Shared<Shown>) -> String {
 }
 
 /// Every database is streaming and within its RPO.
-async fn readyz(Shared(shown): Shared<Shown>) -> Response {
+async fn readyz(Shared(shown): Shared<ServedState>) -> Response {
     let databases = shown.databases();
     let mut text = String::new();
     for database in &databases {
@@ -157,7 +163,7 @@ async fn readyz(Shared(shown): Shared<Shown>) -> Response {
     }
 }
 
-async fn page(Shared(shown): Shared<Shown>) -> impl IntoResponse {
+async fn page(Shared(shown): Shared<ServedState>) -> impl IntoResponse {
     Html(render(&shown.objectives(), &shown.databases()))
 }
 

@@ -15,7 +15,7 @@ use crate::error::Class;
 use crate::observe::reader::Reader;
 use crate::observe::status::{DatabaseStatus, State};
 use crate::pg::PgLsn;
-use crate::watch::{Servers, Side};
+use crate::watch::{Servers, WatchedSide};
 
 /// Kind of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -632,7 +632,7 @@ pub fn show(databases: &[DatabaseStatus], servers: &Servers) {
                 .set(value);
         }
     }
-    for side in Side::ALL {
+    for side in WatchedSide::ALL {
         gauge!("dr_agent_clock_offset_seconds", "side" => side.as_str())
             .set(or_nan(servers.clock_offset_seconds(side)));
     }

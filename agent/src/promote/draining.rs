@@ -140,7 +140,7 @@ pub(super) async fn look(
                         .flatten()
                         .collect::<Vec<_>>()
                         .join("; "),
-                })
+                });
             }
         }
     }

@@ -56,14 +56,14 @@ const CLOCK_SAID: Micros = 1_000_000;
 
 /// One of the two servers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
+pub enum WatchedSide {
     /// Where changes come from.
     Source,
     /// Where they go.
     Replica,
 }
 
-impl Side {
+impl WatchedSide {
     /// Both.
     pub const ALL: [Self; 2] = [Self::Source, Self::Replica];
 
@@ -142,18 +142,18 @@ impl Servers {
 
     /// How far the source's clock is ahead of the agent's time; once measured it is known, for clocks are not set every day.
     pub fn source_ahead(&self) -> Option<Micros> {
-        let clock = self.lock().clocks[Side::Source as usize];
+        let clock = self.lock().clocks[WatchedSide::Source as usize];
         clock.map(|clock| clock.offset.ahead)
     }
 
     /// By how many seconds the replica's clock is ahead of the source's, if both were measured lately.
     pub fn replica_ahead_seconds(&self) -> Option<f64> {
-        let replica = self.clock_offset_seconds(Side::Replica)?;
-        Some(replica - self.clock_offset_seconds(Side::Source)?)
+        let replica = self.clock_offset_seconds(WatchedSide::Replica)?;
+        Some(replica - self.clock_offset_seconds(WatchedSide::Source)?)
     }
 
     /// How far a server's clock is ahead of this machine's, in seconds, if it was measured lately.
-    pub fn clock_offset_seconds(&self, side: Side) -> Option<f64> {
+    pub fn clock_offset_seconds(&self, side: WatchedSide) -> Option<f64> {
         let clock = self.lock().clocks[side as usize]?;
         let (now, wall) = (time::now(), time::wall());
         (now - clock.at <= CLOCK_SHOWN).then(|| seconds(clock.offset.ahead + now - wall))
@@ -170,7 +170,7 @@ fn seconds(micros: Micros) -> f64 {
 
 /// Watches one side until told to stop. `expected`: the other site need not be in reach from here.
 pub async fn watch(
-    side: Side,
+    side: WatchedSide,
     config: Arc<Config>,
     servers: Servers,
     expected: bool,
@@ -214,10 +214,10 @@ pub async fn watch(
 }
 
 /// The databases by which the server can be reached: that of the URL, and where that is refused those that are replicated.
-fn places(side: Side, config: &Config) -> Vec<ConnInfo> {
+fn places(side: WatchedSide, config: &Config) -> Vec<ConnInfo> {
     let conninfo = match side {
-        Side::Source => &config.source.conninfo,
-        Side::Replica => &config.replica.conninfo,
+        WatchedSide::Source => &config.source.conninfo,
+        WatchedSide::Replica => &config.replica.conninfo,
     };
     let listed = match &config.source.databases {
         Databases::List(names) => names.as_slice(),
@@ -229,7 +229,7 @@ fn places(side: Side, config: &Config) -> Vec<ConnInfo> {
 
 /// One server, while it answers.
 struct WatchedServer<'a> {
-    side: Side,
+    side: WatchedSide,
     servers: &'a Servers,
     rate: &'a mut WalRate,
     answered: bool,
@@ -246,8 +246,8 @@ impl WatchedServer<'_> {
             .prepare("SELECT pg_catalog.clock_timestamp()")
             .await?;
         let disk = match self.side {
-            Side::Source => WalDisk::of(&client, conninfo).await?,
-            Side::Replica => WalDisk::default(),
+            WatchedSide::Source => WalDisk::of(&client, conninfo).await?,
+            WatchedSide::Replica => WalDisk::default(),
         };
         let mut tick = interval(WAITS_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -277,7 +277,7 @@ impl WatchedServer<'_> {
     ) -> Result<(), PgError> {
         if everything {
             self.measure(client, time).await?;
-            if self.side == Side::Source {
+            if self.side == WatchedSide::Source {
                 let wal = wal(client, disk, self.rate).await?;
                 self.servers.update(|facts| facts.wal = Some(wal));
             }
@@ -351,7 +351,7 @@ mod tests {
         let text = "[source]\nurl = \"postgres://a@h/x\"\ndatabases = [\"one\", \"two\"]\n\
                     [replica]\nurl = \"postgres://b@h/y\"\n";
         let config = Config::parse("f", text, []).unwrap();
-        let names: Vec<String> = places(Side::Replica, &config)
+        let names: Vec<String> = places(WatchedSide::Replica, &config)
             .iter()
             .map(|place| place.dbname().to_owned())
             .collect();
@@ -367,7 +367,7 @@ mod tests {
         };
         let at = time::now() - CLOCK_SHOWN - 1;
         servers.update(|facts| facts.clocks[0] = Some(WatchedClock { at, offset }));
-        assert_eq!(servers.clock_offset_seconds(Side::Source), None);
+        assert_eq!(servers.clock_offset_seconds(WatchedSide::Source), None);
         assert_eq!(servers.source_ahead(), Some(-600_000_000));
     }
 }

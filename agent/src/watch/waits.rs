@@ -12,7 +12,7 @@
 
 use tokio_postgres::{Client, Row};
 
-use super::Side;
+use super::WatchedSide;
 use crate::names::stream::APPLICATION_PREFIX;
 use crate::pg::PgError;
 use crate::time::Micros;
@@ -49,7 +49,7 @@ impl Wait {
 }
 
 /// Takes over what was found, and says what is new.
-pub(super) fn say(known: &mut Vec<Wait>, found: Vec<FoundWait>, side: Side, now: Micros) {
+pub(super) fn say(known: &mut Vec<Wait>, found: Vec<FoundWait>, side: WatchedSide, now: Micros) {
     for found in found {
         let key = found.key();
         let before = known.iter().position(|wait| wait.key == key);
@@ -87,7 +87,7 @@ impl FoundWait {
     }
 
     /// One sentence, with what to do.
-    pub(crate) fn text(&self, side: Side) -> String {
+    pub(crate) fn text(&self, side: WatchedSide) -> String {
         let role = self.application.strip_prefix(APPLICATION_PREFIX);
         let role = role.and_then(|name| name.split(':').next());
         let held = match self.holders.as_slice() {
@@ -185,16 +185,16 @@ mod tests {
         for second in 0..20 {
             let now = second * 1_000_000;
             let waits = vec![found("dr_agent:setup:dr_agent_app", 2.0)];
-            say(&mut known, waits, Side::Source, now);
+            say(&mut known, waits, WatchedSide::Source, now);
             assert_eq!(known.len(), 1);
         }
         let text = &known[0].text;
         for word in ["source", "setup", "745", "4711", "other"] {
             assert!(text.contains(word), "{word} in {text}");
         }
-        say(&mut known, Vec::new(), Side::Source, 29_000_000);
+        say(&mut known, Vec::new(), WatchedSide::Source, 29_000_000);
         assert!(known[0].is_of("dr_agent_app") && !known[0].is_of("dr_agent_ap"));
-        say(&mut known, Vec::new(), Side::Source, 30_000_000);
+        say(&mut known, Vec::new(), WatchedSide::Source, 30_000_000);
         assert!(known.is_empty());
     }
 
@@ -204,7 +204,12 @@ mod tests {
         let mut application = format!("dr_agent:setup:{stream}");
         application.truncate(63);
         let mut known = Vec::new();
-        say(&mut known, vec![found(&application, 2.0)], Side::Source, 0);
+        say(
+            &mut known,
+            vec![found(&application, 2.0)],
+            WatchedSide::Source,
+            0,
+        );
         assert!(known[0].is_of(&stream));
     }
 }

@@ -211,12 +211,12 @@ fn missing(found: &FoundBases, spans: &[Span], now: Timestamp, settled: Duration
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::archive::base::Summary;
+    use crate::archive::base::BaseSummary;
     use crate::flow::testing::lsn;
 
-    fn base(at: u64, minutes_ago: i64) -> Summary {
+    fn base(at: u64, minutes_ago: i64) -> BaseSummary {
         let time = now() - jiff::SignedDuration::from_mins(minutes_ago);
-        Summary {
+        BaseSummary {
             base: format!("b/{at}/"),
             lsn: lsn(at),
             as_of: time,
@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn every_gap_is_named_and_so_is_a_log_that_stopped() {
-        let said = |bases: Vec<Summary>, spans: &[Span]| {
+        let said = |bases: Vec<BaseSummary>, spans: &[Span]| {
             let found = FoundBases {
                 bases,
                 ..FoundBases::default()

@@ -42,7 +42,9 @@ pub use load::{LoadJob, Ownership, found_in, load, refresh_views};
 pub use manifest::{DataFile, Manifest, Object};
 pub use object::Sum;
 pub use prune::{Pruned, prune};
-pub use repository::{FoundBases, Newest, Summary, Unusable, find, histories, manifest, verify};
+pub use repository::{
+    BaseSummary, FoundBases, Newest, Unusable, find, histories, manifest, verify,
+};
 pub use take::{TakeJob, take};
 pub use wipe::wipe;
 pub use writing::Patience;

@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::bases::Bases;
 use super::error::BackupError;
 use super::manifest;
-use super::repository::{self, FoundBases, Summary};
+use super::repository::{self, BaseSummary, FoundBases};
 use super::retention::{self, Holdings, Life, RetentionBase, RetentionSegment};
 use crate::cloud::store::{Listed, Store};
 use crate::failpoint;
@@ -127,7 +127,7 @@ pub(super) async fn ended(
         let objects = history.store.list(&history.layout.root(), None).await?;
         lives.push(Life {
             written_at: newest(&objects),
-            first_base: bases.bases.iter().map(Summary::counts_from).min(),
+            first_base: bases.bases.iter().map(BaseSummary::counts_from).min(),
         });
         found.push((bases, objects));
     }

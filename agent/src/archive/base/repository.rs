@@ -32,7 +32,7 @@ pub(super) fn base(bases: &str, lsn: PgLsn) -> String {
 
 /// One base, at a glance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Summary {
+pub struct BaseSummary {
     /// What the names of its objects begin with.
     pub base: String,
     /// Its LSN, as `16/B374D848`.
@@ -63,7 +63,7 @@ fn text<S: serde::Serializer>(value: &impl ToString, to: S) -> Result<S::Ok, S::
     to.serialize_str(&value.to_string())
 }
 
-impl Summary {
+impl BaseSummary {
     fn new(base: String, manifest: &Manifest, written_at: Option<SystemTime>) -> Self {
         let mut tables: Vec<_> = manifest.data().map(|(_, data)| &data.table).collect();
         tables.sort();
@@ -107,7 +107,7 @@ pub struct Unusable {
 #[derive(Debug, Default)]
 pub struct FoundBases {
     /// The bases, oldest first.
-    pub bases: Vec<Summary>,
+    pub bases: Vec<BaseSummary>,
     /// Those that were there and cannot be used, oldest first.
     pub unusable: Vec<Unusable>,
     /// Objects of each base and leftover, by its LSN.
@@ -145,7 +145,7 @@ pub async fn find(store: &Store, bases: &str) -> Result<FoundBases, BackupError>
         };
         match manifest(store, &base).await {
             Ok(manifest) => {
-                let summary = Summary::new(base, &manifest, its_manifest.written_at);
+                let summary = BaseSummary::new(base, &manifest, its_manifest.written_at);
                 found.bases.push(summary);
             }
             // Somebody has tidied up meanwhile.

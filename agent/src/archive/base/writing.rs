@@ -157,7 +157,7 @@ impl<'a> Writing<'a> {
         mut write: impl FnMut(String) -> BoxFuture<'w, Result<(Put, Sum, T), BackupError>>,
     ) -> Result<(Sum, T), BackupError> {
         let object = format!("{}{name}", self.base);
-        let mut attempts = Attempts::new(self.patience);
+        let mut attempts = StoreAttempts::new(self.patience);
         loop {
             let error = match write(object.clone()).await {
                 Ok((Put::Created, sum, rest)) => return Ok((sum, rest)),
@@ -206,7 +206,7 @@ impl<'a> Writing<'a> {
             .to_json()
             .map_err(|error| BackupError::local("write the manifest")(error.into()))?;
         let json = Bytes::from(json);
-        let mut attempts = Attempts::new(self.patience);
+        let mut attempts = StoreAttempts::new(self.patience);
         let listed = loop {
             match self.store.list(&self.base, None).await {
                 Ok(listed) => break listed,
@@ -222,7 +222,7 @@ impl<'a> Writing<'a> {
         }
         failpoint::hit("backup:before-manifest");
         self.remains.set(None);
-        let mut attempts = Attempts::new(self.patience);
+        let mut attempts = StoreAttempts::new(self.patience);
         loop {
             match self.put_manifest(&object, &json).await {
                 Ok(true) => return Ok(()),
@@ -242,13 +242,13 @@ impl<'a> Writing<'a> {
 }
 
 /// Failures of one object in a row.
-struct Attempts<'a> {
+struct StoreAttempts<'a> {
     patience: &'a Patience,
     number: u32,
     since: Option<Instant>,
 }
 
-impl<'a> Attempts<'a> {
+impl<'a> StoreAttempts<'a> {
     fn new(patience: &'a Patience) -> Self {
         Self {
             patience,

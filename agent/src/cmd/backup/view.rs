@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 
-use crate::archive::base::{self, Pruned, Summary, VerifiedArchive};
+use crate::archive::base::{self, BaseSummary, Pruned, VerifiedArchive};
 use crate::archive::log::{Chain, Span};
 use crate::error::{Classify, chain};
 use crate::names::history::History;
@@ -69,7 +69,7 @@ fn size(bytes: u64) -> String {
     bytesize::ByteSize(bytes).display().iec().to_string()
 }
 
-fn base_text(base: &Summary) -> String {
+fn base_text(base: &BaseSummary) -> String {
     format!(
         "base backup at {}, as of {}: {} tables, {} rows, {}",
         base.lsn,
@@ -84,7 +84,7 @@ fn base_text(base: &Summary) -> String {
 pub(super) fn taken(
     database: &str,
     at: PgLsn,
-    base: Option<&Summary>,
+    base: Option<&BaseSummary>,
     warnings: &[String],
 ) -> Said {
     Said {
@@ -239,8 +239,8 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn base(position: u64) -> Summary {
-        Summary {
+    fn base(position: u64) -> BaseSummary {
+        BaseSummary {
             base: format!("dr_agent_app/h/base/{position}/"),
             lsn: lsn(position),
             as_of: at("2026-01-01T00:00:00Z"),

@@ -126,7 +126,7 @@ pub(super) fn report_text(report: &RestoreReport) -> String {
     match report.warnings.len() {
         0 => {}
         1 => {
-            lines.push("one thing is missing or needs attention: see the warning above".to_owned())
+            lines.push("one thing is missing or needs attention: see the warning above".to_owned());
         }
         n => lines.push(format!(
             "{n} things are missing or need attention: see the warnings above"

@@ -17,7 +17,7 @@ use super::log::{LogTold, Replay};
 use super::observe::ArchivedBase;
 use super::plan::{FirstStage, RestorePlan};
 use super::target::{self, TargetPosition};
-use super::{Restore, RestoreError, RestoreObserver, RestoreReport, load};
+use super::{RestoreError, RestoreJob, RestoreObserver, RestoreReport, load};
 use crate::archive::base;
 use crate::copy::{self, CopyObserver};
 use crate::error::chain;
@@ -34,7 +34,7 @@ use crate::source::{self, IntakeLimits, LogIntake};
 /// # Errors
 /// [`RestoreError`]
 pub(super) async fn execute(
-    restore: &Restore<'_>,
+    restore: &RestoreJob<'_>,
     archive: &ArchivedBase,
     plan: &RestorePlan,
     mut client: Client,
@@ -77,7 +77,7 @@ pub(super) async fn execute(
 
 /// What comes behind the log; returns how many sequences were set ahead, and everything that is to be told.
 async fn finish(
-    restore: &Restore<'_>,
+    restore: &RestoreJob<'_>,
     client: &mut Client,
     kept: &ClosingNotes,
     copy: &dyn CopyObserver,
@@ -129,7 +129,7 @@ fn as_of(position: &TargetPosition) -> PgLsn {
 
 /// Replays the log up to the moment.
 async fn replay(
-    restore: &Restore<'_>,
+    restore: &RestoreJob<'_>,
     archive: &ArchivedBase,
     plan: &RestorePlan,
     position: &TargetPosition,

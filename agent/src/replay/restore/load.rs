@@ -13,7 +13,7 @@ use super::closing_notes::Gathering;
 use super::observe::ArchivedBase;
 use super::plan::{Load, RestorePlan};
 use super::target::{self, Loaded, RestoreOwner, TargetPosition};
-use super::{Restore, RestoreError, encoding};
+use super::{RestoreError, RestoreJob, encoding};
 use crate::archive::base::{self, LoadJob, Ownership};
 use crate::copy::CopyObserver;
 use crate::failpoint;
@@ -34,7 +34,7 @@ impl ExaminedLoad {
 }
 
 fn job<'a>(
-    restore: &'a Restore<'_>,
+    restore: &'a RestoreJob<'_>,
     archive: &'a ArchivedBase,
     plan: &'a RestorePlan,
 ) -> LoadJob<'a> {
@@ -61,7 +61,7 @@ fn job<'a>(
 /// # Errors
 /// [`RestoreError`], where it cannot succeed.
 pub(super) async fn examine(
-    restore: &Restore<'_>,
+    restore: &RestoreJob<'_>,
     archive: &ArchivedBase,
     plan: &RestorePlan,
     client: &Client,
@@ -80,7 +80,7 @@ pub(super) async fn examine(
 /// # Errors
 /// [`RestoreError`]; the next run removes what is there and begins anew.
 pub(super) async fn load(
-    restore: &Restore<'_>,
+    restore: &RestoreJob<'_>,
     archive: &ArchivedBase,
     plan: &RestorePlan,
     load: &Load,

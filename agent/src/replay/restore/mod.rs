@@ -107,7 +107,7 @@ pub trait RestoreObserver: Send + Sync {
 }
 
 /// One restore: from where, of what, to where.
-struct Restore<'a> {
+struct RestoreJob<'a> {
     config: &'a Config,
     store: &'a Store,
     options: &'a RestoreOptions,
@@ -116,7 +116,7 @@ struct Restore<'a> {
     stream: StreamName,
 }
 
-impl<'a> Restore<'a> {
+impl<'a> RestoreJob<'a> {
     fn new(config: &'a Config, store: &'a Store, options: &'a RestoreOptions) -> Self {
         let stream = config.stream(&options.database);
         let stream = StreamName::new("restore", &format!("{}_{stream}", options.target.dbname()));
@@ -152,7 +152,7 @@ pub async fn preview(
     store: &Store,
     options: &RestoreOptions,
 ) -> Result<Preview, RestoreError> {
-    let restore = Restore::new(config, store, options);
+    let restore = RestoreJob::new(config, store, options);
     let archive = observe::archive(&restore).await?;
     let client = target::open(&options.target, &restore.stream).await?;
     let found = target::look(&client, &restore.stream).await?;
@@ -177,7 +177,7 @@ pub async fn restore(
     copy: &dyn CopyObserver,
     observer: &dyn RestoreObserver,
 ) -> Result<RestoreReport, RestoreError> {
-    let restore = Restore::new(config, store, options);
+    let restore = RestoreJob::new(config, store, options);
     let archive = observe::archive(&restore).await?;
     let client = target::open(&options.target, &restore.stream).await?;
     target::lock(&client).await?;

@@ -12,8 +12,8 @@ use std::collections::BTreeMap;
 
 use super::pick_base::DatedBase;
 use super::pick_history::ArchivedLife;
-use super::{Restore, RestoreError, plan};
-use crate::archive::base::{self, Bases, FoundBases, Manifest, Summary};
+use super::{RestoreError, RestoreJob, plan};
+use crate::archive::base::{self, BaseSummary, Bases, FoundBases, Manifest};
 use crate::archive::log::{Layout, Span};
 use crate::cloud::store::Store;
 use crate::names::stream::StreamName;
@@ -26,7 +26,7 @@ pub(super) struct ArchivedHistory {
     /// What its objects are called.
     pub(super) layout: Layout,
     /// Its base backups that can be used, oldest first; there is one at least.
-    pub(super) bases: Vec<Summary>,
+    pub(super) bases: Vec<BaseSummary>,
     /// Every segment of its change log, and its size.
     pub(super) segments: BTreeMap<Span, u64>,
     /// When something of it was written last, by the store's clock.
@@ -60,7 +60,7 @@ pub(super) struct ArchivedBase {
     /// The history that is meant.
     pub(super) history: ArchivedHistory,
     /// The newest of its base backups that leads to the moment.
-    pub(super) base: Summary,
+    pub(super) base: BaseSummary,
     /// What is in that.
     pub(super) manifest: Manifest,
 }
@@ -69,7 +69,7 @@ pub(super) struct ArchivedBase {
 ///
 /// # Errors
 /// Where it cannot be read, or has nothing that leads to the moment.
-pub(super) async fn archive(restore: &Restore<'_>) -> Result<ArchivedBase, RestoreError> {
+pub(super) async fn archive(restore: &RestoreJob<'_>) -> Result<ArchivedBase, RestoreError> {
     let mut histories = histories(restore.store, &restore.source()).await?;
     let choice = plan::choose(&histories, restore.options)?;
     let history = histories.swap_remove(choice.history);
@@ -106,7 +106,7 @@ async fn histories(
     Ok(histories)
 }
 
-async fn history(of: Bases, bases: Vec<Summary>) -> Result<ArchivedHistory, RestoreError> {
+async fn history(of: Bases, bases: Vec<BaseSummary>) -> Result<ArchivedHistory, RestoreError> {
     let log = of.log(PgLsn::from(0)).await?;
     let written = log.iter().filter_map(|(_, object)| object.written_at);
     let finished = bases.iter().map(|base| base.finished_at.into());

@@ -37,7 +37,7 @@ pub enum TargetStart {
 #[derive(Clone, Debug)]
 pub struct RestorePlan {
     /// The base backup.
-    pub base: base::Summary,
+    pub base: base::BaseSummary,
     /// Bytes of the base backup that are read.
     pub base_bytes: u64,
     /// The tables whose rows are wanted; none: all.
@@ -202,7 +202,7 @@ fn ours<'f>(
 /// to the moment.
 fn expect_the_same(
     position: &TargetPosition,
-    base: &base::Summary,
+    base: &base::BaseSummary,
     options: &RestoreOptions,
 ) -> Result<(), RestoreError> {
     let time = position.commit_time.unwrap_or(Micros::MIN);
@@ -221,7 +221,7 @@ fn expect_the_same(
 }
 
 /// The base backup that an interrupted restore has loaded, where the archive still has it.
-fn began_with<'a>(archive: &'a ArchivedBase, position: &TargetPosition) -> &'a base::Summary {
+fn began_with<'a>(archive: &'a ArchivedBase, position: &TargetPosition) -> &'a base::BaseSummary {
     let mut bases = archive.history.bases.iter();
     let loaded = bases.find(|base| base.lsn == position.base);
     loaded.unwrap_or(&archive.base)
@@ -317,9 +317,9 @@ pub(crate) mod tests {
         }
     }
 
-    fn base(at: u64, time: Micros) -> base::Summary {
+    fn base(at: u64, time: Micros) -> base::BaseSummary {
         let time = system_time(time).try_into().unwrap();
-        base::Summary {
+        base::BaseSummary {
             base: format!("dr_agent_app/h/base/{at}/"),
             lsn: lsn(at),
             as_of: time,
