@@ -29,7 +29,7 @@ pub(super) async fn apply_batches(
         let outcome = sink.next().await?;
         let end_lsn = outcome.batch.end_lsn();
         let failed = outcome.result.is_err();
-        if outcomes.send(outcome.because()).await.is_err() || failed {
+        if outcomes.send(outcome.handed_on()).await.is_err() || failed {
             return None;
         }
         if let Err(error) = deferred.passed(end_lsn).await {

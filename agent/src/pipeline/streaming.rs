@@ -10,6 +10,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -143,9 +144,12 @@ impl Streaming<'_> {
             }
             Step::Ship(batch) => {
                 failpoint::hit("pipeline:before-ship");
-                // There is room for as many as may be in flight.
-                let sent = self.batches.try_send(Arc::new(batch));
-                sent.map_err(|_| SessionError::TaskLost)?;
+                match self.batches.try_send(Arc::new(batch)) {
+                    // Where the sink is gone, its last outcome or the end of its task says why.
+                    Ok(()) | Err(TrySendError::Closed(_)) => {}
+                    // There is room for as many as may be in flight.
+                    Err(TrySendError::Full(_)) => return Err(SessionError::TaskLost),
+                }
             }
             Step::Paused(position) => {
                 if let Some(waiting) = self.late.as_mut().and_then(|late| late.pausing.take()) {

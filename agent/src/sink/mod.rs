@@ -58,7 +58,7 @@ pub async fn hand_on<S: Sink, E: From<S::Error> + Send>(
 ) {
     while let Some(outcome) = sink.next().await {
         let failed = outcome.result.is_err();
-        if outcomes.send(outcome.because()).await.is_err() || failed {
+        if outcomes.send(outcome.handed_on()).await.is_err() || failed {
             return;
         }
     }
@@ -66,7 +66,7 @@ pub async fn hand_on<S: Sink, E: From<S::Error> + Send>(
 
 impl<E> Outcome<E> {
     /// The same, with the error of whoever hands it on.
-    pub fn because<F: From<E>>(self) -> Outcome<F> {
+    pub fn handed_on<F: From<E>>(self) -> Outcome<F> {
         Outcome {
             batch: self.batch,
             result: self.result.map_err(F::from),

@@ -1,26 +1,4 @@
-//! A Kinesis stream as the source: records become transactions in the queue.
-//!
-//! ```text
-//! shards ─Records─▶ Gather (order, duplicates) ─batch─▶ Unpacker ─messages─▶ LogIntake ─transaction─▶ pipeline
-//!                      │  └─ what waits: Overflow
-//!                      └─ a gap ─▶ the archive's change log ─▶ LogIntake
-//! ```
-//!
-//! # Invariants
-//! - A batch is handed over once all of its parts are there and nothing before it is missing: transactions come in commit order,
-//!   each once.
-//! - A gap is filled or it is an error that names it. It counts as one only when every shard has been read beyond the time by
-//!   which its writer had what is missing accepted ([`Gap::accepted_by`]); until then it may only have come later. That is soon
-//!   after it shows, however much of the stream is left: what waits for it is little.
-//! - That nothing is left before the tip is believed only of a stream that was seen to lead on from the position, or was read
-//!   from its oldest record on: where a reading begins is a guess by two clocks.
-//! - A stream that was begun anew, from another slot of the same source, is an error once everything before that was applied:
-//!   nothing of ours comes any more.
-//! - What waits stays within its limits. Where they are reached and the archive has what is missing, reading waits for it.
-//!
-//! # What it does not do
-//! It keeps no place in the stream: the replica's progress row says where to begin, and a look a little further back costs only
-//! reading. Nobody is told how far it is.
+//! Reads one Kinesis stream, and hands over what is complete; see the page above for what holds.
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
@@ -31,89 +9,34 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::from_archive::{Filled, FromArchive};
-use super::overflow::{Held, Overflow};
-use super::{IntakeLimits, LogIntake, Received, SourceError, SourcePosition};
+use super::gaps::{self, Gaps, Verdict};
+use super::{StreamSettings, Tip, Until};
 use crate::archive::log::Layout;
 use crate::cloud::kinesis::{Event, Kinesis, KinesisError, Records, StartAt, Wanted};
-use crate::cloud::store::{Encryption, StoreUrl};
 use crate::failpoint;
 use crate::flow::batch::IN_FLIGHT_MAX;
 use crate::flow::changelog::{
     self, Gap, Gather, Gathered, Part, UnpackError, Unpacker, VERSION, Worth, history_of,
 };
 use crate::flow::spill::{SpillError, SpillSpace};
-use crate::names::history::History;
-use crate::names::stream::StreamName;
 use crate::observe::metrics::StreamMetrics;
 use crate::pg::PgLsn;
+use crate::source::from_archive::{Filled, FromArchive};
+use crate::source::overflow::{Held, Overflow};
+use crate::source::{LogIntake, Received, SourceError, SourcePosition};
 use crate::time::{pg_micros, wall_clock};
 
 /// Events of the reader that wait; each holds one page of a shard at most.
 const EVENTS: usize = 4;
 
-/// How much earlier than the last applied commit the stream is read: clocks differ, and records wait to be put.
-const EARLIER: Duration = Duration::from_secs(60);
-
 /// A stream that gives no sign of life for so long cannot be drained now.
 const STANDSTILL: Duration = Duration::from_secs(30);
-
-/// Between two looks whether the archive has what is missing.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// Between two looks whether a large transaction has given its room back.
 const ROOM_EVERY: Duration = Duration::from_millis(250);
 
 /// What may wait for others in memory, as a part of `limits.queue_bytes`, one in so many; the queue has the rest.
 const WAITING: u64 = 4;
-
-/// What is received.
-#[derive(Clone, Debug)]
-pub struct StreamSettings {
-    /// The Kinesis stream.
-    pub kinesis_stream: String,
-    /// The stream in it.
-    pub stream: StreamName,
-    /// What its LSNs are of.
-    pub history: History,
-    /// What was written at a lower term is ignored.
-    pub term: i64,
-    /// Where to begin: the end of the last applied transaction.
-    pub start: PgLsn,
-    /// When that committed on the source, where it is known.
-    pub commit_time: Option<SystemTime>,
-    /// When it was applied, where that is known: whatever lies before committed earlier.
-    pub applied_at: Option<SystemTime>,
-    /// What may be held at a time, records that wait for others included.
-    pub limits: IntakeLimits,
-    /// Where a gap may be filled from.
-    pub archive: Option<(StoreUrl, Encryption)>,
-    /// How long the archive may take until it has what is missing; and how long a writer may be at it, before the archive is
-    /// asked.
-    pub patience: Duration,
-}
-
-/// How long is received.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Until {
-    /// For ever.
-    Stopped,
-    /// Until everything has been read that was in the stream at this time.
-    Tip(Instant),
-}
-
-/// How a reading came to the tip.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tip {
-    /// What keeps the rest of the stream from being applied, if there is something.
-    pub gap: Option<Gap>,
-    /// Whether anything was read that leads on from where the reading was to begin.
-    pub joined: bool,
-    /// Where everything that was handed over ends.
-    pub position: PgLsn,
-    /// Whether parts of a batch behind that wait for others.
-    pub unfinished: bool,
-}
 
 /// What comes after a reading of the stream has ended.
 #[derive(Debug)]
@@ -124,66 +47,7 @@ enum Next {
     FromTheBeginning,
 }
 
-/// Receives until an error, or until nobody wants transactions any more, or the tip was reached; then says how.
-///
-/// # Errors
-/// [`SourceError`]
-pub async fn receive(
-    settings: StreamSettings,
-    until: Until,
-    space: SpillSpace,
-    queue: mpsc::Sender<Received>,
-    position: watch::Sender<SourcePosition>,
-    metrics: StreamMetrics,
-) -> Result<Tip, SourceError> {
-    let kinesis = Kinesis::open(&settings.kinesis_stream).await?;
-    let mut limits = settings.limits;
-    let waiting = limits.queue_bytes / WAITING;
-    limits.queue_bytes -= waiting;
-    let layout = Layout::new(&settings.stream, settings.history);
-    let (applied_at, commit_time) = (settings.applied_at, settings.commit_time);
-    let applied_by = applied_at.map(|at| at.max(commit_time.unwrap_or(at)));
-    let mut receiving = Receiving {
-        gather: Gather::new(
-            settings.stream.as_str(),
-            settings.history,
-            settings.term,
-            settings.start,
-            IN_FLIGHT_MAX,
-        ),
-        shelf: Overflow::new(&space, waiting),
-        intake: LogIntake::telling(limits, settings.start, space, queue.clone(), position)
-            .committed_by(applied_by.map(pg_micros)),
-        queue,
-        archive: FromArchive::new(settings.archive.clone(), layout),
-        kinesis,
-        settings,
-        until,
-        metrics,
-        stalled: None,
-        from: StartAt::TrimHorizon,
-        since: wall_clock(),
-        joined: false,
-        warned: HashSet::new(),
-        successor: None,
-    };
-    let mut from = receiving.start_at();
-    loop {
-        match receiving.read(from).await? {
-            Next::End(gap) => {
-                return Ok(Tip {
-                    gap,
-                    joined: receiving.joined,
-                    position: receiving.gather.position(),
-                    unfinished: receiving.gather.is_waiting(),
-                });
-            }
-            Next::FromTheBeginning => from = StartAt::TrimHorizon,
-        }
-    }
-}
-
-struct Receiving {
+pub(super) struct Receiving {
     settings: StreamSettings,
     until: Until,
     gather: Gather<Held>,
@@ -193,7 +57,7 @@ struct Receiving {
     archive: FromArchive,
     kinesis: Kinesis,
     metrics: StreamMetrics,
-    stalled: Option<Stalled>,
+    gaps: Gaps,
     /// Where this reading of the stream began, and when it did.
     from: StartAt,
     since: SystemTime,
@@ -201,27 +65,6 @@ struct Receiving {
     joined: bool,
     /// What was ignored that should not be there, as far as it has been said.
     warned: HashSet<&'static str>,
-    /// The history of a later slot of our source, and by when its first record had arrived.
-    successor: Option<(History, Instant)>,
-}
-
-/// A gap that holds everything up.
-#[derive(Clone, Copy, Debug)]
-struct Stalled {
-    from: PgLsn,
-    since: Instant,
-    looked: Option<Instant>,
-}
-
-impl Stalled {
-    fn for_as_long_as(&self, time: Duration) -> bool {
-        self.since.elapsed() >= time
-    }
-
-    fn looked_lately(&self) -> bool {
-        self.looked
-            .is_some_and(|looked| looked.elapsed() < LOOK_EVERY)
-    }
 }
 
 /// Whether there is more to read.
@@ -233,12 +76,62 @@ const ON: Flow = ControlFlow::Continue(());
 const UNWANTED: Flow = ControlFlow::Break(Next::End(None));
 
 impl Receiving {
-    fn start_at(&self) -> StartAt {
-        let known = self.settings.commit_time;
-        match known.and_then(|commit_time| commit_time.checked_sub(EARLIER)) {
-            // The source's clock may be ahead, and Kinesis takes no time in the future.
-            Some(at) => StartAt::Timestamp(at.min(wall_clock() - EARLIER)),
-            None => StartAt::TrimHorizon,
+    /// Opens the stream.
+    pub(super) async fn open(
+        settings: StreamSettings,
+        until: Until,
+        space: SpillSpace,
+        queue: mpsc::Sender<Received>,
+        position: watch::Sender<SourcePosition>,
+        metrics: StreamMetrics,
+    ) -> Result<Self, SourceError> {
+        let kinesis = Kinesis::open(&settings.kinesis_stream).await?;
+        let mut limits = settings.limits;
+        let waiting = limits.queue_bytes / WAITING;
+        limits.queue_bytes -= waiting;
+        let layout = Layout::new(&settings.stream, settings.history);
+        let (applied_at, commit_time) = (settings.applied_at, settings.commit_time);
+        let applied_by = applied_at.map(|at| at.max(commit_time.unwrap_or(at)));
+        Ok(Self {
+            gather: Gather::new(
+                settings.stream.as_str(),
+                settings.history,
+                settings.term,
+                settings.start,
+                IN_FLIGHT_MAX,
+            ),
+            shelf: Overflow::new(&space, waiting),
+            intake: LogIntake::telling(limits, settings.start, space, queue.clone(), position)
+                .committed_by(applied_by.map(pg_micros)),
+            queue,
+            archive: FromArchive::new(settings.archive.clone(), layout),
+            kinesis,
+            gaps: Gaps::new(until, settings.patience, settings.archive.is_some()),
+            settings,
+            until,
+            metrics,
+            from: StartAt::TrimHorizon,
+            since: wall_clock(),
+            joined: false,
+            warned: HashSet::new(),
+        })
+    }
+
+    /// Reads until there is an end to it; says how the tip was reached.
+    pub(super) async fn run(mut self) -> Result<Tip, SourceError> {
+        let mut from = gaps::start_at(self.settings.commit_time, wall_clock());
+        loop {
+            match self.read(from).await? {
+                Next::End(gap) => {
+                    return Ok(Tip {
+                        gap,
+                        joined: self.joined,
+                        position: self.gather.position(),
+                        unfinished: self.gather.is_waiting(),
+                    });
+                }
+                Next::FromTheBeginning => from = StartAt::TrimHorizon,
+            }
         }
     }
 
@@ -339,9 +232,7 @@ impl Receiving {
             }
             Worth::OtherHistory => {
                 let (ours, other) = (self.settings.history, history_of(&part));
-                if other.system_identifier == ours.system_identifier && other.began > ours.began {
-                    self.successor.get_or_insert((other, arrived_by));
-                }
+                self.gaps.saw(ours, other, arrived_by);
                 self.ignore(
                     "other_history",
                     "comes from another source under the same stream name, or from a slot before this one",
@@ -437,37 +328,30 @@ impl Receiving {
     /// Everything has been read that was in the stream at `at`.
     async fn read_up_to(&mut self, at: Instant) -> Result<Flow, SourceError> {
         let gap = self.gather.gap();
-        if let Until::Tip(tip) = self.until
-            && at >= tip
-            && gap.is_none_or(|gap| gap.accepted_by.is_none())
-        {
-            return self.end(gap).await;
+        match self.gaps.read_up_to(at, gap, Instant::now()) {
+            Verdict::ReadOn => Ok(ON),
+            Verdict::Tip => self.end(gap).await,
+            Verdict::BegunAnew(successor) => Err(SourceError::BegunAnew {
+                stream: self.settings.stream.clone(),
+                ours: self.settings.history,
+                successor,
+            }),
+            Verdict::Look {
+                gap,
+                is_missing,
+                is_new,
+            } => self.look(gap, is_missing, is_new).await,
         }
-        let Some(gap) = gap else {
-            self.stalled = None;
-            return match self.successor {
-                Some((successor, arrived_by))
-                    if self.until == Until::Stopped && at >= arrived_by =>
-                {
-                    Err(SourceError::BegunAnew {
-                        stream: self.settings.stream.clone(),
-                        ours: self.settings.history,
-                        successor,
-                    })
-                }
-                _ => Ok(ON),
-            };
-        };
-        let stalled = self.stalled_at(gap);
-        if stalled.looked_lately() {
-            return Ok(ON);
-        }
-        let is_missing = gap.accepted_by.is_some_and(|accepted| at >= accepted);
-        // A writer that died, or has been refused for a while, may not have finished it. Somebody sends it again.
-        if !is_missing && !stalled.for_as_long_as(self.settings.patience.max(LOOK_EVERY)) {
-            return Ok(ON);
-        }
-        if stalled.looked.is_none() {
+    }
+
+    /// Asks the archive for what is missing, or not finished; where it has nothing, that may be the end.
+    async fn look(
+        &mut self,
+        gap: Gap,
+        is_missing: bool,
+        is_new: bool,
+    ) -> Result<Flow, SourceError> {
+        if is_new {
             let what = match is_missing {
                 true => "is missing in the Kinesis stream",
                 false => "is not finished by its writer",
@@ -485,10 +369,7 @@ impl Receiving {
         if filled != Filled::Nothing {
             return self.go_on(filled).await;
         }
-        if !is_missing {
-            return Ok(ON);
-        }
-        if self.archive.is_there() && !stalled.for_as_long_as(self.settings.patience) {
+        if !is_missing || self.gaps.may_wait(Instant::now()) {
             return Ok(ON);
         }
         if !self.is_from_the_beginning().await {
@@ -539,32 +420,19 @@ impl Receiving {
             let Some(gap) = self.gather.gap() else {
                 return Err(SourceError::TooMuchWaits { limit });
             };
-            let stalled = self.stalled_at(gap);
-            if !stalled.looked_lately() {
+            if self.gaps.is_to_be_looked_for(gap, Instant::now()) {
                 let filled = self.fill(gap).await?;
                 if filled != Filled::Nothing {
                     return self.go_on(filled).await;
                 }
             }
-            if !self.archive.is_there() || stalled.for_as_long_as(self.settings.patience) {
+            if !self.gaps.may_wait(Instant::now()) {
                 return Err(SourceError::TooMuchWaits { limit });
             }
             tokio::select! {
                 () = queue.closed() => return Ok(UNWANTED),
-                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = tokio::time::sleep(gaps::LOOK_EVERY) => {}
             }
-        }
-    }
-
-    /// Since when this gap holds everything up.
-    fn stalled_at(&mut self, gap: Gap) -> Stalled {
-        match self.stalled {
-            Some(stalled) if stalled.from == gap.from => stalled,
-            _ => *self.stalled.insert(Stalled {
-                from: gap.from,
-                since: clock(),
-                looked: None,
-            }),
         }
     }
 
@@ -574,9 +442,7 @@ impl Receiving {
             .archive
             .fill(gap, &mut self.gather, &mut self.intake)
             .await?;
-        if let Some(stalled) = &mut self.stalled {
-            stalled.looked = Some(clock());
-        }
+        self.gaps.looked(Instant::now());
         if filled == Filled::Some {
             tracing::info!(
                 stream = %self.settings.stream, from = %gap.from, to = %self.gather.position(),
@@ -596,16 +462,14 @@ impl Receiving {
 
     /// Whether the stream has nothing that lies before where its reading began.
     async fn is_from_the_beginning(&self) -> bool {
-        let StartAt::Timestamp(from) = self.from else {
+        if self.from == StartAt::TrimHorizon {
             return true;
-        };
+        }
         // Who may not ask reads it once more.
         let Ok(stream) = self.kinesis.describe().await else {
             return false;
         };
-        self.since
-            .duration_since(from)
-            .is_ok_and(|before| before >= stream.retention)
+        gaps::reaches_back(self.from, self.since, stream.retention)
     }
 }
 
@@ -616,8 +480,4 @@ fn ended(joined: Result<Result<(), KinesisError>, tokio::task::JoinError>) -> So
         // Only for want of a receiver, which is here.
         Ok(Ok(())) | Err(_) => SourceError::Ended,
     }
-}
-
-fn clock() -> Instant {
-    Instant::now()
 }
