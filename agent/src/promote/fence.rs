@@ -21,12 +21,11 @@ use tokio_postgres::Client;
 
 use super::loss::CommitAge;
 use super::observe::{self, agent_application_names};
-use super::settle;
 use super::steps::DatabaseRecord;
 use super::{Doing, PromoteError};
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
-use crate::schema::progress;
+use crate::schema::{prepared, progress};
 use crate::time::rfc3339;
 
 /// How long a batch in flight may take to finish before it is ended.
@@ -144,7 +143,11 @@ async fn make_way(
     record: &mut DatabaseRecord,
     blockers: &BTreeSet<i32>,
 ) -> Result<(), PromoteError> {
-    if blockers.contains(&0) && settle::refuse_undecided(watcher, &record.stream).await? {
+    if blockers.contains(&0)
+        && prepared::refuse_undecided(watcher, &record.stream)
+            .await
+            .doing("settle a prepared transaction")?
+    {
         record.detail.database.prepared_rolled_back += 1;
     }
     let agents = terminate_agents(watcher, &record.stream).await?;

@@ -28,7 +28,6 @@ mod outcome;
 pub mod plan;
 pub mod report;
 pub mod sequences;
-mod settle;
 pub mod state;
 mod steps;
 

@@ -19,6 +19,7 @@ use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
 
+use super::progress;
 use crate::names::stream::{APPLICATION_PREFIX, StreamName};
 use crate::pg::PgError;
 use crate::pg::quote::quote_literal;
@@ -165,6 +166,24 @@ pub async fn finish(
         Err(error) if error.sqlstate() == Some("42704") => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Before the term is raised: decides against the batch whose prepared lane 0 keeps the progress row locked. Whether there was one.
+///
+/// Only lane 0 may be rolled back then: that decides against the batch as a whole. Rolling back any other lane first could tear it.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn refuse_undecided(client: &Client, stream: &StreamName) -> Result<bool, PgError> {
+    let applied = progress::read(client, stream).await?;
+    let mut any = false;
+    for prepared in left_behind(client, stream).await? {
+        let undecided = applied.is_some_and(|row| prepared.verdict(row.batch) == Verdict::RollBack);
+        if prepared.lane == 0 && undecided {
+            any |= finish(client, &prepared, Verdict::RollBack).await?;
+        }
+    }
+    Ok(any)
 }
 
 #[cfg(test)]
