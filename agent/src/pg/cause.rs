@@ -117,7 +117,7 @@ const CAUSES: &[(&str, &str, &str, &str)] = &[
         "55000",
         "CheckMyDatabase",
         "",
-        "that database lets nobody in (ALTER DATABASE … ALLOW_CONNECTIONS true); it is tried again",
+        "that database accepts no connections (ALTER DATABASE … ALLOW_CONNECTIONS true); it is tried again",
     ),
 ];
 
