@@ -45,7 +45,7 @@ const HOSTILE: &[(&str, &str, Option<&str>)] = &[
     ("exit_on_error", "on", Some("off")),
     ("plan_cache_mode", "force_custom_plan", None),
     ("tcp_user_timeout", "100ms", None),
-    ("synchronous_commit", "off", None),
+    ("synchronous_commit", "off", Some("on")),
     ("client_min_messages", "error", None),
     ("plpgsql.variable_conflict", "use_column", None),
     ("plpgsql.extra_errors", "all", None),

@@ -203,7 +203,9 @@ impl Intake {
         let is_unknown = |oid: &u32| self.types.get(*oid).is_none();
         let asked: Vec<u32> = wanted.iter().copied().filter(is_unknown).collect();
         if !asked.is_empty() {
-            let asking = Box::pin(types::ask(&ordinary.conninfo, &ordinary.session, &asked));
+            let committed = self.assembler.whole();
+            let Ordinary { conninfo, session } = ordinary;
+            let asking = Box::pin(types::ask(conninfo, session, &asked, committed));
             let found = meanwhile.during(asking).await??;
             self.types.know(found);
         }
@@ -228,7 +230,8 @@ impl Intake {
         let Some(ordinary) = self.ordinary.as_ref().filter(|_| !unseen.is_empty()) else {
             return Ok(());
         };
-        let asking = Box::pin(types::ask(&ordinary.conninfo, &ordinary.session, &unseen));
+        let Ordinary { conninfo, session } = ordinary;
+        let asking = Box::pin(types::ask(conninfo, session, &unseen, Some(xid)));
         match meanwhile.during(asking).await??.is_empty() {
             true => Ok(()),
             false => Err(SourceError::NewType),

@@ -4,15 +4,18 @@
 //! what the catalog says later holds for the place in the stream as well, for as long as the type is there.
 //!
 //! # Invariants
-//! - A type that is not there was dropped since, or its transaction, which is sent while it runs, has not committed. In that
-//!   case the transaction's end shows it, and it is read once more ([`SourceError::NewType`]).
+//! - A type that is not there was dropped since; or its transaction is sent while it still runs, and its end shows that it is to be
+//!   read once more ([`SourceError::NewType`]); or it has committed and is not seen yet, which is waited for: the walsender sends what
+//!   is in the WAL, and a commit is there before other sessions see it.
 //!
 //! # What it does not do
 //! It asks nothing about what is known from the start of the session, which is every type that a table had then.
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::time::{Instant, sleep};
 use tokio_postgres::types::Type;
 
 use super::SourceError;
@@ -63,23 +66,51 @@ impl Types {
     }
 }
 
-/// Asks the source; what it does not have is not in the answer.
+/// How long a commit may stay unseen: it may wait for a synchronous standby, which may be waiting for us.
+const SEEN_WITHIN: Duration = Duration::from_secs(3);
+
+/// Whether everybody sees the transaction `$1`, in the 32 bits in which it travels: of the number nearest to the next one.
+const SEEN: &str = "
+    SELECT pg_catalog.pg_visible_in_snapshot(
+               (next.xid + (($1::bigint - next.xid + 2147483648) & 4294967295) - 2147483648)::text::xid8,
+               pg_catalog.pg_current_snapshot())
+      FROM (SELECT pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::bigint) AS next (xid)";
+
+/// Asks the source; what it does not have is not in the answer. `committed`: the transaction that may have created them, if it has
+/// committed.
 pub(super) async fn ask(
     conninfo: &ConnInfo,
     session: &Session,
     oids: &[u32],
+    committed: Option<u32>,
 ) -> Result<HashMap<u32, String>, SourceError> {
     let sql = format!(
         "SELECT asked.oid, {} FROM pg_catalog.unnest($1::oid[]) AS asked (oid)",
         made_of("asked.oid")
     );
     let client = pg::connect(conninfo, session).await?;
-    let rows = client.query_typed(&sql, &[(&oids, Type::OID_ARRAY)]).await;
-    let rows = rows.map_err(PgError::from)?;
-    let found = rows
-        .iter()
-        .filter_map(|row| Some((row.get(0), row.get::<_, Option<String>>(1)?)));
-    Ok(found.collect())
+    let until = Instant::now() + SEEN_WITHIN;
+    loop {
+        // Before the question: what it finds then is all there is.
+        let seen = match committed {
+            Some(xid) => {
+                let xid = i64::from(xid);
+                let row = client.query_typed_one(SEEN, &[(&xid, Type::INT8)]).await;
+                row.map_err(PgError::from)?.get(0)
+            }
+            None => true,
+        };
+        let rows = client.query_typed(&sql, &[(&oids, Type::OID_ARRAY)]).await;
+        let found: HashMap<u32, String> = rows
+            .map_err(PgError::from)?
+            .iter()
+            .filter_map(|row| Some((row.get(0), row.get::<_, Option<String>>(1)?)))
+            .collect();
+        if seen || found.len() == oids.len() || Instant::now() > until {
+            return Ok(found);
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[cfg(test)]

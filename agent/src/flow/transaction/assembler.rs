@@ -170,6 +170,11 @@ impl Assembler {
         self.types.tell_made_of(oid, made_of);
     }
 
+    /// The transaction that is being received whole, between Begin and Commit: it has committed.
+    pub fn whole(&self) -> Option<u32> {
+        self.whole.as_ref().map(|(open, _)| open.xid)
+    }
+
     /// The transaction that a block is of, between Stream Start and Stream Stop: it may not have ended.
     pub fn block(&self) -> Option<u32> {
         self.block
