@@ -260,3 +260,119 @@ async fn tables_that_were_never_copied_are_not_nothing() {
         (&false.into(), &Value::Null)
     );
 }
+
+/// What the copy takes along, with definitions that a server writes otherwise once they were loaded.
+const DEFINED: &str = "
+    CREATE ROLE def_app LOGIN PASSWORD 'x'; CREATE ROLE def_group NOLOGIN; CREATE ROLE def_late LOGIN;
+    CREATE TABLE item (id int PRIMARY KEY, kind varchar(10) CHECK (kind IN ('a', 'b')), price numeric(8,2) DEFAULT 1.5,
+        at timestamptz DEFAULT now(), CONSTRAINT low CHECK (price::text || '!' <> 'x' AND (id > 0 OR price BETWEEN 1 AND 2)));
+    CREATE TABLE part (id int PRIMARY KEY, item int REFERENCES item, n serial) PARTITION BY RANGE (id);
+    CREATE TABLE part_1 PARTITION OF part FOR VALUES FROM (0) TO (1000);
+    CREATE INDEX item_kind ON item (lower(kind), price DESC) WHERE kind IN ('a', 'b');
+    CREATE VIEW dear AS SELECT id, kind::text AS k FROM item WHERE price > 3 AND kind IN ('a', 'b') ORDER BY 1;
+    CREATE FUNCTION twice(n int DEFAULT 2) RETURNS int LANGUAGE sql IMMUTABLE BEGIN ATOMIC SELECT n * 2; END;
+    CREATE FUNCTION stamp() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+    CREATE TRIGGER stamped BEFORE UPDATE ON item FOR EACH ROW WHEN (OLD.kind IN ('a', 'b')) EXECUTE FUNCTION stamp();
+    CREATE POLICY mine ON item FOR SELECT USING (kind IN ('a', 'b'));
+    CREATE RULE kept AS ON DELETE TO dear DO INSTEAD NOTHING;
+    CREATE TYPE mood AS ENUM ('low', 'high'); CREATE DOMAIN few AS int DEFAULT 1 CHECK (VALUE IN (1, 2));
+    CREATE TYPE pair AS (a int, b varchar(3)); CREATE SEQUENCE steps INCREMENT 2;
+    CREATE SCHEMA room; GRANT USAGE ON SCHEMA room TO def_app;
+    GRANT SELECT, INSERT ON item TO def_app WITH GRANT OPTION; GRANT SELECT (id) ON part TO def_app;
+    GRANT USAGE ON SEQUENCE steps TO def_app; REVOKE EXECUTE ON FUNCTION twice(int) FROM PUBLIC;
+    GRANT USAGE ON TYPE mood TO def_group; GRANT def_group TO def_app; GRANT SELECT ON dear TO PUBLIC;
+    ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO def_app";
+
+/// Each changes what one object is.
+const REDEFINED: [&str; 14] = [
+    "CREATE OR REPLACE VIEW dear AS SELECT id, kind::text AS k FROM item WHERE price > 4",
+    "CREATE OR REPLACE FUNCTION twice(n int DEFAULT 2) RETURNS int LANGUAGE sql IMMUTABLE BEGIN ATOMIC SELECT n * 3; END",
+    "CREATE OR REPLACE FUNCTION stamp() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN OLD; END'",
+    "CREATE OR REPLACE TRIGGER stamped BEFORE UPDATE ON item FOR EACH ROW WHEN (OLD.kind = 'a') EXECUTE FUNCTION stamp()",
+    "ALTER POLICY mine ON item USING (kind IN ('a', 'c'))",
+    "CREATE OR REPLACE RULE kept AS ON DELETE TO dear DO INSTEAD DELETE FROM item WHERE id = OLD.id",
+    "DROP INDEX item_kind; CREATE INDEX item_kind ON item (lower(kind))",
+    "ALTER TABLE item DROP CONSTRAINT low, ADD CONSTRAINT low CHECK (id > 1)",
+    "ALTER TABLE item ALTER price SET DEFAULT 2.5",
+    "ALTER TYPE mood ADD VALUE 'middle'",
+    "ALTER DOMAIN few SET DEFAULT 2",
+    "ALTER TYPE pair ALTER ATTRIBUTE b TYPE varchar(4)",
+    "ALTER SEQUENCE steps INCREMENT 3",
+    "ALTER TABLE item ALTER at SET DEFAULT '2000-01-01'",
+];
+
+/// Each changes who may do what with one object.
+const GRANTED: [&str; 10] = [
+    "GRANT UPDATE ON item TO def_app",
+    "GRANT SELECT (n) ON part TO def_app",
+    "REVOKE SELECT ON dear FROM PUBLIC",
+    "GRANT CREATE ON SCHEMA room TO def_group",
+    "GRANT EXECUTE ON FUNCTION twice(int) TO def_group",
+    "REVOKE EXECUTE ON FUNCTION stamp() FROM PUBLIC",
+    "GRANT SELECT ON SEQUENCE steps TO def_app",
+    "REVOKE USAGE ON TYPE mood FROM def_group",
+    "ALTER DEFAULT PRIVILEGES GRANT INSERT ON TABLES TO def_app",
+    "GRANT TEMPORARY ON DATABASE :database TO def_group",
+];
+
+/// Each changes what one role is.
+const ROLES: [&str; 4] = [
+    "ALTER ROLE def_app CREATEDB",
+    "ALTER ROLE def_group CONNECTION LIMIT 5",
+    "GRANT def_group TO def_late",
+    "ALTER ROLE def_late PASSWORD 'y'",
+];
+
+#[tokio::test]
+async fn what_an_object_is_and_who_may_use_it_are_compared() {
+    let site = Site::own().await;
+    let database = site.database("defined").await;
+    let source = database.source().await;
+    source.run(DEFINED).await;
+    // Somebody uses it: a role that the database does not depend on is none of its.
+    source.run("GRANT SELECT ON item TO def_late").await;
+    let agent = database.agent();
+    let mut running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    let told = async |expected: &[&str]| {
+        wait_for("the coverage", PATIENCE, || async {
+            let outcome = agent.command(&["status", "--json"]).await;
+            let coverage = outcome.json()["databases"][0]["coverage"].clone();
+            if kinds(&coverage) == expected {
+                Ok(coverage)
+            } else {
+                Err(coverage.to_string())
+            }
+        })
+        .await
+    };
+    // What was copied is the same, however a server writes it.
+    told(&[]).await;
+    running.kill();
+    for statement in REDEFINED.iter().chain(&GRANTED).chain(&ROLES) {
+        let statement = statement.replace(":database", &database.name);
+        source.run(&statement).await;
+    }
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    let coverage = told(&[
+        "missing_definition 14",
+        "missing_privilege 10",
+        "missing_role_attribute 3",
+        "missing_role_password 1",
+    ])
+    .await;
+    for name in [
+        "public.dear",
+        "public.item.low",
+        "public.item.item_kind",
+        "public.item: def_app=INSERT* def_app=SELECT* def_app=UPDATE def_late=SELECT",
+        "def_app: LOGIN CREATEDB",
+    ] {
+        assert!(
+            coverage.to_string().contains(&format!("\"{name}\"")),
+            "{name} in {coverage}"
+        );
+    }
+    running.stop().await;
+}

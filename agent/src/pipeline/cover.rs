@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::error::SessionError;
 use crate::error::chain;
@@ -18,6 +18,12 @@ use crate::watch::coverage;
 
 /// How often it is looked without being told.
 const LOOK_EVERY: Duration = Duration::from_secs(20);
+
+/// What was seen longer ago is not known any more.
+const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(60);
+
+/// The replica is at it for one part of the time in so many, however much there is.
+const LOOK_RESTS: u32 = 20;
 
 /// The task of one session.
 pub(super) struct Cover {
@@ -32,13 +38,15 @@ impl Cover {
     /// Looks for as long as the session lasts. What it does not get to know is not known after a while.
     pub(super) async fn run(self) -> Option<SessionError> {
         loop {
+            let began = Instant::now();
             match self.look().await {
                 Ok(coverage) => self.status.covered(coverage, time::now()),
                 Err(error) => {
                     tracing::debug!(stream = %self.stream, error = %chain(&error), "no look at what is protected");
                 }
             }
-            let _ = timeout(LOOK_EVERY, self.changed.notified()).await;
+            let rests = (began.elapsed() * LOOK_RESTS).clamp(LOOK_EVERY, LOOK_AT_LEAST_EVERY);
+            let _ = timeout(rests, self.changed.notified()).await;
             // Several tables come or go together.
             sleep(Duration::from_millis(100)).await;
         }

@@ -344,6 +344,11 @@ async fn database(
         .doing("count sequences and sessions")?;
     let table_sync = table_sync(&client, &stream).await?;
     let promotion = promotion(&client, &stream).await?;
+    // What is compared next may give up and ask again.
+    client
+        .batch_execute("COMMIT")
+        .await
+        .doing("end reading the replica")?;
     Ok(Some(Database {
         name: name.to_owned(),
         table_sync,

@@ -3,13 +3,19 @@
 //! Written on the source by its agent, and on the replica like any other row: what is missing there can be told when the source is
 //! gone.
 
-use tokio_postgres::GenericClient;
+use tokio_postgres::{GenericClient, Row};
 
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
 
 /// The table.
 pub const TABLE: &str = "dr_agent.coverage";
+
+/// What stands before hashes; they have [`HASH_CHARS`] each. Other names are a JSON list, or nothing where there are too many.
+pub const HASHED: char = '#';
+
+/// See [`HASHED`].
+pub const HASH_CHARS: usize = 8;
 
 /// What is as it was is not written.
 const CHANGED: &str = "
@@ -25,27 +31,28 @@ pub struct Told {
     pub protected: bool,
     /// How many.
     pub objects: u64,
+    /// The names are hashes of names.
+    pub hashed: bool,
     /// Their names; none where there are too many.
     pub names: Option<Vec<String>>,
 }
 
-/// Writes what the source has. `by_kind` is a query of kind, count and a JSON list of names, whose parameters are the kinds and the
-/// stream.
-///
-/// # Errors
-/// When the source refuses.
-pub async fn write_all(
-    source: &(impl GenericClient + Sync),
-    stream: &StreamName,
-    by_kind: &str,
-    kinds: &[&str],
-) -> Result<(), PgError> {
-    let sql = format!(
+/// The statement that writes what the source has. `by_kind` is a query of kind, count and names, as [`Told`] reads them; its
+/// parameters are the kinds and the stream.
+pub fn writing(by_kind: &str) -> String {
+    format!(
         "INSERT INTO {TABLE} AS c (stream, kind, protected, objects, names)
          SELECT $2, b.kind, true, b.objects, b.names FROM ({by_kind}) AS b (kind, objects, names) {CHANGED}"
-    );
-    source.execute(&sql, &[&kinds, &stream.as_str()]).await?;
-    Ok(())
+    )
+}
+
+/// The statement that reads kind, count and names of this side, names being NULL where the source has told the same. `$4` is the
+/// stream, the others are those of `by_kind`.
+pub fn unlike(by_kind: &str) -> String {
+    format!(
+        "SELECT b.kind, b.objects, CASE WHEN b.names = c.names AND b.names <> '' THEN NULL ELSE b.names END
+           FROM ({by_kind}) AS b LEFT JOIN {TABLE} c ON c.stream = $4 AND c.kind = b.kind AND c.protected"
+    )
 }
 
 /// Writes what is not protected: kind, count, and a JSON list of names.
@@ -77,24 +84,72 @@ pub async fn write_unprotected(
     Ok(())
 }
 
-/// What the source told last, as far as it has arrived; nothing of an agent that did not tell.
+/// What the source told last, as far as it has arrived, with the names of what is not protected and of the kinds `named`; nothing of
+/// an agent that did not tell.
 ///
 /// # Errors
 /// When the server refuses.
-pub async fn read(
+pub async fn read_without_names(
     client: &(impl GenericClient + Sync),
     stream: &StreamName,
+    named: &[&str],
 ) -> Result<Vec<Told>, PgError> {
     if !super::has(client, &[TABLE]).await? {
         return Ok(Vec::new());
     }
-    let sql = format!("SELECT kind, protected, objects, names FROM {TABLE} WHERE stream = $1");
-    let rows = client.query(&sql, &[&stream.as_str()]).await?;
-    let told = rows.iter().map(|row| Told {
+    let sql = format!(
+        "SELECT kind, objects, CASE WHEN protected AND kind <> ALL ($2) THEN left(names, 1) ELSE names END, protected
+           FROM {TABLE} WHERE stream = $1"
+    );
+    let rows = client.query(&sql, &[&stream.as_str(), &named]).await?;
+    Ok(rows.iter().map(told).collect())
+}
+
+/// The source's rows of these kinds.
+///
+/// # Errors
+/// When the server refuses.
+pub async fn read_names(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    kinds: &[&str],
+) -> Result<Vec<Told>, PgError> {
+    let sql = format!(
+        "SELECT kind, objects, names, protected FROM {TABLE} WHERE stream = $1 AND protected AND kind = ANY ($2)"
+    );
+    let rows = client.query(&sql, &[&stream.as_str(), &kinds]).await?;
+    Ok(rows.iter().map(told).collect())
+}
+
+/// A row of kind, count, names and whether it is protected.
+fn told(row: &Row) -> Told {
+    Told {
+        protected: row.get(3),
+        ..counted(row)
+    }
+}
+
+/// A row of kind, count and names, of what is there.
+pub fn counted(row: &Row) -> Told {
+    let names: Option<&str> = row.get(2);
+    let hashes = names.and_then(|names| names.strip_prefix(HASHED));
+    Told {
         kind: row.get(0),
-        protected: row.get(1),
-        objects: row.get::<_, i64>(2).unsigned_abs(),
-        names: serde_json::from_str(row.get(3)).ok(),
-    });
-    Ok(told.collect())
+        protected: true,
+        objects: row.get::<_, i64>(1).unsigned_abs(),
+        hashed: hashes.is_some(),
+        names: match (names, hashes) {
+            (None, _) => Some(Vec::new()),
+            (_, Some(hashes)) => Some(split(hashes)),
+            (Some(names), None) => serde_json::from_str(names).ok(),
+        },
+    }
+}
+
+/// Hashes that stand behind one another.
+fn split(hashes: &str) -> Vec<String> {
+    let bytes = hashes.as_bytes().chunks(HASH_CHARS);
+    bytes
+        .map(|hash| String::from_utf8_lossy(hash).into_owned())
+        .collect()
 }

@@ -16,6 +16,7 @@
 //!   functions, triggers, policies): DDL is not replicated in this version, which `check` says once.
 //! - It does not count what a start brings along and what a server may lack (roles): `inventory` compares their names.
 
+mod definitions;
 mod inventory;
 mod kept;
 
@@ -30,6 +31,7 @@ use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::{Again, PgError};
 use crate::schema::listing;
+pub use definitions::CHANGES;
 pub use inventory::tell;
 pub use kept::{Coverage, NOT_COPIED, NotProtected, SET_ASIDE, of};
 

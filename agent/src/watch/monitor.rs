@@ -18,6 +18,7 @@ mod writable;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_postgres::Client;
 
@@ -35,6 +36,8 @@ const CLOCK_EVERY: Duration = Duration::from_secs(2);
 /// What is not protected is looked at when the catalogs changed, which costs next to nothing to ask, and every now and then.
 const CATALOGS_EVERY: Duration = Duration::from_secs(2);
 const COVERAGE_EVERY: Duration = Duration::from_secs(30);
+/// Definitions cost more to read, and are read when something was defined, and every now and then.
+const DEFINITIONS_EVERY: Duration = Duration::from_secs(600);
 
 /// A monitor query that takes longer than this has met a lock or a server in trouble.
 const STATEMENT_TIMEOUT: &str = "15s";
@@ -47,11 +50,7 @@ pub async fn run(
     servers: &Servers,
     reports: mpsc::Sender<Vec<Unprotected>>,
 ) -> Result<(), PgError> {
-    let session = Session::new(stream.application_name("monitor"))
-        .set("statement_timeout", STATEMENT_TIMEOUT)
-        // Waiting for a synchronous standby would turn its outage into ours.
-        .set("synchronous_commit", "local");
-    let client = pg::connect(conninfo, &session).await?;
+    let client = pg::connect(conninfo, &session(stream)).await?;
     let mut noted = Notes::read(&client).await?;
     let mut heartbeat = every(config.source.heartbeat_every);
     let mut sequences = every(config.source.sequences_every);
@@ -91,7 +90,8 @@ pub async fn run(
                 if !covered.is_old(catalog_changes(&client).await?) {
                     continue;
                 }
-                match cover_all(&client, config, stream, &mut telling).await {
+                let from = (config, conninfo);
+                match cover_all(&client, from, stream, &mut telling).await {
                     Ok(unprotected) => unprotected,
                     // Tables come and go too fast for this look.
                     Err(error) if error.is_of_something_dropped() => continue,
@@ -108,17 +108,49 @@ pub async fn run(
 /// Looks what is not protected, and tells the replica, with what there is.
 async fn cover_all(
     client: &Client,
-    config: &Config,
+    (config, conninfo): (&Config, &ConnInfo),
     stream: &StreamName,
     telling: &mut Telling,
 ) -> Result<Vec<Unprotected>, PgError> {
     let unprotected = coverage::unprotected(client, config).await?;
+    telling.join(stream)?;
     let began = now();
-    if telling.rests_until.is_none_or(|until| until <= began) {
-        telling.told(stream, coverage::tell(client, stream, &unprotected).await)?;
-        telling.rests_until = Some(began + began.elapsed() * (1 + TELLING_RESTS));
+    let rests = telling.rests_until.is_some_and(|until| until > began);
+    if rests || !telling.elsewhere.is_empty() {
+        return Ok(unprotected);
+    }
+    let changes: i64 = client.query_one(coverage::CHANGES, &[]).await?.get(0);
+    if telling.defined.is_fresh(changes, DEFINITIONS_EVERY) {
+        let told = coverage::tell(client, stream, &unprotected, false).await;
+        telling.told(stream, told)?;
+        telling.rest(began.elapsed());
+    } else {
+        telling.defined.last = Some((began, changes));
+        let (conninfo, stream, unprotected) =
+            (conninfo.clone(), stream.clone(), unprotected.clone());
+        telling.elsewhere.spawn(async move {
+            let told = tell_definitions(&conninfo, &stream, &unprotected).await;
+            (told, began.elapsed())
+        });
     }
     Ok(unprotected)
+}
+
+/// Beside the heartbeat, which must not wait for it.
+async fn tell_definitions(
+    conninfo: &ConnInfo,
+    stream: &StreamName,
+    unprotected: &[Unprotected],
+) -> Result<(), PgError> {
+    let client = pg::connect(conninfo, &session(stream)).await?;
+    coverage::tell(&client, stream, unprotected, true).await
+}
+
+fn session(stream: &StreamName) -> Session {
+    Session::new(stream.application_name("monitor"))
+        .set("statement_timeout", STATEMENT_TIMEOUT)
+        // Waiting for a synchronous standby would turn its outage into ours.
+        .set("synchronous_commit", "local")
 }
 
 /// Telling the replica what there is reads all of the catalogs: whatever their size, and however often they change, the source
@@ -129,10 +161,36 @@ const TELLING_RESTS: u32 = 20;
 #[derive(Debug, Default)]
 struct Telling {
     rests_until: Option<Instant>,
+    /// Definitions and privileges.
+    defined: Covered,
+    /// The telling of those, and how long it took.
+    elsewhere: JoinSet<(Result<(), PgError>, Duration)>,
     refused: bool,
 }
 
 impl Telling {
+    /// Takes what has ended elsewhere. What failed is told again when something is defined, or after a while.
+    fn join(&mut self, stream: &StreamName) -> Result<(), PgError> {
+        while let Some(ended) = self.elsewhere.try_join_next() {
+            match ended {
+                Ok((Err(error), _)) if error.sqlstate().is_none() => {
+                    tracing::debug!(%stream, error = %chain(&error), "definitions were not told");
+                    self.defined.last = None;
+                }
+                Ok((told, took)) => {
+                    self.told(stream, told)?;
+                    self.rest(took);
+                }
+                Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+            }
+        }
+        Ok(())
+    }
+
+    fn rest(&mut self, took: Duration) {
+        self.rests_until = Some(now() + took * TELLING_RESTS);
+    }
+
     /// A source that refuses it is still replicated; that is said once.
     fn told(&mut self, stream: &StreamName, told: Result<(), PgError>) -> Result<(), PgError> {
         let refused = match told {
@@ -179,12 +237,15 @@ struct Covered {
 
 impl Covered {
     fn is_old(&mut self, changes: i64) -> bool {
-        let now = now();
-        let is_fresh = |(at, then): (Instant, i64)| then == changes && now - at < COVERAGE_EVERY;
-        if self.last.is_some_and(is_fresh) {
+        if self.is_fresh(changes, COVERAGE_EVERY) {
             return false;
         }
-        self.last = Some((now, changes));
+        self.last = Some((now(), changes));
         true
+    }
+
+    fn is_fresh(&self, changes: i64, every: Duration) -> bool {
+        let is_fresh = |(at, then): (Instant, i64)| then == changes && at.elapsed() < every;
+        self.last.is_some_and(is_fresh)
     }
 }

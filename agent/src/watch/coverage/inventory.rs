@@ -10,20 +10,25 @@
 //!
 //! # Invariants
 //! - Catalogs only, and no OID is resolved by a function that fails when it is gone.
-//! - A row is bounded: beyond [`NAMES_BYTES_MAX`] there is a number and no names.
+//! - A row is bounded: beyond [`NAMES_BYTES_MAX`] names are hashes, and beyond [`HASHES_MAX`] of those there is a number alone.
+//! - What takes long or waits for a lock (`definitions`) keeps nothing else from being told.
 //!
 //! # What it does not do
-//! It compares names, not definitions: no privileges, attributes of roles, or what a function does.
+//! What is compared beside a name stands in `definitions`.
 
-use tokio_postgres::Client;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row};
 
 use super::Unprotected;
+use super::definitions::{
+    self, DEFINITION, PRIVILEGE, ROLE_ATTRIBUTE, ROLE_PASSWORD, SERVER_VERSION,
+};
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
-use crate::schema::coverage::{self, Told};
+use crate::schema::coverage::{self, HASH_CHARS, HASHED, Told};
 
-/// Every kind of object whose names are compared. A table comes before what belongs to it.
-pub(super) const KINDS: [&str; 42] = [
+/// Every kind of object whose names are compared. An object comes before what belongs to it.
+pub(super) const KINDS: [&str; 46] = [
     "role",
     "schema",
     "extension",
@@ -66,6 +71,10 @@ pub(super) const KINDS: [&str; 42] = [
     "publication",
     "default_privileges",
     "comment",
+    PRIVILEGE,
+    DEFINITION,
+    ROLE_ATTRIBUTE,
+    ROLE_PASSWORD,
 ];
 
 /// Extensions with their versions: a newer one serves as well.
@@ -74,22 +83,29 @@ pub(super) const EXTENSION_VERSION: &str = "extension_version";
 /// Names of one kind, all together.
 const NAMES_BYTES_MAX: usize = 100_000;
 
+/// Hashes of names of one kind.
+const HASHES_MAX: usize = 50_000;
+
+/// A definition is not worth waiting for whoever has locked what it is made of.
+const LOCK_WITHIN: &str = "SET lock_timeout = '200ms'";
+
 /// What the queries below begin with: schemas, extensions' own objects and relations.
 const OWN: &str = "
     WITH own AS (
-        SELECT oid, nspname::text AS schema FROM pg_catalog.pg_namespace
+        SELECT oid, nspname::text AS schema, nspacl AS acl, nspowner AS owner FROM pg_catalog.pg_namespace
          WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'dr_agent')),
     extension AS (
         SELECT classid, objid FROM pg_catalog.pg_depend
          WHERE deptype = 'e' AND refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass),
     relation AS (
-        SELECT c.oid, c.relkind, c.relrowsecurity, own.schema || '.' || c.relname AS name
+        SELECT c.oid, c.relkind, c.relrowsecurity, own.schema || '.' || c.relname AS name, c.relacl AS acl, c.relowner AS owner
           FROM pg_catalog.pg_class c JOIN own ON own.oid = c.relnamespace
          WHERE c.relpersistence <> 't'
            AND NOT EXISTS (SELECT FROM extension e
                             WHERE (e.classid, e.objid) = ('pg_catalog.pg_class'::pg_catalog.regclass, c.oid))),
     function AS (
-        SELECT p.oid, own.schema || '.' || p.proname || '(' || pg_catalog.oidvectortypes(p.proargtypes) || ')' AS name
+        SELECT p.oid, own.schema || '.' || p.proname || '(' || pg_catalog.oidvectortypes(p.proargtypes) || ')' AS name,
+               p.proacl AS acl, p.proowner AS owner
           FROM pg_catalog.pg_proc p JOIN own ON own.oid = p.pronamespace
          WHERE NOT EXISTS (SELECT FROM extension e
                             WHERE (e.classid, e.objid) = ('pg_catalog.pg_proc'::pg_catalog.regclass, p.oid))
@@ -97,7 +113,7 @@ const OWN: &str = "
            AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
                             WHERE (d.classid, d.objid, d.deptype) = ('pg_catalog.pg_proc'::pg_catalog.regclass, p.oid, 'i'))),
     type AS (
-        SELECT t.oid, own.schema || '.' || t.typname AS name
+        SELECT t.oid, own.schema || '.' || t.typname AS name, t.typacl AS acl, t.typowner AS owner
           FROM pg_catalog.pg_type t JOIN own ON own.oid = t.typnamespace
          WHERE (t.typtype IN ('e', 'd', 'r') OR t.typtype = 'b' AND t.typarray <> 0
                 OR t.typtype = 'c' AND EXISTS (SELECT FROM relation r WHERE r.oid = t.typrelid AND r.relkind = 'c'))
@@ -223,31 +239,69 @@ const OUTSIDE_SCHEMAS: [(&str, &str, &str); 7] = [
     ),
 ];
 
+/// What is read of one side.
+struct Of {
+    /// The roles that count.
+    counted: &'static str,
+    /// Whose privileges count.
+    grantees: &'static str,
+    publications: &'static str,
+}
+
 /// Of the source: the roles that the database depends on, with their members and groups, but for the agent's own and the one that
 /// every server has; and publications, but for this stream's.
-const OF_SOURCE: &str = "
-    SELECT 'role', r.rolname::text FROM pg_catalog.pg_roles r
-     WHERE r.rolname !~ '^(pg|rds)_' AND r.rolname <> current_user AND r.oid <> 10 AND r.oid IN (
-        WITH RECURSIVE here AS (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()),
-        needed (oid) AS (
-            SELECT d.refobjid FROM pg_catalog.pg_shdepend d, here
-             WHERE d.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass
-               AND (d.dbid = here.oid OR d.classid = 'pg_catalog.pg_database'::pg_catalog.regclass AND d.objid = here.oid)
-            UNION SELECT CASE WHEN m.member = n.oid THEN m.roleid ELSE m.member END
-                    FROM needed n JOIN pg_catalog.pg_auth_members m ON n.oid IN (m.member, m.roleid)
-                   WHERE m.roleid >= 16384 AND m.member <> current_user::pg_catalog.regrole)
-        SELECT oid FROM needed)
-    UNION ALL
-    SELECT 'publication', pubname FROM pg_catalog.pg_publication WHERE pubname <> $2";
+const SOURCE: Of = Of {
+    counted: "
+        SELECT r.oid FROM pg_catalog.pg_roles r
+         WHERE r.rolname !~ '^(pg|rds)_' AND r.rolname <> current_user AND r.oid <> 10 AND r.oid IN (
+            WITH RECURSIVE here AS (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()),
+            needed (oid) AS (
+                SELECT d.refobjid FROM pg_catalog.pg_shdepend d, here
+                 WHERE d.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass
+                   AND (d.dbid = here.oid OR d.classid = 'pg_catalog.pg_database'::pg_catalog.regclass AND d.objid = here.oid)
+                UNION SELECT CASE WHEN m.member = n.oid THEN m.roleid ELSE m.member END
+                        FROM needed n JOIN pg_catalog.pg_auth_members m ON n.oid IN (m.member, m.roleid)
+                       WHERE m.roleid >= 16384 AND m.member <> current_user::pg_catalog.regrole)
+            SELECT oid FROM needed)",
+    grantees: definitions::COUNTS_ON_SOURCE,
+    publications: "pubname <> $2",
+};
 
 /// The same, of the replica: all there are.
-const OF_REPLICA: &str = "
-    SELECT 'role', rolname::text FROM pg_catalog.pg_roles
-    UNION ALL
-    SELECT 'publication', pubname FROM pg_catalog.pg_publication";
+const REPLICA: Of = Of {
+    counted: "SELECT oid FROM pg_catalog.pg_roles",
+    grantees: definitions::COUNTS_ON_REPLICA,
+    publications: "true",
+};
+
+/// What is asked for beside names.
+#[derive(Clone, Copy, Debug)]
+struct Beside {
+    /// What costs most, and may wait for locks.
+    definitions: bool,
+    /// Which roles have a password, for who may read it.
+    passwords: bool,
+}
 
 /// `kind, name` of everything that is the users' own.
-fn objects(of_side: &str) -> String {
+fn objects(of: &Of, beside: Beside) -> String {
+    let counted = "r.oid IN (SELECT oid FROM counted)";
+    let mut of_side = vec![
+        format!("SELECT 'role', r.rolname::text FROM pg_catalog.pg_roles r WHERE {counted}"),
+        format!(
+            "SELECT 'publication', pubname FROM pg_catalog.pg_publication WHERE {}",
+            of.publications
+        ),
+        definitions::OF_SERVER.to_owned(),
+        definitions::role_attributes(counted),
+    ];
+    if beside.definitions {
+        of_side.push(definitions::privileges(of.grantees));
+        of_side.push(definitions::definitions());
+    }
+    if beside.passwords {
+        of_side.push(definitions::role_passwords(counted));
+    }
     let in_schemas = IN_SCHEMAS.iter().map(|(kind, catalog, prefix, behind)| {
         format!(
             "SELECT '{kind}', own.schema || '.' || x.{prefix}name || {behind}
@@ -264,35 +318,102 @@ fn objects(of_side: &str) -> String {
                                  WHERE (e.classid, e.objid) = ('pg_catalog.{catalog}'::pg_catalog.regclass, x.oid))"
         )
     });
-    let parts: Vec<String> = [OF_RELATIONS, OF_DATABASE, of_side]
+    let parts: Vec<String> = [OF_RELATIONS, OF_DATABASE]
         .into_iter()
         .map(str::to_owned)
+        .chain(of_side)
         .chain(in_schemas)
         .chain(outside)
         .collect();
-    format!("{OWN}\n{}", parts.join("\nUNION ALL\n"))
-}
-
-/// A JSON list of names, or nothing where they are too long together.
-fn by_kind(of_side: &str) -> String {
     format!(
-        "SELECT k.kind, count(o.name)::bigint,
-                CASE WHEN coalesce(sum(length(o.name)), 0) <= {NAMES_BYTES_MAX}
-                     THEN coalesce(json_agg(o.name ORDER BY o.name COLLATE \"C\") FILTER (WHERE o.name IS NOT NULL), '[]')::text
-                     ELSE '' END
-           FROM unnest($1::text[]) AS k (kind) LEFT JOIN ({}) AS o (kind, name) USING (kind)
-          GROUP BY k.kind",
-        objects(of_side)
+        "{OWN},\n    counted AS ({})\n{}",
+        of.counted,
+        parts.join("\nUNION ALL\n")
     )
 }
 
-/// Brings the source's rows of `dr_agent.coverage` up to date; what is as it was is not written.
+/// A JSON list of names; hashes of them where they are too long together, or where `hashed` says so; or nothing.
+fn by_kind(of: &Of, beside: Beside, hashed: &str) -> String {
+    format!(
+        "SELECT k.kind, count(o.name)::bigint AS objects,
+                CASE WHEN coalesce(sum(length(o.name)), 0) <= {NAMES_BYTES_MAX} AND NOT ({hashed})
+                     THEN coalesce(json_agg(o.name ORDER BY o.name COLLATE \"C\") FILTER (WHERE o.name IS NOT NULL), '[]')::text
+                     WHEN count(o.name) <= {HASHES_MAX}
+                     THEN '{HASHED}' || coalesce(string_agg(left(md5(o.name), {HASH_CHARS}), '' ORDER BY o.name COLLATE \"C\"), '')
+                     ELSE '' END AS names
+           FROM unnest($1::text[]) AS k (kind) LEFT JOIN ({}) AS o (kind, name) USING (kind)
+          GROUP BY k.kind",
+        objects(of, beside)
+    )
+}
+
+/// The kinds that are asked for; a kind that is not is left as it was told before.
+fn kinds(beside: Beside) -> Vec<&'static str> {
+    let kinds = KINDS.into_iter().filter(|kind| match *kind {
+        PRIVILEGE | DEFINITION => beside.definitions,
+        ROLE_PASSWORD => beside.passwords,
+        _ => true,
+    });
+    kinds.chain([SERVER_VERSION]).collect()
+}
+
+/// Passwords are read by superusers only.
+async fn reads_passwords(client: &Client) -> Result<bool, PgError> {
+    const SQL: &str = "SELECT pg_catalog.has_table_privilege('pg_catalog.pg_authid', 'SELECT')";
+    Ok(client.query_one(SQL, &[]).await?.get(0))
+}
+
+/// Asks with definitions, if they are wanted and can be had at once, and otherwise without. `$1` are the kinds; `rest` is what
+/// else the statement needs.
+async fn ask(
+    client: &Client,
+    definitions: bool,
+    statement: fn(Beside) -> String,
+    rest: &[&(dyn ToSql + Sync)],
+) -> Result<Vec<Row>, PgError> {
+    let mut beside = Beside {
+        definitions,
+        passwords: reads_passwords(client).await?,
+    };
+    if definitions {
+        client.batch_execute(LOCK_WITHIN).await?;
+        let asked = ask_once(client, beside, statement, rest).await;
+        client.batch_execute("RESET lock_timeout").await?;
+        match asked {
+            Err(error) if error.sqlstate().is_some_and(|code| NOT_NOW.contains(&code)) => {
+                tracing::debug!(%error, "definitions are not compared this time");
+            }
+            asked => return asked,
+        }
+    }
+    beside.definitions = false;
+    ask_once(client, beside, statement, rest).await
+}
+
+async fn ask_once(
+    client: &Client,
+    beside: Beside,
+    statement: fn(Beside) -> String,
+    rest: &[&(dyn ToSql + Sync)],
+) -> Result<Vec<Row>, PgError> {
+    let kinds = kinds(beside);
+    let mut parameters: Vec<&(dyn ToSql + Sync)> = vec![&kinds];
+    parameters.extend(rest);
+    Ok(client.query(&statement(beside), &parameters).await?)
+}
+
+/// Somebody has locked something, or the statement took too long.
+const NOT_NOW: [&str; 2] = ["55P03", "57014"];
+
+/// Brings the source's rows of `dr_agent.coverage` up to date; what is as it was is not written. `definitions`: those as well.
 pub async fn tell(
     client: &Client,
     stream: &StreamName,
     unprotected: &[Unprotected],
+    definitions: bool,
 ) -> Result<(), PgError> {
-    coverage::write_all(client, stream, &by_kind(OF_SOURCE), &KINDS).await?;
+    let has = |beside| coverage::writing(&by_kind(&SOURCE, beside, "false"));
+    ask(client, definitions, has, &[&stream.as_str()]).await?;
     let unprotected: Vec<(&str, u64, String)> = unprotected
         .iter()
         .map(|one| {
@@ -304,19 +425,48 @@ pub async fn tell(
     Ok(())
 }
 
-/// What the database has that this client is connected to.
-pub(super) async fn here(client: &Client) -> Result<Vec<Told>, PgError> {
-    let rows = client
-        .query(&by_kind(OF_REPLICA), &[&KINDS.as_slice()])
-        .await?;
-    Ok(rows.iter().map(|row| told_by(row, true)).collect())
-}
-
-fn told_by(row: &tokio_postgres::Row, protected: bool) -> Told {
-    Told {
-        kind: row.get(0),
-        protected,
-        objects: row.get::<_, i64>(1).unsigned_abs(),
-        names: serde_json::from_str(row.get(2)).ok(),
+/// What the source told last, as far as it has arrived, and what the database has that this client is connected to; nothing of an
+/// agent that did not tell. The names of a kind that both have alike are left out.
+pub(super) async fn told_and_here(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<(Vec<Told>, Vec<Told>), PgError> {
+    let mut told = coverage::read_without_names(client, stream, &["role", SERVER_VERSION]).await?;
+    if told.is_empty() {
+        return Ok((told, Vec::new()));
     }
+    let names_of = |kind: &str| {
+        let mut of = told
+            .iter()
+            .filter(|told| told.protected && told.kind == kind);
+        of.next().and_then(|told| told.names.clone())
+    };
+    const VERSION: &str =
+        "SELECT (pg_catalog.current_setting('server_version_num')::int / 10000)::text";
+    let version: String = client.query_one(VERSION, &[]).await?.get(0);
+    let is_same_version = names_of(SERVER_VERSION).is_some_and(|told| told == [version]);
+    let roles = names_of("role").unwrap_or_default();
+    let hashed: Vec<&str> = told
+        .iter()
+        .filter(|told| told.protected && told.hashed)
+        .map(|told| told.kind.as_str())
+        .collect();
+    let unlike = |beside| coverage::unlike(&by_kind(&REPLICA, beside, "k.kind = ANY ($3)"));
+    let stream_name = stream.as_str();
+    let rest: [&(dyn ToSql + Sync); 3] = [&roles, &hashed, &stream_name];
+    let rows = ask(client, is_same_version, unlike, &rest).await?;
+    let here: Vec<Told> = rows.iter().map(coverage::counted).collect();
+    let differ = rows
+        .iter()
+        .zip(&here)
+        .filter(|(row, _)| row.get::<_, Option<&str>>(2).is_some());
+    let differ: Vec<&str> = differ.map(|(_, here)| here.kind.as_str()).collect();
+    let named = coverage::read_names(client, stream, &differ).await?;
+    told.retain(|told| !told.protected || !differ.contains(&told.kind.as_str()));
+    for told in told.iter_mut().filter(|told| told.protected) {
+        // Both have the same.
+        told.names = Some(Vec::new());
+    }
+    told.extend(named);
+    Ok((told, here))
 }

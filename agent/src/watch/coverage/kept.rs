@@ -11,11 +11,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
+use super::definitions::{DEFINITION, PRIVILEGE, ROLE_ATTRIBUTE, ROLE_PASSWORD};
 use super::inventory::{self, EXTENSION_VERSION, KINDS};
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
-use crate::schema::coverage::{self, Told};
+use crate::schema::coverage::Told;
 use crate::schema::{set_aside, table_sync};
 
 /// Objects of one kind that a failover would not bring, or not as they are on the source.
@@ -71,11 +72,7 @@ pub async fn of(client: &Client, stream: &StreamName) -> Result<Coverage, PgErro
         .into_iter()
         .map(|aside| (aside.table.to_string(), aside.reason))
         .collect();
-    let told = coverage::read(client, stream).await?;
-    let here = match told.is_empty() {
-        true => Vec::new(),
-        false => inventory::here(client).await?,
-    };
+    let (told, here) = inventory::told_and_here(client, stream).await?;
     Ok(compare(&told, &here, not_ready, set_aside))
 }
 
@@ -92,7 +89,7 @@ fn compare(
         .map(|told| not_protected(told.kind.clone(), told.objects, told.names.clone()))
         .collect();
     let has = |kind: &str| told.iter().find(|told| told.protected && told.kind == kind);
-    let mut absent = BTreeSet::new();
+    let mut absent = Absent::default();
     for kind in KINDS {
         let is = here.iter().find(|here| here.kind == kind);
         if let (Some(has), Some(is)) = (has(kind), is) {
@@ -111,7 +108,7 @@ fn compare(
     missing.sort_by(|a, b| a.kind.cmp(&b.kind));
     let tables = has("table").map(|has| has.objects);
     let without_rows: Vec<String> = not_copied.into_iter().chain(aside).collect();
-    let unprotected = unprotected_tables(told, &absent, &without_rows, &missing);
+    let unprotected = unprotected_tables(told, &absent.tables, &without_rows, &missing);
     Coverage {
         known: tables.is_some(),
         tables,
@@ -127,17 +124,50 @@ fn not_protected(kind: String, count: u64, names: Option<Vec<String>>) -> NotPro
     NotProtected { kind, count, names }
 }
 
-/// What the source has of a kind and is not here; notes the tables among them.
-fn lacking(has: &Told, is: &Told, absent: &mut BTreeSet<String>) -> Option<NotProtected> {
+/// What is not here at all: nothing else is said of it.
+#[derive(Debug, Default)]
+struct Absent {
+    tables: BTreeSet<String>,
+    /// Objects of all kinds, tables among them.
+    objects: BTreeSet<String>,
+}
+
+impl Absent {
+    /// Whether something belongs to a table that is not here.
+    fn has_table_of(&self, name: &str) -> bool {
+        is_of(name, &self.tables)
+    }
+
+    /// Whether a privilege or a definition is of something that is not here.
+    fn has_object_of(&self, name: &str) -> bool {
+        let sort = OF_SORT.iter().find_map(|sort| name.strip_prefix(sort));
+        is_of(sort.unwrap_or(name), &self.objects)
+    }
+}
+
+/// What stands before the names of what has no schema.
+const OF_SORT: [&str; 5] = ["schema ", "server ", "wrapper ", "language ", "default of "];
+
+/// Whether it is one of these objects, or begins with the name of one.
+fn is_of(name: &str, objects: &BTreeSet<String>) -> bool {
+    let mut parts = name
+        .match_indices(['.', ' ', ':'])
+        .map(|(at, _)| &name[..at]);
+    objects.contains(name) || parts.any(|part| objects.contains(part))
+}
+
+/// What the source has of a kind and is not here; notes it.
+fn lacking(has: &Told, is: &Told, absent: &mut Absent) -> Option<NotProtected> {
     let kind = format!("missing_{}", has.kind);
     let (Some(names), Some(here)) = (&has.names, &is.names) else {
         let count = has.objects.saturating_sub(is.objects);
         return (count > 0).then(|| not_protected(kind, count, None));
     };
     let here: BTreeSet<&String> = here.iter().collect();
-    let of_absent = |name: &str| {
-        let mut parts = name.match_indices(['.', ' ']).map(|(at, _)| &name[..at]);
-        absent.contains(name) || parts.any(|part| absent.contains(part))
+    let is_beside_a_name = BESIDE_NAMES.contains(&has.kind.as_str());
+    let of_absent = |name: &str| match is_beside_a_name {
+        true => absent.has_object_of(name),
+        false => absent.has_table_of(name),
     };
     let is_newer = |name: &str| has.kind == EXTENSION_VERSION && !is_older_here(name, &here);
     let lacking: Vec<String> = names
@@ -146,10 +176,26 @@ fn lacking(has: &Told, is: &Told, absent: &mut BTreeSet<String>) -> Option<NotPr
         .cloned()
         .collect();
     if ["table", "partitioned_table", "foreign_table"].contains(&has.kind.as_str()) {
-        absent.extend(lacking.iter().cloned());
+        absent.tables.extend(lacking.iter().cloned());
+    }
+    if !is_beside_a_name {
+        absent.objects.extend(lacking.iter().cloned());
     }
     let count = lacking.len() as u64;
-    (count > 0).then(|| not_protected(kind, count, Some(lacking)))
+    let names = (!has.hashed).then(|| lacking.iter().map(|name| shown(&has.kind, name)).collect());
+    (count > 0).then(|| not_protected(kind, count, names))
+}
+
+/// Kinds that say something about an object that has been compared by its name before.
+const BESIDE_NAMES: [&str; 4] = [PRIVILEGE, DEFINITION, ROLE_ATTRIBUTE, ROLE_PASSWORD];
+
+/// A name as people read it: without the hash of a definition.
+fn shown(kind: &str, name: &str) -> String {
+    let name = match kind {
+        DEFINITION => name.rsplit_once(' ').map_or(name, |(name, _)| name),
+        _ => name,
+    };
+    name.to_owned()
 }
 
 /// Whether an extension (`name version`) is here in an older version only. One that is not here at all is named by itself.
@@ -243,6 +289,7 @@ mod tests {
         Told {
             kind: kind.to_owned(),
             protected,
+            hashed: false,
             objects: names.len() as u64,
             names: Some(names.iter().map(|name| (*name).to_owned()).collect()),
         }
@@ -269,16 +316,16 @@ mod tests {
     #[test]
     fn every_kind_that_is_lacking_is_named() {
         for kind in KINDS.into_iter().filter(|kind| *kind != EXTENSION_VERSION) {
-            let source = [
-                told("table", true, &["s.a"]),
-                told(kind, true, &["s.a", "s.b"]),
-            ];
+            // A definition is behind its name.
+            let suffix = if kind == DEFINITION { " 0123abcd" } else { "" };
+            let (a, b) = (format!("s.a{suffix}"), format!("s.b{suffix}"));
+            let source = [told("table", true, &["s.a"]), told(kind, true, &[&a, &b])];
             let source = if kind == "table" {
                 &source[1..]
             } else {
                 &source[..]
             };
-            let here = [told("table", true, &["s.a"]), told(kind, true, &["s.a"])];
+            let here = [told("table", true, &["s.a"]), told(kind, true, &[&a])];
             let here = if kind == "table" {
                 &here[1..]
             } else {
@@ -374,6 +421,7 @@ mod tests {
     #[test]
     fn too_many_to_be_named_are_still_counted() {
         let many = |objects| Told {
+            hashed: false,
             kind: "table".to_owned(),
             protected: true,
             objects,
@@ -387,5 +435,77 @@ mod tests {
         assert_eq!(coverage.missing[0].text(5), "missing table: 10");
         let whole = compared(&[many(5000)], &[many(5000)], &[]);
         assert!(whole.is_whole());
+    }
+
+    #[test]
+    fn hashes_are_counted_and_not_shown() {
+        let hashes = |names: &[&str]| Told {
+            hashed: true,
+            ..told(PRIVILEGE, true, names)
+        };
+        let source = [told("table", true, &["s.a"]), hashes(&["01", "02", "03"])];
+        let here = [told("table", true, &["s.a"]), hashes(&["01", "04"])];
+        let coverage = compared(&source, &here, &[]);
+        assert_eq!(missing(&coverage), [("missing_privilege", 2)]);
+        assert!(coverage.missing[0].names.is_empty());
+    }
+
+    #[test]
+    fn what_is_not_here_at_all_has_no_privileges_and_no_definition() {
+        let source = [
+            told("role", true, &["app"]),
+            told("schema", true, &["room"]),
+            told("function", true, &["s.f(integer, text)"]),
+            told("table", true, &["s.a", "s.b"]),
+            told("index", true, &["s.a.i"]),
+            told("default_privileges", true, &["app in room on tables"]),
+            told(
+                PRIVILEGE,
+                true,
+                &[
+                    "s.b: app=SELECT",
+                    "s.b.x: app=SELECT",
+                    "s.f(integer, text): app=EXECUTE",
+                    "schema room: app=USAGE",
+                    "default of app in room on tables: x=SELECT",
+                    "s.a: app=SELECT",
+                ],
+            ),
+            told(
+                DEFINITION,
+                true,
+                &["s.a.i 01", "s.b.y 02", "s.f(integer, text) 03", "s.a.z 04"],
+            ),
+            told(
+                ROLE_ATTRIBUTE,
+                true,
+                &["app: LOGIN", "app: member of others", "others: LOGIN"],
+            ),
+        ];
+        let here: Vec<Told> = source
+            .iter()
+            .map(|told| Told {
+                names: Some(Vec::new()),
+                ..told.clone()
+            })
+            .collect();
+        let here: Vec<Told> = here
+            .into_iter()
+            .map(|here| match here.kind.as_str() {
+                "table" => told("table", true, &["s.a"]),
+                _ => here,
+            })
+            .collect();
+        let coverage = compared(&source, &here, &[]);
+        let beside = |kind: &str| {
+            let found = coverage
+                .missing
+                .iter()
+                .find(|one| one.kind == format!("missing_{kind}"));
+            found.map(|one| one.names.clone()).unwrap_or_default()
+        };
+        assert_eq!(beside(PRIVILEGE), ["s.a: app=SELECT"]);
+        assert_eq!(beside(DEFINITION), ["s.a.z"]);
+        assert_eq!(beside(ROLE_ATTRIBUTE), ["others: LOGIN"]);
     }
 }
