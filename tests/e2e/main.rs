@@ -32,6 +32,7 @@ mod copy;
 mod coverage;
 mod databases;
 mod disturbances;
+mod failover_archive;
 mod failover_slots;
 mod fencing;
 mod golden;

@@ -5,7 +5,8 @@
 //!
 //! # Invariants
 //! - A slot whose note has no `since` was not created to the end, and is not gone on with.
-//! - A history begins with the slot that is created; nothing else changes when it began.
+//! - A history begins with the slot that is created, and with the timeline on which it is gone on with; nothing else changes when
+//!   it began.
 
 use std::time::SystemTime;
 
@@ -114,6 +115,25 @@ pub async fn begin(
         )
         .await?;
     Ok(pg_micros(row.get::<_, SystemTime>(0)))
+}
+
+/// Notes that the source failed over and the slot is gone on with: a history begins. Returns when; none without a note.
+///
+/// # Errors
+/// When the source refuses.
+pub async fn follow(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    timeline: i32,
+) -> Result<Option<Micros>, PgError> {
+    let sql = format!(
+        "UPDATE {TABLE} SET timeline = $2, began = greatest(clock_timestamp(), began + interval '1 microsecond')
+          WHERE stream = $1 RETURNING began"
+    );
+    let row = client
+        .query_opt(&sql, &[&stream.as_str(), &timeline])
+        .await?;
+    Ok(row.map(|row| pg_micros(row.get::<_, SystemTime>(0))))
 }
 
 /// Notes where the slot begins that has been created.

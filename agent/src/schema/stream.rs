@@ -127,17 +127,23 @@ pub async fn record(
     Ok(())
 }
 
-/// Records that the source is on a later timeline, whose history has everything that was applied.
+/// Records that the source is on a later timeline, which has everything that was applied, and when that history began.
 ///
 /// # Errors
 /// When the replica refuses.
 pub async fn follow(
     client: &(impl GenericClient + Sync),
     stream: &StreamName,
-    timeline: i32,
+    source: &Recorded,
 ) -> Result<(), PgError> {
-    let sql = format!("UPDATE {TABLE} SET timeline = $2 WHERE stream = $1");
-    client.execute(&sql, &[&stream.as_str(), &timeline]).await?;
+    let sql = format!("UPDATE {TABLE} SET timeline = $2, began = $3 WHERE stream = $1");
+    let Recorded { cluster, began } = source;
+    client
+        .execute(
+            &sql,
+            &[&stream.as_str(), &cluster.timeline, &system_time(*began)],
+        )
+        .await?;
     Ok(())
 }
 

@@ -28,6 +28,7 @@ use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgLsn};
 use crate::schema::heartbeat;
 use crate::schema::progress::Progress;
+use crate::schema::sending;
 use crate::schema::stream::{self, Recorded};
 use crate::sink::replica::Distance;
 
@@ -44,14 +45,12 @@ pub(super) async fn prepare(
         sides,
         replica,
         mut walsender,
-        seen,
+        mut seen,
     } = opened;
     let (setup, progress, history) = match (seen.verdict, replica) {
         (Verdict::Resume | Verdict::Follow, Some(replica)) => {
             if seen.verdict == Verdict::Follow {
-                stream::follow(&replica, &sides.source.stream, seen.cluster.timeline)
-                    .await
-                    .map_err(SetupError::sql(Side::Replica, "record the timeline"))?;
+                seen.follow(&sides.source, &replica).await?;
                 tracing::warn!(
                     database,
                     timeline = seen.cluster.timeline,
@@ -177,6 +176,27 @@ struct Seen {
     round_trip: Duration,
 }
 
+impl Seen {
+    /// Begins the history of the new timeline: on the source first, where a start that ends in between finds it.
+    async fn follow(
+        &mut self,
+        source: &SourceSide<'_>,
+        replica: &Client,
+    ) -> Result<(), SetupError> {
+        let timeline = self.cluster.timeline;
+        let noted = sending::follow(&source.client, &source.stream, timeline).await;
+        let noted = noted.map_err(SetupError::sql(Side::Source, "note the timeline"))?;
+        if let Some(recorded) = &mut self.known.recorded {
+            recorded.cluster.timeline = timeline;
+            recorded.began = noted.unwrap_or(recorded.began);
+            stream::follow(replica, &source.stream, recorded)
+                .await
+                .map_err(SetupError::sql(Side::Replica, "record the timeline"))?;
+        }
+        Ok(())
+    }
+}
+
 /// How many heartbeats a side knows of: a source that was set back knows of fewer than its replica.
 pub(super) async fn beats(client: &Client, side: Side) -> Result<Option<i64>, SetupError> {
     heartbeat::beats(client)
@@ -221,6 +241,7 @@ async fn look(
         source_lsn,
         slot,
         noted: noted.map(|noted| noted.began),
+        noted_timeline: noted.map(|noted| noted.cluster.timeline),
         since: noted.and_then(|noted| noted.since.filter(|_| is_published)),
         recorded: known.recorded,
         applied: known.progress.map(|progress| progress.end_lsn),

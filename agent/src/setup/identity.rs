@@ -39,6 +39,8 @@ pub struct Observed {
     pub slot: Option<Slot>,
     /// When the history began that the source has noted: `dr_agent.sending`.
     pub noted: Option<Micros>,
+    /// The timeline on which it did.
+    pub noted_timeline: Option<i32>,
     /// Where the slot begins that the source has noted, if it was created to the end and there is still a publication.
     pub since: Option<PgLsn>,
     /// Which source the replica was set up from: `dr_agent.stream`.
@@ -100,7 +102,8 @@ pub enum Verdict {
     },
     /// Slot and progress fit together.
     Resume,
-    /// The same, on another timeline: the source failed over to its standby, which has everything that was applied.
+    /// The same, on another timeline: the source failed over to its standby, which has everything that was applied. Another history
+    /// begins all the same: an archive may have more of the old one than that standby.
     Follow,
 }
 
@@ -149,7 +152,12 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
         slot: slot_name(),
         applied,
     })?;
-    if let Some(noted) = seen.noted.filter(|noted| *noted != recorded.began) {
+    // A start that followed the source has noted it there, and was ended before the replica had recorded it. Somebody else's slot
+    // since then would be beyond what was applied.
+    let is_half_followed = follows && seen.noted_timeline > Some(recorded.cluster.timeline);
+    if let Some(noted) = seen.noted.filter(|noted| *noted != recorded.began)
+        && !is_half_followed
+    {
         return Err(Mismatch::HistoryChanged {
             slot: slot_name(),
             noted,
@@ -331,6 +339,7 @@ mod tests {
             source_lsn: PgLsn::from(200),
             slot: Some(slot(90)),
             noted: Some(5),
+            noted_timeline: Some(1),
             since: Some(PgLsn::from(80)),
             recorded: Some(Recorded {
                 cluster: cluster(7, 1),
@@ -449,8 +458,18 @@ mod tests {
     #[test]
     fn a_clean_failover_of_the_source_is_followed_where_nothing_can_be_missing() {
         type Change = fn(&mut Observed);
-        let follow: [Change; 3] = [
+        let follow: [Change; 5] = [
             |seen| promoted(seen, 150, true),
+            // A start had noted it on the source and was killed; and the source failed over once more after that.
+            |seen| {
+                promoted(seen, 150, true);
+                (seen.noted, seen.noted_timeline) = (Some(6), Some(2));
+            },
+            |seen| {
+                promoted(seen, 150, true);
+                seen.source.timeline = 3;
+                (seen.noted, seen.noted_timeline) = (Some(6), Some(2));
+            },
             // Forked at the very position.
             |seen| promoted(seen, 100, true),
             // Twice in a row.
@@ -494,6 +513,17 @@ mod tests {
             seen.branches[0].timeline = 4;
         });
         assert!(matches!(not_an_ancestor, Err(Mismatch::Timeline { .. })));
+        let begun_anew = after(|seen| {
+            promoted(seen, 150, true);
+            seen.noted = Some(6);
+        });
+        assert!(matches!(begun_anew, Err(Mismatch::HistoryChanged { .. })));
+        let by_others = after(|seen| {
+            promoted(seen, 150, true);
+            (seen.noted, seen.noted_timeline) = (Some(6), Some(2));
+            seen.slot.as_mut().unwrap().confirmed = Some(PgLsn::from(101));
+        });
+        assert!(matches!(by_others, Err(Mismatch::SlotRecreated { .. })));
         let in_use = after(|seen| {
             promoted(seen, 150, true);
             seen.slot.as_mut().unwrap().active_pid = Some(42);

@@ -217,6 +217,7 @@ async fn judge(
                 source_lsn,
                 slot,
                 noted: noted.map(|noted| noted.began),
+                noted_timeline: noted.map(|noted| noted.cluster.timeline),
                 since: noted.and_then(|noted| noted.since),
                 recorded: seen.known.recorded,
                 applied: seen.known.progress.map(|progress| progress.end_lsn),
