@@ -429,7 +429,9 @@ impl Writer {
             let error = match appended {
                 Ok(appended) => return Ok(self.appended(appended, batch, origin)),
                 // The transaction cannot be applied either, or must not be.
-                Err(error @ (SpoolError::Spill(_) | SpoolError::WentBack(_))) => return Err(error),
+                Err(error @ (SpoolError::Because(_) | SpoolError::WentBack(_))) => {
+                    return Err(error);
+                }
                 Err(error) => error,
             };
             // What has been begun makes room once the store has it.

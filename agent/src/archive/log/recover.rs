@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use super::layout::Span;
 use super::spool::{DAMAGED, SpoolError, at, complete, directory_of, mark_missing, truncate};
+use crate::error::Because;
 use crate::failpoint;
 use crate::flow::changelog::{Frames, Part, UnpackError, Unpacker, VERSION};
 use crate::pg::PgLsn;
@@ -138,8 +139,8 @@ fn whole_batches(file: &mut File, path: &Path, start: PgLsn) -> Result<Whole, Sp
                 }
                 Ok(false) => {}
                 Err(source @ UnpackError::Version { .. }) => {
-                    let path = path.to_owned();
-                    return Err(SpoolError::Record { path, source });
+                    let doing = format!("read what waits in spool {}", path.display());
+                    return Err(SpoolError::Because(Because::new(doing, source)));
                 }
                 Err(_) => return look_beyond(file, path, whole),
             }

@@ -31,9 +31,9 @@ use bytes::BytesMut;
 use super::Chain;
 use super::layout::{Span, digits, parse_digits};
 use super::recover;
-use crate::error::{Class, Classify, disk_class};
+use crate::error::{Because, Class, Classify, disk_class, hands_on};
 use crate::flow::batch::Batch;
-use crate::flow::changelog::{Author, Compression, Packing, UnpackError, put_frame};
+use crate::flow::changelog::{Author, Compression, Packing, put_frame};
 use crate::flow::spill::SpillError;
 use crate::names::history::{WentBack, comes_again};
 use crate::pg::PgLsn;
@@ -86,9 +86,6 @@ pub enum SpoolError {
         /// The directory.
         path: PathBuf,
     },
-    /// A large transaction could not be read back.
-    #[error("read a large transaction for the spool")]
-    Spill(#[from] SpillError),
     /// What was written is not what is read.
     #[error("{} is damaged: it ends or breaks off at {end}", path.display())]
     Damaged {
@@ -100,16 +97,12 @@ pub enum SpoolError {
     /// The source gives LSNs out a second time.
     #[error(transparent)]
     WentBack(#[from] WentBack),
-    /// What another version of the agent has left.
-    #[error("read what waits in spool {}", path.display())]
-    Record {
-        /// Which file.
-        path: PathBuf,
-        /// What is wrong with it.
-        #[source]
-        source: UnpackError,
-    },
+    /// A large transaction could not be read back, or what another version of the agent has left.
+    #[error(transparent)]
+    Because(Because),
 }
+
+hands_on!(SpoolError: SpillError => "read a large transaction for the spool");
 
 impl Classify for SpoolError {
     fn class(&self) -> Class {
@@ -117,8 +110,7 @@ impl Classify for SpoolError {
             Self::Io { source, .. } => disk_class(source),
             Self::Full { .. } => Class::Transient,
             Self::InUse { .. } | Self::Damaged { .. } | Self::WentBack(_) => Class::Definite,
-            Self::Spill(error) => error.class(),
-            Self::Record { source, .. } => source.class(),
+            Self::Because(error) => error.class(),
         }
     }
 
@@ -139,8 +131,7 @@ impl Classify for SpoolError {
                 "the disk, or its controller, or memory is failing: look there; what the source still has is read again".to_owned(),
             ),
             Self::WentBack(_) => Some(WentBack::hint()),
-            Self::Spill(error) => error.hint(),
-            Self::Record { source, .. } => source.hint(),
+            Self::Because(error) => error.hint(),
         }
     }
 }

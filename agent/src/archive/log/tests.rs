@@ -561,3 +561,31 @@ fn one_agent_at_a_time() {
     drop(spool);
     open(home.path());
 }
+
+#[test]
+fn what_cannot_be_read_back_keeps_its_class_and_hint() {
+    use crate::error::{Because, chain};
+    use crate::flow::changelog::UnpackError;
+    use crate::flow::spill::SpillError;
+
+    let full = || SpillError::Full { limit: 1 };
+    let newer = || UnpackError::Version { version: 9 };
+    let of_newer = Because::new("read what waits in spool /s/1", newer());
+    for (error, class, hint, begins) in [
+        (
+            SpoolError::from(full()),
+            full().class(),
+            full().hint(),
+            "read a large transaction for the spool: ",
+        ),
+        (
+            SpoolError::Because(of_newer),
+            newer().class(),
+            newer().hint(),
+            "read what waits in spool /s/1: ",
+        ),
+    ] {
+        assert_eq!((error.class(), error.hint()), (class, hint), "{begins}");
+        assert!(chain(&error).starts_with(begins), "{}", chain(&error));
+    }
+}
