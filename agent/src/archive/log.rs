@@ -34,9 +34,9 @@ mod uploading;
 mod way;
 
 pub use ahead::Ahead;
-pub use chain::Chain;
+pub use chain::LogChain;
 pub use change_log::{
-    Closed, Log, LogHandle, LogReach, LogSettings, Origin, Taken, upload_leftover,
+    Closed, Log, LogHandle, LogReach, LogSettings, Origin, TakenBatch, upload_leftover,
 };
 pub use error::ArchiveError;
 pub use idle::idle_age;

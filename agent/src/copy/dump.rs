@@ -14,7 +14,7 @@ use super::build;
 use super::error::CopyError;
 use super::owners;
 use super::roles::LackingRoles;
-use super::session::{ReplicaSide, SOURCE_LOCK_TIMEOUT, SourceSide};
+use super::session::{CopySource, ReplicaSide, SOURCE_LOCK_TIMEOUT};
 use super::toc::{self, LeftOut, server_script, table_pattern};
 use super::tools::Tools;
 use crate::names::TableName;
@@ -168,7 +168,7 @@ impl Dump {
     /// Dumps what the schema has beside tables, and locks none of them.
     pub(crate) async fn take_without_tables(
         &self,
-        source: &SourceSide<'_>,
+        source: &CopySource<'_>,
         name: &str,
     ) -> Result<(), CopyError> {
         self.take_with(source, name, vec!["--exclude-table=*.*".to_owned()])
@@ -225,7 +225,7 @@ impl Dump {
     /// Dumps the schema of `tables`, or of the whole database where there are none.
     pub(crate) async fn take(
         &self,
-        source: &SourceSide<'_>,
+        source: &CopySource<'_>,
         name: &str,
         tables: &[TableName],
     ) -> Result<(), CopyError> {
@@ -240,7 +240,7 @@ impl Dump {
 
     async fn take_with(
         &self,
-        source: &SourceSide<'_>,
+        source: &CopySource<'_>,
         name: &str,
         which: Vec<String>,
     ) -> Result<(), CopyError> {

@@ -65,7 +65,7 @@ use crate::schema::listing::Listed;
 use layout::TableLayout;
 use ledger::CopyLedger;
 use plan::TablePart;
-use session::{ReplicaSide, SourceSide};
+use session::{CopySource, ReplicaSide};
 
 /// One copy: what, from where, to where.
 pub struct CopyJob<'a> {
@@ -149,7 +149,7 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
         return Ok(());
     }
     let role = job.stream.application_name("copy");
-    let (source_side, source) = SourceSide::begin(job.source, role.clone(), job.snapshot).await?;
+    let (source_side, source) = CopySource::begin(job.source, role.clone(), job.snapshot).await?;
     let names: Vec<TableName> = job.tables.iter().map(|table| table.name.clone()).collect();
     layout::lock(&source, &names).await?;
     let (replica_side, replica) = ReplicaSide::begin(job.replica, role).await?;
@@ -235,7 +235,7 @@ pub(crate) fn parts(layouts: &[TableLayout], split_bytes: u64) -> Vec<TablePart>
 
 /// Both servers of one copy.
 struct Sessions<'a> {
-    source: SourceSide<'a>,
+    source: CopySource<'a>,
     replica: ReplicaSide<'a>,
     settings: &'a CopySettings,
 }

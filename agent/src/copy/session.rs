@@ -20,14 +20,14 @@ use crate::pg::{ConnInfo, Session, connect, leftover};
 pub(super) const SOURCE_LOCK_TIMEOUT: &str = "5s";
 
 /// Opens sessions on the source that see one exported snapshot.
-pub(crate) struct SourceSide<'a> {
+pub(crate) struct CopySource<'a> {
     conninfo: &'a ConnInfo,
     application_name: String,
     snapshot: &'a str,
     version_num: i32,
 }
 
-impl<'a> SourceSide<'a> {
+impl<'a> CopySource<'a> {
     /// Opens the first session, at the snapshot.
     ///
     /// Nothing is done before it: until that session has locked the tables, the source may still truncate or

@@ -20,7 +20,7 @@ use crate::sink::{Outcome, Sink as _};
 pub(super) async fn apply_batches(
     mut sink: ReplicaSink,
     outcomes: mpsc::Sender<Outcome<SessionError>>,
-    mut deferred: Deferred,
+    mut deferred: DeferredStatements,
 ) -> Option<SessionError> {
     loop {
         deferred.look_beside();
@@ -42,7 +42,7 @@ pub(super) async fn apply_batches(
 const AGAIN: [Duration; 2] = [Duration::from_secs(60), Duration::from_secs(3600)];
 
 /// Constraints of the initial copy that hold only once the stream has passed its newest snapshot.
-pub(super) struct Deferred {
+pub(super) struct DeferredStatements {
     pub(super) replica: ConnInfo,
     pub(super) stream: StreamName,
     pub(super) after: Option<PgLsn>,
@@ -55,7 +55,7 @@ pub(super) struct Deferred {
     pub(super) again: Option<(Instant, Duration)>,
 }
 
-impl Deferred {
+impl DeferredStatements {
     /// Whether some may be added behind the next batch.
     fn is_due(&self) -> bool {
         let later = self.again.is_some_and(|(at, _)| Instant::now() < at);

@@ -54,14 +54,14 @@ use crate::observe::metrics::DatabaseMetrics;
 pub use crate::observe::status::Leg;
 use crate::observe::status::{State, StatusCell};
 use crate::pg::PgLsn;
-use crate::setup::{self, Prepared, SetupError};
+use crate::setup::{self, Ready, SetupError};
 use crate::sink::replica::SinkError;
 use crate::time;
 use crate::time::pg_micros;
 use change_log::ChangeLog;
 use error::SessionError;
-use set_aside::SetAside;
-use trouble::Cost;
+use set_aside::TablesAside;
+use trouble::TableCost;
 pub use wake::{Wake, Waker};
 
 /// How long a start may take to end that was told to stop.
@@ -112,7 +112,7 @@ pub struct Pipeline {
     binary: bool,
     /// A table that the stream has and the replica has not, or has of another.
     uncopied: Option<TableName>,
-    aside: SetAside,
+    aside: TablesAside,
 }
 
 impl Pipeline {
@@ -130,7 +130,7 @@ impl Pipeline {
         let stream = config.stream(database);
         let metrics = DatabaseMetrics::new(database);
         let database = database.to_owned();
-        let aside = SetAside::new(&config, &database, &metrics, &status);
+        let aside = TablesAside::new(&config, &database, &metrics, &status);
         Self {
             aside,
             config,
@@ -239,7 +239,7 @@ impl Pipeline {
         if !self.copies_beside() {
             return Some(error);
         }
-        let Some(cost) = Cost::of(&error) else {
+        let Some(cost) = TableCost::of(&error) else {
             return Some(error);
         };
         match self.aside.tables_of(&cost, &error).await {
@@ -399,7 +399,7 @@ impl Pipeline {
         outcome
     }
 
-    async fn prepare(&self, observer: &dyn CopyObserver) -> Result<Prepared, SetupError> {
+    async fn prepare(&self, observer: &dyn CopyObserver) -> Result<Ready, SetupError> {
         let (config, database, stop) = (&self.config, &self.database, &self.stop);
         let uncopied = self.uncopied.as_ref();
         match self.leg {

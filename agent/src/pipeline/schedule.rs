@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::archive::base::{BackupError, Bases, Manifest, Patience, Pruned, TakeJob};
 use crate::archive::base::{histories, manifest, take};
-use crate::archive::log::{Chain, Layout, Span};
+use crate::archive::log::{Layout, LogChain, Span};
 use crate::cloud::store::Store;
 use crate::config::{Archive, Config};
 use crate::copy::{CopyObserver, CopyPhase};
@@ -151,7 +151,7 @@ impl<'c> Keeper<'c> {
 }
 
 /// What the newest base backup holds.
-struct Newest {
+struct NewestBase {
     history: History,
     lsn: PgLsn,
     /// By the source's clock.
@@ -166,7 +166,7 @@ struct Newest {
     leads_nowhere: bool,
 }
 
-impl Newest {
+impl NewestBase {
     fn of(manifest: &Manifest) -> Self {
         Self {
             history: manifest.history(),
@@ -191,7 +191,7 @@ impl Newest {
         let log = bases.log(base.lsn).await?;
         let spans: Vec<Span> = log.iter().map(|(span, _)| *span).collect();
         Ok(Some(Self {
-            leads_nowhere: Chain::from(base.lsn, &spans).resumes.is_some(),
+            leads_nowhere: LogChain::from(base.lsn, &spans).resumes.is_some(),
             ..Self::of(&manifest)
         }))
     }
@@ -232,7 +232,7 @@ pub async fn keep(
     };
     let metrics = ArchiveMetrics::new(database);
     let (mut keeper, mut pruned_at) = (None, None);
-    let mut newest: Option<Newest> = None;
+    let mut newest: Option<NewestBase> = None;
     let pause_min = config.limits.retry_max.min(PAUSE_MAX);
     let mut pause = LOOK_FIRST;
     while tokio::time::timeout(pause, stop.cancelled()).await.is_err() {
@@ -278,7 +278,7 @@ pub async fn keep(
 /// Takes a base backup if one is due, and tidies up if it is time.
 async fn one_look(
     keeper: &Keeper<'_>,
-    newest: &mut Option<Newest>,
+    newest: &mut Option<NewestBase>,
     pruned_at: &mut Option<Instant>,
     metrics: &ArchiveMetrics,
     stop: &CancellationToken,
@@ -307,7 +307,7 @@ async fn take_if_due(
     keeper: &Keeper<'_>,
     bases: &Bases,
     published: &Published,
-    newest: &mut Option<Newest>,
+    newest: &mut Option<NewestBase>,
     metrics: &ArchiveMetrics,
     stop: &CancellationToken,
 ) -> Result<bool, BackupError> {
@@ -316,7 +316,7 @@ async fn take_if_due(
         .as_ref()
         .is_none_or(|newest| newest.history != history)
     {
-        *newest = Newest::find(bases).await?;
+        *newest = NewestBase::find(bases).await?;
     }
     let reason = match newest {
         None => "it is the first",
@@ -330,10 +330,10 @@ async fn take_if_due(
     };
     let database = keeper.database;
     tracing::info!(database, reason, "taking a base backup");
-    let progress = Progress::begin(metrics);
+    let progress = ScheduleProgress::begin(metrics);
     let base = keeper.take(bases, published, &progress, stop).await?;
     drop(progress);
-    let taken = Newest::of(&base);
+    let taken = NewestBase::of(&base);
     tracing::info!(
         database, lsn = %base.lsn, bytes = taken.bytes, took = ?taken.took, "base backup taken"
     );
@@ -342,13 +342,13 @@ async fn take_if_due(
 }
 
 /// Shows how far a base backup has come.
-struct Progress<'m> {
+struct ScheduleProgress<'m> {
     metrics: &'m ArchiveMetrics,
     planned: AtomicU64,
     copied: AtomicU64,
 }
 
-impl<'m> Progress<'m> {
+impl<'m> ScheduleProgress<'m> {
     fn begin(metrics: &'m ArchiveMetrics) -> Self {
         metrics.base_progress(0.0);
         Self {
@@ -370,13 +370,13 @@ impl<'m> Progress<'m> {
     }
 }
 
-impl Drop for Progress<'_> {
+impl Drop for ScheduleProgress<'_> {
     fn drop(&mut self) {
         self.metrics.base_progress(1.0);
     }
 }
 
-impl CopyObserver for Progress<'_> {
+impl CopyObserver for ScheduleProgress<'_> {
     fn tables(&self, _: usize, _: usize) {}
 
     fn planned(&self, bytes: u64) {

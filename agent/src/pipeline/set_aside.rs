@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 use super::error::SessionError;
 use super::now_instant;
-use super::trouble::{Cost, Troubles};
+use super::trouble::{TableCost, Troubles};
 use crate::config::Config;
 use crate::error::{Class, chain};
 use crate::names::stream::StreamName;
@@ -20,7 +20,7 @@ use crate::setup::{self, SetupError};
 
 /// What is done with tables that cannot be applied.
 #[derive(Clone)]
-pub(super) struct SetAside {
+pub(super) struct TablesAside {
     config: Arc<Config>,
     database: String,
     stream: StreamName,
@@ -38,7 +38,7 @@ struct Book {
     recalled: bool,
 }
 
-impl SetAside {
+impl TablesAside {
     pub(super) fn new(
         config: &Arc<Config>,
         database: &str,
@@ -72,7 +72,7 @@ impl SetAside {
     /// Sets aside what an error costs; whether that was all of it. Killed before or behind it, the next start goes on from there.
     pub(super) async fn tables_of(
         &self,
-        cost: &Cost,
+        cost: &TableCost,
         error: &SessionError,
     ) -> Result<bool, SetupError> {
         let reason = chain(error);

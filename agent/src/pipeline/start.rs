@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::apply::{Deferred, apply_batches};
+use super::apply::{DeferredStatements, apply_batches};
 use super::change_log::{SessionLog, spool_first};
 use super::cover::Cover;
 use super::error::SessionError;
@@ -34,7 +34,7 @@ use crate::flow::spill::{self, SpillSpace};
 use crate::names::TableName;
 use crate::observe::metrics::StreamMetrics;
 use crate::pg::{ConnInfo, PgLsn};
-use crate::setup::{self, Prepared, SetupError};
+use crate::setup::{self, Ready, SetupError};
 use crate::shape::computed::Which;
 use crate::sink::kinesis::KinesisSink;
 use crate::sink::replica::{Beside, ReplicaSink, SinkSettings, Synced};
@@ -77,7 +77,7 @@ struct Ends {
 
 impl Pipeline {
     /// Opens both ends and starts the tasks of one session.
-    pub(super) async fn start(&self, prepared: &Prepared) -> Result<Streaming<'_>, SessionError> {
+    pub(super) async fn start(&self, prepared: &Ready) -> Result<Streaming<'_>, SessionError> {
         let limits = &self.config.limits;
         let directory = spill::directory_of(&limits.spill_directory, &self.stream);
         let space = SpillSpace::open(directory, limits.spill_bytes)?;
@@ -119,7 +119,7 @@ impl Pipeline {
     }
 
     /// Starts what brings transactions.
-    fn stream(&self, prepared: &Prepared, ends: Ends) -> Result<Streaming<'_>, SessionError> {
+    fn stream(&self, prepared: &Ready, ends: Ends) -> Result<Streaming<'_>, SessionError> {
         let Ends {
             leg,
             space,
@@ -190,7 +190,7 @@ impl Pipeline {
         self.leg != Leg::Send && self.config.replica.set_aside == SetAside::Retry
     }
 
-    fn late(&self, prepared: &Prepared, beside: Beside, at: PgLsn, tasks: &mut Tasks) -> LateSide {
+    fn late(&self, prepared: &Ready, beside: Beside, at: PgLsn, tasks: &mut Tasks) -> LateSide {
         let (asks, asked) = mpsc::channel(1);
         let (shipped, shipped_seen) = watch::channel(at);
         let wake = Arc::new(Notify::new());
@@ -227,7 +227,7 @@ impl Pipeline {
     /// The replica as the sink.
     async fn replica(
         &self,
-        prepared: &Prepared,
+        prepared: &Ready,
         beside: Option<Beside>,
         outcomes: mpsc::Sender<Outcome<SessionError>>,
         tasks: &mut Tasks,
@@ -255,7 +255,7 @@ impl Pipeline {
             .filter_map(|(_, copied)| copied.snapshot_lsn)
             .max()
             .filter(|_| prepared.deferred);
-        let mut deferred = Deferred {
+        let mut deferred = DeferredStatements {
             replica,
             stream: self.stream.clone(),
             after: newest_snapshot,
@@ -273,7 +273,7 @@ impl Pipeline {
     /// The Kinesis stream as the sink.
     async fn kinesis(
         &self,
-        prepared: &Prepared,
+        prepared: &Ready,
         outcomes: mpsc::Sender<Outcome<SessionError>>,
         tasks: &mut Tasks,
     ) -> Result<(Batches, Spacing), SessionError> {
@@ -294,7 +294,7 @@ impl Pipeline {
     }
 
     /// Who writes in this session.
-    fn author(&self, prepared: &Prepared) -> Result<Author, SessionError> {
+    fn author(&self, prepared: &Ready) -> Result<Author, SessionError> {
         Ok(Author {
             stream: self.stream.to_string(),
             history: prepared.history,
@@ -306,7 +306,7 @@ impl Pipeline {
     /// The slot as the source.
     fn tail(
         &self,
-        prepared: &Prepared,
+        prepared: &Ready,
         space: SpillSpace,
         received: mpsc::Sender<Received>,
         flush: watch::Receiver<FlushLsn>,
@@ -346,7 +346,7 @@ impl Pipeline {
     }
 
     /// What columns are computed from is in no record of the stream.
-    fn look_for_alterations(&self, prepared: &Prepared, beside: Option<Beside>, tasks: &mut Tasks) {
+    fn look_for_alterations(&self, prepared: &Ready, beside: Option<Beside>, tasks: &mut Tasks) {
         let (config, database) = (Arc::clone(&self.config), self.database.clone());
         let tables = prepared.synced.iter().map(|(table, _)| table.clone());
         let listed: BTreeSet<TableName> = tables.collect();
@@ -410,7 +410,7 @@ impl Pipeline {
     /// The Kinesis stream as the source.
     fn receive(
         &self,
-        prepared: &Prepared,
+        prepared: &Ready,
         space: SpillSpace,
         received: mpsc::Sender<Received>,
         position: watch::Sender<SourcePosition>,

@@ -25,7 +25,7 @@ pub(super) const AGAIN_MAX: Duration = Duration::from_secs(600);
 
 /// What an error costs where it does not cost the database.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Cost {
+pub(super) struct TableCost {
     pub(super) tables: Vec<TableName>,
     /// Rows alone would not do: the definitions on the replica are in the way.
     pub(super) of_definition: bool,
@@ -33,7 +33,7 @@ pub(super) struct Cost {
     pub(super) of_a_right: bool,
 }
 
-impl Cost {
+impl TableCost {
     /// The tables that an error costs; none where it is the database's.
     pub(super) fn of(error: &SessionError) -> Option<Self> {
         if error.class() != Class::Definite {
@@ -279,7 +279,7 @@ mod tests {
             SetupError::Computed(vec![difference("a"), difference("b"), difference("a")]);
         let missing = SetupError::ReplicaTableMissing(vec![table("a"), table("b")]);
         for error in [computed, missing] {
-            let cost = Cost::of(&error.into()).unwrap();
+            let cost = TableCost::of(&error.into()).unwrap();
             assert_eq!(cost.tables, [table("a"), table("b")]);
             assert!(cost.of_definition);
         }
@@ -301,7 +301,7 @@ mod tests {
             SessionError::TaskLost,
         ];
         for error in others {
-            assert_eq!(Cost::of(&error), None, "{error}");
+            assert_eq!(TableCost::of(&error), None, "{error}");
         }
     }
 }

@@ -41,7 +41,7 @@ use crate::observe::metrics::StreamMetrics;
 use crate::pg;
 use crate::promote::{Asked, Drain, DrainEnd, DrainError, Drained};
 use crate::replay::{self, Reached, ReplayError, ReplaySessions, ReplayTarget};
-use crate::setup::{self, Prepared};
+use crate::setup::{self, Ready};
 use crate::sink::replica::{SinkError, session};
 use crate::source::{
     self, IntakeLimits, LogIntake, SourceError, SourcePosition, StreamSettings, Tip, Until,
@@ -183,7 +183,7 @@ impl RouteDrain<'_> {
     async fn archived(
         &self,
         asked: &Asked<'_>,
-        prepared: &Prepared,
+        prepared: &Ready,
         archived: archive::Archived,
         applied: &mut u64,
     ) -> Result<Vec<String>, Failed> {
@@ -214,7 +214,7 @@ impl RouteDrain<'_> {
     async fn lanes(
         &self,
         asked: &Asked<'_>,
-        prepared: &Prepared,
+        prepared: &Ready,
     ) -> Result<(ReplaySessions, Reached), Failed> {
         let config = self.config;
         let target = ReplayTarget {
@@ -243,7 +243,7 @@ impl RouteDrain<'_> {
     fn warnings(
         &self,
         asked: &Asked<'_>,
-        prepared: &Prepared,
+        prepared: &Ready,
         tip: Tip,
     ) -> Result<Vec<String>, Failed> {
         let mut warnings = Vec::new();
@@ -275,7 +275,7 @@ impl RouteDrain<'_> {
     async fn up_to_the_tip(
         &self,
         asked: &Asked<'_>,
-        prepared: &Prepared,
+        prepared: &Ready,
         applied: &mut u64,
     ) -> Result<Tip, Failed> {
         let config = self.config;

@@ -221,7 +221,7 @@ pub(super) async fn has_row_security(client: &Client) -> Result<bool, PgError> {
 pub(super) async fn source_statements(
     config: &Config,
     client: &Client,
-    found: &source::Observed,
+    found: &source::SourceFacts,
     wanted: &Wanted,
     stream: &StreamName,
 ) -> Result<Vec<Statement>, SetupError> {

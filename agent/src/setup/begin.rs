@@ -21,7 +21,7 @@ use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
 use super::replica::{self, Known, Server};
-use super::target::{self, HalfLoaded, Target};
+use super::target::{self, HalfLoaded, TargetDatabase};
 use super::undo::Undo;
 use super::{Setup, lock, role, schema, setting, slot};
 use crate::copy::locale::Locale;
@@ -45,7 +45,7 @@ pub(super) enum Beginning {
         drop_slot: bool,
     },
     /// The slot of a start that was interrupted.
-    Slot {
+    SeenSlot {
         /// Where it begins.
         since: PgLsn,
     },
@@ -55,7 +55,7 @@ pub(super) enum Beginning {
 pub(super) struct First {
     admin: Client,
     server: Server,
-    target: Target,
+    target: TargetDatabase,
     /// The replica's database, where it is there already; locked.
     opened: Option<Client>,
     locale: Locale,
@@ -180,10 +180,10 @@ impl Setup<'_> {
     ) -> Result<(Progress, History), SetupError> {
         let of_source = self.source.undo().await?;
         let writing = match (from, recorded) {
-            (Beginning::Slot { since }, Some(recorded)) => {
+            (Beginning::SeenSlot { since }, Some(recorded)) => {
                 self.go_on_first(walsender, &recorded, since, first).await
             }
-            (Beginning::Slot { .. }, None) => {
+            (Beginning::SeenSlot { .. }, None) => {
                 self.write_first(walsender, source, true, first).await
             }
             (Beginning::Nothing { drop_slot }, _) => {

@@ -13,11 +13,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::begin::{Beginning, First};
 use super::error::{SetupError, Side};
-use super::identity::{self, Observed, Verdict};
+use super::identity::{self, Observed, StartVerdict};
 use super::replica::{self, Known, Server};
 use super::source_side::{self, SourceSide};
 use super::target::HalfLoaded;
-use super::{Prepared, Setup, lock, recover, role, schema};
+use super::{Ready, Setup, lock, recover, role, schema};
 use crate::config::Config;
 use crate::copy::CopyObserver;
 use crate::names::TableName;
@@ -39,7 +39,7 @@ pub(super) async fn prepare(
     uncopied: Option<&TableName>,
     observer: &dyn CopyObserver,
     cancel: &CancellationToken,
-) -> Result<Prepared, SetupError> {
+) -> Result<Ready, SetupError> {
     let opened = open(config, database, observer, cancel, lock::take).await?;
     let Opened {
         sides,
@@ -48,8 +48,8 @@ pub(super) async fn prepare(
         mut seen,
     } = opened;
     let (setup, progress, history) = match (seen.verdict, replica) {
-        (Verdict::Resume | Verdict::Follow, Some(replica)) => {
-            if seen.verdict == Verdict::Follow {
+        (StartVerdict::Resume | StartVerdict::Follow, Some(replica)) => {
+            if seen.verdict == StartVerdict::Follow {
                 seen.follow(&sides.source, &replica).await?;
                 tracing::warn!(
                     database,
@@ -66,15 +66,15 @@ pub(super) async fn prepare(
                 )
                 .await?
         }
-        (Verdict::Begin { drop_slot }, replica) => {
+        (StartVerdict::Begin { drop_slot }, replica) => {
             let from = (&seen.known, &seen.cluster, Beginning::Nothing { drop_slot });
             sides.begin(&mut walsender, replica, from).await?
         }
-        (Verdict::BeginAt { since }, replica) => {
-            let from = (&seen.known, &seen.cluster, Beginning::Slot { since });
+        (StartVerdict::BeginAt { since }, replica) => {
+            let from = (&seen.known, &seen.cluster, Beginning::SeenSlot { since });
             sides.begin(&mut walsender, replica, from).await?
         }
-        (Verdict::Resume | Verdict::Follow, None) => {
+        (StartVerdict::Resume | StartVerdict::Follow, None) => {
             unreachable!("there is no progress without a replica")
         }
     };
@@ -94,7 +94,12 @@ pub(super) async fn rehearse(config: &Config, database: &str) -> Result<(), Setu
         server,
         ..
     } = opened.sides;
-    let begins = |verdict| matches!(verdict, Verdict::Begin { .. } | Verdict::BeginAt { .. });
+    let begins = |verdict| {
+        matches!(
+            verdict,
+            StartVerdict::Begin { .. } | StartVerdict::BeginAt { .. }
+        )
+    };
     if begins(opened.seen.verdict) {
         source.judge().await?;
         let place = (database, &source.stream);
@@ -112,7 +117,7 @@ struct Opened<'a> {
     /// The replica's database, where it is there.
     replica: Option<Client>,
     walsender: ReplicationConnection,
-    seen: Seen,
+    seen: SeenSides,
 }
 
 /// Opens both sides and looks at them; `lock` takes the right to the stream where there is a database to take it in.
@@ -167,16 +172,16 @@ async fn open<'a>(
 }
 
 /// What both sides say.
-struct Seen {
+struct SeenSides {
     known: Known,
     cluster: Cluster,
     source_lsn: PgLsn,
-    verdict: Verdict,
+    verdict: StartVerdict,
     /// How long an answer of the replica took.
     round_trip: Duration,
 }
 
-impl Seen {
+impl SeenSides {
     /// Begins the history of the new timeline: on the source first, where a start that ends in between finds it.
     async fn follow(
         &mut self,
@@ -211,7 +216,7 @@ async fn look(
     replica: Option<&Client>,
     walsender: &mut ReplicationConnection,
     database: &str,
-) -> Result<Seen, SetupError> {
+) -> Result<SeenSides, SetupError> {
     let slot = source.slot().await?;
     let (mut known, mut applied_of_them) = (Known::default(), None);
     let asked = Instant::now();
@@ -252,7 +257,7 @@ async fn look(
         database: database.to_owned(),
         source,
     })?;
-    Ok(Seen {
+    Ok(SeenSides {
         known,
         cluster,
         source_lsn,

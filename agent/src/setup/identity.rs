@@ -36,7 +36,7 @@ pub struct Observed {
     /// The source's flushed WAL position.
     pub source_lsn: PgLsn,
     /// The slot, where there is one.
-    pub slot: Option<Slot>,
+    pub slot: Option<SeenSlot>,
     /// When the history began that the source has noted: `dr_agent.sending`.
     pub noted: Option<Micros>,
     /// The timeline on which it did.
@@ -55,7 +55,7 @@ pub struct Observed {
 
 /// What `pg_replication_slots` says about the slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Slot {
+pub struct SeenSlot {
     /// The output plugin; `None` for a physical slot.
     pub plugin: Option<String>,
     /// The database it decodes.
@@ -72,7 +72,7 @@ pub struct Slot {
     pub synced: bool,
 }
 
-impl From<SlotState> for Slot {
+impl From<SlotState> for SeenSlot {
     fn from(state: SlotState) -> Self {
         Self {
             lost: state.is_lost(),
@@ -88,7 +88,7 @@ impl From<SlotState> for Slot {
 
 /// What to do at this start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum StartVerdict {
     /// Nothing is known anywhere, or a set-up was interrupted before it had a progress row: begin
     /// from nothing.
     Begin {
@@ -108,14 +108,14 @@ pub enum Verdict {
 }
 
 /// Decides what this start may do.
-pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
+pub fn verdict(seen: &Observed) -> Result<StartVerdict, Mismatch> {
     let slot_name = || seen.stream.clone();
     if let Some(slot) = &seen.slot {
         is_ours(slot, &seen.stream, &seen.database)?;
     }
     let Some(recorded) = &seen.recorded else {
         return match &seen.slot {
-            None => Ok(Verdict::Begin { drop_slot: false }),
+            None => Ok(StartVerdict::Begin { drop_slot: false }),
             Some(_) => Err(Mismatch::SlotOccupied { slot: slot_name() }),
         };
     };
@@ -126,10 +126,10 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
             return Err(Mismatch::SlotOccupied { slot: slot_name() });
         }
         if let Some(since) = begun_at(seen, recorded) {
-            return if_free(seen, Verdict::BeginAt { since });
+            return if_free(seen, StartVerdict::BeginAt { since });
         }
         let drop_slot = seen.slot.is_some();
-        return if_free(seen, Verdict::Begin { drop_slot });
+        return if_free(seen, StartVerdict::Begin { drop_slot });
     };
     if recorded.cluster.system_identifier != seen.source.system_identifier {
         return Err(Mismatch::SystemIdentifier {
@@ -188,8 +188,8 @@ pub fn verdict(seen: &Observed) -> Result<Verdict, Mismatch> {
             confirmed,
             applied,
         }),
-        Some(_) if follows => if_free(seen, Verdict::Follow),
-        Some(_) => if_free(seen, Verdict::Resume),
+        Some(_) if follows => if_free(seen, StartVerdict::Follow),
+        Some(_) => if_free(seen, StartVerdict::Resume),
     }
 }
 
@@ -234,7 +234,11 @@ fn is_in_history(seen: &Observed, recorded: &Recorded, applied: PgLsn) -> Result
 }
 
 /// Whether a slot of our name can be the stream's.
-pub(super) fn is_ours(slot: &Slot, stream: &StreamName, database: &str) -> Result<(), Mismatch> {
+pub(super) fn is_ours(
+    slot: &SeenSlot,
+    stream: &StreamName,
+    database: &str,
+) -> Result<(), Mismatch> {
     let foreign = |what: String| {
         Err(Mismatch::SlotForeign {
             slot: stream.clone(),
@@ -253,7 +257,7 @@ pub(super) fn is_ours(slot: &Slot, stream: &StreamName, database: &str) -> Resul
 }
 
 /// `verdict`, unless somebody holds the slot that it would use or drop.
-fn if_free(seen: &Observed, verdict: Verdict) -> Result<Verdict, Mismatch> {
+fn if_free(seen: &Observed, verdict: StartVerdict) -> Result<StartVerdict, Mismatch> {
     if let Some(slot) = &seen.slot {
         is_free(slot, &seen.stream)?;
     }
@@ -261,7 +265,7 @@ fn if_free(seen: &Observed, verdict: Verdict) -> Result<Verdict, Mismatch> {
 }
 
 /// Whether nobody holds the slot.
-pub(super) fn is_free(slot: &Slot, stream: &StreamName) -> Result<(), Mismatch> {
+pub(super) fn is_free(slot: &SeenSlot, stream: &StreamName) -> Result<(), Mismatch> {
     match slot.active_pid {
         Some(pid) => Err(Mismatch::SlotActive {
             slot: stream.clone(),
@@ -318,8 +322,8 @@ mod tests {
         }
     }
 
-    fn slot(confirmed: u64) -> Slot {
-        Slot {
+    fn slot(confirmed: u64) -> SeenSlot {
+        SeenSlot {
             plugin: Some("pgoutput".to_owned()),
             database: Some("app".to_owned()),
             active_pid: None,
@@ -351,7 +355,7 @@ mod tests {
         }
     }
 
-    fn after(change: impl FnOnce(&mut Observed)) -> Result<Verdict, Mismatch> {
+    fn after(change: impl FnOnce(&mut Observed)) -> Result<StartVerdict, Mismatch> {
         let mut seen = sound();
         change(&mut seen);
         verdict(&seen)
@@ -359,12 +363,12 @@ mod tests {
 
     #[test]
     fn a_sound_stream_resumes_up_to_the_very_position_it_acknowledged() {
-        assert_eq!(verdict(&sound()), Ok(Verdict::Resume));
+        assert_eq!(verdict(&sound()), Ok(StartVerdict::Resume));
         let equal = after(|seen| {
             seen.slot = Some(slot(100));
             seen.source_lsn = PgLsn::from(100);
         });
-        assert_eq!(equal, Ok(Verdict::Resume));
+        assert_eq!(equal, Ok(StartVerdict::Resume));
     }
 
     #[test]
@@ -372,18 +376,21 @@ mod tests {
         let nothing = after(|seen| {
             (seen.slot, seen.recorded, seen.applied) = (None, None, None);
         });
-        assert_eq!(nothing, Ok(Verdict::Begin { drop_slot: false }));
+        assert_eq!(nothing, Ok(StartVerdict::Begin { drop_slot: false }));
         let before_the_slot = after(|seen| (seen.slot, seen.applied) = (None, None));
-        assert_eq!(before_the_slot, Ok(Verdict::Begin { drop_slot: false }));
+        assert_eq!(
+            before_the_slot,
+            Ok(StartVerdict::Begin { drop_slot: false })
+        );
         let before_progress = after(|seen| seen.applied = None);
-        assert_eq!(before_progress, Ok(Verdict::Begin { drop_slot: true }));
+        assert_eq!(before_progress, Ok(StartVerdict::Begin { drop_slot: true }));
         let another_source_meanwhile = after(|seen| {
             (seen.slot, seen.applied) = (None, None);
             seen.source = cluster(8, 4);
         });
         assert_eq!(
             another_source_meanwhile,
-            Ok(Verdict::Begin { drop_slot: false })
+            Ok(StartVerdict::Begin { drop_slot: false })
         );
     }
 
@@ -396,7 +403,7 @@ mod tests {
             })
         };
         let since = PgLsn::from(90);
-        assert_eq!(interrupted(|_| {}), Ok(Verdict::BeginAt { since }));
+        assert_eq!(interrupted(|_| {}), Ok(StartVerdict::BeginAt { since }));
         type Change = fn(&mut Observed);
         let drop: [Change; 7] = [
             |seen| seen.since = None,
@@ -408,7 +415,10 @@ mod tests {
             |seen| seen.source_lsn = PgLsn::from(89),
         ];
         for change in drop {
-            assert_eq!(interrupted(change), Ok(Verdict::Begin { drop_slot: true }));
+            assert_eq!(
+                interrupted(change),
+                Ok(StartVerdict::Begin { drop_slot: true })
+            );
         }
         let busy = interrupted(|seen| seen.slot.as_mut().unwrap().active_pid = Some(42));
         assert!(matches!(busy, Err(Mismatch::SlotActive { .. })));
@@ -418,7 +428,7 @@ mod tests {
             Err(Mismatch::SlotOccupied { .. })
         ));
         let gone = interrupted(|seen| seen.slot = None);
-        assert_eq!(gone, Ok(Verdict::Begin { drop_slot: false }));
+        assert_eq!(gone, Ok(StartVerdict::Begin { drop_slot: false }));
     }
 
     #[test]
@@ -452,7 +462,7 @@ mod tests {
             timeline: 1,
             ends: PgLsn::from(forked),
         }];
-        seen.slot = Some(Slot { synced, ..slot(90) });
+        seen.slot = Some(SeenSlot { synced, ..slot(90) });
     }
 
     #[test]
@@ -483,7 +493,7 @@ mod tests {
             },
         ];
         for change in follow {
-            assert_eq!(after(change), Ok(Verdict::Follow));
+            assert_eq!(after(change), Ok(StartVerdict::Follow));
         }
     }
 
@@ -543,11 +553,11 @@ mod tests {
             })
         ));
         let equal = after(|seen| seen.beats = (Some(48), Some(48)));
-        assert_eq!(equal, Ok(Verdict::Resume));
+        assert_eq!(equal, Ok(StartVerdict::Resume));
         let unknown = after(|seen| seen.beats = (None, Some(48)));
-        assert_eq!(unknown, Ok(Verdict::Resume));
+        assert_eq!(unknown, Ok(StartVerdict::Resume));
         let schema_made_anew = after(|seen| (seen.noted, seen.beats) = (None, (Some(1), Some(48))));
-        assert_eq!(schema_made_anew, Ok(Verdict::Resume));
+        assert_eq!(schema_made_anew, Ok(StartVerdict::Resume));
     }
 
     #[test]
@@ -555,7 +565,7 @@ mod tests {
         let gone = after(|seen| seen.slot = None);
         assert!(matches!(gone, Err(Mismatch::SlotLost { .. })));
         let invalidated = after(|seen| {
-            seen.slot = Some(Slot {
+            seen.slot = Some(SeenSlot {
                 lost: true,
                 ..slot(90)
             });
@@ -566,7 +576,7 @@ mod tests {
         let anothers = after(|seen| seen.noted = Some(6));
         assert!(matches!(anothers, Err(Mismatch::HistoryChanged { .. })));
         let unfinished = after(|seen| {
-            seen.slot = Some(Slot {
+            seen.slot = Some(SeenSlot {
                 confirmed: None,
                 ..slot(90)
             });
@@ -587,15 +597,15 @@ mod tests {
             Err(Mismatch::SlotOccupied { .. })
         ));
         for foreign in [
-            Slot {
+            SeenSlot {
                 plugin: None,
                 ..slot(90)
             },
-            Slot {
+            SeenSlot {
                 plugin: Some("wal2json".to_owned()),
                 ..slot(90)
             },
-            Slot {
+            SeenSlot {
                 database: Some("other".to_owned()),
                 ..slot(90)
             },
@@ -612,7 +622,7 @@ mod tests {
 
     #[test]
     fn a_slot_in_use_is_waited_for_unless_waiting_cannot_help() {
-        let busy = Slot {
+        let busy = SeenSlot {
             active_pid: Some(42),
             ..slot(90)
         };

@@ -25,7 +25,7 @@ use super::mismatch::Mismatch;
 use super::role::{self, Statement};
 use super::set_back::{self, Missed};
 use super::source_side::observe_slot;
-use super::target::{self, HalfLoaded, Target};
+use super::target::{self, HalfLoaded, TargetDatabase};
 use super::undo::Undo;
 use super::{direct, lock, replica, schema, sending, source, source_side};
 use crate::catalog::publication::Wanted;
@@ -72,19 +72,19 @@ pub struct Plan {
 }
 
 /// The replica, as far as a plan looks at it.
-struct Seen {
+struct SeenReplica {
     admin: Client,
     server: replica::Server,
     inside: Option<Client>,
     known: replica::Known,
-    target: Target,
+    target: TargetDatabase,
 }
 
 async fn see(
     privileged: &Privileged,
     database: &str,
     stream: &StreamName,
-) -> Result<Seen, SetupError> {
+) -> Result<SeenReplica, SetupError> {
     let admin = replica::open(&privileged.replica, stream).await?;
     let server = replica::Server::observe(&admin, database).await?;
     let inside = if server.has_database {
@@ -100,7 +100,7 @@ async fn see(
         Some(client) => target::observe(client, &server, stream).await?,
         None => target::of_a_new_database(&admin, &server).await?,
     };
-    Ok(Seen {
+    Ok(SeenReplica {
         admin,
         server,
         inside,
@@ -115,7 +115,7 @@ async fn see_if_in_reach(
     privileged: &Privileged,
     database: &str,
     stream: &StreamName,
-) -> Result<Option<Seen>, SetupError> {
+) -> Result<Option<SeenReplica>, SetupError> {
     let seeing = see(privileged, database, stream);
     if config.route == Route::Direct {
         return seeing.await.map(Some);
@@ -193,8 +193,8 @@ async fn judge(
     config: &Config,
     database: &str,
     stream: &StreamName,
-    (source, found): (&Client, &source::Observed),
-    seen: Option<&Seen>,
+    (source, found): (&Client, &source::SourceFacts),
+    seen: Option<&SeenReplica>,
 ) -> Result<(), SetupError> {
     source::refuse_replica(source).await?;
     if let Some(seen) = seen.filter(|seen| seen.known.progress.is_none()) {
@@ -275,7 +275,7 @@ impl Plan {
     async fn plan_replica(
         &mut self,
         config: &Config,
-        seen: &Seen,
+        seen: &SeenReplica,
         source: &Client,
         source_version: i32,
     ) -> Result<(), SetupError> {

@@ -101,7 +101,7 @@ pub fn replica_schema() -> String {
 
 /// A database that streaming can start on.
 #[derive(Debug)]
-pub struct Prepared {
+pub struct Ready {
     /// The stream: slot, publication and progress row.
     pub stream: StreamName,
     /// The term at which this agent applies.
@@ -143,7 +143,7 @@ pub struct Prepared {
     right: Option<Right>,
 }
 
-impl Prepared {
+impl Ready {
     /// Whether a source may send generated columns; of one that is not known it may be.
     pub fn sends_generated(&self) -> bool {
         self.server_version == 0 || self.server_version >= 180_000
@@ -277,7 +277,7 @@ pub async fn prepare(
     uncopied: Option<&TableName>,
     observer: &dyn CopyObserver,
     cancel: &CancellationToken,
-) -> Result<Prepared, SetupError> {
+) -> Result<Ready, SetupError> {
     Box::pin(direct::prepare(
         config, database, uncopied, observer, cancel,
     ))
@@ -344,7 +344,7 @@ impl Setup<'_> {
         (cluster, history): (Cluster, History),
         progress: Progress,
         as_of: PgLsn,
-    ) -> Result<(Prepared, Client), SetupError> {
+    ) -> Result<(Ready, Client), SetupError> {
         let binary = binary_form::binary_travels(&self.source.client, &self.source.stream)
             .await
             .map_err(SetupError::sql(
@@ -386,7 +386,7 @@ impl Setup<'_> {
             replica::guard(&mut self.replica, self.database).await?;
         }
         failpoint::hit("setup:tables-noted");
-        let prepared = Prepared {
+        let prepared = Ready {
             term: progress.term,
             batch: progress.batch,
             end_lsn: progress.end_lsn,

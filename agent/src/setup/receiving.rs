@@ -29,7 +29,7 @@ use super::replica::{self, Known, Server};
 use super::set_back::{self, Missed};
 use super::source_side::{self, SourceSide};
 use super::target::HalfLoaded;
-use super::{Found, Prepared, Setup, late, lock, recover, resume, schema, sending};
+use super::{Found, Ready, Setup, late, lock, recover, resume, schema, sending};
 use crate::config::{Config, SetAside};
 use crate::copy::CopyObserver;
 use crate::error::chain;
@@ -62,8 +62,8 @@ pub async fn prepare_receiving(
     uncopied: Option<&TableName>,
     observer: &dyn CopyObserver,
     cancel: &CancellationToken,
-) -> Result<Prepared, SetupError> {
-    let receiving = Receiving {
+) -> Result<Ready, SetupError> {
+    let receiving = ReceivingSetup {
         config,
         database,
         stream: config.stream(database),
@@ -195,7 +195,7 @@ async fn within_reach<T>(
 ///
 /// # Errors
 /// [`SetupError`]
-pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepared, SetupError> {
+pub async fn prepare_draining(config: &Config, database: &str) -> Result<Ready, SetupError> {
     let stream = config.stream(database);
     let client = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
     client
@@ -209,7 +209,7 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
         });
     };
     let as_of = known.list_as_of(progress);
-    let receiving = Receiving {
+    let receiving = ReceivingSetup {
         config,
         database,
         stream,
@@ -222,10 +222,10 @@ pub async fn prepare_draining(config: &Config, database: &str) -> Result<Prepare
 
 /// Keeps the right to the stream, and what has been seen of the replica.
 async fn held(
-    prepared: Prepared,
+    prepared: Ready,
     client: Client,
     (round_trip, prepared_max): (Duration, u16),
-) -> Result<Prepared, SetupError> {
+) -> Result<Ready, SetupError> {
     let asked = Instant::now();
     let mut prepared = prepared.holding(client, Side::Replica).await?;
     prepared.distance = Some(Distance {
@@ -236,7 +236,7 @@ async fn held(
 }
 
 /// The replica, looked at and not yet written to.
-struct Sides {
+struct ReceivingSides {
     admin: Client,
     server: Server,
     /// Its database, locked.
@@ -244,7 +244,7 @@ struct Sides {
     known: Known,
 }
 
-struct Receiving<'a> {
+struct ReceivingSetup<'a> {
     config: &'a Config,
     database: &'a str,
     stream: StreamName,
@@ -253,8 +253,8 @@ struct Receiving<'a> {
     cancel: &'a CancellationToken,
 }
 
-impl<'a> Receiving<'a> {
-    async fn prepare(self, uncopied: Option<&TableName>) -> Result<Prepared, SetupError> {
+impl<'a> ReceivingSetup<'a> {
+    async fn prepare(self, uncopied: Option<&TableName>) -> Result<Ready, SetupError> {
         // Together, and so is what follows: the replica may be far away, and nothing is applied meanwhile.
         let (admin, opened) = future::join(
             replica::open(&self.config.replica.conninfo, &self.stream),
@@ -268,7 +268,7 @@ impl<'a> Receiving<'a> {
         let server = server?;
         server.require_fit()?;
         let opened = opened?;
-        let mut replica = Sides {
+        let mut replica = ReceivingSides {
             admin,
             server,
             opened: None,
@@ -411,7 +411,7 @@ impl<'a> Receiving<'a> {
     }
 
     /// The first copy.
-    async fn first(self, replica: Sides) -> Result<Prepared, SetupError> {
+    async fn first(self, replica: ReceivingSides) -> Result<Ready, SetupError> {
         let unreachable = match self.reach_source().await {
             Ok((source, history)) => {
                 return self.first_from_source(source, history, replica).await;
@@ -442,8 +442,8 @@ impl<'a> Receiving<'a> {
         self,
         mut source: SourceSide<'a>,
         recorded: Recorded,
-        replica: Sides,
-    ) -> Result<Prepared, SetupError> {
+        replica: ReceivingSides,
+    ) -> Result<Ready, SetupError> {
         let url = source.info.to_string();
         replica.server.require(&url, &source.found.started_at)?;
         let how = (source.locale().await?, HalfLoaded::Refused);
@@ -479,7 +479,11 @@ impl<'a> Receiving<'a> {
         prepared.holding(client, Side::Replica).await
     }
 
-    async fn first_from_base(self, base: &Base, replica: Sides) -> Result<Prepared, SetupError> {
+    async fn first_from_base(
+        self,
+        base: &Base,
+        replica: ReceivingSides,
+    ) -> Result<Ready, SetupError> {
         let place = (self.database, &self.stream);
         let (known, both) = (replica.known, (replica.admin, replica.server));
         let how = (base.manifest.locale.clone(), HalfLoaded::Removed);
@@ -516,7 +520,7 @@ impl<'a> Receiving<'a> {
         client: Client,
         ((recorded, noted), another): ((&Recorded, &Recorded), Option<&TableName>),
         progress: Progress,
-    ) -> Result<Prepared, SetupError> {
+    ) -> Result<Ready, SetupError> {
         let mut walsender = source.walsender().await?;
         let (cluster, source_lsn) = source_side::identify(&mut walsender).await?;
         identity::same_history(&self.stream, recorded, noted, &cluster).map_err(|source| {
@@ -567,14 +571,14 @@ impl<'a> Receiving<'a> {
         recorded: Recorded,
         progress: Progress,
         as_of: PgLsn,
-    ) -> Result<Prepared, SetupError> {
+    ) -> Result<Ready, SetupError> {
         let (rows, deferred) = future::join(
             replica::synced_tables(client, &self.stream),
             replica::has_deferred(client, &self.stream),
         )
         .await;
         let (rows, deferred) = (rows?, deferred?);
-        Ok(Prepared {
+        Ok(Ready {
             left_out: 0,
             term: progress.term,
             batch: progress.batch,

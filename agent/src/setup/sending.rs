@@ -17,10 +17,10 @@
 //! It copies nothing: rows that are there before the slot reach the replica through [`super::receiving`].
 
 use super::error::{SetupError, Side};
-use super::identity::{self, Slot, Verdict};
+use super::identity::{self, SeenSlot, StartVerdict};
 use super::mismatch::Mismatch;
 use super::source_side::{self, SourceSide};
-use super::{Prepared, binary_form, lock, slot};
+use super::{Ready, binary_form, lock, slot};
 use crate::config::{Config, Route};
 use crate::names::history::Cluster;
 use crate::names::history::History;
@@ -43,7 +43,7 @@ pub async fn prepare_sending(
     config: &Config,
     database: &str,
     cancel: &CancellationToken,
-) -> Result<Prepared, SetupError> {
+) -> Result<Ready, SetupError> {
     Box::pin(prepare(config, database, cancel)).await
 }
 
@@ -51,7 +51,7 @@ async fn prepare(
     config: &Config,
     database: &str,
     cancel: &CancellationToken,
-) -> Result<Prepared, SetupError> {
+) -> Result<Ready, SetupError> {
     let mut source = SourceSide::open(config, database, cancel).await?;
     lock::take(&source.client, Side::Source, &source.stream).await?;
     let mut walsender = source.walsender().await?;
@@ -70,7 +70,7 @@ async fn prepare(
         source,
     })?;
     let (start, history) = match verdict {
-        Verdict::Begin { drop_slot } => {
+        StartVerdict::Begin { drop_slot } => {
             source.judge().await?;
             let undo = source.undo().await?;
             let begun = begin(&mut source, &mut walsender, &cluster, drop_slot).await;
@@ -79,8 +79,8 @@ async fn prepare(
             }
             begun?
         }
-        Verdict::BeginAt { .. } => unreachable!("what is sent begins at its slot in any case"),
-        Verdict::Resume | Verdict::Follow => {
+        StartVerdict::BeginAt { .. } => unreachable!("what is sent begins at its slot in any case"),
+        StartVerdict::Resume | StartVerdict::Follow => {
             source.found.require_unaltered(&source.stream)?;
             source.leave_out_what_cannot_be_published();
             source.publish(false).await?;
@@ -114,8 +114,10 @@ pub(super) async fn rehearse(config: &Config, database: &str) -> Result<(), Setu
         database: database.to_owned(),
         source,
     })? {
-        Verdict::Begin { .. } | Verdict::BeginAt { .. } => source.judge().await,
-        Verdict::Resume | Verdict::Follow => source.found.require_unaltered(&source.stream),
+        StartVerdict::Begin { .. } | StartVerdict::BeginAt { .. } => source.judge().await,
+        StartVerdict::Resume | StartVerdict::Follow => {
+            source.found.require_unaltered(&source.stream)
+        }
     }
 }
 
@@ -203,8 +205,8 @@ fn sent_from(
     history: History,
     as_of: PgLsn,
     (start, term): (PgLsn, i64),
-) -> Prepared {
-    Prepared {
+) -> Ready {
+    Ready {
         term,
         batch: 0,
         end_lsn: start,
@@ -232,17 +234,17 @@ fn sent_from(
 pub(super) fn verdict(
     stream: &StreamName,
     database: &str,
-    slot: Option<&Slot>,
+    slot: Option<&SeenSlot>,
     noted: Option<&Note>,
     source: &Cluster,
-) -> Result<Verdict, Mismatch> {
+) -> Result<StartVerdict, Mismatch> {
     let since = noted.and_then(|noted| noted.since);
     if let Some(noted) = noted.filter(|_| since.is_some()) {
         identity::same_cluster(&noted.cluster, source)?;
     }
     let Some(slot) = slot else {
         return match since {
-            None => Ok(Verdict::Begin { drop_slot: false }),
+            None => Ok(StartVerdict::Begin { drop_slot: false }),
             Some(since) => Err(Mismatch::SendingSlotLost {
                 slot: stream.clone(),
                 since,
@@ -258,14 +260,14 @@ pub(super) fn verdict(
     identity::is_free(slot, stream)?;
     match slot.confirmed {
         // Never built to the end.
-        _ if since.is_none() => Ok(Verdict::Begin { drop_slot: true }),
-        None => Ok(Verdict::Begin { drop_slot: true }),
+        _ if since.is_none() => Ok(StartVerdict::Begin { drop_slot: true }),
+        None => Ok(StartVerdict::Begin { drop_slot: true }),
         Some(confirmed) if slot.lost => Err(Mismatch::SlotInvalidated {
             slot: stream.clone(),
             applied: confirmed,
             reason: slot.reason.clone(),
         }),
-        Some(_) => Ok(Verdict::Resume),
+        Some(_) => Ok(StartVerdict::Resume),
     }
 }
 
@@ -305,8 +307,8 @@ mod tests {
         }
     }
 
-    fn slot(confirmed: Option<u64>) -> Slot {
-        Slot {
+    fn slot(confirmed: Option<u64>) -> SeenSlot {
+        SeenSlot {
             plugin: Some("pgoutput".to_owned()),
             database: Some("app".to_owned()),
             active_pid: None,
@@ -317,14 +319,17 @@ mod tests {
         }
     }
 
-    fn judge(slot: Option<&Slot>, noted: Option<Note>) -> Result<Verdict, Mismatch> {
+    fn judge(slot: Option<&SeenSlot>, noted: Option<Note>) -> Result<StartVerdict, Mismatch> {
         let stream = StreamName::new("dr_agent", "app");
         verdict(&stream, "app", slot, noted.as_ref(), &cluster(1))
     }
 
     #[test]
     fn a_slot_that_is_gone_is_not_created_anew() {
-        assert_eq!(judge(None, None), Ok(Verdict::Begin { drop_slot: false }));
+        assert_eq!(
+            judge(None, None),
+            Ok(StartVerdict::Begin { drop_slot: false })
+        );
         assert!(matches!(
             judge(None, Some(note(1, Some(100)))),
             Err(Mismatch::SendingSlotLost { .. })
@@ -335,7 +340,7 @@ mod tests {
     fn a_slot_whose_creation_was_interrupted_is_created_anew() {
         // Whoever the source was then.
         let noted = Some(note(2, None));
-        let begin = |drop_slot| Ok(Verdict::Begin { drop_slot });
+        let begin = |drop_slot| Ok(StartVerdict::Begin { drop_slot });
         assert_eq!(judge(None, noted), begin(false));
         assert_eq!(judge(Some(&slot(None)), noted), begin(true));
         assert_eq!(judge(Some(&slot(Some(200))), noted), begin(true));
@@ -344,7 +349,10 @@ mod tests {
     #[test]
     fn a_slot_is_gone_on_with_where_it_is_known() {
         let noted = Some(note(1, Some(100)));
-        assert_eq!(judge(Some(&slot(Some(200))), noted), Ok(Verdict::Resume));
+        assert_eq!(
+            judge(Some(&slot(Some(200))), noted),
+            Ok(StartVerdict::Resume)
+        );
         assert!(matches!(
             judge(Some(&slot(Some(200))), None),
             Err(Mismatch::SlotOccupied { .. })

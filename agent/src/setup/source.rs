@@ -1,7 +1,7 @@
 //! The source's part of the set-up: what is there, what is missing, and the SQL that adds it.
 //!
-//! [`observe`] only reads. [`Observed::require`] refuses a server that cannot be tailed;
-//! [`Observed::statements`] is what `init --plan` prints and what `init` and `run` execute.
+//! [`observe`] only reads. [`SourceFacts::require`] refuses a server that cannot be tailed;
+//! [`SourceFacts::statements`] is what `init --plan` prints and what `init` and `run` execute.
 //!
 //! # Invariants
 //! - Every statement waits for locks at most [`LOCK_TIMEOUT`]: a queue behind our ALTER TABLE
@@ -53,7 +53,7 @@ pub(super) const MAJOR_VERSIONS: std::ops::RangeInclusive<i32> = 14..=18;
 
 /// What the source says about itself and about one of its databases.
 #[derive(Debug)]
-pub(super) struct Observed {
+pub(super) struct SourceFacts {
     pub(super) database: String,
     pub(super) role: String,
     pub(super) version: i32,
@@ -88,7 +88,10 @@ pub(super) async fn open(conninfo: &ConnInfo, stream: &StreamName) -> Result<Cli
 }
 
 /// Reads what there is.
-pub(super) async fn observe(client: &Client, stream: &StreamName) -> Result<Observed, SetupError> {
+pub(super) async fn observe(
+    client: &Client,
+    stream: &StreamName,
+) -> Result<SourceFacts, SetupError> {
     let mut again = Again::default();
     loop {
         match read(client, stream).await {
@@ -98,7 +101,7 @@ pub(super) async fn observe(client: &Client, stream: &StreamName) -> Result<Obse
     }
 }
 
-async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError> {
+async fn read(client: &Client, stream: &StreamName) -> Result<SourceFacts, PgError> {
     const FACTS: &str = "
         SELECT current_database()::text, current_user::text,
                current_setting('server_version_num')::int, extract(epoch FROM pg_postmaster_start_time())::text,
@@ -139,7 +142,7 @@ async fn read(client: &Client, stream: &StreamName) -> Result<Observed, PgError>
     };
     let found = read_publication(client, stream, version).await?;
     let (publication, owns_publication) = found.unzip();
-    Ok(Observed {
+    Ok(SourceFacts {
         database: facts.get(0),
         role: facts.get(1),
         version,
@@ -226,7 +229,7 @@ async fn names(client: &Client, sql: &str) -> Result<BTreeSet<TableName>, PgErro
     Ok(rows.iter().map(TableName::of).collect())
 }
 
-impl Observed {
+impl SourceFacts {
     /// Refuses a server that cannot be tailed by this role.
     pub(super) fn require(&self) -> Result<(), SetupError> {
         let unfit = |what: String, hint: &str| {
@@ -578,8 +581,8 @@ mod tests {
     use super::*;
     use crate::schema::listing::{Copied, ListedAs};
 
-    fn observed() -> Observed {
-        Observed {
+    fn observed() -> SourceFacts {
+        SourceFacts {
             database: "app".to_owned(),
             role: "dr".to_owned(),
             version: 170_006,

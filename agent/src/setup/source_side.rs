@@ -13,7 +13,7 @@ use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
 use super::error::{SetupError, Side};
-use super::identity::Slot;
+use super::identity::SeenSlot;
 use super::publishing::Publishing;
 use super::source;
 use super::timeline::{self, Branch};
@@ -37,7 +37,7 @@ pub(super) struct SourceSide<'a> {
     pub(super) stream: StreamName,
     pub(super) info: ConnInfo,
     pub(super) client: Client,
-    pub(super) found: source::Observed,
+    pub(super) found: source::SourceFacts,
     pub(super) wanted: Wanted,
     /// Tables that are to be published and cannot be now.
     pub(super) left_out: u64,
@@ -81,7 +81,7 @@ impl<'a> SourceSide<'a> {
     }
 
     /// The stream's slot, if it is there.
-    pub(super) async fn slot(&self) -> Result<Option<Slot>, SetupError> {
+    pub(super) async fn slot(&self) -> Result<Option<SeenSlot>, SetupError> {
         observe_slot(&self.client, &self.stream).await
     }
 
@@ -204,11 +204,11 @@ impl<'a> SourceSide<'a> {
 pub(super) async fn observe_slot(
     client: &Client,
     stream: &StreamName,
-) -> Result<Option<Slot>, SetupError> {
+) -> Result<Option<SeenSlot>, SetupError> {
     let state = slot::slot_state(client, stream.as_str())
         .await
         .map_err(SetupError::sql(Side::Source, "look at the slot"))?;
-    Ok(state.map(Slot::from))
+    Ok(state.map(SeenSlot::from))
 }
 
 /// Who the source is, and where its WAL stands.

@@ -24,7 +24,7 @@ use crate::schema::{sending, stream, table_sync};
 
 /// The replica's database, as a first start finds it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Target {
+pub(super) struct TargetDatabase {
     /// What it holds beside schema `dr_agent`, extensions and empty schemas.
     pub(super) objects: Vec<String>,
     /// The streams that `dr_agent.stream` names.
@@ -57,13 +57,17 @@ pub(super) async fn observe(
     client: &Client,
     server: &Server,
     stream: &StreamName,
-) -> Result<Target, SetupError> {
+) -> Result<TargetDatabase, SetupError> {
     read(client, server, stream)
         .await
         .map_err(SetupError::sql(Side::Replica, "look at the database"))
 }
 
-async fn read(client: &Client, server: &Server, of: &StreamName) -> Result<Target, PgError> {
+async fn read(
+    client: &Client,
+    server: &Server,
+    of: &StreamName,
+) -> Result<TargetDatabase, PgError> {
     // Only a superuser may before 15, and the function is not there.
     let silences = match server.version >= 150_000 {
         true => "has_parameter_privilege('session_replication_role', 'SET')",
@@ -104,7 +108,7 @@ async fn read(client: &Client, server: &Server, of: &StreamName) -> Result<Targe
     if row.get(6) {
         objects.push("large objects".to_owned());
     }
-    Ok(Target {
+    Ok(TargetDatabase {
         objects,
         streams,
         sent,
@@ -126,7 +130,7 @@ async fn read(client: &Client, server: &Server, of: &StreamName) -> Result<Targe
 pub(super) async fn of_a_new_database(
     admin: &Client,
     server: &Server,
-) -> Result<Target, SetupError> {
+) -> Result<TargetDatabase, SetupError> {
     const MAY: &str = "SELECT has_parameter_privilege($1, 'SET')";
     let sets_replication_role = match server.version >= 150_000 {
         _ if server.superuser => true,
@@ -137,12 +141,12 @@ pub(super) async fn of_a_new_database(
             .map_err(|error| SetupError::sql(Side::Replica, "look at the server")(error.into()))?
             .get(0),
     };
-    Ok(Target {
+    Ok(TargetDatabase {
         sets_replication_role,
         owns_schema: true,
         owns_database: true,
         may_create: true,
-        ..Target::default()
+        ..TargetDatabase::default()
     })
 }
 
@@ -164,7 +168,7 @@ pub(super) fn judge(
     stream: &StreamName,
     server: &Server,
     known: &Known,
-    (target, half_loaded): (&Target, HalfLoaded),
+    (target, half_loaded): (&TargetDatabase, HalfLoaded),
 ) -> Result<(), SetupError> {
     contents(database, stream, known, (target, half_loaded))?;
     rights(database, server, target)
@@ -175,7 +179,7 @@ pub(super) fn contents(
     database: &str,
     stream: &StreamName,
     known: &Known,
-    (target, half_loaded): (&Target, HalfLoaded),
+    (target, half_loaded): (&TargetDatabase, HalfLoaded),
 ) -> Result<(), SetupError> {
     if !target.sent.is_empty() {
         return Err(SetupError::ReplicaIsSource {
@@ -217,7 +221,7 @@ pub(super) fn contents(
 }
 
 /// Whether this role may do everything that a first start does.
-fn rights(database: &str, server: &Server, target: &Target) -> Result<(), SetupError> {
+fn rights(database: &str, server: &Server, target: &TargetDatabase) -> Result<(), SetupError> {
     let lacks = |what: String, right: String| {
         Err(SetupError::RightMissing {
             side: Side::Replica,
@@ -280,17 +284,19 @@ mod tests {
     }
 
     /// An empty database of a role that owns it.
-    fn empty() -> Target {
-        Target {
+    fn empty() -> TargetDatabase {
+        TargetDatabase {
             owns_schema: true,
             owns_database: true,
             may_create: true,
             sets_replication_role: true,
-            ..Target::default()
+            ..TargetDatabase::default()
         }
     }
 
-    fn judged(change: impl FnOnce(&mut Server, &mut Known, &mut Target)) -> Result<(), SetupError> {
+    fn judged(
+        change: impl FnOnce(&mut Server, &mut Known, &mut TargetDatabase),
+    ) -> Result<(), SetupError> {
         let (mut server, mut known, mut target) = (server(), Known::default(), empty());
         change(&mut server, &mut known, &mut target);
         let stream = StreamName::new("dr_agent", "app");
@@ -345,7 +351,7 @@ mod tests {
 
     #[test]
     fn a_right_that_is_missing_is_named_before_anything_is_written() {
-        type Change = fn(&mut Server, &mut Target);
+        type Change = fn(&mut Server, &mut TargetDatabase);
         let cases: [(Change, &str); 6] = [
             (|server, _| server.has_database = false, "CREATEDB"),
             (

@@ -19,7 +19,7 @@ use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
 use super::source;
-use super::target::Target;
+use super::target::TargetDatabase;
 use crate::catalog::publication::Wanted;
 use crate::names::TableName;
 use crate::names::stream::StreamName;
@@ -38,7 +38,7 @@ pub(super) struct Undo {
 
 impl Undo {
     /// What a first start of `stream` adds to the replica's database.
-    pub(super) fn of_replica(database: &str, stream: &StreamName, target: &Target) -> Self {
+    pub(super) fn of_replica(database: &str, stream: &StreamName, target: &TargetDatabase) -> Self {
         let mut statements = Vec::new();
         statements.push(match target.has_schema {
             false => "DROP SCHEMA IF EXISTS dr_agent CASCADE".to_owned(),
@@ -60,7 +60,7 @@ impl Undo {
     pub(super) async fn of_source(
         client: &Client,
         stream: &StreamName,
-        found: &source::Observed,
+        found: &source::SourceFacts,
         wanted: &Wanted,
     ) -> Result<Self, SetupError> {
         let identities = identities(client, &wanted.identity_full)
@@ -133,7 +133,7 @@ mod tests {
     #[test]
     fn what_was_there_before_stays() {
         let stream = StreamName::new("dr_agent", "app");
-        let fresh = Undo::of_replica("app", &stream, &Target::default());
+        let fresh = Undo::of_replica("app", &stream, &TargetDatabase::default());
         assert_eq!(
             fresh.statements,
             [
@@ -141,10 +141,10 @@ mod tests {
                 "ALTER DATABASE \"app\" RESET default_transaction_read_only"
             ]
         );
-        let after_init = Target {
+        let after_init = TargetDatabase {
             has_schema: true,
             guarded: true,
-            ..Target::default()
+            ..TargetDatabase::default()
         };
         let kept = Undo::of_replica("app", &stream, &after_init);
         assert_eq!(

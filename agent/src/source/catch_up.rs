@@ -34,8 +34,8 @@ use tokio_postgres::binary_copy::BinaryCopyOutStream;
 use tokio_postgres::types::Type;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::feedback::{Feedback, Listener, Slot, ticks};
-use super::intake::{Intake, Taken};
+use super::feedback::{Feedback, HeldSlot, Listener, ticks};
+use super::intake::{Intake, TakenIn};
 use super::positions::{Positions, first_size};
 use super::{Next, Reader, SourceError, SourceSettings, begins_at};
 use crate::failpoint;
@@ -111,7 +111,7 @@ async fn windows(
     if !slot.is_far_behind(intake.end_lsn(), worth) {
         return Ok(Next::Walsender);
     }
-    let own = Slot::new(client, settings.stream.clone(), slot.confirmed);
+    let own = HeldSlot::new(client, settings.stream.clone(), slot.confirmed);
     let mut feedback = Feedback::new(flush, Listener::Slot(own));
     feedback.send().await?;
     let backlog = Backlog::open(settings, intake.end_lsn()).await?;
@@ -146,9 +146,9 @@ async fn windows(
         intake.tell();
         let began = Instant::now();
         match take(backlog.window(end), intake, &mut feedback).await? {
-            Ended::Read => {}
-            Ended::Unwanted => return Ok(Next::End),
-            Ended::TooLarge => {
+            WindowEnd::Read => {}
+            WindowEnd::Unwanted => return Ok(Next::End),
+            WindowEnd::TooLarge => {
                 tracing::info!(
                     stream = %settings.stream,
                     "a change is too large for a window; the walsender goes on"
@@ -192,7 +192,7 @@ async fn take(
     mut window: Window,
     intake: &mut Intake,
     feedback: &mut Feedback,
-) -> Result<Ended, SourceError> {
+) -> Result<WindowEnd, SourceError> {
     let mut due = ticks();
     loop {
         tokio::select! {
@@ -201,8 +201,8 @@ async fn take(
             rows = window.rows.recv() => {
                 let Some(rows) = rows else { break };
                 for data in rows {
-                    if intake.take(data, feedback).await? == Taken::Unwanted {
-                        return Ok(Ended::Unwanted);
+                    if intake.take(data, feedback).await? == TakenIn::Unwanted {
+                        return Ok(WindowEnd::Unwanted);
                     }
                 }
                 intake.tell();
@@ -226,12 +226,12 @@ struct Backlog {
 /// One window that is being read.
 struct Window {
     rows: mpsc::Receiver<Vec<Bytes>>,
-    reading: AbortOnDropHandle<Result<Ended, PgError>>,
+    reading: AbortOnDropHandle<Result<WindowEnd, PgError>>,
 }
 
 /// How a window ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
+enum WindowEnd {
     /// Everything was handed over.
     Read,
     /// Before a change that is too large for a window.
@@ -310,7 +310,7 @@ async fn rows_of(
     client: &Client,
     sql: &str,
     sender: mpsc::Sender<Vec<Bytes>>,
-) -> Result<Ended, PgError> {
+) -> Result<WindowEnd, PgError> {
     let copy = client.copy_out(sql).await?;
     let rows = BinaryCopyOutStream::new(copy, &[Type::BYTEA]);
     let mut groups = pin!(rows.ready_chunks(ROWS_MAX));
@@ -322,7 +322,7 @@ async fn rows_of(
         for row in group {
             let row = row?;
             let Some(change) = row.try_get::<Option<&[u8]>>(0)? else {
-                ended = Some(Ended::TooLarge);
+                ended = Some(WindowEnd::TooLarge);
                 break;
             };
             if block.capacity() < change.len() {
@@ -332,13 +332,13 @@ async fn rows_of(
             data.push(block.split().freeze());
         }
         if sender.send(data).await.is_err() {
-            return Ok(Ended::Unwanted);
+            return Ok(WindowEnd::Unwanted);
         }
         if let Some(ended) = ended {
             return Ok(ended);
         }
     }
-    Ok(Ended::Read)
+    Ok(WindowEnd::Read)
 }
 
 #[cfg(test)]

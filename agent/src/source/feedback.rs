@@ -42,18 +42,18 @@ pub(super) enum Listener {
     /// The one that streams.
     Walsender(StatusSender),
     /// The slot itself.
-    Slot(Slot),
+    Slot(HeldSlot),
 }
 
 /// A slot that nobody streams from, moved through an ordinary session.
-pub(super) struct Slot {
+pub(super) struct HeldSlot {
     client: Client,
     name: StreamName,
     /// As far as it has been moved.
     at: PgLsn,
 }
 
-impl Slot {
+impl HeldSlot {
     /// The slot of this name, which is confirmed up to `at`.
     pub(super) fn new(client: Client, name: StreamName, at: PgLsn) -> Self {
         Self { client, name, at }

@@ -24,7 +24,7 @@ const STATEMENT_TIMEOUT: &str = "60s";
 
 /// What a message led to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Taken {
+pub(super) enum TakenIn {
     /// Part of a transaction.
     Part,
     /// A transaction that committed at this time is in the queue.
@@ -173,19 +173,19 @@ impl Intake {
         &mut self,
         data: Bytes,
         meanwhile: &mut impl Meanwhile,
-    ) -> Result<Taken, SourceError> {
+    ) -> Result<TakenIn, SourceError> {
         self.here.bytes += data.len() as u64;
         self.tell_types(&data, meanwhile).await?;
         match self.assembler.push(data)? {
             None => {
                 self.relieve()?;
-                Ok(Taken::Part)
+                Ok(TakenIn::Part)
             }
             Some(Ended::Committed(complete)) => self.hand_over(*complete, meanwhile).await,
             Some(Ended::Aborted { xid }) => {
                 self.spills.discard(xid);
                 self.types.take_unseen(xid);
-                Ok(Taken::Part)
+                Ok(TakenIn::Part)
             }
         }
     }
@@ -288,7 +288,7 @@ impl Intake {
         &mut self,
         mut complete: Complete,
         meanwhile: &mut impl Meanwhile,
-    ) -> Result<Taken, SourceError> {
+    ) -> Result<TakenIn, SourceError> {
         self.settle(&mut complete, meanwhile).await?;
         self.expect_types_seen(complete.xid(), meanwhile).await?;
         let (mut transaction, aborted) = complete.into_transaction();
@@ -326,8 +326,8 @@ impl Intake {
             }
         };
         Ok(match wanted {
-            true => Taken::Transaction(commit_time),
-            false => Taken::Unwanted,
+            true => TakenIn::Transaction(commit_time),
+            false => TakenIn::Unwanted,
         })
     }
 }

@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 
-use super::intake::{Intake, Nothing, Taken};
+use super::intake::{Intake, Nothing, TakenIn};
 use super::{IntakeLimits, Received, SourceError, SourcePosition};
 use crate::flow::spill::SpillSpace;
 use crate::names::history::comes_again;
@@ -104,13 +104,13 @@ impl LogIntake {
             }
             // A description is needed by later transactions of the same batch.
             Some(MessageKind::Relation) => {
-                return Ok(self.intake.take(message, &mut Nothing).await? != Taken::Unwanted);
+                return Ok(self.intake.take(message, &mut Nothing).await? != TakenIn::Unwanted);
             }
             _ => {}
         }
         if self.skipping {
             return Ok(true);
         }
-        Ok(self.intake.take(message, &mut Nothing).await? != Taken::Unwanted)
+        Ok(self.intake.take(message, &mut Nothing).await? != TakenIn::Unwanted)
     }
 }

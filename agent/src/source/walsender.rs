@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::Sleep;
 
 use super::feedback::{Feedback, Listener, ticks};
-use super::intake::{Intake, Meanwhile as _, Taken};
+use super::intake::{Intake, Meanwhile as _, TakenIn};
 use super::pace::Pace;
 use super::{Behind, Next, Reader, SlotUse, SourceError, SourceSettings, begins_at};
 use crate::flow::ledger::FlushLsn;
@@ -188,12 +188,12 @@ impl Walsender {
                 intake.at(wal_end);
                 self.pace.received(data.len() as u64);
                 Ok(match intake.take(data, &mut self.feedback).await? {
-                    Taken::Part => true,
-                    Taken::Transaction(commit_time) => {
+                    TakenIn::Part => true,
+                    TakenIn::Transaction(commit_time) => {
                         self.pace.committed(commit_time, sent_at);
                         true
                     }
-                    Taken::Unwanted => false,
+                    TakenIn::Unwanted => false,
                 })
             }
         }

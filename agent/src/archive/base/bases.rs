@@ -10,7 +10,7 @@ use super::prune::{Pruned, ended, prune};
 use super::repository::{self, FoundBases};
 use super::retention::{self, RetentionSegment};
 use super::{BackupError, verify};
-use crate::archive::log::{self, ArchiveError, Chain, Layout, Span};
+use crate::archive::log::{self, ArchiveError, Layout, LogChain, Span};
 use crate::cloud::store::{Listed, Store};
 use crate::error::chain;
 use crate::names::stream::StreamName;
@@ -185,7 +185,7 @@ fn missing(found: &FoundBases, spans: &[Span], now: Timestamp, settled: Duration
     let Some(oldest) = found.bases.first() else {
         return Vec::new();
     };
-    let (gaps, end) = Chain::gaps(oldest.lsn, spans);
+    let (gaps, end) = LogChain::gaps(oldest.lsn, spans);
     let mut missing: Vec<String> = gaps
         .iter()
         .map(|gap| {

@@ -38,7 +38,7 @@ use crate::copy::dump::{Dump, POST_DATA, PRE_DATA};
 use crate::copy::export;
 use crate::copy::layout::{self, TableLayout};
 use crate::copy::locale;
-use crate::copy::session::SourceSide;
+use crate::copy::session::CopySource;
 use crate::copy::toc::LeftOut;
 use crate::copy::tools::Tools;
 use crate::copy::work::{CopyWork, TakenWork};
@@ -143,7 +143,7 @@ impl<'a> Taking<'a> {
             source("create a temporary slot")(error)
         })?;
         let role = job.stream.application_name("backup");
-        let (side, client) = SourceSide::begin(job.source, role, snapshot).await?;
+        let (side, client) = CopySource::begin(job.source, role, snapshot).await?;
         let names: Vec<TableName> = job.tables.iter().map(|table| table.name.clone()).collect();
         layout::lock(&client, &names).await?;
         let as_of = source_time(&client).await?;
@@ -279,7 +279,7 @@ impl<'a> Taking<'a> {
     }
 
     /// Roles belong to the whole server; not every role may read them, and no row needs them.
-    async fn roles(&mut self, dump: &Dump, side: &SourceSide<'_>) -> Result<(), BackupError> {
+    async fn roles(&mut self, dump: &Dump, side: &CopySource<'_>) -> Result<(), BackupError> {
         let database = self.job.source.dbname();
         match dump.tools().roles(&side.environment(), database).await {
             Ok(sql) => self.put_packed("roles.sql.zst", sql).await,

@@ -7,7 +7,7 @@ use crate::pg::PgLsn;
 
 /// The segments to read from a position on, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Chain {
+pub struct LogChain {
     /// Each begins at or before the end of the one before it.
     pub spans: Vec<Span>,
     /// How far they lead without a gap.
@@ -16,7 +16,7 @@ pub struct Chain {
     pub resumes: Option<PgLsn>,
 }
 
-impl Chain {
+impl LogChain {
     /// As few segments as lead from `start` as far as possible.
     pub fn from(start: PgLsn, all: &[Span]) -> Self {
         let mut sorted = all.to_vec();

@@ -74,7 +74,7 @@ pub enum Origin {
 
 /// What became of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Taken {
+pub enum TakenBatch {
     /// It is in the log.
     Yes,
     /// It begins behind where the log ends.
@@ -155,7 +155,7 @@ impl LogHandle {
         &self,
         batch: &Arc<Batch>,
         origin: Origin,
-    ) -> Result<Result<Taken, SpoolError>, Closed> {
+    ) -> Result<Result<TakenBatch, SpoolError>, Closed> {
         let batch = Arc::clone(batch);
         self.ask(|answer| Request::Offer {
             batch,
@@ -197,7 +197,7 @@ enum Request {
     Offer {
         batch: Arc<Batch>,
         origin: Origin,
-        answer: oneshot::Sender<Result<Taken, SpoolError>>,
+        answer: oneshot::Sender<Result<TakenBatch, SpoolError>>,
     },
     GoOnAt {
         position: PgLsn,
@@ -421,7 +421,7 @@ impl Writer {
         )
     }
 
-    async fn take(&mut self, batch: &Batch, origin: Origin) -> Result<Taken, SpoolError> {
+    async fn take(&mut self, batch: &Batch, origin: Origin) -> Result<TakenBatch, SpoolError> {
         let mut said = false;
         loop {
             let appended =
@@ -442,14 +442,14 @@ impl Writer {
                 self.say(&error);
             }
             if !self.settings.required {
-                return Ok(Taken::LeftOut);
+                return Ok(TakenBatch::LeftOut);
             }
             said = true;
             self.wait_for_room().await;
         }
     }
 
-    fn appended(&mut self, appended: Appended, batch: &Batch, origin: Origin) -> Taken {
+    fn appended(&mut self, appended: Appended, batch: &Batch, origin: Origin) -> TakenBatch {
         let now = Instant::now();
         let (position, lead) = (self.spool.position(), self.settings.lead);
         self.reach.send_modify(|reach| {
@@ -466,8 +466,8 @@ impl Writer {
             }
         });
         match appended {
-            Appended::Ahead => return Taken::Ahead,
-            Appended::Known => return Taken::Yes,
+            Appended::Ahead => return TakenBatch::Ahead,
+            Appended::Known => return TakenBatch::Yes,
             Appended::Now => {}
         }
         self.due.took(now, is_idle(batch), self.settings.age_max);
@@ -475,7 +475,7 @@ impl Writer {
             self.complete();
         }
         self.metrics.spool(self.spool.used());
-        Taken::Yes
+        TakenBatch::Yes
     }
 
     /// Waits until the store has taken something, or for a disk that may have healed.

@@ -28,7 +28,7 @@ use std::time::SystemTime;
 
 use bytes::BytesMut;
 
-use super::Chain;
+use super::LogChain;
 use super::layout::{Span, digits, parse_digits};
 use super::recover;
 use crate::error::{Because, Class, Classify, disk_class, hands_on};
@@ -323,7 +323,7 @@ impl Spool {
         missing.sort();
         let position = match missing.first() {
             // As far as it was read again.
-            Some(span) => Chain::from(span.start, &spans).end,
+            Some(span) => LogChain::from(span.start, &spans).end,
             None => spans.iter().map(|span| span.end).max().unwrap_or(start),
         };
         let mut spool = Self {

@@ -135,21 +135,21 @@ fn a_chain_takes_the_longest_way_and_stops_at_a_gap() {
         span(40, 50),
         span(60, 70),
     ];
-    let chain = Chain::from(lsn(10), &all);
+    let chain = LogChain::from(lsn(10), &all);
     assert_eq!(chain.spans, [span(10, 20), span(15, 40), span(40, 50)]);
     assert_eq!((chain.end, chain.resumes), (lsn(50), Some(lsn(60))));
-    let chain = Chain::from(lsn(45), &all);
+    let chain = LogChain::from(lsn(45), &all);
     assert_eq!(chain.spans, [span(40, 50)]);
-    let chain = Chain::from(lsn(55), &all);
+    let chain = LogChain::from(lsn(55), &all);
     assert_eq!(
         (chain.spans.len(), chain.end, chain.resumes),
         (0, lsn(55), Some(lsn(60)))
     );
-    let chain = Chain::from(lsn(60), &all);
+    let chain = LogChain::from(lsn(60), &all);
     assert_eq!((chain.end, chain.resumes), (lsn(70), None));
-    assert_eq!(Chain::gaps(lsn(10), &all), (vec![span(50, 60)], lsn(70)));
-    assert_eq!(Chain::gaps(lsn(60), &all), (vec![], lsn(70)));
-    assert_eq!(Chain::gaps(lsn(80), &all), (vec![], lsn(80)));
+    assert_eq!(LogChain::gaps(lsn(10), &all), (vec![span(50, 60)], lsn(70)));
+    assert_eq!(LogChain::gaps(lsn(60), &all), (vec![], lsn(70)));
+    assert_eq!(LogChain::gaps(lsn(80), &all), (vec![], lsn(80)));
 }
 
 proptest! {
@@ -160,7 +160,7 @@ proptest! {
         start in 0u64..60,
     ) {
         let all: Vec<Span> = pairs.iter().map(|(start, length)| span(*start, start + length)).collect();
-        let chain = Chain::from(lsn(start), &all);
+        let chain = LogChain::from(lsn(start), &all);
         let mut end = lsn(start);
         for one in &chain.spans {
             prop_assert!(all.contains(one) && one.start <= end && one.end > end);
@@ -460,7 +460,7 @@ fn what_a_disk_has_spoilt_of_a_complete_segment_is_read_again_whatever_is_killed
         let (spool, waiting) = open(home.path());
         assert_eq!((spool.position(), spool.resumes_at()), (lsn(70), None));
         let spans: Vec<Span> = waiting.iter().map(|segment| segment.span).collect();
-        assert_eq!(Chain::from(lsn(again), &spans).end, lsn(70), "{spans:?}");
+        assert_eq!(LogChain::from(lsn(again), &spans).end, lsn(70), "{spans:?}");
     }
 }
 

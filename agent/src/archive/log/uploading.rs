@@ -11,7 +11,7 @@
 
 use tokio::sync::{mpsc, watch};
 
-use super::chain::Chain;
+use super::chain::LogChain;
 use super::change_log::LogSettings;
 use super::segment::{Uploaded, upload};
 use super::spool::LastTaken;
@@ -123,7 +123,7 @@ impl Uploading {
     fn reached(&mut self, position: PgLsn) {
         let from = position.max(*self.uploaded.borrow());
         let parked = self.parked.iter().map(|segment| segment.span.start).min();
-        let end = Chain::from(from, &self.stored).end;
+        let end = LogChain::from(from, &self.stored).end;
         let end = parked.map_or(end, |parked| end.min(parked).max(*self.uploaded.borrow()));
         self.stored.retain(|span| span.end > end);
         self.uploaded.send_replace(end);

@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Chain, Span};
+use super::{LogChain, Span};
 use crate::pg::PgLsn;
 
 /// Which segment is next.
@@ -17,13 +17,13 @@ pub struct Way {
     /// Every segment that may still be of use.
     all: Vec<Span>,
     ahead: VecDeque<Span>,
-    chain: Chain,
+    chain: LogChain,
 }
 
 impl Way {
     /// From a position on, over these segments.
     pub fn new(from: PgLsn, all: Vec<Span>) -> Self {
-        let chain = Chain::from(from, &all);
+        let chain = LogChain::from(from, &all);
         Self {
             all,
             ahead: chain.spans.iter().copied().collect(),
@@ -42,14 +42,14 @@ impl Way {
     }
 
     /// How far it leads, and what comes behind that.
-    pub fn chain(&self) -> &Chain {
+    pub fn chain(&self) -> &LogChain {
         &self.chain
     }
 
     /// What could not be read beyond `position` is not tried again. Whether others lead on from there.
     pub fn give_up(&mut self, span: Span, position: PgLsn) -> bool {
         self.all.retain(|other| *other != span);
-        self.chain = Chain::from(position, &self.all);
+        self.chain = LogChain::from(position, &self.all);
         self.ahead = self.chain.spans.iter().copied().collect();
         !self.ahead.is_empty()
     }

@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 
 use crate::archive::base::{self, BaseSummary, Pruned, VerifiedArchive};
-use crate::archive::log::{Chain, Span};
+use crate::archive::log::{LogChain, Span};
 use crate::error::{Classify, chain};
 use crate::names::history::History;
 use crate::names::stream::StreamName;
@@ -164,7 +164,7 @@ pub(super) fn listed(of: &NamedHistory<'_>, found: &base::FoundBases, spans: &[S
     let mut lines = Vec::new();
     let mut objects = Vec::new();
     for base in &found.bases {
-        let chain = Chain::from(base.lsn, spans);
+        let chain = LogChain::from(base.lsn, spans);
         let gap = chain
             .resumes
             .map(|next| format!(", then a gap up to {next}"));

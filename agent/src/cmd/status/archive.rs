@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::view::{ArchiveStatus, LogGap};
 use crate::archive::base::{BackupError, Bases, FoundBases};
-use crate::archive::log::{Chain, Span, Spool};
+use crate::archive::log::{LogChain, Span, Spool};
 use crate::cloud::store::Store;
 use crate::config::{Archive, Config};
 use crate::error::{Classify as _, chain};
@@ -82,7 +82,7 @@ async fn look(
     let segments = history.log(PgLsn::from(0)).await?;
     let spans: Vec<Span> = segments.iter().map(|(span, _)| *span).collect();
     let (oldest, newest) = (bases.first(), bases.last());
-    let (gaps, end) = Chain::gaps(oldest.map_or(PgLsn::from(0), |base| base.lsn), &spans);
+    let (gaps, end) = LogChain::gaps(oldest.map_or(PgLsn::from(0), |base| base.lsn), &spans);
     let last = segments.iter().max_by_key(|(span, _)| span.end);
     let written_at = last.and_then(|(_, object)| Timestamp::try_from(object.written_at?).ok());
     Ok(ArchiveStatus {

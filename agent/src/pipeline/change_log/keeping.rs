@@ -9,12 +9,12 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::State;
+use super::LogState;
 use super::error::KeepError;
 use super::hold::{self, Attempts, Hold, LeadsOn, Standing};
 use super::reader::{LogReader, LogReaderError};
 use super::stored::in_store;
-use crate::archive::log::{Chain, Layout, Log, LogHandle, Span};
+use crate::archive::log::{Layout, Log, LogChain, LogHandle, Span};
 use crate::backoff::{self, Decision};
 use crate::config::{Archive, Config};
 use crate::error::chain;
@@ -40,7 +40,7 @@ pub(super) struct Keeping {
     pub(super) stream: StreamName,
     pub(super) metrics: ArchiveMetrics,
     pub(super) broken: watch::Sender<Option<PgLsn>>,
-    pub(super) state: watch::Sender<State>,
+    pub(super) state: watch::Sender<LogState>,
     pub(super) hold: watch::Sender<Hold>,
     pub(super) look: Arc<Notify>,
     pub(super) end: CancellationToken,
@@ -61,7 +61,7 @@ pub(super) async fn run(keeping: Arc<Keeping>) {
             database = keeping.database,
             "the task that keeps the change log has ended, by an error of dr-agent's own that is above; it is begun anew"
         );
-        keeping.state.send_replace(State::default());
+        keeping.state.send_replace(LogState::default());
         tokio::time::sleep(keeping.config.limits.retry_max.min(PAUSE_AFTER_PANIC)).await;
     }
 }
@@ -94,7 +94,7 @@ impl Keeping {
                     database = self.database,
                     "a task of the change log has ended, for the reason above; the spool is opened anew"
                 );
-                self.state.send_replace(State::default());
+                self.state.send_replace(LogState::default());
             }
             self.failed(&error, attempts.count, open.is_some()).await;
         }
@@ -152,7 +152,7 @@ impl Keeping {
             .is_some_and(|log| log.handle().history() != found.history)
             && let Some(other) = open.take()
         {
-            self.state.send_replace(State::default());
+            self.state.send_replace(LogState::default());
             let history = other.handle().history();
             other.finish(Duration::ZERO).await;
             self.upload_leftover(history, leftovers);
@@ -165,7 +165,7 @@ impl Keeping {
             none => none.insert(self.begin(&found).await?),
         };
         let handle = log.handle().clone();
-        self.state.send_replace(State {
+        self.state.send_replace(LogState {
             open: Some(handle.clone()),
             error: None,
         });
@@ -204,7 +204,7 @@ impl Keeping {
     async fn begin(&self, found: &Logged) -> Result<Log, KeepError> {
         let layout = Layout::new(&self.stream, found.history);
         let stored = self.in_store(layout, found.confirmed, found.wal_end).await;
-        let leads_to = Chain::from(found.confirmed, &stored).end;
+        let leads_to = LogChain::from(found.confirmed, &stored).end;
         let ends = stored.iter().map(|span| span.end).max();
         let start = hold::begins_at(found.confirmed, leads_to, ends);
         Ok(self.open(found.history, found.term, start)?)
@@ -246,7 +246,7 @@ impl Keeping {
         }
         let layout = Layout::new(&self.stream, found.history);
         let stored = self.in_store(layout, position, found.wal_end).await;
-        let stored = Chain::from(position, &stored).end;
+        let stored = LogChain::from(position, &stored).end;
         // One is the log's own.
         let by_another = found.is_read && self.sessions.strong_count() < 2;
         match hold::leads_on(position, found.confirmed, stored, by_another) {

@@ -50,7 +50,7 @@ const OPEN_WITHIN: Duration = Duration::from_secs(5);
 
 /// What a session sees of the log.
 #[derive(Clone, Debug, Default)]
-struct State {
+struct LogState {
     open: Option<LogHandle>,
     /// Why it is not open.
     error: Option<(Class, String)>,
@@ -59,7 +59,7 @@ struct State {
 /// The log, for the sessions of a pipeline.
 #[derive(Debug)]
 pub(super) struct ChangeLog {
-    state: watch::Receiver<State>,
+    state: watch::Receiver<LogState>,
     hold: watch::Receiver<Hold>,
     required: bool,
     look: Arc<Notify>,
@@ -76,7 +76,7 @@ impl ChangeLog {
         database: &str,
         broken: watch::Sender<Option<PgLsn>>,
     ) -> Self {
-        let (state, state_seen) = watch::channel(State::default());
+        let (state, state_seen) = watch::channel(LogState::default());
         let (hold, hold_seen) = watch::channel(Hold::default());
         let (look, end) = (Arc::new(Notify::new()), CancellationToken::new());
         let sessions = Arc::new(());
@@ -131,7 +131,7 @@ impl ChangeLog {
 /// The log, for one session.
 #[derive(Clone, Debug)]
 pub(super) struct SessionLog {
-    state: watch::Receiver<State>,
+    state: watch::Receiver<LogState>,
     hold: watch::Receiver<Hold>,
     /// As told last.
     held: Option<Hold>,

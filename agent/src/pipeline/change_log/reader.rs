@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::archive::log::{LogHandle, Origin, SpoolError, Taken};
+use crate::archive::log::{LogHandle, Origin, SpoolError, TakenBatch};
 use crate::config::Config;
 use crate::error::{Class, Classify};
 use crate::flow::ledger::BatchNumber;
@@ -167,10 +167,10 @@ impl LogReader<'_> {
                     () = self.end.cancelled() => return Ok(()),
                 };
                 match offered.map_err(|_| LogReaderError::Ended)?? {
-                    Taken::Yes => {}
+                    TakenBatch::Yes => {}
                     // Said by the log.
-                    Taken::LeftOut => return Ok(()),
-                    Taken::Ahead => return Err(LogReaderError::Ended),
+                    TakenBatch::LeftOut => return Ok(()),
+                    TakenBatch::Ahead => return Err(LogReaderError::Ended),
                 }
                 if let Some(durable) = shipment.durable(number) {
                     flush.send_replace(durable);

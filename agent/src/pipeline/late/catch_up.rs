@@ -40,7 +40,7 @@ const CLOSE_BYTES: u64 = 4 << 20;
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// One copy of the slot that is read, and the transactions that come of it.
-pub(super) struct Reading {
+pub(super) struct LateReading {
     transactions: mpsc::Receiver<Received>,
     /// Those that the stream has not shipped yet.
     waiting: VecDeque<Received>,
@@ -50,7 +50,7 @@ pub(super) struct Reading {
     flush: watch::Sender<FlushLsn>,
 }
 
-impl Reading {
+impl LateReading {
     fn take(&mut self, received: Received) {
         self.seen = received.transaction.end_lsn;
         self.waiting.push_back(received);
@@ -68,7 +68,7 @@ impl Reading {
 }
 
 /// Where transactions go.
-struct Sink {
+struct LateSink {
     batches: mpsc::Sender<Arc<Batch>>,
     outcomes: mpsc::Receiver<Outcome<SessionError>>,
 }
@@ -76,7 +76,7 @@ struct Sink {
 impl Late {
     /// Begins to read a copy of the slot; returns once it is there, so that nothing behind a snapshot that is taken afterwards
     /// is missed.
-    pub(super) async fn read(&self, tasks: &mut Tasks) -> Result<Reading, SessionError> {
+    pub(super) async fn read(&self, tasks: &mut Tasks) -> Result<LateReading, SessionError> {
         let limits = &self.config.limits;
         let start = PgLsn::from(0);
         let (bytes, changes) = (limits.batch_bytes, limits.batch_changes);
@@ -105,7 +105,7 @@ impl Late {
         or_ended(tasks, begun)
             .await?
             .map_err(|_| SessionError::TaskLost)?;
-        Ok(Reading {
+        Ok(LateReading {
             transactions,
             waiting: VecDeque::new(),
             seen: start,
@@ -118,7 +118,7 @@ impl Late {
     /// to `snapshot` already.
     pub(super) async fn catch_up(
         &self,
-        mut reading: Reading,
+        mut reading: LateReading,
         tables: HashMap<TableName, Copied>,
         snapshot: PgLsn,
         tasks: &mut Tasks,
@@ -175,7 +175,7 @@ impl Late {
         &self,
         tables: HashMap<TableName, Copied>,
         tasks: &mut Tasks,
-    ) -> Result<Sink, SessionError> {
+    ) -> Result<LateSink, SessionError> {
         let replica = self.replica();
         let (sink, batches) = ReplicaSink::connect(
             &replica,
@@ -201,18 +201,18 @@ impl Late {
             sleep(PAUSE_MAX).await;
             Ok(())
         });
-        Ok(Sink {
+        Ok(LateSink {
             batches,
             outcomes: outcomes_seen,
         })
     }
 }
 
-impl Sink {
+impl LateSink {
     /// Applies what may go, and lets the copy of the slot move on.
     async fn apply(
         &mut self,
-        reading: &mut Reading,
+        reading: &mut LateReading,
         tasks: &mut Tasks,
     ) -> Result<(), SessionError> {
         while let Some(batch) = reading.shipment.ship() {

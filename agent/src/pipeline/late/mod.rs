@@ -30,7 +30,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::error::SessionError;
-use super::set_aside::SetAside;
+use super::set_aside::TablesAside;
 use super::{Leg, Wake, now_instant};
 use crate::catalog::Table;
 use crate::config::Config;
@@ -90,14 +90,14 @@ pub(super) struct Late {
     pub(super) shipped: watch::Receiver<PgLsn>,
     pub(super) metrics: DatabaseMetrics,
     pub(super) status: StatusCell,
-    pub(super) aside: SetAside,
+    pub(super) aside: TablesAside,
     /// Told when a person has mended something.
     pub(super) wanted: Wake,
 }
 
 /// What one look leaves for the next.
 #[derive(Default)]
-struct Seen {
+struct SeenTables {
     /// Warnings that were said.
     said: Vec<String>,
     archived: setup::Watch,
@@ -108,7 +108,7 @@ type Tasks = JoinSet<Result<(), SessionError>>;
 impl Late {
     /// Looks and copies for as long as the session lasts.
     pub(super) async fn run(mut self) -> Option<SessionError> {
-        let mut seen = Seen::default();
+        let mut seen = SeenTables::default();
         loop {
             if let Err(error) = self.look(&mut seen).await {
                 let is_over = matches!(
@@ -143,7 +143,7 @@ impl Late {
         }
     }
 
-    async fn look(&self, seen: &mut Seen) -> Result<(), SessionError> {
+    async fn look(&self, seen: &mut SeenTables) -> Result<(), SessionError> {
         let (config, database) = (&self.config, &self.database);
         self.aside.recall().await?;
         let mut gone = self.beside.left_out();

@@ -14,12 +14,12 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::error::Failed;
-use crate::archive::log::{Chain, Layout, SegmentReader, Span, Spooled};
+use crate::archive::log::{Layout, LogChain, SegmentReader, Span, Spooled};
 use crate::cloud::store::Store;
 use crate::config::Config;
 use crate::error::{Class, Classify as _, chain};
 use crate::pg::PgLsn;
-use crate::setup::Prepared;
+use crate::setup::Ready;
 use crate::source::LogIntake;
 
 /// How long the archive may take to say what it has: the users wait.
@@ -33,12 +33,12 @@ pub(super) struct Archived {
     from: PgLsn,
     /// There is a log of this history at all.
     has_log: bool,
-    chain: Chain,
+    chain: LogChain,
     spooled: Vec<Spooled>,
 }
 
 /// Looks what the archive has beyond where the replica is; none where there is no archive.
-pub(super) async fn find(config: &Config, prepared: &Prepared) -> Result<Option<Archived>, Failed> {
+pub(super) async fn find(config: &Config, prepared: &Ready) -> Result<Option<Archived>, Failed> {
     let Some(archive) = &config.archive else {
         return Ok(None);
     };
@@ -62,7 +62,7 @@ pub(super) async fn find(config: &Config, prepared: &Prepared) -> Result<Option<
         url: archive.url.to_string(),
         from: prepared.end_lsn,
         has_log: !spans.is_empty(),
-        chain: Chain::from(prepared.end_lsn, &spans),
+        chain: LogChain::from(prepared.end_lsn, &spans),
         spooled: Spooled::in_directory(&directory),
     }))
 }

@@ -4,7 +4,7 @@
 
 use super::RestoreError;
 use super::moment::RestoreMoment;
-use crate::archive::log::{ArchiveError, Chain, Span};
+use crate::archive::log::{ArchiveError, LogChain, Span};
 use crate::pg::PgLsn;
 use crate::time::Micros;
 
@@ -40,8 +40,8 @@ pub(super) fn log(
     from: PgLsn,
     spans: &[Span],
     moment: RestoreMoment,
-) -> Result<Chain, RestoreError> {
-    let chain = Chain::from(from, spans);
+) -> Result<LogChain, RestoreError> {
+    let chain = LogChain::from(from, spans);
     match moment {
         // Which position that was, only the log knows.
         RestoreMoment::Time(_) => Ok(chain),
@@ -52,7 +52,7 @@ pub(super) fn log(
 }
 
 /// Why a chain in which nothing lies behind the moment does not lead there; none if it does.
-pub(super) fn falls_short(chain: &Chain, moment: RestoreMoment) -> Option<RestoreError> {
+pub(super) fn falls_short(chain: &LogChain, moment: RestoreMoment) -> Option<RestoreError> {
     let from = chain.end;
     match (moment, chain.resumes) {
         (RestoreMoment::Lsn(lsn), _) if lsn <= from => None,
@@ -73,7 +73,7 @@ pub(super) struct Needed {
 }
 
 /// Cuts a chain where a moment lies at the latest: a base backup that is of a later time lies behind it.
-pub(super) fn needed(chain: &Chain, bases: &[DatedBase], moment: RestoreMoment) -> Needed {
+pub(super) fn needed(chain: &LogChain, bases: &[DatedBase], moment: RestoreMoment) -> Needed {
     let latest = match moment {
         RestoreMoment::End => None,
         RestoreMoment::Lsn(lsn) => Some(lsn),
@@ -137,7 +137,7 @@ mod tests {
     #[test]
     fn what_lies_behind_the_moment_is_not_counted() {
         let spans = [span(100, 200), span(200, 300), span(300, 400)];
-        let chain = Chain::from(lsn(100), &spans);
+        let chain = LogChain::from(lsn(100), &spans);
         let bases = [base(100, 1_000), base(250, 2_000)];
         let cut = |moment| {
             let needed = needed(&chain, &bases, moment);

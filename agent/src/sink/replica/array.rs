@@ -12,7 +12,7 @@ use crate::pg::pgoutput::Value;
 
 /// In which form a column's values travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Form {
+pub(super) enum ArrayForm {
     /// `text[]`, cast on the replica.
     Text,
     /// The element type's own array.
@@ -33,7 +33,7 @@ const HEADER_BYTES: usize = 20;
 /// Gathers one column.
 #[derive(Debug)]
 pub(super) struct ArrayBuilder {
-    form: Option<Form>,
+    form: Option<ArrayForm>,
     bytes: BytesMut,
     length: i32,
     has_null: bool,
@@ -62,8 +62,8 @@ impl ArrayBuilder {
     /// instead would lose it.
     pub(super) fn push(&mut self, value: Value<'_>) -> Result<(), MixedForms> {
         let (form, raw) = match value {
-            Value::Text(raw) => (Form::Text, raw),
-            Value::Binary(raw) => (Form::Native, raw),
+            Value::Text(raw) => (ArrayForm::Text, raw),
+            Value::Binary(raw) => (ArrayForm::Native, raw),
             Value::UnchangedToast => panic!("a value that was not sent cannot be written"),
             Value::Null => {
                 self.has_null = true;
@@ -83,13 +83,13 @@ impl ArrayBuilder {
     }
 
     /// The form of the values seen; text if all were NULL.
-    pub(super) fn form(&self) -> Form {
-        self.form.unwrap_or(Form::Text)
+    pub(super) fn form(&self) -> ArrayForm {
+        self.form.unwrap_or(ArrayForm::Text)
     }
 
     /// Appends the number of a value that was sent ahead; the column then has no others.
     pub(super) fn push_ahead(&mut self, number: i64, reading: Reading) {
-        self.form = Some(Form::Ahead(reading));
+        self.form = Some(ArrayForm::Ahead(reading));
         self.length += 1;
         self.bytes.put_i32(8);
         self.bytes.put_i64(number);
@@ -98,9 +98,9 @@ impl ArrayBuilder {
     /// Closes the array. `element_oid` is the element type on the replica, for the native form.
     pub(super) fn finish(mut self, element_oid: u32) -> ArrayParameter {
         let element = match self.form() {
-            Form::Text => TEXT_OID,
-            Form::Native => element_oid,
-            Form::Ahead(_) => INT8_OID,
+            ArrayForm::Text => TEXT_OID,
+            ArrayForm::Native => element_oid,
+            ArrayForm::Ahead(_) => INT8_OID,
         };
         let mut header = &mut self.bytes[..HEADER_BYTES];
         header.put_i32(1);
@@ -148,7 +148,7 @@ mod tests {
         let mut builder = ArrayBuilder::new();
         builder.push(Value::Binary(&7i32.to_be_bytes())).unwrap();
         builder.push(Value::Null).unwrap();
-        assert_eq!(builder.form(), Form::Native);
+        assert_eq!(builder.form(), ArrayForm::Native);
         let ArrayParameter(bytes) = builder.finish(23);
         let words: Vec<i32> = bytes
             .chunks_exact(4)
@@ -161,7 +161,7 @@ mod tests {
     fn a_column_has_one_form() {
         let mut builder = ArrayBuilder::new();
         builder.push(Value::Null).unwrap();
-        assert_eq!(builder.form(), Form::Text);
+        assert_eq!(builder.form(), ArrayForm::Text);
         builder.push(Value::Text(b"a")).unwrap();
         assert_eq!(builder.push(Value::Binary(b"a")), Err(MixedForms));
     }

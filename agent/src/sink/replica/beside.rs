@@ -18,20 +18,20 @@ pub struct Beside(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    known: Mutex<Known>,
+    known: Mutex<KnownTables>,
     /// A table has come of which changes are left out.
     news: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct KnownTables {
     tables: HashMap<TableName, Copied>,
     /// Those that have not joined, and of which the stream has brought changes.
     left_out: BTreeSet<TableName>,
 }
 
 impl Beside {
-    fn lock(&self) -> MutexGuard<'_, Known> {
+    fn lock(&self) -> MutexGuard<'_, KnownTables> {
         let known = &self.0.known;
         known.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -16,7 +16,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Statement};
 
 use super::SinkError;
-use super::array::{ArrayBuilder, ArrayParameter, Form, INT8_OID};
+use super::array::{ArrayBuilder, ArrayForm, ArrayParameter, INT8_OID};
 use super::chain::{Chain, while_settling};
 use super::keyless::{self, Nulls};
 use super::large::{LARGE_BYTES, LargeValue, Reading};
@@ -544,7 +544,7 @@ fn columns<R: RowValues>(
                 value => value,
             };
             let pushed = builder.push(value);
-            if pushed.is_err() || (builder.form() == Form::Native && column.native.is_none()) {
+            if pushed.is_err() || (builder.form() == ArrayForm::Native && column.native.is_none()) {
                 return Err(SinkError::BinaryForm {
                     table: target.table.clone(),
                     column: column.name.clone(),

@@ -45,7 +45,7 @@ pub struct Synced {
 
 /// What is known of one description of a relation.
 #[derive(Debug)]
-enum Standing {
+enum TableStanding {
     /// Changes from this commit LSN on are applied; `None`: all of them.
     Copied(Option<PgLsn>),
     /// Was copied, and is another one. What is committed before the copy is none of its.
@@ -60,7 +60,7 @@ enum Standing {
 #[derive(Debug)]
 pub(super) struct Relations {
     synced: Synced,
-    standing: HashMap<usize, (Arc<SourceRelation>, Standing)>,
+    standing: HashMap<usize, (Arc<SourceRelation>, TableStanding)>,
     pub(super) targets: Targets,
 }
 
@@ -235,22 +235,22 @@ impl Relations {
                 name: relation.relation.name.clone(),
             };
             let standing = match self.synced.tables.get(&table) {
-                _ if self.synced.left_out.contains(&table) => Standing::LeftOut,
+                _ if self.synced.left_out.contains(&table) => TableStanding::LeftOut,
                 Some(copied) if copied.is_of(relation.relation.id) => {
-                    Standing::Copied(copied.snapshot_lsn)
+                    TableStanding::Copied(copied.snapshot_lsn)
                 }
-                Some(copied) => Standing::Replaced(table, copied.snapshot_lsn),
-                None => Standing::Unknown(table),
+                Some(copied) => TableStanding::Replaced(table, copied.snapshot_lsn),
+                None => TableStanding::Unknown(table),
             };
             (Arc::clone(relation), standing)
         });
         let is_in_the_copy =
             |snapshot: &Option<PgLsn>| snapshot.is_some_and(|snapshot| commit_lsn < snapshot);
         match standing {
-            Standing::LeftOut => Ok(false),
-            Standing::Copied(snapshot_lsn) => Ok(!is_in_the_copy(snapshot_lsn)),
-            Standing::Replaced(_, snapshot_lsn) if is_in_the_copy(snapshot_lsn) => Ok(false),
-            Standing::Unknown(table) if self.synced.beside.is_some() => {
+            TableStanding::LeftOut => Ok(false),
+            TableStanding::Copied(snapshot_lsn) => Ok(!is_in_the_copy(snapshot_lsn)),
+            TableStanding::Replaced(_, snapshot_lsn) if is_in_the_copy(snapshot_lsn) => Ok(false),
+            TableStanding::Unknown(table) if self.synced.beside.is_some() => {
                 let joined = self.synced.beside.as_ref();
                 match joined.and_then(|beside| beside.get(table)) {
                     None => {
@@ -267,8 +267,8 @@ impl Relations {
                     }),
                 }
             }
-            Standing::Unknown(_) if commit_lsn < self.synced.as_of => Ok(false),
-            Standing::Replaced(table, _) | Standing::Unknown(table) => {
+            TableStanding::Unknown(_) if commit_lsn < self.synced.as_of => Ok(false),
+            TableStanding::Replaced(table, _) | TableStanding::Unknown(table) => {
                 Err(SinkError::TableNotCopied {
                     table: table.clone(),
                 })

@@ -7,7 +7,7 @@
 use std::fmt::Write as _;
 use std::time::SystemTime;
 
-use super::array::Form;
+use super::array::ArrayForm;
 use super::target::Target;
 use crate::pg::PgLsn;
 use crate::pg::quote::quote_literal;
@@ -18,7 +18,7 @@ pub(super) struct Sent {
     /// Position in the relation.
     pub(super) position: usize,
     /// In which form.
-    pub(super) form: Form,
+    pub(super) form: ArrayForm,
 }
 
 /// `SELECT dr_agent.advance(…)`: the compare-and-set that begins every apply transaction.
@@ -253,8 +253,8 @@ fn unnest(target: &Target, sent: &[Sent], offset: usize, alias: &str) -> String 
 /// The parameter behind so many others, as an array.
 pub(super) fn array_of(target: &Target, sent: Sent, before: usize) -> String {
     let array = match (sent.form, &target.columns[sent.position].native) {
-        (Form::Native, Some(native)) => native.array_sql.as_str(),
-        (Form::Ahead(_), _) => "pg_catalog.int8[]",
+        (ArrayForm::Native, Some(native)) => native.array_sql.as_str(),
+        (ArrayForm::Ahead(_), _) => "pg_catalog.int8[]",
         _ => "pg_catalog.text[]",
     };
     format!("${}::{array}", before + 1)
@@ -262,14 +262,14 @@ pub(super) fn array_of(target: &Target, sent: Sent, before: usize) -> String {
 
 pub(super) fn value(target: &Target, sent: Sent, alias: &str, i: usize) -> String {
     match sent.form {
-        Form::Native => match &target.columns[sent.position] {
+        ArrayForm::Native => match &target.columns[sent.position] {
             column if column.native.as_ref().is_some_and(|native| native.is_boxed) => {
                 format!("{alias}.c{i}::{}", column.type_sql)
             }
             _ => format!("{alias}.c{i}"),
         },
-        Form::Text => format!("{alias}.c{i}::{}", target.columns[sent.position].type_sql),
-        Form::Ahead(reading) => reading.sql(
+        ArrayForm::Text => format!("{alias}.c{i}::{}", target.columns[sent.position].type_sql),
+        ArrayForm::Ahead(reading) => reading.sql(
             &format!("{alias}.c{i}"),
             &target.columns[sent.position].type_sql,
         ),
@@ -366,11 +366,11 @@ pub(super) mod tests {
     pub(in crate::sink::replica) const SENT: [Sent; 2] = [
         Sent {
             position: 0,
-            form: Form::Native,
+            form: ArrayForm::Native,
         },
         Sent {
             position: 1,
-            form: Form::Text,
+            form: ArrayForm::Text,
         },
     ];
 

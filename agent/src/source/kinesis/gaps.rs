@@ -42,7 +42,7 @@ impl Stalled {
 
 /// What comes next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum GapVerdict {
     ReadOn,
     /// The tip was reached, and nothing before it is missing for sure.
     Tip,
@@ -89,12 +89,12 @@ impl Gaps {
     }
 
     /// Everything has been read that was in the stream at `at`.
-    pub(super) fn read_up_to(&mut self, at: Instant, gap: Option<Gap>, now: Instant) -> Verdict {
+    pub(super) fn read_up_to(&mut self, at: Instant, gap: Option<Gap>, now: Instant) -> GapVerdict {
         if let Until::Tip(tip) = self.until
             && at >= tip
             && gap.is_none_or(|gap| gap.accepted_by.is_none())
         {
-            return Verdict::Tip;
+            return GapVerdict::Tip;
         }
         let Some(gap) = gap else {
             self.stalled = None;
@@ -102,9 +102,9 @@ impl Gaps {
                 Some((successor, arrived_by))
                     if self.until == Until::Stopped && at >= arrived_by =>
                 {
-                    Verdict::BegunAnew(successor)
+                    GapVerdict::BegunAnew(successor)
                 }
-                _ => Verdict::ReadOn,
+                _ => GapVerdict::ReadOn,
             };
         };
         let stalled = self.stalled_at(gap, now);
@@ -112,9 +112,9 @@ impl Gaps {
         // A writer that died, or has been refused for a while, may not have finished it. Somebody sends it again.
         let is_overdue = stalled.for_as_long_as(self.patience.max(LOOK_EVERY), now);
         if stalled.looked_lately(now) || !is_missing && !is_overdue {
-            return Verdict::ReadOn;
+            return GapVerdict::ReadOn;
         }
-        Verdict::Look {
+        GapVerdict::Look {
             gap,
             is_missing,
             is_new: stalled.looked.is_none(),
@@ -190,8 +190,8 @@ mod tests {
         }
     }
 
-    fn look(gap: Gap, is_missing: bool, is_new: bool) -> Verdict {
-        Verdict::Look {
+    fn look(gap: Gap, is_missing: bool, is_new: bool) -> GapVerdict {
+        GapVerdict::Look {
             gap,
             is_missing,
             is_new,
@@ -211,10 +211,10 @@ mod tests {
         let (unfinished, missing) = (gap(1, None), gap(1, Some(start)));
         // (read up to, the gap) where the tip is 10.
         let cases = [
-            ((9, None), Verdict::ReadOn),
-            ((10, None), Verdict::Tip),
-            ((9, Some(unfinished)), Verdict::ReadOn),
-            ((10, Some(unfinished)), Verdict::Tip),
+            ((9, None), GapVerdict::ReadOn),
+            ((10, None), GapVerdict::Tip),
+            ((9, Some(unfinished)), GapVerdict::ReadOn),
+            ((10, Some(unfinished)), GapVerdict::Tip),
             ((9, Some(missing)), look(missing, true, true)),
             ((10, Some(missing)), look(missing, true, true)),
         ];
@@ -232,19 +232,19 @@ mod tests {
         let mut gaps = Gaps::new(Until::Stopped, PATIENCE, true);
         let mut read = |read, gap, now| gaps.read_up_to(at(start, read), Some(gap), at(start, now));
         // It may only have come later.
-        assert_eq!(read(0, coming, 0), Verdict::ReadOn);
-        assert_eq!(read(29, coming, 29), Verdict::ReadOn);
+        assert_eq!(read(0, coming, 0), GapVerdict::ReadOn);
+        assert_eq!(read(29, coming, 29), GapVerdict::ReadOn);
         assert_eq!(read(30, coming, 31), look(coming, true, true));
         // Another one, which a writer is at.
         let unfinished = gap(200, None);
-        assert_eq!(read(40, unfinished, 40), Verdict::ReadOn);
-        assert_eq!(read(99, unfinished, 99), Verdict::ReadOn);
+        assert_eq!(read(40, unfinished, 40), GapVerdict::ReadOn);
+        assert_eq!(read(99, unfinished, 99), GapVerdict::ReadOn);
         assert_eq!(read(100, unfinished, 100), look(unfinished, false, true));
         // Where nobody is patient, it is still given a moment.
         let mut gaps = Gaps::new(Until::Stopped, Duration::ZERO, true);
         let mut read = |now| gaps.read_up_to(start, Some(unfinished), at(start, now));
-        assert_eq!(read(0), Verdict::ReadOn);
-        assert_eq!(read(4), Verdict::ReadOn);
+        assert_eq!(read(0), GapVerdict::ReadOn);
+        assert_eq!(read(4), GapVerdict::ReadOn);
         assert_eq!(read(5), look(unfinished, false, true));
     }
 
@@ -259,7 +259,7 @@ mod tests {
         for (now, looks) in [(1, false), (4, false), (5, true), (6, true)] {
             let expected = match looks {
                 true => look(missing, true, false),
-                false => Verdict::ReadOn,
+                false => GapVerdict::ReadOn,
             };
             let now = at(start, now);
             assert_eq!(gaps.read_up_to(start, Some(missing), now), expected);
@@ -273,7 +273,7 @@ mod tests {
         assert_eq!(verdict, look(rest, true, true));
         assert!(gaps.may_wait(at(start, 61)));
         // Once nothing is missing, the same gap would be another one.
-        assert_eq!(gaps.read_up_to(start, None, start), Verdict::ReadOn);
+        assert_eq!(gaps.read_up_to(start, None, start), GapVerdict::ReadOn);
         let verdict = gaps.read_up_to(start, Some(rest), at(start, 200));
         assert_eq!(verdict, look(rest, true, true));
     }
@@ -306,14 +306,14 @@ mod tests {
             // The first of them counts.
             gaps.saw(ours, history(1, 300), at(start, 99));
             let verdict = gaps.read_up_to(at(start, read), gap, at(start, 20));
-            let is_it = matches!(verdict, Verdict::BegunAnew(found) if found == other);
+            let is_it = matches!(verdict, GapVerdict::BegunAnew(found) if found == other);
             assert_eq!(is_it, expected, "{other} {read} {gap:?}");
         }
         // Whoever empties the stream takes what there is.
         let mut gaps = Gaps::new(Until::Tip(at(start, 20)), PATIENCE, true);
         gaps.saw(ours, history(1, 200), start);
         let verdict = gaps.read_up_to(at(start, 10), None, start);
-        assert_eq!(verdict, Verdict::ReadOn);
+        assert_eq!(verdict, GapVerdict::ReadOn);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::gaps::{self, Gaps, Verdict};
+use super::gaps::{self, GapVerdict, Gaps};
 use super::{StreamSettings, Tip, Until};
 use crate::archive::log::Layout;
 use crate::cloud::kinesis::{Event, Kinesis, KinesisError, Records, StartAt, Wanted};
@@ -40,7 +40,7 @@ const WAITING: u64 = 4;
 
 /// What comes after a reading of the stream has ended.
 #[derive(Debug)]
-enum Next {
+enum NextRead {
     /// Nobody wants more, or the tip was reached, with this gap before what is left.
     End(Option<Gap>),
     /// The stream is read from its oldest record on.
@@ -68,12 +68,12 @@ pub(super) struct Receiving {
 }
 
 /// Whether there is more to read.
-type Flow = ControlFlow<Next>;
+type Flow = ControlFlow<NextRead>;
 
 const ON: Flow = ControlFlow::Continue(());
 
 /// Nobody wants more.
-const UNWANTED: Flow = ControlFlow::Break(Next::End(None));
+const UNWANTED: Flow = ControlFlow::Break(NextRead::End(None));
 
 impl Receiving {
     /// Opens the stream.
@@ -122,7 +122,7 @@ impl Receiving {
         let mut from = gaps::start_at(self.settings.commit_time, wall_clock());
         loop {
             match self.read(from).await? {
-                Next::End(gap) => {
+                NextRead::End(gap) => {
                     return Ok(Tip {
                         gap,
                         joined: self.joined,
@@ -130,13 +130,13 @@ impl Receiving {
                         unfinished: self.gather.is_waiting(),
                     });
                 }
-                Next::FromTheBeginning => from = StartAt::TrimHorizon,
+                NextRead::FromTheBeginning => from = StartAt::TrimHorizon,
             }
         }
     }
 
     /// Reads the stream from there.
-    async fn read(&mut self, from: StartAt) -> Result<Next, SourceError> {
+    async fn read(&mut self, from: StartAt) -> Result<NextRead, SourceError> {
         (self.from, self.since) = (from, wall_clock());
         let (events, mut events_seen) = mpsc::channel(EVENTS);
         let (kinesis, metrics) = (self.kinesis.clone(), self.metrics.clone());
@@ -159,7 +159,7 @@ impl Receiving {
             let draining = self.until != Until::Stopped;
             let event = tokio::select! {
                 biased;
-                () = queue.closed() => return Ok(Next::End(None)),
+                () = queue.closed() => return Ok(NextRead::End(None)),
                 event = events_seen.recv() => event,
                 () = tokio::time::sleep(STANDSTILL), if draining => {
                     return Err(SourceError::Silent {
@@ -329,14 +329,14 @@ impl Receiving {
     async fn read_up_to(&mut self, at: Instant) -> Result<Flow, SourceError> {
         let gap = self.gather.gap();
         match self.gaps.read_up_to(at, gap, Instant::now()) {
-            Verdict::ReadOn => Ok(ON),
-            Verdict::Tip => self.end(gap).await,
-            Verdict::BegunAnew(successor) => Err(SourceError::BegunAnew {
+            GapVerdict::ReadOn => Ok(ON),
+            GapVerdict::Tip => self.end(gap).await,
+            GapVerdict::BegunAnew(successor) => Err(SourceError::BegunAnew {
                 stream: self.settings.stream.clone(),
                 ours: self.settings.history,
                 successor,
             }),
-            Verdict::Look {
+            GapVerdict::Look {
                 gap,
                 is_missing,
                 is_new,
@@ -374,7 +374,7 @@ impl Receiving {
         }
         if !self.is_from_the_beginning().await {
             // The clocks may differ more than was allowed for.
-            return Ok(ControlFlow::Break(Next::FromTheBeginning));
+            return Ok(ControlFlow::Break(NextRead::FromTheBeginning));
         }
         Err(SourceError::Gap {
             gap,
@@ -396,14 +396,14 @@ impl Receiving {
             }
         }
         if self.joined || self.is_from_the_beginning().await {
-            return Ok(ControlFlow::Break(Next::End(gap)));
+            return Ok(ControlFlow::Break(NextRead::End(gap)));
         }
         tracing::warn!(
             stream = %self.settings.stream, position = %self.gather.position(),
             "nothing that was read of the Kinesis stream leads on from the replica: the source's clock may be ahead; reading the \
              stream from its oldest record on"
         );
-        Ok(ControlFlow::Break(Next::FromTheBeginning))
+        Ok(ControlFlow::Break(NextRead::FromTheBeginning))
     }
 
     /// Waits for room on the shelf; nothing is read meanwhile. What was complete is gone: all that helps is what is missing,

@@ -276,7 +276,7 @@ const REPLICA: Of = Of {
 
 /// What is asked for beside names.
 #[derive(Clone, Copy, Debug)]
-struct Beside {
+struct AskedBeside {
     /// What costs most, and may wait for locks.
     definitions: bool,
     /// Which roles have a password, for who may read it.
@@ -284,7 +284,7 @@ struct Beside {
 }
 
 /// `kind, name` of everything that is the users' own.
-fn objects(of: &Of, beside: Beside) -> String {
+fn objects(of: &Of, beside: AskedBeside) -> String {
     let counted = "r.oid IN (SELECT oid FROM counted)";
     let mut of_side = vec![
         format!("SELECT 'role', r.rolname::text FROM pg_catalog.pg_roles r WHERE {counted}"),
@@ -333,7 +333,7 @@ fn objects(of: &Of, beside: Beside) -> String {
 }
 
 /// A JSON list of names; hashes of them where they are too long together, or where `hashed` says so; or nothing.
-fn by_kind(of: &Of, beside: Beside, hashed: &str) -> String {
+fn by_kind(of: &Of, beside: AskedBeside, hashed: &str) -> String {
     format!(
         "SELECT k.kind, count(o.name)::bigint AS objects,
                 CASE WHEN coalesce(sum(length(o.name)), 0) <= {NAMES_BYTES_MAX} AND NOT ({hashed})
@@ -348,7 +348,7 @@ fn by_kind(of: &Of, beside: Beside, hashed: &str) -> String {
 }
 
 /// The kinds that are asked for; a kind that is not is left as it was told before.
-fn kinds(beside: Beside) -> Vec<&'static str> {
+fn kinds(beside: AskedBeside) -> Vec<&'static str> {
     let kinds = KINDS.into_iter().filter(|kind| match *kind {
         PRIVILEGE | DEFINITION => beside.definitions,
         ROLE_PASSWORD => beside.passwords,
@@ -368,10 +368,10 @@ async fn reads_passwords(client: &Client) -> Result<bool, PgError> {
 async fn ask(
     client: &Client,
     definitions: bool,
-    statement: fn(Beside) -> String,
+    statement: fn(AskedBeside) -> String,
     rest: &[&(dyn ToSql + Sync)],
 ) -> Result<Vec<Row>, PgError> {
-    let mut beside = Beside {
+    let mut beside = AskedBeside {
         definitions,
         passwords: reads_passwords(client).await?,
     };
@@ -392,8 +392,8 @@ async fn ask(
 
 async fn ask_once(
     client: &Client,
-    beside: Beside,
-    statement: fn(Beside) -> String,
+    beside: AskedBeside,
+    statement: fn(AskedBeside) -> String,
     rest: &[&(dyn ToSql + Sync)],
 ) -> Result<Vec<Row>, PgError> {
     let kinds = kinds(beside);
