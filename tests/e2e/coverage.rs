@@ -355,20 +355,20 @@ async fn what_an_object_is_and_who_may_use_it_are_compared() {
     }
     let running = agent.start();
     running.wait_for_streaming(&database.name).await;
-    let coverage = told(&[
+    let expected = [
         "missing_definition 14",
         "missing_privilege 10",
         "missing_role_attribute 3",
         "missing_role_password 1",
-    ])
-    .await;
-    for name in [
-        "public.dear",
-        "public.item.low",
-        "public.item.item_kind",
+    ];
+    // Each major version writes definitions in its own way.
+    let skipped = usize::from(site.source.major() != site.replica.major());
+    let coverage = told(&expected[skipped..]).await;
+    let defined = ["public.dear", "public.item.low", "public.item.item_kind"];
+    for name in defined.into_iter().filter(|_| skipped == 0).chain([
         "public.item: def_app=INSERT* def_app=SELECT* def_app=UPDATE def_late=SELECT",
         "def_app: LOGIN CREATEDB",
-    ] {
+    ]) {
         assert!(
             coverage.to_string().contains(&format!("\"{name}\"")),
             "{name} in {coverage}"

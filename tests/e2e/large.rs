@@ -119,8 +119,16 @@ async fn a_large_value_is_in_memory_once_and_given_back() {
     for (what, peak, left) in &told {
         eprintln!("{what}: peak {} MiB, then {} MiB", peak / MIB, left / MIB);
     }
-    database.expect_equal().await;
     let replica = database.replica().await;
+    if size < 256 * MIB {
+        database.expect_equal().await;
+    } else {
+        // As text, which the comparison of databases reads, a row would be longer than a server can hold.
+        const ROWS: &str = "
+            SELECT string_agg(concat_ws(' ', id, n, md5(body), md5(note), md5(tree::text)), ',' ORDER BY id)
+                   || (SELECT string_agg(concat_ws(' ', n, md5(body)), ',') FROM log) FROM doc";
+        assert_eq!(replica.value(ROWS).await, source.value(ROWS).await);
+    }
     assert_eq!(
         replica
             .number("SELECT count(*) FROM dr_agent.large_value")

@@ -9,6 +9,7 @@
 
 mod agent_role;
 mod archive;
+mod archive_ahead;
 mod archive_alone;
 mod archive_damage;
 mod archive_history;

@@ -277,6 +277,8 @@ const REPLICA: Of = Of {
 /// What is asked for beside names.
 #[derive(Clone, Copy, Debug)]
 struct AskedBeside {
+    /// Who may do what.
+    privileges: bool,
     /// What costs most, and may wait for locks.
     definitions: bool,
     /// Which roles have a password, for who may read it.
@@ -295,8 +297,10 @@ fn objects(of: &Of, beside: AskedBeside) -> String {
         definitions::OF_SERVER.to_owned(),
         definitions::role_attributes(counted),
     ];
-    if beside.definitions {
+    if beside.privileges {
         of_side.push(definitions::privileges(of.grantees));
+    }
+    if beside.definitions {
         of_side.push(definitions::definitions());
     }
     if beside.passwords {
@@ -350,7 +354,8 @@ fn by_kind(of: &Of, beside: AskedBeside, hashed: &str) -> String {
 /// The kinds that are asked for; a kind that is not is left as it was told before.
 fn kinds(beside: AskedBeside) -> Vec<&'static str> {
     let kinds = KINDS.into_iter().filter(|kind| match *kind {
-        PRIVILEGE | DEFINITION => beside.definitions,
+        PRIVILEGE => beside.privileges,
+        DEFINITION => beside.definitions,
         ROLE_PASSWORD => beside.passwords,
         _ => true,
     });
@@ -367,11 +372,12 @@ async fn reads_passwords(client: &Client) -> Result<bool, PgError> {
 /// else the statement needs.
 async fn ask(
     client: &Client,
-    definitions: bool,
+    (privileges, definitions): (bool, bool),
     statement: fn(AskedBeside) -> String,
     rest: &[&(dyn ToSql + Sync)],
 ) -> Result<Vec<Row>, PgError> {
     let mut beside = AskedBeside {
+        privileges,
         definitions,
         passwords: reads_passwords(client).await?,
     };
@@ -405,7 +411,8 @@ async fn ask_once(
 /// Somebody has locked something, or the statement took too long.
 const NOT_NOW: [&str; 2] = ["55P03", "57014"];
 
-/// Brings the source's rows of `dr_agent.coverage` up to date; what is as it was is not written. `definitions`: those as well.
+/// Brings the source's rows of `dr_agent.coverage` up to date; what is as it was is not written. `definitions`: those and privileges as
+/// well.
 pub async fn tell(
     client: &Client,
     stream: &StreamName,
@@ -413,7 +420,8 @@ pub async fn tell(
     definitions: bool,
 ) -> Result<(), PgError> {
     let has = |beside| coverage::writing(&by_kind(&SOURCE, beside, "false"));
-    ask(client, definitions, has, &[&stream.as_str()]).await?;
+    let beside = (definitions, definitions);
+    ask(client, beside, has, &[&stream.as_str()]).await?;
     let unprotected: Vec<(&str, u64, String)> = unprotected
         .iter()
         .map(|one| {
@@ -454,7 +462,7 @@ pub(super) async fn told_and_here(
     let unlike = |beside| coverage::unlike(&by_kind(&REPLICA, beside, "k.kind = ANY ($3)"));
     let stream_name = stream.as_str();
     let rest: [&(dyn ToSql + Sync); 3] = [&roles, &hashed, &stream_name];
-    let rows = ask(client, is_same_version, unlike, &rest).await?;
+    let rows = ask(client, (true, is_same_version), unlike, &rest).await?;
     let here: Vec<Told> = rows.iter().map(coverage::counted).collect();
     let differ = rows
         .iter()
