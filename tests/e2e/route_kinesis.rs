@@ -543,7 +543,7 @@ async fn a_slot_that_is_lost_is_not_created_anew_in_silence() {
     write(&route.database, 7).await;
     applying.expect_stopped(&route.database.name).await;
     applying
-        .wait_for_log(&["was begun anew on the source", "DROP DATABASE"])
+        .wait_for_log(&["was started over on the source", "DROP DATABASE"])
         .await;
     let replica = route.database.replica_server().client("postgres").await;
     replica

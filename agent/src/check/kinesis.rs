@@ -177,7 +177,7 @@ fn rights(reach: Reach, written: Option<&KinesisError>, read: &[KinesisError]) -
     match written {
         None => findings.push(at().ok(
             "kinesis_write",
-            "PutRecords is let in: a record that no shard can take was refused for that alone",
+            "PutRecords is allowed: a record that no shard can take was refused for that alone",
         )),
         // It was put.
         Some(error) if error.refusal().is_none() => {

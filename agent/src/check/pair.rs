@@ -179,7 +179,7 @@ fn extensions(
             findings.push(
                 at.error(
                     "extension_missing",
-                    "is installed on the source and not to be had on the replica",
+                    "is installed on the source and not available on the replica",
                 )
                 .on(name)
                 .hint("install its package on the replica's machine, or drop it on the source"),

@@ -188,7 +188,7 @@ fn send_again(name: &str) -> String {
         sending::TABLE
     );
     let over = remedy::start_over_with(Some(&also), "`dr-agent run`, and `dr-agent apply`");
-    format!("changes since then cannot be had any more. {over}")
+    format!("nobody has the changes since then any more. {over}")
 }
 
 fn elsewhere(

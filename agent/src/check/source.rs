@@ -665,7 +665,7 @@ async fn replication_connection(
     match open::within(attempt).await {
         Ok(identity) => at.ok(
             "replication_connection",
-            format!("is let in; WAL ends at {}", identity.xlogpos),
+            format!("is accepted; WAL ends at {}", identity.xlogpos),
         ),
         Err(error) => {
             let reason = chain(&error);
@@ -673,9 +673,11 @@ async fn replication_connection(
             // For a missing right the general hint is "run check", which is where we are.
             finding.hint(match error.hint() {
                 Some(hint) if error.sqlstate() != Some("42501") => hint,
-                _ => "an ordinary session is let in, this one is not: look at pg_hba.conf, at the \
+                _ => {
+                    "an ordinary session is accepted, this one is not: look at pg_hba.conf, at the \
                      role's REPLICATION attribute and at max_wal_senders"
-                    .to_owned(),
+                        .to_owned()
+                }
             })
         }
     }

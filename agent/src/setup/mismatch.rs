@@ -99,7 +99,7 @@ pub enum Mismatch {
     },
     /// The slot is there, what it needs is not.
     #[error(
-        "replication slot \"{slot}\" was invalidated ({}): the changes after {applied} cannot be had from it",
+        "replication slot \"{slot}\" was invalidated ({}): it does not have the changes after {applied} any more",
         reason.as_deref().unwrap_or("wal_status = lost")
     )]
     SlotInvalidated {
@@ -226,12 +226,12 @@ impl Classify for Mismatch {
                 start_over(SLOT_TOO)
             ),
             Self::SlotLost { .. } => format!(
-                "the changes since then cannot be had from the source any more; if that is not in use or not sound, the \
+                "the source does not have the changes since then any more; if it is not in use or not sound, the \
                  replica is what there is: {KEEPS}. {}",
                 start_over(SLOT_TOO)
             ),
             Self::SendingSlotLost { slot, .. } => format!(
-                "the changes since then cannot be had any more. {} (`dr-agent apply` there), after DELETE FROM {} \
+                "nobody has the changes since then any more. {} (`dr-agent apply` there), after DELETE FROM {} \
                  WHERE stream = '{slot}' on the source",
                 start_over(SLOT_TOO),
                 sending::TABLE

@@ -34,9 +34,9 @@ use tokio_postgres::binary_copy::BinaryCopyOutStream;
 use tokio_postgres::types::Type;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::backlog::{Positions, first_size};
 use super::feedback::{Feedback, HeldSlot, Listener, ticks};
 use super::intake::{Intake, TakenIn};
-use super::positions::{Positions, first_size};
 use super::{Next, Reader, SourceError, SourceSettings, begins_at};
 use crate::failpoint;
 use crate::flow::ledger::FlushLsn;

@@ -22,7 +22,7 @@
 //! It does not reconnect: its error ends the session, and the pipeline starts the next one from the
 //! progress row.
 
-mod behind;
+mod backlog;
 mod catch_up;
 mod feedback;
 mod from_archive;
@@ -31,14 +31,13 @@ mod kinesis;
 mod log;
 mod overflow;
 mod pace;
-mod positions;
 mod subtransactions;
 mod types;
 mod walsender;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
-use self::behind::Behind;
+use self::backlog::BacklogWatch;
 use self::intake::Intake;
 pub use self::intake::IntakeLimits;
 pub use self::kinesis::{StreamSettings, Tip, Until, receive};
@@ -177,7 +176,7 @@ pub enum SourceError {
     WentBack(#[from] WentBack),
     /// The stream goes on from another slot.
     #[error(
-        "stream {stream} was begun anew on the source: it is of history {successor} now, this replica of {ours}"
+        "stream {stream} was started over on the source: it is of history {successor} now, this replica of {ours}"
     )]
     BegunAnew {
         /// The stream.
@@ -309,7 +308,7 @@ pub async fn run(
     position: watch::Sender<SourcePosition>,
 ) -> Result<(), SourceError> {
     let mut intake = Intake::new(&settings, space, queue, position);
-    let mut behind = Behind::new(&settings);
+    let mut backlog = BacklogWatch::new(&settings);
     let mut next = match settings.slot {
         SlotUse::Own => Next::CatchUp,
         SlotUse::Copy | SlotUse::Late => Next::OnlyWalsender,
@@ -321,8 +320,8 @@ pub async fn run(
         next = match next {
             Next::CatchUp => catch_up::read(&settings, &mut intake, flush.clone()).await?,
             Next::Walsender | Next::OnlyWalsender => {
-                behind.rest(next == Next::OnlyWalsender);
-                walsender::read(&settings, &mut intake, flush.clone(), &mut behind).await?
+                backlog.rest(next == Next::OnlyWalsender);
+                walsender::read(&settings, &mut intake, flush.clone(), &mut backlog).await?
             }
             Next::End => return Ok(()),
         };

@@ -10,10 +10,11 @@ use std::pin::Pin;
 use tokio::sync::watch;
 use tokio::time::Sleep;
 
+use super::backlog::BacklogWatch;
 use super::feedback::{Feedback, Listener, ticks};
 use super::intake::{Intake, Meanwhile as _, TakenIn};
 use super::pace::Pace;
-use super::{Behind, Next, Reader, SlotUse, SourceError, SourceSettings, begins_at};
+use super::{Next, Reader, SlotUse, SourceError, SourceSettings, begins_at};
 use crate::flow::ledger::FlushLsn;
 use crate::pg::replication::{
     ReplicationConnection, ReplicationMessage, ReplicationReader, StatusSender,
@@ -28,7 +29,7 @@ pub(super) async fn read(
     settings: &SourceSettings,
     intake: &mut Intake,
     flush: watch::Receiver<FlushLsn>,
-    behind: &mut Behind,
+    backlog: &mut BacklogWatch,
 ) -> Result<Next, SourceError> {
     let (reader, status) = open(settings, intake.end_lsn()).await?;
     let mut walsender = Walsender {
@@ -36,7 +37,7 @@ pub(super) async fn read(
         reader,
         feedback: Feedback::new(flush, Listener::Walsender(status)),
     };
-    let outcome = walsender.stream(intake, behind).await;
+    let outcome = walsender.stream(intake, backlog).await;
     walsender.feedback.finish().await;
     outcome
 }
@@ -109,7 +110,7 @@ impl Walsender {
     async fn stream(
         &mut self,
         intake: &mut Intake,
-        behind: &mut Behind,
+        backlog: &mut BacklogWatch,
     ) -> Result<Next, SourceError> {
         let mut due = ticks();
         let mut pause: Option<Pin<Box<Sleep>>> = None;
@@ -127,7 +128,7 @@ impl Walsender {
                 // 2. Sign of life.
                 _ = due.tick() => {
                     self.feedback.send().await?;
-                    let asking = behind.is_far(self.pace.late(), intake.end_lsn());
+                    let asking = backlog.is_far(self.pace.late(), intake.end_lsn());
                     if !intake.is_spilling() && self.feedback.during(asking).await? {
                         return Ok(Next::CatchUp);
                     }

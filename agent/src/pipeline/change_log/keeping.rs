@@ -59,7 +59,7 @@ pub(super) async fn run(keeping: Arc<Keeping>) {
         // Nobody else would notice: the sessions would go on, and the slot would keep WAL for a log that nobody writes.
         tracing::error!(
             database = keeping.database,
-            "the task that keeps the change log has ended, by an error of dr-agent's own that is above; it is begun anew"
+            "the task that keeps the change log has ended, by an error of dr-agent's own that is logged above; it is started again"
         );
         keeping.state.send_replace(LogState::default());
         tokio::time::sleep(keeping.config.limits.retry_max.min(PAUSE_AFTER_PANIC)).await;
