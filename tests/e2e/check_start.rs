@@ -69,7 +69,8 @@ async fn what_keeps_a_start_from_working_is_found_before() {
         (
             &plain,
             "CREATE SCHEMA dr_agent
-               CREATE TABLE stream (stream text, system_identifier text DEFAULT '7', timeline int DEFAULT 1);
+               CREATE TABLE stream (stream text, system_identifier text DEFAULT '7', timeline int DEFAULT 1,
+                                    began timestamptz DEFAULT now(), tables_as_of pg_lsn);
              INSERT INTO dr_agent.stream VALUES ('x')",
             "DROP SCHEMA dr_agent CASCADE",
             "is the replica of",

@@ -1,6 +1,6 @@
 //! `dr-agent backup`: base backups on demand, and what the archive has.
 //!
-//! Thin: everything happens in [`crate::archive::base`] and [`crate::archive::log`], and becomes text or JSON in [`view`].
+//! Thin: everything happens in [`crate::archive::base`] and [`crate::archive::log`], and becomes text or JSON in `view`.
 
 mod view;
 

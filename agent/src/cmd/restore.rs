@@ -1,6 +1,6 @@
 //! `dr-agent restore`: a database as of any moment, out of the archive.
 //!
-//! Thin: everything happens in [`crate::replay::restore`], and becomes text or JSON in [`view`].
+//! Thin: everything happens in [`crate::replay::restore`], and becomes text or JSON in `view`.
 
 mod display;
 mod view;

@@ -2,7 +2,7 @@
 //!
 //! Three witnesses, each of which may be dead: the replica knows what is applied, the running agent
 //! knows the lag as it measures it, and the source is asked for the bytes only where the agent
-//! does not answer. [`judge`] makes one verdict per database out of them, purely. Where there is an archive its store
+//! does not answer. `judge` makes one verdict per database out of them, purely. Where there is an archive its store
 //! is asked, too, and under route `kinesis` the stream; that is shown and has no part in the verdict.
 //!
 //! Under route `kinesis` the sites need not see one another. Beside the replica the verdict is the same as ever. Beside the
