@@ -231,7 +231,7 @@ async fn each_finding_about_the_stream_appears_and_disappears() {
         (
             json!({"ErrorCode": "InvalidArgumentException", "ErrorMessage": "x"}),
             "ok",
-            "let in",
+            "is allowed",
         ),
         (
             json!({"ErrorCode": "AccessDeniedException", "ErrorMessage": "x"}),

@@ -220,6 +220,18 @@ async fn what_is_buffered_is_handed_out_without_waiting() {
         .start_replication("s", PgLsn::from(0), &PGOUTPUT)
         .await
         .unwrap();
+    // All of it is on its way: whoever reads sooner takes one message after the other.
+    let end = client
+        .value("SELECT pg_current_wal_flush_lsn()::text")
+        .await;
+    let sent = format!(
+        "SELECT count(*) FROM pg_stat_replication WHERE sent_lsn >= '{}'",
+        end.expect("a position")
+    );
+    wait_until("the walsender to have sent it", PATIENCE, || async {
+        client.number(&sent).await == 1
+    })
+    .await;
     let (mut reads, mut buffered, mut inserts) = (0, 0, 0);
     while inserts < 1000 {
         reads += 1;
