@@ -50,6 +50,22 @@ CREATE TABLE IF NOT EXISTS dr_agent.clock (
     measured_at   timestamptz NOT NULL
 );
 
+-- What the event triggers wrote down of each command (capture.sql). A row is a barrier at its place in the stream. Types whose binary
+-- form is their text, but for numbers.
+CREATE TABLE IF NOT EXISTS dr_agent.ddl (
+    id           bigint PRIMARY KEY,
+    at           timestamptz NOT NULL,
+    kind         text NOT NULL,     -- command, drop, rewrite
+    tag          text NOT NULL,     -- ALTER TABLE
+    role_name    text NOT NULL,     -- current_user: what the command was allowed to
+    session_role text NOT NULL,
+    search_path  text NOT NULL,
+    query        text,              -- what the client sent: perhaps several statements, a DO block, a call of a function
+    context      text,              -- PG_CONTEXT: the innermost statement, where a function or a DO block runs it
+    ordinal      integer,           -- which firing within the client's string, from 1 on
+    objects      json NOT NULL      -- what it concerned, with the shapes afterwards
+);
+
 -- The slots that are read here, by stream. Not published: it says which history the source is in, and a source that was
 -- restored says so by it.
 CREATE TABLE IF NOT EXISTS dr_agent.sending (

@@ -19,6 +19,7 @@ pub mod cloud;
 pub mod cmd;
 pub mod config;
 pub mod copy;
+pub mod ddl;
 pub mod error;
 pub mod failpoint;
 pub mod flow;

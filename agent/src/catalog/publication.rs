@@ -142,8 +142,16 @@ fn unit<'a>(table: &'a Table, keyed_roots: &BTreeSet<TableName>) -> &'a TableNam
 }
 
 /// The tables of schema `dr_agent` that travel in the stream.
-pub fn in_band_tables() -> [TableName; 5] {
-    ["heartbeat", "sequence_state", "listed", "coverage", "clock"].map(|name| TableName {
+pub fn in_band_tables() -> [TableName; 6] {
+    [
+        "heartbeat",
+        "sequence_state",
+        "listed",
+        "coverage",
+        "clock",
+        "ddl",
+    ]
+    .map(|name| TableName {
         schema: "dr_agent".to_owned(),
         name: name.to_owned(),
     })

@@ -1,7 +1,7 @@
 //! The agent's own tables in the databases: one file for each, which alone reads and writes it.
 //!
 //! ```text
-//! source    sending  heartbeat  sequence_state  listing  coverage  clock      in-band: published, and so on the replica too
+//! source    sending  heartbeat  sequence_state  listing  coverage  clock  ddl  in-band: published, and so on the replica too
 //! replica   progress  stream  table_sync  schema_sync  set_aside  deferred  promotion  large_value
 //! restore   the same as on a replica, and restore
 //! ```
@@ -15,6 +15,7 @@
 
 pub mod clock;
 pub mod coverage;
+pub mod ddl;
 pub mod deferred;
 pub mod heartbeat;
 pub mod large_value;

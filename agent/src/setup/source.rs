@@ -31,18 +31,19 @@ use crate::pg::{Again, ConnInfo, PgError, PgLsn, Session, connect};
 use crate::schema::listing::{self, Listed};
 use crate::schema::stream::{self, Recorded};
 use crate::schema::table_sync::TableSync;
-use crate::schema::{clock, coverage, heartbeat, progress, sending, sequence_state};
+use crate::schema::{clock, coverage, ddl, heartbeat, progress, sending, sequence_state};
 
 /// Schema `dr_agent` with the in-band tables.
 pub(super) const SCHEMA_SQL: &str = include_str!("../../sql/source.sql");
 
 /// Those of them that are published: they reach the replica like any other.
-const IN_BAND: [&str; 5] = [
+const IN_BAND: [&str; 6] = [
     heartbeat::TABLE,
     sequence_state::TABLE,
     listing::TABLE,
     coverage::TABLE,
     clock::TABLE,
+    ddl::TABLE,
 ];
 
 /// Long enough to win against ordinary traffic, short enough that nobody notices who queued behind.

@@ -1,0 +1,9 @@
+//! DDL in commit order: from a row of `dr_agent.ddl` to the same shape on the replica.
+//!
+//! ```text
+//! source   command ▶ event trigger (agent/sql/capture.sql) ▶ dr_agent.ddl ─ published, a barrier at its place in the stream
+//! replica  DdlEvent ▶ statement ● exact? ▶ replay ▶ compare shapes ▶ equal
+//!                            └ no, or not equal ▶ shape ● statements that bring the object to the recorded shape ▶ compare
+//!                                                        └ not possible ▶ the database stops there, with the ways out
+//! ```
+//! The statement helps, the result decides.
