@@ -147,7 +147,34 @@ CREATE TABLE IF NOT EXISTS dr_agent.ddl (
     query        text,              -- what the client sent: perhaps several statements, a DO block, a call of a function
     context      text,              -- PG_CONTEXT: the innermost statement, where a function or a DO block runs it
     ordinal      integer,           -- which firing within the client's string, from 1 on
-    objects      json NOT NULL      -- what it concerned, with the shapes afterwards
+    objects      json NOT NULL,     -- what it concerned, with the shapes afterwards
+    version      integer DEFAULT pg_catalog.current_setting('server_version_num')::integer
+);
+
+-- What has become of each command of the source: written in the transaction of its rows.
+CREATE TABLE IF NOT EXISTS dr_agent.ddl_applied (
+    stream     text NOT NULL,
+    id         bigint NOT NULL,         -- of dr_agent.ddl
+    outcome    text NOT NULL,           -- nothing, statement, shape, copy, skipped, waits
+    detail     text NOT NULL DEFAULT '',
+    commit_lsn pg_lsn NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (stream, id)
+);
+
+-- Objects that are not as the source has them, and why: each is tried again, and named by a promotion.
+CREATE TABLE IF NOT EXISTS dr_agent.ddl_waiting (
+    stream   text NOT NULL,
+    kind     text NOT NULL,             -- kind, names, args: what pg_get_object_address takes
+    names    text[] NOT NULL,
+    args     text[] NOT NULL,
+    identity text NOT NULL,             -- the same for people
+    shape    json,                      -- what it should be; NULL: gone
+    reason   text NOT NULL,
+    ddl      bigint NOT NULL,           -- the command, in dr_agent.ddl
+    since    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    accepted text,                      -- a person says that it is right as it is, and why
+    PRIMARY KEY (stream, kind, names, args)
 );
 
 -- The compare-and-set that begins every apply transaction: ordering, exactly-once and fencing in

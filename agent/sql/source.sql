@@ -63,7 +63,8 @@ CREATE TABLE IF NOT EXISTS dr_agent.ddl (
     query        text,              -- what the client sent: perhaps several statements, a DO block, a call of a function
     context      text,              -- PG_CONTEXT: the innermost statement, where a function or a DO block runs it
     ordinal      integer,           -- which firing within the client's string, from 1 on
-    objects      json NOT NULL      -- what it concerned, with the shapes afterwards
+    objects      json NOT NULL,     -- what it concerned, with the shapes afterwards
+    version      integer DEFAULT pg_catalog.current_setting('server_version_num')::integer
 );
 
 -- The slots that are read here, by stream. Not published: it says which history the source is in, and a source that was

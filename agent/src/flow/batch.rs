@@ -45,6 +45,11 @@ impl Batch {
         times.max().unwrap_or(Micros::MIN)
     }
 
+    /// Whether it is one transaction with a barrier.
+    pub fn has_barrier(&self) -> bool {
+        self.transactions.iter().any(|it| it.has_barrier)
+    }
+
     /// Its last transaction.
     pub fn last(&self) -> &Transaction {
         self.transactions
@@ -114,7 +119,7 @@ impl<P> Queue<P> {
         let (mut bytes, mut changes) = (0, 0);
         while let Some(first) = self.waiting.front() {
             let next = &first.transaction;
-            let alone = next.spilled.is_some();
+            let alone = next.spilled.is_some() || next.has_barrier;
             let full = bytes + next.bytes > self.bytes_max
                 || changes + next.counts.total() > self.changes_max;
             if !transactions.is_empty() && (alone || full) {
@@ -253,6 +258,20 @@ mod tests {
         assert_eq!(ends(&mut queue), [30, 40]);
         assert_eq!(ends(&mut queue), [50]);
         assert_eq!(queue.len(), 0);
+    }
+
+    #[test]
+    fn a_transaction_with_a_barrier_goes_out_alone() {
+        let mut queue = Queue::new(100, 10);
+        for (end, has_barrier) in [(10, false), (20, true), (30, true), (40, false)] {
+            let mut one = received(end, 1, 1);
+            one.transaction.has_barrier = has_barrier;
+            queue.push(one);
+        }
+        assert_eq!(ends(&mut queue), [10]);
+        assert_eq!(ends(&mut queue), [20]);
+        assert_eq!(ends(&mut queue), [30]);
+        assert_eq!(ends(&mut queue), [40]);
     }
 
     #[test]

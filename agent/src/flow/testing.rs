@@ -23,6 +23,7 @@ pub(crate) fn transaction(end: u64) -> Transaction {
         changes: Vec::new(),
         counts: ChangeCounts([1, 0, 0, 0]),
         bytes: 1,
+        has_barrier: false,
     }
 }
 

@@ -56,6 +56,11 @@ impl SourceRelation {
         format!("{}.{}", self.schema(), self.relation.name)
     }
 
+    /// Whether its rows are barriers.
+    pub fn is_of_barriers(&self) -> bool {
+        BARRIERS == (self.schema(), self.relation.name.as_str())
+    }
+
     /// The schema; pgoutput sends an empty string for `pg_catalog`.
     pub fn schema(&self) -> &str {
         if self.relation.schema.is_empty() {
@@ -65,6 +70,10 @@ impl SourceRelation {
         }
     }
 }
+
+/// The table whose rows are barriers, by schema and name: what the source's event triggers wrote down of a command. What is behind
+/// such a row may be of tables that are not there before it.
+pub const BARRIERS: (&str, &str) = ("dr_agent", "ddl");
 
 /// One insert, update or delete, or one truncate, with the relations it concerns.
 #[derive(Clone, Debug)]
@@ -118,6 +127,8 @@ pub struct Transaction {
     pub counts: ChangeCounts,
     /// Bytes of `changes` in memory.
     pub bytes: u64,
+    /// It has a barrier: it is a batch of its own.
+    pub has_barrier: bool,
 }
 
 /// Why the stream of messages makes no sense.

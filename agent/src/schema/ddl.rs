@@ -49,6 +49,8 @@ pub struct DdlEvent {
     pub context: Option<String>,
     /// Which event trigger firing of its kind within the client's string this is, from 1 on.
     pub ordinal: Option<i32>,
+    /// `server_version_num` of the source.
+    pub version: Option<i32>,
     /// The objects concerned, in the order of the server.
     pub objects: Vec<EventObject>,
 }
@@ -87,7 +89,7 @@ pub struct EventObject {
 
 /// Whether the rows of this relation are events.
 pub fn is_of(relation: &SourceRelation) -> bool {
-    TABLE.split_once('.') == Some((relation.schema(), relation.relation.name.as_str()))
+    relation.is_of_barriers()
 }
 
 /// Why a row of `dr_agent.ddl` says nothing.
@@ -139,6 +141,10 @@ fn read_row<'n>(
         }
         _ => None,
     };
+    let integer = |column| {
+        let number = values.get(column).and_then(number);
+        number.and_then(|number| i32::try_from(number).ok())
+    };
     let text = |column| maybe(column).ok_or(EventError::Column(column));
     let id = values.get("id").and_then(number);
     let id = id.ok_or(EventError::Column("id"))?;
@@ -152,10 +158,8 @@ fn read_row<'n>(
         search_path: text("search_path")?,
         query: maybe("query"),
         context: maybe("context"),
-        ordinal: values
-            .get("ordinal")
-            .and_then(number)
-            .and_then(|number| i32::try_from(number).ok()),
+        ordinal: integer("ordinal"),
+        version: integer("version"),
         objects: objects.map_err(|source| EventError::Objects { id, source })?,
     })
 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! source    sending  heartbeat  sequence_state  listing  coverage  clock  ddl  in-band: published, and so on the replica too
-//! replica   progress  stream  table_sync  schema_sync  set_aside  deferred  promotion  large_value
+//! replica   progress  stream  table_sync  schema_sync  set_aside  deferred  promotion  large_value  ddl_applied
+//!           ddl_waiting
 //! restore   the same as on a replica, and restore
 //! ```
 //!
@@ -16,6 +17,8 @@
 pub mod clock;
 pub mod coverage;
 pub mod ddl;
+pub mod ddl_applied;
+pub mod ddl_waiting;
 pub mod deferred;
 pub mod heartbeat;
 pub mod large_value;

@@ -11,8 +11,8 @@
 //! table of the replica holds the rows.
 //!
 //! # Invariants
-//! - A `ready` row is never deleted: changes of a dropped or unlisted table may still be on their way, and a table that is listed again
-//!   must be known to have missed some.
+//! - A `ready` row is never deleted, but where the stream itself says that the table was dropped: changes of a dropped or unlisted table
+//!   may still be on their way, and a table that is listed again must be known to have missed some.
 
 mod copying;
 
@@ -383,6 +383,98 @@ pub async fn forget(
         .execute(&sql, &[&stream.as_str(), &schemas, &names])
         .await?;
     Ok(())
+}
+
+/// A table is called otherwise from here on.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn rename(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    from: &TableName,
+    to: &TableName,
+) -> Result<(), PgError> {
+    let sql = format!(
+        "WITH old AS (DELETE FROM {TABLE} WHERE stream = $1 AND table_schema = $2 AND table_name = $3 RETURNING *)
+        INSERT INTO {TABLE} AS t (stream, table_schema, table_name, state, snapshot_lsn, listed_as, rows, bytes, replica_oid)
+        SELECT stream, $4, $5, state, snapshot_lsn, listed_as, rows, bytes, replica_oid FROM old
+            ON CONFLICT (stream, table_schema, table_name) DO UPDATE
+               SET state = excluded.state, snapshot_lsn = excluded.snapshot_lsn, listed_as = excluded.listed_as,
+                   rows = excluded.rows, bytes = excluded.bytes, replica_oid = excluded.replica_oid, updated_at = now()"
+    );
+    let of_stream = stream.as_str();
+    let names = [&from.schema, &from.name, &to.schema, &to.name];
+    let [a, b, c, d] = names;
+    client.execute(&sql, &[&of_stream, a, b, c, d]).await?;
+    Ok(())
+}
+
+/// A table was dropped, at its place in the stream: no change of it can come any more.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn gone(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    table: &TableName,
+) -> Result<(), PgError> {
+    let sql =
+        format!("DELETE FROM {TABLE} WHERE stream = $1 AND table_schema = $2 AND table_name = $3");
+    client
+        .execute(&sql, &[&stream.as_str(), &table.schema, &table.name])
+        .await?;
+    Ok(())
+}
+
+/// A table was created, empty, at its place in the stream, which brings all its changes.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn came(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    table: &TableName,
+    listed_as: &ListedAs,
+) -> Result<(), PgError> {
+    let sql = format!(
+        "INSERT INTO {TABLE} AS t (stream, table_schema, table_name, state, listed_as, replica_oid)
+        SELECT $1, $2, $3, 'ready', $4, to_regclass(format('%I.%I', $2::text, $3::text))::oid
+            ON CONFLICT (stream, table_schema, table_name) DO UPDATE
+               SET state = 'ready', snapshot_lsn = NULL, listed_as = excluded.listed_as, rows = 0, bytes = 0,
+                   replica_oid = excluded.replica_oid, updated_at = now()"
+    );
+    client
+        .execute(
+            &sql,
+            &[
+                &stream.as_str(),
+                &table.schema,
+                &table.name,
+                &listed_as.as_str(),
+            ],
+        )
+        .await?;
+    Ok(())
+}
+
+/// Whether a table is to be copied, or is being copied.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn is_unfinished(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    table: &TableName,
+) -> Result<bool, PgError> {
+    let sql = format!(
+        "SELECT EXISTS (SELECT FROM {TABLE}
+                         WHERE stream = $1 AND table_schema = $2 AND table_name = $3 AND state <> 'ready')"
+    );
+    let row = client
+        .query_one(&sql, &[&stream.as_str(), &table.schema, &table.name])
+        .await?;
+    Ok(row.get(0))
 }
 
 /// Tables that are copied beside the stream hold everything that committed before `end_lsn`: the stream brings the rest.

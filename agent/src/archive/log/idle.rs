@@ -80,6 +80,7 @@ mod tests {
             changes: changes.collect(),
             counts: ChangeCounts::default(),
             bytes: 0,
+            has_barrier: false,
         };
         Batch {
             number: BatchNumber(1),

@@ -57,6 +57,7 @@ pub(super) fn batch(previous: u64, end: u64, bytes: usize) -> Batch {
             bytes: change.bytes(),
             changes: vec![change],
             counts: ChangeCounts::default(),
+            has_barrier: false,
         }],
     }
 }

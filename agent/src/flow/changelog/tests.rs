@@ -59,6 +59,7 @@ fn batch(changes: Vec<Vec<Change>>) -> Batch {
             bytes: changes.iter().map(Change::bytes).sum(),
             changes,
             counts,
+            has_barrier: false,
         }
     });
     Batch {

@@ -47,6 +47,8 @@ pub(super) struct OpenTransaction {
     aborted: HashSet<u32>,
     bytes: u64,
     block: BytesMut,
+    /// One that was rolled back since counts, too.
+    has_barrier: bool,
 }
 
 /// Changes in order, each with the (sub)transaction that made it.
@@ -100,6 +102,7 @@ impl OpenTransaction {
             aborted: HashSet::new(),
             bytes: 0,
             block: BytesMut::new(),
+            has_barrier: false,
         }
     }
 
@@ -130,6 +133,8 @@ impl OpenTransaction {
         };
         counts.count(&change.message);
         self.bytes += change.bytes();
+        let mut relations = change.relations().iter();
+        self.has_barrier |= relations.any(|relation| relation.is_of_barriers());
         self.pending.push(maker, change);
     }
 
@@ -223,6 +228,7 @@ impl Complete {
             changes,
             counts,
             bytes,
+            has_barrier: open.has_barrier,
         };
         (transaction, open.aborted)
     }
