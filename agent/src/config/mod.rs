@@ -92,6 +92,7 @@ struct RawSource {
     databases: Option<Vec<String>>,
     slot: Option<String>,
     keyless: Option<Keyless>,
+    ddl: Option<Ddl>,
     exclude: Vec<String>,
     heartbeat: Option<String>,
     sequences: Option<String>,
@@ -171,6 +172,17 @@ pub enum Keyless {
     Exclude,
 }
 
+/// What becomes of the source's commands that define things (`source.ddl`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ddl {
+    /// Event triggers on the source write them down, and the replica follows at the same place of the stream.
+    #[default]
+    Replicate,
+    /// No event triggers are installed, and those that are there are removed: somebody else sees to it.
+    Off,
+}
+
 /// What becomes of a database where one of its tables cannot be created, copied or applied (`replica.set_aside`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -227,6 +239,8 @@ pub struct Source {
     pub slot: String,
     /// What happens to tables without a key.
     pub keyless: Keyless,
+    /// What becomes of its commands that define things.
+    pub ddl: Ddl,
     /// Tables left out.
     pub exclude: Vec<TablePattern>,
     /// How often the heartbeat row is written.
@@ -508,6 +522,7 @@ impl RawSource {
             databases,
             slot,
             keyless: self.keyless.unwrap_or_default(),
+            ddl: self.ddl.unwrap_or_default(),
             exclude,
             heartbeat_every: duration("source.heartbeat", self.heartbeat, "1s")?,
             sequences_every: duration("source.sequences", self.sequences, "5s")?,
