@@ -1,0 +1,92 @@
+//! ● Who owns an object, and who may do what with it, as far as those roles are on the replica.
+
+use super::{Case, Plan, is, quote_ident};
+use crate::shape::acl::{self, Privilege};
+
+/// What an object is called in ALTER and GRANT: for those that have owners and privileges.
+fn word(kind: &str) -> Option<(&'static str, &'static str)> {
+    Some(match kind {
+        "table" | "partitioned table" => ("TABLE", "TABLE"),
+        "foreign table" => ("FOREIGN TABLE", "TABLE"),
+        "view" => ("VIEW", "TABLE"),
+        "materialized view" => ("MATERIALIZED VIEW", "TABLE"),
+        "sequence" => ("SEQUENCE", "SEQUENCE"),
+        "function" | "aggregate" => ("FUNCTION", "FUNCTION"),
+        "procedure" => ("PROCEDURE", "PROCEDURE"),
+        "type" | "composite type" => ("TYPE", "TYPE"),
+        "domain" => ("DOMAIN", "DOMAIN"),
+        "schema" => ("SCHEMA", "SCHEMA"),
+        "language" => ("LANGUAGE", "LANGUAGE"),
+        "server" => ("SERVER", "FOREIGN SERVER"),
+        "foreign-data wrapper" => ("FOREIGN DATA WRAPPER", "FOREIGN DATA WRAPPER"),
+        "statistics object" => ("STATISTICS", ""),
+        "collation" => ("COLLATION", ""),
+        _ => return None,
+    })
+}
+
+/// The object's name in such a statement.
+fn name(case: &Case<'_>) -> String {
+    match case.address.kind.as_str() {
+        "function" | "procedure" | "aggregate" | "type" | "domain" => case.identity.to_owned(),
+        "schema" | "language" | "server" | "foreign-data wrapper" => case.last_name(),
+        _ => case.name(),
+    }
+}
+
+/// Adds what gives an object its owner and its privileges.
+pub(super) fn heal(case: &Case<'_>, plan: &mut Plan) {
+    let Some((alter, grant)) = word(&case.address.kind) else {
+        return;
+    };
+    // A domain is called a type where it is altered by name alone.
+    let is_domain = case.wanted("typtype") == Some("d");
+    let alter = if is_domain { "DOMAIN" } else { alter };
+    let object = name(case);
+    // The sequence of an identity column belongs to whom its table belongs to.
+    let is_own = is(case.recorded, "identity");
+    let owner = case
+        .wanted("owner")
+        .filter(|owner| case.roles.acts_as(owner) && !is_own);
+    if let Some(owner) = owner.filter(|owner| case.has("owner") != Some(owner)) {
+        plan.add(format!(
+            "ALTER {alter} {object} OWNER TO {}",
+            quote_ident(owner)
+        ));
+    }
+    if grant.is_empty() {
+        return;
+    }
+    let kind = case.address.kind.as_str();
+    let wanted = acl::granted(kind, case.recorded, case.roles);
+    let has = match case.found {
+        Some(found) => acl::granted(kind, found, case.roles),
+        None => acl::granted(kind, &serde_json::json!({}), case.roles),
+    };
+    for privilege in has.difference(&wanted) {
+        plan.add(format!(
+            "REVOKE {} ON {grant} {object} FROM {}",
+            privilege.name,
+            grantee(privilege)
+        ));
+    }
+    for privilege in wanted.difference(&has) {
+        let option = if privilege.grantable {
+            " WITH GRANT OPTION"
+        } else {
+            ""
+        };
+        plan.add(format!(
+            "GRANT {} ON {grant} {object} TO {}{option}",
+            privilege.name,
+            grantee(privilege)
+        ));
+    }
+}
+
+fn grantee(privilege: &Privilege) -> String {
+    privilege
+        .grantee
+        .as_deref()
+        .map_or_else(|| "PUBLIC".to_owned(), quote_ident)
+}
