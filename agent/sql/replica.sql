@@ -172,9 +172,22 @@ CREATE TABLE IF NOT EXISTS dr_agent.ddl_waiting (
     shape    json,                      -- what it should be; NULL: gone
     reason   text NOT NULL,
     ddl      bigint NOT NULL,           -- the command, in dr_agent.ddl
+    across   boolean NOT NULL,          -- recorded by a server of another major version
     since    timestamptz NOT NULL DEFAULT clock_timestamp(),
     accepted text,                      -- a person says that it is right as it is, and why
     PRIMARY KEY (stream, kind, names, args)
+);
+
+-- What people have decided about commands and tables, and why: kept for good.
+CREATE TABLE IF NOT EXISTS dr_agent.ddl_decided (
+    id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    stream     text NOT NULL,
+    action     text NOT NULL,           -- retry, accept, resync
+    object     text NOT NULL,
+    reason     text NOT NULL,
+    decided_by text NOT NULL DEFAULT session_user,
+    decided_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    done_at    timestamptz              -- of a resync: when the agent has begun with it
 );
 
 -- The compare-and-set that begins every apply transaction: ordering, exactly-once and fencing in

@@ -60,6 +60,8 @@ pub enum Command {
     Apply,
     /// Show whether the RPO is met
     Status(cmd::status::StatusArgs),
+    /// Show what has become of the source's commands (DDL) on the replica, and decide about those that wait
+    Ddl(cmd::ddl::DdlArgs),
     /// Make the replica the primary, and report what was lost and how long it took
     Promote(cmd::promote::PromoteArgs),
     /// Take a base backup into the archive, or list, verify or prune the archive

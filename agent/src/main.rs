@@ -71,6 +71,7 @@ async fn run(command: Command, config: Config, file: PathBuf) -> anyhow::Result<
         Command::Run => cmd::run::run(config, file).await,
         Command::Apply => cmd::run::apply(config, file).await,
         Command::Status(args) => Ok(cmd::status::run(config, args).await),
+        Command::Ddl(args) => Ok(cmd::ddl::run(config, args).await),
         Command::Promote(args) => Ok(cmd::promote::run(config, args).await),
         Command::Backup(args) => Ok(cmd::backup::run(config, args).await),
         Command::Restore(args) => Ok(cmd::restore::run(config, args).await),

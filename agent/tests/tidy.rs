@@ -34,17 +34,18 @@ const MAY_NAME: &[(&str, &str)] = &[
     ("cloud", "backoff error private time"),
     (
         "cmd",
-        "archive backoff check cloud config copy error names observe pg pipeline promote replay setup time watch",
+        "archive backoff check cloud config copy ddl error names observe pg pipeline promote replay schema setup sink time watch",
     ),
     ("config", "cloud error names pg"),
     ("copy", "catalog config error failpoint names pg schema"),
+    ("ddl", "error names pg schema shape"),
     ("flow", "error names pg time"),
     ("names", "error pg time"),
     ("observe", "cloud config error flow pg time watch"),
     ("pg", "error"),
     (
         "pipeline",
-        "archive backoff catalog cloud config copy error failpoint flow names observe pg schema setup shape sink source time watch",
+        "archive backoff catalog cloud config copy ddl error failpoint flow names observe pg schema setup shape sink source time watch",
     ),
     (
         "promote",
@@ -62,7 +63,7 @@ const MAY_NAME: &[(&str, &str)] = &[
     ("shape", "catalog names pg"),
     (
         "sink",
-        "catalog cloud config error failpoint flow names observe pg schema time",
+        "catalog cloud config ddl error failpoint flow names observe pg schema time",
     ),
     (
         "source",

@@ -4,7 +4,7 @@
 # shellcheck shell=bash
 
 # Rust older than this does not build the workspace (rust-version in Cargo.toml).
-RUST_MINOR_MIN=88
+RUST_MINOR_MIN=94
 # PostgreSQL's first supported major version.
 PG_MAJOR_MIN=14
 # The stand-ins for AWS that the tests were written against.

@@ -32,6 +32,7 @@ mod connection;
 mod copy;
 mod coverage;
 mod databases;
+mod ddl;
 mod disturbances;
 mod failover_archive;
 mod failover_slots;

@@ -3,12 +3,14 @@
 //! Read by `check`, by the set-up before anything is published, and by the monitor that counts
 //! unprotected objects. Only reads; decides nothing about publications.
 
+pub mod names;
 pub mod publication;
 pub mod routing;
 
 use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use crate::config::{Config, Keyless};
 use crate::names::TableName;
@@ -129,9 +131,12 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>, PgError> {
                                                  WHEN 'd' THEN i.indisprimary END) AS hidden) k
          WHERE c.relkind = 'r' AND c.relpersistence IN ('p', 'u')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
-           AND (n.nspname <> 'dr_agent' OR c.relname IN ('heartbeat', 'sequence_state', 'listed', 'coverage', 'clock'))
+           AND (n.nspname <> 'dr_agent' OR c.relname = ANY ($1::text[]))
          ORDER BY 1, 2";
-    let rows = client.query_typed(SQL, &[]).await?;
+    let in_band = publication::IN_BAND;
+    let rows = client
+        .query_typed(SQL, &[(&in_band.as_slice(), Type::TEXT_ARRAY)])
+        .await?;
     Ok(rows
         .iter()
         .map(|row| Table {

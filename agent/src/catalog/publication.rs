@@ -141,17 +141,19 @@ fn unit<'a>(table: &'a Table, keyed_roots: &BTreeSet<TableName>) -> &'a TableNam
     }
 }
 
-/// The tables of schema `dr_agent` that travel in the stream.
-pub fn in_band_tables() -> [TableName; 6] {
-    [
-        "heartbeat",
-        "sequence_state",
-        "listed",
-        "coverage",
-        "clock",
-        "ddl",
-    ]
-    .map(|name| TableName {
+/// The names of the tables of schema `dr_agent` that travel in the stream.
+pub(super) const IN_BAND: [&str; 6] = [
+    "heartbeat",
+    "sequence_state",
+    "listed",
+    "coverage",
+    "clock",
+    "ddl",
+];
+
+/// The tables themselves.
+pub fn in_band_tables() -> [TableName; IN_BAND.len()] {
+    IN_BAND.map(|name| TableName {
         schema: "dr_agent".to_owned(),
         name: name.to_owned(),
     })

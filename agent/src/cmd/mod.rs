@@ -3,6 +3,7 @@
 
 pub mod backup;
 pub mod check;
+pub mod ddl;
 pub mod init;
 pub mod promote;
 pub mod reload;

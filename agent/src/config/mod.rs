@@ -127,6 +127,7 @@ struct RawLimits {
     batch_bytes: Option<String>,
     batch_changes: Option<u64>,
     spread_changes: Option<u64>,
+    index_bytes: Option<String>,
     queue_bytes: Option<String>,
     transaction_bytes: Option<String>,
     catch_up_bytes: Option<String>,
@@ -287,6 +288,8 @@ pub struct Limits {
     pub batch_changes: u64,
     /// Net changes from which a batch is spread over lanes.
     pub spread_changes: u64,
+    /// On a table larger than this a new index that is not unique is built beside the stream.
+    pub index_bytes: u64,
     /// Received and not yet applied transactions held in memory, in bytes.
     pub queue_bytes: u64,
     /// A transaction above this many bytes continues in a spill file.
@@ -540,6 +543,7 @@ impl RawLimits {
                 1,
                 10_000_000,
             )?,
+            index_bytes: bytes("limits.index_bytes", self.index_bytes, "128MiB")?,
             spread_changes: within(
                 "limits.spread_changes",
                 self.spread_changes.unwrap_or(10_000),

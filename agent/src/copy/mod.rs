@@ -164,7 +164,7 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
     let held = ledger.begin(&replica, &names, job).await?;
     let schema = schema::Schema::new(job, &sessions, &source, observer).await?;
     // An earlier copy may have been killed between creating and quieting them.
-    silence_triggers::quiet(&replica, observer).await?;
+    silence_triggers::quiet(&replica, job.stream, observer).await?;
     schema.restore_pre_data(&source, &replica).await?;
 
     observer.phase(CopyPhase::Data);
@@ -184,7 +184,7 @@ async fn copy_all(job: &CopyJob<'_>, observer: &dyn CopyObserver) -> Result<(), 
     schema
         .restore_post_data(&source, &replica, &replicated, one_snapshot)
         .await?;
-    silence_triggers::quiet(&replica, observer).await?;
+    silence_triggers::quiet(&replica, job.stream, observer).await?;
     let only = (!job.whole_schema).then_some(names.as_slice());
     for some in finish::sequences(&source, only).await? {
         finish::set_sequences(&replica, &some).await?;

@@ -7,3 +7,14 @@
 //!                                                        └ not possible ▶ the database stops there, with the ways out
 //! ```
 //! The statement helps, the result decides.
+
+mod again;
+mod apply;
+mod build;
+mod remove;
+mod rewrite;
+pub mod statement;
+
+pub use again::{Tried, try_waiting};
+pub use apply::{CommandCounts, Done, Outcome, Replay, Waiting, is_across, table_of};
+pub use build::{ROLE as INDEX_ROLE, session as index_session, yield_indexes};

@@ -273,7 +273,10 @@ fn not_protected(database: &DatabaseStatus) -> Vec<String> {
     let missing = missing.map(|one| format!("not protected: {}", one.text(NAMES_SHOWN)));
     let aside = database.set_aside.iter();
     let aside = aside.map(|(table, reason)| format!("set aside, not protected: {table}: {reason}"));
-    missing.chain(aside).collect()
+    let waiting = database.coverage.iter().flat_map(|seen| &seen.waiting);
+    let waiting =
+        waiting.map(|(object, reason)| format!("not as on the source: {object}: {reason}"));
+    missing.chain(aside).chain(waiting).collect()
 }
 
 fn bytes(count: u64) -> String {
@@ -331,6 +334,7 @@ mod tests {
                 names: vec!["public.<t>".to_owned()],
             }],
             set_aside: [aside.clone()].into(),
+            waiting: [("view public.v".to_owned(), "no type <x>".to_owned())].into(),
         };
         let database = DatabaseStatus {
             coverage: Some(coverage),
@@ -342,6 +346,7 @@ mod tests {
             "<td class=bad>protected: 42 of 43 tables",
             "table set aside: 1 (public.&lt;t&gt;)",
             "public.&lt;t&gt;: another type",
+            "not as on the source: view public.v: no type &lt;x&gt;",
         ] {
             assert!(page.contains(words), "{words}: {page}");
         }

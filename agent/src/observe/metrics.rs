@@ -101,6 +101,16 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         "Batches replayed change by change after a constraint refused the folded form",
     ),
     (
+        "dr_agent_ddl_total",
+        Kind::Counter,
+        "Commands (DDL) of the source on the replica, by outcome: nothing, statement, shape, copy, skipped, waits",
+    ),
+    (
+        "dr_agent_ddl_pending",
+        Kind::Gauge,
+        "Objects that are not as a command of the source has left them there, and are tried again; NaN while that is not known",
+    ),
+    (
         "dr_agent_source_reader",
         Kind::Gauge,
         "1 for how the source is read now: eager, lazy (behind, or a busy source) or catch_up (far behind)",
@@ -554,6 +564,11 @@ impl DatabaseMetrics {
         counter!("dr_agent_changes_total", "database" => self.label(), "kind" => kind)
     }
 
+    /// `dr_agent_ddl_total{outcome}`
+    pub fn ddl(&self, outcome: &'static str) -> Counter {
+        counter!("dr_agent_ddl_total", "database" => self.label(), "outcome" => outcome)
+    }
+
     /// `dr_agent_errors_total{class}`
     pub fn errors(&self, class: Class) -> Counter {
         counter!("dr_agent_errors_total", "database" => self.label(), "class" => class.as_str())
@@ -614,6 +629,10 @@ pub fn show(databases: &[DatabaseStatus], servers: &Servers) {
             (
                 "dr_agent_tables_protected",
                 coverage.and_then(|seen| seen.protected),
+            ),
+            (
+                "dr_agent_ddl_pending",
+                coverage.map(|seen| seen.waiting.len() as u64),
             ),
         ] {
             set(name, count.map(|count| count as f64));

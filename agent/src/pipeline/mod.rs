@@ -36,6 +36,7 @@ mod set_aside;
 mod start;
 mod streaming;
 mod trouble;
+mod waiting;
 mod wake;
 
 use std::sync::Arc;

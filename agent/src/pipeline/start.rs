@@ -21,6 +21,7 @@ use super::error::SessionError;
 use super::late::Late;
 use super::owner::{Owner, Terms};
 use super::streaming::{LateSide, Shown, Streaming};
+use super::waiting::Waiting;
 use super::{Leg, Pipeline, now_instant};
 use crate::archive::log::idle_age;
 use crate::cloud::kinesis::Kinesis;
@@ -159,6 +160,14 @@ impl Pipeline {
                 changed: Arc::clone(&self.aside.changed),
             };
             tasks.spawn(cover.run());
+            let waiting = Waiting {
+                replica: self.config.replica.conninfo.with_dbname(&self.database),
+                stream: self.stream.clone(),
+                term: prepared.term,
+                aside: self.aside.clone(),
+                wanted: self.wake.clone(),
+            };
+            tasks.spawn(waiting.run());
         }
         let at = shipment.shipped();
         let late = beside.map(|beside| self.late(prepared, beside, at, &mut tasks));

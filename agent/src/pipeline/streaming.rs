@@ -19,6 +19,7 @@ use super::error::SessionError;
 use super::late::Ask;
 use super::owner::{Action, Now, Owner, Step};
 use super::{Leg, Pipeline, TICK, as_f64, now_instant};
+use crate::ddl;
 use crate::failpoint;
 use crate::flow::batch::Batch;
 use crate::flow::counts::{ChangeCounts, KINDS};
@@ -175,6 +176,12 @@ impl Streaming<'_> {
         }
         if applied.spread {
             metrics.spread_batches.increment(1);
+        }
+        for (outcome, count) in applied.commands.each().filter(|(_, count)| *count > 0) {
+            metrics.ddl(outcome.as_str()).increment(count);
+            if matches!(outcome, ddl::Outcome::Waits | ddl::Outcome::Copy) {
+                self.pipeline.aside.changed.notify_one();
+            }
         }
         let mut counts = ChangeCounts::default();
         for transaction in &batch.transactions {

@@ -364,7 +364,7 @@ async fn database(
 
 /// The names of the sessions by which an agent writes to the replica.
 pub fn agent_application_names(stream: &StreamName) -> Vec<String> {
-    ["apply", "copy", "setup"]
+    ["apply", "copy", "setup", "index"]
         .map(|role| stream.application_name(role))
         .to_vec()
 }

@@ -357,6 +357,9 @@ impl DatabaseReport {
         for (table, reason) in &coverage.set_aside {
             let _ = writeln!(out, "  {:<25} {table}: {reason}", "set aside");
         }
+        for (object, reason) in &coverage.waiting {
+            let _ = writeln!(out, "  {:<25} {object}: {reason}", "NOT as on the source");
+        }
     }
 
     /// One sentence: what the replica does not have.

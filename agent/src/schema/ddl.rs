@@ -10,13 +10,25 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use tokio_postgres::GenericClient;
 
-use crate::flow::transaction::{Change, Relations, SourceRelation};
+use crate::flow::transaction::{BARRIERS, Change, Relations, SourceRelation};
+use crate::names::TableName;
 use crate::names::object::ObjectAddress;
+use crate::pg::PgError;
 use crate::pg::pgoutput::{DecodeError, Message, Tuple, Value, decode};
 
 /// The table.
 pub const TABLE: &str = "dr_agent.ddl";
+
+/// The same, in parts.
+pub fn name() -> TableName {
+    let (schema, name) = BARRIERS;
+    TableName {
+        schema: schema.to_owned(),
+        name: name.to_owned(),
+    }
+}
 
 /// Which event trigger wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,6 +97,33 @@ pub struct EventObject {
     /// The shape after the command; none where the object is gone, or is of a kind that has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shape: Option<serde_json::Value>,
+}
+
+/// Which events a side knows of: the replica has those of the source as far as it is in the stream, and their deletions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EventsSeen {
+    count: i64,
+    /// One that commits late may have a small number.
+    sum: String,
+}
+
+/// Reads which there are; none where the table is not there.
+///
+/// # Errors
+/// When the server refuses.
+pub async fn seen(client: &(impl GenericClient + Sync)) -> Result<EventsSeen, PgError> {
+    if !super::has(client, &[TABLE]).await? {
+        return Ok(EventsSeen {
+            count: 0,
+            sum: "0".to_owned(),
+        });
+    }
+    let sql = format!("SELECT count(*), coalesce(sum(id), 0)::text FROM {TABLE}");
+    let row = client.query_typed_one(&sql, &[]).await?;
+    Ok(EventsSeen {
+        count: row.get(0),
+        sum: row.get(1),
+    })
 }
 
 /// Whether the rows of this relation are events.

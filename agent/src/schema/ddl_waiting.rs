@@ -24,6 +24,8 @@ pub struct WaitingObject {
     pub reason: String,
     /// The command, in `dr_agent.ddl`.
     pub ddl: i64,
+    /// It was recorded by a server of another major version.
+    pub across: bool,
     /// A person says that it is right as it is, and why.
     pub accepted: Option<String>,
 }
@@ -38,11 +40,11 @@ pub async fn note(
     object: &WaitingObject,
 ) -> Result<(), PgError> {
     let sql = format!(
-        "INSERT INTO {TABLE} AS w (stream, kind, names, args, identity, shape, reason, ddl)
-        VALUES ($1, $2, $3, $4, $5, $6::text::json, $7, $8)
+        "INSERT INTO {TABLE} AS w (stream, kind, names, args, identity, shape, reason, ddl, across)
+        VALUES ($1, $2, $3, $4, $5, $6::text::json, $7, $8, $9)
             ON CONFLICT (stream, kind, names, args) DO UPDATE
                SET identity = excluded.identity, shape = excluded.shape, reason = excluded.reason, ddl = excluded.ddl,
-                   accepted = NULL"
+                   across = excluded.across, accepted = CASE WHEN w.ddl = excluded.ddl THEN w.accepted END"
     );
     let address = &object.address;
     let shape = object.shape.as_ref().map(ToString::to_string);
@@ -58,6 +60,7 @@ pub async fn note(
                 &shape,
                 &object.reason,
                 &object.ddl,
+                &object.across,
             ],
         )
         .await?;
@@ -98,7 +101,7 @@ pub async fn read(
         return Ok(Vec::new());
     }
     let sql = format!(
-        "SELECT kind, names, args, identity, shape::text, reason, ddl, accepted FROM {TABLE} WHERE stream = $1 ORDER BY ddl, kind, names"
+        "SELECT kind, names, args, identity, shape::text, reason, ddl, across, accepted FROM {TABLE} WHERE stream = $1 ORDER BY ddl, kind, names"
     );
     let rows = client.query(&sql, &[&stream.as_str()]).await?;
     let waiting = rows.iter().map(|row| WaitingObject {
@@ -113,7 +116,36 @@ pub async fn read(
             .and_then(|text| serde_json::from_str(text).ok()),
         reason: row.get(5),
         ddl: row.get(6),
-        accepted: row.get(7),
+        across: row.get(7),
+        accepted: row.get(8),
     });
     Ok(waiting.collect())
+}
+
+/// Notes that a person says of an object that it is right as it is; whether it was waiting.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn accept(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    object: &ObjectAddress,
+    reason: &str,
+) -> Result<bool, PgError> {
+    let sql = format!(
+        "UPDATE {TABLE} SET accepted = $5 WHERE stream = $1 AND kind = $2 AND names = $3 AND args = $4"
+    );
+    let count = client
+        .execute(
+            &sql,
+            &[
+                &stream.as_str(),
+                &object.kind,
+                &object.names,
+                &object.args,
+                &reason,
+            ],
+        )
+        .await?;
+    Ok(count > 0)
 }

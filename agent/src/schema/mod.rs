@@ -3,7 +3,7 @@
 //! ```text
 //! source    sending  heartbeat  sequence_state  listing  coverage  clock  ddl  in-band: published, and so on the replica too
 //! replica   progress  stream  table_sync  schema_sync  set_aside  deferred  promotion  large_value  ddl_applied
-//!           ddl_waiting
+//!           ddl_waiting  ddl_decided
 //! restore   the same as on a replica, and restore
 //! ```
 //!
@@ -18,8 +18,10 @@ pub mod clock;
 pub mod coverage;
 pub mod ddl;
 pub mod ddl_applied;
+pub mod ddl_decided;
 pub mod ddl_waiting;
 pub mod deferred;
+pub mod firing;
 pub mod heartbeat;
 pub mod large_value;
 pub mod listing;

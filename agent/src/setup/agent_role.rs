@@ -7,6 +7,7 @@
 
 use tokio_postgres::Client;
 
+use super::capture;
 use super::error::{SetupError, Side};
 use super::replica::Server;
 use super::role::{Role, Statement};
@@ -271,6 +272,9 @@ pub(super) async fn source_statements(
             ));
         }
     }
+    // Last: what writes belongs to whoever owns what it writes to.
+    let facts = capture::observe(client).await.map_err(sql)?;
+    statements.extend(facts.statement(config.source.ddl));
     Ok(statements.into_iter().map(Statement::plain).collect())
 }
 
@@ -337,7 +341,7 @@ BEGIN
          WHERE relnamespace = 'dr_agent'::regnamespace AND relkind = 'r'
         UNION ALL
         SELECT 'FUNCTION ' || oid::regprocedure FROM pg_proc
-         WHERE pronamespace = 'dr_agent'::regnamespace
+         WHERE pronamespace = 'dr_agent'::regnamespace AND prorettype <> 'event_trigger'::regtype
     LOOP
         EXECUTE format('ALTER %s OWNER TO %I', object, {literal});
     END LOOP;

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::{SetupError, Side};
 use super::source_side::SourceSide;
-use super::{Published, replica, slot};
+use super::{Published, replica, slot, under_way};
 use crate::catalog::Table;
 use crate::catalog::routing;
 use crate::config::Config;
@@ -32,6 +32,8 @@ use crate::schema::{deferred, progress, table_sync};
 pub struct Found {
     /// Published, and not ready on the replica.
     pub tables: Vec<Table>,
+    /// The stream has not reached every command of the source: tables that it may bring are not among them.
+    pub under_way: bool,
     /// The same, where they cannot be copied from here.
     pub elsewhere: Vec<Aside>,
     /// Why nothing can be copied from here, if that is so.
@@ -67,9 +69,14 @@ pub async fn look(
     let tops = tops.map_err(|error| {
         SetupError::sql(Side::Source, "read the partitioned tables")(error.into())
     })?;
-    let tables = missing(tables, &tops, is_ready)?;
+    let mut tables = missing(tables, &tops, is_ready)?;
+    let under_way = under_way::any(&source.client, &client).await?;
+    if under_way {
+        tables.retain(|table| rows.iter().any(|row| row.table == table.name));
+    }
     Ok(Found {
         tables,
+        under_way,
         elsewhere: Vec::new(),
         out_of_reach: None,
         listed: source.found.listed,

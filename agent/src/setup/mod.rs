@@ -35,6 +35,7 @@ mod agent_role;
 mod aside;
 mod base;
 mod begin;
+mod capture;
 mod direct;
 mod error;
 mod init;
@@ -55,6 +56,7 @@ mod source;
 mod source_side;
 mod target;
 pub mod timeline;
+mod under_way;
 mod undo;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -86,6 +88,7 @@ use crate::names::history::{Cluster, History};
 use crate::names::stream::StreamName;
 use crate::pg::replication::CreatedSlot;
 use crate::pg::{ConnInfo, PgError, PgLsn, Session, connect};
+use crate::schema::ddl::EventsSeen;
 use crate::schema::listing::{Copied, Listed};
 use crate::schema::progress::Progress;
 use crate::schema::stream;
@@ -199,6 +202,8 @@ pub struct Published {
     pub history: History,
     /// The tables.
     pub tables: Vec<Table>,
+    /// The source's commands so far.
+    pub commands: EventsSeen,
     /// What they are listed as.
     pub listed: Listed,
     /// Which of them are below a table that places their rows.
@@ -236,6 +241,7 @@ pub async fn published(
     Ok(Some(Published {
         tops,
         history: noted.history(),
+        commands: under_way::of_source(&client).await?,
         tables,
         listed: found.listed,
     }))
@@ -256,6 +262,7 @@ pub async fn altered(
     const DOING: &str = "look up what columns are computed from";
     let stream = config.stream(database);
     let source = source::open(&config.source.conninfo.with_dbname(database), &stream).await?;
+    let before = under_way::of_source(&source).await?;
     let computed = computed::read(&source).await;
     let computed = computed.map_err(SetupError::sql(Side::Source, DOING))?;
     if seen == Some(&computed) {
@@ -264,6 +271,13 @@ pub async fn altered(
     let replica = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
     let found = computed::differences(&computed, &replica, tables, which).await;
     let found = found.map_err(SetupError::sql(Side::Replica, DOING))?;
+    if !found.is_empty() {
+        // A command on its way says the same, at its place.
+        let after = under_way::of_source(&source).await?;
+        if before != after || !under_way::have_arrived(&after, &replica).await? {
+            return Ok(None);
+        }
+    }
     Ok(Some((computed, found)))
 }
 

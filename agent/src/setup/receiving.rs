@@ -29,7 +29,7 @@ use super::replica::{self, Known, Server};
 use super::set_back::{self, Missed};
 use super::source_side::{self, SourceSide};
 use super::target::HalfLoaded;
-use super::{Found, Ready, Setup, late, lock, recover, resume, schema, sending};
+use super::{Found, Ready, Setup, late, lock, recover, resume, schema, sending, under_way};
 use crate::config::{Config, SetAside};
 use crate::copy::CopyObserver;
 use crate::error::chain;
@@ -95,9 +95,11 @@ pub async fn uncopied(
 ) -> Result<Uncopied, SetupError> {
     let stream = config.stream(database);
     let source = config.source.conninfo.with_dbname(database);
+    let mut commands = None;
     let (published, source_in_reach): (BTreeSet<TableName>, bool) =
         match within_reach(super::published(&source, &stream)).await {
             Ok(published) => {
+                commands = published.as_ref().map(|it| it.commands.clone());
                 let tables = published.map(|published| published.tables);
                 let names = tables.into_iter().flatten().map(|table| table.name);
                 (names.collect(), true)
@@ -114,6 +116,15 @@ pub async fn uncopied(
     let client = replica::open(&config.replica.conninfo.with_dbname(database), &stream).await?;
     let known = replica::synced_tables(&client, &stream).await?;
     let known: BTreeSet<TableName> = known.into_iter().map(|row| row.table).collect();
+    // What commands on their way bring is not missing.
+    if let Some(commands) = commands
+        && !under_way::have_arrived(&commands, &client).await?
+    {
+        return Ok(Uncopied {
+            tables: Vec::new(),
+            source_in_reach,
+        });
+    }
     Ok(Uncopied {
         tables: published.difference(&known).cloned().collect(),
         source_in_reach,
@@ -138,12 +149,18 @@ pub async fn look_receiving(
     let source = config.source.conninfo.with_dbname(database);
     let why = match within_reach(super::published(&source, &stream)).await {
         Ok(Some(published)) if published.history == history => {
-            if let Some(table) = late::listed_anew(&published, &rows).next() {
+            let under_way = !under_way::have_arrived(&published.commands, &client).await?;
+            let anew = late::listed_anew(&published, &rows).next();
+            if let Some(table) = anew.filter(|_| !under_way) {
                 return Err(SetupError::ListedAnew(table.clone()));
             }
-            let tables = late::missing(published.tables, &published.tops, is_ready)?;
+            let mut tables = late::missing(published.tables, &published.tops, is_ready)?;
+            if under_way {
+                tables.retain(|table| rows.iter().any(|row| row.table == table.name));
+            }
             return Ok(Found {
                 tables,
+                under_way,
                 elsewhere: Vec::new(),
                 out_of_reach: None,
                 listed: published.listed,
@@ -168,6 +185,7 @@ pub async fn look_receiving(
     };
     Ok(Found {
         tables: Vec::new(),
+        under_way: false,
         elsewhere: names.into_iter().map(aside).collect(),
         out_of_reach: Some(reason.clone()),
         listed: Listed::new(),

@@ -20,7 +20,7 @@ use tokio_postgres::Client;
 use super::error::{SetupError, Side};
 use super::replica;
 use super::set_back::{self, Missed};
-use super::{Setup, aside, slot, source_side};
+use super::{Setup, aside, slot, source_side, under_way};
 use crate::catalog::Table;
 use crate::catalog::routing;
 use crate::config::SetAside;
@@ -95,7 +95,12 @@ impl Setup<'_> {
             )
             .await?;
         }
-        let mut missed = self.source.found.missed(&self.source.wanted, &rows);
+        let under_way = under_way::any(&self.source.client, &self.replica).await?;
+        let mut missed = match under_way {
+            // What is another table by now the stream will say.
+            true => BTreeMap::new(),
+            false => self.source.found.missed(&self.source.wanted, &rows),
+        };
         if let Some(another) = another.filter(|table| ready.contains(*table)) {
             missed.entry(another.clone()).or_insert(Missed::Changes);
         }
@@ -121,7 +126,10 @@ impl Setup<'_> {
         if !missed.is_empty() || rows.iter().any(|row| !row.ready) {
             self.forget_unfinished().await?;
         }
-        self.copy_the_rest(walsender, &ready, &missed).await
+        let there = |table: &TableName| {
+            !under_way || missed.contains_key(table) || rows.iter().any(|row| row.table == *table)
+        };
+        self.copy_the_rest(walsender, &ready, &missed, there).await
     }
 
     /// Partitions whose rows cannot be told from one another on the replica are copied again together.
@@ -190,6 +198,7 @@ impl Setup<'_> {
         walsender: &mut ReplicationConnection,
         ready: &BTreeSet<TableName>,
         missed: &BTreeMap<TableName, Missed>,
+        there: impl Fn(&TableName) -> bool,
     ) -> Result<(), SetupError> {
         let rest: Vec<Table> = self
             .source
@@ -197,6 +206,7 @@ impl Setup<'_> {
             .published
             .iter()
             .filter(|table| !ready.contains(&table.name) || missed.contains_key(&table.name))
+            .filter(|table| there(&table.name))
             .cloned()
             .collect();
         if rest.is_empty() {

@@ -16,7 +16,11 @@ use tokio_postgres::types::Type;
 use super::error::{SetupError, Side};
 use crate::pg::PgError;
 
-const SQL: &str = include_str!("../../sql/replica.sql");
+const SQL: &str = concat!(
+    include_str!("../../sql/replica.sql"),
+    "\n",
+    include_str!("../../sql/shape.sql")
+);
 
 /// The statements that create or renew it.
 pub(super) fn statements() -> String {

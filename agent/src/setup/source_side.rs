@@ -12,6 +12,7 @@ use std::collections::BTreeSet;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 
+use super::capture;
 use super::error::{SetupError, Side};
 use super::identity::SeenSlot;
 use super::publishing::Publishing;
@@ -28,7 +29,7 @@ use crate::names::TableName;
 use crate::names::history::Cluster;
 use crate::names::stream::StreamName;
 use crate::pg::replication::ReplicationConnection;
-use crate::pg::{ConnInfo, PgLsn, slot};
+use crate::pg::{ConnInfo, PgError, PgLsn, slot};
 use crate::schema::sending::{self, Note};
 
 /// One database of the source, while it is set up.
@@ -123,6 +124,35 @@ impl<'a> SourceSide<'a> {
     /// everything `must` be listed, one that cannot be listed now, because somebody has it locked or for any other reason: it is
     /// said, and tried again with the next look.
     pub(super) async fn publish(&mut self, must: bool) -> Result<(), SetupError> {
+        self.rest_of_publishing(must).await?;
+        self.capture().await
+    }
+
+    /// Has the source's commands written down, if this role may see to it.
+    async fn capture(&mut self) -> Result<(), SetupError> {
+        let doing = "look at the event triggers that write DDL down";
+        let facts = capture::observe(&self.client).await;
+        let facts = facts.map_err(SetupError::sql(Side::Source, doing))?;
+        let ddl = self.config.source.ddl;
+        self.warnings.extend(facts.warning(ddl));
+        let Some(statement) = facts.statement(ddl) else {
+            return Ok(());
+        };
+        // The stream goes on without, and says so.
+        if let Err(error) = self.client.batch_execute(&statement).await {
+            let error = PgError::from(error);
+            self.warnings.push(format!(
+                "the event triggers that write DDL down cannot be installed: {error}; it is tried again"
+            ));
+            self.client
+                .batch_execute("ROLLBACK")
+                .await
+                .map_err(|error| SetupError::sql(Side::Source, doing)(error.into()))?;
+        }
+        Ok(())
+    }
+
+    async fn rest_of_publishing(&mut self, must: bool) -> Result<(), SetupError> {
         let publishing = Publishing {
             client: &self.client,
             must,

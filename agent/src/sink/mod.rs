@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
+use crate::ddl::CommandCounts;
 use crate::flow::batch::Batch;
 
 /// What a batch did.
@@ -29,6 +30,8 @@ pub struct Applied {
     pub slow_path: bool,
     /// Whether it was spread over lanes.
     pub spread: bool,
+    /// Commands of the source in it, by outcome.
+    pub commands: CommandCounts,
 }
 
 /// What became of a batch.

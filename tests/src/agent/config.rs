@@ -28,6 +28,8 @@ impl AgentConfig {
         new.set("source.url", &quote(source_url))
             .set("source.heartbeat", "\"200ms\"")
             .set("source.sequences", "\"300ms\"")
+            // Most tests are about what stands when DDL was run on one side only; those of `ddl` say otherwise.
+            .set("source.ddl", "\"off\"")
             .set("replica.url", &quote(replica_url))
             .set("limits.retry_max", "\"1s\"")
             .set("copy.pg_bin", &quote(&pg_bin.display().to_string()))

@@ -130,7 +130,7 @@ async fn load_all(
         .script("schema", &left_out, PRE_DATA, side.version_num())
         .await?;
     create_schema(&side, &script).await?;
-    silence_triggers::quiet(&client, observer).await?;
+    silence_triggers::quiet(&client, job.stream, observer).await?;
 
     observer.phase(CopyPhase::Data);
     let in_band: Vec<TableName> = chosen
@@ -145,7 +145,7 @@ async fn load_all(
     observer.phase(CopyPhase::PostData);
     build(job, &dump, &left_out, &side, &client, observer).await?;
     bring_back(job, &client, &constraints, observer).await?;
-    silence_triggers::quiet(&client, observer).await?;
+    silence_triggers::quiet(&client, job.stream, observer).await?;
     let sequences = small(job, SEQUENCES).await?;
     client
         .batch_execute(&sequences)

@@ -27,7 +27,7 @@ use crate::names::TableName;
 use crate::pg::PgLsn;
 use crate::pipeline::error::SessionError;
 use crate::schema::listing::Copied;
-use crate::sink::replica::{ReplicaSink, SinkSettings, Synced};
+use crate::sink::replica::{Events, ReplicaSink, SinkSettings, Synced};
 use crate::sink::{self, Outcome};
 use crate::source::{
     self, IntakeLimits, MadeOf, Received, SlotUse, SourcePosition, SourceSettings,
@@ -182,6 +182,7 @@ impl Late {
             SinkSettings {
                 lanes: 1,
                 spread_changes: u64::MAX,
+                events: Events::OfItsTables,
                 ..SinkSettings::of(&self.config, self.stream.late(), self.term)
             },
             Synced {

@@ -52,6 +52,9 @@ use crate::sink::replica::Beside;
 /// How often it is looked without being told that there is something new.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 
+/// The same while commands of the source are on their way, which may bring tables.
+const LOOK_SOON: Duration = Duration::from_secs(2);
+
 /// The same beside a replica whose source nobody watches from here.
 const LOOK_EVERY_APART: Duration = Duration::from_secs(10);
 
@@ -100,6 +103,8 @@ pub(super) struct Late {
 struct SeenTables {
     /// Warnings that were said.
     said: Vec<String>,
+    /// Commands of the source were on their way: what is missing is not known yet.
+    under_way: bool,
     archived: setup::Watch,
 }
 
@@ -128,6 +133,7 @@ impl Late {
             }
             let soon = self.aside.troubles().next();
             let every = match self.leg {
+                _ if seen.under_way => LOOK_SOON,
                 Leg::Apply => LOOK_EVERY_APART,
                 Leg::Whole | Leg::Send => LOOK_EVERY,
             };
@@ -165,6 +171,7 @@ impl Late {
             }
         }
         seen.said = found.warnings;
+        seen.under_way = found.under_way;
         let elsewhere = &found.elsewhere;
         // Where the source was seen, those of which changes come and that it has not have gone, or come with the next look.
         let unseen = found.out_of_reach.as_deref();

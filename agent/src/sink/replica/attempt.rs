@@ -25,6 +25,7 @@ use super::chain::{Chain, while_settling};
 use super::fold::{Folded, Folding, Work};
 use super::lane::Lane;
 use super::{SinkError, SinkSettings, sql};
+use crate::ddl::CommandCounts;
 use crate::failpoint;
 use crate::flow::batch::Batch;
 use crate::flow::lanes::{Part, Planner};
@@ -142,6 +143,7 @@ impl<'a> Attempt<'a> {
             net_changes,
             slow_path: false,
             spread,
+            commands: CommandCounts::default(),
         })
     }
 

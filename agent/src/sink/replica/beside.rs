@@ -43,6 +43,11 @@ impl Beside {
         known.tables.insert(table, copied);
     }
 
+    /// The stream knows better by now: the table has another name, is gone, or is to be copied again.
+    pub(super) fn part(&self, table: &TableName) {
+        self.lock().tables.remove(table);
+    }
+
     /// Changes of a table come that has not joined.
     pub(super) fn leave_out(&self, table: &TableName) {
         let mut known = self.lock();

@@ -9,13 +9,11 @@
 //! - Nor is anything of the tables of dr-agent: without them nobody knows where the replica stands.
 
 use super::SinkError;
+use super::relations::OURS;
 use super::unfit::Misfit;
 use crate::error::{Class, Classify as _};
 use crate::names::TableName;
 use crate::pg::PgError;
-
-/// The schema of what is ours.
-const OURS: &str = "dr_agent";
 
 /// A table that costs itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +52,8 @@ impl SinkError {
             | Self::At(..)
             | Self::Unplannable(_)
             | Self::Interrupted
+            | Self::Event(_)
+            | Self::Command { .. }
             | Self::Spill(_)
             | Self::Pg(_) => return None,
         };

@@ -28,6 +28,7 @@ use super::fold::{Folder, Path};
 use super::lane::Lane;
 use super::slice::{Slice, Slices};
 use super::{SinkError, SinkSettings, attempt};
+use crate::ddl::CommandCounts;
 use crate::error::{Class, Classify as _};
 use crate::failpoint;
 use crate::flow::batch::Batch;
@@ -61,20 +62,14 @@ pub(super) async fn apply(
     let mut until = batch.transactions.len();
     let mut stopped: Option<SinkError> = None;
     loop {
-        let mut divided = Divided {
-            settings,
-            lane: &mut *lane,
-            folder: &mut *folder,
-            batch,
-            net_changes: 0,
-            taken: Vec::new(),
-        };
+        let mut divided = Divided::new(settings, &mut *lane, &mut *folder, batch);
         let Err(stop) = divided.transactions(until).await else {
             let net_changes = divided.net_changes;
             let applied = Applied {
                 net_changes,
                 slow_path: true,
                 spread: false,
+                commands: CommandCounts::default(),
             };
             return stopped.map_or(Ok(applied), Err);
         };
@@ -90,17 +85,34 @@ pub(super) async fn apply(
     }
 }
 
-struct Divided<'a> {
-    settings: &'a SinkSettings,
-    lane: &'a mut Lane,
-    folder: &'a mut Folder,
-    batch: &'a Batch,
-    net_changes: u64,
+/// A transaction on one lane, into which the changes of a batch go part by part.
+pub(super) struct Divided<'a> {
+    pub(super) settings: &'a SinkSettings,
+    pub(super) lane: &'a mut Lane,
+    pub(super) folder: &'a mut Folder,
+    pub(super) batch: &'a Batch,
+    pub(super) net_changes: u64,
     /// Constraints that are taken away with the transaction.
     taken: Vec<Taken>,
 }
 
 impl<'a> Divided<'a> {
+    pub(super) fn new(
+        settings: &'a SinkSettings,
+        lane: &'a mut Lane,
+        folder: &'a mut Folder,
+        batch: &'a Batch,
+    ) -> Self {
+        Self {
+            settings,
+            lane,
+            folder,
+            batch,
+            net_changes: 0,
+            taken: Vec::new(),
+        }
+    }
+
     /// The first so many transactions, all of them or nothing.
     async fn transactions(&mut self, until: usize) -> Result<(), Stop> {
         let transactions = &self.batch.transactions[..until];
@@ -114,7 +126,7 @@ impl<'a> Divided<'a> {
             if transaction.spilled.is_none() {
                 let changes = transaction.changes.iter();
                 let changes = changes.map(|change| (transaction.commit_lsn, change));
-                let wanted = self.folder.wanted(changes).await;
+                let wanted = self.folder.wanted(self.lane.client(), changes).await;
                 let wanted = wanted.map_err(|error| self.unfit(number, error))?;
                 gathered.extend(wanted.into_iter().map(|change| (number, change)));
                 continue;
@@ -123,13 +135,30 @@ impl<'a> Divided<'a> {
             self.spilled(number, transaction).await?;
         }
         self.divide(&gathered).await?;
+        self.commit().await.map_err(at(0))
+    }
+
+    /// Ends the transaction.
+    pub(super) async fn commit(&mut self) -> Result<(), SinkError> {
         failpoint::hit("apply:before-commit");
-        self.lane.run("COMMIT").await.map_err(at(0))?;
+        self.lane.run("COMMIT").await?;
         failpoint::hit("apply:after-commit");
         for taken in self.taken.drain(..) {
             tracing::warn!(stream = %self.settings.stream, "{}", taken.told());
         }
         Ok(())
+    }
+
+    /// Changes of the batch's first transaction, which are wanted: as a whole, and where they are refused, by parts.
+    pub(super) async fn rows(&mut self, changes: Vec<Cow<'_, Change>>) -> Result<(), SinkError> {
+        let placed: Vec<Placed<'_>> = changes.into_iter().map(|change| (0, change)).collect();
+        if placed.len() > FEW {
+            match self.part(&placed, Path::Fast).await {
+                Err(error) if error.is_for_the_slow_path() => {}
+                done => return done,
+            }
+        }
+        self.divide(&placed).await.map_err(|stop| stop.error)
     }
 
     async fn spilled(&mut self, number: usize, transaction: &Transaction) -> Result<(), Stop> {
@@ -145,7 +174,10 @@ impl<'a> Divided<'a> {
     }
 
     async fn segment(&mut self, number: usize, segment: &Slice<'_>) -> Result<(), Stop> {
-        let wanted = self.folder.wanted(segment.changes()).await;
+        let wanted = self
+            .folder
+            .wanted(self.lane.client(), segment.changes())
+            .await;
         let wanted = wanted.map_err(|error| self.unfit(number, error))?;
         let placed: Vec<_> = wanted.into_iter().map(|change| (number, change)).collect();
         self.divide(&placed).await
@@ -153,6 +185,12 @@ impl<'a> Divided<'a> {
 
     /// A table that the changes of a transaction do not fit.
     fn unfit(&self, transaction: usize, error: SinkError) -> Stop {
+        let error = self.placed(transaction, error);
+        Stop { transaction, error }
+    }
+
+    /// The same, and at which table of which transaction.
+    pub(super) fn placed(&self, transaction: usize, error: SinkError) -> SinkError {
         let table = match &error {
             SinkError::Unfit(unfit) => Some(unfit.table.clone()),
             SinkError::TableMissing { table } | SinkError::ColumnMissing { table, .. } => {
@@ -160,15 +198,14 @@ impl<'a> Divided<'a> {
             }
             _ => None,
         };
-        let error = match table {
+        match table {
             Some(table) => error.at(Place {
                 table,
                 column: None,
                 commit_lsn: self.batch.transactions[transaction].commit_lsn,
             }),
             None => error,
-        };
-        Stop { transaction, error }
+        }
     }
 
     /// Halves until what is left goes in, or is one change.

@@ -10,6 +10,7 @@ use crate::flow::net::FoldError;
 use crate::flow::spill::SpillError;
 use crate::names::TableName;
 use crate::pg::{PgError, PgLsn};
+use crate::schema::ddl::{self, EventError};
 
 /// What can stop a batch on its way into the replica.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +100,22 @@ pub enum SinkError {
     /// One of the others, and where in the stream.
     #[error("{0}")]
     At(Box<Place>, #[source] Box<SinkError>),
+    /// A row of [`ddl::TABLE`] is not as the source's triggers write it.
+    #[error("understand a command of the source")]
+    Event(#[from] EventError),
+    /// A command of the source cannot be carried out, and nothing may be set aside.
+    #[error(
+        "{tag} of the source (row {id} of {}) cannot be carried out on the replica: {reason}",
+        ddl::TABLE
+    )]
+    Command {
+        /// Which row.
+        id: i64,
+        /// Its command tag.
+        tag: Box<str>,
+        /// Each object, and why.
+        reason: Box<str>,
+    },
     /// The batch has to go through one lane.
     #[error(transparent)]
     Unplannable(#[from] Unplannable),
@@ -225,6 +242,8 @@ impl SinkError {
             | Self::TruncatedInPart { .. }
             | Self::PartitionMissing { .. }
             | Self::BinaryForm { .. }
+            | Self::Event(_)
+            | Self::Command { .. }
             | Self::At(..)
             | Self::Unplannable(_)
             | Self::Interrupted
@@ -315,6 +334,8 @@ impl Classify for SinkError {
             | Self::TableMissing { .. }
             | Self::ColumnMissing { .. }
             | Self::Fold(_)
+            | Self::Event(_)
+            | Self::Command { .. }
             | Self::Refused { .. } => Class::Definite,
         }
     }
@@ -383,6 +404,14 @@ impl Classify for SinkError {
             Self::Fold(FoldError::NoIdentity { .. }) => {
                 "the source's table has no key that is sent: ALTER TABLE … REPLICA IDENTITY FULL there, then copy it \
                  again, or leave it out with source.exclude"
+            }
+            Self::Event(_) => {
+                "somebody else has written into the table of commands on the source, or its agent is of a newer version than this one"
+            }
+            Self::Command { .. } => {
+                "the database stands right before that command. Mend what is missing on the replica (SET \
+                 default_transaction_read_only = off) and start the agent again; or, with replica.set_aside = \"retry\", the object waits \
+                 and the rest goes on"
             }
             Self::Fold(_) => "the change stream contradicts itself; report it",
             Self::At(_, cause) => return cause.hint(),

@@ -10,6 +10,8 @@
 //! - Batches and their segments come out in the order they went in; the last of a batch says so.
 //! - Of segments with a large value that come from a spill file, one is in memory at a time.
 //! - What cannot be folded comes out as an error in its place. The lanes decide.
+//! - A batch with a barrier is not folded here: what its rows go into is there only behind it. Nothing of what comes next is
+//!   looked at before the barrier is behind us.
 //!
 //! # What it does not do
 //! It changes nothing on the replica.
@@ -18,18 +20,20 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_postgres::Client;
 
 use super::SinkError;
 use super::array::ArrayParameter;
 use super::large::LARGE_BYTES;
-use super::relations::Relations;
+use super::moved::Moved;
+use super::relations::{Relations, Standing};
 use super::slice::{Slice, SliceLimits, Slices};
 use super::target::{Target, Targets, address};
 use crate::flow::batch::Batch;
 use crate::flow::net::{self, Step};
 use crate::flow::transaction::{Change, SourceRelation};
+use crate::names::TableName;
 use crate::pg::PgLsn;
 
 /// How changes become steps.
@@ -42,7 +46,7 @@ pub(super) enum Path {
 }
 
 /// A segment's changes, folded, and where they go.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Folded {
     pub(super) steps: Vec<Step>,
     pub(super) targets: Targets,
@@ -60,6 +64,8 @@ pub(super) struct Work {
     pub(super) folded: Result<Folded, SinkError>,
     /// Whether the batch ends with it. So it does with an error.
     pub(super) last: bool,
+    /// A batch with a barrier, which is not folded: to be told what has become of the tables once it is durable.
+    pub(super) barrier: Option<oneshot::Sender<Moved>>,
 }
 
 /// Folds with what it knows of the replica's tables.
@@ -102,12 +108,24 @@ impl Folder {
         self.segment
     }
 
-    /// Leaves out what the copy already holds, and looks up where the rest goes.
+    /// Leaves out what the copy already holds, and looks up where the rest goes: in a session that sees what is there, which is the
+    /// one that applies where that has defined something.
     pub(super) async fn wanted<'c>(
         &mut self,
+        client: &Client,
         changes: impl Iterator<Item = (PgLsn, &'c Change)>,
     ) -> Result<Vec<Cow<'c, Change>>, SinkError> {
-        self.relations.wanted(&self.catalog, changes).await
+        self.relations.wanted(client, changes).await
+    }
+
+    /// The tables are others from here on, and what is known of any is looked up again.
+    pub(super) fn renew(&mut self, moved: &Moved) {
+        self.relations.renew(moved);
+    }
+
+    /// What becomes of a table's changes of a commit, as far as that is decided by where it was copied.
+    pub(super) fn standing(&self, table: &TableName, commit_lsn: PgLsn) -> Standing {
+        self.relations.standing(table, commit_lsn)
     }
 
     /// Changes that are wanted as steps, and where these go.
@@ -146,6 +164,24 @@ impl Folder {
         work: mpsc::Sender<Work>,
     ) {
         while let Some(batch) = batches.recv().await {
+            if batch.has_barrier() {
+                let (barrier, behind) = oneshot::channel();
+                let one = Work {
+                    batch,
+                    folded: Ok(Folded::default()),
+                    last: true,
+                    barrier: Some(barrier),
+                };
+                if work.send(one).await.is_err() {
+                    return;
+                }
+                // Without an answer the session is over.
+                let Ok(moved) = behind.await else {
+                    return;
+                };
+                self.renew(&moved);
+                continue;
+            }
             let mut folding = self.begin(&batch);
             loop {
                 let (folded, last) = match folding.next().await {
@@ -159,6 +195,7 @@ impl Folder {
                     batch,
                     folded,
                     last,
+                    barrier: None,
                 };
                 if work.send(one).await.is_err() {
                     return;
@@ -199,7 +236,8 @@ impl Folding<'_, '_> {
     }
 
     async fn fold(&mut self, segment: &Slice<'_>) -> Result<Folded, SinkError> {
-        let wanted = self.folder.wanted(segment.changes()).await?;
+        let catalog = Arc::clone(&self.folder.catalog);
+        let wanted = self.folder.wanted(&catalog, segment.changes()).await?;
         let changes = wanted.iter().map(|change| &**change);
         let (steps, targets) = self.folder.steps(changes, Path::Fast)?;
         Ok(Folded {

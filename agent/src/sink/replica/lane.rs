@@ -52,6 +52,11 @@ impl Lane {
         execution.send(&self.client, chain).await;
     }
 
+    /// Tables are others from here on: what was prepared for them counts no more.
+    pub(super) fn forget(&mut self) {
+        self.statements = Statements::default();
+    }
+
     /// For what is neither prepared nor chained.
     pub(super) fn client(&self) -> &Client {
         &self.client

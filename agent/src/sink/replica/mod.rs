@@ -3,8 +3,9 @@
 //! ```text
 //! batch ─▶ Folder ─▶ net changes ─┬▶ small: lane 0, pipelined behind the batches before it
 //!          (a task,  (steps)      └▶ large: Planner ─▶ every lane ─▶ PREPARE … ─▶ COMMIT PREPARED lane 0, then the rest
-//!           ahead)                      refused, or not foldable
-//!                                       └─▶ divide: part by part on lane 0 (slow path)
+//!           ahead)  │                   refused, or not foldable
+//!                   │                   └─▶ divide: part by part on lane 0 (slow path)
+//!                   └▶ with a barrier (DDL): rows and commands in order on lane 0, everything known of tables is renewed
 //! ```
 //! [`Sink::next`] is the whole of it: it takes work, sends it, and hands out one outcome per batch,
 //! in order.
@@ -26,6 +27,7 @@
 
 mod array;
 mod attempt;
+mod barrier;
 mod beside;
 mod boxed;
 mod chain;
@@ -37,6 +39,7 @@ mod fold;
 mod keyless;
 mod lane;
 mod large;
+mod moved;
 mod relations;
 mod slice;
 mod sql;
@@ -49,11 +52,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::try_join_all;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::{Applied, Outcome, Sink};
-use crate::config::Config;
+use crate::config::{Config, SetAside};
+use crate::ddl::CommandCounts;
 use crate::failpoint;
 use crate::flow::batch::{Batch, IN_FLIGHT_MAX, Spacing};
 use crate::flow::counts::TRUNCATE;
@@ -63,6 +67,7 @@ use attempt::{Attempt, Parts};
 use chain::{Chain, while_settling};
 use fold::{Folded, Folder, Work};
 use lane::Lane;
+use moved::Moved;
 use relations::Relations;
 
 pub use beside::Beside;
@@ -80,6 +85,15 @@ const NET_CHANGE_MICROS: u64 = 15;
 /// committed. Thirty of them in its work keep that below a tenth.
 const ROUND_TRIPS_OF_WORK: u32 = 30;
 
+/// Which commands of the source a sink carries out, of those that come with its changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Events {
+    /// All of them.
+    All,
+    /// Those of the tables it applies.
+    OfItsTables,
+}
+
 /// How one sink session works.
 #[derive(Clone, Debug)]
 pub struct SinkSettings {
@@ -95,6 +109,12 @@ pub struct SinkSettings {
     pub spread_changes: u64,
     /// What is known of the replica already.
     pub distance: Option<Distance>,
+    /// Which commands it carries out.
+    pub events: Events,
+    /// On a larger table a new index is built beside the stream.
+    pub index_bytes: u64,
+    /// A command that cannot be carried out stops the stream; otherwise its objects wait.
+    pub strict: bool,
     /// Settings of the lanes' sessions that go before those of [`session`].
     pub session: &'static [(&'static str, &'static str)],
 }
@@ -109,6 +129,9 @@ impl SinkSettings {
             lanes: config.replica.lanes,
             spread_changes: config.limits.spread_changes,
             distance: None,
+            events: Events::All,
+            index_bytes: config.limits.index_bytes,
+            strict: config.replica.set_aside == SetAside::Never,
             session: &[],
         }
     }
@@ -222,7 +245,7 @@ impl ReplicaSink {
 
     /// Whether the work can go out whole, behind what is in flight.
     fn is_for_lane_0(&self, work: &Work) -> bool {
-        work.last && work.folded.is_ok() && self.lanes_for(work) == 1
+        work.barrier.is_none() && work.last && work.folded.is_ok() && self.lanes_for(work) == 1
     }
 
     /// How many lanes a batch that begins with this work should take.
@@ -300,6 +323,7 @@ impl ReplicaSink {
                     net_changes: first.net_changes,
                     slow_path: false,
                     spread: false,
+                    commands: CommandCounts::default(),
                 });
                 self.done.push_back(Outcome {
                     batch: first.batch,
@@ -344,10 +368,34 @@ impl ReplicaSink {
         }
     }
 
+    /// Applies a batch with a barrier, and tells who folds what has become of the tables.
+    async fn barrier(
+        &mut self,
+        batch: &Batch,
+        behind: oneshot::Sender<Moved>,
+    ) -> Result<Applied, SinkError> {
+        let lane = &mut self.lanes[0];
+        let applying = barrier::apply(&self.settings, lane, &mut self.folder, batch);
+        let (applied, moved) = Box::pin(applying).await?;
+        for lane in &mut self.lanes {
+            lane.forget();
+        }
+        // Who folds may be gone with the session.
+        let _ = behind.send(moved);
+        Ok(applied)
+    }
+
     /// Applies a batch while nothing else is in flight.
-    async fn alone(&mut self, work: Work) -> Outcome<SinkError> {
+    async fn alone(&mut self, mut work: Work) -> Outcome<SinkError> {
         let started = Instant::now();
         let batch = Arc::clone(&work.batch);
+        if let Some(behind) = work.barrier.take() {
+            return Outcome {
+                result: self.barrier(&batch, behind).await,
+                batch,
+                took: started.elapsed(),
+            };
+        }
         let lanes = self.lanes_for(&work);
         let mut received = Parts::received(work, &mut self.work);
         let attempt = Attempt::new(&self.settings, &mut self.lanes[..lanes], &batch);

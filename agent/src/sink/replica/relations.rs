@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use tokio_postgres::Client;
 
+use super::moved::{Move, Moved};
 use super::target::{Targets, Top, address};
 use super::{Beside, SinkError};
 use crate::flow::net::FoldError;
@@ -43,6 +44,9 @@ pub struct Synced {
     pub sends_generated: bool,
 }
 
+/// The schema of the agent's own tables.
+pub(super) const OURS: &str = "dr_agent";
+
 /// What is known of one description of a relation.
 #[derive(Debug)]
 enum TableStanding {
@@ -53,6 +57,17 @@ enum TableStanding {
     /// Not on the list.
     Unknown(TableName),
     /// Not on the list, and to be left out.
+    LeftOut,
+}
+
+/// What becomes of a table's changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// They are applied.
+    Applied,
+    /// Its copy was taken later.
+    InTheCopy,
+    /// It is not replicated, or not yet.
     LeftOut,
 }
 
@@ -80,6 +95,45 @@ impl Relations {
             self.standing.clear();
         }
         trimmed
+    }
+
+    /// The tables are others from here on, and what was known of any counts no more.
+    pub(super) fn renew(&mut self, moved: &Moved) {
+        let Synced { tables, beside, .. } = &mut self.synced;
+        let joined = |table: &TableName| beside.as_ref()?.get(table);
+        moved.apply(tables, joined);
+        for step in &moved.0 {
+            if let (
+                Move::Renamed(table, _) | Move::Gone(table) | Move::Aside(table),
+                Some(beside),
+            ) = (step, &self.synced.beside)
+            {
+                beside.part(table);
+            }
+            match (step, &self.synced.beside) {
+                (Move::Aside(table), Some(beside)) => beside.leave_out(table),
+                // There is nobody who could copy it.
+                (Move::Aside(table), None) => _ = self.synced.left_out.insert(table.clone()),
+                _ => {}
+            }
+        }
+        self.standing.clear();
+        self.targets = Targets::default();
+    }
+
+    /// What becomes of a table's changes of this commit, as far as that is decided by where it was copied.
+    pub(super) fn standing(&self, table: &TableName, commit_lsn: PgLsn) -> Standing {
+        if self.synced.left_out.contains(table) {
+            return Standing::LeftOut;
+        }
+        let joined = || self.synced.beside.as_ref()?.get(table);
+        match self.synced.tables.get(table).cloned().or_else(joined) {
+            None => Standing::LeftOut,
+            Some(copied) if copied.snapshot_lsn.is_some_and(|at| commit_lsn < at) => {
+                Standing::InTheCopy
+            }
+            Some(_) => Standing::Applied,
+        }
     }
 
     /// The changes that are to be applied, of a TRUNCATE only those tables it applies to. Afterwards the target of
@@ -268,6 +322,8 @@ impl Relations {
                 }
             }
             TableStanding::Unknown(_) if commit_lsn < self.synced.as_of => Ok(false),
+            // A base backup of an earlier version lacks some of ours, whose rows nobody needs there.
+            TableStanding::Unknown(table) if table.schema == OURS => Ok(false),
             TableStanding::Replaced(table, _) | TableStanding::Unknown(table) => {
                 Err(SinkError::TableNotCopied {
                     table: table.clone(),

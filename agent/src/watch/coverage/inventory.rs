@@ -317,7 +317,7 @@ fn objects(of: &Of, beside: AskedBeside) -> String {
     let outside = OUTSIDE_SCHEMAS.iter().map(|(kind, catalog, name)| {
         format!(
             "SELECT '{kind}', {name} FROM pg_catalog.{catalog} x
-              WHERE x.oid >= 16384
+              WHERE x.oid >= 16384 AND {name} NOT LIKE 'dr\\_agent\\_%'
                 AND NOT EXISTS (SELECT FROM extension e
                                  WHERE (e.classid, e.objid) = ('pg_catalog.{catalog}'::pg_catalog.regclass, x.oid))"
         )

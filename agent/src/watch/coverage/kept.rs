@@ -17,7 +17,7 @@ use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
 use crate::schema::coverage::Told;
-use crate::schema::{set_aside, table_sync};
+use crate::schema::{ddl_waiting, set_aside, table_sync};
 
 /// Objects of one kind that a failover would not bring, or not as they are on the source.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +45,12 @@ pub struct Coverage {
     pub missing: Vec<NotProtected>,
     /// Tables that are set aside, and why.
     pub set_aside: BTreeMap<String, String>,
+    /// Objects that a command of the source could not bring to what they are there, and why.
+    pub waiting: BTreeMap<String, String>,
 }
+
+/// Objects that a command of the source could not bring to what they are there.
+const DDL_WAITING: &str = "ddl_waiting";
 
 /// Tables whose copy is not complete, for no other reason than that.
 pub const NOT_COPIED: &str = "table_not_copied";
@@ -73,7 +78,27 @@ pub async fn of(client: &Client, stream: &StreamName) -> Result<Coverage, PgErro
         .map(|aside| (aside.table.to_string(), aside.reason))
         .collect();
     let (told, here) = inventory::told_and_here(client, stream).await?;
-    Ok(compare(&told, &here, not_ready, set_aside))
+    let waiting = ddl_waiting::read(client, stream).await?;
+    let waiting = waiting.into_iter().filter(|one| one.accepted.is_none());
+    let waiting = waiting.map(|one| (format!("{} {}", one.address.kind, one.identity), one.reason));
+    let coverage = compare(&told, &here, not_ready, set_aside);
+    Ok(with_waiting(coverage, waiting.collect()))
+}
+
+/// With the objects that wait.
+fn with_waiting(mut coverage: Coverage, waiting: BTreeMap<String, String>) -> Coverage {
+    if !waiting.is_empty() {
+        let (count, names) = (waiting.len() as u64, waiting.keys().cloned().collect());
+        let kind = DDL_WAITING.to_owned();
+        coverage
+            .missing
+            .push(not_protected(kind, count, Some(names)));
+        coverage.missing.sort_by(|a, b| a.kind.cmp(&b.kind));
+    }
+    Coverage {
+        waiting,
+        ..coverage
+    }
 }
 
 /// `not_ready`: tables of the users whose copy is not complete, whether they are set aside or not.
@@ -115,6 +140,7 @@ fn compare(
         protected: tables.map(|tables| tables.saturating_sub(unprotected)),
         missing,
         set_aside,
+        waiting: BTreeMap::new(),
     }
 }
 

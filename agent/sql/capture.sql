@@ -1,0 +1,254 @@
+-- What writes the source's commands down: three event triggers, and one function that may write. Repeatable. A superuser installs it.
+--
+--   command ─▶ event trigger ─▶ shell (INVOKER: sees the caller's role and search_path) ─▶ dr_agent.capture (DEFINER) ─▶ dr_agent.ddl
+--
+-- The user's command never fails because of this: what cannot be written down is left to the fingerprint. Nothing is written at
+-- ddl_command_start: DROP INDEX CONCURRENTLY must be the first action of its transaction.
+
+CREATE SEQUENCE IF NOT EXISTS dr_agent.ddl_id;
+
+-- The only one that writes. Anybody may call it, and only in an event trigger's context it does anything: elsewhere the functions
+-- that tell of the objects refuse.
+CREATE OR REPLACE FUNCTION dr_agent.capture(of_kind text, of_tag text, context text, role_of text, search_path_of text)
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    setting text := 'dr_agent.ddl_' || of_kind;
+    counted text := current_setting(setting, true);
+    -- A new string of the client begins to count anew.
+    mark    text := extract(epoch FROM statement_timestamp())::text;
+    nth     integer := 1;
+    told    json;
+    sent    text := current_query();
+    is_secret boolean;
+BEGIN
+    IF split_part(coalesce(counted, ''), ' ', 1) = mark THEN
+        nth := split_part(counted, ' ', 2)::integer + 1;
+    END IF;
+    PERFORM set_config(setting, mark || ' ' || nth, false);
+    -- Rows of a materialized view are computed again after a promotion; an index that is built again is the same.
+    IF of_tag IN ('REFRESH MATERIALIZED VIEW', 'REINDEX') THEN
+        RETURN;
+    END IF;
+    told := CASE of_kind
+        WHEN 'command' THEN dr_agent.objects_of_command()
+        WHEN 'drop' THEN dr_agent.objects_of_drop()
+        WHEN 'rewrite' THEN dr_agent.objects_of_rewrite() END;
+    IF told IS NULL THEN
+        RETURN;
+    END IF;
+    -- A password belongs into no log, no stream and no archive.
+    is_secret := of_tag ~ '(USER MAPPING|SERVER|SUBSCRIPTION|FOREIGN DATA WRAPPER|ROLE)'
+                 OR concat(sent, context) ~* 'password\s*(=|''|E''|U&''|\$)';
+    IF is_secret THEN
+        context := NULL;
+    END IF;
+    IF is_secret OR length(sent) > 1000000 THEN
+        sent := NULL;
+    END IF;
+    LOOP
+        BEGIN
+            INSERT INTO dr_agent.ddl (id, at, kind, tag, role_name, session_role, search_path, query, context, ordinal, objects)
+            VALUES (nextval('dr_agent.ddl_id'), clock_timestamp(), of_kind, of_tag, role_of, session_user, search_path_of, sent,
+                    context, nth, told);
+            RETURN;
+        EXCEPTION WHEN unique_violation THEN
+            -- A server that was a replica has the other one's rows.
+            PERFORM setval('dr_agent.ddl_id', (SELECT max(id) + 1 FROM dr_agent.ddl));
+        END;
+    END LOOP;
+END
+$$;
+
+-- An object as schema/ddl.rs reads it. `extra` says what only some have.
+CREATE OR REPLACE FUNCTION dr_agent.event_object(class oid, object oid, sub integer, of_tag text, is_new boolean)
+RETURNS jsonb LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT jsonb_strip_nulls(jsonb_build_object(
+               'type', a.type, 'names', a.object_names, 'args', a.object_args, 'identity', i.identity, 'tag', of_tag,
+               'created', is_new, 'oid', CASE WHEN class = 'pg_class'::regclass THEN object::bigint END))
+           || jsonb_build_object('shape', dr_agent.shape(a.type, a.object_names, a.object_args))
+      FROM pg_identify_object_as_address(class, object, sub) AS a, pg_identify_object(class, object, sub) AS i
+     WHERE a.type IS NOT NULL AND i.identity IS NOT NULL AND coalesce(a.object_names[1], '') NOT LIKE 'pg\_temp%'
+$$;
+
+-- Not ours, of no session alone, no part of an extension, and no subscription: the replica has its own.
+CREATE OR REPLACE FUNCTION dr_agent.is_captured(class oid, object oid, of_schema text, of_type text)
+RETURNS boolean LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(of_schema, '') NOT LIKE 'pg\_temp%' AND coalesce(of_schema, '') NOT LIKE 'pg\_toast%'
+       AND of_schema IS DISTINCT FROM 'dr_agent'
+       AND of_type NOT IN ('subscription', 'event trigger', 'publication', 'publication relation', 'publication namespace')
+       AND NOT (class = 'pg_namespace'::regclass AND object = 'dr_agent'::regnamespace)
+       AND NOT EXISTS (SELECT FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
+                        WHERE d.classid = class AND d.objid = object AND d.deptype = 'e'
+                          AND d.refclassid = 'pg_extension'::regclass)
+$$;
+
+-- Whether this transaction, or a savepoint of it, has written a catalog row. One that began later and has committed counts, too: what
+-- is told of its objects is true.
+CREATE OR REPLACE FUNCTION dr_agent.is_written(written xid) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT pg_current_xact_id() IS NOT NULL AND age(written) <= 0
+$$;
+
+-- Whether an object's row was inserted, not replaced, by this transaction: no older one of its name can have been there, as far as
+-- that can be told of relations and types; of the rest it does not matter.
+CREATE OR REPLACE FUNCTION dr_agent.is_new(class oid, object oid) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE class WHEN 'pg_class'::regclass
+           THEN EXISTS (SELECT FROM pg_class c JOIN pg_type t ON c.relkind IN ('r', 'p', 'v', 'm', 'f') AND t.oid = c.reltype
+                                                                 OR c.relkind NOT IN ('r', 'p', 'v', 'm', 'f') AND t.oid = 'bool'::regtype
+                         WHERE c.oid = object AND dr_agent.is_written(c.xmin)
+                           AND (t.oid = 'bool'::regtype OR dr_agent.is_written(t.xmin)))
+           ELSE true END
+$$;
+
+-- What a command has created or altered. GRANT, REVOKE and ALTER DEFAULT PRIVILEGES do not say of what: catalog rows that this
+-- transaction has written tell.
+CREATE OR REPLACE FUNCTION dr_agent.objects_of_command() RETURNS json LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    told jsonb;
+    is_of_rights boolean;
+BEGIN
+    SELECT jsonb_agg(dr_agent.event_object(c.classid, c.objid, c.objsubid, c.command_tag,
+                     c.command_tag LIKE 'CREATE %' AND dr_agent.is_new(c.classid, c.objid)) ORDER BY c.n)
+             FILTER (WHERE c.object_identity IS NOT NULL AND dr_agent.is_captured(c.classid, c.objid, c.schema_name, c.object_type)),
+           bool_or(c.object_identity IS NULL)
+      INTO told, is_of_rights
+      FROM pg_event_trigger_ddl_commands() WITH ORDINALITY AS c (classid, objid, objsubid, command_tag, object_type, schema_name,
+           object_identity, in_extension, command, n)
+     WHERE NOT c.in_extension OR c.object_type = 'extension';
+    -- ATTACH, DETACH and INHERIT are told of one of the two tables only.
+    IF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS c JOIN pg_class p ON c.classid = 'pg_class'::regclass AND p.oid = c.objid
+                WHERE c.command_tag = 'ALTER TABLE' AND (p.relkind = 'p' OR p.relhassubclass)) THEN
+        told := coalesce(told, '[]') || coalesce((
+            SELECT jsonb_agg(dr_agent.event_object('pg_class'::regclass, p.oid, 0, 'ALTER TABLE', false))
+              FROM pg_class p JOIN pg_namespace n ON n.oid = p.relnamespace
+             WHERE p.relkind IN ('r', 'p', 'f')
+               AND (dr_agent.is_written(p.xmin) OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = p.oid AND dr_agent.is_written(i.xmin)))
+               AND NOT EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS c
+                                WHERE c.classid = 'pg_class'::regclass AND c.objid = p.oid AND c.objsubid = 0)
+               AND dr_agent.is_captured('pg_class'::regclass, p.oid, n.nspname, 'table')), '[]');
+    END IF;
+    IF is_of_rights THEN
+        SELECT jsonb_agg(dr_agent.event_object(w.class, w.object, 0, 'GRANT', false)) INTO told
+          FROM (SELECT 'pg_class'::regclass::oid, oid, relnamespace::regnamespace::text, 'table' FROM pg_class WHERE dr_agent.is_written(xmin)
+                                                                  AND relkind IN ('r', 'p', 'v', 'm', 'S', 'f')
+                UNION SELECT 'pg_class'::regclass, a.attrelid, c.relnamespace::regnamespace::text, 'table'
+                        FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+                       WHERE dr_agent.is_written(a.xmin) AND a.attacl IS NOT NULL
+                UNION SELECT 'pg_proc'::regclass, oid, pronamespace::regnamespace::text, 'function' FROM pg_proc WHERE dr_agent.is_written(xmin)
+                UNION SELECT 'pg_type'::regclass, oid, typnamespace::regnamespace::text, 'type' FROM pg_type
+                       WHERE dr_agent.is_written(xmin) AND typtype <> 'c' AND typcategory <> 'A'
+                UNION SELECT 'pg_namespace'::regclass, oid, nspname::text, 'schema' FROM pg_namespace WHERE dr_agent.is_written(xmin)
+                UNION SELECT 'pg_language'::regclass, oid, NULL, 'language' FROM pg_language WHERE dr_agent.is_written(xmin)
+                UNION SELECT 'pg_foreign_server'::regclass, oid, NULL, 'server' FROM pg_foreign_server WHERE dr_agent.is_written(xmin)
+                UNION SELECT 'pg_foreign_data_wrapper'::regclass, oid, NULL, 'foreign-data wrapper' FROM pg_foreign_data_wrapper
+                       WHERE dr_agent.is_written(xmin)
+                UNION SELECT 'pg_default_acl'::regclass, oid, NULL, 'default acl' FROM pg_default_acl WHERE dr_agent.is_written(xmin)
+               ) AS w (class, object, of_schema, of_type)
+         WHERE dr_agent.is_captured(w.class, w.object, w.of_schema, w.of_type);
+    END IF;
+    RETURN (SELECT json_agg(one) FROM jsonb_array_elements(told) AS one WHERE jsonb_typeof(one) = 'object');
+END
+$$;
+
+CREATE OR REPLACE FUNCTION dr_agent.objects_of_drop() RETURNS json LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT json_agg(json_build_object('type', d.object_type, 'names', d.address_names, 'args', d.address_args,
+                                      'identity', d.object_identity, 'original', d.original) ORDER BY d.n)
+      FROM pg_event_trigger_dropped_objects() WITH ORDINALITY AS d (classid, objid, objsubid, original, normal, is_temporary,
+           object_type, schema_name, object_name, object_identity, address_names, address_args, n)
+     WHERE NOT d.is_temporary AND (d.original OR d.normal) AND coalesce(d.schema_name, '') NOT LIKE 'pg\_t%'
+       AND d.schema_name IS DISTINCT FROM 'dr_agent'
+       AND d.object_type NOT IN ('subscription', 'event trigger', 'publication', 'publication relation', 'publication namespace')
+$$;
+
+CREATE OR REPLACE FUNCTION dr_agent.objects_of_rewrite() RETURNS json LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT json_agg(json_build_object('type', a.type, 'names', a.object_names, 'args', a.object_args, 'identity', r.oid::regclass,
+                                      'reason', pg_event_trigger_table_rewrite_reason()))
+      FROM (SELECT pg_event_trigger_table_rewrite_oid()) AS r (oid), pg_class c,
+           pg_identify_object_as_address('pg_class'::regclass, r.oid, 0) AS a
+     WHERE c.oid = r.oid AND c.relpersistence <> 't' AND c.relnamespace <> 'dr_agent'::regnamespace
+$$;
+
+-- The shells: without a SET clause, so that they see what the caller sees; therefore every name in full.
+CREATE OR REPLACE FUNCTION dr_agent.on_command() RETURNS event_trigger LANGUAGE plpgsql AS $$
+DECLARE
+    context pg_catalog.text;
+BEGIN
+    GET DIAGNOSTICS context = PG_CONTEXT;
+    -- Whoever owns it must not run as somebody else.
+    IF NOT (SELECT prosecdef FROM pg_catalog.pg_proc
+             WHERE oid = 'dr_agent.capture(text,text,text,text,text)'::pg_catalog.regprocedure) THEN
+        RETURN;
+    END IF;
+    PERFORM dr_agent.capture('command', tg_tag, context, current_user::pg_catalog.text, pg_catalog.current_setting('search_path'));
+EXCEPTION WHEN OTHERS THEN
+    RAISE LOG 'dr-agent has not written down this command: %', sqlerrm;
+END
+$$;
+CREATE OR REPLACE FUNCTION dr_agent.on_drop() RETURNS event_trigger LANGUAGE plpgsql AS $$
+DECLARE
+    context pg_catalog.text;
+BEGIN
+    GET DIAGNOSTICS context = PG_CONTEXT;
+    -- Whoever owns it must not run as somebody else.
+    IF NOT (SELECT prosecdef FROM pg_catalog.pg_proc
+             WHERE oid = 'dr_agent.capture(text,text,text,text,text)'::pg_catalog.regprocedure) THEN
+        RETURN;
+    END IF;
+    PERFORM dr_agent.capture('drop', tg_tag, context, current_user::pg_catalog.text, pg_catalog.current_setting('search_path'));
+EXCEPTION WHEN OTHERS THEN
+    RAISE LOG 'dr-agent has not written down this command: %', sqlerrm;
+END
+$$;
+CREATE OR REPLACE FUNCTION dr_agent.on_rewrite() RETURNS event_trigger LANGUAGE plpgsql AS $$
+DECLARE
+    context pg_catalog.text;
+BEGIN
+    GET DIAGNOSTICS context = PG_CONTEXT;
+    -- Whoever owns it must not run as somebody else.
+    IF NOT (SELECT prosecdef FROM pg_catalog.pg_proc
+             WHERE oid = 'dr_agent.capture(text,text,text,text,text)'::pg_catalog.regprocedure) THEN
+        RETURN;
+    END IF;
+    PERFORM dr_agent.capture('rewrite', tg_tag, context, current_user::pg_catalog.text, pg_catalog.current_setting('search_path'));
+EXCEPTION WHEN OTHERS THEN
+    RAISE LOG 'dr-agent has not written down this command: %', sqlerrm;
+END
+$$;
+
+GRANT USAGE ON SCHEMA dr_agent TO PUBLIC;
+
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = 'dr_agent_command') THEN
+        CREATE EVENT TRIGGER dr_agent_command ON ddl_command_end EXECUTE FUNCTION dr_agent.on_command();
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = 'dr_agent_drop') THEN
+        CREATE EVENT TRIGGER dr_agent_drop ON sql_drop EXECUTE FUNCTION dr_agent.on_drop();
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = 'dr_agent_rewrite') THEN
+        CREATE EVENT TRIGGER dr_agent_rewrite ON table_rewrite EXECUTE FUNCTION dr_agent.on_rewrite();
+    END IF;
+END
+$$;
+ALTER EVENT TRIGGER dr_agent_command ENABLE ALWAYS;
+ALTER EVENT TRIGGER dr_agent_drop ENABLE ALWAYS;
+ALTER EVENT TRIGGER dr_agent_rewrite ENABLE ALWAYS;
+
+-- What writes belongs to whoever owns what it writes to; the shells stay with the superuser who has installed them, because they run
+-- as whoever defines something.
+DO $$
+DECLARE
+    owner text := (SELECT pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(relowner)) FROM pg_catalog.pg_class
+                    WHERE oid = 'dr_agent.ddl'::pg_catalog.regclass);
+    one   text;
+BEGIN
+    FOR one IN SELECT 'FUNCTION ' || oid::pg_catalog.regprocedure FROM pg_catalog.pg_proc
+                WHERE pronamespace = 'dr_agent'::pg_catalog.regnamespace
+                  AND prorettype <> 'pg_catalog.event_trigger'::pg_catalog.regtype
+                UNION ALL SELECT 'SEQUENCE dr_agent.ddl_id'
+    LOOP
+        EXECUTE pg_catalog.format('ALTER %s OWNER TO %s', one, owner);
+    END LOOP;
+END
+$$;
