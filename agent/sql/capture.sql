@@ -50,6 +50,11 @@ BEGIN
             INSERT INTO dr_agent.ddl (id, at, kind, tag, role_name, session_role, search_path, query, context, ordinal, objects)
             VALUES (nextval('dr_agent.ddl_id'), clock_timestamp(), of_kind, of_tag, role_of, session_user, search_path_of, sent,
                     context, nth, told);
+            -- Behind what says why.
+            INSERT INTO dr_agent.listed AS l (stream, schema_name, table_name, listed_as)
+            SELECT w.stream, o -> 'names' ->> 0, o -> 'names' ->> 1, o ->> 'listed_as'
+              FROM json_array_elements(told) AS o, dr_agent.wanted w WHERE o ->> 'listed_as' IS NOT NULL
+                ON CONFLICT (stream, schema_name, table_name) DO UPDATE SET listed_as = excluded.listed_as;
             RETURN;
         EXCEPTION WHEN unique_violation THEN
             -- A server that was a replica has the other one's rows.
@@ -101,13 +106,85 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
            ELSE true END
 $$;
 
+-- Publishes a table that was created, attached or detached a moment ago, and says what it is listed as: all its changes come with the
+-- stream. Nothing where it is not wanted, or a right is missing: it is copied beside the stream then, as one that came late.
+CREATE OR REPLACE FUNCTION dr_agent.publish(rel oid) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    wanted  record;
+    new     record;
+    unit    oid;
+    way     text;
+    version integer := current_setting('server_version_num')::integer;
+BEGIN
+    -- Of which of several streams it is would not be told.
+    SELECT * INTO wanted FROM dr_agent.wanted;
+    IF NOT FOUND OR (SELECT count(*) FROM dr_agent.wanted) > 1
+       OR NOT EXISTS (SELECT FROM pg_publication WHERE pubname = wanted.stream) THEN
+        RETURN NULL;
+    END IF;
+    SELECT c.oid, c.relkind, c.relpersistence, coalesce(pg_partition_root(c.oid), c.oid) AS root,
+           EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid AND i.indimmediate) AS has_key,
+           EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attgenerated <> '') AS is_computed,
+           EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1])
+                    WHERE i.indrelid = c.oid AND i.indisprimary AND a.attgenerated <> '') AS is_key_computed
+      INTO new FROM pg_class c WHERE c.oid = rel;
+    IF new.relkind <> 'r' OR new.relpersistence <> 'p' OR new.is_key_computed AND version < 180000
+       OR EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, unnest(wanted.exclude) AS pattern
+                   WHERE c.oid = new.root AND n.nspname || '.' || c.relname LIKE pattern) THEN
+        RETURN NULL;
+    END IF;
+    IF NOT new.has_key THEN
+        IF wanted.keyless <> 'full' OR new.is_computed THEN
+            RETURN NULL;
+        END IF;
+        EXECUTE format('ALTER TABLE ONLY %s REPLICA IDENTITY FULL', rel::regclass);
+    END IF;
+    unit := CASE WHEN new.root <> rel AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = new.root AND i.indisprimary AND i.indisvalid)
+                 THEN new.root ELSE rel END;
+    IF NOT EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+                    WHERE p.pubname = wanted.stream AND r.prrelid = unit) THEN
+        EXECUTE format('ALTER PUBLICATION %I ADD TABLE ONLY %s', wanted.stream, unit::regclass);
+    END IF;
+    -- One that was attached is published by the whole.
+    IF unit <> rel AND EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+                                WHERE p.pubname = wanted.stream AND r.prrelid = rel) THEN
+        EXECUTE format('ALTER PUBLICATION %I DROP TABLE %s', wanted.stream, rel::regclass);
+    END IF;
+    -- As the agent computes it.
+    WITH RECURSIVE up (oid, rest) AS (
+        SELECT rel, ''
+        UNION ALL
+        SELECT i.inhparent, '>' || i.inhparent || '.' || i.xmin || up.rest
+          FROM up JOIN pg_inherits i ON i.inhrelid = up.oid JOIN pg_class p ON p.oid = i.inhparent AND p.relkind = 'p')
+    SELECT rel || ':' || string_agg(r.oid || up.rest, ',' ORDER BY r.oid || up.rest COLLATE "C")
+      INTO way
+      FROM up JOIN pg_publication_rel r ON r.prrelid = up.oid JOIN pg_publication p ON p.oid = r.prpubid AND p.pubname = wanted.stream;
+    way := way || coalesce('@' || nullif((
+        SELECT s.altered + (s.publication_xmin <> p.xmin::text)::integer FROM dr_agent.sending s, pg_publication p
+         WHERE s.stream = wanted.stream AND p.pubname = wanted.stream AND s.publication_xmin IS NOT NULL), 0), '');
+    RETURN way;
+EXCEPTION WHEN insufficient_privilege OR lock_not_available OR undefined_table THEN
+    RETURN NULL;
+END
+$$;
+
 -- What a command has created or altered. GRANT, REVOKE and ALTER DEFAULT PRIVILEGES do not say of what: catalog rows that this
 -- transaction has written tell.
-CREATE OR REPLACE FUNCTION dr_agent.objects_of_command() RETURNS json LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+CREATE OR REPLACE FUNCTION dr_agent.objects_of_command() RETURNS json LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     told jsonb;
     is_of_rights boolean;
+    listed jsonb := '{}';
+    one record;
 BEGIN
+    -- First: it may alter the table.
+    FOR one IN SELECT c.objid FROM pg_event_trigger_ddl_commands() AS c
+                WHERE c.command_tag = 'CREATE TABLE' AND c.object_type = 'table' AND NOT c.in_extension
+                  AND dr_agent.is_captured(c.classid, c.objid, c.schema_name, c.object_type) AND dr_agent.is_new(c.classid, c.objid)
+    LOOP
+        listed := listed || jsonb_strip_nulls(jsonb_build_object(one.objid::text, dr_agent.publish(one.objid)));
+    END LOOP;
     SELECT jsonb_agg(dr_agent.event_object(c.classid, c.objid, c.objsubid, c.command_tag,
                      c.command_tag LIKE 'CREATE %' AND dr_agent.is_new(c.classid, c.objid)) ORDER BY c.n)
              FILTER (WHERE c.object_identity IS NOT NULL AND dr_agent.is_captured(c.classid, c.objid, c.schema_name, c.object_type)),
@@ -116,17 +193,21 @@ BEGIN
       FROM pg_event_trigger_ddl_commands() WITH ORDINALITY AS c (classid, objid, objsubid, command_tag, object_type, schema_name,
            object_identity, in_extension, command, n)
      WHERE NOT c.in_extension OR c.object_type = 'extension';
-    -- ATTACH, DETACH and INHERIT are told of one of the two tables only.
+    -- ATTACH, DETACH and INHERIT are told of one of the two tables only. Before the shapes are read: it may alter the table.
     IF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS c JOIN pg_class p ON c.classid = 'pg_class'::regclass AND p.oid = c.objid
                 WHERE c.command_tag = 'ALTER TABLE' AND (p.relkind = 'p' OR p.relhassubclass)) THEN
-        told := coalesce(told, '[]') || coalesce((
-            SELECT jsonb_agg(dr_agent.event_object('pg_class'::regclass, p.oid, 0, 'ALTER TABLE', false))
-              FROM pg_class p JOIN pg_namespace n ON n.oid = p.relnamespace
-             WHERE p.relkind IN ('r', 'p', 'f')
-               AND (dr_agent.is_written(p.xmin) OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = p.oid AND dr_agent.is_written(i.xmin)))
-               AND NOT EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS c
-                                WHERE c.classid = 'pg_class'::regclass AND c.objid = p.oid AND c.objsubid = 0)
-               AND dr_agent.is_captured('pg_class'::regclass, p.oid, n.nspname, 'table')), '[]');
+        FOR one IN SELECT p.oid AS objid, p.relkind FROM pg_class p JOIN pg_namespace n ON n.oid = p.relnamespace
+                    WHERE p.relkind IN ('r', 'p', 'f')
+                      AND (dr_agent.is_written(p.xmin)
+                           OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = p.oid AND dr_agent.is_written(i.xmin)))
+                      AND NOT EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS c
+                                       WHERE c.classid = 'pg_class'::regclass AND c.objid = p.oid AND c.objsubid = 0)
+                      AND dr_agent.is_captured('pg_class'::regclass, p.oid, n.nspname, 'table')
+        LOOP
+            listed := listed || jsonb_strip_nulls(jsonb_build_object(one.objid::text, dr_agent.publish(one.objid)));
+            told := coalesce(told, '[]')
+                    || coalesce(dr_agent.event_object('pg_class'::regclass, one.objid, 0, 'ALTER TABLE', false), '[]');
+        END LOOP;
     END IF;
     IF is_of_rights THEN
         SELECT jsonb_agg(dr_agent.event_object(w.class, w.object, 0, 'GRANT', false)) INTO told
@@ -147,7 +228,9 @@ BEGIN
                ) AS w (class, object, of_schema, of_type)
          WHERE dr_agent.is_captured(w.class, w.object, w.of_schema, w.of_type);
     END IF;
-    RETURN (SELECT json_agg(one) FROM jsonb_array_elements(told) AS one WHERE jsonb_typeof(one) = 'object');
+    RETURN (SELECT json_agg(CASE WHEN o ->> 'type' = 'table' AND listed ? (o ->> 'oid')
+                                 THEN o || jsonb_build_object('listed_as', listed -> (o ->> 'oid')) ELSE o END)
+              FROM jsonb_array_elements(told) AS o WHERE jsonb_typeof(o) = 'object');
 END
 $$;
 

@@ -67,6 +67,13 @@ CREATE TABLE IF NOT EXISTS dr_agent.ddl (
     version      integer DEFAULT pg_catalog.current_setting('server_version_num')::integer
 );
 
+-- Which new tables an event trigger publishes, by stream: what the configuration says. Not published.
+CREATE TABLE IF NOT EXISTS dr_agent.wanted (
+    stream  text PRIMARY KEY,
+    keyless text NOT NULL,      -- source.keyless
+    exclude text[] NOT NULL     -- source.exclude, as LIKE has it
+);
+
 -- The slots that are read here, by stream. Not published: it says which history the source is in, and a source that was
 -- restored says so by it.
 CREATE TABLE IF NOT EXISTS dr_agent.sending (

@@ -5,9 +5,14 @@
 use std::process::Command;
 
 use dr_agent_tests::agent::{Agent, AgentConfig};
+use dr_agent_tests::archive;
 use dr_agent_tests::binaries::Binaries;
 use dr_agent_tests::client::Client;
+use dr_agent_tests::compare;
+use dr_agent_tests::kinesalite::Kinesalite;
+use dr_agent_tests::route::{Route, STREAM};
 use dr_agent_tests::site::{Database, Site};
+use dr_agent_tests::streams;
 use dr_agent_tests::wait::{PATIENCE, wait_for};
 
 /// What is there before the agent.
@@ -201,27 +206,139 @@ pub(crate) fn replicating(config: AgentConfig) -> AgentConfig {
     config.set_text("source.ddl", "replicate")
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_a_migration_does_arrives_at_its_place() {
-    let site = Site::shared().await;
-    let database = site.database("ddl").await;
-    let source = database.source().await;
-    source.run(BEFORE).await;
-    let agent = Agent::new(replicating(database.config()));
-    let running = agent.start();
-    running.wait_for_streaming(&database.name).await;
+/// Sends all of it, as fast as it goes.
+async fn migrate(source: &Client) {
     for statements in MIGRATION {
         source.run(statements).await;
     }
+}
+
+/// Both sides are the same, in every respect.
+async fn expect_the_same(database: &Database) {
     database.wait_caught_up().await;
-    expect_same_shapes(&database).await;
-    wait_for_all_tables(&database).await;
+    expect_same_shapes(database).await;
+    wait_for_all_tables(database).await;
     database.expect_equal().await;
     assert_eq!(
         dumped(&database.source_url()),
         dumped(&database.replica_url())
     );
-    let outcome = agent.command(&["ddl"]).await;
-    outcome.expect_code(0);
+}
+
+/// A database with what is there before, replicated under this configuration.
+async fn begun(site: &Site, purpose: &str) -> (Database, Agent) {
+    let database = site.database(purpose).await;
+    database.source().await.run(BEFORE).await;
+    let agent = Agent::new(replicating(database.config()));
+    (database, agent)
+}
+
+/// Whether a record, or a log, has everything of it.
+fn is_carried(statements: &&&str) -> bool {
+    !statements.contains("selected") && !statements.contains("gen_random")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_migration_does_arrives_at_its_place() {
+    let site = Site::shared().await;
+    let (database, agent) = begun(&site, "ddl").await;
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    migrate(&database.source().await).await;
+    expect_the_same(&database).await;
+    agent.command(&["ddl"]).await.expect_code(0);
+    // A table that was created empty was replicated from its first row on: nothing was copied for it.
+    let replica = database.replica().await;
+    let came = "SELECT snapshot_lsn IS NULL FROM dr_agent.table_sync WHERE table_name = 'made_7'";
+    assert_eq!(replica.value(came).await.as_deref(), Some("t"));
+    running.stop().await;
+}
+
+/// The agent is away while everything happens, and dies again and again on the way.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_killed_on_the_way_ends_in_the_same_place() {
+    const POINTS: [&str; 4] = [
+        "barrier:applied",
+        "apply:before-commit",
+        "apply:after-commit",
+        "barrier:committed",
+    ];
+    let site = Site::shared().await;
+    let (database, agent) = begun(&site, "ddl_killed").await;
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    running.stop().await;
+    let source = database.source().await;
+    let parts = MIGRATION.chunks(MIGRATION.len().div_ceil(8));
+    for (number, part) in parts.enumerate() {
+        for statements in part {
+            source.run(statements).await;
+        }
+        let point = format!("{}@{}", POINTS[number % POINTS.len()], 1 + number / 2);
+        let mut armed = agent.start_with(&[("DR_AGENT_FAILPOINT", &point)]);
+        armed.expect_death_by_signal().await;
+    }
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    expect_the_same(&database).await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn through_records_and_a_promotion_that_drains_them() {
+    let site = Site::shared().await;
+    let database = site.database("ddl_records").await;
+    let source = database.source().await;
+    source.run(BEFORE).await;
+    let kinesalite = Kinesalite::start().await;
+    streams::create(kinesalite.port(), STREAM, 1).await;
+    let route = Route::with_configuration(database.clone(), kinesalite.port(), || {
+        replicating(database.config())
+    });
+    let (running, applying) = route.start().await;
+    let (first, second) = MIGRATION.split_at(MIGRATION.len() / 2);
+    for statements in first {
+        source.run(statements).await;
+    }
+    database.wait_caught_up().await;
+    wait_for_all_tables(&database).await;
+    applying.stop().await;
+    // The other half the promotion finds in the stream.
+    for statements in second.iter().filter(is_carried) {
+        source.run(statements).await;
+    }
+    route.wait_sent().await;
+    running.stop().await;
+    let promoted = ["promote", "--failover", "--json"];
+    let promoted = route
+        .applier
+        .command_with(&promoted, &route.with(&[]))
+        .await;
+    promoted.expect_code(0);
+    expect_same_shapes(&database).await;
+    let replica = database.replica().await;
+    compare::expect_same_content(&source, &replica).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archive_restores_it() {
+    let site = Site::shared().await;
+    let (database, archive, mut agent, running) =
+        archive::protected_with(&site, "ddl_archive", BEFORE).await;
+    running.stop().await;
+    agent.configure("source.ddl", "\"replicate\"");
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    let source = database.source().await;
+    for statements in MIGRATION.iter().filter(is_carried) {
+        source.run(statements).await;
+    }
+    archive::wait_archived(&database, &archive).await;
+    let restored = archive::restore(&database, &agent, "ddl_restored", &[]).await;
+    restored.expect_code(0);
+    let there = database.replica_server().client("ddl_restored").await;
+    compare::expect_same_content(&source, &there).await;
+    let url = database.replica_server().url("ddl_restored");
+    assert_eq!(dumped(&database.source_url()), dumped(&url));
     running.stop().await;
 }

@@ -173,6 +173,17 @@ pub enum Keyless {
     Exclude,
 }
 
+impl Keyless {
+    /// As the file says it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Refuse => "refuse",
+            Self::Full => "full",
+            Self::Exclude => "exclude",
+        }
+    }
+}
+
 /// What becomes of the source's commands that define things (`source.ddl`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -344,6 +355,16 @@ impl TablePattern {
                 "\"{text}\" names no schema; write \"public.{text}\" or \"*.{text}\""
             ))
         }
+    }
+
+    /// The same for LIKE in SQL.
+    pub fn like(&self) -> String {
+        let escaped = self
+            .0
+            .replace('\\', "\\\\")
+            .replace('%', "\\%")
+            .replace('_', "\\_");
+        escaped.replace('*', "%")
     }
 
     /// Whether a table is meant.

@@ -1,7 +1,7 @@
 //! The agent's own tables in the databases: one file for each, which alone reads and writes it.
 //!
 //! ```text
-//! source    sending  heartbeat  sequence_state  listing  coverage  clock  ddl  in-band: published, and so on the replica too
+//! source    sending  wanted  heartbeat  sequence_state  listing  coverage  clock  ddl  in-band: published, and so on the replica too
 //! replica   progress  stream  table_sync  schema_sync  set_aside  deferred  promotion  large_value  ddl_applied
 //!           ddl_waiting  ddl_decided
 //! restore   the same as on a replica, and restore
@@ -36,6 +36,7 @@ pub mod sequence_state;
 pub mod set_aside;
 pub mod stream;
 pub mod table_sync;
+pub mod wanted;
 
 use tokio_postgres::GenericClient;
 use tokio_postgres::types::Type;

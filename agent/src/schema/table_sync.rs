@@ -458,6 +458,27 @@ pub async fn came(
     Ok(())
 }
 
+/// A table is listed as something else from here on, and nothing of it was missed.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn relist(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    table: &TableName,
+    listed_as: &ListedAs,
+) -> Result<(), PgError> {
+    let sql = format!(
+        "UPDATE {TABLE} SET listed_as = $4
+          WHERE stream = $1 AND table_schema = $2 AND table_name = $3 AND state = 'ready'"
+    );
+    let (of_stream, listed_as) = (stream.as_str(), listed_as.as_str());
+    client
+        .execute(&sql, &[&of_stream, &table.schema, &table.name, &listed_as])
+        .await?;
+    Ok(())
+}
+
 /// Whether a table is to be copied, or is being copied.
 ///
 /// # Errors

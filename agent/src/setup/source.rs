@@ -31,7 +31,7 @@ use crate::pg::{Again, ConnInfo, PgError, PgLsn, Session, connect};
 use crate::schema::listing::{self, Listed};
 use crate::schema::stream::{self, Recorded};
 use crate::schema::table_sync::TableSync;
-use crate::schema::{clock, coverage, ddl, heartbeat, progress, sending, sequence_state};
+use crate::schema::{clock, coverage, ddl, heartbeat, progress, sending, sequence_state, wanted};
 
 /// Schema `dr_agent` with the in-band tables.
 pub(super) const SCHEMA_SQL: &str = include_str!("../../sql/source.sql");
@@ -112,6 +112,7 @@ async fn read(client: &Client, stream: &StreamName) -> Result<SourceFacts, PgErr
                      WHERE m.rolname = 'rds_replication' AND pg_has_role(m.oid, 'MEMBER')),
                has_database_privilege(current_database(), 'CREATE'),
                EXISTS (SELECT 1 FROM pg_attribute WHERE attrelid = to_regclass($1::text) AND attname = 'altered')
+               AND to_regclass($3::text) IS NOT NULL
                AND (SELECT bool_and(to_regclass(name) IS NOT NULL) FROM unnest($2::text[]) AS in_band (name)),
                current_setting('max_locks_per_transaction')::bigint, 1
                + current_setting('max_connections')::bigint + current_setting('max_prepared_transactions')::bigint
@@ -133,7 +134,10 @@ async fn read(client: &Client, stream: &StreamName) -> Result<SourceFacts, PgErr
          WHERE c.relkind IN ('r', 'p') AND NOT pg_has_role(c.relowner, 'USAGE')
            AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'";
     let facts = client
-        .query_one(FACTS, &[&sending::TABLE, &IN_BAND.as_slice()])
+        .query_one(
+            FACTS,
+            &[&sending::TABLE, &IN_BAND.as_slice(), &wanted::TABLE],
+        )
         .await?;
     let version = facts.get(2);
     let number = |column| usize::try_from(facts.get::<_, i64>(column)).unwrap_or(1);

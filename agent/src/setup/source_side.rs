@@ -22,7 +22,7 @@ use super::undo::Undo;
 use crate::catalog::Protection;
 use crate::catalog::publication::Piece;
 use crate::catalog::publication::Wanted;
-use crate::config::Config;
+use crate::config::{Config, Ddl, TablePattern};
 use crate::copy::export;
 use crate::copy::locale::{self, Locale};
 use crate::names::TableName;
@@ -31,6 +31,7 @@ use crate::names::stream::StreamName;
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgError, PgLsn, slot};
 use crate::schema::sending::{self, Note};
+use crate::schema::wanted;
 
 /// One database of the source, while it is set up.
 pub(super) struct SourceSide<'a> {
@@ -135,6 +136,18 @@ impl<'a> SourceSide<'a> {
         let facts = facts.map_err(SetupError::sql(Side::Source, doing))?;
         let ddl = self.config.source.ddl;
         self.warnings.extend(facts.warning(ddl));
+        let source = &self.config.source;
+        let exclude: Vec<String> = source.exclude.iter().map(TablePattern::like).collect();
+        let keyless = source.keyless.as_str();
+        let writing = match ddl {
+            Ddl::Replicate => wanted::write(&self.client, &self.stream, keyless, &exclude).await,
+            Ddl::Off => wanted::remove(&self.client, &self.stream).await,
+        };
+        if let Err(error) = writing {
+            self.warnings.push(format!(
+                "new tables are not published as they are created, and are copied a moment later: {error}"
+            ));
+        }
         let Some(statement) = facts.statement(ddl) else {
             return Ok(());
         };

@@ -213,20 +213,30 @@ impl Barrier<'_> {
         Ok(moves)
     }
 
-    /// A new table that the source has published in the same transaction.
+    /// Tables that the source has published in the same transaction: new ones, and those that are published otherwise now.
     async fn came(&mut self, event: &DdlEvent, done: &Done) -> Result<Vec<Move>, SinkError> {
         let mut moves = Vec::new();
         let stream = &self.divided.settings.stream;
+        let client = self.divided.lane.client();
         for object in &event.objects {
             let table = ddl::table_of(object).filter(|_| object.address.kind == "table");
             let (Some(table), Some(listed_as)) = (table, &object.listed_as) else {
                 continue;
             };
-            if !done.settled.contains(&object.address) || done.copy_again.contains(&table) {
+            let listed_as = ListedAs::new(listed_as.clone());
+            if !object.created {
+                let standing = self.divided.folder.standing(&table, self.commit_lsn);
+                if standing == Standing::Applied {
+                    table_sync::relist(client, stream, &table, &listed_as).await?;
+                    moves.push(Move::Relisted(table, listed_as));
+                }
                 continue;
             }
-            let listed_as = ListedAs::new(listed_as.clone());
-            table_sync::came(self.divided.lane.client(), stream, &table, &listed_as).await?;
+            let is_there = done.settled.contains(&object.address);
+            if !is_there || done.copy_again.contains(&table) {
+                continue;
+            }
+            table_sync::came(client, stream, &table, &listed_as).await?;
             let copied = Copied {
                 snapshot_lsn: None,
                 listed_as: Some(listed_as),

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use crate::names::TableName;
-use crate::schema::listing::Copied;
+use crate::schema::listing::{Copied, ListedAs};
 
 /// One step.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub(super) enum Move {
     Gone(TableName),
     /// Was created, empty: all its changes come with the stream.
     Came(TableName, Copied),
+    /// Is published otherwise, and nothing of it was missed.
+    Relisted(TableName, ListedAs),
     /// Its rows have to be copied again.
     Aside(TableName),
 }
@@ -39,6 +41,13 @@ impl Moved {
                     }
                 }
                 Move::Gone(table) | Move::Aside(table) => _ = tables.remove(table),
+                Move::Relisted(table, listed_as) => {
+                    let known = tables.get(table).cloned().or_else(|| joined(table));
+                    if let Some(known) = known {
+                        let listed_as = Some(listed_as.clone());
+                        tables.insert(table.clone(), Copied { listed_as, ..known });
+                    }
+                }
                 Move::Came(table, copied) => _ = tables.insert(table.clone(), copied.clone()),
             }
         }
