@@ -361,4 +361,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
       FROM object o, pg_identify_object_as_address(o.class, o.oid, 0) AS a, pg_identify_object(o.class, o.oid, 0) AS i
      WHERE NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = o.class AND d.objid = o.oid AND d.deptype = 'e'
                                                  AND d.refclassid = 'pg_extension'::regclass)
+       -- What a range type brings along.
+       AND NOT (o.class IN ('pg_proc'::regclass, 'pg_cast'::regclass)
+                AND EXISTS (SELECT FROM pg_depend d WHERE d.classid = o.class AND d.objid = o.oid AND d.deptype = 'i'))
 $$;

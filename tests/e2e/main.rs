@@ -84,6 +84,7 @@ mod schema;
 mod set_aside;
 mod set_back;
 mod settings;
+mod shape_heal;
 mod slot;
 mod standing;
 mod status;

@@ -17,7 +17,7 @@ use super::startable::{self, Feature};
 use super::{note_failure, open, pair};
 use crate::catalog::publication::{Wanted, in_band_tables};
 use crate::catalog::{self, Protection, Table};
-use crate::config::{Config, Databases, Route};
+use crate::config::{Config, Databases, Ddl, Route};
 use crate::error::{Classify as _, chain};
 use crate::names::TableName;
 use crate::names::stream::{APPLICATION_PREFIX, StreamName};
@@ -26,6 +26,7 @@ use crate::pg::quote::quote_ident;
 use crate::pg::replication::ReplicationConnection;
 use crate::pg::{ConnInfo, PgError, Session};
 use crate::schema::{heartbeat, sending};
+use crate::setup;
 use crate::watch::coverage;
 use crate::watch::{self, waits};
 
@@ -233,6 +234,9 @@ pub(super) async fn database(
         findings.extend(oldest.and_then(|seconds| old_transaction(&at, seconds)));
     }
     findings.extend(unprotected(&at, &client, config).await);
+    let looking = setup::observe_capture(&client);
+    let capture = note_failure(&at, "look at the event triggers", findings, looking).await;
+    findings.extend(capture.map(|facts| capture_of_ddl(&at, config, facts.defect(), &found)));
     findings.extend(startable::locks(&at, &source.server, found.relations.0));
     findings.extend(startable::encoding(&at, &entry.locale.encoding));
     Some(found)
@@ -572,6 +576,27 @@ fn old_transaction(at: &FindingPlace, seconds: f64) -> Option<Finding> {
         )
         .hint("look at pg_stat_activity (xact_start) and pg_prepared_xacts")
     })
+}
+
+/// Whether DDL is written down, and so replicated.
+fn capture_of_ddl(
+    at: &FindingPlace,
+    config: &Config,
+    defect: Option<&str>,
+    found: &SourceDatabase,
+) -> Finding {
+    const CODE: &str = "ddl_capture";
+    match (config.source.ddl, defect) {
+        (Ddl::Off, _) => at
+            .note(CODE, "source.ddl is \"off\": DDL is not replicated")
+            .hint("run the same statements on the replica, or let dr-agent do so"),
+        (Ddl::Replicate, None) => at.ok(CODE, "DDL is written down by event triggers"),
+        // Nothing is set up yet.
+        (Ddl::Replicate, Some(defect)) if !found.has_publication => {
+            at.note(CODE, defect).hint("`dr-agent init` installs them")
+        }
+        (Ddl::Replicate, Some(defect)) => at.warning(CODE, defect).hint(setup::CAPTURE_REMEDY),
+    }
 }
 
 /// What a failover would lose although replication runs.

@@ -126,6 +126,20 @@ pub async fn seen(client: &(impl GenericClient + Sync)) -> Result<EventsSeen, Pg
     })
 }
 
+/// Deletes old events on the source, a few at a time: the replica follows.
+///
+/// # Errors
+/// When the source refuses.
+pub async fn prune(source: &(impl GenericClient + Sync)) -> Result<(), PgError> {
+    const OLD: &str = "at < pg_catalog.now() - interval '7 days'
+        OR id <= (SELECT max(id) FROM dr_agent.ddl) - 20000";
+    let sql = format!(
+        "DELETE FROM {TABLE} WHERE id IN (SELECT id FROM {TABLE} WHERE {OLD} ORDER BY id LIMIT 500)"
+    );
+    source.execute(&sql, &[]).await?;
+    Ok(())
+}
+
 /// Whether the rows of this relation are events.
 pub fn is_of(relation: &SourceRelation) -> bool {
     relation.is_of_barriers()

@@ -25,6 +25,9 @@ const SQL: &str = concat!(
 /// The function that carries the comment.
 const WRITER: &str = "dr_agent.capture(text,text,text,text,text)";
 
+/// What to do about it.
+pub const REMEDY: &str = "run `dr-agent init --source-url URL` as a superuser";
+
 /// How many event triggers there are.
 const TRIGGERS: i64 = 3;
 
@@ -34,7 +37,7 @@ DROP EVENT TRIGGER IF EXISTS dr_agent_rewrite";
 
 /// What is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct CaptureFacts {
+pub struct CaptureFacts {
     /// Whoever asks may install it.
     superuser: bool,
     /// Event triggers of ours.
@@ -46,7 +49,10 @@ pub(super) struct CaptureFacts {
 }
 
 /// Reads it.
-pub(super) async fn observe(client: &Client) -> Result<CaptureFacts, PgError> {
+///
+/// # Errors
+/// When the source refuses.
+pub async fn observe(client: &Client) -> Result<CaptureFacts, PgError> {
     const FACTS: &str = "
         SELECT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user),
                count(*), count(*) FILTER (WHERE evtenabled = 'A'),
@@ -93,19 +99,24 @@ impl CaptureFacts {
 
     /// What a person has to be told where nothing can be done from here.
     pub(super) fn warning(&self, ddl: Ddl) -> Option<String> {
-        if self.superuser || ddl == Ddl::Off || self.works() {
+        let what = self
+            .defect()
+            .filter(|_| !self.superuser && ddl == Ddl::Replicate)?;
+        Some(format!("{what}; {REMEDY}"))
+    }
+
+    /// Why the source's commands are not, or not all, written down.
+    pub fn defect(&self) -> Option<&'static str> {
+        if self.works() {
             return None;
         }
-        let what = match self.present {
+        Some(match self.present {
             0 => "DDL is not written down on the source: its event triggers are not installed",
             _ if self.firing < TRIGGERS => {
                 "DDL is not all written down on the source: event triggers of schema dr_agent are disabled, or do not fire ALWAYS"
             }
             _ => "the source's event triggers are of another version of dr-agent",
-        };
-        Some(format!(
-            "{what}; run `dr-agent init --source-url URL` as a superuser"
-        ))
+        })
     }
 }
 

@@ -68,6 +68,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use aside::{held_by, make_room, note_aside, noted_aside, remove_half_made, set_aside};
 pub use base::Watch;
+pub use capture::{REMEDY as CAPTURE_REMEDY, observe as observe_capture};
 pub use error::{SetupError, Side};
 pub use init::{Plan, Privileged, plan};
 pub use late::{Found, catch_up_from_nothing, end_late_sessions, joined, look};

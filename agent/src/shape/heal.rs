@@ -178,6 +178,34 @@ fn option_list(options: &[&str], separator: &str) -> String {
     options.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
+/// ADD, SET and DROP of options that differ. One that may be a password is in neither list, and stays as it is.
+fn option_changes(wanted: &[&str], has: &[&str]) -> String {
+    let split = |option: &str| {
+        let (name, value) = option.split_once('=').unwrap_or((option, ""));
+        (name.to_owned(), value.to_owned())
+    };
+    let mut changes = Vec::new();
+    for option in wanted.iter().filter(|option| !has.contains(option)) {
+        let (name, value) = split(option);
+        let verb = match has.iter().any(|other| split(other).0 == name) {
+            true => "SET",
+            false => "ADD",
+        };
+        changes.push(format!(
+            "{verb} {} {}",
+            quote_ident(&name),
+            quote_literal(&value)
+        ));
+    }
+    for option in has {
+        let (name, _) = split(option);
+        if !wanted.iter().any(|other| split(other).0 == name) {
+            changes.push(format!("DROP {}", quote_ident(&name)));
+        }
+    }
+    changes.join(", ")
+}
+
 /// SET and RESET of options that differ.
 fn alter_options(head: &str, case_recorded: &Value, found: Option<&Value>, plan: &mut Plan) {
     let wanted = texts(case_recorded, "options");

@@ -8,6 +8,9 @@
 //! - every 30 seconds, and within 2 when tables, indexes or publications changed: what there is, and what of it is not
 //!   protected.
 //!
+//! It also deletes what is old among the commands that event triggers have written down: a week, and the newest twenty thousand,
+//! stay.
+//!
 //! # What it does not do
 //! It does not keep going after an error: a source that takes no heartbeat is not being replicated
 //! either, unless it is read-only (`writable`). Its error ends the session like any other. What has to be known whether
@@ -26,7 +29,7 @@ use crate::config::Config;
 use crate::error::chain;
 use crate::names::stream::StreamName;
 use crate::pg::{self, ConnInfo, PgError, Session};
-use crate::schema::{clock, heartbeat};
+use crate::schema::{clock, ddl, heartbeat};
 use crate::watch::Servers;
 use crate::watch::coverage::{self, Unprotected};
 use crate::watch::sequence_look::{self, Notes};
@@ -78,6 +81,7 @@ pub async fn run(
             }
             _ = look_writable.tick() => {
                 writable.look(conninfo, stream).await;
+                writable.after(stream, ddl::prune(&client).await)?;
                 continue;
             }
             _ = clock.tick() => {

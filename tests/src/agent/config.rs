@@ -29,7 +29,10 @@ impl AgentConfig {
             .set("source.heartbeat", "\"200ms\"")
             .set("source.sequences", "\"300ms\"")
             // Most tests are about what stands when DDL was run on one side only; those of `ddl` say otherwise.
-            .set("source.ddl", "\"off\"")
+            .set_text(
+                "source.ddl",
+                &std::env::var("DR_AGENT_TEST_DDL").unwrap_or_else(|_| "off".to_owned()),
+            )
             .set("replica.url", &quote(replica_url))
             .set("limits.retry_max", "\"1s\"")
             .set("copy.pg_bin", &quote(&pg_bin.display().to_string()))

@@ -85,12 +85,11 @@ pub(super) fn details(table: &str, recorded: &Value, found: Option<&Value>, plan
             Some("e") => "EXTERNAL",
             Some("m") => "MAIN",
             Some("x") => "EXTENDED",
-            _ => "DEFAULT",
+            // SET STORAGE DEFAULT is of version 16 and later; these are the types' own.
+            _ if is_main_by_default(text(recorded, "type").unwrap_or_default()) => "MAIN",
+            _ => "EXTENDED",
         };
-        // SET STORAGE DEFAULT is of version 16 and later.
-        if storage != "DEFAULT" || found.is_some() {
-            plan.add(format!("{alter} SET STORAGE {storage}"));
-        }
+        plan.add(format!("{alter} SET STORAGE {storage}"));
     }
     if differs("statistics") {
         let target = plain(recorded, "statistics").unwrap_or_else(|| "-1".to_owned());
@@ -105,16 +104,49 @@ pub(super) fn details(table: &str, recorded: &Value, found: Option<&Value>, plan
     }
 }
 
+/// Types whose values are not compressed at once.
+fn is_main_by_default(kind: &str) -> bool {
+    ["numeric", "inet", "cidr"]
+        .iter()
+        .any(|main| kind.starts_with(main))
+}
+
+/// What rows have that were there before a column, as a literal of its type; none where that cannot be said. Arrays come as JSON.
+fn literal_of(missing: &str, kind: &str) -> Option<String> {
+    if !kind.ends_with(']') {
+        // A composite comes as JSON, too.
+        return (!missing.starts_with('{') || kind.starts_with("json"))
+            .then(|| quote_literal(missing));
+    }
+    fn array(value: &Value) -> Option<String> {
+        Some(match value {
+            Value::Null => "NULL".to_owned(),
+            Value::Array(list) => {
+                let parts: Option<Vec<String>> = list.iter().map(array).collect();
+                format!("{{{}}}", parts?.join(","))
+            }
+            Value::String(text) => {
+                format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+            }
+            Value::Object(_) => return None,
+            other => other.to_string(),
+        })
+    }
+    let value: Value = serde_json::from_str(missing).ok()?;
+    array(&value).map(|text| quote_literal(&text))
+}
+
 /// Adds a column. Rows that are there have what they have on the source (`missing`), or have to be copied again.
 pub(super) fn add(table: &str, column: &Value, plan: &mut Plan) {
     let name = quote_ident(text(column, "name").unwrap_or_default());
     let is_computed = text(column, "generated").is_some();
     let default = text(column, "default").filter(|_| !is_computed);
-    match (text(column, "missing"), default) {
-        (Some(missing), default) => {
-            let kind = text(column, "type").unwrap_or_default();
+    let kind = text(column, "type").unwrap_or_default();
+    let missing = text(column, "missing").map(|missing| literal_of(missing, kind));
+    match (missing, default) {
+        (Some(Some(missing)), default) => {
             let mut first = column.clone();
-            first["default"] = Value::String(format!("{}::{kind}", quote_literal(missing)));
+            first["default"] = Value::String(format!("{missing}::{kind}"));
             plan.add(format!(
                 "ALTER TABLE {table} ADD COLUMN {}",
                 definition(&first)
@@ -126,9 +158,10 @@ pub(super) fn add(table: &str, column: &Value, plan: &mut Plan) {
                 None => format!("ALTER TABLE {table} ALTER COLUMN {name} DROP DEFAULT"),
             });
         }
-        _ => {
+        (missing, default) => {
             // Each row has a value of its own, where there are rows.
-            plan.copy_again |= default.is_some() || text(column, "identity").is_some();
+            plan.copy_again |=
+                missing.is_some() || default.is_some() || text(column, "identity").is_some();
             plan.add(format!(
                 "ALTER TABLE {table} ADD COLUMN {}",
                 definition(column)
@@ -136,6 +169,18 @@ pub(super) fn add(table: &str, column: &Value, plan: &mut Plan) {
         }
     }
     details(table, column, None, plan);
+}
+
+/// A column that comes from a parent: what of it is the child's own.
+pub(super) fn of_parent(table: &str, column: &Value, plan: &mut Plan) {
+    let name = quote_ident(text(column, "name").unwrap_or_default());
+    let alter = format!("ALTER TABLE {table} ALTER COLUMN {name}");
+    if text(column, "generated").is_none() && text(column, "identity").is_none() {
+        plan.add(default_of(&alter, text(column, "default")));
+    }
+    if is(column, "notnull") {
+        plan.add(format!("{alter} SET NOT NULL"));
+    }
 }
 
 /// Types between which every cast gives the same anywhere.

@@ -1,5 +1,7 @@
 //! ● Everything that is neither a table nor a type.
 
+use std::collections::BTreeSet;
+
 use super::column::sequence_options;
 use super::{Case, Plan, comment, is, option_list, plain, quote_ident, text, texts};
 
@@ -20,7 +22,7 @@ pub(super) fn heal(case: &Case<'_>) -> Result<Plan, String> {
         "extension" => extension(case, &mut plan),
         "statistics object" => replace(case, "STATISTICS", &case.name(), &mut plan),
         "default acl" => default_privileges(case, &mut plan)?,
-        "foreign-data wrapper" => wrapper(case, &mut plan)?,
+        "foreign-data wrapper" => wrapper(case, &mut plan),
         "server" => server(case, &mut plan)?,
         "user mapping" => mapping(case, &mut plan),
         "cast" => cast(case, &mut plan)?,
@@ -90,32 +92,38 @@ fn comments_of_view(case: &Case<'_>, view: &str) -> Vec<String> {
     if case.differs("comment") {
         out.push(comment(&format!("VIEW {view}"), case.wanted("comment")));
     }
-    if case.differs("column_comments")
-        && let Some(comments) = case
-            .recorded
-            .get("column_comments")
+    out.extend(of_columns(case, view));
+    out
+}
+
+/// Comments and defaults of a view's columns.
+fn of_columns(case: &Case<'_>, view: &str) -> Vec<String> {
+    let mut out = Vec::new();
+    let map = |value: &serde_json::Value, key: &str| {
+        value
+            .get(key)
             .and_then(serde_json::Value::as_object)
-    {
-        out.extend(comments.iter().map(|(column, text)| {
-            comment(
-                &format!("COLUMN {view}.{}", quote_ident(column)),
-                text.as_str(),
-            )
-        }));
-    }
-    if case.differs("column_defaults")
-        && let Some(defaults) = case
-            .recorded
-            .get("column_defaults")
-            .and_then(serde_json::Value::as_object)
-    {
-        out.extend(defaults.iter().filter_map(|(column, text)| {
-            Some(format!(
-                "ALTER VIEW {view} ALTER COLUMN {} SET DEFAULT {}",
-                quote_ident(column),
-                text.as_str()?
-            ))
-        }));
+            .cloned()
+            .unwrap_or_default()
+    };
+    for key in ["column_comments", "column_defaults"] {
+        let wanted = map(case.recorded, key);
+        let has = case.found.map(|found| map(found, key)).unwrap_or_default();
+        let names: BTreeSet<&String> = wanted.keys().chain(has.keys()).collect();
+        for column in names
+            .into_iter()
+            .filter(|column| wanted.get(*column) != has.get(*column))
+        {
+            let text = wanted.get(column).and_then(serde_json::Value::as_str);
+            let name = quote_ident(column);
+            out.push(match (key, text) {
+                ("column_comments", text) => comment(&format!("COLUMN {view}.{name}"), text),
+                (_, Some(default)) => {
+                    format!("ALTER VIEW {view} ALTER COLUMN {name} SET DEFAULT {default}")
+                }
+                (_, None) => format!("ALTER VIEW {view} ALTER COLUMN {name} DROP DEFAULT"),
+            });
+        }
     }
     out
 }
@@ -142,7 +150,18 @@ fn materialized_view(case: &Case<'_>, plan: &mut Plan) {
             definition(case)
         ));
     }
+    if !(case.differs("definition") || case.differs("columns")) {
+        super::alter_options(
+            &format!("ALTER MATERIALIZED VIEW {view}"),
+            case.recorded,
+            case.found,
+            plan,
+        );
+    }
     case.comment(&format!("MATERIALIZED VIEW {view}"), plan);
+    for statement in of_columns(case, &view) {
+        plan.add(statement);
+    }
 }
 
 fn index(case: &Case<'_>, plan: &mut Plan) {
@@ -157,6 +176,26 @@ fn index(case: &Case<'_>, plan: &mut Plan) {
             plan.add(format!("DROP INDEX {index}"));
         }
         plan.add(definition(case).replacen(" ON ONLY ", " ON ", 1));
+    }
+    if case.differs("statistics") {
+        let targets = |value: &serde_json::Value| {
+            value
+                .get("statistics")
+                .and_then(serde_json::Value::as_object)
+                .cloned()
+        };
+        let wanted = targets(case.recorded).unwrap_or_default();
+        let has = case.found.and_then(targets).unwrap_or_default();
+        for (column, target) in &wanted {
+            plan.add(format!(
+                "ALTER INDEX {index} ALTER COLUMN {column} SET STATISTICS {target}"
+            ));
+        }
+        for column in has.keys().filter(|column| !wanted.contains_key(*column)) {
+            plan.add(format!(
+                "ALTER INDEX {index} ALTER COLUMN {column} SET STATISTICS -1"
+            ));
+        }
     }
     case.comment(&format!("INDEX {index}"), plan);
 }
@@ -395,25 +434,55 @@ fn options_of(case: &Case<'_>) -> String {
     }
 }
 
-fn wrapper(case: &Case<'_>, plan: &mut Plan) -> Result<(), String> {
+fn wrapper(case: &Case<'_>, plan: &mut Plan) {
+    let name = case.last_name();
+    let functions = [("handler", "HANDLER"), ("validator", "VALIDATOR")];
     if case.found.is_some() {
-        return refuse_if_different(case, &["handler", "validator", "options"]);
+        for (key, word) in functions.into_iter().filter(|(key, _)| case.differs(key)) {
+            let function = case.wanted(key).map_or_else(
+                || format!("NO {word}"),
+                |function| format!("{word} {function}"),
+            );
+            plan.add(format!("ALTER FOREIGN DATA WRAPPER {name} {function}"));
+        }
+        alter_options_of(case, &format!("FOREIGN DATA WRAPPER {name}"), plan);
+        return;
     }
-    let mut create = format!("CREATE FOREIGN DATA WRAPPER {}", case.last_name());
-    for (key, word) in [("handler", "HANDLER"), ("validator", "VALIDATOR")] {
+    let mut create = format!("CREATE FOREIGN DATA WRAPPER {name}");
+    for (key, word) in functions {
         if let Some(function) = case.wanted(key) {
             create.push_str(&format!(" {word} {function}"));
         }
     }
     plan.add(create + &options_of(case));
-    Ok(())
+}
+
+fn alter_options_of(case: &Case<'_>, what: &str, plan: &mut Plan) {
+    if case.differs("options") {
+        let has = case
+            .found
+            .map_or_else(Vec::new, |found| texts(found, "options"));
+        let changes = super::option_changes(&texts(case.recorded, "options"), &has);
+        plan.add(format!("ALTER {what} OPTIONS ({changes})"));
+    }
 }
 
 fn server(case: &Case<'_>, plan: &mut Plan) -> Result<(), String> {
+    let name = case.last_name();
     if case.found.is_some() {
-        return refuse_if_different(case, &["wrapper", "type", "version", "options"]);
+        if case.differs("wrapper") || case.differs("type") {
+            return Err("a server's wrapper and type are not altered".to_owned());
+        }
+        if case.differs("version") {
+            let version = case
+                .wanted("version")
+                .map_or_else(|| "NULL".to_owned(), super::quote_literal);
+            plan.add(format!("ALTER SERVER {name} VERSION {version}"));
+        }
+        alter_options_of(case, &format!("SERVER {name}"), plan);
+        return Ok(());
     }
-    let mut create = format!("CREATE SERVER {}", case.last_name());
+    let mut create = format!("CREATE SERVER {name}");
     for (key, word) in [("type", "TYPE"), ("version", "VERSION")] {
         if let Some(value) = case.wanted(key) {
             create.push_str(&format!(" {word} {}", super::quote_literal(value)));
@@ -427,28 +496,17 @@ fn server(case: &Case<'_>, plan: &mut Plan) -> Result<(), String> {
     Ok(())
 }
 
-/// Without its password, which nobody has sent.
+/// Without its password, which nobody has sent: one that is there stays.
 fn mapping(case: &Case<'_>, plan: &mut Plan) {
     let user = match case.wanted("user") {
         None | Some("public") => "PUBLIC".to_owned(),
         Some(name) => quote_ident(name),
     };
     let server = quote_ident(case.wanted("server").unwrap_or_default());
-    if case.found.is_some() {
-        plan.add(format!("DROP USER MAPPING FOR {user} SERVER {server}"));
-    }
-    plan.add(format!(
-        "CREATE USER MAPPING FOR {user} SERVER {server}{}",
-        options_of(case)
-    ));
-}
-
-fn refuse_if_different(case: &Case<'_>, keys: &[&str]) -> Result<(), String> {
-    match keys.iter().find(|key| case.differs(key)) {
-        Some(key) => Err(format!(
-            "its {key} is another one, and may hold a password that is not sent: alter it by hand"
-        )),
-        None => Ok(()),
+    let mapping = format!("USER MAPPING FOR {user} SERVER {server}");
+    match case.found {
+        Some(_) => alter_options_of(case, &mapping, plan),
+        None => plan.add(format!("CREATE {mapping}{}", options_of(case))),
     }
 }
 
@@ -494,6 +552,11 @@ fn operator(case: &Case<'_>, plan: &mut Plan) -> Result<(), String> {
         ("join", "JOIN"),
     ] {
         parts.extend(text(case.recorded, key).map(|value| format!("{word} = {value}")));
+    }
+    // As the server writes it: schema.name(left,right).
+    for (key, word) in [("commutator", "COMMUTATOR"), ("negator", "NEGATOR")] {
+        let other = text(case.recorded, key).and_then(|text| text.split('(').next());
+        parts.extend(other.map(|name| format!("{word} = OPERATOR({name})")));
     }
     for (key, word) in [("merges", "MERGES"), ("hashes", "HASHES")] {
         parts.extend(is(case.recorded, key).then(|| word.to_owned()));

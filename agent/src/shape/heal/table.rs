@@ -2,7 +2,9 @@
 
 use serde_json::{Map, Value};
 
-use super::{Case, Plan, column, comment, is, option_list, quote_ident, text, texts};
+use super::{
+    Case, Plan, column, comment, is, option_list, quote_ident, quote_literal, text, texts,
+};
 
 /// Plans a table.
 pub(super) fn heal(case: &Case<'_>) -> Result<Plan, String> {
@@ -28,11 +30,17 @@ fn constraints(value: &Value) -> Map<String, Value> {
 fn create(case: &Case<'_>, plan: &mut Plan) {
     let (table, recorded) = (case.name(), case.recorded);
     let foreign = text(recorded, "kind") == Some("f");
-    let mut parts: Vec<String> = columns(recorded)
+    let bound = text(recorded, "bound");
+    let parents = texts(recorded, "parents");
+    // What comes from a parent by inheritance is not written again, or it would be the child's own.
+    let inherits = bound.is_none() && !parents.is_empty();
+    let is_own = |value: &Value| !inherits || value.get("local") != Some(&Value::Bool(false));
+    let own = columns(recorded)
         .into_iter()
-        .map(column::definition)
-        .collect();
-    let all = constraints(recorded);
+        .filter(|column| is_own(column));
+    let mut parts: Vec<String> = own.map(column::definition).collect();
+    let mut all = constraints(recorded);
+    all.retain(|_, constraint| is_own(constraint));
     let is_foreign_key = |constraint: &Value| text(constraint, "type") == Some("f");
     for (name, constraint) in all
         .iter()
@@ -47,9 +55,7 @@ fn create(case: &Case<'_>, plan: &mut Plan) {
         _ => "TABLE",
     };
     let mut create = format!("CREATE {word} {table} ({})", parts.join(", "));
-    let parents = texts(recorded, "parents");
-    let bound = text(recorded, "bound");
-    if bound.is_none() && !parents.is_empty() {
+    if inherits {
         create.push_str(&format!(" INHERITS ({})", parents.join(", ")));
     }
     if let Some(key) = text(recorded, "partition_key") {
@@ -81,6 +87,12 @@ fn create(case: &Case<'_>, plan: &mut Plan) {
     for (name, constraint) in &all {
         comment_constraint(&table, name, constraint, None, plan);
     }
+    for column in columns(recorded)
+        .into_iter()
+        .filter(|column| !is_own(column))
+    {
+        column::of_parent(&table, column, plan);
+    }
     for column in columns(recorded) {
         column::details(&table, column, None, plan);
     }
@@ -92,6 +104,22 @@ fn add_constraint(table: &str, name: &str, constraint: &Value, plan: &mut Plan) 
         "ALTER TABLE {table} ADD CONSTRAINT {} {definition}",
         quote_ident(name)
     ));
+}
+
+/// A partition that was detached keeps what it had of the whole, under the same name.
+fn add_unless_kept(table: &str, name: &str, constraint: &Value, plan: &mut Plan) {
+    let exists = format!(
+        "SELECT FROM pg_catalog.pg_constraint WHERE conrelid = {}::pg_catalog.regclass AND conname = {}",
+        quote_literal(table),
+        quote_literal(name)
+    );
+    let definition = text(constraint, "definition").unwrap_or_default();
+    let add = format!(
+        "ALTER TABLE {table} ADD CONSTRAINT {} {definition}",
+        quote_ident(name)
+    );
+    let body = format!("BEGIN IF NOT EXISTS ({exists}) THEN {add}; END IF; END");
+    plan.add(format!("DO {}", quote_literal(&body)));
 }
 
 fn comment_constraint(
@@ -146,8 +174,11 @@ fn alter(case: &Case<'_>, found: &Value, plan: &mut Plan) -> Result<(), String> 
         ));
         plan.copy_again |= logged;
     }
+    let detached = text(found, "bound").is_some() && text(recorded, "bound").is_none();
     for (name, constraint) in &wanted {
-        if !has.contains_key(name) || is_other(name, constraint) {
+        if !has.contains_key(name) && detached {
+            add_unless_kept(&table, name, constraint, plan);
+        } else if !has.contains_key(name) || is_other(name, constraint) {
             add_constraint(&table, name, constraint, plan);
         } else if is_not_valid_here(has.get(name), constraint) {
             plan.add(format!(
@@ -158,6 +189,16 @@ fn alter(case: &Case<'_>, found: &Value, plan: &mut Plan) -> Result<(), String> 
         comment_constraint(&table, name, constraint, has.get(name), plan);
     }
     super::alter_options(&format!("ALTER TABLE {table}"), recorded, Some(found), plan);
+    if case.differs("table_options") {
+        let (wanted, has) = (
+            texts(recorded, "table_options"),
+            texts(found, "table_options"),
+        );
+        plan.add(format!(
+            "ALTER FOREIGN TABLE {table} OPTIONS ({})",
+            super::option_changes(&wanted, &has)
+        ));
+    }
     Ok(())
 }
 
@@ -281,7 +322,7 @@ fn common(case: &Case<'_>, plan: &mut Plan) {
             ));
         }
     }
-    if case.differs("replica_identity") {
+    if case.differs("replica_identity") && case.wanted("kind") != Some("f") {
         let identity = match case.wanted("replica_identity") {
             None => "DEFAULT".to_owned(),
             Some("f") => "FULL".to_owned(),

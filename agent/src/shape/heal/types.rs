@@ -99,6 +99,13 @@ fn attributes(case: &Case<'_>, name: &str, plan: &mut Plan) {
     let Some(found) = case.found else {
         let all: Vec<String> = wanted.iter().map(|one| attribute(one)).collect();
         plan.add(format!("CREATE TYPE {name} AS ({})", all.join(", ")));
+        for one in wanted.iter().filter(|one| text(one, "comment").is_some()) {
+            let column = quote_ident(text(one, "name").unwrap_or_default());
+            plan.add(super::comment(
+                &format!("COLUMN {name}.{column}"),
+                text(one, "comment"),
+            ));
+        }
         return;
     };
     let has = list(found, "attributes");
@@ -126,6 +133,16 @@ fn attributes(case: &Case<'_>, name: &str, plan: &mut Plan) {
                 ));
             }
             Some(_) => {}
+        }
+    }
+    for one in list(case.recorded, "attributes") {
+        let was = has
+            .iter()
+            .find(|other| of(other) == of(one))
+            .and_then(|other| text(other, "comment"));
+        if text(one, "comment") != was {
+            let what = format!("COLUMN {name}.{}", quote_ident(&of(one)));
+            plan.add(super::comment(&what, text(one, "comment")));
         }
     }
 }
