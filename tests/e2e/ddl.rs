@@ -170,6 +170,9 @@ pub(crate) async fn expect_same_shapes(database: &Database) {
                           ORDER BY id",
                     )
                     .await;
+                let of = "SELECT identity || ' ' || dr_agent.shape(kind, names, args) FROM dr_agent.shapes() ORDER BY 1";
+                let (there, here) = (source.column(of).await, replica.column(of).await);
+                let (lacks, has) = (without(there.clone(), &here), without(here, &there));
                 Err(format!("only on the source {lacks:#?}, only on the replica {has:#?}, waiting {waiting:#?}, {outcomes:#?}"))
             }
         }
@@ -340,5 +343,111 @@ async fn an_archive_restores_it() {
     compare::expect_same_content(&source, &there).await;
     let url = database.replica_server().url("ddl_restored");
     assert_eq!(dumped(&database.source_url()), dumped(&url));
+    running.stop().await;
+}
+
+/// The application is no superuser, and neither is the agent, on either side (14 demands one on the replica).
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_without_rights_of_a_superuser_follows_an_application_without_any() {
+    let site = Site::own().await;
+    let database = site.database("ddl_roles").await;
+    let name = &database.name;
+    let admin = database.source().await;
+    admin
+        .run(&format!(
+            "CREATE ROLE ddl_app LOGIN; CREATE ROLE ddl_reader; ALTER DATABASE {name} OWNER TO ddl_app"
+        ))
+        .await;
+    let source = Client::connect(&database.source_url().replace("postgres@", "ddl_app@")).await;
+    source.run(BEFORE).await;
+    source.run("GRANT SELECT ON customer TO ddl_reader").await;
+    let as_agent = |url: String| url.replace("postgres@", "dr@");
+    let config = replicating(database.config())
+        .set_text("source.url", &as_agent(site.source.url("postgres")))
+        .set_text("replica.url", &as_agent(site.replica.url("postgres")));
+    let agent = Agent::new(config);
+    let (there, here) = (site.source.url("postgres"), site.replica.url("postgres"));
+    let init = ["init", "--source-url", &there, "--replica-url", &here];
+    agent.command(&init).await.expect_code(0);
+    let checked = agent.command(&["check"]).await;
+    checked
+        .expect_code(0)
+        .expect_words(&["ddl_capture", "event triggers"]);
+    let running = agent.start();
+    running.wait_for_streaming(name).await;
+    migrate(&source).await;
+    source
+        .run("GRANT SELECT ON client TO ddl_reader; GRANT UPDATE (note) ON item TO ddl_reader")
+        .await;
+    expect_the_same(&database).await;
+    running.stop().await;
+    agent
+        .command(&["promote", "--failover"])
+        .await
+        .expect_code(0);
+    let promoted = Client::connect(&database.replica_url().replace("postgres@", "ddl_app@")).await;
+    promoted
+        .run("ALTER TABLE client ADD COLUMN later int; DROP TABLE made_7")
+        .await;
+}
+
+/// What cannot be done on the replica waits, is named everywhere, and is done once a person has mended what it lacks.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_done_waits_and_is_named_until_it_is_mended() {
+    let site = Site::shared().await;
+    let (database, agent) = begun(&site, "ddl_waits").await;
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    let (source, replica) = (database.source().await, database.writable_replica().await);
+    // A function that is not on the replica, and what is built upon it.
+    replica
+        .run("CREATE VIEW in_the_way AS SELECT id, name FROM customer")
+        .await;
+    source
+        .run("DROP VIEW known; ALTER TABLE customer ALTER name TYPE varchar(60)")
+        .await;
+    source
+        .run("CREATE TABLE after (id int PRIMARY KEY); INSERT INTO after VALUES (1)")
+        .await;
+    wait_for("the command to wait", PATIENCE, async || {
+        let waiting = replica
+            .number("SELECT count(*) FROM dr_agent.ddl_waiting")
+            .await;
+        match waiting {
+            0 => Err("nothing waits".to_owned()),
+            _ => Ok(()),
+        }
+    })
+    .await;
+    // The rest goes on.
+    wait_for("the table behind it", PATIENCE, async || {
+        replica
+            .try_rows("SELECT 1 FROM after")
+            .await
+            .and_then(|rows| match rows.len() {
+                1 => Ok(()),
+                other => Err(format!("{other} rows")),
+            })
+    })
+    .await;
+    let shown = agent.command(&["ddl"]).await;
+    shown
+        .expect_code(1)
+        .expect_words(&["WAITING", "public.customer", "used by a view"]);
+    let labels = [("database", database.name.as_str())];
+    running
+        .wait_for_metric("dr_agent_ddl_pending", &labels, |count| count >= 1.0)
+        .await;
+    let planned = agent.command(&["promote", "--failover", "--plan"]).await;
+    planned.expect_words(&["NOT as on the source", "customer"]);
+    replica.run("DROP VIEW in_the_way").await;
+    let retried = agent
+        .command(&["ddl", "retry", "--reason", "the view is gone"])
+        .await;
+    retried.expect_code(0);
+    agent.command(&["ddl"]).await.expect_code(0);
+    let kept = "SELECT count(*) FROM dr_agent.ddl_decided WHERE reason = 'the view is gone'";
+    assert_eq!(replica.number(kept).await, 1);
+    expect_the_same(&database).await;
     running.stop().await;
 }
