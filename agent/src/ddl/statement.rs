@@ -11,7 +11,7 @@
 //! and is not asked about what is nested deeper than people write.
 //!
 //! # What it does not do
-//! What becomes of rows is decided in [`super::apply`]. It knows no catalog: whether a name is a function of the user's own with the name of PostgreSQL's, or a column's type a
+//! What becomes of rows is decided in `apply`. It knows no catalog: whether a name is a function of the user's own with the name of PostgreSQL's, or a column's type a
 //! domain, it cannot tell. `standard_conforming_strings` is taken for on; where off would split the text elsewhere there is none.
 
 mod context;

@@ -1,6 +1,6 @@
 //! `dr_agent.ddl_applied` on the replica: what has become of each command of the source.
 //!
-//! Written in the transaction of the command. It keeps the newest [`KEPT`] rows of a stream.
+//! Written in the transaction of the command. It keeps the newest ten thousand rows of a stream.
 
 use tokio_postgres::GenericClient;
 

@@ -3,7 +3,8 @@
 //! Whatever a trigger does on the source reaches the replica as changes of its own. One that fires
 //! ALWAYS or in replica role would do it a second time there, and the replica would no longer equal
 //! the source. ALWAYS becomes ORIGIN: quiet while changes are applied. REPLICA becomes disabled: it never fired for anybody but
-//! a replication. What they were is kept in `dr_agent.deferred`, and they are so again once the database is opened.
+//! a replication. What they were is kept in `dr_agent.deferred`, and they are so again once the database is opened; event triggers
+//! stay as they are, firing for everybody or for nobody.
 //!
 //! # Invariants
 //! - Repeatable; changes nothing where nothing fires.
@@ -46,7 +47,9 @@ pub async fn quiet(
         let Quieting { quiet, what, again } =
             quieting(row.get(0), &target(&row), row.get(3), row.get(4));
         client.batch_execute(&quiet).await?;
-        if let Some(stream) = stream {
+        // An event trigger would see what an opening itself still has to do.
+        let keeps = stream.filter(|_| row.get::<_, &str>(0) != "EVENT TRIGGER");
+        if let Some(stream) = keeps {
             deferred::keep(client, stream, (&what, &again), deferred::when_opened()).await?;
         }
         quieted.push(what);
