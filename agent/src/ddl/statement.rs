@@ -1,7 +1,7 @@
 //! ● Which statement an event of the source was, and whether it may be run again as text.
 //!
-//! Two questions, answered one after the other. *Which*: the innermost statement that PG_CONTEXT names ([`context`]), or, where
-//! no function stands between, one of those that the client sent ([`script`]). *Whether*: [`judge`] reads its tree. Wherever
+//! Two questions, answered one after the other. *Which*: the innermost statement that PG_CONTEXT names (`context`), or, where
+//! no function stands between, one of those that the client sent (`script`). *Whether*: `judge` reads its tree. Wherever
 //! one of the answers is not certain there is no text, and the shape alone decides; so a wrong "no" costs only work. A wrong
 //! "yes" is found when the shapes are compared.
 //!
