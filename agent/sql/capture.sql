@@ -21,10 +21,15 @@ DECLARE
     sent    text := current_query();
     is_secret boolean;
 BEGIN
-    IF split_part(coalesce(counted, ''), ' ', 1) = mark THEN
-        nth := split_part(counted, ' ', 2)::integer + 1;
+    -- What runs within something else names itself in the context, and is no statement of the client's. That goes for what we alter.
+    IF position(E'\n' IN context) > 0 THEN
+        nth := NULL;
+    ELSE
+        IF split_part(coalesce(counted, ''), ' ', 1) = mark THEN
+            nth := split_part(counted, ' ', 2)::integer + 1;
+        END IF;
+        PERFORM set_config(setting, mark || ' ' || nth, false);
     END IF;
-    PERFORM set_config(setting, mark || ' ' || nth, false);
     -- Rows of a materialized view are computed again after a promotion; an index that is built again is the same.
     IF of_tag IN ('REFRESH MATERIALIZED VIEW', 'REINDEX') THEN
         RETURN;

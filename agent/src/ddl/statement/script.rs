@@ -3,8 +3,8 @@
 //! Measured on 15 and 18: a command that has events fires `ddl_command_end` exactly once, under its own tag, also where it did
 //! nothing (IF NOT EXISTS) or several things (serial, several actions, elements of CREATE SCHEMA); commands on shared objects
 //! and DML never fire. Of several statements with the tag, the ordinal chooses where everything before it is known to count
-//! as said; extensions' scripts, REFRESH CONCURRENTLY, functions and triggers fire by themselves, and a rollback takes the
-//! count back, so behind those only the objects' names can choose.
+//! as said; what functions and triggers define is not counted (`agent/sql/capture.sql`); extensions' scripts and REFRESH
+//! CONCURRENTLY fire by themselves, and a rollback takes the count back, so behind those only the objects' names can choose.
 
 use squawk_syntax::ast::AstNode;
 use squawk_syntax::{SourceFile, SyntaxKind, SyntaxNode};
@@ -218,19 +218,11 @@ fn tag(node: &SyntaxNode) -> Option<String> {
 fn fires(node: &SyntaxNode, event: EventKind) -> Option<i32> {
     use SyntaxKind as K;
     if tag(node).is_none() {
-        // Queries, DML and TRUNCATE run functions and triggers; ROLLBACK, RESET and DISCARD take the count back.
-        let silent = is_shared(node)
-            || match node.kind() {
-                K::BEGIN | K::COMMIT_TRANSACTION | K::SAVEPOINT_CREATE | K::RELEASE_SAVEPOINT => {
-                    true
-                }
-                K::SET_TRANSACTION | K::SET_ROLE | K::SET_SESSION_AUTH | K::SET_CONSTRAINTS => true,
-                K::SHOW | K::LOCK | K::LISTEN | K::UNLISTEN | K::NOTIFY | K::EMPTY_STMT => true,
-                K::SET => !words(node).any(|word| {
-                    ["EVENT_TRIGGERS", "SESSION_REPLICATION_ROLE"].contains(&word.as_str())
-                }),
-                _ => false,
-            };
+        // What functions and triggers define within a statement is not counted: the trigger sees that by its context. ROLLBACK, RESET
+        // and DISCARD take the count back.
+        let silences =
+            |word: String| ["EVENT_TRIGGERS", "SESSION_REPLICATION_ROLE"].contains(&word.as_str());
+        let silent = is_shared(node) || node.kind() != K::SET || !words(node).any(silences);
         return silent.then_some(0);
     }
     match node.kind() {

@@ -642,3 +642,26 @@ fn what_drops_by_the_way_what_is_hidden_and_what_is_too_deep() {
         format!("= {long}")
     );
 }
+
+#[test]
+fn a_table_that_takes_anothers_place_in_one_string() {
+    let text = "CREATE TABLE line_new (LIKE line INCLUDING ALL);
+        INSERT INTO line_new SELECT * FROM line;
+        ALTER TABLE line RENAME TO line_old;
+        ALTER TABLE line_new RENAME TO line;
+        ALTER TABLE line ADD CONSTRAINT k FOREIGN KEY (o) REFERENCES u (id) DEFERRABLE INITIALLY DEFERRED;
+        DROP TABLE line_old;";
+    let cases = [
+        (2, "line_old", "ALTER TABLE line RENAME TO line_old"),
+        (3, "line", "ALTER TABLE line_new RENAME TO line"),
+        (
+            4,
+            "line",
+            "ALTER TABLE line ADD CONSTRAINT k FOREIGN KEY (o) REFERENCES u (id) DEFERRABLE INITIALLY DEFERRED",
+        ),
+    ];
+    for (ordinal, name, expected) in cases {
+        let found = of(&event("ALTER TABLE", text, "", ordinal, &["public", name]));
+        assert_eq!(found, Statement::Exact(expected.to_owned()), "{ordinal}");
+    }
+}
