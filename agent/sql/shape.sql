@@ -314,10 +314,10 @@ $$;
 CREATE OR REPLACE FUNCTION dr_agent.shape(kind text, names text[], args text[]) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    found record;
+    object record;
 BEGIN
-    SELECT * INTO found FROM pg_get_object_address(kind, names, args);
-    RETURN dr_agent.shape_of(found.classid, found.objid, found.objsubid);
+    SELECT * INTO object FROM pg_get_object_address(kind, names, args);
+    RETURN dr_agent.shape_of(object.classid, object.objid, object.objsubid);
 EXCEPTION
     WHEN undefined_object OR undefined_table OR undefined_column OR undefined_function OR invalid_schema_name OR wrong_object_type
          OR invalid_parameter_value OR invalid_name THEN

@@ -112,18 +112,23 @@ pub struct EventsSeen {
 /// # Errors
 /// When the server refuses.
 pub async fn seen(client: &(impl GenericClient + Sync)) -> Result<EventsSeen, PgError> {
-    if !super::has(client, &[TABLE]).await? {
-        return Ok(EventsSeen {
+    let sql = format!("SELECT count(*), coalesce(sum(id), 0)::text FROM {TABLE}");
+    // One round trip: every session begins with it.
+    match client
+        .query_typed_one(&sql, &[])
+        .await
+        .map_err(PgError::from)
+    {
+        Ok(row) => Ok(EventsSeen {
+            count: row.get(0),
+            sum: row.get(1),
+        }),
+        Err(error) if error.sqlstate() == Some("42P01") => Ok(EventsSeen {
             count: 0,
             sum: "0".to_owned(),
-        });
+        }),
+        Err(error) => Err(error),
     }
-    let sql = format!("SELECT count(*), coalesce(sum(id), 0)::text FROM {TABLE}");
-    let row = client.query_typed_one(&sql, &[]).await?;
-    Ok(EventsSeen {
-        count: row.get(0),
-        sum: row.get(1),
-    })
 }
 
 /// Deletes old events on the source, a few at a time: the replica follows.

@@ -72,13 +72,14 @@ impl Setup<'_> {
     ) -> Result<(), SetupError> {
         self.source.found.require_unaltered(&self.source.stream)?;
         self.source.leave_out_what_cannot_be_published();
-        let (rows, present, late) = future::join3(
+        let (rows, present, late, under_way) = future::join4(
             replica::synced_tables(&self.replica, &self.source.stream),
             replica::tables(&self.replica),
             catches_up(&self.replica, &self.source.stream),
+            under_way::any(&self.source.client, &self.replica),
         )
         .await;
-        let (rows, present, late) = (rows?, present?, late?);
+        let (rows, present, late, under_way) = (rows?, present?, late?, under_way?);
         let that = |is: fn(&TableSync) -> bool| -> BTreeSet<TableName> {
             let rows = rows.iter().filter(|row| is(row));
             rows.map(|row| row.table.clone()).collect()
@@ -95,7 +96,6 @@ impl Setup<'_> {
             )
             .await?;
         }
-        let under_way = under_way::any(&self.source.client, &self.replica).await?;
         let mut missed = match under_way {
             // What is another table by now the stream will say.
             true => BTreeMap::new(),
