@@ -43,7 +43,8 @@ BEGIN
     END IF;
     -- A password belongs into no log, no stream and no archive.
     is_secret := of_tag ~ '(USER MAPPING|SERVER|SUBSCRIPTION|FOREIGN DATA WRAPPER|ROLE)'
-                 OR concat(sent, context) ~* 'password\s*(=|''|E''|U&''|\$)';
+                 OR concat(sent, context) ~* 'password\s*(=|''|E''|U&''|\$)'
+                 OR concat(sent, context) ~* 'password' AND concat(sent, context) ~* '\m(role|user|mapping|server|subscription)\M';
     IF is_secret THEN
         context := NULL;
     END IF;

@@ -39,8 +39,8 @@ fn kind(at: &FindingPlace, replica: &TableShape) -> Option<Finding> {
     Some(finding.hint("rename it away on the replica; rows of the source need a table"))
 }
 
-const SAME_COLUMNS: &str = "make the same change on the replica that was made on the source: \
-     DDL is not replicated in this version";
+const SAME_COLUMNS: &str = "make the same change on the replica that was made on the source; \
+     where DDL is captured (ddl_capture) it comes by itself, or dr-agent ddl says why not";
 
 fn columns(at: &FindingPlace, source: &[ColumnShape], replica: &[ColumnShape]) -> Vec<Finding> {
     let mut findings = Vec::new();

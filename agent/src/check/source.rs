@@ -147,21 +147,23 @@ pub(super) async fn server(config: &Config, findings: &mut Vec<Finding>) -> Opti
         findings.push(at.warning("waiting", found.text(watch::WatchedSide::Source)));
     }
     findings.push(settings::replication_role(&at, &server));
-    findings.push(
-        at.note(
-            "ddl",
-            "DDL is not replicated in this version: what CREATE, ALTER and DROP change after the copy stays here",
-        )
-        .hint(match config.route {
-            Route::Direct => {
-                "make each change on the replica first, then here; dr-agent run takes in new tables by itself, within half a minute"
-            }
-            Route::Kinesis { .. } => {
-                "make each change on the replica first, then here; dr-agent run publishes new tables by itself, within half a \
-                 minute, and dr-agent apply copies them, for which it must reach the source"
-            }
-        }),
-    );
+    if config.source.ddl == Ddl::Off {
+        findings.push(
+            at.note(
+                "ddl",
+                "DDL is not replicated (source.ddl = \"off\"): what CREATE, ALTER and DROP change after the copy stays here",
+            )
+            .hint(match config.route {
+                Route::Direct => {
+                    "make each change on the replica first, then here; dr-agent run takes in new tables by itself, within half a minute"
+                }
+                Route::Kinesis { .. } => {
+                    "make each change on the replica first, then here; dr-agent run publishes new tables by itself, within half a \
+                     minute, and dr-agent apply copies them, for which it must reach the source"
+                }
+            }),
+        );
+    }
     if let Some(skew) = note_failure(&at, "read the clock", findings, server::skew(&client)).await {
         findings.push(settings::clock(&at, skew));
     }

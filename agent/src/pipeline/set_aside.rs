@@ -148,7 +148,7 @@ fn behind_it(error: &SessionError) -> &'static str {
     match error {
         SessionError::Sink(error) => error.behind_it(),
         _ => {
-            "DDL is not replicated, and the table is created anew; where views depend on the replica's table, make the same ALTER \
+            "DDL ran on one side only, and the table is created anew; where views depend on the replica's table, make the same ALTER \
              TABLE there (SET default_transaction_read_only = off)"
         }
     }

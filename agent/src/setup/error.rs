@@ -370,7 +370,7 @@ impl Classify for SetupError {
                 start_over(SLOT_TOO)
             ),
             Self::Computed(differences) => format!(
-                "DDL is not replicated: make the same ALTER TABLE on the replica (SET default_transaction_read_only = off), \
+                "DDL ran on one side only: make the same ALTER TABLE on the replica (SET default_transaction_read_only = off), \
                  then start the agent again. Where a column became a generated one, or ceased to be one, copy the table again \
                  as well. {}",
                 remedy::copy_again(differences.first().map(|one| one.table.name.as_str()))

@@ -13,7 +13,7 @@
 //!
 //! # What it does not do
 //! - It does not count what the initial copy takes along and what changes by DDL only (views,
-//!   functions, triggers, policies): DDL is not replicated in this version, which `check` says once.
+//!   functions, triggers, policies): what comes later is DDL, which [`crate::schema::ddl`] carries.
 //! - It does not count what a start brings along and what a server may lack (roles): `inventory` compares their names.
 
 mod definitions;

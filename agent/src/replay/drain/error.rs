@@ -142,7 +142,7 @@ fn of_sink(error: &SinkError) -> Option<String> {
              the same command again"
         }
         SinkError::Unfit(unfit) if unfit.why != Misfit::KeyNotSent => {
-            "DDL is not replicated: make the same ALTER TABLE on the replica (SET default_transaction_read_only = off), then run \
+            "DDL ran on one side only: make the same ALTER TABLE on the replica (SET default_transaction_read_only = off), then run \
              the same command again: it goes on where it stopped"
         }
         SinkError::Diverged(_) => {
@@ -151,7 +151,7 @@ fn of_sink(error: &SinkError) -> Option<String> {
              replica as it is"
         }
         SinkError::TableMissing { .. } | SinkError::ColumnMissing { .. } => {
-            "DDL is not replicated: run the same DDL on the replica (SET default_transaction_read_only = off), then run the \
+            "DDL ran on one side only: run the same DDL on the replica (SET default_transaction_read_only = off), then run the \
              same command again: it goes on where it stopped"
         }
         SinkError::Refused { .. } => {

@@ -74,7 +74,7 @@ impl SinkError {
                 "ALTER TABLE … REPLICA IDENTITY FULL on the source, or leave the table out with source.exclude"
             }
             Self::Unfit(_) | Self::TableMissing { .. } | Self::ColumnMissing { .. } => {
-                "DDL is not replicated, and the table is created anew; where views depend on the replica's table, make the same \
+                "DDL ran on one side only, and the table is created anew; where views depend on the replica's table, make the same \
                  ALTER TABLE there (SET default_transaction_read_only = off)"
             }
             Self::Diverged(_) => {

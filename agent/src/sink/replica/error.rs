@@ -363,14 +363,14 @@ impl Classify for SinkError {
             Self::Unfit(unfit) => match unfit.why {
                 Misfit::GeneratedHere => {
                     return Some(format!(
-                        "DDL is not replicated: make the same ALTER TABLE on the replica (SET \
+                        "DDL ran on one side only: make the same ALTER TABLE on the replica (SET \
                          default_transaction_read_only = off), then start the agent again. If the transaction of that ALTER \
                          TABLE changed rows of the table before it, copy it again as well. {}",
                         remedy::copy_again(Some(&unfit.table.name))
                     ));
                 }
                 Misfit::Type { .. } => {
-                    "DDL is not replicated: make the same ALTER TABLE on the replica (SET \
+                    "DDL ran on one side only: make the same ALTER TABLE on the replica (SET \
                      default_transaction_read_only = off), then start the agent again; it stands right before the \
                      first change of the altered table"
                 }
@@ -393,7 +393,7 @@ impl Classify for SinkError {
                 ));
             }
             Self::TableMissing { .. } | Self::ColumnMissing { .. } => {
-                "DDL is not replicated: run the same DDL on the replica (SET \
+                "DDL ran on one side only: run the same DDL on the replica (SET \
                  default_transaction_read_only = off), then start the agent again; it resumes \
                  where it stopped"
             }
