@@ -125,8 +125,14 @@ impl<'a> Scene<'a> {
             Trouble::NoProcess => self.limit_processes(true),
         }
         self.end_sessions().await;
-        if matches!(trouble, Trouble::Exhausted) {
+        // The agent may have been faster than the taking of the session that it had.
+        while matches!(trouble, Trouble::Exhausted) {
             self.take_all_sessions().await;
+            let agents = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'agent'";
+            if self.admin.number(agents).await == 0 {
+                break;
+            }
+            self.end_sessions().await;
         }
     }
 
