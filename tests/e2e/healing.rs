@@ -125,12 +125,18 @@ impl<'a> Scene<'a> {
             Trouble::NoProcess => self.limit_processes(true),
         }
         self.end_sessions().await;
-        // The agent may have been faster than the taking of the session that it had.
-        while matches!(trouble, Trouble::Exhausted) {
+        if matches!(trouble, Trouble::Exhausted) {
+            self.take_sessions_until_the_agent_has_none().await;
+        }
+    }
+
+    /// The agent may be faster at taking a session that it had than this is.
+    async fn take_sessions_until_the_agent_has_none(&mut self) {
+        let agents = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'agent'";
+        loop {
             self.take_all_sessions().await;
-            let agents = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'agent'";
             if self.admin.number(agents).await == 0 {
-                break;
+                return;
             }
             self.end_sessions().await;
         }
