@@ -6,6 +6,7 @@
 use dr_agent_tests::agent::Running;
 use dr_agent_tests::archive::{expect_state, files_below, note, protected, restore, wait_archived};
 use dr_agent_tests::client::Client;
+use dr_agent_tests::compare::differences;
 use dr_agent_tests::kinesalite::Kinesalite;
 use dr_agent_tests::route::{Route, STREAM};
 use dr_agent_tests::site::{Database, Site};
@@ -58,7 +59,11 @@ async fn copied_again(running: &Running, database: &Database) {
         .await;
     }
     running.wait_for_streaming(&database.name).await;
-    database.expect_equal().await;
+    // Each of the two may be seen, and copied, after the other one has come, and be away meanwhile.
+    wait_until("both sides to be equal", PATIENCE, || async {
+        differences(&source, &replica, &[]).await.is_empty()
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
