@@ -1,9 +1,9 @@
 -- What writes the source's commands down: three event triggers, and one function that may write. Repeatable. A superuser installs it.
 --
---   command ─▶ event trigger ─▶ shell (INVOKER: sees the caller's role and search_path) ─▶ dr_agent.capture (DEFINER) ─▶ dr_agent.ddl
+--   command ─▶ event trigger ─▶ on_ddl (INVOKER: sees the caller's role and search_path) ─▶ dr_agent.capture (DEFINER) ─▶ dr_agent.ddl
 --
--- The user's command never fails because of this: what cannot be written down is left to the fingerprint. Nothing is written at
--- ddl_command_start: DROP INDEX CONCURRENTLY must be the first action of its transaction.
+-- The user's command never fails because of this: what cannot be written down is said in the server's log, and missing on the
+-- replica. Nothing is written at ddl_command_start: DROP INDEX CONCURRENTLY must be the first action of its transaction.
 
 CREATE SEQUENCE IF NOT EXISTS dr_agent.ddl_id;
 
@@ -64,7 +64,7 @@ BEGIN
             RETURN;
         EXCEPTION WHEN unique_violation THEN
             -- A server that was a replica has the other one's rows.
-            PERFORM setval('dr_agent.ddl_id', (SELECT max(id) + 1 FROM dr_agent.ddl));
+            PERFORM setval('dr_agent.ddl_id', greatest((SELECT max(id) FROM dr_agent.ddl), (SELECT last_value FROM dr_agent.ddl_id)));
         END;
     END LOOP;
 END
@@ -258,8 +258,8 @@ CREATE OR REPLACE FUNCTION dr_agent.objects_of_rewrite() RETURNS json LANGUAGE s
      WHERE c.oid = r.oid AND c.relpersistence <> 't' AND c.relnamespace <> 'dr_agent'::regnamespace
 $$;
 
--- The shells: without a SET clause, so that they see what the caller sees; therefore every name in full.
-CREATE OR REPLACE FUNCTION dr_agent.on_command() RETURNS event_trigger LANGUAGE plpgsql AS $$
+-- The shell: without a SET clause, so that it sees what the caller sees; therefore every name in full.
+CREATE OR REPLACE FUNCTION dr_agent.on_ddl() RETURNS event_trigger LANGUAGE plpgsql AS $$
 DECLARE
     context pg_catalog.text;
 BEGIN
@@ -269,37 +269,8 @@ BEGIN
              WHERE oid = 'dr_agent.capture(text,text,text,text,text)'::pg_catalog.regprocedure) THEN
         RETURN;
     END IF;
-    PERFORM dr_agent.capture('command', tg_tag, context, current_user::pg_catalog.text, pg_catalog.current_setting('search_path'));
-EXCEPTION WHEN OTHERS THEN
-    RAISE LOG 'dr-agent has not written down this command: %', sqlerrm;
-END
-$$;
-CREATE OR REPLACE FUNCTION dr_agent.on_drop() RETURNS event_trigger LANGUAGE plpgsql AS $$
-DECLARE
-    context pg_catalog.text;
-BEGIN
-    GET DIAGNOSTICS context = PG_CONTEXT;
-    -- Whoever owns it must not run as somebody else.
-    IF NOT (SELECT prosecdef FROM pg_catalog.pg_proc
-             WHERE oid = 'dr_agent.capture(text,text,text,text,text)'::pg_catalog.regprocedure) THEN
-        RETURN;
-    END IF;
-    PERFORM dr_agent.capture('drop', tg_tag, context, current_user::pg_catalog.text, pg_catalog.current_setting('search_path'));
-EXCEPTION WHEN OTHERS THEN
-    RAISE LOG 'dr-agent has not written down this command: %', sqlerrm;
-END
-$$;
-CREATE OR REPLACE FUNCTION dr_agent.on_rewrite() RETURNS event_trigger LANGUAGE plpgsql AS $$
-DECLARE
-    context pg_catalog.text;
-BEGIN
-    GET DIAGNOSTICS context = PG_CONTEXT;
-    -- Whoever owns it must not run as somebody else.
-    IF NOT (SELECT prosecdef FROM pg_catalog.pg_proc
-             WHERE oid = 'dr_agent.capture(text,text,text,text,text)'::pg_catalog.regprocedure) THEN
-        RETURN;
-    END IF;
-    PERFORM dr_agent.capture('rewrite', tg_tag, context, current_user::pg_catalog.text, pg_catalog.current_setting('search_path'));
+    PERFORM dr_agent.capture(CASE tg_event WHEN 'sql_drop' THEN 'drop' WHEN 'table_rewrite' THEN 'rewrite' ELSE 'command' END,
+                             tg_tag, context, current_user::pg_catalog.text, pg_catalog.current_setting('search_path'));
 EXCEPTION WHEN OTHERS THEN
     RAISE LOG 'dr-agent has not written down this command: %', sqlerrm;
 END
@@ -310,13 +281,13 @@ GRANT USAGE ON SCHEMA dr_agent TO PUBLIC;
 DO $$
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = 'dr_agent_command') THEN
-        CREATE EVENT TRIGGER dr_agent_command ON ddl_command_end EXECUTE FUNCTION dr_agent.on_command();
+        CREATE EVENT TRIGGER dr_agent_command ON ddl_command_end EXECUTE FUNCTION dr_agent.on_ddl();
     END IF;
     IF NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = 'dr_agent_drop') THEN
-        CREATE EVENT TRIGGER dr_agent_drop ON sql_drop EXECUTE FUNCTION dr_agent.on_drop();
+        CREATE EVENT TRIGGER dr_agent_drop ON sql_drop EXECUTE FUNCTION dr_agent.on_ddl();
     END IF;
     IF NOT EXISTS (SELECT FROM pg_catalog.pg_event_trigger WHERE evtname = 'dr_agent_rewrite') THEN
-        CREATE EVENT TRIGGER dr_agent_rewrite ON table_rewrite EXECUTE FUNCTION dr_agent.on_rewrite();
+        CREATE EVENT TRIGGER dr_agent_rewrite ON table_rewrite EXECUTE FUNCTION dr_agent.on_ddl();
     END IF;
 END
 $$;
@@ -324,8 +295,8 @@ ALTER EVENT TRIGGER dr_agent_command ENABLE ALWAYS;
 ALTER EVENT TRIGGER dr_agent_drop ENABLE ALWAYS;
 ALTER EVENT TRIGGER dr_agent_rewrite ENABLE ALWAYS;
 
--- What writes belongs to whoever owns what it writes to; the shells stay with the superuser who has installed them, because they run
--- as whoever defines something.
+-- What writes belongs to whoever owns what it writes to; the shell stays with the superuser who has installed it, because it runs as
+-- whoever defines something.
 DO $$
 DECLARE
     owner text := (SELECT pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(relowner)) FROM pg_catalog.pg_class

@@ -33,6 +33,7 @@ mod copy;
 mod coverage;
 mod databases;
 mod ddl;
+mod ddl_capture;
 mod ddl_statement;
 mod disturbances;
 mod failover_archive;

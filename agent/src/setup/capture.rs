@@ -8,13 +8,18 @@
 //!
 //! # Invariants
 //! - One transaction; repeatable. Event triggers that are disabled, or do not fire ALWAYS, count as not there.
+//! - Whatever the session of a command has set, its objects are described as our own sessions would ([`crate::pg::settings`]).
 //! - A comment says of which form they are: those of an earlier version are replaced.
+
+use std::fmt::Write as _;
 
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use crate::config::Ddl;
 use crate::pg::PgError;
+use crate::pg::quote::quote_literal;
+use crate::pg::settings::VALUES;
 
 const SQL: &str = concat!(
     include_str!("../../sql/shape.sql"),
@@ -71,15 +76,29 @@ pub async fn observe(client: &Client) -> Result<CaptureFacts, PgError> {
 
 /// What the comment says.
 fn form() -> String {
-    format!("form {:08x}", crc32c::crc32c(SQL.as_bytes()))
+    format!("form {:08x}", crc32c::crc32c(sql().as_bytes()))
 }
 
 /// Installs it, or replaces what is there.
 fn install() -> String {
     format!(
-        "BEGIN;\n{SQL}\nCOMMENT ON FUNCTION {WRITER} IS '{}';\nCOMMIT",
+        "BEGIN;\n{}\nCOMMENT ON FUNCTION {WRITER} IS '{}';\nCOMMIT",
+        sql(),
         form()
     )
+}
+
+/// All of it. What is written down must not hang on the settings of whoever runs the command: they are those of our own sessions.
+fn sql() -> String {
+    let mut sql = SQL.to_owned();
+    for (name, value) in VALUES {
+        // It sees names as it was written to, and its text leaves no server.
+        if !["search_path", "client_encoding"].contains(&name) {
+            let value = quote_literal(value);
+            _ = writeln!(sql, "ALTER FUNCTION {WRITER} SET {name} = {value};");
+        }
+    }
+    sql
 }
 
 impl CaptureFacts {
