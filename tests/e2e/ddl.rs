@@ -89,6 +89,9 @@ pub(crate) const MIGRATION: &[&str] = &[
      INSERT INTO counted (v) VALUES ('c')",
     "ALTER TABLE counted ENABLE ROW LEVEL SECURITY; CREATE POLICY own ON counted USING (v <> 'hidden')",
     "CREATE OR REPLACE FUNCTION make(n int) RETURNS void LANGUAGE sql AS 'SELECT'",
+    // Made anew from its shape, and what did not differ with it.
+    "COMMENT ON POLICY own ON counted IS 'stays';
+     CREATE FUNCTION narrow() RETURNS void LANGUAGE sql AS 'ALTER POLICY own ON counted USING (v <> ''seen'')'; SELECT narrow(); DROP FUNCTION narrow()",
     // Partitions.
     "CREATE TABLE event (id int, at date NOT NULL, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
      CREATE TABLE event_2025 PARTITION OF event FOR VALUES FROM ('2025-01-01') TO ('2026-01-01');
@@ -254,8 +257,10 @@ async fn what_a_migration_does_arrives_at_its_place() {
     migrate(&database.source().await).await;
     expect_the_same(&database).await;
     agent.command(&["ddl"]).await.expect_code(0);
-    // A table that was created empty was replicated from its first row on: nothing was copied for it.
     let replica = database.replica().await;
+    let waited = "SELECT id || ': ' || detail FROM dr_agent.ddl_applied WHERE outcome = 'waits'";
+    assert_eq!(replica.column(waited).await, Vec::<String>::new());
+    // A table that was created empty was replicated from its first row on: nothing was copied for it.
     let came = "SELECT snapshot_lsn IS NULL FROM dr_agent.table_sync WHERE table_name = 'made_7'";
     assert_eq!(replica.value(came).await.as_deref(), Some("t"));
     running.stop().await;

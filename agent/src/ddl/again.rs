@@ -51,14 +51,14 @@ async fn try_one(
     term: Option<i64>,
     object: &WaitingObject,
 ) -> Result<Tried, PgError> {
+    let still = |reason: &str| WaitingObject {
+        reason: reason.to_owned(),
+        ..object.clone()
+    };
     if build::is_waiting(object) {
         // Without the progress row: batches go on meanwhile.
         if let Err(reason) = build::build(client, object).await? {
-            let waits = WaitingObject {
-                reason: reason.clone(),
-                ..object.clone()
-            };
-            ddl_waiting::note(client, stream, &waits).await?;
+            ddl_waiting::note(client, stream, &still(&reason)).await?;
             return Ok(Tried {
                 identity: object.identity.clone(),
                 waits: Some(reason),
@@ -77,14 +77,7 @@ async fn try_one(
             Ok(_) => {
                 ddl_waiting::settled(client, stream, std::slice::from_ref(&object.address)).await?;
             }
-            Err(reason) => {
-                let reason = reason.clone();
-                let object = WaitingObject {
-                    reason,
-                    ..object.clone()
-                };
-                ddl_waiting::note(client, stream, &object).await?;
-            }
+            Err(reason) => ddl_waiting::note(client, stream, &still(reason)).await?,
         }
         client.batch_execute("COMMIT").await?;
         Ok::<_, PgError>(outcome)

@@ -21,6 +21,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tokio_postgres::Client;
 
 use super::build;
+use super::outcome::{Done, Outcome};
 use super::statement::{self, Statement};
 use super::{remove, rewrite};
 use crate::error::{Class, Classify as _};
@@ -31,107 +32,8 @@ use crate::schema::ddl::{DdlEvent, EventKind, EventObject};
 use crate::schema::ddl_waiting::WaitingObject;
 use crate::shape::{self, Healing, Roles};
 
-/// How a command took effect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Everything was as recorded already.
-    Nothing,
-    /// By its own statement.
-    Statement,
-    /// From the shape.
-    Shape,
-    /// From the shape, and rows have to be copied again.
-    Copy,
-    /// It concerns tables that are newer only.
-    Skipped,
-    /// An index is built beside the stream.
-    Later,
-    /// Objects wait.
-    Waits,
-}
-
-impl Outcome {
-    /// All there are.
-    pub const ALL: [Self; 7] = [
-        Self::Nothing,
-        Self::Statement,
-        Self::Shape,
-        Self::Copy,
-        Self::Skipped,
-        Self::Later,
-        Self::Waits,
-    ];
-
-    /// As it is recorded, and the label of the metric.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Nothing => "nothing",
-            Self::Statement => "statement",
-            Self::Shape => "shape",
-            Self::Copy => "copy",
-            Self::Skipped => "skipped",
-            Self::Later => "later",
-            Self::Waits => "waits",
-        }
-    }
-}
-
-/// How many commands had which outcome.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CommandCounts([u64; Outcome::ALL.len()]);
-
-impl CommandCounts {
-    /// One more.
-    pub fn count(&mut self, outcome: Outcome) {
-        for (count, one) in self.0.iter_mut().zip(Outcome::ALL) {
-            *count += u64::from(one == outcome);
-        }
-    }
-
-    /// Each outcome with its number.
-    pub fn each(&self) -> impl Iterator<Item = (Outcome, u64)> {
-        Outcome::ALL.into_iter().zip(self.0)
-    }
-}
-
-/// An object that could not be brought to what was recorded.
-#[derive(Clone, Debug)]
-pub struct Waiting {
-    /// Which one.
-    pub address: ObjectAddress,
-    /// As a person reads it.
-    pub identity: String,
-    /// The recorded shape; none where it is to be dropped.
-    pub shape: Option<serde_json::Value>,
-    /// Why.
-    pub reason: String,
-    /// It was recorded by a server of another major version.
-    pub across: bool,
-}
-
-/// What has become of a command.
-#[derive(Clone, Debug)]
-pub struct Done {
-    /// How.
-    pub outcome: Outcome,
-    /// Tables whose rows have to be copied again.
-    pub copy_again: BTreeSet<TableName>,
-    /// What is not as recorded.
-    pub waiting: Vec<Waiting>,
-    /// What is as recorded now, and may have waited.
-    pub settled: Vec<ObjectAddress>,
-}
-
-impl Done {
-    fn of(outcome: Outcome) -> Self {
-        Self {
-            outcome,
-            copy_again: BTreeSet::new(),
-            waiting: Vec::new(),
-            settled: Vec::new(),
-        }
-    }
-}
+/// How often an object is brought nearer to its recorded shape before it waits.
+const ROUNDS: usize = 2;
 
 const BACK: &str = "ROLLBACK TO ddl; RELEASE ddl";
 
@@ -192,74 +94,67 @@ impl Replay {
         event: &DdlEvent,
         objects: &[&EventObject],
     ) -> Result<Done, PgError> {
-        let statement = statement::of(event);
-        let ran = matches!(&statement, Statement::Exact(text) if self.ran.as_ref() == Some(text));
-        let has_shapes = objects.iter().any(|object| object.shape.is_some());
+        if let [object] = objects
+            && build::is_for_later(client, object, self.index_bytes).await?
+        {
+            return Ok(Done {
+                waiting: vec![self.waits(event, object, build::LATER.to_owned())],
+                ..Done::of(Outcome::Later)
+            });
+        }
         let mut copy_again = self.rows_changed(client, objects).await?;
-        let is_exact = matches!(statement, Statement::Exact(_)) && !ran;
-        let is_there = !is_exact && (has_shapes || ran);
-        if is_there && self.differences(client, objects).await?.is_empty() {
+        // What a drop of the same statement has run is not run twice.
+        let (exact, ran) = match statement::of(event) {
+            Statement::Exact(text) if self.ran.as_ref() == Some(&text) => (None, true),
+            Statement::Exact(text) => (Some(text), false),
+            Statement::Shape(_) => (None, false),
+        };
+        let refusal = match exact {
+            None => None,
+            Some(text) => match self.by_statement(client, event, &text, objects).await? {
+                Err(reason) => Some(reason),
+                Ok(()) => {
+                    self.ran = Some(text);
+                    return Ok(Done {
+                        settled: addresses(objects),
+                        ..Done::with_rows(Outcome::Statement, copy_again)
+                    });
+                }
+            },
+        };
+        let tells = ran || objects.iter().any(|object| object.shape.is_some());
+        if tells && self.differences(client, objects).await?.is_empty() {
             return Ok(Done {
                 settled: addresses(objects),
                 ..Done::of(Outcome::Nothing)
             });
         }
-        if let [object] = objects
-            && build::is_for_later(client, object, self.index_bytes).await?
-        {
-            return Ok(Done {
-                waiting: vec![self.waits(object, build::LATER.to_owned())],
-                ..Done::of(Outcome::Later)
-            });
-        }
-        let mut refusal = None;
-        if let (Statement::Exact(text), false) = (&statement, ran) {
-            match self.by_statement(client, event, text, objects).await? {
-                Ok(()) => {
-                    self.ran = Some(text.clone());
-                    let outcome = match copy_again.is_empty() {
-                        true => Outcome::Statement,
-                        false => Outcome::Copy,
-                    };
-                    return Ok(Done {
-                        settled: addresses(objects),
-                        copy_again,
-                        ..Done::of(outcome)
-                    });
-                }
-                Err(reason) => refusal = Some(reason),
-            }
-        }
-        let is_there = has_shapes && self.differences(client, objects).await?.is_empty();
         let reasons = self.by_shapes(client, objects, &mut copy_again).await?;
-        let mut done = Done::of(Outcome::Shape);
+        let mut done = Done::with_rows(Outcome::Shape, copy_again);
         for (object, reason) in objects.iter().zip(reasons) {
-            match (reason, &refusal) {
-                (None, _) => done.settled.push(object.address.clone()),
-                (Some(reason), None) => done.waiting.push(self.waits(object, reason)),
-                (Some(reason), Some(refusal)) => {
-                    let reason = format!("{reason}; its statement: {refusal}");
-                    done.waiting.push(self.waits(object, reason));
+            let reason = match (reason, &refusal) {
+                (None, _) => {
+                    done.settled.push(object.address.clone());
+                    continue;
                 }
-            }
+                (Some(reason), None) => reason,
+                (Some(reason), Some(refusal)) => format!("{reason}; its statement: {refusal}"),
+            };
+            done.waiting.push(self.waits(event, object, reason));
+            done.outcome = Outcome::Waits;
         }
-        done.outcome = match (done.waiting.is_empty(), copy_again.is_empty()) {
-            (false, _) => Outcome::Waits,
-            (true, false) => Outcome::Copy,
-            (true, true) if is_there => Outcome::Nothing,
-            (true, true) => Outcome::Shape,
-        };
-        done.copy_again = copy_again;
         Ok(done)
     }
 
-    fn waits(&self, object: &EventObject, reason: String) -> Waiting {
-        Waiting {
+    fn waits(&self, event: &DdlEvent, object: &EventObject, reason: String) -> WaitingObject {
+        WaitingObject {
             address: object.address.clone(),
             identity: object.identity.clone(),
             shape: object.shape.clone(),
-            across: self.across,
             reason,
+            ddl: event.id,
+            across: self.across,
+            accepted: None,
         }
     }
 
@@ -336,9 +231,8 @@ impl Replay {
         text: &str,
         objects: &[&EventObject],
     ) -> Result<Result<(), String>, PgError> {
-        client.batch_execute("SAVEPOINT ddl").await?;
-        if let Err(error) = run_as(client, event, text).await {
-            return refused(client, error).await;
+        if let Err(refusal) = attempt(client, event, text).await? {
+            return Ok(Err(refusal));
         }
         let differences = self.differences(client, objects).await?;
         if differences.is_empty() {
@@ -398,9 +292,28 @@ impl Replay {
         let Some(recorded) = &object.shape else {
             return Ok(Some("its shape is not known".to_owned()));
         };
-        if self.difference(client, object).await?.is_none() {
-            return Ok(None);
+        let mut left = self.difference(client, object).await?;
+        // What is made anew is without the comment and the privileges that did not differ: that takes another round.
+        for _ in 0..ROUNDS {
+            if left.is_none() {
+                return Ok(None);
+            }
+            if let Err(reason) = self.round(client, object, recorded, copy_again).await? {
+                return Ok(Some(reason));
+            }
+            left = self.difference(client, object).await?;
         }
+        Ok(left)
+    }
+
+    /// Runs what brings an object nearer to its recorded shape; or says why that is not possible.
+    async fn round(
+        &mut self,
+        client: &Client,
+        object: &EventObject,
+        recorded: &serde_json::Value,
+        copy_again: &mut BTreeSet<TableName>,
+    ) -> Result<Result<(), String>, PgError> {
         let found = shape::read(client, &object.address).await?;
         let roles = self.roles(client).await?;
         let (address, identity) = (&object.address, &object.identity);
@@ -411,19 +324,19 @@ impl Replay {
                 otherwise,
                 copy_again,
             } => (statements, otherwise, copy_again),
-            Healing::Refused(reason) => return Ok(Some(reason)),
+            Healing::Refused(reason) => return Ok(Err(reason)),
         };
         let mut refusal = run_all(client, &statements).await?;
         if refusal.is_some() && !otherwise.is_empty() {
             refusal = run_all(client, &otherwise).await?;
         }
-        if refusal.is_some() {
-            return Ok(refusal);
+        if let Some(refusal) = refusal {
+            return Ok(Err(refusal));
         }
         if copies && !object.created {
             copy_again.extend(table_of(object));
         }
-        self.difference(client, object).await
+        Ok(Ok(()))
     }
 
     async fn drop(
@@ -439,16 +352,12 @@ impl Replay {
             });
         }
         let mut outcome = Outcome::Shape;
-        if let Statement::Exact(text) = statement::of(event) {
-            client.batch_execute("SAVEPOINT ddl").await?;
-            match run_as(client, event, &text).await {
-                Ok(()) => {
-                    client.batch_execute("RELEASE ddl").await?;
-                    outcome = Outcome::Statement;
-                    self.ran = Some(text);
-                }
-                Err(error) => _ = refused::<()>(client, error).await?,
-            }
+        if let Statement::Exact(text) = statement::of(event)
+            && attempt(client, event, &text).await?.is_ok()
+        {
+            client.batch_execute("RELEASE ddl").await?;
+            outcome = Outcome::Statement;
+            self.ran = Some(text);
         }
         let mut left = self.left(client, objects).await?;
         let mut waiting = Vec::new();
@@ -458,13 +367,7 @@ impl Replay {
             waiting.clear();
             for object in &left {
                 if let Err(reason) = remove_one(client, object).await? {
-                    waiting.push(Waiting {
-                        address: object.address.clone(),
-                        identity: object.identity.clone(),
-                        shape: None,
-                        across: self.across,
-                        reason,
-                    });
+                    waiting.push(self.waits(event, object, reason));
                 }
             }
             left = self.left(client, &left).await?;
@@ -541,7 +444,7 @@ async fn run_all(client: &Client, statements: &[String]) -> Result<Option<String
         .await?;
     for statement in statements {
         if let Err(error) = client.batch_execute(statement).await {
-            return Ok(refused::<()>(client, error.into()).await?.err());
+            return Ok(Some(refused(client, error.into()).await?));
         }
     }
     client.batch_execute("RELEASE ddl").await?;
@@ -556,13 +459,20 @@ async fn remove_one(client: &Client, object: &EventObject) -> Result<Result<(), 
             object.address.kind
         )));
     };
+    let refusal = run_all(client, &[statement]).await?;
+    Ok(refusal.map_or(Ok(()), Err))
+}
+
+/// Runs a statement as whoever ran it, behind a savepoint that is left to the caller; or is back at it, with the server's words.
+async fn attempt(
+    client: &Client,
+    event: &DdlEvent,
+    text: &str,
+) -> Result<Result<(), String>, PgError> {
     client.batch_execute("SAVEPOINT ddl").await?;
-    match client.batch_execute(&statement).await {
-        Ok(()) => {
-            client.batch_execute("RELEASE ddl").await?;
-            Ok(Ok(()))
-        }
-        Err(error) => refused(client, error.into()).await,
+    match run_as(client, event, text).await {
+        Ok(()) => Ok(Ok(())),
+        Err(error) => Ok(Err(refused(client, error).await?)),
     }
 }
 
@@ -582,12 +492,12 @@ async fn run_as(client: &Client, event: &DdlEvent, text: &str) -> Result<(), PgE
 }
 
 /// Back to the savepoint, with the server's words, where it has refused for good.
-async fn refused<T>(client: &Client, error: PgError) -> Result<Result<T, String>, PgError> {
+async fn refused(client: &Client, error: PgError) -> Result<String, PgError> {
     if !matches!(error, PgError::Server(_)) || error.class() != Class::Definite {
         return Err(error);
     }
     client.batch_execute(BACK).await?;
-    Ok(Err(error.to_string()))
+    Ok(error.to_string())
 }
 
 fn addresses(objects: &[&EventObject]) -> Vec<ObjectAddress> {

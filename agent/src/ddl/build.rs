@@ -11,6 +11,7 @@ use tokio_postgres::Client;
 
 use super::apply::table_of;
 use crate::names::TableName;
+use crate::names::object::ObjectAddress;
 use crate::names::stream::StreamName;
 use crate::pg::quote::quote_ident;
 use crate::pg::{PgError, Session};
@@ -35,32 +36,40 @@ pub(super) async fn is_for_later(
     object: &EventObject,
     index_bytes: u64,
 ) -> Result<bool, PgError> {
-    const SIZE: &str =
-        "SELECT coalesce(pg_catalog.pg_relation_size(pg_catalog.to_regclass($1::text)), 0)";
-    let is = |key: &str| {
-        let value = object.shape.as_ref().and_then(|shape| shape.get(key));
-        value.and_then(serde_json::Value::as_bool).unwrap_or(false)
-    };
-    let is_index = object.address.kind == "index" && object.created;
-    if !is_index || is("unique") || is("constraint") || definition(object.shape.as_ref()).is_none()
-    {
+    const IS_LARGE: &str = "
+        SELECT pg_catalog.to_regclass($1::text) IS NULL
+               AND coalesce(pg_catalog.pg_relation_size(pg_catalog.to_regclass($2::text)), 0) > $3";
+    if !object.created || definition(&object.address, object.shape.as_ref()).is_none() {
         return Ok(false);
     }
     let Some(table) = table_of(object) else {
         return Ok(false);
     };
-    let size: i64 = client.query_one(SIZE, &[&table.sql()]).await?.get(0);
-    Ok(u64::try_from(size).is_ok_and(|size| size > index_bytes))
+    let most = i64::try_from(index_bytes).unwrap_or(i64::MAX);
+    let row = client
+        .query_one(IS_LARGE, &[&name(&object.address), &table.sql(), &most])
+        .await?;
+    Ok(row.get(0))
 }
 
-/// Whether this one waits for nothing else than to be built.
+/// Whether this one can be built beside the stream, whatever it waits for.
 pub(super) fn is_waiting(object: &WaitingObject) -> bool {
-    object.address.kind == "index" && object.shape.is_some() && object.reason.starts_with(LATER)
+    definition(&object.address, object.shape.as_ref()).is_some()
 }
 
-/// The statement that builds it, and the index's name.
-fn definition(shape: Option<&serde_json::Value>) -> Option<String> {
-    let definition = shape?.get("definition")?.as_str()?;
+fn name(index: &ObjectAddress) -> String {
+    let parts = index.names.iter().map(|name| quote_ident(name));
+    parts.collect::<Vec<_>>().join(".")
+}
+
+/// The statement that builds an index concurrently: not of one that tells rows apart, or belongs to a constraint.
+fn definition(address: &ObjectAddress, shape: Option<&serde_json::Value>) -> Option<String> {
+    let shape = shape.filter(|_| address.kind == "index")?;
+    let is = |key: &str| shape.get(key).and_then(serde_json::Value::as_bool);
+    let definition = shape.get("definition")?.as_str()?;
+    if is("constraint") == Some(true) {
+        return None;
+    }
     let rest = definition.strip_prefix("CREATE INDEX ")?;
     // One of a partitioned table is no one's to build concurrently.
     (!rest.contains(" ON ONLY ")).then(|| format!("CREATE INDEX CONCURRENTLY {rest}"))
@@ -71,8 +80,7 @@ pub(super) async fn build(
     client: &Client,
     object: &WaitingObject,
 ) -> Result<Result<(), String>, PgError> {
-    let name = object.address.names.iter().map(|name| quote_ident(name));
-    let name = name.collect::<Vec<_>>().join(".");
+    let name = name(&object.address);
     let is_valid =
         |shape: &serde_json::Value| shape.get("valid") != Some(&serde_json::Value::Bool(false));
     match shape::read(client, &object.address).await? {
@@ -83,7 +91,7 @@ pub(super) async fn build(
         }
         None => {}
     }
-    let Some(statement) = definition(object.shape.as_ref()) else {
+    let Some(statement) = definition(&object.address, object.shape.as_ref()) else {
         return Ok(Err("its definition is not known".to_owned()));
     };
     match client
@@ -129,13 +137,23 @@ mod tests {
 
     #[test]
     fn only_an_ordinary_index_is_built_concurrently() {
-        let of = |text: &str| definition(Some(&json!({ "definition": text })));
+        let address = |kind: &str| ObjectAddress {
+            kind: kind.to_owned(),
+            names: vec!["s".to_owned(), "i".to_owned()],
+            args: Vec::new(),
+        };
+        let of = |text: &str| definition(&address("index"), Some(&json!({ "definition": text })));
         assert_eq!(
             of("CREATE INDEX i ON s.t USING btree (a)").as_deref(),
             Some("CREATE INDEX CONCURRENTLY i ON s.t USING btree (a)")
         );
         assert_eq!(of("CREATE UNIQUE INDEX i ON s.t USING btree (a)"), None);
         assert_eq!(of("CREATE INDEX i ON ONLY s.t USING btree (a)"), None);
-        assert_eq!(definition(None), None);
+        let plain = "CREATE INDEX i ON s.t USING gist (a)";
+        let excluding = json!({ "definition": plain, "constraint": true });
+        assert_eq!(definition(&address("index"), Some(&excluding)), None);
+        let other = json!({ "definition": plain });
+        assert_eq!(definition(&address("view"), Some(&other)), None);
+        assert_eq!(definition(&address("index"), None), None);
     }
 }

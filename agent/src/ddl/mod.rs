@@ -4,17 +4,19 @@
 //! source   command ▶ event trigger (agent/sql/capture.sql) ▶ dr_agent.ddl ─ published, a barrier at its place in the stream
 //! replica  DdlEvent ▶ statement ● exact? ▶ replay ▶ compare shapes ▶ equal
 //!                            └ no, or not equal ▶ shape ● statements that bring the object to the recorded shape ▶ compare
-//!                                                        └ not possible ▶ the database stops there, with the ways out
+//!                                                        └ not possible ▶ the object waits, with the reason; the rest goes on
 //! ```
 //! The statement helps, the result decides.
 
 mod again;
 mod apply;
 mod build;
+mod outcome;
 mod remove;
 mod rewrite;
 pub mod statement;
 
 pub use again::{Tried, try_waiting};
-pub use apply::{CommandCounts, Done, Outcome, Replay, Waiting, is_across, table_of};
+pub use apply::{Replay, is_across, table_of};
 pub use build::{ROLE as INDEX_ROLE, session as index_session, yield_indexes};
+pub use outcome::{CommandCounts, Done, Outcome};

@@ -3,7 +3,7 @@
 //! Never CASCADE: what the source has dropped with it is recorded, and goes by itself.
 
 use crate::names::object::ObjectAddress;
-use crate::pg::quote::{quote_ident, quote_literal};
+use crate::pg::quote::quote_ident;
 
 /// The statement; none for what is only dropped with something else.
 pub(super) fn statement(address: &ObjectAddress, identity: &str) -> Option<String> {
@@ -62,7 +62,6 @@ pub(super) fn statement(address: &ObjectAddress, identity: &str) -> Option<Strin
         | "language"
         | "foreign-data wrapper"
         | "server"
-        | "event trigger"
         | "access method" => {
             let word = kind.replace('-', " ").to_uppercase();
             format!("DROP {word} {}", part(0)?)
@@ -73,9 +72,10 @@ pub(super) fn statement(address: &ObjectAddress, identity: &str) -> Option<Strin
         }
         "operator class" | "operator family" => {
             format!(
-                "DROP {} {} USING {}",
+                "DROP {} {}.{} USING {}",
                 kind.to_uppercase(),
-                { format!("{}.{}", part(1)?, part(2)?) },
+                part(1)?,
+                part(2)?,
                 part(0)?
             )
         }
@@ -86,10 +86,6 @@ pub(super) fn statement(address: &ObjectAddress, identity: &str) -> Option<Strin
                 name => quote_ident(name),
             },
             quote_ident(address.args.first()?)
-        ),
-        "large object" => format!(
-            "SELECT pg_catalog.lo_unlink({})",
-            quote_literal(address.names.first()?)
         ),
         _ => return None,
     };

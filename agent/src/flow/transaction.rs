@@ -94,6 +94,12 @@ pub enum Relations {
 }
 
 impl Change {
+    /// Whether it is a barrier, or concerns the table of them.
+    pub fn is_of_barriers(&self) -> bool {
+        let mut relations = self.relations().iter();
+        relations.any(|relation| relation.is_of_barriers())
+    }
+
     /// Bytes this change holds in memory, roughly.
     pub fn bytes(&self) -> u64 {
         self.message.len() as u64 + size_of::<Self>() as u64

@@ -103,7 +103,7 @@ pub const ALL: &[(&str, Kind, &str)] = &[
     (
         "dr_agent_ddl_total",
         Kind::Counter,
-        "Commands (DDL) of the source on the replica, by outcome: nothing, statement, shape, copy, skipped, waits",
+        "Commands (DDL) of the source on the replica, by outcome: nothing, statement, shape, copy, later, skipped, waits",
     ),
     (
         "dr_agent_ddl_pending",

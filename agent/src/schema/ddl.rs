@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::GenericClient;
 
-use crate::flow::transaction::{BARRIERS, Change, Relations, SourceRelation};
+use crate::flow::transaction::{BARRIERS, Change, Relations};
 use crate::names::TableName;
 use crate::names::object::ObjectAddress;
 use crate::pg::PgError;
@@ -136,18 +136,14 @@ pub async fn seen(client: &(impl GenericClient + Sync)) -> Result<EventsSeen, Pg
 /// # Errors
 /// When the source refuses.
 pub async fn prune(source: &(impl GenericClient + Sync)) -> Result<(), PgError> {
-    const OLD: &str = "at < pg_catalog.now() - interval '7 days'
-        OR id <= (SELECT max(id) FROM dr_agent.ddl) - 20000";
+    // Of the oldest alone it is asked: that is one look into an index, where there is nothing to do.
     let sql = format!(
-        "DELETE FROM {TABLE} WHERE id IN (SELECT id FROM {TABLE} WHERE {OLD} ORDER BY id LIMIT 500)"
+        "DELETE FROM {TABLE} WHERE id IN (
+            SELECT id FROM (SELECT id, at FROM {TABLE} ORDER BY id LIMIT 500) AS oldest
+             WHERE at < pg_catalog.now() - interval '7 days' OR id <= (SELECT max(id) FROM {TABLE}) - 20000)"
     );
     source.execute(&sql, &[]).await?;
     Ok(())
-}
-
-/// Whether the rows of this relation are events.
-pub fn is_of(relation: &SourceRelation) -> bool {
-    relation.is_of_barriers()
 }
 
 /// Why a row of `dr_agent.ddl` says nothing.
@@ -177,7 +173,7 @@ pub fn event(change: &Change) -> Result<Option<DdlEvent>, EventError> {
     let Relations::Row(relation) = &change.relations else {
         return Ok(None);
     };
-    if !is_of(relation) {
+    if !relation.is_of_barriers() {
         return Ok(None);
     }
     let Message::Insert { new, .. } = decode(&change.message, false)? else {

@@ -3,8 +3,8 @@
 //! Whatever a trigger does on the source reaches the replica as changes of its own. One that fires
 //! ALWAYS or in replica role would do it a second time there, and the replica would no longer equal
 //! the source. ALWAYS becomes ORIGIN: quiet while changes are applied. REPLICA becomes disabled: it never fired for anybody but
-//! a replication. What they were is kept in `dr_agent.deferred`, and they are so again once the database is opened; event triggers
-//! stay as they are, firing for everybody or for nobody.
+//! a replication. What they were is kept in `dr_agent.deferred`, and they are so again once the database is opened. Not so event
+//! triggers, which would see what the opening itself still has to do: one that fired ALWAYS fires for ordinary sessions from then on.
 //!
 //! # Invariants
 //! - Repeatable; changes nothing where nothing fires.
@@ -47,9 +47,7 @@ pub async fn quiet(
         let Quieting { quiet, what, again } =
             quieting(row.get(0), &target(&row), row.get(3), row.get(4));
         client.batch_execute(&quiet).await?;
-        // An event trigger would see what an opening itself still has to do.
-        let keeps = stream.filter(|_| row.get::<_, &str>(0) != "EVENT TRIGGER");
-        if let Some(stream) = keeps {
+        if let (Some(stream), Some(again)) = (stream, again) {
             deferred::keep(client, stream, (&what, &again), deferred::when_opened()).await?;
         }
         quieted.push(what);
@@ -67,8 +65,8 @@ fn target(row: &Row) -> TableName {
 struct Quieting {
     quiet: String,
     what: String,
-    /// Where it is gone by then, nothing is done.
-    again: String,
+    /// At the opening; where it is gone by then, nothing is done.
+    again: Option<String>,
 }
 
 fn quieting(kind: &str, table: &TableName, name: &str, always: bool) -> Quieting {
@@ -78,17 +76,11 @@ fn quieting(kind: &str, table: &TableName, name: &str, always: bool) -> Quieting
         ("DISABLE", "ENABLE REPLICA")
     };
     let (quoted, literal) = (quote_ident(name), quote_literal(name));
-    let guarded = |exists: String, statement: String| {
-        let body = format!("BEGIN IF EXISTS (SELECT FROM {exists}) THEN {statement}; END IF; END");
-        format!("DO {}", quote_literal(&body))
-    };
     if kind == "EVENT TRIGGER" {
-        let exists = format!("pg_catalog.pg_event_trigger WHERE evtname = {literal}");
-        let again = format!("ALTER EVENT TRIGGER {quoted} {mode}");
         return Quieting {
             quiet: format!("ALTER EVENT TRIGGER {quoted} {verb}"),
             what: format!("{mode} of event trigger {name}"),
-            again: guarded(exists, again),
+            again: None,
         };
     }
     let relation = format!("pg_catalog.to_regclass({})", quote_literal(&table.sql()));
@@ -99,10 +91,14 @@ fn quieting(kind: &str, table: &TableName, name: &str, always: bool) -> Quieting
         _ => format!("pg_catalog.pg_trigger WHERE tgrelid = {relation} AND tgname = {literal}"),
     };
     let alter = |mode: &str| format!("ALTER TABLE ONLY {} {mode} {kind} {quoted}", table.sql());
+    let body = format!(
+        "BEGIN IF EXISTS (SELECT FROM {exists}) THEN {}; END IF; END",
+        alter(mode)
+    );
     Quieting {
         quiet: alter(verb),
         what: format!("{mode} of {} {name} on {table}", kind.to_lowercase()),
-        again: guarded(exists, alter(mode)),
+        again: Some(format!("DO {}", quote_literal(&body))),
     }
 }
 
@@ -124,15 +120,14 @@ mod tests {
         );
         assert_eq!(audit.what, "ENABLE ALWAYS of trigger Audit on s.t");
         let again = "THEN ALTER TABLE ONLY \"s\".\"t\" ENABLE ALWAYS TRIGGER \"Audit\"";
-        assert!(audit.again.contains(again), "{}", audit.again);
+        assert!(audit.again.is_some_and(|text| text.contains(again)));
         let rule = of("RULE", "r", false);
         assert_eq!(
             rule.quiet,
             "ALTER TABLE ONLY \"s\".\"t\" DISABLE RULE \"r\""
         );
-        assert_eq!(
-            of("EVENT TRIGGER", "e", true).quiet,
-            "ALTER EVENT TRIGGER \"e\" ENABLE"
-        );
+        let event = of("EVENT TRIGGER", "e", true);
+        assert_eq!(event.quiet, "ALTER EVENT TRIGGER \"e\" ENABLE");
+        assert_eq!(event.again, None);
     }
 }

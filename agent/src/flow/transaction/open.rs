@@ -133,8 +133,7 @@ impl OpenTransaction {
         };
         counts.count(&change.message);
         self.bytes += change.bytes();
-        let mut relations = change.relations().iter();
-        self.has_barrier |= relations.any(|relation| relation.is_of_barriers());
+        self.has_barrier |= change.is_of_barriers();
         self.pending.push(maker, change);
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::column::sequence_options;
-use super::{Case, Plan, comment, is, option_list, plain, quote_ident, text, texts};
+use super::{Case, Plan, comment, is, option_list, plain, privileges, quote_ident, text, texts};
 
 /// Plans an object.
 pub(super) fn heal(case: &Case<'_>) -> Result<Plan, String> {
@@ -61,21 +61,8 @@ fn replace(case: &Case<'_>, word: &str, name: &str, plan: &mut Plan) {
 
 fn view(case: &Case<'_>, plan: &mut Plan) {
     let view = case.name();
-    let columns: Vec<String> = texts(case.recorded, "columns")
-        .into_iter()
-        .map(quote_ident)
-        .collect();
-    let options = texts(case.recorded, "options");
-    let with = match options.is_empty() {
-        true => String::new(),
-        false => format!(" WITH ({})", option_list(&options, "=")),
-    };
     if case.differs("definition") || case.differs("columns") || case.differs("options") {
-        let body = format!(
-            "VIEW {view} ({}){with} AS {}",
-            columns.join(", "),
-            definition(case)
-        );
+        let body = format!("VIEW {view} {}", body_of_view(case));
         plan.add(format!("CREATE OR REPLACE {body}"));
         if case.found.is_some() {
             plan.otherwise = vec![format!("DROP VIEW {view}"), format!("CREATE {body}")];
@@ -85,6 +72,18 @@ fn view(case: &Case<'_>, plan: &mut Plan) {
     for statement in comments_of_view(case, &view) {
         plan.add(statement);
     }
+}
+
+/// What stands behind a view's name: columns, options, query.
+fn body_of_view(case: &Case<'_>) -> String {
+    let columns = texts(case.recorded, "columns");
+    let columns: Vec<String> = columns.into_iter().map(quote_ident).collect();
+    let options = texts(case.recorded, "options");
+    let with = match options.is_empty() {
+        true => String::new(),
+        false => format!(" WITH ({})", option_list(&options, "=")),
+    };
+    format!("({}){with} AS {}", columns.join(", "), definition(case))
 }
 
 fn comments_of_view(case: &Case<'_>, view: &str) -> Vec<String> {
@@ -135,22 +134,11 @@ fn materialized_view(case: &Case<'_>, plan: &mut Plan) {
         if case.found.is_some() {
             plan.add(format!("DROP MATERIALIZED VIEW {view}"));
         }
-        let columns: Vec<String> = texts(case.recorded, "columns")
-            .into_iter()
-            .map(quote_ident)
-            .collect();
-        let options = texts(case.recorded, "options");
-        let with = match options.is_empty() {
-            true => String::new(),
-            false => format!(" WITH ({})", option_list(&options, "=")),
-        };
         plan.add(format!(
-            "CREATE MATERIALIZED VIEW {view} ({}){with} AS {} WITH NO DATA",
-            columns.join(", "),
-            definition(case)
+            "CREATE MATERIALIZED VIEW {view} {} WITH NO DATA",
+            body_of_view(case)
         ));
-    }
-    if !(case.differs("definition") || case.differs("columns")) {
+    } else {
         super::alter_options(
             &format!("ALTER MATERIALIZED VIEW {view}"),
             case.recorded,
@@ -393,7 +381,7 @@ fn default_privileges(case: &Case<'_>, plan: &mut Plan) -> Result<(), String> {
         .wanted("schema")
         .map_or_else(String::new, |schema| format!(" IN SCHEMA {schema}"));
     let head = format!(
-        "ALTER DEFAULT PRIVILEGES FOR ROLE {}{within}",
+        "ALTER DEFAULT PRIVILEGES FOR ROLE {}{within} ",
         quote_ident(role)
     );
     let kind = match objects {
@@ -401,28 +389,7 @@ fn default_privileges(case: &Case<'_>, plan: &mut Plan) -> Result<(), String> {
         "TYPES" if within.is_empty() => "type",
         _ => "table",
     };
-    let wanted = super::super::acl::granted(kind, case.recorded, case.roles);
-    let empty = serde_json::json!({});
-    let has = super::super::acl::granted(kind, case.found.unwrap_or(&empty), case.roles);
-    let to = |grantee: &Option<String>| {
-        grantee
-            .as_deref()
-            .map_or_else(|| "PUBLIC".to_owned(), quote_ident)
-    };
-    for one in has.difference(&wanted) {
-        plan.add(format!(
-            "{head} REVOKE {} ON {objects} FROM {}",
-            one.name,
-            to(&one.grantee)
-        ));
-    }
-    for one in wanted.difference(&has) {
-        plan.add(format!(
-            "{head} GRANT {} ON {objects} TO {}",
-            one.name,
-            to(&one.grantee)
-        ));
-    }
+    privileges::grants(case, kind, &head, objects, plan);
     Ok(())
 }
 

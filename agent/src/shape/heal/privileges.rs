@@ -57,18 +57,18 @@ pub(super) fn heal(case: &Case<'_>, plan: &mut Plan) {
     if grant.is_empty() {
         return;
     }
-    let kind = case.address.kind.as_str();
+    let on = format!("{grant} {object}");
+    grants(case, &case.address.kind, "", &on, plan);
+}
+
+/// REVOKE and GRANT of what differs, behind `head`, for an object of which PUBLIC has what is usual for this kind.
+pub(super) fn grants(case: &Case<'_>, kind: &str, head: &str, on: &str, plan: &mut Plan) {
+    let none = serde_json::Value::Null;
     let wanted = acl::granted(kind, case.recorded, case.roles);
-    let has = match case.found {
-        Some(found) => acl::granted(kind, found, case.roles),
-        None => acl::granted(kind, &serde_json::json!({}), case.roles),
-    };
+    let has = acl::granted(kind, case.found.unwrap_or(&none), case.roles);
     for privilege in has.difference(&wanted) {
-        plan.add(format!(
-            "REVOKE {} ON {grant} {object} FROM {}",
-            privilege.name,
-            grantee(privilege)
-        ));
+        let (name, from) = (&privilege.name, grantee(privilege));
+        plan.add(format!("{head}REVOKE {name} ON {on} FROM {from}"));
     }
     for privilege in wanted.difference(&has) {
         let option = if privilege.grantable {
@@ -76,11 +76,8 @@ pub(super) fn heal(case: &Case<'_>, plan: &mut Plan) {
         } else {
             ""
         };
-        plan.add(format!(
-            "GRANT {} ON {grant} {object} TO {}{option}",
-            privilege.name,
-            grantee(privilege)
-        ));
+        let (name, to) = (&privilege.name, grantee(privilege));
+        plan.add(format!("{head}GRANT {name} ON {on} TO {to}{option}"));
     }
 }
 

@@ -28,7 +28,6 @@ use crate::flow::transaction::Change;
 use crate::names::TableName;
 use crate::pg::PgLsn;
 use crate::schema::ddl::{DdlEvent, EventKind, EventObject};
-use crate::schema::ddl_waiting::WaitingObject;
 use crate::schema::listing::{Copied, ListedAs};
 use crate::schema::set_aside::{self, Aside, Noted};
 use crate::schema::{self, ddl_applied, ddl_waiting, firing, table_sync};
@@ -84,13 +83,9 @@ impl Barrier<'_> {
         let mut slices = Slices::new(&batch.transactions, limits);
         while let Some(slice) = slices.next()? {
             let changes: Vec<&Change> = slice.changes().map(|(_, change)| change).collect();
-            let is_of_barriers = |change: &&Change| {
-                let mut relations = change.relations().iter();
-                relations.any(|relation| relation.is_of_barriers())
-            };
-            for run in changes.chunk_by(|a, b| !is_of_barriers(a) && !is_of_barriers(b)) {
+            for run in changes.chunk_by(|a, b| !a.is_of_barriers() && !b.is_of_barriers()) {
                 match run {
-                    [change] if is_of_barriers(change) => self.event(change).await?,
+                    [change] if change.is_of_barriers() => self.event(change).await?,
                     rows => self.rows(rows).await?,
                 }
             }
@@ -283,16 +278,7 @@ impl Barrier<'_> {
         ddl_waiting::settled(client, stream, &done.settled).await?;
         for waiting in &done.waiting {
             detail.push(format!("{}: {}", waiting.identity, waiting.reason));
-            let object = WaitingObject {
-                address: waiting.address.clone(),
-                identity: waiting.identity.clone(),
-                shape: waiting.shape.clone(),
-                reason: waiting.reason.clone(),
-                ddl: event.id,
-                across: waiting.across,
-                accepted: None,
-            };
-            ddl_waiting::note(client, stream, &object).await?;
+            ddl_waiting::note(client, stream, waiting).await?;
         }
         if settings.strict && done.outcome == Outcome::Waits {
             return Err(SinkError::Command {
