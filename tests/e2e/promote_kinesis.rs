@@ -94,12 +94,12 @@ const WIDE: &str = "
     INSERT INTO wide SELECT g, 'copied' FROM generate_series(1, 1000) AS g;
     INSERT INTO pair SELECT g, 'b' || g, 'copied' FROM generate_series(1, 1000) AS g";
 
-/// One transaction large enough for every lane to have a share. It says of itself where it ends, as nearly as it can.
+/// One transaction large enough for every lane to have a share, and for that to be worth it where a busy machine answers late. It says of itself where it ends, as nearly as it can.
 const BATCH: &str = "
     BEGIN;
     UPDATE wide SET v = 'updated' WHERE id <= 500;
     DELETE FROM wide WHERE id > 900;
-    INSERT INTO wide SELECT g, 'inserted' FROM generate_series(2000, 2500) AS g;
+    INSERT INTO wide SELECT g, 'inserted' FROM generate_series(2000, 16000) AS g;
     UPDATE pair SET v = 'updated' WHERE a % 2 = 0;
     INSERT INTO mark SELECT pg_current_wal_insert_lsn();
     COMMIT";
@@ -114,7 +114,7 @@ async fn has_batch(replica: &Client) -> Option<bool> {
         .await;
     let state: Vec<String> = state.into_iter().flatten().flatten().collect();
     match state.join(" ").as_str() {
-        "1401 1001 500 1" => Some(true),
+        "14901 14501 500 1" => Some(true),
         "1000 0 0 0" => Some(false),
         _ => None,
     }
