@@ -6,6 +6,8 @@
 -- replica. Nothing is written at ddl_command_start: DROP INDEX CONCURRENTLY must be the first action of its transaction.
 
 CREATE SEQUENCE IF NOT EXISTS dr_agent.ddl_id;
+-- Of an earlier form.
+DROP FUNCTION IF EXISTS dr_agent.objects_of_command(), dr_agent.is_written(xid);
 
 -- The only one that writes. Anybody may call it, and only in an event trigger's context it does anything: elsewhere the functions
 -- that tell of the objects refuse.
@@ -35,7 +37,7 @@ BEGIN
         RETURN;
     END IF;
     told := CASE of_kind
-        WHEN 'command' THEN dr_agent.objects_of_command()
+        WHEN 'command' THEN dr_agent.objects_of_command(nth IS NULL OR coalesce(sent ~ '\(', true))
         WHEN 'drop' THEN dr_agent.objects_of_drop()
         WHEN 'rewrite' THEN dr_agent.objects_of_rewrite() END;
     IF told IS NULL THEN
@@ -72,44 +74,48 @@ $$;
 
 -- An object as schema/ddl.rs reads it. `extra` says what only some have.
 CREATE OR REPLACE FUNCTION dr_agent.event_object(class oid, object oid, sub integer, of_tag text, is_new boolean)
-RETURNS jsonb LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_strip_nulls(jsonb_build_object(
-               'type', a.type, 'names', a.object_names, 'args', a.object_args, 'identity', i.identity, 'tag', of_tag,
-               'created', is_new, 'oid', CASE WHEN class = 'pg_class'::regclass THEN object::bigint END))
-           || jsonb_build_object('shape', dr_agent.shape(a.type, a.object_names, a.object_args))
-      FROM pg_identify_object_as_address(class, object, sub) AS a, pg_identify_object(class, object, sub) AS i
-     WHERE a.type IS NOT NULL AND i.identity IS NOT NULL AND coalesce(a.object_names[1], '') NOT LIKE 'pg\_temp%'
+RETURNS jsonb LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_strip_nulls(jsonb_build_object(
+                   'type', a.type, 'names', a.object_names, 'args', a.object_args, 'identity', i.identity, 'tag', of_tag,
+                   'created', is_new, 'oid', CASE WHEN class = 'pg_class'::regclass THEN object::bigint END))
+               || jsonb_build_object('shape', dr_agent.shape_of(class, object, sub))
+          FROM pg_identify_object_as_address(class, object, sub) AS a, pg_identify_object(class, object, sub) AS i
+         WHERE a.type IS NOT NULL AND i.identity IS NOT NULL AND coalesce(a.object_names[1], '') NOT LIKE 'pg\_temp%');
+END
 $$;
 
 -- Not ours, of no session alone, no part of an extension, and no subscription: the replica has its own.
 CREATE OR REPLACE FUNCTION dr_agent.is_captured(class oid, object oid, of_schema text, of_type text)
-RETURNS boolean LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT coalesce(of_schema, '') NOT LIKE 'pg\_temp%' AND coalesce(of_schema, '') NOT LIKE 'pg\_toast%'
-       AND of_schema IS DISTINCT FROM 'dr_agent'
-       AND of_type NOT IN ('subscription', 'event trigger', 'publication', 'publication relation', 'publication namespace')
-       AND NOT (class = 'pg_namespace'::regclass AND object = 'dr_agent'::regnamespace)
-       AND NOT EXISTS (SELECT FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
-                        WHERE d.classid = class AND d.objid = object AND d.deptype = 'e'
-                          AND d.refclassid = 'pg_extension'::regclass)
+RETURNS boolean LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT coalesce(of_schema, '') NOT LIKE 'pg\_temp%' AND coalesce(of_schema, '') NOT LIKE 'pg\_toast%'
+           AND of_schema IS DISTINCT FROM 'dr_agent'
+           AND of_type NOT IN ('subscription', 'event trigger', 'publication', 'publication relation', 'publication namespace')
+           AND NOT (class = 'pg_namespace'::regclass AND object = 'dr_agent'::regnamespace)
+           AND NOT EXISTS (SELECT FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
+                            WHERE d.classid = class AND d.objid = object AND d.deptype = 'e'
+                              AND d.refclassid = 'pg_extension'::regclass));
+END
 $$;
 
--- Whether this transaction, or a savepoint of it, has written a catalog row. One that began later and has committed counts, too: what
--- is told of its objects is true.
-CREATE OR REPLACE FUNCTION dr_agent.is_written(written xid) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT pg_current_xact_id() IS NOT NULL AND age(written) <= 0
-$$;
+-- What this transaction, or a savepoint of it, has written has an age of 0 or less, once it has an id. What began later and has
+-- committed counts, too: what is told of its objects is true.
 
 -- Whether an object's row was inserted, not replaced, by this transaction: no older one of its name can have been there, as far as
 -- that can be told of relations and types; of the rest it does not matter.
 CREATE OR REPLACE FUNCTION dr_agent.is_new(class oid, object oid) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT CASE class WHEN 'pg_class'::regclass
-           THEN EXISTS (SELECT FROM pg_class c JOIN pg_type t ON c.relkind IN ('r', 'p', 'v', 'm', 'f') AND t.oid = c.reltype
-                                                                 OR c.relkind NOT IN ('r', 'p', 'v', 'm', 'f') AND t.oid = 'bool'::regtype
-                         WHERE c.oid = object AND dr_agent.is_written(c.xmin)
-                           AND (t.oid = 'bool'::regtype OR dr_agent.is_written(t.xmin)))
-           ELSE true END
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT CASE class WHEN 'pg_class'::regclass
+               THEN EXISTS (SELECT FROM pg_class c JOIN pg_type t ON c.relkind IN ('r', 'p', 'v', 'm', 'f') AND t.oid = c.reltype
+                                                                     OR c.relkind NOT IN ('r', 'p', 'v', 'm', 'f') AND t.oid = 'bool'::regtype
+                             WHERE c.oid = object AND age(c.xmin) <= 0 AND (t.oid = 'bool'::regtype OR age(t.xmin) <= 0))
+               ELSE true END);
+END
 $$;
 
 -- Publishes a table that was created, attached or detached a moment ago, and says what it is listed as: all its changes come with the
@@ -176,14 +182,15 @@ END
 $$;
 
 -- What a command has created or altered. GRANT, REVOKE and ALTER DEFAULT PRIVILEGES do not say of what: catalog rows that this
--- transaction has written tell.
-CREATE OR REPLACE FUNCTION dr_agent.objects_of_command() RETURNS json LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+-- transaction has written tell. Those of columns are many, and are looked at only where the command may name columns.
+CREATE OR REPLACE FUNCTION dr_agent.objects_of_command(names_columns boolean) RETURNS json LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     told jsonb;
-    is_of_rights boolean;
+    rights text[];
     listed jsonb := '{}';
     one record;
 BEGIN
+    PERFORM pg_current_xact_id();
     -- First: it may alter the table.
     FOR one IN SELECT c.objid FROM pg_event_trigger_ddl_commands() AS c
                 WHERE c.command_tag = 'CREATE TABLE' AND c.object_type = 'table' AND NOT c.in_extension
@@ -194,8 +201,9 @@ BEGIN
     SELECT jsonb_agg(dr_agent.event_object(c.classid, c.objid, c.objsubid, c.command_tag,
                      c.command_tag LIKE 'CREATE %' AND dr_agent.is_new(c.classid, c.objid)) ORDER BY c.n)
              FILTER (WHERE c.object_identity IS NOT NULL AND dr_agent.is_captured(c.classid, c.objid, c.schema_name, c.object_type)),
-           bool_or(c.object_identity IS NULL)
-      INTO told, is_of_rights
+           array_agg(CASE c.command_tag WHEN 'ALTER DEFAULT PRIVILEGES' THEN 'DEFAULT' ELSE c.object_type END)
+             FILTER (WHERE c.object_identity IS NULL)
+      INTO told, rights
       FROM pg_event_trigger_ddl_commands() WITH ORDINALITY AS c (classid, objid, objsubid, command_tag, object_type, schema_name,
            object_identity, in_extension, command, n)
      WHERE NOT c.in_extension OR c.object_type = 'extension';
@@ -204,8 +212,8 @@ BEGIN
                 WHERE c.command_tag = 'ALTER TABLE' AND (p.relkind = 'p' OR p.relhassubclass)) THEN
         FOR one IN SELECT p.oid AS objid, p.relkind FROM pg_class p JOIN pg_namespace n ON n.oid = p.relnamespace
                     WHERE p.relkind IN ('r', 'p', 'f')
-                      AND (dr_agent.is_written(p.xmin)
-                           OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = p.oid AND dr_agent.is_written(i.xmin)))
+                      AND (age(p.xmin) <= 0
+                           OR EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = p.oid AND age(i.xmin) <= 0))
                       AND NOT EXISTS (SELECT FROM pg_event_trigger_ddl_commands() AS c
                                        WHERE c.classid = 'pg_class'::regclass AND c.objid = p.oid AND c.objsubid = 0)
                       AND dr_agent.is_captured('pg_class'::regclass, p.oid, n.nspname, 'table')
@@ -215,22 +223,27 @@ BEGIN
                     || coalesce(dr_agent.event_object('pg_class'::regclass, one.objid, 0, 'ALTER TABLE', false), '[]');
         END LOOP;
     END IF;
-    IF is_of_rights THEN
+    IF rights IS NOT NULL THEN
         SELECT jsonb_agg(dr_agent.event_object(w.class, w.object, 0, 'GRANT', false)) INTO told
-          FROM (SELECT 'pg_class'::regclass::oid, oid, relnamespace::regnamespace::text, 'table' FROM pg_class WHERE dr_agent.is_written(xmin)
-                                                                  AND relkind IN ('r', 'p', 'v', 'm', 'S', 'f')
+          FROM (SELECT 'pg_class'::regclass::oid, oid, relnamespace::regnamespace::text, 'table' FROM pg_class
+                 WHERE rights && '{TABLE,SEQUENCE,COLUMN}' AND age(xmin) <= 0 AND relkind IN ('r', 'p', 'v', 'm', 'S', 'f')
                 UNION SELECT 'pg_class'::regclass, a.attrelid, c.relnamespace::regnamespace::text, 'table'
                         FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
-                       WHERE dr_agent.is_written(a.xmin) AND a.attacl IS NOT NULL
-                UNION SELECT 'pg_proc'::regclass, oid, pronamespace::regnamespace::text, 'function' FROM pg_proc WHERE dr_agent.is_written(xmin)
+                       WHERE names_columns AND rights && '{TABLE,COLUMN}' AND age(a.xmin) <= 0 AND a.attacl IS NOT NULL
+                UNION SELECT 'pg_proc'::regclass, oid, pronamespace::regnamespace::text, 'function' FROM pg_proc
+                       WHERE rights && '{FUNCTION,PROCEDURE,ROUTINE}' AND age(xmin) <= 0
                 UNION SELECT 'pg_type'::regclass, oid, typnamespace::regnamespace::text, 'type' FROM pg_type
-                       WHERE dr_agent.is_written(xmin) AND typtype <> 'c' AND typcategory <> 'A'
-                UNION SELECT 'pg_namespace'::regclass, oid, nspname::text, 'schema' FROM pg_namespace WHERE dr_agent.is_written(xmin)
-                UNION SELECT 'pg_language'::regclass, oid, NULL, 'language' FROM pg_language WHERE dr_agent.is_written(xmin)
-                UNION SELECT 'pg_foreign_server'::regclass, oid, NULL, 'server' FROM pg_foreign_server WHERE dr_agent.is_written(xmin)
+                       WHERE rights && '{TYPE,DOMAIN}' AND age(xmin) <= 0 AND typtype <> 'c' AND typcategory <> 'A'
+                UNION SELECT 'pg_namespace'::regclass, oid, nspname::text, 'schema' FROM pg_namespace
+                       WHERE 'SCHEMA' = ANY (rights) AND age(xmin) <= 0
+                UNION SELECT 'pg_language'::regclass, oid, NULL, 'language' FROM pg_language
+                       WHERE 'LANGUAGE' = ANY (rights) AND age(xmin) <= 0
+                UNION SELECT 'pg_foreign_server'::regclass, oid, NULL, 'server' FROM pg_foreign_server
+                       WHERE 'FOREIGN SERVER' = ANY (rights) AND age(xmin) <= 0
                 UNION SELECT 'pg_foreign_data_wrapper'::regclass, oid, NULL, 'foreign-data wrapper' FROM pg_foreign_data_wrapper
-                       WHERE dr_agent.is_written(xmin)
-                UNION SELECT 'pg_default_acl'::regclass, oid, NULL, 'default acl' FROM pg_default_acl WHERE dr_agent.is_written(xmin)
+                       WHERE 'FOREIGN DATA WRAPPER' = ANY (rights) AND age(xmin) <= 0
+                UNION SELECT 'pg_default_acl'::regclass, oid, NULL, 'default acl' FROM pg_default_acl
+                       WHERE 'DEFAULT' = ANY (rights) AND age(xmin) <= 0
                ) AS w (class, object, of_schema, of_type)
          WHERE dr_agent.is_captured(w.class, w.object, w.of_schema, w.of_type);
     END IF;
@@ -240,22 +253,28 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION dr_agent.objects_of_drop() RETURNS json LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT json_agg(json_build_object('type', d.object_type, 'names', d.address_names, 'args', d.address_args,
-                                      'identity', d.object_identity, 'original', d.original) ORDER BY d.n)
-      FROM pg_event_trigger_dropped_objects() WITH ORDINALITY AS d (classid, objid, objsubid, original, normal, is_temporary,
-           object_type, schema_name, object_name, object_identity, address_names, address_args, n)
-     WHERE NOT d.is_temporary AND (d.original OR d.normal) AND coalesce(d.schema_name, '') NOT LIKE 'pg\_t%'
-       AND d.schema_name IS DISTINCT FROM 'dr_agent'
-       AND d.object_type NOT IN ('subscription', 'event trigger', 'publication', 'publication relation', 'publication namespace')
+CREATE OR REPLACE FUNCTION dr_agent.objects_of_drop() RETURNS json LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT json_agg(json_build_object('type', d.object_type, 'names', d.address_names, 'args', d.address_args,
+                                          'identity', d.object_identity, 'original', d.original) ORDER BY d.n)
+          FROM pg_event_trigger_dropped_objects() WITH ORDINALITY AS d (classid, objid, objsubid, original, normal, is_temporary,
+               object_type, schema_name, object_name, object_identity, address_names, address_args, n)
+         WHERE NOT d.is_temporary AND (d.original OR d.normal) AND coalesce(d.schema_name, '') NOT LIKE 'pg\_t%'
+           AND d.schema_name IS DISTINCT FROM 'dr_agent'
+           AND d.object_type NOT IN ('subscription', 'event trigger', 'publication', 'publication relation', 'publication namespace'));
+END
 $$;
 
-CREATE OR REPLACE FUNCTION dr_agent.objects_of_rewrite() RETURNS json LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT json_agg(json_build_object('type', a.type, 'names', a.object_names, 'args', a.object_args, 'identity', r.oid::regclass,
-                                      'reason', pg_event_trigger_table_rewrite_reason()))
-      FROM (SELECT pg_event_trigger_table_rewrite_oid()) AS r (oid), pg_class c,
-           pg_identify_object_as_address('pg_class'::regclass, r.oid, 0) AS a
-     WHERE c.oid = r.oid AND c.relpersistence <> 't' AND c.relnamespace <> 'dr_agent'::regnamespace
+CREATE OR REPLACE FUNCTION dr_agent.objects_of_rewrite() RETURNS json LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT json_agg(json_build_object('type', a.type, 'names', a.object_names, 'args', a.object_args, 'identity', r.oid::regclass,
+                                          'reason', pg_event_trigger_table_rewrite_reason()))
+          FROM (SELECT pg_event_trigger_table_rewrite_oid()) AS r (oid), pg_class c,
+               pg_identify_object_as_address('pg_class'::regclass, r.oid, 0) AS a
+         WHERE c.oid = r.oid AND c.relpersistence <> 't' AND c.relnamespace <> 'dr_agent'::regnamespace);
+END
 $$;
 
 -- The shell: without a SET clause, so that it sees what the caller sees; therefore every name in full.

@@ -151,6 +151,50 @@ CREATE TABLE IF NOT EXISTS dr_agent.ddl (
     version      integer DEFAULT pg_catalog.current_setting('server_version_num')::integer
 );
 
+-- What every object is, as the source last looked (fingerprint.sql).
+CREATE TABLE IF NOT EXISTS dr_agent.fingerprint (
+    class    oid NOT NULL,          -- class and object: of its catalog row on the source
+    object   oid NOT NULL,
+    kind     text NOT NULL,         -- kind, names, args: what pg_get_object_address takes
+    names    text[] NOT NULL,
+    args     text[] NOT NULL,
+    identity text NOT NULL,         -- the same for people
+    hash     bigint NOT NULL,       -- of its shape
+    parts    bigint NOT NULL,
+    shape    json,
+    PRIMARY KEY (class, object)
+);
+-- When that was: with the commands that had been written down by then. One row.
+CREATE TABLE IF NOT EXISTS dr_agent.fingerprint_at (
+    id        smallint PRIMARY KEY DEFAULT 1 CHECK (id = 1),
+    horizon   text NOT NULL,        -- everything that was written before this transaction was seen
+    ddl_count bigint,
+    ddl_sum   text,
+    ddl_last  bigint,
+    version   integer
+);
+
+-- The same of this database, as it was last looked at here. Of the objects alone, not their shapes.
+CREATE TABLE IF NOT EXISTS dr_agent.own_fingerprint (
+    class    oid NOT NULL,
+    object   oid NOT NULL,
+    kind     text NOT NULL,
+    names    text[] NOT NULL,
+    args     text[] NOT NULL,
+    identity text NOT NULL,
+    hash     bigint NOT NULL,
+    parts    bigint NOT NULL,
+    shape    json,
+    same_as  text,                  -- the hashes, the source's and this one, that have been found to mean the same
+    PRIMARY KEY (class, object)
+);
+CREATE TABLE IF NOT EXISTS dr_agent.own_fingerprint_at (
+    id       smallint PRIMARY KEY DEFAULT 1 CHECK (id = 1),
+    horizon  text NOT NULL,
+    roles    text,                  -- those there were: who may own something is part of what is compared
+    compared timestamptz            -- when everything that the source had told was compared
+);
+
 -- What has become of each command of the source: written in the transaction of its rows.
 CREATE TABLE IF NOT EXISTS dr_agent.ddl_applied (
     stream     text NOT NULL,
@@ -177,6 +221,7 @@ CREATE TABLE IF NOT EXISTS dr_agent.ddl_waiting (
     accepted text,                      -- a person says that it is right as it is, and why
     PRIMARY KEY (stream, kind, names, args)
 );
+ALTER TABLE dr_agent.ddl_waiting ADD COLUMN IF NOT EXISTS drift boolean NOT NULL DEFAULT false;  -- no command has told of it
 
 -- What people have decided about commands and tables, and why: kept for good.
 CREATE TABLE IF NOT EXISTS dr_agent.ddl_decided (

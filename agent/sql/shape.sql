@@ -2,7 +2,8 @@
 -- On both sides. Nothing in a shape is an oid or a file; nothing is a password.
 --
 --   dr_agent.shape(kind, names, args)   of the object that pg_get_object_address finds; NULL where there is none
---   dr_agent.shapes()                   every object of the database that has one, with the hash of its shape
+--   dr_agent.objects()                  every object of the database that has one, by class and oid
+--   dr_agent.shapes()                   the same, with the hashes of their shapes
 --
 -- table, partitioned table, foreign table
 --     {kind, persistence, owner, acl, access_method, options, replica_identity, rls, force_rls, partition_key, bound, parents: [name],
@@ -21,187 +22,222 @@
 -- schema, language, extension, statistics object, collation, cast, operator, …   {definition or what it takes, owner, acl, comment}
 
 CREATE OR REPLACE FUNCTION dr_agent.privileges(acl aclitem[]) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_agg(jsonb_build_object(
-               'grantee', CASE WHEN e.grantee = 0 THEN NULL ELSE pg_get_userbyid(e.grantee) END,
-               'privilege', e.privilege_type, 'grantable', e.is_grantable)
-             ORDER BY e.grantee = 0 DESC, pg_get_userbyid(e.grantee), e.privilege_type, e.is_grantable)
-      FROM aclexplode(acl) AS e
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_agg(jsonb_build_object(
+                   'grantee', CASE WHEN e.grantee = 0 THEN NULL ELSE pg_get_userbyid(e.grantee) END,
+                   'privilege', e.privilege_type, 'grantable', e.is_grantable)
+                 ORDER BY e.grantee = 0 DESC, pg_get_userbyid(e.grantee), e.privilege_type, e.is_grantable)
+          FROM aclexplode(acl) AS e);
+END
 $$;
 
 CREATE OR REPLACE FUNCTION dr_agent.without_secrets(options text[]) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_agg(o ORDER BY o) FROM unnest(options) AS o
-     WHERE split_part(o, '=', 1) !~* '(pass|pwd|secret|token|key)'
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_agg(o ORDER BY o) FROM unnest(options) AS o
+         WHERE split_part(o, '=', 1) !~* '(pass|pwd|secret|token|key)');
+END
 $$;
 
 CREATE OR REPLACE FUNCTION dr_agent.labels(class oid, object oid) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_object_agg(provider, label) FROM pg_seclabel WHERE classoid = class AND objoid = object AND objsubid = 0
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_object_agg(provider, label) FROM pg_seclabel WHERE classoid = class AND objoid = object AND objsubid = 0);
+END
 $$;
 
 CREATE OR REPLACE FUNCTION dr_agent.shape_of_column(rel oid, just smallint) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
-               'name', a.attname, 'type', format_type(a.atttypid, a.atttypmod),
-               'collation', CASE WHEN a.attcollation <> t.typcollation THEN a.attcollation::regcollation::text END,
-               'notnull', nullif(a.attnotnull, false), 'default', pg_get_expr(d.adbin, d.adrelid),
-               'identity', nullif(a.attidentity, ''), 'generated', nullif(a.attgenerated, ''),
-               'sequence', CASE WHEN a.attidentity <> '' THEN (
-                    SELECT jsonb_build_object('schema', n.nspname, 'name', s.relname, 'start', q.seqstart, 'increment', q.seqincrement,
-                                              'min', q.seqmin, 'max', q.seqmax, 'cache', q.seqcache, 'cycle', q.seqcycle)
-                      FROM pg_depend p JOIN pg_class s ON s.oid = p.objid AND s.relkind = 'S'
-                      JOIN pg_namespace n ON n.oid = s.relnamespace JOIN pg_sequence q ON q.seqrelid = s.oid
-                     WHERE p.classid = 'pg_class'::regclass AND p.refclassid = 'pg_class'::regclass
-                       AND p.refobjid = a.attrelid AND p.refobjsubid = a.attnum AND p.deptype = 'i') END,
-               'storage', CASE WHEN a.attstorage <> t.typstorage THEN a.attstorage::text END,
-               'compression', nullif(a.attcompression, ''), 'statistics', nullif(a.attstattarget, -1), 'options', a.attoptions,
-               'acl', dr_agent.privileges(a.attacl), 'local', nullif(a.attislocal, true), 'inherited', nullif(a.attinhcount > 0, false),
-               'missing', CASE WHEN a.atthasmissing THEN (
-                    SELECT m.value FROM jsonb_array_elements_text(to_jsonb(a) -> 'attmissingval') AS m (value)) END,
-               'comment', col_description(a.attrelid, a.attnum))) ORDER BY a.attnum)
-      FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-      LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-     WHERE a.attrelid = rel AND a.attnum > 0 AND NOT a.attisdropped AND (just IS NULL OR a.attnum = just)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
+                   'name', a.attname, 'type', format_type(a.atttypid, a.atttypmod),
+                   'collation', CASE WHEN a.attcollation <> t.typcollation THEN a.attcollation::regcollation::text END,
+                   'notnull', nullif(a.attnotnull, false), 'default', pg_get_expr(d.adbin, d.adrelid),
+                   'identity', nullif(a.attidentity, ''), 'generated', nullif(a.attgenerated, ''),
+                   'sequence', CASE WHEN a.attidentity <> '' THEN (
+                        SELECT jsonb_build_object('schema', n.nspname, 'name', s.relname, 'start', q.seqstart, 'increment', q.seqincrement,
+                                                  'min', q.seqmin, 'max', q.seqmax, 'cache', q.seqcache, 'cycle', q.seqcycle)
+                          FROM pg_depend p JOIN pg_class s ON s.oid = p.objid AND s.relkind = 'S'
+                          JOIN pg_namespace n ON n.oid = s.relnamespace JOIN pg_sequence q ON q.seqrelid = s.oid
+                         WHERE p.classid = 'pg_class'::regclass AND p.refclassid = 'pg_class'::regclass
+                           AND p.refobjid = a.attrelid AND p.refobjsubid = a.attnum AND p.deptype = 'i') END,
+                   'storage', CASE WHEN a.attstorage <> t.typstorage THEN a.attstorage::text END,
+                   'compression', nullif(a.attcompression, ''), 'statistics', nullif(a.attstattarget, -1), 'options', a.attoptions,
+                   'acl', CASE WHEN a.attacl IS NOT NULL THEN dr_agent.privileges(a.attacl) END,
+                   'local', nullif(a.attislocal, true), 'inherited', nullif(a.attinhcount > 0, false),
+                   'missing', CASE WHEN a.atthasmissing THEN (
+                        SELECT m.value FROM jsonb_array_elements_text(to_jsonb(a) -> 'attmissingval') AS m (value)) END,
+                   'comment', c.description)) ORDER BY a.attnum)
+          FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+          LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+          LEFT JOIN pg_description c ON c.classoid = 'pg_class'::regclass AND c.objoid = a.attrelid AND c.objsubid = a.attnum
+         WHERE a.attrelid = rel AND a.attnum > 0 AND NOT a.attisdropped AND (just IS NULL OR a.attnum = just));
+END
 $$;
 
 CREATE OR REPLACE FUNCTION dr_agent.shape_of_constraints(rel oid, just oid) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_object_agg(k.conname, jsonb_strip_nulls(jsonb_build_object(
-               'type', k.contype, 'definition', pg_get_constraintdef(k.oid), 'valid', nullif(k.convalidated, true),
-               'local', nullif(k.conislocal, true), 'comment', obj_description(k.oid, 'pg_constraint'))))
-      FROM pg_constraint k
-     WHERE k.conrelid = rel AND k.conparentid = 0 AND k.contype NOT IN ('n', 't') AND (just IS NULL OR k.oid = just)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_object_agg(k.conname, jsonb_strip_nulls(jsonb_build_object(
+                   'type', k.contype, 'definition', pg_get_constraintdef(k.oid), 'valid', nullif(k.convalidated, true),
+                   'local', nullif(k.conislocal, true), 'comment', obj_description(k.oid, 'pg_constraint'))))
+          FROM pg_constraint k
+         WHERE k.conrelid = rel AND k.conparentid = 0 AND k.contype NOT IN ('n', 't') AND (just IS NULL OR k.oid = just));
+END
 $$;
 
 CREATE OR REPLACE FUNCTION dr_agent.shape_of_table(rel oid) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_strip_nulls(jsonb_build_object(
-               'kind', c.relkind, 'persistence', c.relpersistence, 'owner', pg_get_userbyid(c.relowner),
-               'acl', dr_agent.privileges(c.relacl),
-               'access_method', (SELECT nullif(m.amname, 'heap') FROM pg_am m WHERE m.oid = c.relam),
-               'options', (SELECT jsonb_agg(o ORDER BY o) FROM unnest(c.reloptions) AS o),
-               'replica_identity', CASE c.relreplident WHEN 'd' THEN NULL
-                    WHEN 'i' THEN (SELECT i.indexrelid::regclass::text FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)
-                    ELSE c.relreplident::text END,
-               'rls', nullif(c.relrowsecurity, false), 'force_rls', nullif(c.relforcerowsecurity, false),
-               'partition_key', CASE WHEN c.relkind = 'p' THEN pg_get_partkeydef(c.oid) END,
-               'bound', pg_get_expr(c.relpartbound, c.oid),
-               'parents', (SELECT jsonb_agg(format('%I.%I', n.nspname, p.relname) ORDER BY i.inhseqno)
-                             FROM pg_inherits i JOIN pg_class p ON p.oid = i.inhparent JOIN pg_namespace n ON n.oid = p.relnamespace
-                            WHERE i.inhrelid = c.oid),
-               'of_type', CASE WHEN c.reloftype <> 0 THEN c.reloftype::regtype::text END,
-               'server', (SELECT s.srvname FROM pg_foreign_table f JOIN pg_foreign_server s ON s.oid = f.ftserver WHERE f.ftrelid = c.oid),
-               'table_options', (SELECT dr_agent.without_secrets(f.ftoptions) FROM pg_foreign_table f WHERE f.ftrelid = c.oid),
-               'comment', obj_description(c.oid, 'pg_class'),
-               'security_labels', dr_agent.labels('pg_class'::regclass, c.oid),
-               'columns', coalesce(dr_agent.shape_of_column(c.oid, NULL), '[]'),
-               'constraints', dr_agent.shape_of_constraints(c.oid, NULL)))
-      FROM pg_class c WHERE c.oid = rel
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_strip_nulls(jsonb_build_object(
+                   'kind', c.relkind, 'persistence', c.relpersistence, 'owner', pg_get_userbyid(c.relowner),
+                   'acl', dr_agent.privileges(c.relacl),
+                   'access_method', (SELECT nullif(m.amname, 'heap') FROM pg_am m WHERE m.oid = c.relam),
+                   'options', (SELECT jsonb_agg(o ORDER BY o) FROM unnest(c.reloptions) AS o),
+                   'replica_identity', CASE c.relreplident WHEN 'd' THEN NULL
+                        WHEN 'i' THEN (SELECT i.indexrelid::regclass::text FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident)
+                        ELSE c.relreplident::text END,
+                   'rls', nullif(c.relrowsecurity, false), 'force_rls', nullif(c.relforcerowsecurity, false),
+                   'partition_key', CASE WHEN c.relkind = 'p' THEN pg_get_partkeydef(c.oid) END,
+                   'bound', pg_get_expr(c.relpartbound, c.oid),
+                   'parents', (SELECT jsonb_agg(format('%I.%I', n.nspname, p.relname) ORDER BY i.inhseqno)
+                                 FROM pg_inherits i JOIN pg_class p ON p.oid = i.inhparent JOIN pg_namespace n ON n.oid = p.relnamespace
+                                WHERE i.inhrelid = c.oid),
+                   'of_type', CASE WHEN c.reloftype <> 0 THEN c.reloftype::regtype::text END,
+                   'server', (SELECT s.srvname FROM pg_foreign_table f JOIN pg_foreign_server s ON s.oid = f.ftserver WHERE f.ftrelid = c.oid),
+                   'table_options', (SELECT dr_agent.without_secrets(f.ftoptions) FROM pg_foreign_table f WHERE f.ftrelid = c.oid),
+                   'comment', obj_description(c.oid, 'pg_class'),
+                   'security_labels', dr_agent.labels('pg_class'::regclass, c.oid),
+                   'columns', coalesce(dr_agent.shape_of_column(c.oid, NULL), '[]'),
+                   'constraints', dr_agent.shape_of_constraints(c.oid, NULL)))
+          FROM pg_class c WHERE c.oid = rel);
+END
 $$;
 
 CREATE OR REPLACE FUNCTION dr_agent.shape_of_view(rel oid) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_strip_nulls(jsonb_build_object(
-               'kind', c.relkind, 'definition', pg_get_viewdef(c.oid), 'options', (SELECT jsonb_agg(o ORDER BY o) FROM unnest(c.reloptions) AS o),
-               'columns', (SELECT jsonb_agg(a.attname ORDER BY a.attnum) FROM pg_attribute a
-                            WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
-               'column_comments', (SELECT jsonb_object_agg(a.attname, col_description(c.oid, a.attnum)) FROM pg_attribute a
-                                    WHERE a.attrelid = c.oid AND a.attnum > 0 AND col_description(c.oid, a.attnum) IS NOT NULL),
-               'column_defaults', (SELECT jsonb_object_agg(a.attname, pg_get_expr(d.adbin, d.adrelid)) FROM pg_attribute a
-                                     JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum WHERE a.attrelid = c.oid),
-               'owner', pg_get_userbyid(c.relowner), 'acl', dr_agent.privileges(c.relacl), 'comment', obj_description(c.oid, 'pg_class')))
-      FROM pg_class c WHERE c.oid = rel
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_strip_nulls(jsonb_build_object(
+                   'kind', c.relkind, 'definition', pg_get_viewdef(c.oid), 'options', (SELECT jsonb_agg(o ORDER BY o) FROM unnest(c.reloptions) AS o),
+                   'columns', (SELECT jsonb_agg(a.attname ORDER BY a.attnum) FROM pg_attribute a
+                                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+                   'column_comments', (SELECT jsonb_object_agg(a.attname, col_description(c.oid, a.attnum)) FROM pg_attribute a
+                                        WHERE a.attrelid = c.oid AND a.attnum > 0 AND col_description(c.oid, a.attnum) IS NOT NULL),
+                   'column_defaults', (SELECT jsonb_object_agg(a.attname, pg_get_expr(d.adbin, d.adrelid)) FROM pg_attribute a
+                                         JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum WHERE a.attrelid = c.oid),
+                   'owner', pg_get_userbyid(c.relowner), 'acl', dr_agent.privileges(c.relacl), 'comment', obj_description(c.oid, 'pg_class')))
+          FROM pg_class c WHERE c.oid = rel);
+END
 $$;
 
 CREATE OR REPLACE FUNCTION dr_agent.shape_of_index(rel oid) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_strip_nulls(jsonb_build_object(
-               'table_schema', n.nspname, 'table_name', t.relname, 'definition', pg_get_indexdef(i.indexrelid),
-               'unique', nullif(i.indisunique, false), 'valid', nullif(i.indisvalid, true),
-               'constraint', nullif(EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid AND k.conrelid = i.indrelid), false),
-               'inherited', nullif(c.relispartition, false),
-               'clustered', nullif(i.indisclustered, false),
-               'statistics', (SELECT jsonb_object_agg(a.attnum, a.attstattarget) FROM pg_attribute a
-                               WHERE a.attrelid = i.indexrelid AND coalesce(a.attstattarget, -1) >= 0),
-               'comment', obj_description(i.indexrelid, 'pg_class')))
-      FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-      JOIN pg_class t ON t.oid = i.indrelid JOIN pg_namespace n ON n.oid = t.relnamespace
-     WHERE i.indexrelid = rel
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_strip_nulls(jsonb_build_object(
+                   'table_schema', n.nspname, 'table_name', t.relname, 'definition', pg_get_indexdef(i.indexrelid),
+                   'unique', nullif(i.indisunique, false), 'valid', nullif(i.indisvalid, true),
+                   'constraint', nullif(EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid AND k.conrelid = i.indrelid), false),
+                   'inherited', nullif(c.relispartition, false),
+                   'clustered', nullif(i.indisclustered, false),
+                   'statistics', (SELECT jsonb_object_agg(a.attnum, a.attstattarget) FROM pg_attribute a
+                                   WHERE a.attrelid = i.indexrelid AND coalesce(a.attstattarget, -1) >= 0),
+                   'comment', obj_description(i.indexrelid, 'pg_class')))
+          FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+          JOIN pg_class t ON t.oid = i.indrelid JOIN pg_namespace n ON n.oid = t.relnamespace
+         WHERE i.indexrelid = rel);
+END
 $$;
 
 CREATE OR REPLACE FUNCTION dr_agent.shape_of_sequence(rel oid) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_strip_nulls(jsonb_build_object(
-               'type', s.seqtypid::regtype, 'start', s.seqstart, 'increment', s.seqincrement, 'min', s.seqmin, 'max', s.seqmax,
-               'cache', s.seqcache, 'cycle', nullif(s.seqcycle, false), 'persistence', nullif(c.relpersistence, 'p'),
-               'owned_by', (SELECT jsonb_build_array(n.nspname, t.relname, a.attname)
-                              FROM pg_depend d JOIN pg_class t ON t.oid = d.refobjid JOIN pg_namespace n ON n.oid = t.relnamespace
-                              JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
-                             WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.refclassid = 'pg_class'::regclass
-                               AND d.deptype IN ('a', 'i')),
-               'identity', nullif(EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
-                                             AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'i'), false),
-               'owner', pg_get_userbyid(c.relowner), 'acl', dr_agent.privileges(c.relacl), 'comment', obj_description(c.oid, 'pg_class')))
-      FROM pg_sequence s JOIN pg_class c ON c.oid = s.seqrelid WHERE s.seqrelid = rel
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_strip_nulls(jsonb_build_object(
+                   'type', s.seqtypid::regtype, 'start', s.seqstart, 'increment', s.seqincrement, 'min', s.seqmin, 'max', s.seqmax,
+                   'cache', s.seqcache, 'cycle', nullif(s.seqcycle, false), 'persistence', nullif(c.relpersistence, 'p'),
+                   'owned_by', (SELECT jsonb_build_array(n.nspname, t.relname, a.attname)
+                                  FROM pg_depend d JOIN pg_class t ON t.oid = d.refobjid JOIN pg_namespace n ON n.oid = t.relnamespace
+                                  JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+                                 WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.refclassid = 'pg_class'::regclass
+                                   AND d.deptype IN ('a', 'i')),
+                   'identity', nullif(EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
+                                                 AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'i'), false),
+                   'owner', pg_get_userbyid(c.relowner), 'acl', dr_agent.privileges(c.relacl), 'comment', obj_description(c.oid, 'pg_class')))
+          FROM pg_sequence s JOIN pg_class c ON c.oid = s.seqrelid WHERE s.seqrelid = rel);
+END
 $$;
 
 CREATE OR REPLACE FUNCTION dr_agent.shape_of_function(fn oid) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_strip_nulls(jsonb_build_object(
-               'definition', CASE WHEN p.prokind <> 'a' THEN pg_get_functiondef(p.oid) ELSE (
-                    SELECT format('CREATE AGGREGATE %s.%s (%s) (%s)', quote_ident(n.nspname), quote_ident(p.proname),
-                               CASE WHEN p.pronargs = 0 THEN '*' ELSE pg_get_function_arguments(p.oid) END,
-                               concat_ws(', ', 'SFUNC = ' || a.aggtransfn::regproc, 'STYPE = ' || format_type(a.aggtranstype, NULL),
-                                   'SSPACE = ' || nullif(a.aggtransspace, 0), 'FINALFUNC = ' || nullif(a.aggfinalfn::oid, 0)::regproc,
-                                   CASE WHEN a.aggfinalextra THEN 'FINALFUNC_EXTRA' END,
-                                   'COMBINEFUNC = ' || nullif(a.aggcombinefn::oid, 0)::regproc,
-                                   'SERIALFUNC = ' || nullif(a.aggserialfn::oid, 0)::regproc,
-                                   'DESERIALFUNC = ' || nullif(a.aggdeserialfn::oid, 0)::regproc,
-                                   'INITCOND = ' || quote_literal(a.agginitval),
-                                   'MSFUNC = ' || nullif(a.aggmtransfn::oid, 0)::regproc,
-                                   'MINVFUNC = ' || nullif(a.aggminvtransfn::oid, 0)::regproc,
-                                   'MSTYPE = ' || format_type(nullif(a.aggmtranstype, 0), NULL),
-                                   'MFINALFUNC = ' || nullif(a.aggmfinalfn::oid, 0)::regproc,
-                                   'MINITCOND = ' || quote_literal(a.aggminitval),
-                                   CASE WHEN a.aggkind = 'h' THEN 'HYPOTHETICAL' END,
-                                   CASE p.proparallel WHEN 's' THEN 'PARALLEL = SAFE' WHEN 'r' THEN 'PARALLEL = RESTRICTED' END))
-                      FROM pg_aggregate a JOIN pg_namespace n ON n.oid = p.pronamespace WHERE a.aggfnoid = p.oid) END,
-               'result', pg_get_function_result(p.oid),
-               'owner', pg_get_userbyid(p.proowner), 'acl', dr_agent.privileges(p.proacl), 'comment', obj_description(p.oid, 'pg_proc')))
-      FROM pg_proc p WHERE p.oid = fn
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_strip_nulls(jsonb_build_object(
+                   'definition', CASE WHEN p.prokind <> 'a' THEN pg_get_functiondef(p.oid) ELSE (
+                        SELECT format('CREATE AGGREGATE %s.%s (%s) (%s)', quote_ident(n.nspname), quote_ident(p.proname),
+                                   CASE WHEN p.pronargs = 0 THEN '*' ELSE pg_get_function_arguments(p.oid) END,
+                                   concat_ws(', ', 'SFUNC = ' || a.aggtransfn::regproc, 'STYPE = ' || format_type(a.aggtranstype, NULL),
+                                       'SSPACE = ' || nullif(a.aggtransspace, 0), 'FINALFUNC = ' || nullif(a.aggfinalfn::oid, 0)::regproc,
+                                       CASE WHEN a.aggfinalextra THEN 'FINALFUNC_EXTRA' END,
+                                       'COMBINEFUNC = ' || nullif(a.aggcombinefn::oid, 0)::regproc,
+                                       'SERIALFUNC = ' || nullif(a.aggserialfn::oid, 0)::regproc,
+                                       'DESERIALFUNC = ' || nullif(a.aggdeserialfn::oid, 0)::regproc,
+                                       'INITCOND = ' || quote_literal(a.agginitval),
+                                       'MSFUNC = ' || nullif(a.aggmtransfn::oid, 0)::regproc,
+                                       'MINVFUNC = ' || nullif(a.aggminvtransfn::oid, 0)::regproc,
+                                       'MSTYPE = ' || format_type(nullif(a.aggmtranstype, 0), NULL),
+                                       'MFINALFUNC = ' || nullif(a.aggmfinalfn::oid, 0)::regproc,
+                                       'MINITCOND = ' || quote_literal(a.aggminitval),
+                                       CASE WHEN a.aggkind = 'h' THEN 'HYPOTHETICAL' END,
+                                       CASE p.proparallel WHEN 's' THEN 'PARALLEL = SAFE' WHEN 'r' THEN 'PARALLEL = RESTRICTED' END))
+                          FROM pg_aggregate a JOIN pg_namespace n ON n.oid = p.pronamespace WHERE a.aggfnoid = p.oid) END,
+                   'result', pg_get_function_result(p.oid),
+                   'owner', pg_get_userbyid(p.proowner), 'acl', dr_agent.privileges(p.proacl), 'comment', obj_description(p.oid, 'pg_proc')))
+          FROM pg_proc p WHERE p.oid = fn);
+END
 $$;
 
 CREATE OR REPLACE FUNCTION dr_agent.shape_of_type(of_type oid) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_strip_nulls(jsonb_build_object(
-               'typtype', t.typtype,
-               'labels', CASE WHEN t.typtype = 'e' THEN coalesce((SELECT jsonb_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_enum e
-                              WHERE e.enumtypid = t.oid), '[]') END,
-               'attributes', CASE WHEN t.typtype = 'c' THEN coalesce((
-                    SELECT jsonb_agg(jsonb_strip_nulls(jsonb_build_object('name', a.attname, 'type', format_type(a.atttypid, a.atttypmod),
-                               'collation', CASE WHEN a.attcollation <> b.typcollation THEN a.attcollation::regcollation::text END,
-                               'comment', col_description(a.attrelid, a.attnum))) ORDER BY a.attnum)
-                      FROM pg_attribute a JOIN pg_type b ON b.oid = a.atttypid
-                     WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped), '[]') END,
-               'range', CASE WHEN t.typtype = 'r' THEN (
-                    SELECT jsonb_strip_nulls(jsonb_build_object('subtype', format_type(r.rngsubtype, NULL),
-                               'collation', nullif(r.rngcollation, 0)::regcollation::text,
-                               'multirange', format_type(r.rngmultitypid, NULL),
-                               'opclass', (SELECT format('%I.%I', n.nspname, o.opcname) FROM pg_opclass o JOIN pg_namespace n ON n.oid = o.opcnamespace
-                                            WHERE o.oid = r.rngsubopc AND NOT o.opcdefault),
-                               'canonical', nullif(r.rngcanonical::oid, 0)::regproc::text, 'diff', nullif(r.rngsubdiff::oid, 0)::regproc::text))
-                      FROM pg_range r WHERE r.rngtypid = t.oid) END,
-               'base', CASE WHEN t.typtype = 'd' THEN format_type(t.typbasetype, t.typtypmod) END,
-               'collation', CASE WHEN t.typtype = 'd' AND t.typcollation <> b.typcollation THEN t.typcollation::regcollation::text END,
-               'default', t.typdefault, 'notnull', nullif(t.typnotnull, false),
-               'constraints', CASE WHEN t.typtype = 'd' THEN (
-                    SELECT jsonb_object_agg(k.conname, jsonb_strip_nulls(jsonb_build_object('definition', pg_get_constraintdef(k.oid),
-                               'valid', nullif(k.convalidated, true), 'comment', obj_description(k.oid, 'pg_constraint'))))
-                      FROM pg_constraint k WHERE k.contypid = t.oid AND k.contype = 'c') END,
-               'owner', pg_get_userbyid(t.typowner), 'acl', dr_agent.privileges(t.typacl),
-               'comment', coalesce(obj_description(t.oid, 'pg_type'), obj_description(nullif(t.typrelid, 0), 'pg_class'))))
-      FROM pg_type t LEFT JOIN pg_type b ON b.oid = t.typbasetype WHERE t.oid = of_type
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_strip_nulls(jsonb_build_object(
+                   'typtype', t.typtype,
+                   'labels', CASE WHEN t.typtype = 'e' THEN coalesce((SELECT jsonb_agg(e.enumlabel ORDER BY e.enumsortorder) FROM pg_enum e
+                                  WHERE e.enumtypid = t.oid), '[]') END,
+                   'attributes', CASE WHEN t.typtype = 'c' THEN coalesce((
+                        SELECT jsonb_agg(jsonb_strip_nulls(jsonb_build_object('name', a.attname, 'type', format_type(a.atttypid, a.atttypmod),
+                                   'collation', CASE WHEN a.attcollation <> b.typcollation THEN a.attcollation::regcollation::text END,
+                                   'comment', col_description(a.attrelid, a.attnum))) ORDER BY a.attnum)
+                          FROM pg_attribute a JOIN pg_type b ON b.oid = a.atttypid
+                         WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped), '[]') END,
+                   'range', CASE WHEN t.typtype = 'r' THEN (
+                        SELECT jsonb_strip_nulls(jsonb_build_object('subtype', format_type(r.rngsubtype, NULL),
+                                   'collation', nullif(r.rngcollation, 0)::regcollation::text,
+                                   'multirange', format_type(r.rngmultitypid, NULL),
+                                   'opclass', (SELECT format('%I.%I', n.nspname, o.opcname) FROM pg_opclass o JOIN pg_namespace n ON n.oid = o.opcnamespace
+                                                WHERE o.oid = r.rngsubopc AND NOT o.opcdefault),
+                                   'canonical', nullif(r.rngcanonical::oid, 0)::regproc::text, 'diff', nullif(r.rngsubdiff::oid, 0)::regproc::text))
+                          FROM pg_range r WHERE r.rngtypid = t.oid) END,
+                   'base', CASE WHEN t.typtype = 'd' THEN format_type(t.typbasetype, t.typtypmod) END,
+                   'collation', CASE WHEN t.typtype = 'd' AND t.typcollation <> b.typcollation THEN t.typcollation::regcollation::text END,
+                   'default', t.typdefault, 'notnull', nullif(t.typnotnull, false),
+                   'constraints', CASE WHEN t.typtype = 'd' THEN (
+                        SELECT jsonb_object_agg(k.conname, jsonb_strip_nulls(jsonb_build_object('definition', pg_get_constraintdef(k.oid),
+                                   'valid', nullif(k.convalidated, true), 'comment', obj_description(k.oid, 'pg_constraint'))))
+                          FROM pg_constraint k WHERE k.contypid = t.oid AND k.contype = 'c') END,
+                   'owner', pg_get_userbyid(t.typowner), 'acl', dr_agent.privileges(t.typacl),
+                   'comment', coalesce(obj_description(t.oid, 'pg_type'), obj_description(nullif(t.typrelid, 0), 'pg_class'))))
+          FROM pg_type t LEFT JOIN pg_type b ON b.oid = t.typbasetype WHERE t.oid = of_type);
+END
 $$;
 
 -- What is asked for less often: one row, its columns that are not the server's own.
@@ -326,12 +362,14 @@ END
 $$;
 
 -- Every object that has a shape. What belongs to an extension comes with it; what is ours is not the user's.
-CREATE OR REPLACE FUNCTION dr_agent.shapes() RETURNS TABLE (kind text, names text[], args text[], identity text, hash text)
+CREATE OR REPLACE FUNCTION dr_agent.objects() RETURNS TABLE (class oid, object oid)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     WITH own (oid) AS (
         SELECT oid FROM pg_namespace
          WHERE nspname !~ '^pg_(toast|temp)' AND nspname NOT IN ('pg_catalog', 'information_schema', 'dr_agent')),
-    object (class, oid) AS (
+    extension (class, object) AS MATERIALIZED (
+        SELECT classid, objid FROM pg_depend WHERE deptype = 'e' AND refclassid = 'pg_extension'::regclass),
+    found (class, object) AS (
         SELECT 'pg_class'::regclass::oid, oid FROM pg_class c
          WHERE relnamespace IN (SELECT oid FROM own) AND relkind NOT IN ('t', 'c') AND relpersistence <> 't'
         UNION ALL SELECT 'pg_proc'::regclass, oid FROM pg_proc WHERE pronamespace IN (SELECT oid FROM own)
@@ -357,11 +395,16 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
         UNION ALL SELECT 'pg_default_acl'::regclass, oid FROM pg_default_acl
         UNION ALL SELECT 'pg_foreign_data_wrapper'::regclass, oid FROM pg_foreign_data_wrapper
         UNION ALL SELECT 'pg_foreign_server'::regclass, oid FROM pg_foreign_server)
-    SELECT a.type, a.object_names, a.object_args, i.identity, md5(dr_agent.shape_of(o.class, o.oid)::text)
-      FROM object o, pg_identify_object_as_address(o.class, o.oid, 0) AS a, pg_identify_object(o.class, o.oid, 0) AS i
-     WHERE NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = o.class AND d.objid = o.oid AND d.deptype = 'e'
-                                                 AND d.refclassid = 'pg_extension'::regclass)
+    SELECT f.class, f.object FROM found f
+     WHERE NOT EXISTS (SELECT FROM extension e WHERE e.class = f.class AND e.object = f.object)
        -- What a range type brings along.
-       AND NOT (o.class IN ('pg_proc'::regclass, 'pg_cast'::regclass)
-                AND EXISTS (SELECT FROM pg_depend d WHERE d.classid = o.class AND d.objid = o.oid AND d.deptype = 'i'))
+       AND NOT (f.class IN ('pg_proc'::regclass, 'pg_cast'::regclass)
+                AND EXISTS (SELECT FROM pg_depend d WHERE d.classid = f.class AND d.objid = f.object AND d.deptype = 'i'))
+$$;
+
+CREATE OR REPLACE FUNCTION dr_agent.shapes() RETURNS TABLE (kind text, names text[], args text[], identity text, hash text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT a.type, a.object_names, a.object_args, i.identity, md5(dr_agent.shape_of(o.class, o.object)::text)
+      FROM dr_agent.objects() AS o, pg_identify_object_as_address(o.class, o.object, 0) AS a,
+           pg_identify_object(o.class, o.object, 0) AS i
 $$;

@@ -67,6 +67,29 @@ CREATE TABLE IF NOT EXISTS dr_agent.ddl (
     version      integer DEFAULT pg_catalog.current_setting('server_version_num')::integer
 );
 
+-- What every object is, as the source last looked (fingerprint.sql).
+CREATE TABLE IF NOT EXISTS dr_agent.fingerprint (
+    class    oid NOT NULL,          -- class and object: of its catalog row on the source
+    object   oid NOT NULL,
+    kind     text NOT NULL,         -- kind, names, args: what pg_get_object_address takes
+    names    text[] NOT NULL,
+    args     text[] NOT NULL,
+    identity text NOT NULL,         -- the same for people
+    hash     bigint NOT NULL,       -- of its shape
+    parts    bigint NOT NULL,
+    shape    json,
+    PRIMARY KEY (class, object)
+);
+-- When that was: with the commands that had been written down by then. One row.
+CREATE TABLE IF NOT EXISTS dr_agent.fingerprint_at (
+    id        smallint PRIMARY KEY DEFAULT 1 CHECK (id = 1),
+    horizon   text NOT NULL,        -- everything that was written before this transaction was seen
+    ddl_count bigint,
+    ddl_sum   text,
+    ddl_last  bigint,
+    version   integer
+);
+
 -- Which new tables an event trigger publishes, by stream: what the configuration says. Not published.
 CREATE TABLE IF NOT EXISTS dr_agent.wanted (
     stream  text PRIMARY KEY,

@@ -72,8 +72,8 @@ const BROKEN: &[(&str, &str, &str, &str)] = &[
     ),
     (
         "no_function",
-        "ALTER FUNCTION dr_agent.objects_of_command() RENAME TO gone",
-        "ALTER FUNCTION dr_agent.gone() RENAME TO objects_of_command",
+        "ALTER FUNCTION dr_agent.objects_of_command(boolean) RENAME TO gone",
+        "ALTER FUNCTION dr_agent.gone(boolean) RENAME TO objects_of_command",
         "",
     ),
     (

@@ -93,6 +93,7 @@ async fn seen(client: &Client) -> Vec<DdlEvent> {
             created: false,
             listed_as: None,
             oid: None,
+            was: None,
             shape: None,
         };
         DdlEvent {

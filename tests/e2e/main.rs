@@ -36,6 +36,7 @@ mod ddl;
 mod ddl_capture;
 mod ddl_statement;
 mod disturbances;
+mod drift;
 mod failover_archive;
 mod failover_slots;
 mod fencing;

@@ -142,13 +142,15 @@ fn unit<'a>(table: &'a Table, keyed_roots: &BTreeSet<TableName>) -> &'a TableNam
 }
 
 /// The names of the tables of schema `dr_agent` that travel in the stream.
-pub(super) const IN_BAND: [&str; 6] = [
+pub(super) const IN_BAND: [&str; 8] = [
     "heartbeat",
     "sequence_state",
     "listed",
     "coverage",
     "clock",
     "ddl",
+    "fingerprint",
+    "fingerprint_at",
 ];
 
 /// The tables themselves.

@@ -5,8 +5,7 @@
 
 use tokio_postgres::Client;
 
-use super::apply;
-use super::build;
+use super::{apply, build, drift};
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
@@ -71,6 +70,11 @@ async fn try_one(
         match term {
             Some(term) => progress::hold(client, stream, term).await?,
             None => _ = progress::lock(client, stream).await?,
+        }
+        if object.drift && !drift::still_stands(client, object).await? {
+            // Something newer is on its way: the next look says what is to be done.
+            client.batch_execute("COMMIT").await?;
+            return Ok(Err("the source has changed it since".to_owned()));
         }
         let outcome = apply::once_more(client, object).await?;
         match &outcome {

@@ -23,7 +23,7 @@ use tokio_postgres::Client;
 use super::build;
 use super::outcome::{Done, Outcome};
 use super::statement::{self, Statement};
-use super::{remove, rewrite};
+use super::{remove, rename, rewrite};
 use crate::error::{Class, Classify as _};
 use crate::names::TableName;
 use crate::names::object::ObjectAddress;
@@ -155,6 +155,7 @@ impl Replay {
             ddl: event.id,
             across: self.across,
             accepted: None,
+            drift: false,
         }
     }
 
@@ -254,6 +255,7 @@ impl Replay {
         objects: &[&EventObject],
         copy_again: &mut BTreeSet<TableName>,
     ) -> Result<Vec<Option<String>>, PgError> {
+        self.rename(client, objects).await?;
         let mut reasons: Vec<Option<String>> =
             objects.iter().map(|_| Some(String::new())).collect();
         let left = |reasons: &[Option<String>]| reasons.iter().flatten().count();
@@ -280,6 +282,23 @@ impl Replay {
             };
         }
         Ok(reasons)
+    }
+
+    /// Gives objects their new names that are known under old ones. What that does not do is seen by comparing.
+    async fn rename(&self, client: &Client, objects: &[&EventObject]) -> Result<(), PgError> {
+        for object in objects {
+            let renaming = object.was.as_deref();
+            let renaming = renaming.and_then(|was| rename::renaming(&object.address, was));
+            let Some((before, statements)) = renaming else {
+                continue;
+            };
+            if shape::read(client, &object.address).await?.is_none()
+                && shape::read(client, &before).await?.is_some()
+            {
+                run_all(client, &statements).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Brings one object to its recorded shape; why not, where that is not possible.
@@ -420,11 +439,16 @@ pub(super) async fn once_more(
         created: false,
         listed_as: None,
         oid: None,
+        was: None,
         shape: waiting.shape.clone(),
     };
     let mut replay = Replay::new(waiting.across, u64::MAX);
     if object.shape.is_some() {
         let mut copy_again = BTreeSet::new();
+        if object.address.kind == "table" && shape::read(client, &object.address).await?.is_none() {
+            // Whatever it had is gone.
+            copy_again.extend(table_of(&object));
+        }
         let reasons = replay
             .by_shapes(client, &[&object], &mut copy_again)
             .await?;
@@ -521,11 +545,19 @@ pub async fn is_across(client: &Client, event: &DdlEvent) -> Result<bool, PgErro
 
 /// The table that an object is, or is a part of.
 pub fn table_of(object: &EventObject) -> Option<TableName> {
-    if let Some(table) = table_of_address(&object.address) {
+    table_of_shape(&object.address, object.shape.as_ref())
+}
+
+/// The same, of an object of this shape.
+pub(super) fn table_of_shape(
+    address: &ObjectAddress,
+    shape: Option<&serde_json::Value>,
+) -> Option<TableName> {
+    if let Some(table) = table_of_address(address) {
         return Some(table);
     }
     // An index, and the like, says of which table it is.
-    let text = |key: &str| Some(object.shape.as_ref()?.get(key)?.as_str()?.to_owned());
+    let text = |key: &str| Some(shape?.get(key)?.as_str()?.to_owned());
     Some(TableName {
         schema: text("table_schema")?,
         name: text("table_name")?,

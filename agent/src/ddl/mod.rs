@@ -6,13 +6,16 @@
 //!                            └ no, or not equal ▶ shape ● statements that bring the object to the recorded shape ▶ compare
 //!                                                        └ not possible ▶ the object waits, with the reason; the rest goes on
 //! ```
-//! The statement helps, the result decides.
+//! The statement helps, the result decides. What no command told of is found by comparing what both sides are ([`drift`]), and waits
+//! like any other object.
 
 mod again;
 mod apply;
 mod build;
+pub mod drift;
 mod outcome;
 mod remove;
+mod rename;
 mod rewrite;
 pub mod statement;
 

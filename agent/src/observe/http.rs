@@ -23,6 +23,7 @@ use crate::observe::metrics;
 use crate::observe::status::{DatabaseStatus, Leg, Registry, State};
 use crate::time;
 use crate::watch::WatchedSide;
+use crate::watch::coverage::Coverage;
 
 /// Names of a kind that the page shows; `/status` has more.
 const NAMES_SHOWN: usize = 5;
@@ -276,7 +277,13 @@ fn not_protected(database: &DatabaseStatus) -> Vec<String> {
     let waiting = database.coverage.iter().flat_map(|seen| &seen.waiting);
     let waiting =
         waiting.map(|(object, reason)| format!("not as on the source: {object}: {reason}"));
-    missing.chain(aside).chain(waiting).collect()
+    let coverage = database.coverage.iter();
+    let comparison = coverage.filter_map(Coverage::comparison);
+    missing
+        .chain(aside)
+        .chain(waiting)
+        .chain(comparison)
+        .collect()
 }
 
 fn bytes(count: u64) -> String {
@@ -293,7 +300,7 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::watch::coverage::{Coverage, NotProtected};
+    use crate::watch::coverage::NotProtected;
     use std::time::Duration;
 
     #[test]
@@ -335,6 +342,7 @@ mod tests {
             }],
             set_aside: [aside.clone()].into(),
             waiting: [("view public.v".to_owned(), "no type <x>".to_owned())].into(),
+            ..Coverage::default()
         };
         let database = DatabaseStatus {
             coverage: Some(coverage),

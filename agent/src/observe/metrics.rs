@@ -15,6 +15,7 @@ use crate::error::Class;
 use crate::observe::reader::Reader;
 use crate::observe::status::{DatabaseStatus, State};
 use crate::pg::PgLsn;
+use crate::watch::coverage::DRIFT_KINDS;
 use crate::watch::{Servers, WatchedSide};
 
 /// Kind of a metric.
@@ -109,6 +110,16 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         "dr_agent_ddl_pending",
         Kind::Gauge,
         "Objects that are not as a command of the source has left them there, and are tried again; NaN while that is not known",
+    ),
+    (
+        "dr_agent_shape_drift_objects",
+        Kind::Gauge,
+        "Objects that differ from the source although no command has told of it, by kind; they count as pending, too",
+    ),
+    (
+        "dr_agent_shape_compared_seconds",
+        Kind::Gauge,
+        "Seconds since everything that the source has was compared with the replica; NaN before, and where the source does not tell",
     ),
     (
         "dr_agent_source_reader",
@@ -636,6 +647,16 @@ pub fn show(databases: &[DatabaseStatus], servers: &Servers) {
             ),
         ] {
             set(name, count.map(|count| count as f64));
+        }
+        let compared = coverage.and_then(|seen| seen.compared_seconds_ago);
+        set(
+            "dr_agent_shape_compared_seconds",
+            compared.map(|ago| ago as f64),
+        );
+        for kind in DRIFT_KINDS {
+            let count = coverage.map(|seen| seen.drift.get(kind).copied().unwrap_or(0));
+            gauge!("dr_agent_shape_drift_objects", "database" => status.database.clone(), "kind" => kind)
+                .set(or_nan(count.map(|count| count as f64)));
         }
         for (stage, seconds) in [
             ("received", status.stages.received),

@@ -166,6 +166,7 @@ impl Pipeline {
                 term: prepared.term,
                 aside: self.aside.clone(),
                 wanted: self.wake.clone(),
+                wholly: None,
             };
             tasks.spawn(waiting.run());
         }

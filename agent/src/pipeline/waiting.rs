@@ -1,10 +1,11 @@
 //! Objects that a command of the source could not bring to what they are there are tried again, beside the stream.
 //!
-//! What they lacked may have come with a later command, or a person has mended it.
+//! What they lacked may have come with a later command, or a person has mended it. Before that it is compared what both sides are:
+//! what differs and nothing has told of joins them.
 
 use std::time::Duration;
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_postgres::Client;
 
 use super::Wake;
@@ -22,6 +23,9 @@ use crate::sink::replica;
 /// How often it is tried without being told that something was mended.
 const TRY_EVERY: Duration = Duration::from_secs(30);
 
+/// How often every object is compared, and not those alone that were written since.
+const WHOLLY_EVERY: Duration = Duration::from_secs(900);
+
 /// The task of one session.
 pub(super) struct Waiting {
     pub(super) replica: ConnInfo,
@@ -30,6 +34,8 @@ pub(super) struct Waiting {
     pub(super) aside: TablesAside,
     /// Told when a person has mended something.
     pub(super) wanted: Wake,
+    /// When everything was compared, not only what has changed since.
+    pub(super) wholly: Option<Instant>,
 }
 
 impl Waiting {
@@ -59,8 +65,9 @@ impl Waiting {
     }
 
     /// Returns a table whose rows have to be copied again.
-    async fn try_all(&self) -> Result<Option<TableName>, SessionError> {
+    async fn try_all(&mut self) -> Result<Option<TableName>, SessionError> {
         let mut client = self.connect().await.map_err(replica::SinkError::from)?;
+        self.compare(&mut client).await;
         let tried = ddl::try_waiting(&mut client, &self.stream, Some(self.term)).await;
         let tried = tried.map_err(replica::SinkError::from)?;
         let wanted = ddl_decided::take_wanted(&client, &self.stream).await;
@@ -79,6 +86,24 @@ impl Waiting {
             setup::set_aside(&self.replica, &self.stream, tables, &reason, false).await?;
         }
         Ok(again.into_iter().next().map(|(table, _)| table))
+    }
+
+    /// What has drifted joins what waits. What cannot be said now is looked at with the next try.
+    async fn compare(&mut self, client: &mut Client) {
+        let wholly = self.wholly.is_none_or(|at| at.elapsed() >= WHOLLY_EVERY);
+        match ddl::drift::look(client, &self.stream, wholly).await {
+            Ok(drifted) => {
+                if wholly {
+                    self.wholly = Some(Instant::now());
+                }
+                if drifted.is_some_and(|objects| objects > 0) {
+                    self.aside.changed.notify_one();
+                }
+            }
+            Err(error) => {
+                tracing::debug!(stream = %self.stream, error = %chain(&error), "the two sides were not compared");
+            }
+        }
     }
 
     async fn connect(&self) -> Result<Client, PgError> {

@@ -360,6 +360,9 @@ impl DatabaseReport {
         for (object, reason) in &coverage.waiting {
             let _ = writeln!(out, "  {:<25} {object}: {reason}", "NOT as on the source");
         }
+        if let Some(text) = coverage.comparison() {
+            let _ = writeln!(out, "  {:<25} {text}", "comparison");
+        }
     }
 
     /// One sentence: what the replica does not have.

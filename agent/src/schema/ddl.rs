@@ -30,6 +30,10 @@ pub fn name() -> TableName {
     }
 }
 
+/// The tag of what no event trigger has written down: the source's agent found it by looking, or was told to look
+/// (`dr_agent.ddl_now()`).
+pub const FOUND: &str = "FINGERPRINT";
+
 /// Which event trigger wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -94,6 +98,9 @@ pub struct EventObject {
     /// The oid on the source of a relation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub oid: Option<u32>,
+    /// What it was called before, where no event trigger has told of its renaming.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub was: Option<Vec<String>>,
     /// The shape after the command; none where the object is gone, or is of a kind that has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shape: Option<serde_json::Value>,

@@ -2,6 +2,8 @@
 //!
 //! One row for each object: what the newest command about it has recorded counts. A promotion names them.
 
+use std::collections::BTreeSet;
+
 use tokio_postgres::GenericClient;
 
 use crate::names::object::ObjectAddress;
@@ -28,6 +30,8 @@ pub struct WaitingObject {
     pub across: bool,
     /// A person says that it is right as it is, and why.
     pub accepted: Option<String>,
+    /// No command has told of it: it was found by comparing the two sides.
+    pub drift: bool,
 }
 
 /// Notes an object.
@@ -40,11 +44,12 @@ pub async fn note(
     object: &WaitingObject,
 ) -> Result<(), PgError> {
     let sql = format!(
-        "INSERT INTO {TABLE} AS w (stream, kind, names, args, identity, shape, reason, ddl, across)
-        VALUES ($1, $2, $3, $4, $5, $6::text::json, $7, $8, $9)
+        "INSERT INTO {TABLE} AS w (stream, kind, names, args, identity, shape, reason, ddl, across, drift)
+        VALUES ($1, $2, $3, $4, $5, $6::text::json, $7, $8, $9, $10)
             ON CONFLICT (stream, kind, names, args) DO UPDATE
                SET identity = excluded.identity, shape = excluded.shape, reason = excluded.reason, ddl = excluded.ddl,
-                   across = excluded.across, accepted = CASE WHEN w.ddl = excluded.ddl THEN w.accepted END"
+                   across = excluded.across, drift = excluded.drift,
+                   accepted = CASE WHEN w.ddl = excluded.ddl AND w.shape::text IS NOT DISTINCT FROM excluded.shape::text THEN w.accepted END"
     );
     let address = &object.address;
     let shape = object.shape.as_ref().map(ToString::to_string);
@@ -61,6 +66,7 @@ pub async fn note(
                 &object.reason,
                 &object.ddl,
                 &object.across,
+                &object.drift,
             ],
         )
         .await?;
@@ -101,7 +107,7 @@ pub async fn read(
         return Ok(Vec::new());
     }
     let sql = format!(
-        "SELECT kind, names, args, identity, shape::text, reason, ddl, across, accepted FROM {TABLE} WHERE stream = $1 ORDER BY ddl, kind, names"
+        "SELECT kind, names, args, identity, shape::text, reason, ddl, across, accepted, drift FROM {TABLE} WHERE stream = $1 ORDER BY ddl, kind, names"
     );
     let rows = client.query(&sql, &[&stream.as_str()]).await?;
     let waiting = rows.iter().map(|row| WaitingObject {
@@ -118,8 +124,27 @@ pub async fn read(
         ddl: row.get(6),
         across: row.get(7),
         accepted: row.get(8),
+        drift: row.get(9),
     });
     Ok(waiting.collect())
+}
+
+/// Forgets what no command has told of, but for these: it is as it should be, or waits for a command now.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn forget_drift(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    still: &BTreeSet<ObjectAddress>,
+) -> Result<(), PgError> {
+    let gone: Vec<ObjectAddress> = read(client, stream)
+        .await?
+        .into_iter()
+        .filter(|one| one.drift && !still.contains(&one.address))
+        .map(|one| one.address)
+        .collect();
+    settled(client, stream, &gone).await
 }
 
 /// Notes that a person says of an object that it is right as it is; whether it was waiting.

@@ -1,7 +1,8 @@
 //! The agent's own tables in the databases: one file for each, which alone reads and writes it.
 //!
 //! ```text
-//! source    sending  wanted  heartbeat  sequence_state  listing  coverage  clock  ddl  in-band: published, and so on the replica too
+//! source    sending  wanted  heartbeat  sequence_state  listing  coverage  clock  ddl  fingerprint
+//!           in-band: published, and so on the replica too
 //! replica   progress  stream  table_sync  schema_sync  set_aside  deferred  promotion  large_value  ddl_applied
 //!           ddl_waiting  ddl_decided
 //! restore   the same as on a replica, and restore
@@ -21,6 +22,7 @@ pub mod ddl_applied;
 pub mod ddl_decided;
 pub mod ddl_waiting;
 pub mod deferred;
+pub mod fingerprint;
 pub mod firing;
 pub mod heartbeat;
 pub mod large_value;

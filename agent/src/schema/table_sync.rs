@@ -498,6 +498,26 @@ pub async fn is_unfinished(
     Ok(row.get(0))
 }
 
+/// Whether a table is to be copied again into the one that is there, and nobody has begun with it.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn is_left_as_it_was(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    table: &TableName,
+) -> Result<bool, PgError> {
+    let sql = format!(
+        "SELECT EXISTS (SELECT FROM {TABLE} t
+                         WHERE stream = $1 AND table_schema = $2 AND table_name = $3 AND state = 'pending' AND replica_oid IS NULL
+                           AND {HAS_THE_NAME} IS NOT NULL)"
+    );
+    let row = client
+        .query_one(&sql, &[&stream.as_str(), &table.schema, &table.name])
+        .await?;
+    Ok(row.get(0))
+}
+
 /// Tables that are copied beside the stream hold everything that committed before `end_lsn`: the stream brings the rest.
 ///
 /// # Errors

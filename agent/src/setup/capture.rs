@@ -1,9 +1,11 @@
-//! The source's event triggers, which write its commands down: installed where a superuser is at work, and otherwise missed aloud.
+//! What tells the replica of the source's commands: event triggers that write them down, installed where a superuser is at work and
+//! otherwise missed aloud; and functions that look what has changed, which whoever owns schema dr_agent may install.
 //!
 //! ```text
-//! init as a superuser, or run as one ─▶ shape.sql, capture.sql ─▶ dr_agent.ddl
-//! run as anybody else                 ─▶ goes on; says once that DDL is not written down, and who can change that
-//! source.ddl = "off"                  ─▶ what is there is removed
+//! init as a superuser, or run as one ─▶ shape, fingerprint, look, capture.sql ─▶ dr_agent.ddl, dr_agent.fingerprint
+//! run as the owner                    ─▶ shape, fingerprint, look.sql; says once that DDL is not written down, and who can change that
+//! run as anybody else                 ─▶ goes on, and says so
+//! source.ddl = "off"                  ─▶ the event triggers that are there are removed
 //! ```
 //!
 //! # Invariants
@@ -20,15 +22,26 @@ use crate::config::Ddl;
 use crate::pg::PgError;
 use crate::pg::quote::quote_literal;
 use crate::pg::settings::VALUES;
+use crate::schema::ddl;
 
-const SQL: &str = concat!(
+/// What looks.
+const LOOK_SQL: &str = concat!(
     include_str!("../../sql/shape.sql"),
     "\n",
-    include_str!("../../sql/capture.sql")
+    include_str!("../../sql/fingerprint.sql"),
+    "\n",
+    include_str!("../../sql/look.sql")
 );
 
-/// The function that carries the comment.
+/// What writes commands down, by means of that.
+const CAPTURE_SQL: &str = include_str!("../../sql/capture.sql");
+
+/// The functions that carry the comments.
 const WRITER: &str = "dr_agent.capture(text,text,text,text,text)";
+const LOOKER: &str = "dr_agent.look(boolean)";
+
+/// What is called in any session.
+const CALLED_ANYWHERE: [&str; 3] = [WRITER, LOOKER, "dr_agent.ddl_now()"];
 
 /// What to do about it.
 pub const REMEDY: &str = "run `dr-agent init --source-url URL` as a superuser";
@@ -51,6 +64,10 @@ pub struct CaptureFacts {
     firing: i64,
     /// They are of this version.
     current: bool,
+    /// Whoever asks owns what would be written to.
+    owner: bool,
+    /// The functions that look are there, and of this version.
+    looks: bool,
 }
 
 /// Reads it.
@@ -61,41 +78,77 @@ pub async fn observe(client: &Client) -> Result<CaptureFacts, PgError> {
     const FACTS: &str = "
         SELECT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user),
                count(*), count(*) FILTER (WHERE evtenabled = 'A'),
-               coalesce(pg_catalog.obj_description(pg_catalog.to_regprocedure($1)::oid, 'pg_proc') = $2, false)
+               coalesce(pg_catalog.obj_description(pg_catalog.to_regprocedure($1)::oid, 'pg_proc') = $2, false),
+               coalesce((SELECT pg_catalog.pg_has_role(c.relowner, 'USAGE') AND pg_catalog.pg_has_role(n.nspowner, 'USAGE')
+                           FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                          WHERE c.oid = pg_catalog.to_regclass($5)), false),
+               coalesce(pg_catalog.obj_description(pg_catalog.to_regprocedure($3)::oid, 'pg_proc') = $4, false)
           FROM pg_catalog.pg_event_trigger WHERE evtname IN ('dr_agent_command', 'dr_agent_drop', 'dr_agent_rewrite')";
     let row = client
-        .query_typed_one(FACTS, &[(&WRITER, Type::TEXT), (&form(), Type::TEXT)])
+        .query_typed_one(
+            FACTS,
+            &[
+                (&WRITER, Type::TEXT),
+                (&form(CAPTURE_SQL), Type::TEXT),
+                (&LOOKER, Type::TEXT),
+                (&form(LOOK_SQL), Type::TEXT),
+                (&ddl::TABLE, Type::TEXT),
+            ],
+        )
         .await?;
     Ok(CaptureFacts {
         superuser: row.get(0),
         present: row.get(1),
         firing: row.get(2),
         current: row.get(3),
+        owner: row.get(4),
+        looks: row.get(5),
     })
 }
 
 /// What the comment says.
-fn form() -> String {
-    format!("form {:08x}", crc32c::crc32c(sql().as_bytes()))
+fn form(sql: &str) -> String {
+    let sql = format!("{sql}{}", settings());
+    format!("form {:08x}", crc32c::crc32c(sql.as_bytes()))
 }
 
-/// Installs it, or replaces what is there.
-fn install() -> String {
-    format!(
-        "BEGIN;\n{}\nCOMMENT ON FUNCTION {WRITER} IS '{}';\nCOMMIT",
-        sql(),
-        form()
-    )
+/// Installs all of it, or replaces what is there; `capturing` with the event triggers.
+fn install(capturing: bool) -> String {
+    let mut sql = format!("BEGIN;\n{LOOK_SQL}\n");
+    if capturing {
+        let form = form(CAPTURE_SQL);
+        _ = writeln!(
+            sql,
+            "{CAPTURE_SQL}\nCOMMENT ON FUNCTION {WRITER} IS '{form}';"
+        );
+    }
+    for function in CALLED_ANYWHERE {
+        if capturing || function != WRITER {
+            sql.push_str(&settings().replace("FUNCTION", &format!("FUNCTION {function}")));
+        }
+    }
+    _ = write!(
+        sql,
+        "COMMENT ON FUNCTION {LOOKER} IS '{}';\nCOMMIT",
+        form(LOOK_SQL)
+    );
+    sql
 }
 
-/// All of it. What is written down must not hang on the settings of whoever runs the command: they are those of our own sessions.
-fn sql() -> String {
-    let mut sql = SQL.to_owned();
-    for (name, value) in VALUES {
+/// What is written down must not hang on the settings of whoever runs the command: they are those of our own sessions. Plans are made
+/// once for a session, and nobody is waited for.
+fn settings() -> String {
+    let mut sql = String::new();
+    let others = [
+        ("jit", "off"),
+        ("plan_cache_mode", "force_generic_plan"),
+        ("lock_timeout", "200ms"),
+    ];
+    for (name, value) in VALUES.into_iter().chain(others) {
         // It sees names as it was written to, and its text leaves no server.
         if !["search_path", "client_encoding"].contains(&name) {
             let value = quote_literal(value);
-            _ = writeln!(sql, "ALTER FUNCTION {WRITER} SET {name} = {value};");
+            _ = writeln!(sql, "ALTER FUNCTION SET {name} = {value};");
         }
     }
     sql
@@ -110,9 +163,11 @@ impl CaptureFacts {
     /// What is to be run; none where everything is as it should be, or may not be changed from here.
     pub(super) fn statement(&self, ddl: Ddl) -> Option<String> {
         match ddl {
-            _ if !self.superuser => None,
-            Ddl::Replicate => (!self.works()).then(install),
-            Ddl::Off => (self.present > 0).then(|| REMOVE.to_owned()),
+            Ddl::Replicate if self.superuser => {
+                (!self.works() || !self.looks).then(|| install(true))
+            }
+            Ddl::Replicate => (self.owner && !self.looks).then(|| install(false)),
+            Ddl::Off => (self.superuser && self.present > 0).then(|| REMOVE.to_owned()),
         }
     }
 
@@ -121,7 +176,18 @@ impl CaptureFacts {
         let what = self
             .defect()
             .filter(|_| !self.superuser && ddl == Ddl::Replicate)?;
-        Some(format!("{what}; {REMEDY}"))
+        let meanwhile = match self.looks || self.owner {
+            true => {
+                "; what has changed is found by looking every few seconds, or at once by `SELECT dr_agent.ddl_now()` at the end of a migration"
+            }
+            false => "",
+        };
+        Some(format!("{what}; {REMEDY}{meanwhile}"))
+    }
+
+    /// Whether what has changed is found by looking.
+    pub fn looks(&self) -> bool {
+        self.looks
     }
 
     /// Why the source's commands are not, or not all, written down.
@@ -150,6 +216,8 @@ mod tests {
             present,
             firing,
             current,
+            owner: superuser,
+            looks: current,
         };
         // Facts; whether something is run with "replicate", and with "off"; a word of the warning.
         let table = [
@@ -184,5 +252,49 @@ mod tests {
             assert!(warning.is_none_or(|text| text.contains(word.unwrap_or_default())));
             assert_eq!(facts.warning(Ddl::Off), None);
         }
+    }
+
+    #[test]
+    fn whoever_owns_the_schema_lets_changes_be_looked_for() {
+        let owner = CaptureFacts {
+            superuser: false,
+            present: 0,
+            firing: 0,
+            current: false,
+            owner: true,
+            looks: false,
+        };
+        let installed = owner.statement(Ddl::Replicate).unwrap();
+        assert!(
+            installed.contains("FUNCTION dr_agent.ddl_now()")
+                && !installed.contains("CREATE EVENT TRIGGER")
+        );
+        assert!(
+            owner
+                .warning(Ddl::Replicate)
+                .is_some_and(|text| text.contains("ddl_now()"))
+        );
+        assert_eq!(
+            CaptureFacts {
+                looks: true,
+                ..owner
+            }
+            .statement(Ddl::Replicate),
+            None
+        );
+        assert_eq!(
+            CaptureFacts {
+                owner: false,
+                ..owner
+            }
+            .statement(Ddl::Replicate),
+            None
+        );
+        let everything = CaptureFacts {
+            superuser: true,
+            ..owner
+        }
+        .statement(Ddl::Replicate);
+        assert!(everything.is_some_and(|sql| sql.contains("CREATE EVENT TRIGGER")));
     }
 }

@@ -19,7 +19,9 @@ use crate::pg::PgError;
 const SQL: &str = concat!(
     include_str!("../../sql/replica.sql"),
     "\n",
-    include_str!("../../sql/shape.sql")
+    include_str!("../../sql/shape.sql"),
+    "\n",
+    include_str!("../../sql/fingerprint.sql")
 );
 
 /// The statements that create or renew it.

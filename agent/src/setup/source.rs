@@ -31,19 +31,23 @@ use crate::pg::{Again, ConnInfo, PgError, PgLsn, Session, connect};
 use crate::schema::listing::{self, Listed};
 use crate::schema::stream::{self, Recorded};
 use crate::schema::table_sync::TableSync;
-use crate::schema::{clock, coverage, ddl, heartbeat, progress, sending, sequence_state, wanted};
+use crate::schema::{
+    clock, coverage, ddl, fingerprint, heartbeat, progress, sending, sequence_state, wanted,
+};
 
 /// Schema `dr_agent` with the in-band tables.
 pub(super) const SCHEMA_SQL: &str = include_str!("../../sql/source.sql");
 
 /// Those of them that are published: they reach the replica like any other.
-const IN_BAND: [&str; 6] = [
+const IN_BAND: [&str; 8] = [
     heartbeat::TABLE,
     sequence_state::TABLE,
     listing::TABLE,
     coverage::TABLE,
     clock::TABLE,
     ddl::TABLE,
+    fingerprint::TABLE,
+    fingerprint::AT,
 ];
 
 /// Long enough to win against ordinary traffic, short enough that nobody notices who queued behind.

@@ -7,10 +7,16 @@
 use tokio_postgres::Client;
 
 use super::error::{SetupError, Side};
+use crate::error::chain;
 use crate::schema::ddl::{self, EventsSeen};
+use crate::schema::fingerprint;
 
-/// The commands that the source knows of.
+/// The commands that the source knows of, and what no event trigger has told of.
 pub(super) async fn of_source(source: &Client) -> Result<EventsSeen, SetupError> {
+    if let Err(error) = fingerprint::look_once_more(source).await {
+        // It is looked again beside the stream.
+        tracing::debug!(error = %chain(&error), "no look at what the source's objects are");
+    }
     let seen = ddl::seen(source).await;
     seen.map_err(SetupError::sql(
         Side::Source,

@@ -51,10 +51,44 @@ pub(super) fn granted(kind: &str, shape: &Value, roles: &Roles) -> BTreeSet<Priv
     .collect()
 }
 
+/// What is granted on single columns, by their names.
+pub(super) fn of_columns(shape: &Value, roles: &Roles) -> BTreeSet<(String, Privilege)> {
+    let columns = shape.get("columns").and_then(Value::as_array);
+    let columns = columns.map_or(&[][..], Vec::as_slice);
+    let owner = shape.get("owner").cloned().unwrap_or_default();
+    let mut all = BTreeSet::new();
+    for column in columns.iter().filter(|column| column.get("acl").is_some()) {
+        let name = column.get("name").and_then(Value::as_str);
+        let of_column = serde_json::json!({"owner": owner, "acl": column.get("acl")});
+        let granted = granted("table column", &of_column, roles);
+        all.extend(
+            granted
+                .into_iter()
+                .filter_map(|one| Some((name?.to_owned(), one))),
+        );
+    }
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn columns_have_privileges_of_their_own() {
+        let roles = Roles::of(&[("read", false)]);
+        let acl =
+            |role: &str| json!([{"grantee": role, "privilege": "SELECT", "grantable": false}]);
+        let shape = json!({"owner": "app", "columns": [
+            {"name": "a"}, {"name": "b", "acl": acl("read")}, {"name": "c", "acl": acl("app")}, {"name": "d", "acl": acl("gone")}]});
+        let found: Vec<String> = of_columns(&shape, &roles)
+            .into_iter()
+            .map(|(column, _)| column)
+            .collect();
+        assert_eq!(found, ["b"]);
+        assert!(of_columns(&json!({"columns": ["a", "b"]}), &roles).is_empty());
+    }
 
     #[test]
     fn owners_and_roles_that_are_not_there_do_not_count() {

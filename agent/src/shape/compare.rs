@@ -5,13 +5,14 @@
 //! - An owner that is not there, or may not own things here; privileges of roles that are not there.
 //! - How a trigger fires that is made to wait for the opening ([`crate::schema`]'s `firing`), and whether a constraint was validated
 //!   here.
-//! - Between two major versions: texts that the server writes in its own words.
+//! - Where a definition that was loaded from a dump has its casts and parentheses (`words`). Between two major versions: texts that
+//!   the server writes in its own words.
 
 use std::collections::BTreeSet;
 
 use serde_json::{Map, Value};
 
-use super::{Roles, acl};
+use super::{Roles, acl, words};
 use crate::names::object::ObjectAddress;
 
 /// Of the server's own words.
@@ -64,6 +65,9 @@ pub fn differences(
     if wanted != has {
         differences.push("its privileges are others".to_owned());
     }
+    if acl::of_columns(recorded, roles) != acl::of_columns(found, roles) {
+        differences.push("the privileges of its columns are others".to_owned());
+    }
     differences
 }
 
@@ -103,6 +107,7 @@ impl Comparing {
                 "enabled" if is_quieted(wanted, is) => {}
                 "valid" => {}
                 _ if wanted == is => {}
+                key if TEXTS.contains(&key) && says_the_same(wanted, is) => {}
                 _ => differences.push(said(
                     within,
                     &format!("{key} is {}, should be {}", shown(is), shown(wanted)),
@@ -171,6 +176,15 @@ impl Comparing {
                 (None, _) => differences.push(format!("{place} should not be there")),
             }
         }
+    }
+}
+
+/// Two texts of the server's that differ in words alone.
+fn says_the_same(wanted: Option<&Value>, is: Option<&Value>) -> bool {
+    let text = |value: Option<&'_ Value>| value.and_then(Value::as_str).map(str::to_owned);
+    match (text(wanted), text(is)) {
+        (Some(wanted), Some(is)) => words::are_the_same(&wanted, &is),
+        _ => false,
     }
 }
 
@@ -279,6 +293,18 @@ mod tests {
                 json!({"acl": [{"grantee": "read", "privilege": "SELECT", "grantable": false}]}),
                 json!({}),
                 vec!["its privileges are others"],
+            ),
+            (
+                json!({"columns": [{"name": "a", "acl": [{"grantee": "read", "privilege": "SELECT", "grantable": false}]}]}),
+                json!({"columns": [{"name": "a"}]}),
+                vec!["the privileges of its columns are others"],
+            ),
+            (
+                json!({"constraints": {"k": {"definition": "CHECK (((a)::text = ANY ((ARRAY['x'::character varying])::text[])))"}},
+                       "columns": [{"name": "a", "default": "('x'::text)"}]}),
+                json!({"constraints": {"k": {"definition": "CHECK (((a)::text = ANY (ARRAY[('x'::character varying)::text])))"}},
+                       "columns": [{"name": "a", "default": "'x'::text"}]}),
+                vec![],
             ),
             (
                 json!({"labels": ["a", "b"]}),

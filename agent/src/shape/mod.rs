@@ -10,6 +10,7 @@ pub mod computed;
 mod heal;
 mod object;
 mod roles;
+mod words;
 
 pub use compare::differences;
 pub use heal::{Healing, heal, is_certain_cast};

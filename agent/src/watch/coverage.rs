@@ -33,7 +33,7 @@ use crate::pg::{Again, PgError};
 use crate::schema::listing;
 pub use definitions::CHANGES;
 pub use inventory::tell;
-pub use kept::{Coverage, NOT_COPIED, NotProtected, SET_ASIDE, of};
+pub use kept::{Coverage, DRIFT_KINDS, NOT_COPIED, NotProtected, SET_ASIDE, of};
 
 /// The unprotected objects of one kind in one database.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -17,6 +17,7 @@ pub mod monitor;
 pub(crate) mod sequence_look;
 
 mod disk;
+mod fingerprint;
 pub(crate) mod waits;
 
 use std::collections::BTreeMap;

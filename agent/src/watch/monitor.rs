@@ -6,7 +6,8 @@
 //!   them;
 //! - every 2 seconds: by how much the replica's clock is ahead, if that has changed;
 //! - every 30 seconds, and within 2 when tables, indexes or publications changed: what there is, and what of it is not
-//!   protected.
+//!   protected;
+//! - every 2 seconds, where something was defined: what the objects are (`watch::fingerprint`).
 //!
 //! It also deletes what is old among the commands that event triggers have written down: a week, and the newest twenty thousand,
 //! stay.
@@ -25,15 +26,17 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_postgres::Client;
 
-use crate::config::Config;
+use crate::config::{Config, Ddl};
 use crate::error::chain;
 use crate::names::stream::StreamName;
 use crate::pg::{self, ConnInfo, PgError, Session};
-use crate::schema::{clock, ddl, heartbeat};
+use crate::schema::{clock, ddl, fingerprint, heartbeat};
 use crate::watch::Servers;
 use crate::watch::coverage::{self, Unprotected};
 use crate::watch::sequence_look::{self, Notes};
 use writable::Writable;
+
+use super::fingerprint::Looks;
 
 const CLOCK_EVERY: Duration = Duration::from_secs(2);
 /// What is not protected is looked at when the catalogs changed, which costs next to nothing to ask, and every now and then.
@@ -63,6 +66,12 @@ pub async fn run(
     let mut writable = Writable::default();
     let mut look_writable = every(COVERAGE_EVERY);
     let mut telling = Telling::default();
+    let mut looks = Looks::default();
+    let mut look = every(CATALOGS_EVERY);
+    let replicates_ddl = config.source.ddl == Ddl::Replicate;
+    if !replicates_ddl {
+        writable.after(stream, fingerprint::clear(&client).await)?;
+    }
     loop {
         let report = tokio::select! {
             biased;
@@ -77,6 +86,10 @@ pub async fn run(
                     // What was not stored is not noted.
                     noted = Notes::read(&client).await?;
                 }
+                continue;
+            }
+            _ = look.tick(), if replicates_ddl => {
+                looks.tick(&client, (conninfo, stream)).await?;
                 continue;
             }
             _ = look_writable.tick() => {

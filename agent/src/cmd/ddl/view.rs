@@ -173,6 +173,7 @@ mod tests {
                 ddl: 7,
                 across: false,
                 accepted: accepted.map(str::to_owned),
+                drift: false,
             }],
         }
     }

@@ -242,6 +242,9 @@ impl DatabaseOverview {
             for one in &coverage.missing {
                 let _ = writeln!(out, "    not protected: {}", one.text(NAMES_SHOWN));
             }
+            if let Some(text) = coverage.comparison() {
+                let _ = writeln!(out, "    {text}");
+            }
         }
         if let Some(promotion) = &self.promotion {
             let _ = writeln!(out, "  promotion: {promotion}");

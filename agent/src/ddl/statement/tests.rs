@@ -20,6 +20,7 @@ fn event(tag: &str, query: &str, inner: &str, ordinal: i32, names: &[&str]) -> D
         created: false,
         listed_as: None,
         oid: None,
+        was: None,
         shape: None,
     };
     let kind = match tag.starts_with("DROP ") {

@@ -1,5 +1,7 @@
 //! ● Who owns an object, and who may do what with it, as far as those roles are on the replica.
 
+use std::collections::BTreeSet;
+
 use super::{Case, Plan, is, quote_ident};
 use crate::shape::acl::{self, Privilege};
 
@@ -59,6 +61,18 @@ pub(super) fn heal(case: &Case<'_>, plan: &mut Plan) {
     }
     let on = format!("{grant} {object}");
     grants(case, &case.address.kind, "", &on, plan);
+    let none = serde_json::Value::Null;
+    let wanted = acl::of_columns(case.recorded, case.roles);
+    let has = acl::of_columns(case.found.unwrap_or(&none), case.roles);
+    let of_column = |column: &str, privilege: &Privilege| Privilege {
+        name: format!("{} ({})", privilege.name, quote_ident(column)),
+        ..privilege.clone()
+    };
+    let each = |set: &BTreeSet<(String, Privilege)>| {
+        let each = set.iter().map(|(column, one)| of_column(column, one));
+        each.collect::<BTreeSet<_>>()
+    };
+    change(&each(&wanted), &each(&has), "", &on, plan);
 }
 
 /// REVOKE and GRANT of what differs, behind `head`, for an object of which PUBLIC has what is usual for this kind.
@@ -66,11 +80,21 @@ pub(super) fn grants(case: &Case<'_>, kind: &str, head: &str, on: &str, plan: &m
     let none = serde_json::Value::Null;
     let wanted = acl::granted(kind, case.recorded, case.roles);
     let has = acl::granted(kind, case.found.unwrap_or(&none), case.roles);
-    for privilege in has.difference(&wanted) {
+    change(&wanted, &has, head, on, plan);
+}
+
+fn change(
+    wanted: &BTreeSet<Privilege>,
+    has: &BTreeSet<Privilege>,
+    head: &str,
+    on: &str,
+    plan: &mut Plan,
+) {
+    for privilege in has.difference(wanted) {
         let (name, from) = (&privilege.name, grantee(privilege));
         plan.add(format!("{head}REVOKE {name} ON {on} FROM {from}"));
     }
-    for privilege in wanted.difference(&has) {
+    for privilege in wanted.difference(has) {
         let option = if privilege.grantable {
             " WITH GRANT OPTION"
         } else {

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{Case, Plan, column, comment, option_list, quote_ident, quote_literal, text, texts};
+use crate::shape::words;
 
 /// Plans a table.
 pub(super) fn heal(case: &Case<'_>) -> Result<Plan, String> {
@@ -141,10 +142,7 @@ fn alter(case: &Case<'_>, found: &Value, plan: &mut Plan) -> Result<(), String> 
     let (wanted, has) = (constraints(recorded), constraints(found));
     let is_other = |name: &String, constraint: &Value| {
         let is = has.get(name);
-        is.is_some_and(|is| {
-            text(is, "definition") != text(constraint, "definition")
-                && !is_same_but_for_validity(is, constraint)
-        })
+        is.is_some_and(|is| !is_same_but_for_validity(is, constraint))
     };
     // What is gone, or another one, goes before columns change.
     for name in has.keys() {
@@ -206,7 +204,7 @@ fn is_same_but_for_validity(one: &Value, other: &Value) -> bool {
             .trim_end_matches(" NOT VALID")
             .to_owned()
     };
-    bare(one) == bare(other)
+    words::are_the_same(&bare(one), &bare(other))
 }
 
 fn is_not_valid_here(found: Option<&Value>, recorded: &Value) -> bool {

@@ -27,7 +27,7 @@ use crate::flow::batch::Batch;
 use crate::flow::transaction::Change;
 use crate::names::TableName;
 use crate::pg::PgLsn;
-use crate::schema::ddl::{DdlEvent, EventKind, EventObject};
+use crate::schema::ddl::{DdlEvent, EventKind, EventObject, FOUND};
 use crate::schema::listing::{Copied, ListedAs};
 use crate::schema::set_aside::{self, Aside, Noted};
 use crate::schema::{self, ddl_applied, ddl_waiting, firing, table_sync};
@@ -264,7 +264,7 @@ impl Barrier<'_> {
     /// A trigger that fires ALWAYS would act on what is applied.
     async fn quiet(&mut self, event: &DdlEvent) -> Result<(), SinkError> {
         let may_fire = ["TRIGGER", "TABLE", "RULE", "VIEW"];
-        if may_fire.iter().any(|word| event.tag.contains(word)) {
+        if event.tag == FOUND || may_fire.iter().any(|word| event.tag.contains(word)) {
             let (client, stream) = (self.divided.lane.client(), &self.divided.settings.stream);
             firing::quiet(client, Some(stream)).await?;
         }
@@ -313,5 +313,6 @@ impl Barrier<'_> {
 /// Whether a table may have another name behind it, or be gone.
 fn may_rename(event: &DdlEvent) -> bool {
     event.kind == EventKind::Drop
-        || event.kind == EventKind::Command && event.tag.starts_with("ALTER")
+        || event.kind == EventKind::Command
+            && (event.tag == FOUND || event.tag.starts_with("ALTER"))
 }

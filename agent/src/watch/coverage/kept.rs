@@ -17,7 +17,8 @@ use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::PgError;
 use crate::schema::coverage::Told;
-use crate::schema::{ddl_waiting, set_aside, table_sync};
+use crate::schema::ddl_waiting::{self, WaitingObject};
+use crate::schema::{fingerprint, set_aside, table_sync};
 
 /// Objects of one kind that a failover would not bring, or not as they are on the source.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,7 +48,38 @@ pub struct Coverage {
     pub set_aside: BTreeMap<String, String>,
     /// Objects that a command of the source could not bring to what they are there, and why.
     pub waiting: BTreeMap<String, String>,
+    /// Of these, those that differ although no command has told of it, by kind ([`DRIFT_KINDS`]).
+    pub drift: BTreeMap<String, u64>,
+    /// How many seconds ago everything that the source has was compared with what is here.
+    pub compared_seconds_ago: Option<u64>,
+    /// The source tells what it has, object by object, so that it can be compared.
+    pub compares: bool,
 }
+
+/// Kinds of objects that are counted one by one where they drift; the last one is all others.
+pub const DRIFT_KINDS: [&str; 12] = [
+    "table",
+    "index",
+    "view",
+    "materialized view",
+    "sequence",
+    "function",
+    "trigger",
+    "policy",
+    "type",
+    "schema",
+    "extension",
+    "other",
+];
+
+/// Which of them it is.
+fn drift_kind(kind: &str) -> &'static str {
+    let (other, known) = DRIFT_KINDS.split_last().unwrap_or((&"other", &[]));
+    known.iter().find(|one| **one == kind).unwrap_or(other)
+}
+
+/// What was compared longer ago than this is not known to be the same.
+const COMPARED_LATELY: u64 = 900;
 
 /// Objects that a command of the source could not bring to what they are there.
 const DDL_WAITING: &str = "ddl_waiting";
@@ -80,9 +112,24 @@ pub async fn of(client: &Client, stream: &StreamName) -> Result<Coverage, PgErro
     let (told, here) = inventory::told_and_here(client, stream).await?;
     let waiting = ddl_waiting::read(client, stream).await?;
     let waiting = waiting.into_iter().filter(|one| one.accepted.is_none());
-    let waiting = waiting.map(|one| (format!("{} {}", one.address.kind, one.identity), one.reason));
+    let waiting: Vec<WaitingObject> = waiting.collect();
+    let mut drift = BTreeMap::new();
+    for one in waiting.iter().filter(|one| one.drift) {
+        *drift
+            .entry(drift_kind(&one.address.kind).to_owned())
+            .or_default() += 1;
+    }
+    let waiting = waiting
+        .into_iter()
+        .map(|one| (format!("{} {}", one.address.kind, one.identity), one.reason));
     let coverage = compare(&told, &here, not_ready, set_aside);
-    Ok(with_waiting(coverage, waiting.collect()))
+    let compared = fingerprint::compared(client).await?;
+    Ok(Coverage {
+        drift,
+        compares: compared.is_some(),
+        compared_seconds_ago: compared.flatten(),
+        ..with_waiting(coverage, waiting.collect())
+    })
 }
 
 /// With the objects that wait.
@@ -140,7 +187,7 @@ fn compare(
         protected: tables.map(|tables| tables.saturating_sub(unprotected)),
         missing,
         set_aside,
-        waiting: BTreeMap::new(),
+        ..Coverage::default()
     }
 }
 
@@ -280,6 +327,19 @@ impl Coverage {
             .iter()
             .filter(|one| [NOT_COPIED, SET_ASIDE].contains(&one.kind.as_str()));
         without_rows.map(|one| one.count).sum()
+    }
+
+    /// What is to be said of the comparison of both sides, where there is something.
+    pub fn comparison(&self) -> Option<String> {
+        match self.compared_seconds_ago {
+            _ if !self.compares => None,
+            Some(ago) if ago <= COMPARED_LATELY => None,
+            Some(ago) => Some(format!(
+                "the definitions of both sides were last compared {} minutes ago: since then a difference has not been noticed",
+                ago / 60
+            )),
+            None => Some("the definitions of both sides have not been compared yet".to_owned()),
+        }
     }
 
     /// `41 of 43 tables`, or that it is not known.
