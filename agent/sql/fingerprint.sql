@@ -106,6 +106,8 @@ BEGIN
               FROM object o LEFT JOIN dr_agent.parts_of_objects() AS p USING (class, object)
               LEFT JOIN dr_agent.%1$I f USING (class, object)
              WHERE $1 OR f.hash IS NULL OR f.parts <> coalesce(p.parts, 0)
+                -- What they are is in too many places.
+                OR o.class IN ('pg_database'::regclass, 'pg_authid'::regclass, 'pg_event_trigger'::regclass, 'pg_publication'::regclass)
                 OR (o.class, o.object) IN (SELECT t.class, t.object FROM dr_agent.touched_objects($2) AS t)),
         shaped AS MATERIALIZED (
             SELECT c.class, c.object, c.parts, a.type AS kind, a.object_names AS names, a.object_args AS args, i.identity,

@@ -20,6 +20,10 @@
 -- type                      {labels | attributes | definition, owner, acl, comment}
 -- domain                    {base, collation, default, notnull, constraints: {name: {definition, valid}}, owner, acl, comment}
 -- schema, language, extension, statistics object, collation, cast, operator, …   {definition or what it takes, owner, acl, comment}
+-- role                      {login, superuser, …, member_of: {name: {admin}}, settings: ["name=value"], settings_here, comment}
+-- database                  {owner, acl, settings, comment, known_roles: whose privileges it may tell of}
+-- event trigger             {event, tags, function, enabled, owner, comment}
+-- publication               {all_tables, via_root, publish, tables, schemas, owner, comment}
 
 CREATE OR REPLACE FUNCTION dr_agent.privileges(acl aclitem[]) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -240,6 +244,33 @@ BEGIN
 END
 $$;
 
+-- Settings that are stored with a database, a role, or one in the other (pg_db_role_setting). Not those that open or close the standby,
+-- and not those with which a session may not come up on a server that lacks something: these are left to a person.
+CREATE OR REPLACE FUNCTION dr_agent.settings_to_carry(of_database oid, of_role oid) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT jsonb_agg(c ORDER BY c COLLATE "C") FROM pg_db_role_setting s CROSS JOIN unnest(s.setconfig) AS c
+         WHERE s.setdatabase = of_database AND s.setrole = of_role
+           AND lower(split_part(c, '=', 1)) NOT IN ('default_transaction_read_only', 'session_replication_role', 'session_preload_libraries',
+                                                    'local_preload_libraries', 'role', 'session_authorization', 'post_auth_delay'));
+END
+$$;
+
+-- Version 14 knows none.
+CREATE OR REPLACE FUNCTION dr_agent.schemas_of_publication(publication oid) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    schemas jsonb;
+BEGIN
+    IF to_regclass('pg_catalog.pg_publication_namespace') IS NOT NULL THEN
+        EXECUTE 'SELECT jsonb_agg(quote_ident(n.nspname) ORDER BY n.nspname) FROM pg_publication_namespace p
+                   JOIN pg_namespace n ON n.oid = p.pnnspid WHERE p.pnpubid = $1' INTO schemas USING publication;
+    END IF;
+    RETURN schemas;
+END
+$$;
+
 -- What is asked for less often: one row, its columns that are not the server's own.
 CREATE OR REPLACE FUNCTION dr_agent.shape_of_other(class oid, object oid) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -307,6 +338,49 @@ BEGIN
     WHEN 'pg_user_mapping'::regclass THEN RETURN (
         SELECT jsonb_strip_nulls(jsonb_build_object('user', u.usename, 'server', u.srvname, 'options', dr_agent.without_secrets(u.umoptions)))
           FROM pg_user_mappings u WHERE u.umid = object);
+    WHEN 'pg_authid'::regclass THEN RETURN (
+        SELECT jsonb_strip_nulls(jsonb_build_object(
+                   'superuser', nullif(r.rolsuper, false), 'noinherit', nullif(NOT r.rolinherit, false), 'createrole', nullif(r.rolcreaterole, false),
+                   'createdb', nullif(r.rolcreatedb, false), 'login', nullif(r.rolcanlogin, false),
+                   'replication', nullif(r.rolreplication, false), 'bypassrls', nullif(r.rolbypassrls, false),
+                   'limit', nullif(r.rolconnlimit, -1), 'until', CASE WHEN isfinite(r.rolvaliduntil) THEN r.rolvaliduntil END,
+                   'member_of', (SELECT jsonb_object_agg(m.name, jsonb_strip_nulls(jsonb_build_object('admin', nullif(m.admin, false))))
+                                   FROM (SELECT pg_get_userbyid(roleid) AS name, bool_or(admin_option) AS admin FROM pg_auth_members
+                                          WHERE member = r.oid
+                                            AND roleid NOT IN (SELECT relowner FROM pg_class WHERE oid = to_regclass('dr_agent.heartbeat'))
+                                          GROUP BY roleid) AS m),
+                   'settings', dr_agent.settings_to_carry(0, r.oid),
+                   'settings_here', dr_agent.settings_to_carry((SELECT oid FROM pg_database WHERE datname = current_database()), r.oid),
+                   'comment', shobj_description(r.oid, 'pg_authid')))
+          FROM pg_roles r WHERE r.oid = object);
+    WHEN 'pg_database'::regclass THEN RETURN (
+        SELECT jsonb_strip_nulls(jsonb_build_object('owner', pg_get_userbyid(d.datdba), 'acl', dr_agent.privileges(d.datacl),
+                   'settings', dr_agent.settings_to_carry(d.oid, 0), 'comment', shobj_description(d.oid, 'pg_database'),
+                   'known_roles', (SELECT jsonb_agg(r.rolname ORDER BY r.rolname) FROM pg_roles r WHERE r.oid >= 16384)))
+          FROM pg_database d WHERE d.oid = object);
+    WHEN 'pg_event_trigger'::regclass THEN RETURN (
+        SELECT jsonb_strip_nulls(jsonb_build_object('event', e.evtevent, 'tags', (SELECT jsonb_agg(t ORDER BY t) FROM unnest(e.evttags) AS t),
+                   'function', (SELECT format('%I.%I', n.nspname, p.proname) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+                                 WHERE p.oid = e.evtfoid),
+                   'enabled', e.evtenabled, 'owner', pg_get_userbyid(e.evtowner), 'comment', obj_description(e.oid, 'pg_event_trigger')))
+          FROM pg_event_trigger e WHERE e.oid = object);
+    WHEN 'pg_publication'::regclass THEN RETURN (
+        SELECT jsonb_strip_nulls(jsonb_build_object('all_tables', nullif(p.puballtables, false), 'via_root', nullif(p.pubviaroot, false),
+                   'publish', concat_ws(', ', CASE WHEN p.pubinsert THEN 'insert' END, CASE WHEN p.pubupdate THEN 'update' END,
+                                              CASE WHEN p.pubdelete THEN 'delete' END, CASE WHEN p.pubtruncate THEN 'truncate' END),
+                   'tables', (SELECT jsonb_agg(format('%I.%I', n.nspname, c.relname)
+                                               || coalesce(' (' || (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum)
+                                                                     FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum = ANY (
+                                                                          string_to_array(to_jsonb(r) ->> 'prattrs', ' ')::smallint[])) || ')', '')
+                                               || coalesce(' WHERE ' || (SELECT to_jsonb(t) ->> 'rowfilter' FROM pg_publication_tables t
+                                                                          WHERE (t.pubname, t.schemaname, t.tablename) = (p.pubname, n.nspname, c.relname)
+                                                                            AND to_jsonb(r) ->> 'prqual' IS NOT NULL), '')
+                                               ORDER BY n.nspname, c.relname)
+                                FROM pg_publication_rel r JOIN pg_class c ON c.oid = r.prrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+                               WHERE r.prpubid = p.oid),
+                   'schemas', dr_agent.schemas_of_publication(p.oid),
+                   'owner', pg_get_userbyid(p.pubowner), 'comment', obj_description(p.oid, 'pg_publication')))
+          FROM pg_publication p WHERE p.oid = object);
     WHEN 'pg_opclass'::regclass, 'pg_opfamily'::regclass, 'pg_conversion'::regclass, 'pg_ts_config'::regclass, 'pg_ts_dict'::regclass,
          'pg_ts_parser'::regclass, 'pg_ts_template'::regclass, 'pg_transform'::regclass, 'pg_am'::regclass THEN
         -- That it is there.
@@ -352,6 +426,10 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     object record;
 BEGIN
+    -- It may have another name here.
+    IF kind = 'database' THEN
+        RETURN dr_agent.shape_of('pg_database'::regclass, (SELECT oid FROM pg_database WHERE datname = current_database()));
+    END IF;
     SELECT * INTO object FROM pg_get_object_address(kind, names, args);
     RETURN dr_agent.shape_of(object.classid, object.objid, object.objsubid);
 EXCEPTION
@@ -359,6 +437,24 @@ EXCEPTION
          OR invalid_parameter_value OR invalid_name THEN
         RETURN NULL;
 END
+$$;
+
+-- The roles that this database depends on, with their groups and members: not the one that every server has, the server's own, and the
+-- agent's.
+CREATE OR REPLACE FUNCTION dr_agent.roles_of_database() RETURNS TABLE (role oid)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    WITH RECURSIVE here (oid) AS (SELECT oid FROM pg_database WHERE datname = current_database()),
+    agent (oid) AS (SELECT relowner FROM pg_class WHERE oid = to_regclass('dr_agent.heartbeat')),
+    needed (oid) AS (
+        SELECT d.refobjid FROM pg_shdepend d, here
+         WHERE d.refclassid = 'pg_authid'::regclass
+           AND (d.dbid = here.oid OR d.classid = 'pg_database'::regclass AND d.objid = here.oid)
+        UNION SELECT setrole FROM pg_db_role_setting s, here WHERE s.setdatabase = here.oid
+        UNION SELECT CASE WHEN m.member = n.oid THEN m.roleid ELSE m.member END
+                FROM needed n JOIN pg_auth_members m ON n.oid IN (m.member, m.roleid)
+               WHERE m.roleid >= 16384 AND m.member NOT IN (SELECT oid FROM agent))
+    SELECT r.oid FROM pg_roles r JOIN needed USING (oid)
+     WHERE r.rolname !~ '^(pg|rds)_' AND r.oid <> 10 AND r.oid NOT IN (SELECT oid FROM agent)
 $$;
 
 -- Every object that has a shape. What belongs to an extension comes with it; what is ours is not the user's.
@@ -394,7 +490,13 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
         UNION ALL SELECT 'pg_cast'::regclass, oid FROM pg_cast WHERE oid >= 16384
         UNION ALL SELECT 'pg_default_acl'::regclass, oid FROM pg_default_acl
         UNION ALL SELECT 'pg_foreign_data_wrapper'::regclass, oid FROM pg_foreign_data_wrapper
-        UNION ALL SELECT 'pg_foreign_server'::regclass, oid FROM pg_foreign_server)
+        UNION ALL SELECT 'pg_foreign_server'::regclass, oid FROM pg_foreign_server
+        UNION ALL SELECT 'pg_database'::regclass, oid FROM pg_database WHERE datname = current_database()
+        UNION ALL SELECT 'pg_authid'::regclass, r.role FROM dr_agent.roles_of_database() AS r
+        UNION ALL SELECT 'pg_event_trigger'::regclass, oid FROM pg_event_trigger WHERE evtname NOT LIKE 'dr\_agent\_%'
+        UNION ALL SELECT 'pg_publication'::regclass, p.oid FROM pg_publication p
+                   WHERE NOT EXISTS (SELECT FROM pg_publication_rel r JOIN pg_class c ON c.oid = r.prrelid
+                                      WHERE r.prpubid = p.oid AND c.relnamespace = 'dr_agent'::regnamespace))
     SELECT f.class, f.object FROM found f
      WHERE NOT EXISTS (SELECT FROM extension e WHERE e.class = f.class AND e.object = f.object)
        -- What a range type brings along.

@@ -88,6 +88,7 @@ mod set_aside;
 mod set_back;
 mod settings;
 mod shape_heal;
+mod shared_state;
 mod slot;
 mod standing;
 mod status;

@@ -264,6 +264,9 @@ impl Replay {
             for (object, reason) in objects.iter().zip(&mut reasons) {
                 if reason.is_some() {
                     *reason = self.by_shape(client, object, copy_again).await?;
+                    if object.address.kind == "role" {
+                        self.roles = None;
+                    }
                 }
             }
             if left(&reasons) == 0 || left(&reasons) == before {
@@ -285,7 +288,7 @@ impl Replay {
     }
 
     /// Gives objects their new names that are known under old ones. What that does not do is seen by comparing.
-    async fn rename(&self, client: &Client, objects: &[&EventObject]) -> Result<(), PgError> {
+    async fn rename(&mut self, client: &Client, objects: &[&EventObject]) -> Result<(), PgError> {
         for object in objects {
             let renaming = object.was.as_deref();
             let renaming = renaming.and_then(|was| rename::renaming(&object.address, was));
@@ -296,6 +299,7 @@ impl Replay {
                 && shape::read(client, &before).await?.is_some()
             {
                 run_all(client, &statements).await?;
+                self.roles = None;
             }
         }
         Ok(())

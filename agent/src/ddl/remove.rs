@@ -3,7 +3,7 @@
 //! Never CASCADE: what the source has dropped with it is recorded, and goes by itself.
 
 use crate::names::object::ObjectAddress;
-use crate::pg::quote::quote_ident;
+use crate::pg::quote::{quote_ident, quote_literal};
 
 /// The statement; none for what is only dropped with something else.
 pub(super) fn statement(address: &ObjectAddress, identity: &str) -> Option<String> {
@@ -62,9 +62,23 @@ pub(super) fn statement(address: &ObjectAddress, identity: &str) -> Option<Strin
         | "language"
         | "foreign-data wrapper"
         | "server"
-        | "access method" => {
+        | "access method"
+        | "event trigger"
+        | "publication" => {
             let word = kind.replace('-', " ").to_uppercase();
             format!("DROP {word} {}", part(0)?)
+        }
+        "role" => {
+            // What it may do with the database would keep it, and the source has taken that away before.
+            let role = part(0)?;
+            let revoke = quote_literal(&format!(
+                "REVOKE ALL ON DATABASE %I FROM {}",
+                role.replace('%', "%%")
+            ));
+            let body = format!(
+                "BEGIN EXECUTE pg_catalog.format({revoke}, pg_catalog.current_database()); DROP ROLE {role}; END"
+            );
+            format!("DO {}", quote_literal(&body))
         }
         // Their identities are what the command takes: public.f(integer), pg_catalog.=(a,b), (a AS b).
         "function" | "procedure" | "aggregate" | "type" | "domain" | "cast" | "operator" => {
@@ -107,7 +121,17 @@ mod tests {
 
     #[test]
     fn each_kind_has_its_words() {
-        let table: [Case<'_>; 14] = [
+        let table: [Case<'_>; 15] = [
+            (
+                "role",
+                &["a%"],
+                &[],
+                "",
+                Some(
+                    "DO 'BEGIN EXECUTE pg_catalog.format(''REVOKE ALL ON DATABASE %I FROM \"a%%\"'', pg_catalog.current_database()); \
+                     DROP ROLE \"a%\"; END'",
+                ),
+            ),
             (
                 "table",
                 &["public", "My T"],

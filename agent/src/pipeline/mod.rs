@@ -31,6 +31,7 @@ mod cover;
 mod error;
 mod late;
 mod owner;
+mod passwords;
 pub mod schedule;
 mod set_aside;
 mod start;

@@ -20,12 +20,13 @@ use super::cover::Cover;
 use super::error::SessionError;
 use super::late::Late;
 use super::owner::{Owner, Terms};
+use super::passwords::Passwords;
 use super::streaming::{LateSide, Shown, Streaming};
 use super::waiting::Waiting;
 use super::{Leg, Pipeline, now_instant};
 use crate::archive::log::idle_age;
 use crate::cloud::kinesis::Kinesis;
-use crate::config::SetAside;
+use crate::config::{Ddl, SetAside};
 use crate::error::chain;
 use crate::flow::batch::{Batch, IN_FLIGHT_MAX, Spacing};
 use crate::flow::changelog::Author;
@@ -141,6 +142,7 @@ impl Pipeline {
                 self.tail(prepared, space, received, flush_seen, position, &mut tasks);
                 self.monitor(reports, &mut tasks);
                 if leg == Leg::Whole {
+                    self.passwords(prepared, &mut tasks);
                     self.look_for_alterations(prepared, beside.clone(), &mut tasks);
                 }
             }
@@ -193,6 +195,20 @@ impl Pipeline {
             arrived: Vec::new(),
             owner: Owner::new(shipment, spacing, self.status.lag(), terms, now_instant()),
         })
+    }
+
+    /// Starts what brings passwords from server to server.
+    fn passwords(&self, prepared: &Ready, tasks: &mut Tasks) {
+        if self.config.source.ddl != Ddl::Replicate {
+            return;
+        }
+        let passwords = Passwords {
+            source: self.config.source.conninfo.with_dbname(&self.database),
+            replica: self.config.replica.conninfo.with_dbname(&self.database),
+            stream: self.stream.clone(),
+            term: prepared.term,
+        };
+        tasks.spawn(passwords.run());
     }
 
     /// Whether late tables are copied beside the stream, and those in trouble set aside until they are.

@@ -15,23 +15,24 @@ pub(super) struct Privilege {
 }
 
 /// What PUBLIC may do where nobody has said otherwise.
-fn by_default(kind: &str) -> Option<&'static str> {
+fn by_default(kind: &str) -> &'static [&'static str] {
     match kind {
-        "function" | "procedure" | "aggregate" => Some("EXECUTE"),
-        "type" | "domain" | "language" => Some("USAGE"),
-        _ => None,
+        "function" | "procedure" | "aggregate" => &["EXECUTE"],
+        "type" | "domain" | "language" => &["USAGE"],
+        "database" => &["CONNECT", "TEMPORARY"],
+        _ => &[],
     }
 }
 
-/// What others than the owner may do: it has everything anyway, and may be another role here.
+/// What others than the owner may do: it has everything anyway, and may be another role here. Ours has what it needs.
 pub(super) fn granted(kind: &str, shape: &Value, roles: &Roles) -> BTreeSet<Privilege> {
     let Some(acl) = shape.get("acl").and_then(Value::as_array) else {
-        let public = by_default(kind).map(|name| Privilege {
+        let public = by_default(kind).iter().map(|name| Privilege {
             grantee: None,
-            name: name.to_owned(),
+            name: (*name).to_owned(),
             grantable: false,
         });
-        return public.into_iter().collect();
+        return public.collect();
     };
     let owner = shape.get("owner").and_then(Value::as_str);
     let each = acl.iter().filter_map(|one| {
@@ -46,9 +47,32 @@ pub(super) fn granted(kind: &str, shape: &Value, roles: &Roles) -> BTreeSet<Priv
     });
     each.filter(|one| match one.grantee.as_deref() {
         None => true,
-        Some(role) => Some(role) != owner && roles.has(role),
+        Some(role) => Some(role) != owner && roles.has(role) && !roles.is_ours(role),
     })
     .collect()
+}
+
+/// What is wanted and what there is. What a database lets roles do that the source does not know is the standby's own affair.
+pub(super) fn wanted_and_found(
+    kind: &str,
+    recorded: &Value,
+    found: &Value,
+    roles: &Roles,
+) -> (BTreeSet<Privilege>, BTreeSet<Privilege>) {
+    let wanted = granted(kind, recorded, roles);
+    let mut has = granted(kind, found, roles);
+    // Whoever is to own it is not to lose what he was granted before.
+    let owner = recorded.get("owner").and_then(Value::as_str);
+    has.retain(|one| one.grantee.is_none() || one.grantee.as_deref() != owner);
+    if kind == "database" {
+        let known = recorded.get("known_roles").and_then(Value::as_array);
+        let is_known = |role: &String| {
+            let mut known = known.into_iter().flatten();
+            known.any(|one| one.as_str() == Some(role))
+        };
+        has.retain(|one| one.grantee.as_ref().is_none_or(is_known));
+    }
+    (wanted, has)
 }
 
 /// What is granted on single columns, by their names.
@@ -74,6 +98,28 @@ pub(super) fn of_columns(shape: &Value, roles: &Roles) -> BTreeSet<(String, Priv
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn an_owner_to_be_loses_nothing() {
+        let roles = Roles::of(&[("app", true), ("old", true)]);
+        let recorded = json!({"owner": "app"});
+        let found = json!({"owner": "old", "acl": [{"grantee": "app", "privilege": "SELECT", "grantable": false}]});
+        let (wanted, has) = wanted_and_found("table", &recorded, &found, &roles);
+        assert!(wanted.is_empty() && has.is_empty());
+    }
+
+    #[test]
+    fn whom_the_source_does_not_know_a_database_may_let_in() {
+        let roles = Roles::of(&[("app", true), ("watch", false)]);
+        let connect =
+            |role: &str| json!({"grantee": role, "privilege": "CONNECT", "grantable": false});
+        let recorded = json!({"known_roles": ["app"], "acl": []});
+        let found = json!({"acl": [connect("app"), connect("watch")]});
+        let (wanted, has) = wanted_and_found("database", &recorded, &found, &roles);
+        assert!(wanted.is_empty());
+        let has: Vec<_> = has.into_iter().filter_map(|one| one.grantee).collect();
+        assert_eq!(has, ["app"]);
+    }
 
     #[test]
     fn columns_have_privileges_of_their_own() {

@@ -8,6 +8,7 @@
 //! - Where a definition that was loaded from a dump has its casts and parentheses (`words`). Between two major versions: texts that
 //!   the server writes in its own words.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use serde_json::{Map, Value};
@@ -28,13 +29,14 @@ const TEXTS: [&str; 8] = [
 ];
 
 /// Never compared as they are.
-const PASSED_OVER: [&str; 6] = [
+const PASSED_OVER: [&str; 7] = [
     "owner",
     "acl",
     "missing",
     "security_labels",
     "access_method",
     "clustered",
+    "known_roles",
 ];
 
 /// What differs, one line for each.
@@ -51,17 +53,14 @@ pub fn differences(
     }
     let comparing = Comparing { across };
     let mut differences = Vec::new();
-    comparing.maps("", recorded, found, &mut differences);
+    comparing.maps("", &as_known_here(recorded, roles), found, &mut differences);
     let owner = recorded.get("owner").and_then(Value::as_str);
     if let Some(owner) = owner.filter(|owner| roles.acts_as(owner))
         && found.get("owner").and_then(Value::as_str) != Some(owner)
     {
         differences.push(format!("it should belong to {owner}"));
     }
-    let (wanted, has) = (
-        acl::granted(&address.kind, recorded, roles),
-        acl::granted(&address.kind, found, roles),
-    );
+    let (wanted, has) = acl::wanted_and_found(&address.kind, recorded, found, roles);
     if wanted != has {
         differences.push("its privileges are others".to_owned());
     }
@@ -69,6 +68,24 @@ pub fn differences(
         differences.push("the privileges of its columns are others".to_owned());
     }
     differences
+}
+
+/// Without membership in groups of a server that this version does not know.
+fn as_known_here<'v>(recorded: &'v Value, roles: &Roles) -> Cow<'v, Value> {
+    if recorded.get("member_of").is_none() {
+        return Cow::Borrowed(recorded);
+    }
+    let mut recorded = recorded.clone();
+    let groups = recorded.get_mut("member_of").and_then(Value::as_object_mut);
+    if let Some(groups) = groups {
+        groups.retain(|group, _| !group.starts_with("pg_") || roles.has(group));
+        if groups.is_empty()
+            && let Some(shape) = recorded.as_object_mut()
+        {
+            shape.remove("member_of");
+        }
+    }
+    Cow::Owned(recorded)
 }
 
 struct Comparing {
@@ -95,7 +112,7 @@ impl Comparing {
                 "columns" | "attributes" if is_named(wanted) || is_named(is) => {
                     self.named(within, &key[..key.len() - 1], wanted, is, differences);
                 }
-                "constraints" | "column_comments" => {
+                "constraints" | "column_comments" | "member_of" => {
                     self.by_name(within, key, wanted, is, differences);
                 }
                 "sequence" => self.maps(
@@ -305,6 +322,14 @@ mod tests {
                 json!({"constraints": {"k": {"definition": "CHECK (((a)::text = ANY (ARRAY[('x'::character varying)::text])))"}},
                        "columns": [{"name": "a", "default": "'x'::text"}]}),
                 vec![],
+            ),
+            (
+                json!({"member_of": {"read": {}, "pg_of_later": {}, "gone": {}}}),
+                json!({"member_of": {"read": {"admin": true}}}),
+                vec![
+                    "member of gone is missing",
+                    "member of read: admin is true, should be none",
+                ],
             ),
             (
                 json!({"labels": ["a", "b"]}),

@@ -8,6 +8,7 @@
 mod column;
 mod others;
 mod privileges;
+mod shared;
 mod table;
 mod types;
 
@@ -85,6 +86,9 @@ pub fn heal(
         Err(reason) => Healing::Refused(reason),
         Ok(mut plan) => {
             privileges::heal(&case, &mut plan);
+            if address.kind == "database" {
+                plan.statements = shared::of_this_database(plan.statements, &case.last_name());
+            }
             Healing::Statements {
                 statements: plan.statements,
                 otherwise: plan.otherwise,

@@ -6,9 +6,15 @@ use tokio_postgres::Client;
 
 use crate::pg::PgError;
 
-/// By name: whether the agent may act as it.
+/// By name, and of each whether the agent may act as it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Roles(BTreeMap<String, bool>);
+pub struct Roles {
+    names: BTreeMap<String, bool>,
+    /// The one that asks.
+    ours: String,
+    /// It is a superuser.
+    superuser: bool,
+}
 
 impl Roles {
     /// Reads them.
@@ -16,31 +22,43 @@ impl Roles {
     /// # Errors
     /// When the server refuses.
     pub async fn read(client: &Client) -> Result<Self, PgError> {
-        const SQL: &str =
-            "SELECT rolname::text, pg_catalog.pg_has_role(oid, 'MEMBER') FROM pg_catalog.pg_roles";
+        const SQL: &str = "SELECT rolname::text, pg_catalog.pg_has_role(oid, 'MEMBER'), rolname = current_user, rolsuper FROM pg_catalog.pg_roles";
         let rows = client.query_typed(SQL, &[]).await?;
-        Ok(Self(
-            rows.iter().map(|row| (row.get(0), row.get(1))).collect(),
-        ))
+        let ours = rows.iter().find(|row| row.get(2));
+        Ok(Self {
+            superuser: ours.is_some_and(|row| row.get(3)),
+            names: rows.iter().map(|row| (row.get(0), row.get(1))).collect(),
+            ours: ours.map(|row| row.get(0)).unwrap_or_default(),
+        })
     }
 
     /// Whether there is such a role.
     pub fn has(&self, name: &str) -> bool {
-        self.0.contains_key(name)
+        self.names.contains_key(name)
     }
 
     /// Whether the agent may give something to it.
     pub fn acts_as(&self, name: &str) -> bool {
-        self.0.get(name).copied().unwrap_or(false)
+        self.names.get(name).copied().unwrap_or(false)
+    }
+
+    /// Whether it is the agent's own.
+    pub fn is_ours(&self, name: &str) -> bool {
+        self.ours == name
+    }
+
+    /// Whether the agent may do everything.
+    pub fn superuser(&self) -> bool {
+        self.superuser
     }
 
     #[cfg(test)]
     pub(super) fn of(names: &[(&str, bool)]) -> Self {
-        Self(
-            names
-                .iter()
-                .map(|(name, acts)| ((*name).to_owned(), *acts))
-                .collect(),
-        )
+        let names = names.iter().map(|(name, acts)| ((*name).to_owned(), *acts));
+        Self {
+            names: names.collect(),
+            ours: String::new(),
+            superuser: false,
+        }
     }
 }

@@ -26,7 +26,7 @@ use tokio_postgres::Client;
 
 use crate::catalog::publication::Wanted;
 use crate::catalog::{Protection, Table, keyed_roots, tables};
-use crate::config::Config;
+use crate::config::{Config, Ddl};
 use crate::names::TableName;
 use crate::names::stream::StreamName;
 use crate::pg::{Again, PgError};
@@ -77,6 +77,10 @@ pub const KINDS: [&str; 12] = [
 /// millions of them every 30 seconds would.
 pub const LARGE_OBJECTS_MAX: u64 = 100_000;
 
+/// Settings that a standby must not have, or with which a session may not come up where something is missing (`agent/sql/shape.sql`).
+const LEFT_SETTINGS: &str = "lower(split_part(item, '=', 1)) IN ('default_transaction_read_only', 'session_replication_role',
+    'session_preload_libraries', 'local_preload_libraries', 'role', 'session_authorization', 'post_auth_delay')";
+
 /// How many names of a kind are returned.
 const EXAMPLES_MAX: usize = 100;
 
@@ -101,7 +105,7 @@ async fn count(client: &Client, config: &Config) -> Result<Vec<Unprotected>, PgE
     let wanted = Wanted::of(&tables, &keyed_roots(client).await?, config);
     let mut all = of_tables(&tables, &wanted, &listed);
     all.push(relisted(client, &stream).await?);
-    all.extend(of_catalog(client).await?);
+    all.extend(of_catalog(client, config).await?);
     all.sort_by_key(|one| KINDS.iter().position(|kind| *kind == one.kind));
     Ok(all)
 }
@@ -197,7 +201,12 @@ fn of_tables(tables: &[Table], wanted: &Wanted, listed: &BTreeSet<TableName>) ->
 }
 
 /// The kinds that one statement over the catalogs can count.
-async fn of_catalog(client: &Client) -> Result<Vec<Unprotected>, PgError> {
+async fn of_catalog(client: &Client, config: &Config) -> Result<Vec<Unprotected>, PgError> {
+    // The others are followed.
+    let settings = match config.source.ddl {
+        Ddl::Replicate => LEFT_SETTINGS,
+        Ddl::Off => "true",
+    };
     // pg_subscription.subconninfo holds passwords and is not for everybody; the other columns are.
     let sql = format!(
         "WITH found (kind, name) AS (
@@ -218,7 +227,7 @@ async fn of_catalog(client: &Client) -> Result<Vec<Unprotected>, PgError> {
             UNION ALL
             SELECT 'database_setting', split_part(item, '=', 1)
               FROM pg_db_role_setting s, unnest(s.setconfig) AS item
-             WHERE s.setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
+             WHERE s.setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database()) AND {settings}
          )
          SELECT kind, count(*), (array_agg(name ORDER BY name))[1:{EXAMPLES_MAX}]
            FROM found GROUP BY kind"

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::column::sequence_options;
-use super::{Case, Plan, comment, is, option_list, plain, privileges, quote_ident, text, texts};
+use super::{
+    Case, Plan, comment, is, option_list, plain, privileges, quote_ident, shared, text, texts,
+};
 
 /// Plans an object.
 pub(super) fn heal(case: &Case<'_>) -> Result<Plan, String> {
@@ -28,6 +30,10 @@ pub(super) fn heal(case: &Case<'_>) -> Result<Plan, String> {
         "cast" => cast(case, &mut plan)?,
         "operator" => operator(case, &mut plan)?,
         "collation" => collation(case, &mut plan)?,
+        "role" => shared::role(case, &mut plan),
+        "database" => shared::database(case, &mut plan),
+        "event trigger" => shared::event_trigger(case, &mut plan),
+        "publication" => shared::publication(case, &mut plan),
         "view column" | "materialized view column" => {
             let what = format!("COLUMN {}.{}", case.name(), case.last_name());
             case.comment(&what, &mut plan);

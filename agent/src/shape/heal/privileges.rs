@@ -23,6 +23,9 @@ fn word(kind: &str) -> Option<(&'static str, &'static str)> {
         "foreign-data wrapper" => ("FOREIGN DATA WRAPPER", "FOREIGN DATA WRAPPER"),
         "statistics object" => ("STATISTICS", ""),
         "collation" => ("COLLATION", ""),
+        "database" => ("DATABASE", "DATABASE"),
+        "event trigger" => ("EVENT TRIGGER", ""),
+        "publication" => ("PUBLICATION", ""),
         _ => return None,
     })
 }
@@ -31,7 +34,13 @@ fn word(kind: &str) -> Option<(&'static str, &'static str)> {
 fn name(case: &Case<'_>) -> String {
     match case.address.kind.as_str() {
         "function" | "procedure" | "aggregate" | "type" | "domain" => case.identity.to_owned(),
-        "schema" | "language" | "server" | "foreign-data wrapper" => case.last_name(),
+        "schema"
+        | "language"
+        | "server"
+        | "foreign-data wrapper"
+        | "database"
+        | "event trigger"
+        | "publication" => case.last_name(),
         _ => case.name(),
     }
 }
@@ -78,8 +87,13 @@ pub(super) fn heal(case: &Case<'_>, plan: &mut Plan) {
 /// REVOKE and GRANT of what differs, behind `head`, for an object of which PUBLIC has what is usual for this kind.
 pub(super) fn grants(case: &Case<'_>, kind: &str, head: &str, on: &str, plan: &mut Plan) {
     let none = serde_json::Value::Null;
-    let wanted = acl::granted(kind, case.recorded, case.roles);
-    let has = acl::granted(kind, case.found.unwrap_or(&none), case.roles);
+    let found = case.found.unwrap_or(&none);
+    let (wanted, has) = acl::wanted_and_found(kind, case.recorded, found, case.roles);
+    let is_closed = has.difference(&wanted).any(|one| one.grantee.is_none());
+    if kind == "database" && is_closed && !case.roles.superuser() {
+        // Nobody may be kept out who applies what the source sends.
+        plan.add(format!("GRANT CONNECT ON {on} TO CURRENT_USER"));
+    }
     change(&wanted, &has, head, on, plan);
 }
 

@@ -30,7 +30,10 @@ pub const CHANGES: &str = "
      WHERE relnamespace = 'pg_catalog'::regnamespace
        AND relname IN ('pg_class', 'pg_attribute', 'pg_attrdef', 'pg_constraint', 'pg_index', 'pg_trigger', 'pg_rewrite', 'pg_policy',
                        'pg_proc', 'pg_type', 'pg_enum', 'pg_range', 'pg_sequence', 'pg_namespace', 'pg_default_acl', 'pg_authid',
-                       'pg_auth_members', 'pg_database', 'pg_language', 'pg_foreign_server', 'pg_foreign_data_wrapper')";
+                       'pg_auth_members', 'pg_database', 'pg_language', 'pg_foreign_server', 'pg_foreign_data_wrapper',
+                       'pg_db_role_setting', 'pg_shdescription', 'pg_event_trigger', 'pg_publication', 'pg_publication_rel',
+                       'pg_publication_namespace', 'pg_description', 'pg_seclabel', 'pg_inherits', 'pg_statistic_ext', 'pg_extension',
+                       'pg_collation', 'pg_operator', 'pg_opclass', 'pg_opfamily', 'pg_cast', 'pg_ts_config', 'pg_ts_dict')";
 
 /// `kind, name` of the server's version.
 pub(super) const OF_SERVER: &str = "
