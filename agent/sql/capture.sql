@@ -79,7 +79,11 @@ BEGIN
     RETURN (
         SELECT jsonb_strip_nulls(jsonb_build_object(
                    'type', a.type, 'names', a.object_names, 'args', a.object_args, 'identity', i.identity, 'tag', of_tag,
-                   'created', is_new, 'oid', CASE WHEN class = 'pg_class'::regclass THEN object::bigint END))
+                   'created', is_new, 'oid', CASE WHEN class = 'pg_class'::regclass THEN object::bigint END,
+                   -- As it was last looked at: for where the command itself cannot be run.
+                   'was', (SELECT f.names FROM dr_agent.fingerprint f
+                            WHERE sub = 0 AND f.class = event_object.class AND f.object = event_object.object
+                              AND f.names <> a.object_names)))
                || jsonb_build_object('shape', dr_agent.shape_of(class, object, sub))
           FROM pg_identify_object_as_address(class, object, sub) AS a, pg_identify_object(class, object, sub) AS i
          WHERE a.type IS NOT NULL AND i.identity IS NOT NULL AND coalesce(a.object_names[1], '') NOT LIKE 'pg\_temp%');

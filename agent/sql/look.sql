@@ -3,15 +3,20 @@
 
 CREATE SEQUENCE IF NOT EXISTS dr_agent.ddl_id;
 
--- Writes a row of dr_agent.ddl about objects that have changed, whoever has changed them.
-CREATE OR REPLACE FUNCTION dr_agent.note_changes(of_kind text, objects jsonb) RETURNS void
+-- Writes a row of dr_agent.ddl about objects that have changed, whoever has changed them, and returns its id. `as_of` says which
+-- commands had been written down before it was looked: where there is one more by then, the objects may have changed again.
+CREATE OR REPLACE FUNCTION dr_agent.note_changes(of_kind text, objects jsonb, as_of text) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    noted bigint;
 BEGIN
     LOOP
         BEGIN
             INSERT INTO dr_agent.ddl (id, at, kind, tag, role_name, session_role, search_path, objects)
-            VALUES (nextval('dr_agent.ddl_id'), clock_timestamp(), of_kind, 'FINGERPRINT', current_user, session_user, '', objects::json);
-            RETURN;
+            SELECT nextval('dr_agent.ddl_id'), clock_timestamp(), of_kind, 'FINGERPRINT', current_user, session_user, '',
+                   json_agg(o || jsonb_build_object('as_of', as_of)) FROM jsonb_array_elements(objects) AS o
+            RETURNING id INTO noted;
+            RETURN noted;
         EXCEPTION WHEN unique_violation THEN
             -- A server that was a replica has the other one's rows.
             PERFORM setval('dr_agent.ddl_id', greatest((SELECT max(id) FROM dr_agent.ddl), (SELECT last_value FROM dr_agent.ddl_id)));
@@ -24,13 +29,18 @@ $$;
 CREATE OR REPLACE FUNCTION dr_agent.look(wholly boolean DEFAULT false) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    -- Before anything is looked at: what commits later is newer than what is seen.
-    told    bigint := (SELECT coalesce(max(ddl_last), 0) FROM dr_agent.fingerprint_at);
-    changed jsonb := dr_agent.take_fingerprint('fingerprint', true, wholly);
+    told    bigint;
+    seen    record;
+    noted   bigint;
+    changed jsonb;
     others  jsonb;
     gone    jsonb;
     count   integer := 0;
 BEGIN
+    SELECT coalesce(max(ddl_last), 0) INTO told FROM dr_agent.fingerprint_at;
+    -- Before anything is looked at: what is written down later may not be seen.
+    SELECT count(*), coalesce(sum(id), 0) AS sum, coalesce(max(id), 0) AS last INTO seen FROM dr_agent.ddl;
+    changed := dr_agent.take_fingerprint('fingerprint', true, wholly);
     IF changed IS NULL THEN
         RETURN NULL;
     END IF;
@@ -55,30 +65,41 @@ BEGIN
                                       ARRAY(SELECT jsonb_array_elements_text(o -> 'args'))) IS NULL)
           INTO others, gone;
         IF gone IS NOT NULL THEN
-            PERFORM dr_agent.note_changes('drop', gone);
+            noted := dr_agent.note_changes('drop', gone, seen.count || ' ' || seen.sum);
+            seen.count := seen.count + 1;
+            seen.sum := seen.sum + noted;
+            seen.last := greatest(seen.last, noted);
         END IF;
         IF others IS NOT NULL THEN
-            PERFORM dr_agent.note_changes('command', others);
+            noted := dr_agent.note_changes('command', others, seen.count || ' ' || seen.sum);
+            seen.count := seen.count + 1;
+            seen.sum := seen.sum + noted;
+            seen.last := greatest(seen.last, noted);
         END IF;
         count := coalesce(jsonb_array_length(others), 0) + coalesce(jsonb_array_length(gone), 0);
     END IF;
     UPDATE dr_agent.fingerprint_at a
-       SET ddl_count = d.count, ddl_sum = d.sum, ddl_last = d.last, version = current_setting('server_version_num')::integer
-      FROM (SELECT count(*), coalesce(sum(id), 0)::text AS sum, coalesce(max(id), 0) AS last FROM dr_agent.ddl) AS d
-     WHERE (a.ddl_count, a.ddl_sum, a.version) IS DISTINCT FROM (d.count, d.sum, current_setting('server_version_num')::integer);
+       SET ddl_count = seen.count, ddl_sum = seen.sum::text, ddl_last = seen.last, version = current_setting('server_version_num')::integer
+     WHERE (a.ddl_count, a.ddl_sum, a.version)
+           IS DISTINCT FROM (seen.count, seen.sum::text, current_setting('server_version_num')::integer);
     RETURN count;
 END
 $$;
 
 -- For migrations on servers that let nobody create event triggers: at the end of the migration, in its transaction or behind it. What
 -- was changed takes effect on the replica at this place. Returns how many objects have changed. The agent looks by itself every few
--- seconds: this does not fail, and does not wait.
+-- seconds: this does not fail, and waits for three seconds at most.
 CREATE OR REPLACE FUNCTION dr_agent.ddl_now() RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     count integer;
 BEGIN
-    count := dr_agent.look();
+    -- The agent may be looking: it waits for no lock that this session has.
+    FOR nth IN 1..60 LOOP
+        count := dr_agent.look();
+        EXIT WHEN count IS NOT NULL;
+        PERFORM pg_sleep(0.05);
+    END LOOP;
     IF count IS NULL THEN
         RAISE NOTICE 'dr-agent: somebody else is looking at what has changed; the agent looks again within seconds';
     END IF;

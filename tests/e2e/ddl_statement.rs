@@ -94,6 +94,7 @@ async fn seen(client: &Client) -> Vec<DdlEvent> {
             listed_as: None,
             oid: None,
             was: None,
+            as_of: None,
             shape: None,
         };
         DdlEvent {

@@ -444,6 +444,7 @@ pub(super) async fn once_more(
         listed_as: None,
         oid: None,
         was: None,
+        as_of: None,
         shape: waiting.shape.clone(),
     };
     let mut replay = Replay::new(waiting.across, u64::MAX);

@@ -17,7 +17,7 @@ pub enum Outcome {
     Shape,
     /// From the shape, and rows have to be copied again.
     Copy,
-    /// It concerns tables that are newer only.
+    /// It concerns tables that are newer only, or is older than what came before it.
     Skipped,
     /// An index is built beside the stream.
     Later,
@@ -95,7 +95,8 @@ impl Done {
         }
     }
 
-    pub(super) fn of(outcome: Outcome) -> Self {
+    /// With nothing else to tell.
+    pub fn of(outcome: Outcome) -> Self {
         Self {
             outcome,
             copy_again: BTreeSet::new(),

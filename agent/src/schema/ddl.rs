@@ -101,6 +101,9 @@ pub struct EventObject {
     /// What it was called before, where no event trigger has told of its renaming.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub was: Option<Vec<String>>,
+    /// What no event trigger has written down: which commands there were before it was looked ([`EventsSeen`] as text).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub as_of: Option<String>,
     /// The shape after the command; none where the object is gone, or is of a kind that has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shape: Option<serde_json::Value>,
@@ -112,6 +115,14 @@ pub struct EventsSeen {
     count: i64,
     /// One that commits late may have a small number.
     sum: String,
+}
+
+impl EventsSeen {
+    /// Whether what was found by looking may be older than its place in the stream: another command has been written down since.
+    pub fn outdate(&self, event: &DdlEvent) -> bool {
+        let as_of = event.objects.iter().find_map(|one| one.as_of.as_ref());
+        as_of.is_some_and(|as_of| *as_of != format!("{} {}", self.count, self.sum))
+    }
 }
 
 /// Reads which there are; none where the table is not there.

@@ -21,6 +21,7 @@ fn event(tag: &str, query: &str, inner: &str, ordinal: i32, names: &[&str]) -> D
         listed_as: None,
         oid: None,
         was: None,
+        as_of: None,
         shape: None,
     };
     let kind = match tag.starts_with("DROP ") {

@@ -140,6 +140,13 @@ impl Barrier<'_> {
     }
 
     async fn replayed(&mut self, event: &DdlEvent) -> Result<Done, SinkError> {
+        if event.tag == FOUND {
+            let seen = schema::ddl::seen(self.divided.lane.client()).await?;
+            if seen.outdate(event) {
+                // What is left of it is seen by comparing.
+                return Ok(Done::of(Outcome::Skipped));
+            }
+        }
         let mut objects: Vec<&EventObject> = Vec::new();
         for object in &event.objects {
             if self.is_concerned(object).await? {
