@@ -80,6 +80,17 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
      GROUP BY 1, 2
 $$;
 
+-- What a role or a database had been told to have, and has no longer: a setting that is not there may be the standby's own.
+CREATE OR REPLACE FUNCTION dr_agent.settings_reset(before jsonb, after jsonb) RETURNS jsonb
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(jsonb_object_agg(gone.key || '_reset', gone.names), '{}')
+      FROM (SELECT k.key, jsonb_agg(b.name) AS names
+              FROM unnest('{settings,settings_here}'::text[]) AS k (key),
+                   LATERAL (SELECT split_part(s, '=', 1) FROM jsonb_array_elements_text(before -> k.key) AS s
+                            EXCEPT SELECT split_part(s, '=', 1) FROM jsonb_array_elements_text(after -> k.key) AS s) AS b (name)
+             GROUP BY k.key) AS gone
+$$;
+
 -- Brings a fingerprint up to date, and returns what has changed: {"objects": [as schema/ddl.rs reads them], "gone": [the same]}; the
 -- objects have their shapes where these are kept. NULL where somebody else is at it.
 CREATE OR REPLACE FUNCTION dr_agent.take_fingerprint(of_table text, with_shapes boolean, wholly boolean) RETURNS jsonb
@@ -116,7 +127,7 @@ BEGIN
                    pg_identify_object(c.class, c.object, 0) AS i
              WHERE a.type IS NOT NULL AND i.identity IS NOT NULL),
         new AS MATERIALIZED (
-            SELECT s.*, hashtextextended(s.shape::text, 0) AS hash, f.names AS was
+            SELECT s.*, hashtextextended(s.shape::text, 0) AS hash, f.names AS was, f.shape AS before
               FROM shaped s LEFT JOIN dr_agent.%1$I f USING (class, object)
              WHERE s.shape IS NOT NULL
                AND (f.kind, f.names, f.args, f.hash, f.parts) IS DISTINCT FROM (s.kind, s.names, s.args, hashtextextended(s.shape::text, 0), s.parts)),
@@ -137,7 +148,7 @@ BEGIN
                                'type', n.kind, 'names', n.names, 'args', n.args, 'identity', n.identity,
                                'was', CASE WHEN n.was <> n.names THEN n.was END, 'created', n.was IS NULL,
                                'oid', CASE WHEN n.class = 'pg_class'::regclass THEN n.object::bigint END,
-                               'shape', CASE WHEN $3 THEN n.shape END))) FROM new n),
+                               'shape', CASE WHEN $3 THEN n.shape || dr_agent.settings_reset(n.before::jsonb, n.shape) END))) FROM new n),
             'gone', (SELECT jsonb_agg(jsonb_build_object('type', g.kind, 'names', g.names, 'args', g.args, 'identity', g.identity,
                                                          'table', g.of_table, 'original', true)) FROM gone g)))
         $sql$, of_table)

@@ -6,6 +6,7 @@
 //! sustained   how many transactions per second it follows with a lag under a second
 //! large       how much memory a transaction of two million rows takes
 //! durable     what the archive and a Kinesis stream cost: throughput beside the initial copy, bytes, lag
+//! ddl         what writing commands down, and looking what has changed, costs the source
 //! promote     how long it takes from `promote` to writable
 //! ```
 //!
@@ -22,6 +23,7 @@
 //! It does not judge: there is no threshold that would make it fail for being slow.
 
 mod compare;
+mod ddl;
 mod durable;
 mod large;
 mod load;
@@ -66,6 +68,8 @@ enum Measurement {
     Large(large::Options),
     /// Throughput of base backup and restore beside the initial copy; bytes and lag through a Kinesis stream.
     Durable(durable::Options),
+    /// Milliseconds that a command of the source takes longer, and that a look at all of its objects takes.
+    Ddl(ddl::Options),
     /// Seconds from the start of `promote` to the first write of an ordinary session.
     Promote(promote::Options),
 }
@@ -82,6 +86,7 @@ async fn main() -> Result<()> {
         }
         Measurement::Large(options) => ("large", large::measure(&options, fsync).await?),
         Measurement::Durable(options) => ("durable", durable::measure(&options, fsync).await?),
+        Measurement::Ddl(options) => ("ddl", ddl::measure(&options, fsync).await?),
         Measurement::Promote(options) => ("promote", promote::measure(&options, fsync).await?),
     };
     let report = json!({

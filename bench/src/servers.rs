@@ -45,6 +45,7 @@ pub(crate) fn agent(database: &Database) -> Agent {
 pub(crate) fn as_shipped(config: AgentConfig) -> AgentConfig {
     config
         .set("source.keyless", "\"full\"")
+        .set("source.ddl", "\"replicate\"")
         .set("source.heartbeat", "\"1s\"")
         .set("source.sequences", "\"5s\"")
         .set("limits.retry_max", "\"30s\"")

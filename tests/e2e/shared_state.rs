@@ -76,6 +76,15 @@ async fn what_belongs_to_the_server_is_followed() {
         set.contains("default_transaction_read_only=on") && set.contains("app.colour"),
         "{set}"
     );
+    // What the standby alone has is its own affair.
+    let standby = database.writable_replica().await;
+    standby
+        .run(&format!(
+            "CREATE ROLE reporting; GRANT SELECT ON item TO reporting; GRANT SELECT (id) ON other TO reporting; GRANT reporting TO app;
+             GRANT CONNECT ON DATABASE {0} TO reporting; ALTER DATABASE {0} SET maintenance_work_mem = '7MB'; ALTER ROLE app SET work_mem = '5MB'",
+            database.name
+        ))
+        .await;
     let url = |password: &str| {
         database
             .replica_url()
@@ -93,7 +102,26 @@ async fn what_belongs_to_the_server_is_followed() {
     for statements in LATER {
         source.run(&statements.replace('%', &database.name)).await;
     }
-    expect_same_shapes(&database).await;
+    wait_for("what came later", PATIENCE, async || {
+        let others = "SELECT string_agg(name, ', ') FROM (
+            SELECT 'role ' || rolname FROM pg_roles WHERE rolname IN ('reading', 'owning') OR rolname = 'app' AND rolconnlimit <> 30
+            UNION ALL SELECT 'setting ' || s.setconfig::text FROM pg_db_role_setting s WHERE s.setconfig::text ~ 'colour|statement_timeout'
+            UNION ALL SELECT 'membership' WHERE NOT EXISTS (
+                SELECT FROM pg_auth_members WHERE member = to_regrole('app') AND roleid = to_regrole('owned'))
+            UNION ALL SELECT 'table ' || tablename FROM pg_tables WHERE tablename = 'other' AND tableowner <> 'app'
+            UNION ALL SELECT 'event trigger ' || evtname FROM pg_event_trigger
+            UNION ALL SELECT 'publication ' || pubname FROM pg_publication WHERE pubname = 'others'
+            UNION ALL SELECT 'object ' || identity || ': ' || reason FROM dr_agent.ddl_waiting) AS o (name)";
+        match replica.value(others).await {
+            None => Ok(()),
+            Some(others) => Err(others),
+        }
+    })
+    .await;
+    let left = "SELECT concat_ws(' ', has_table_privilege('reporting', 'item', 'SELECT'), has_column_privilege('reporting', 'other', 'id', 'SELECT'),
+        pg_has_role('app', 'reporting', 'MEMBER'), has_database_privilege('reporting', current_database(), 'CONNECT'),
+        (SELECT count(*) FROM pg_db_role_setting WHERE setconfig::text ~ '7MB|5MB'))";
+    assert_eq!(replica.value(left).await.as_deref(), Some("t t t t 2"));
     wait_for("the new password on both sides", PATIENCE, async || {
         let (there, here) = (source.value(verifier).await, replica.value(verifier).await);
         match there == here {

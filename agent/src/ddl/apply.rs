@@ -220,7 +220,7 @@ impl Replay {
     async fn roles(&mut self, client: &Client) -> Result<&Roles, PgError> {
         Ok(match &mut self.roles {
             Some(roles) => roles,
-            none => none.insert(Roles::read(client).await?),
+            none => none.insert(super::roles(client).await?),
         })
     }
 

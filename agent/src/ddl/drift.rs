@@ -72,7 +72,7 @@ async fn look_within(
         client,
         stream,
         across: version != here,
-        roles: Roles::read(client).await?,
+        roles: super::roles(client).await?,
         kept: deferred::read(client, stream, true).await?,
     };
     let mut drifted = BTreeSet::new();

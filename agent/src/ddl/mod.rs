@@ -23,3 +23,15 @@ pub use again::{Tried, try_waiting};
 pub use apply::{Replay, is_across, table_of};
 pub use build::{ROLE as INDEX_ROLE, session as index_session, yield_indexes};
 pub use outcome::{CommandCounts, Done, Outcome};
+
+use tokio_postgres::Client;
+
+use crate::pg::PgError;
+use crate::schema::fingerprint;
+use crate::shape::Roles;
+
+/// The replica's roles, and which of them the source has.
+async fn roles(client: &Client) -> Result<Roles, PgError> {
+    let roles = Roles::read(client).await?;
+    Ok(roles.with_known(fingerprint::known_roles(client).await?))
+}

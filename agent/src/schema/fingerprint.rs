@@ -4,6 +4,8 @@
 //! `agent/sql/fingerprint.sql` and `look.sql` bring them up to date. The first is published: the replica can compare when the source
 //! is gone. It may compare when the commands that the source had written down by then are those that have arrived.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 use tokio_postgres::{GenericClient, Row};
 
@@ -169,6 +171,24 @@ pub async fn note_the_same(
         .execute(&sql, &[kind, names, args, &object.hashes])
         .await?;
     Ok(())
+}
+
+/// The roles that the source has, if it has told.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn known_roles(
+    replica: &(impl GenericClient + Sync),
+) -> Result<Option<BTreeSet<String>>, PgError> {
+    if !super::has(replica, &[TABLE]).await? {
+        return Ok(None);
+    }
+    let sql = format!(
+        "SELECT ARRAY(SELECT json_array_elements_text(coalesce(shape -> 'known_roles', '[]')) UNION SELECT shape ->> 'owner')
+           FROM {TABLE} WHERE kind = 'database'"
+    );
+    let row = replica.query_typed_opt(&sql, &[]).await?;
+    Ok(row.map(|row| row.get::<_, Vec<String>>(0).into_iter().collect()))
 }
 
 /// Whether the source's object is still of this shape, as far as it was told.

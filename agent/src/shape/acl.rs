@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::Roles;
+use crate::pg::quote::quote_ident;
 
 /// One privilege; nobody stands for PUBLIC.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,7 +53,7 @@ pub(super) fn granted(kind: &str, shape: &Value, roles: &Roles) -> BTreeSet<Priv
     .collect()
 }
 
-/// What is wanted and what there is. What a database lets roles do that the source does not know is the standby's own affair.
+/// What is wanted and what there is. What roles may do that the source does not know is the standby's own affair.
 pub(super) fn wanted_and_found(
     kind: &str,
     recorded: &Value,
@@ -63,33 +64,42 @@ pub(super) fn wanted_and_found(
     let mut has = granted(kind, found, roles);
     // Whoever is to own it is not to lose what he was granted before.
     let owner = recorded.get("owner").and_then(Value::as_str);
-    has.retain(|one| one.grantee.is_none() || one.grantee.as_deref() != owner);
-    if kind == "database" {
-        let known = recorded.get("known_roles").and_then(Value::as_array);
-        let is_known = |role: &String| {
-            let mut known = known.into_iter().flatten();
-            known.any(|one| one.as_str() == Some(role))
-        };
-        has.retain(|one| one.grantee.as_ref().is_none_or(is_known));
-    }
+    has.retain(|one| match one.grantee.as_deref() {
+        None => true,
+        Some(role) => Some(role) != owner && roles.is_known(role),
+    });
     (wanted, has)
 }
 
-/// What is granted on single columns, by their names.
-pub(super) fn of_columns(shape: &Value, roles: &Roles) -> BTreeSet<(String, Privilege)> {
+/// The same of single columns: each privilege's name has the column's with it, as GRANT takes it.
+pub(super) fn of_columns_wanted_and_found(
+    recorded: &Value,
+    found: &Value,
+    roles: &Roles,
+) -> (BTreeSet<Privilege>, BTreeSet<Privilege>) {
+    let (wanted, mut has) = (of_columns(recorded, roles), of_columns(found, roles));
+    has.retain(|one| {
+        let role = one.grantee.as_deref();
+        role.is_none_or(|role| roles.is_known(role))
+    });
+    (wanted, has)
+}
+
+fn of_columns(shape: &Value, roles: &Roles) -> BTreeSet<Privilege> {
     let columns = shape.get("columns").and_then(Value::as_array);
     let columns = columns.map_or(&[][..], Vec::as_slice);
     let owner = shape.get("owner").cloned().unwrap_or_default();
     let mut all = BTreeSet::new();
     for column in columns.iter().filter(|column| column.get("acl").is_some()) {
-        let name = column.get("name").and_then(Value::as_str);
+        let Some(name) = column.get("name").and_then(Value::as_str) else {
+            continue;
+        };
         let of_column = serde_json::json!({"owner": owner, "acl": column.get("acl")});
         let granted = granted("table column", &of_column, roles);
-        all.extend(
-            granted
-                .into_iter()
-                .filter_map(|one| Some((name?.to_owned(), one))),
-        );
+        all.extend(granted.into_iter().map(|one| Privilege {
+            name: format!("{} ({})", one.name, quote_ident(name)),
+            ..one
+        }));
     }
     all
 }
@@ -109,16 +119,19 @@ mod tests {
     }
 
     #[test]
-    fn whom_the_source_does_not_know_a_database_may_let_in() {
-        let roles = Roles::of(&[("app", true), ("watch", false)]);
-        let connect =
-            |role: &str| json!({"grantee": role, "privilege": "CONNECT", "grantable": false});
-        let recorded = json!({"known_roles": ["app"], "acl": []});
-        let found = json!({"acl": [connect("app"), connect("watch")]});
-        let (wanted, has) = wanted_and_found("database", &recorded, &found, &roles);
-        assert!(wanted.is_empty());
-        let has: Vec<_> = has.into_iter().filter_map(|one| one.grantee).collect();
-        assert_eq!(has, ["app"]);
+    fn what_roles_may_do_that_the_source_does_not_know_is_left_alone() {
+        let known = Some(["app".to_owned()].into());
+        let roles = Roles::of(&[("app", true), ("watch", false)]).with_known(known);
+        let one = |role: &str| json!({"grantee": role, "privilege": "SELECT", "grantable": false});
+        let found = json!({"acl": [one("app"), one("watch")], "columns": [{"name": "a", "acl": [one("watch"), one("app")]}]});
+        for kind in ["table", "database"] {
+            let (wanted, has) = wanted_and_found(kind, &json!({"acl": []}), &found, &roles);
+            assert!(wanted.is_empty());
+            let has: Vec<_> = has.into_iter().filter_map(|one| one.grantee).collect();
+            assert_eq!(has, ["app"]);
+        }
+        let (_, has) = of_columns_wanted_and_found(&json!({}), &found, &roles);
+        assert_eq!(has.len(), 1);
     }
 
     #[test]
@@ -130,9 +143,9 @@ mod tests {
             {"name": "a"}, {"name": "b", "acl": acl("read")}, {"name": "c", "acl": acl("app")}, {"name": "d", "acl": acl("gone")}]});
         let found: Vec<String> = of_columns(&shape, &roles)
             .into_iter()
-            .map(|(column, _)| column)
+            .map(|one| one.name)
             .collect();
-        assert_eq!(found, ["b"]);
+        assert_eq!(found, ["SELECT (\"b\")"]);
         assert!(of_columns(&json!({"columns": ["a", "b"]}), &roles).is_empty());
     }
 

@@ -29,7 +29,7 @@ const TEXTS: [&str; 8] = [
 ];
 
 /// Never compared as they are.
-const PASSED_OVER: [&str; 7] = [
+const PASSED_OVER: [&str; 9] = [
     "owner",
     "acl",
     "missing",
@@ -37,6 +37,8 @@ const PASSED_OVER: [&str; 7] = [
     "access_method",
     "clustered",
     "known_roles",
+    "settings_reset",
+    "settings_here_reset",
 ];
 
 /// What differs, one line for each.
@@ -53,7 +55,9 @@ pub fn differences(
     }
     let comparing = Comparing { across };
     let mut differences = Vec::new();
-    comparing.maps("", &as_known_here(recorded, roles), found, &mut differences);
+    let (recorded, found) = (as_known(recorded, roles), as_known(found, roles));
+    comparing.maps("", &recorded, &found, &mut differences);
+    let (recorded, found) = (&*recorded, &*found);
     let owner = recorded.get("owner").and_then(Value::as_str);
     if let Some(owner) = owner.filter(|owner| roles.acts_as(owner))
         && found.get("owner").and_then(Value::as_str) != Some(owner)
@@ -64,28 +68,59 @@ pub fn differences(
     if wanted != has {
         differences.push("its privileges are others".to_owned());
     }
-    if acl::of_columns(recorded, roles) != acl::of_columns(found, roles) {
+    let (wanted, has) = acl::of_columns_wanted_and_found(recorded, found, roles);
+    if wanted != has {
         differences.push("the privileges of its columns are others".to_owned());
     }
     differences
 }
 
-/// Without membership in groups of a server that this version does not know.
-fn as_known_here<'v>(recorded: &'v Value, roles: &Roles) -> Cow<'v, Value> {
-    if recorded.get("member_of").is_none() {
-        return Cow::Borrowed(recorded);
+/// Without membership in groups that this server does not have because it is of another version, or that the source does not know.
+fn as_known<'v>(shape: &'v Value, roles: &Roles) -> Cow<'v, Value> {
+    if shape.get("member_of").is_none() {
+        return Cow::Borrowed(shape);
     }
-    let mut recorded = recorded.clone();
-    let groups = recorded.get_mut("member_of").and_then(Value::as_object_mut);
+    let mut shape = shape.clone();
+    let groups = shape.get_mut("member_of").and_then(Value::as_object_mut);
     if let Some(groups) = groups {
-        groups.retain(|group, _| !group.starts_with("pg_") || roles.has(group));
+        groups.retain(|group, _| match group.starts_with("pg_") {
+            true => roles.has(group),
+            false => roles.is_known(group),
+        });
         if groups.is_empty()
-            && let Some(shape) = recorded.as_object_mut()
+            && let Some(shape) = shape.as_object_mut()
         {
             shape.remove("member_of");
         }
     }
-    Cow::Owned(recorded)
+    Cow::Owned(shape)
+}
+
+/// Settings that are not there, are others, or are still there. What the standby alone has is its own affair.
+fn settings(
+    within: &str,
+    (wanted, is): (Option<&Value>, Option<&Value>),
+    reset: Option<&Value>,
+    differences: &mut Vec<String>,
+) {
+    let list = |value: Option<&Value>| -> Vec<String> {
+        let list = value.and_then(Value::as_array).into_iter().flatten();
+        list.filter_map(|one| Some(one.as_str()?.to_owned()))
+            .collect()
+    };
+    let name = |setting: &String| setting.split('=').next().unwrap_or_default().to_owned();
+    let is = list(is);
+    for setting in list(wanted).iter().filter(|setting| !is.contains(setting)) {
+        differences.push(said(
+            within,
+            &format!("setting {} is another one", name(setting)),
+        ));
+    }
+    for gone in list(reset) {
+        if is.iter().any(|setting| name(setting) == gone) {
+            differences.push(said(within, &format!("setting {gone} should not be there")));
+        }
+    }
 }
 
 struct Comparing {
@@ -114,6 +149,10 @@ impl Comparing {
                 }
                 "constraints" | "column_comments" | "member_of" => {
                     self.by_name(within, key, wanted, is, differences);
+                }
+                "settings" | "settings_here" => {
+                    let reset = recorded.get(&format!("{key}_reset"));
+                    settings(within, (wanted, is), reset, differences);
                 }
                 "sequence" => self.maps(
                     &said(within, "its sequence"),
@@ -322,6 +361,15 @@ mod tests {
                 json!({"constraints": {"k": {"definition": "CHECK (((a)::text = ANY (ARRAY[('x'::character varying)::text])))"}},
                        "columns": [{"name": "a", "default": "'x'::text"}]}),
                 vec![],
+            ),
+            (
+                json!({"settings": ["a=1", "b=2"], "settings_reset": ["c", "d"]}),
+                json!({"settings": ["a=2", "c=3", "ours=4"]}),
+                vec![
+                    "setting a is another one",
+                    "setting b is another one",
+                    "setting c should not be there",
+                ],
             ),
             (
                 json!({"member_of": {"read": {}, "pg_of_later": {}, "gone": {}}}),

@@ -1,6 +1,6 @@
 //! The roles of the replica, as far as shapes name them: one that is not there can own nothing and be granted nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tokio_postgres::Client;
 
@@ -14,6 +14,8 @@ pub struct Roles {
     ours: String,
     /// It is a superuser.
     superuser: bool,
+    /// Those that the source has, where it has told: what the others may do here is the standby's own affair.
+    known: Option<BTreeSet<String>>,
 }
 
 impl Roles {
@@ -27,6 +29,7 @@ impl Roles {
         let ours = rows.iter().find(|row| row.get(2));
         Ok(Self {
             superuser: ours.is_some_and(|row| row.get(3)),
+            known: None,
             names: rows.iter().map(|row| (row.get(0), row.get(1))).collect(),
             ours: ours.map(|row| row.get(0)).unwrap_or_default(),
         })
@@ -40,6 +43,18 @@ impl Roles {
     /// Whether the agent may give something to it.
     pub fn acts_as(&self, name: &str) -> bool {
         self.names.get(name).copied().unwrap_or(false)
+    }
+
+    /// With the roles that the source has, if it has told.
+    #[must_use]
+    pub fn with_known(self, known: Option<BTreeSet<String>>) -> Self {
+        Self { known, ..self }
+    }
+
+    /// Whether the source has such a role, as far as that is known.
+    pub fn is_known(&self, name: &str) -> bool {
+        // Every server has its own of these.
+        name.starts_with("pg_") || self.known.as_ref().is_none_or(|known| known.contains(name))
     }
 
     /// Whether it is the agent's own.
@@ -59,6 +74,7 @@ impl Roles {
             names: names.collect(),
             ours: String::new(),
             superuser: false,
+            known: None,
         }
     }
 }

@@ -71,17 +71,9 @@ pub(super) fn heal(case: &Case<'_>, plan: &mut Plan) {
     let on = format!("{grant} {object}");
     grants(case, &case.address.kind, "", &on, plan);
     let none = serde_json::Value::Null;
-    let wanted = acl::of_columns(case.recorded, case.roles);
-    let has = acl::of_columns(case.found.unwrap_or(&none), case.roles);
-    let of_column = |column: &str, privilege: &Privilege| Privilege {
-        name: format!("{} ({})", privilege.name, quote_ident(column)),
-        ..privilege.clone()
-    };
-    let each = |set: &BTreeSet<(String, Privilege)>| {
-        let each = set.iter().map(|(column, one)| of_column(column, one));
-        each.collect::<BTreeSet<_>>()
-    };
-    change(&each(&wanted), &each(&has), "", &on, plan);
+    let found = case.found.unwrap_or(&none);
+    let (wanted, has) = acl::of_columns_wanted_and_found(case.recorded, found, case.roles);
+    change(&wanted, &has, "", &on, plan);
 }
 
 /// REVOKE and GRANT of what differs, behind `head`, for an object of which PUBLIC has what is usual for this kind.

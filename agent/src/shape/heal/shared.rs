@@ -64,7 +64,8 @@ pub(super) fn role(case: &Case<'_>, plan: &mut Plan) {
             plan.add(if_allowed(&format!("GRANT {group} TO {role}{option}")));
         }
     }
-    for group in has.keys().filter(|group| !wanted.contains_key(*group)) {
+    let gone = has.keys().filter(|group| !wanted.contains_key(*group));
+    for group in gone.filter(|group| case.roles.is_known(group)) {
         let group = quote_ident(group);
         plan.add(if_allowed(&format!("REVOKE {group} FROM {role}")));
     }
@@ -131,9 +132,10 @@ fn settings(case: &Case<'_>, key: &str, target: &str, plan: &mut Plan) {
         parts.join(".")
     };
     let mut add = |statement: String| plan.add(in_this_database(statement, "%DATABASE%"));
-    for gone in has.iter().map(|setting| name(setting)) {
-        if !wanted.iter().any(|setting| name(setting) == gone) {
-            add(format!("ALTER {target} RESET {}", sql(&gone)));
+    // What the standby alone has is its own affair.
+    for gone in texts(case.recorded, &format!("{key}_reset")) {
+        if has.iter().any(|setting| name(setting) == gone) {
+            add(format!("ALTER {target} RESET {}", sql(gone)));
         }
     }
     for setting in wanted.iter().filter(|setting| !has.contains(setting)) {
@@ -254,7 +256,7 @@ mod tests {
             ),
             (
                 "role",
-                json!({"settings": ["work_mem=1MB"], "settings_here": ["app.x=1%"]}),
+                json!({"settings": ["work_mem=1MB"], "settings_reset": ["jit", "geqo"], "settings_here": ["app.x=1%"]}),
                 Some(
                     json!({"login": true, "until": "2030-01-01 00:00:00+00", "member_of": {"g": {}}, "settings": ["jit=off"]}),
                 ),
