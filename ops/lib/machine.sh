@@ -1,5 +1,5 @@
 # What ops/demo and ops/test ask of the machine: packages, a Rust toolchain, PostgreSQL's programs, stand-ins for
-# AWS.
+# AWS, migration tools.
 # Sourced, not run. Asks for root (through sudo) only when a package is really missing.
 # shellcheck shell=bash
 
@@ -10,6 +10,9 @@ PG_MAJOR_MIN=14
 # The stand-ins for AWS that the tests were written against.
 MOTO_VERSION=5.2.5
 KINESALITE_VERSION=3.3.3
+# The migration tool that the tests run.
+DJANGO_VERSION=5.2.8
+PSYCOPG_VERSION=3.2.12
 
 if [[ -t 1 && -z ${NO_COLOR:-} && ${TERM:-dumb} != dumb ]]; then
     BOLD=$'\e[1m' DIM=$'\e[2m' RED=$'\e[31m' GREEN=$'\e[32m' PLAIN=$'\e[0m'
@@ -153,6 +156,22 @@ provide_kinesalite() {
     npm install --prefix "$dir/kinesalite" --silent --no-audit --no-fund --omit=optional \
         "kinesalite@$KINESALITE_VERSION" </dev/null
     touch "$dir/kinesalite-$KINESALITE_VERSION"
+}
+
+# Puts the migration tools of the tests into a virtual environment, target/migration-tools.
+provide_migration_tools() {
+    local dir=target/migration-tools mark
+    mark=$dir/django-$DJANGO_VERSION-psycopg-$PSYCOPG_VERSION
+    [[ -e $mark ]] && return
+    if ! python3 -c 'import ensurepip' 2>/dev/null; then
+        as_root apt-get -o DPkg::Lock::Timeout=300 -qq update </dev/null
+        apt_install python3 python3-venv
+    fi
+    rm -rf "$dir"
+    python3 -m venv "$dir"
+    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check \
+        "django==$DJANGO_VERSION" "psycopg[binary]==$PSYCOPG_VERSION"
+    touch "$mark"
 }
 
 # Finds cargo, also where rustup put it but the shell does not look.

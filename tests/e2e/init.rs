@@ -35,8 +35,8 @@ async fn a_plan_prints_sql_and_init_does_it_once() {
     );
     assert_eq!(
         source.number(&published).await,
-        7,
-        "the table, the heartbeat, the sequences, what is listed, the coverage, the clock, the commands"
+        9,
+        "the table, the heartbeat, the sequences, what is listed, the coverage, the clock, the commands, the fingerprint and its time"
     );
     assert_eq!(
         source

@@ -57,6 +57,7 @@ mod late_needs;
 mod listed;
 mod lost_slot;
 mod made_of;
+mod migration_tools;
 mod misfit;
 mod moments;
 mod narrowed;

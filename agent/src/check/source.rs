@@ -238,7 +238,10 @@ pub(super) async fn database(
     findings.extend(unprotected(&at, &client, config).await);
     let looking = setup::observe_capture(&client);
     let capture = note_failure(&at, "look at the event triggers", findings, looking).await;
-    findings.extend(capture.map(|facts| capture_of_ddl(&at, config, facts.defect(), &found)));
+    findings.extend(capture.map(|facts| {
+        let facts = (facts.defect(), facts.looks());
+        capture_of_ddl(&at, config, facts, &found)
+    }));
     findings.extend(startable::locks(&at, &source.server, found.relations.0));
     findings.extend(startable::encoding(&at, &entry.locale.encoding));
     Some(found)
@@ -584,7 +587,7 @@ fn old_transaction(at: &FindingPlace, seconds: f64) -> Option<Finding> {
 fn capture_of_ddl(
     at: &FindingPlace,
     config: &Config,
-    defect: Option<&str>,
+    (defect, looks): (Option<&str>, bool),
     found: &SourceDatabase,
 ) -> Finding {
     const CODE: &str = "ddl_capture";
@@ -592,11 +595,23 @@ fn capture_of_ddl(
         (Ddl::Off, _) => at
             .note(CODE, "source.ddl is \"off\": DDL is not replicated")
             .hint("run the same statements on the replica, or let dr-agent do so"),
+        (Ddl::Replicate, None) if !looks => at
+            .warning(
+                CODE,
+                "DDL is written down by event triggers, and what they do not tell of is not looked for: the functions of schema dr_agent \
+                 are not there, or of another version",
+            )
+            .hint(setup::CAPTURE_REMEDY),
         (Ddl::Replicate, None) => at.ok(CODE, "DDL is written down by event triggers"),
         // Nothing is set up yet.
         (Ddl::Replicate, Some(defect)) if !found.has_publication => {
             at.note(CODE, defect).hint("`dr-agent init` installs them")
         }
+        (Ddl::Replicate, Some(defect)) if looks => at.warning(CODE, defect).hint(format!(
+            "{}. Until then what has changed is found by looking every few seconds, or at once by `SELECT dr_agent.ddl_now()` at the end \
+             of a migration",
+            setup::CAPTURE_REMEDY
+        )),
         (Ddl::Replicate, Some(defect)) => at.warning(CODE, defect).hint(setup::CAPTURE_REMEDY),
     }
 }
