@@ -78,6 +78,9 @@ impl Waiting {
                 self.aside.changed.notify_one();
             }
         }
+        if tried.iter().any(|one| one.waits.is_none()) {
+            self.compare(&mut client).await;
+        }
         let mended = tried.into_iter().filter_map(|one| one.copy_again);
         again.extend(mended.map(|table| (table, "its definition was mended".to_owned())));
         for (table, reason) in &again {
