@@ -60,7 +60,21 @@ const UNSEEN: &[&str] = &[
     "CREATE MATERIALIZED VIEW summed AS SELECT count(*) FROM customer",
 ];
 
-/// How often the two sides have been compared wholly, and what then waited.
+/// Waits until the source has told what its objects are: from then on it tells what changes.
+pub(crate) async fn wait_for_first_look(replica: &Client) {
+    wait_for("the first look", PATIENCE, async || {
+        match replica
+            .number("SELECT count(*) FROM dr_agent.fingerprint_at")
+            .await
+        {
+            0 => Err("nothing was told".to_owned()),
+            _ => Ok(()),
+        }
+    })
+    .await;
+}
+
+/// Waits until everything was compared, and nothing differs or waits.
 async fn wait_for_no_drift(replica: &Client) {
     wait_for("nothing to differ", PATIENCE, async || {
         let waiting = replica
@@ -88,16 +102,7 @@ async fn what_no_event_trigger_has_seen_arrives_all_the_same() {
     let running = agent.start();
     running.wait_for_streaming(&database.name).await;
     let replica = database.replica().await;
-    wait_for("the first look", PATIENCE, async || {
-        match replica
-            .number("SELECT count(*) FROM dr_agent.fingerprint_at")
-            .await
-        {
-            0 => Err("nothing was told".to_owned()),
-            _ => Ok(()),
-        }
-    })
-    .await;
+    wait_for_first_look(&replica).await;
     for trigger in ["command", "drop", "rewrite"] {
         source
             .run(&format!("ALTER EVENT TRIGGER dr_agent_{trigger} DISABLE"))
@@ -151,16 +156,7 @@ async fn a_migration_on_a_server_without_event_triggers_says_when_it_is_done() {
         .wait_for_log(&["event triggers are not installed", "ddl_now()"])
         .await;
     let replica = database.replica().await;
-    wait_for("the first look", PATIENCE, async || {
-        match replica
-            .number("SELECT count(*) FROM dr_agent.fingerprint_at")
-            .await
-        {
-            0 => Err("nothing was told".to_owned()),
-            _ => Ok(()),
-        }
-    })
-    .await;
+    wait_for_first_look(&replica).await;
     // In its transaction, with a session that has settings of its own: the rows behind it find the columns.
     source
         .run("SET DateStyle = 'SQL, DMY'; SET quote_all_identifiers = on; SET search_path = sales, public;

@@ -9,6 +9,7 @@ use dr_agent_tests::site::Site;
 use dr_agent_tests::wait::{PATIENCE, wait_for};
 
 use crate::ddl::{expect_same_shapes, replicating};
+use crate::drift::wait_for_first_look;
 
 const BEFORE: &str = "
     CREATE TABLE item (id int PRIMARY KEY, v text); INSERT INTO item VALUES (1, 'one');
@@ -48,16 +49,7 @@ async fn what_belongs_to_the_server_is_followed() {
     let running = agent.start();
     running.wait_for_streaming(&database.name).await;
     let replica = database.replica().await;
-    wait_for("the first look", PATIENCE, async || {
-        match replica
-            .number("SELECT count(*) FROM dr_agent.fingerprint_at")
-            .await
-        {
-            0 => Err("nothing was told".to_owned()),
-            _ => Ok(()),
-        }
-    })
-    .await;
+    wait_for_first_look(&replica).await;
     for statements in CHANGES {
         source
             .run(
@@ -101,6 +93,8 @@ async fn what_belongs_to_the_server_is_followed() {
     .await;
     for statements in LATER {
         source.run(&statements.replace('%', &database.name)).await;
+        // One by one: of what is found while another command is written down, only what is left is told.
+        source.run("SELECT dr_agent.ddl_now()").await;
     }
     wait_for("what came later", PATIENCE, async || {
         let others = "SELECT string_agg(name, ', ') FROM (
