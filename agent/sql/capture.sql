@@ -5,11 +5,10 @@
 -- The user's command never fails because of this: what cannot be written down is said in the server's log, and missing on the
 -- replica. Nothing is written at ddl_command_start: DROP INDEX CONCURRENTLY must be the first action of its transaction.
 
-CREATE SEQUENCE IF NOT EXISTS dr_agent.ddl_id;
 -- Of an earlier form.
 DROP FUNCTION IF EXISTS dr_agent.objects_of_command(), dr_agent.is_written(xid);
 
--- The only one that writes. Anybody may call it, and only in an event trigger's context it does anything: elsewhere the functions
+-- The only one that has it written (look.sql). Anybody may call it, and only in an event trigger's context it does anything: elsewhere the functions
 -- that tell of the objects refuse.
 CREATE OR REPLACE FUNCTION dr_agent.capture(of_kind text, of_tag text, context text, role_of text, search_path_of text)
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -53,22 +52,12 @@ BEGIN
     IF is_secret OR length(sent) > 1000000 THEN
         sent := NULL;
     END IF;
-    LOOP
-        BEGIN
-            INSERT INTO dr_agent.ddl (id, at, kind, tag, role_name, session_role, search_path, query, context, ordinal, objects)
-            VALUES (nextval('dr_agent.ddl_id'), clock_timestamp(), of_kind, of_tag, role_of, session_user, search_path_of, sent,
-                    context, nth, told);
-            -- Behind what says why.
-            INSERT INTO dr_agent.listed AS l (stream, schema_name, table_name, listed_as)
-            SELECT w.stream, o -> 'names' ->> 0, o -> 'names' ->> 1, o ->> 'listed_as'
-              FROM json_array_elements(told) AS o, dr_agent.wanted w WHERE o ->> 'listed_as' IS NOT NULL
-                ON CONFLICT (stream, schema_name, table_name) DO UPDATE SET listed_as = excluded.listed_as;
-            RETURN;
-        EXCEPTION WHEN unique_violation THEN
-            -- A server that was a replica has the other one's rows.
-            PERFORM setval('dr_agent.ddl_id', greatest((SELECT max(id) FROM dr_agent.ddl), (SELECT last_value FROM dr_agent.ddl_id)));
-        END;
-    END LOOP;
+    PERFORM dr_agent.write_down(of_kind, of_tag, role_of, search_path_of, sent, context, nth, told);
+    -- Behind what says why.
+    INSERT INTO dr_agent.listed AS l (stream, schema_name, table_name, listed_as)
+    SELECT w.stream, o -> 'names' ->> 0, o -> 'names' ->> 1, o ->> 'listed_as'
+      FROM json_array_elements(told) AS o, dr_agent.wanted w WHERE o ->> 'listed_as' IS NOT NULL
+        ON CONFLICT (stream, schema_name, table_name) DO UPDATE SET listed_as = excluded.listed_as;
 END
 $$;
 

@@ -3,20 +3,20 @@
 
 CREATE SEQUENCE IF NOT EXISTS dr_agent.ddl_id;
 
--- Writes a row of dr_agent.ddl about objects that have changed, whoever has changed them, and returns its id. `as_of` says which
--- commands had been written down before it was looked: where there is one more by then, the objects may have changed again.
-CREATE OR REPLACE FUNCTION dr_agent.note_changes(of_kind text, objects jsonb, as_of text) RETURNS bigint
+-- Writes a row of dr_agent.ddl, for the event triggers (capture.sql) and for what was found by looking; returns its id.
+CREATE OR REPLACE FUNCTION dr_agent.write_down(of_kind text, of_tag text, role_of text, search_path_of text, sent text, context_of text,
+                                               nth integer, told json) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    noted bigint;
+    written bigint;
 BEGIN
     LOOP
         BEGIN
-            INSERT INTO dr_agent.ddl (id, at, kind, tag, role_name, session_role, search_path, objects)
-            SELECT nextval('dr_agent.ddl_id'), clock_timestamp(), of_kind, 'FINGERPRINT', current_user, session_user, '',
-                   json_agg(o || jsonb_build_object('as_of', as_of)) FROM jsonb_array_elements(objects) AS o
-            RETURNING id INTO noted;
-            RETURN noted;
+            INSERT INTO dr_agent.ddl (id, at, kind, tag, role_name, session_role, search_path, query, context, ordinal, objects)
+            VALUES (nextval('dr_agent.ddl_id'), clock_timestamp(), of_kind, of_tag, role_of, session_user, search_path_of, sent,
+                    context_of, nth, told)
+            RETURNING id INTO written;
+            RETURN written;
         EXCEPTION WHEN unique_violation THEN
             -- A server that was a replica has the other one's rows.
             PERFORM setval('dr_agent.ddl_id', greatest((SELECT max(id) FROM dr_agent.ddl), (SELECT last_value FROM dr_agent.ddl_id)));
@@ -31,15 +31,17 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     told    bigint;
     seen    record;
-    noted   bigint;
+    written bigint;
     changed jsonb;
     others  jsonb;
     gone    jsonb;
+    part    record;
     count   integer := 0;
 BEGIN
     SELECT coalesce(max(ddl_last), 0) INTO told FROM dr_agent.fingerprint_at;
-    -- Before anything is looked at: what is written down later may not be seen.
-    SELECT count(*), coalesce(sum(id), 0) AS sum, coalesce(max(id), 0) AS last INTO seen FROM dr_agent.ddl;
+    -- Before anything is looked at: what commits later is perhaps not seen. Each row says so, and what came in between is left alone.
+    SELECT count(*), coalesce(sum(id), 0) AS sum, coalesce(max(id), 0) AS last, pg_current_wal_insert_lsn() AS lsn INTO seen
+      FROM dr_agent.ddl;
     changed := dr_agent.take_fingerprint('fingerprint', true, wholly);
     IF changed IS NULL THEN
         RETURN NULL;
@@ -64,24 +66,24 @@ BEGIN
                    AND dr_agent.shape(o ->> 'type', ARRAY(SELECT jsonb_array_elements_text(o -> 'names')),
                                       ARRAY(SELECT jsonb_array_elements_text(o -> 'args'))) IS NULL)
           INTO others, gone;
-        IF gone IS NOT NULL THEN
-            noted := dr_agent.note_changes('drop', gone, seen.count || ' ' || seen.sum);
+        FOR part IN SELECT * FROM (VALUES ('drop', gone), ('command', others)) AS p (kind, objects) WHERE p.objects IS NOT NULL LOOP
+            written := dr_agent.write_down(part.kind, 'FINGERPRINT', current_user, '', NULL, NULL, NULL, (
+                SELECT json_agg(o || jsonb_build_object('as_of', concat_ws(' ', seen.count, seen.sum, seen.lsn)))
+                  FROM jsonb_array_elements(part.objects) AS o));
             seen.count := seen.count + 1;
-            seen.sum := seen.sum + noted;
-            seen.last := greatest(seen.last, noted);
-        END IF;
-        IF others IS NOT NULL THEN
-            noted := dr_agent.note_changes('command', others, seen.count || ' ' || seen.sum);
-            seen.count := seen.count + 1;
-            seen.sum := seen.sum + noted;
-            seen.last := greatest(seen.last, noted);
-        END IF;
-        count := coalesce(jsonb_array_length(others), 0) + coalesce(jsonb_array_length(gone), 0);
+            seen.sum := seen.sum + written;
+            seen.last := greatest(seen.last, written);
+            count := count + jsonb_array_length(part.objects);
+        END LOOP;
     END IF;
     UPDATE dr_agent.fingerprint_at a
-       SET ddl_count = seen.count, ddl_sum = seen.sum::text, ddl_last = seen.last, version = current_setting('server_version_num')::integer
-     WHERE (a.ddl_count, a.ddl_sum, a.version)
-           IS DISTINCT FROM (seen.count, seen.sum::text, current_setting('server_version_num')::integer);
+       SET ddl_count = seen.count, ddl_sum = seen.sum::text, ddl_last = seen.last, looked = clock_timestamp(),
+           version = current_setting('server_version_num')::integer, roles = r.names
+      FROM (SELECT coalesce(array_agg(rolname::text ORDER BY rolname), '{}') FROM pg_roles WHERE oid >= 16384) AS r (names)
+     WHERE (a.ddl_count, a.ddl_sum, a.version, a.roles)
+           IS DISTINCT FROM (seen.count, seen.sum::text, current_setting('server_version_num')::integer, r.names)
+        -- Who looks no more is noticed.
+        OR a.looked < clock_timestamp() - interval '10 minutes';
     RETURN count;
 END
 $$;

@@ -171,7 +171,9 @@ CREATE TABLE IF NOT EXISTS dr_agent.fingerprint_at (
     ddl_count bigint,
     ddl_sum   text,
     ddl_last  bigint,
-    version   integer
+    version   integer,
+    roles     text[],               -- those the source has: what others may do on the replica is the replica's own affair
+    looked    timestamptz           -- to ten minutes
 );
 
 -- The same of this database, as it was last looked at here. Of the objects alone, not their shapes.

@@ -21,7 +21,7 @@
 -- domain                    {base, collation, default, notnull, constraints: {name: {definition, valid}}, owner, acl, comment}
 -- schema, language, extension, statistics object, collation, cast, operator, …   {definition or what it takes, owner, acl, comment}
 -- role                      {login, superuser, …, member_of: {name: {admin}}, settings: ["name=value"], settings_here, comment}
--- database                  {owner, acl, settings, comment, known_roles: whose privileges it may tell of}
+-- database                  {owner, acl, settings, comment}
 -- event trigger             {event, tags, function, enabled, owner, comment}
 -- publication               {all_tables, via_root, publish, tables, schemas, owner, comment}
 
@@ -355,8 +355,7 @@ BEGIN
           FROM pg_roles r WHERE r.oid = object);
     WHEN 'pg_database'::regclass THEN RETURN (
         SELECT jsonb_strip_nulls(jsonb_build_object('owner', pg_get_userbyid(d.datdba), 'acl', dr_agent.privileges(d.datacl),
-                   'settings', dr_agent.settings_to_carry(d.oid, 0), 'comment', shobj_description(d.oid, 'pg_database'),
-                   'known_roles', (SELECT jsonb_agg(r.rolname ORDER BY r.rolname) FROM pg_roles r WHERE r.oid >= 16384)))
+                   'settings', dr_agent.settings_to_carry(d.oid, 0), 'comment', shobj_description(d.oid, 'pg_database')))
           FROM pg_database d WHERE d.oid = object);
     WHEN 'pg_event_trigger'::regclass THEN RETURN (
         SELECT jsonb_strip_nulls(jsonb_build_object('event', e.evtevent, 'tags', (SELECT jsonb_agg(t ORDER BY t) FROM unnest(e.evttags) AS t),

@@ -2,9 +2,9 @@
 //! Method: event triggers that are disabled, a source that has none, and statements run on the replica by hand; afterwards the shapes
 //! of all objects, `pg_dump` and all rows of both sides are compared.
 
-use dr_agent_tests::agent::Agent;
+use dr_agent_tests::agent::{Agent, Running};
 use dr_agent_tests::client::Client;
-use dr_agent_tests::site::Site;
+use dr_agent_tests::site::{Database, Site};
 use dr_agent_tests::wait::{PATIENCE, wait_for};
 
 use crate::ddl::{dumped, expect_same_shapes, replicating, wait_for_all_tables};
@@ -60,6 +60,16 @@ const UNSEEN: &[&str] = &[
     "CREATE MATERIALIZED VIEW summed AS SELECT count(*) FROM customer",
 ];
 
+/// A database with this in it, that is replicated.
+async fn begun(site: &Site, purpose: &str, before: &str) -> (Database, Agent, Running) {
+    let database = site.database(purpose).await;
+    database.source().await.run(before).await;
+    let agent = Agent::new(replicating(database.config()));
+    let running = agent.start();
+    running.wait_for_streaming(&database.name).await;
+    (database, agent, running)
+}
+
 /// Waits until the source has told what its objects are: from then on it tells what changes.
 pub(crate) async fn wait_for_first_look(replica: &Client) {
     wait_for("the first look", PATIENCE, async || {
@@ -95,12 +105,8 @@ async fn wait_for_no_drift(replica: &Client) {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_no_event_trigger_has_seen_arrives_all_the_same() {
     let site = Site::own().await;
-    let database = site.database("drift_unseen").await;
+    let (database, agent, running) = begun(&site, "drift_unseen", BEFORE).await;
     let source = database.source().await;
-    source.run(BEFORE).await;
-    let agent = Agent::new(replicating(database.config()));
-    let running = agent.start();
-    running.wait_for_streaming(&database.name).await;
     let replica = database.replica().await;
     wait_for_first_look(&replica).await;
     for trigger in ["command", "drop", "rewrite"] {
@@ -123,6 +129,51 @@ async fn what_no_event_trigger_has_seen_arrives_all_the_same() {
     let copied =
         "SELECT count(*) FROM dr_agent.table_sync WHERE table_name = 'still' AND state = 'ready'";
     assert_eq!(replica.number(copied).await, 1);
+    agent.command(&["ddl"]).await.expect_code(0);
+    running.stop().await;
+}
+
+/// A command commits while it is looked what has changed: the look brings about what it alone has found, and takes nothing back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_look_that_is_overtaken_by_a_command_neither_undoes_it_nor_loses_what_it_found() {
+    let site = Site::own().await;
+    let (database, agent, running) = begun(&site, "drift_overtaken", BEFORE).await;
+    let (source, replica) = (database.source().await, database.replica().await);
+    wait_for_first_look(&replica).await;
+    let looking = database.source().await;
+    // The agent may not look meanwhile.
+    looking
+        .run("SELECT pg_advisory_lock(7258163, hashtext('fingerprint'))")
+        .await;
+    source
+        .run("ALTER EVENT TRIGGER dr_agent_command DISABLE; ALTER EVENT TRIGGER dr_agent_drop DISABLE;
+              ALTER TABLE quiet RENAME TO still; DROP FUNCTION twice(int); ALTER VIEW known RENAME TO acquainted;
+              GRANT SELECT ON ordered TO PUBLIC;
+              ALTER EVENT TRIGGER dr_agent_command ENABLE ALWAYS; ALTER EVENT TRIGGER dr_agent_drop ENABLE ALWAYS")
+        .await;
+    looking.run("BEGIN; SELECT dr_agent.look()").await;
+    source
+        .run("ALTER TABLE ordered ADD COLUMN fresh int DEFAULT 5; UPDATE ordered SET fresh = 6 WHERE id < 9")
+        .await;
+    looking.run("COMMIT; SELECT pg_advisory_unlock_all()").await;
+    database.wait_caught_up().await;
+    // The table's privileges had changed unseen, so its command's statement alone does not lead there.
+    let outcomes = "SELECT tag || ' ' || outcome FROM dr_agent.ddl_applied JOIN dr_agent.ddl USING (id) ORDER BY commit_lsn, id";
+    let expected = [
+        "ALTER TABLE shape",
+        "FINGERPRINT shape",
+        "FINGERPRINT shape",
+    ];
+    assert_eq!(replica.column(outcomes).await, expected);
+    let there = "SELECT concat_ws(' ', to_regclass('still'), to_regclass('quiet'), to_regclass('acquainted'), to_regproc('twice'))";
+    assert_eq!(
+        replica.value(there).await.as_deref(),
+        Some("still acquainted")
+    );
+    let aside = "SELECT count(*) FROM dr_agent.set_aside";
+    assert_eq!(replica.number(aside).await, 0);
+    wait_for_no_drift(&replica).await;
+    database.expect_equal().await;
     agent.command(&["ddl"]).await.expect_code(0);
     running.stop().await;
 }
@@ -209,11 +260,7 @@ async fn what_somebody_changes_on_the_replica_is_as_on_the_source_again() {
         "ALTER TRIGGER stamped ON ordered RENAME TO other",
     ];
     let site = Site::own().await;
-    let database = site.database("drift_replica").await;
-    database.source().await.run(BEFORE).await;
-    let agent = Agent::new(replicating(database.config()));
-    let running = agent.start();
-    running.wait_for_streaming(&database.name).await;
+    let (database, agent, running) = begun(&site, "drift_replica", BEFORE).await;
     let replica = database.writable_replica().await;
     wait_for_no_drift(&replica).await;
     for statement in BY_HAND {
@@ -250,12 +297,8 @@ async fn what_somebody_changes_on_the_replica_is_as_on_the_source_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn definitions_in_other_words_are_the_same() {
     let site = Site::shared().await;
-    let database = site.database("drift_words").await;
+    let (database, _agent, running) = begun(&site, "drift_words", WORDED).await;
     let source = database.source().await;
-    source.run(WORDED).await;
-    let agent = Agent::new(replicating(database.config()));
-    let running = agent.start();
-    running.wait_for_streaming(&database.name).await;
     let replica = database.replica().await;
     let words =
         "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'known_status'";
@@ -279,15 +322,11 @@ async fn definitions_in_other_words_are_the_same() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_of_the_version_before_goes_on_and_is_compared() {
     let site = Site::shared().await;
-    let database = site.database("drift_upgrade").await;
+    let (database, agent, running) = begun(&site, "drift_upgrade", BEFORE).await;
     let source = database.source().await;
-    source.run(BEFORE).await;
-    let agent = Agent::new(replicating(database.config()));
-    let running = agent.start();
-    running.wait_for_streaming(&database.name).await;
     running.stop().await;
     source
-        .run("DROP TABLE dr_agent.fingerprint, dr_agent.fingerprint_at; DROP FUNCTION dr_agent.look, dr_agent.ddl_now, dr_agent.note_changes,
+        .run("DROP TABLE dr_agent.fingerprint, dr_agent.fingerprint_at; DROP FUNCTION dr_agent.look, dr_agent.ddl_now, dr_agent.write_down,
                   dr_agent.take_fingerprint, dr_agent.objects CASCADE;
               DELETE FROM dr_agent.listed WHERE table_name LIKE 'fingerprint%'")
         .await;

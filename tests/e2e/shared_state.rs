@@ -93,8 +93,6 @@ async fn what_belongs_to_the_server_is_followed() {
     .await;
     for statements in LATER {
         source.run(&statements.replace('%', &database.name)).await;
-        // One by one: of what is found while another command is written down, only what is left is told.
-        source.run("SELECT dr_agent.ddl_now()").await;
     }
     wait_for("what came later", PATIENCE, async || {
         let others = "SELECT string_agg(name, ', ') FROM (

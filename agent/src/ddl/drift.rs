@@ -58,31 +58,29 @@ async fn look_within(
     if !fingerprint::refresh(client, wholly).await? {
         return Ok(None);
     }
-    let Some(version) = fingerprint::comparable(client).await? else {
+    let Some(across) = fingerprint::comparable(client).await? else {
         return Ok(None);
     };
-    let here: i32 = client
-        .query_typed_one(
-            "SELECT pg_catalog.current_setting('server_version_num')::integer / 10000",
-            &[],
-        )
-        .await?
-        .get(0);
-    let mut looking = Looking {
+    let looking = Looking {
         client,
         stream,
-        across: version != here,
+        across,
         roles: super::roles(client).await?,
         kept: deferred::read(client, stream, true).await?,
     };
     let mut drifted = BTreeSet::new();
-    for object in fingerprint::unlike(client, stream).await? {
+    let unlike = fingerprint::unlike(client, stream).await?;
+    let are_all = unlike.len() < fingerprint::UNLIKE_MAX;
+    for object in unlike {
         if looking.has_drifted(&object).await? {
             drifted.insert(object.address);
         }
     }
-    ddl_waiting::forget_drift(client, stream, &drifted).await?;
-    fingerprint::note_compared(client).await?;
+    // Otherwise the rest is compared next time.
+    if are_all {
+        ddl_waiting::forget_drift(client, stream, &drifted).await?;
+        fingerprint::note_compared(client).await?;
+    }
     Ok(Some(drifted.len()))
 }
 
@@ -98,7 +96,7 @@ struct Looking<'a> {
 
 impl Looking<'_> {
     /// Whether it differs in what counts; notes it.
-    async fn has_drifted(&mut self, object: &Unlike) -> Result<bool, PgError> {
+    async fn has_drifted(&self, object: &Unlike) -> Result<bool, PgError> {
         if let Some(table) = apply::table_of_shape(&object.address, Some(&object.shape))
             && table_sync::is_unfinished(self.client, self.stream, &table).await?
             // Commands have passed it by: it could not be copied into what it was.

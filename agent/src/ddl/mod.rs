@@ -14,6 +14,7 @@ mod apply;
 mod build;
 pub mod drift;
 mod outcome;
+mod overtaken;
 mod remove;
 mod rename;
 mod rewrite;
@@ -23,6 +24,7 @@ pub use again::{Tried, try_waiting};
 pub use apply::{Replay, is_across, table_of};
 pub use build::{ROLE as INDEX_ROLE, session as index_session, yield_indexes};
 pub use outcome::{CommandCounts, Done, Outcome};
+pub use overtaken::Newer;
 
 use tokio_postgres::Client;
 

@@ -95,8 +95,7 @@ impl Done {
         }
     }
 
-    /// With nothing else to tell.
-    pub fn of(outcome: Outcome) -> Self {
+    pub(super) fn of(outcome: Outcome) -> Self {
         Self {
             outcome,
             copy_again: BTreeSet::new(),

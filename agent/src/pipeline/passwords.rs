@@ -83,7 +83,10 @@ impl Passwords {
                     written.insert(role, verifier);
                 }
                 Err(error) if error.sqlstate() == Some("42501") => {
-                    tracing::debug!(stream = %self.stream, role, "our role may not set its password");
+                    tracing::warn!(
+                        stream = %self.stream, role,
+                        "the role's password is another one on the replica, where ours may not set it: set it there"
+                    );
                     written.insert(role, verifier);
                 }
                 Err(error) => return Err(error),

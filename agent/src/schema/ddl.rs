@@ -15,8 +15,8 @@ use tokio_postgres::GenericClient;
 use crate::flow::transaction::{BARRIERS, Change, Relations};
 use crate::names::TableName;
 use crate::names::object::ObjectAddress;
-use crate::pg::PgError;
 use crate::pg::pgoutput::{DecodeError, Message, Tuple, Value, decode};
+use crate::pg::{PgError, PgLsn};
 
 /// The table.
 pub const TABLE: &str = "dr_agent.ddl";
@@ -101,7 +101,7 @@ pub struct EventObject {
     /// What it was called before, where no event trigger has told of its renaming.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub was: Option<Vec<String>>,
-    /// What no event trigger has written down: which commands there were before it was looked ([`EventsSeen`] as text).
+    /// What no event trigger has written down: what it is as of ([`AsOf`] as text).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub as_of: Option<String>,
     /// The shape after the command; none where the object is gone, or is of a kind that has none.
@@ -117,11 +117,36 @@ pub struct EventsSeen {
     sum: String,
 }
 
-impl EventsSeen {
-    /// Whether what was found by looking may be older than its place in the stream: another command has been written down since.
-    pub fn outdate(&self, event: &DdlEvent) -> bool {
-        let as_of = event.objects.iter().find_map(|one| one.as_of.as_ref());
-        as_of.is_some_and(|as_of| *as_of != format!("{} {}", self.count, self.sum))
+/// Before what was found by looking was looked for: which events there were, and up to where the source's WAL was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AsOf {
+    seen: EventsSeen,
+    /// What committed behind it was perhaps not seen.
+    pub lsn: PgLsn,
+}
+
+impl AsOf {
+    /// Of an event; none where an event trigger wrote it, and it is as of its own place.
+    pub fn of(event: &DdlEvent) -> Option<Self> {
+        let text = event.objects.iter().find_map(|one| one.as_of.as_ref())?;
+        let mut parts = text.split(' ');
+        Some(Self {
+            seen: EventsSeen {
+                count: parts.next()?.parse().ok()?,
+                sum: parts.next()?.to_owned(),
+            },
+            lsn: parts.next()?.parse().ok()?,
+        })
+    }
+
+    /// Whether there are others by now.
+    pub fn is_overtaken(&self, now: &EventsSeen) -> bool {
+        self.seen != *now
+    }
+
+    /// Whether these many are all that are new.
+    pub fn are_all(&self, new: usize, now: &EventsSeen) -> bool {
+        i64::try_from(new).is_ok_and(|new| self.seen.count + new == now.count)
     }
 }
 

@@ -4,6 +4,7 @@
 
 use tokio_postgres::GenericClient;
 
+use super::ddl::EventObject;
 use crate::names::stream::StreamName;
 use crate::pg::{PgError, PgLsn};
 
@@ -37,6 +38,30 @@ pub async fn note(
         )
         .await?;
     Ok(())
+}
+
+/// The objects of each command that committed at or behind a position, but for those of one transaction.
+///
+/// # Errors
+/// When the replica refuses.
+pub async fn objects_since(
+    client: &(impl GenericClient + Sync),
+    stream: &StreamName,
+    since: PgLsn,
+    but: PgLsn,
+) -> Result<Vec<Vec<EventObject>>, PgError> {
+    let sql = format!(
+        "SELECT d.objects::text FROM {TABLE} a JOIN {} d USING (id) WHERE a.stream = $1 AND a.commit_lsn >= $2 AND a.commit_lsn <> $3",
+        super::ddl::TABLE
+    );
+    let rows = client
+        .query(&sql, &[&stream.as_str(), &since, &but])
+        .await?;
+    let each = rows.iter().map(|row| {
+        serde_json::from_str(row.get(0))
+            .map_err(|error| PgError::Protocol(format!("objects that are no JSON: {error}")))
+    });
+    each.collect()
 }
 
 /// One row.

@@ -23,8 +23,8 @@ pub const AT: &str = "dr_agent.fingerprint_at";
 const OWN: &str = "dr_agent.own_fingerprint";
 const OWN_AT: &str = "dr_agent.own_fingerprint_at";
 
-/// How many are compared in one go.
-const UNLIKE_MAX: i64 = 2_000;
+/// How many are compared in one go: where there are as many, there may be more.
+pub const UNLIKE_MAX: usize = 2_000;
 
 /// An object that is not, byte for byte, what the source has.
 #[derive(Clone, Debug, PartialEq)]
@@ -79,13 +79,14 @@ pub async fn clear(source: &(impl GenericClient + Sync)) -> Result<(), PgError> 
 }
 
 /// Whether the source has told anything, and nothing that changes shapes is on its way: then, in a snapshot, what was told and what
-/// is here are of one moment. The source's major version, if so.
+/// is here are of one moment. If so, whether the source is of another major version.
 ///
 /// # Errors
 /// When the replica refuses.
-pub async fn comparable(replica: &(impl GenericClient + Sync)) -> Result<Option<i32>, PgError> {
+pub async fn comparable(replica: &(impl GenericClient + Sync)) -> Result<Option<bool>, PgError> {
     let sql = format!(
-        "SELECT a.version / 10000 FROM {AT} a, (SELECT count(*), coalesce(sum(id), 0)::text FROM {}) AS d (count, sum)
+        "SELECT a.version / 10000 <> pg_catalog.current_setting('server_version_num')::integer / 10000
+           FROM {AT} a, (SELECT count(*), coalesce(sum(id), 0)::text FROM {}) AS d (count, sum)
           WHERE (a.ddl_count, a.ddl_sum) = (d.count, d.sum)",
         ddl::TABLE
     );
@@ -180,15 +181,13 @@ pub async fn note_the_same(
 pub async fn known_roles(
     replica: &(impl GenericClient + Sync),
 ) -> Result<Option<BTreeSet<String>>, PgError> {
-    if !super::has(replica, &[TABLE]).await? {
+    if !super::has(replica, &[AT]).await? {
         return Ok(None);
     }
-    let sql = format!(
-        "SELECT ARRAY(SELECT json_array_elements_text(coalesce(shape -> 'known_roles', '[]')) UNION SELECT shape ->> 'owner')
-           FROM {TABLE} WHERE kind = 'database'"
-    );
+    let sql = format!("SELECT roles FROM {AT}");
     let row = replica.query_typed_opt(&sql, &[]).await?;
-    Ok(row.map(|row| row.get::<_, Vec<String>>(0).into_iter().collect()))
+    let roles: Option<Vec<String>> = row.and_then(|row| row.get(0));
+    Ok(roles.map(|roles| roles.into_iter().collect()))
 }
 
 /// Whether the source's object is still of this shape, as far as it was told.
@@ -219,7 +218,8 @@ pub async fn note_compared(replica: &(impl GenericClient + Sync)) -> Result<(), 
     Ok(())
 }
 
-/// How many seconds ago everything was compared: none before the first time, and nothing at all where the source tells nothing.
+/// How old the comparison of both sides is, in seconds: by when it was compared, and by when the source has looked, whichever is
+/// older. None before the first time, and nothing at all where the source tells nothing.
 ///
 /// # Errors
 /// When the replica refuses.
@@ -230,7 +230,7 @@ pub async fn compared(
         return Ok(None);
     }
     let sql = format!(
-        "SELECT extract(epoch FROM pg_catalog.clock_timestamp() - o.compared)::bigint FROM {AT} a LEFT JOIN {OWN_AT} o USING (id)"
+        "SELECT extract(epoch FROM pg_catalog.clock_timestamp() - CASE WHEN o.compared IS NOT NULL THEN least(a.looked, o.compared) END)::bigint FROM {AT} a LEFT JOIN {OWN_AT} o ON o.compared IS NOT NULL"
     );
     let row = replica.query_typed_opt(&sql, &[]).await?;
     Ok(row.map(|row| {

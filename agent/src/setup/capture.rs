@@ -108,7 +108,7 @@ pub async fn observe(client: &Client) -> Result<CaptureFacts, PgError> {
 
 /// What the comment says.
 fn form(sql: &str) -> String {
-    let sql = format!("{sql}{}", settings());
+    let sql = format!("{sql}{}", settings(""));
     format!("form {:08x}", crc32c::crc32c(sql.as_bytes()))
 }
 
@@ -124,7 +124,7 @@ fn install(capturing: bool) -> String {
     }
     for function in CALLED_ANYWHERE {
         if capturing || function != WRITER {
-            sql.push_str(&settings().replace("FUNCTION", &format!("FUNCTION {function}")));
+            sql.push_str(&settings(function));
         }
     }
     _ = write!(
@@ -137,7 +137,7 @@ fn install(capturing: bool) -> String {
 
 /// What is written down must not hang on the settings of whoever runs the command: they are those of our own sessions. Plans are made
 /// once for a session, and nobody is waited for.
-fn settings() -> String {
+fn settings(function: &str) -> String {
     let mut sql = String::new();
     let others = [
         ("jit", "off"),
@@ -148,7 +148,7 @@ fn settings() -> String {
         // It sees names as it was written to, and its text leaves no server.
         if !["search_path", "client_encoding"].contains(&name) {
             let value = quote_literal(value);
-            _ = writeln!(sql, "ALTER FUNCTION SET {name} = {value};");
+            _ = writeln!(sql, "ALTER FUNCTION {function} SET {name} = {value};");
         }
     }
     sql

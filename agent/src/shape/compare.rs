@@ -29,14 +29,13 @@ const TEXTS: [&str; 8] = [
 ];
 
 /// Never compared as they are.
-const PASSED_OVER: [&str; 9] = [
+const PASSED_OVER: [&str; 8] = [
     "owner",
     "acl",
     "missing",
     "security_labels",
     "access_method",
     "clustered",
-    "known_roles",
     "settings_reset",
     "settings_here_reset",
 ];

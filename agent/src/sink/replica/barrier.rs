@@ -21,13 +21,13 @@ use super::relations::Standing;
 use super::slice::Slices;
 use super::{Events, SinkError, SinkSettings, attempt};
 use crate::catalog::names::{self, TableNames};
-use crate::ddl::{self, CommandCounts, Done, Outcome, Replay};
+use crate::ddl::{self, CommandCounts, Done, Newer, Outcome, Replay};
 use crate::failpoint;
 use crate::flow::batch::Batch;
 use crate::flow::transaction::Change;
 use crate::names::TableName;
 use crate::pg::PgLsn;
-use crate::schema::ddl::{DdlEvent, EventKind, EventObject, FOUND};
+use crate::schema::ddl::{AsOf, DdlEvent, EventKind, EventObject, FOUND};
 use crate::schema::listing::{Copied, ListedAs};
 use crate::schema::set_aside::{self, Aside, Noted};
 use crate::schema::{self, ddl_applied, ddl_waiting, firing, table_sync};
@@ -140,16 +140,11 @@ impl Barrier<'_> {
     }
 
     async fn replayed(&mut self, event: &DdlEvent) -> Result<Done, SinkError> {
-        if event.tag == FOUND {
-            let seen = schema::ddl::seen(self.divided.lane.client()).await?;
-            if seen.outdate(event) {
-                // What is left of it is seen by comparing.
-                return Ok(Done::of(Outcome::Skipped));
-            }
-        }
+        let newer = self.newer(event).await?;
         let mut objects: Vec<&EventObject> = Vec::new();
         for object in &event.objects {
-            if self.is_concerned(object).await? {
+            let is_newer = newer.as_ref().is_none_or(|newer| newer.is_about(object));
+            if !is_newer && self.is_concerned(object).await? {
                 objects.push(object);
             }
         }
@@ -165,6 +160,21 @@ impl Barrier<'_> {
             )),
         };
         Ok(replay.apply(client, event, &objects).await?)
+    }
+
+    /// What other commands are about that committed while the source looked for this one; none where that is not known, and everything
+    /// may be. What is left alone, and differs, is found by comparing.
+    async fn newer(&self, event: &DdlEvent) -> Result<Option<Newer>, SinkError> {
+        let Some(as_of) = AsOf::of(event) else {
+            return Ok(Some(Newer::default()));
+        };
+        let (client, stream) = (self.divided.lane.client(), &self.divided.settings.stream);
+        let now = schema::ddl::seen(client).await?;
+        if !as_of.is_overtaken(&now) {
+            return Ok(Some(Newer::default()));
+        }
+        let new = ddl_applied::objects_since(client, stream, as_of.lsn, self.commit_lsn).await?;
+        Ok(as_of.are_all(new.len(), &now).then(|| Newer::of(&new)))
     }
 
     /// Whether what is here of an object is as of right before the command, and this sink's. Of a table whose copy was taken later,
