@@ -119,7 +119,7 @@ pub const ALL: &[(&str, Kind, &str)] = &[
     (
         "dr_agent_shape_compared_seconds",
         Kind::Gauge,
-        "Seconds since everything that the source has was compared with the replica; NaN before, and where the source does not tell",
+        "Seconds since everything that the source has, as it last looked, was compared with the replica; NaN before, and where the source does not tell",
     ),
     (
         "dr_agent_source_reader",

@@ -107,6 +107,9 @@ impl Passwords {
             DO $$ BEGIN
                 EXECUTE pg_catalog.format('ALTER ROLE %I PASSWORD %s', pg_catalog.current_setting('dr_agent.role'),
                     coalesce(pg_catalog.quote_literal(nullif(pg_catalog.current_setting('dr_agent.verifier'), '')), 'NULL'));
+            EXCEPTION WHEN OTHERS THEN
+                -- The server would log the statement as the error's context.
+                RAISE EXCEPTION USING ERRCODE = SQLSTATE, MESSAGE = 'the password was not set';
             END $$";
         let transaction = replica.transaction().await?;
         progress::hold(&transaction, &self.stream, self.term).await?;
